@@ -1,0 +1,476 @@
+"""The whole configuration of a run: frozen pydantic models, every key documented.
+
+This module only says what may be configured and refuses what cannot work. It imports no framework: reading a
+configuration takes milliseconds and needs no process group. Reading files and overrides is `load_config` in
+`stagdist/config_loading.py`; what a configuration costs is planned in `stagdist/parallel/plan.py`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from stagdist.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every part of the configuration: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+
+
+class RopeScaling(Section):
+    """Llama 3's frequency-dependent stretching of the rotary wavelengths."""
+
+    rope_type: Literal["llama3"] = Field("llama3", description="The only scaling supported; null switches it off.")
+    factor: PositiveFloat = Field(8.0, description="Long wavelengths are divided by this factor.")
+    low_freq_factor: PositiveFloat = Field(1.0, description="Wavelengths above original length / this are stretched.")
+    high_freq_factor: PositiveFloat = Field(4.0, description="Wavelengths below original length / this are kept.")
+    original_max_position_embeddings: Positive = Field(8192, description="Context length before stretching, tokens.")
+
+
+class ModelConfig(Section):
+    """Shape of the model (design: a Llama cut into sections)."""
+
+    vocab_size: Positive = Field(..., description="Rows of the embedding; at least the tokenizer's vocabulary.")
+    hidden_size: Positive = Field(..., description="Width of the residual stream.")
+    intermediate_size: Positive = Field(..., description="Width inside the SwiGLU.")
+    num_attention_heads: Positive = Field(..., description="Query heads of every attention.")
+    num_key_value_heads: Positive | None = Field(
+        None, description="Key/value heads of self-attention; null means as many as query heads."
+    )
+    head_dim: Positive | None = Field(None, description="Width of a head; null means hidden_size / heads.")
+    rope_theta: PositiveFloat = Field(10000.0, description="Base of the rotary wavelengths.")
+    rope_scaling: RopeScaling | None = Field(None, description="Llama 3's stretching of the wavelengths, or null.")
+    rms_norm_eps: PositiveFloat = Field(1e-5, description="Added to the mean square in every RMSNorm.")
+    max_position_embeddings: Positive = Field(..., description="Longest context, tokens.")
+    tie_word_embeddings: bool = Field(False, description="The head uses the embedding's matrix.")
+    section_layers: tuple[Positive, ...] = Field(
+        ..., min_length=1, description="Layers of each section; the number of entries is p."
+    )
+    connection: Literal["staggered", "sequential"] = Field(
+        "staggered", description="staggered: StagFormer. sequential: the plain Transformer cut at the same places."
+    )
+    stagger: Annotated[int, Field(ge=0, le=2)] = Field(
+        1, description="Positions by which the memory lags; 0 is a control that cannot decode in parallel."
+    )
+    cross_attention_window: Positive | None = Field(
+        None, description="Slots of the shifted memory that a position sees; null means all earlier ones."
+    )
+    cross_attention_key_value_heads: Positive | None = Field(
+        None, description="Key/value heads of cross-attention; null means num_key_value_heads."
+    )
+    share_section_weights: bool = Field(
+        False, description="Equal sections share self-attention and MLP; cross-attention stays their own."
+    )
+    combine_sections: bool = Field(
+        False, description="The head reads a learned linear combination of all section outputs."
+    )
+
+    @property
+    def num_sections(self) -> int:
+        """p, the number of sections."""
+        return len(self.section_layers)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of all sections together."""
+        return sum(self.section_layers)
+
+    @property
+    def key_value_heads(self) -> int:
+        """Key/value heads of self-attention, resolved."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def cross_key_value_heads(self) -> int:
+        """Key/value heads of cross-attention, resolved."""
+        return self.cross_attention_key_value_heads or self.key_value_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head, resolved."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def staggered(self) -> bool:
+        """True for a StagFormer, False for the sequential baseline."""
+        return self.connection == "staggered"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        problems = model_problems(self)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def model_problems(model: ModelConfig) -> list[str]:
+    """Every reason why the shape of a model contradicts itself."""
+    problems = []
+    heads = model.num_attention_heads
+    if model.head_dim is None and model.hidden_size % heads:
+        problems.append(
+            f"model.hidden_size {model.hidden_size} is not a multiple of model.num_attention_heads {heads}; "
+            "change one of them or set model.head_dim"
+        )
+    if model.head_width % 2:
+        problems.append(f"the head width {model.head_width} is odd, but rotary embeddings turn pairs")
+    for key, value in (
+        ("num_key_value_heads", model.key_value_heads),
+        ("cross_attention_key_value_heads", model.cross_key_value_heads),
+    ):
+        if heads % value:
+            problems.append(f"model.num_attention_heads {heads} is not a multiple of model.{key} {value}")
+    if not model.staggered:
+        problems += _staggered_only_problems(model)
+    if model.share_section_weights and len(set(model.section_layers)) > 1:
+        problems.append(
+            f"model.share_section_weights needs equal sections, model.section_layers is {list(model.section_layers)}"
+        )
+    if model.cross_attention_window is not None and model.cross_attention_window > model.max_position_embeddings:
+        problems.append(
+            f"model.cross_attention_window {model.cross_attention_window} is longer than "
+            f"model.max_position_embeddings {model.max_position_embeddings}; use null for no window"
+        )
+    return problems
+
+
+def _staggered_only_problems(model: ModelConfig) -> list[str]:
+    """A sequential model refuses the keys that only a StagFormer has, unless they hold their defaults."""
+    keys = (
+        "stagger",
+        "cross_attention_window",
+        "cross_attention_key_value_heads",
+        "share_section_weights",
+        "combine_sections",
+    )
+    return [
+        f"model.{key} is {getattr(model, key)!r}, but only a staggered model has it; "
+        f"remove it or set model.connection: staggered"
+        for key in keys
+        if getattr(model, key) != ModelConfig.model_fields[key].default
+    ]
+
+
+class ParallelConfig(Section):
+    """How ranks are laid out; what is left of the world is the data-parallel size."""
+
+    pipeline_parallel_size: Positive | None = Field(
+        None, description="Pipeline stages; divides the number of sections. null: one stage per section."
+    )
+    tensor_parallel_size: Positive = Field(1, description="Ranks that split every matrix inside a section.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: CUDA (nccl) where torch sees a device, otherwise CPU (gloo)."
+    )
+    timeout_s: PositiveFloat = Field(600.0, description="Limit of every collective on every process group, seconds.")
+
+
+class CorpusConfig(Section):
+    """One tokenised corpus and its share of a blend."""
+
+    prefix: str = Field(..., description="Path of the .bin/.idx pair without its ending.")
+    weight: PositiveFloat = Field(1.0, description="Relative weight in the blend.")
+
+
+class DataConfig(Section):
+    """Where tokens come from and in which order."""
+
+    tokenizer: str = Field(
+        "bytes", description="Directory or tokenizer.json of the tokenizer; `bytes` for one token per byte."
+    )
+    corpora: tuple[CorpusConfig, ...] = Field(
+        (), description="Corpora blended by weight and cut into train, validation and test by data.split."
+    )
+    split: tuple[float, float, float] = Field(
+        (98.0, 1.0, 1.0), description="Shares of the documents for train, validation and test (with data.corpora)."
+    )
+    train_corpora: tuple[CorpusConfig, ...] = Field((), description="Corpora for training only, instead of corpora.")
+    validation_corpora: tuple[CorpusConfig, ...] = Field((), description="Corpora for evaluation during training.")
+    test_corpora: tuple[CorpusConfig, ...] = Field((), description="Corpora for the evaluation at the end.")
+    sequence_length: Positive | None = Field(
+        None, description="Tokens of a training sequence; null means model.max_position_embeddings."
+    )
+    num_samples: Positive | None = Field(
+        None,
+        description="Training sequences the order of samples is made for; fixed for a run. "
+        "null means training.steps * training.global_batch_size.",
+    )
+    cache_directory: str | None = Field(
+        None, description="Where index maps are kept; shared by all ranks. null: beside the first corpus."
+    )
+    seed: NonNegative = Field(1234, description="Seed of the order of samples.")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "DataConfig":
+        separate = self.train_corpora or self.validation_corpora or self.test_corpora
+        if self.corpora and separate:
+            raise ValueError("data.corpora (cut by data.split) excludes data.train_corpora and its sisters")
+        if separate and not self.train_corpora:
+            raise ValueError("data.train_corpora is empty, but data.validation_corpora or data.test_corpora is not")
+        if min(self.split) < 0 or self.split[0] <= 0:
+            raise ValueError(f"data.split {list(self.split)} must not be negative and needs a share for training")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW; every matrix decays, no vector does."""
+
+    learning_rate: PositiveFloat = Field(3e-4, description="Peak learning rate.")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), description="Decay of the first and the second moment.")
+    eps: PositiveFloat = Field(1e-8, description="Added to the root of the second moment.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="Decoupled decay of matrices, per unit rate.")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Gradients are scaled to at most this global norm; 0 switches clipping off."
+    )
+
+
+class SchedulerConfig(Section):
+    """Learning rate as a pure function of the step."""
+
+    kind: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = Field(
+        "cosine", description="Shape after the warm-up."
+    )
+    warmup_steps: NonNegative = Field(0, description="Steps of the linear rise from 0.")
+    decay_steps: Positive | None = Field(
+        None,
+        description="cosine, linear: step at which the minimum is reached (null: training.steps). "
+        "warmup_stable_decay: length of the final linear decay (null: a tenth of training.steps).",
+    )
+    minimum_ratio: Share = Field(0.1, description="Lowest learning rate as a share of the peak.")
+
+
+class TrainingConfig(Section):
+    """Length, batch, precision and safety of a run."""
+
+    steps: Positive = Field(..., description="Optimizer steps of the run.")
+    global_batch_size: Positive = Field(..., description="Sequences per optimizer step over all replicas.")
+    micro_batch_size: Positive = Field(1, description="Sequences that pass through the pipeline together.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Weights and activations; bf16 accumulates in fp32, fp16 scales the loss (GPU only)."
+    )
+    activation_checkpointing: Literal["none", "layer"] = Field(
+        "none", description="layer: keep only the input of each layer and recompute it in the backward pass."
+    )
+    seed: NonNegative = Field(1234, description="Seed of the initialisation.")
+    max_bad_steps: NonNegative = Field(
+        3, description="Steps with a loss or gradient that is not finite before the run ends without saving."
+    )
+    max_minutes: PositiveFloat | None = Field(
+        None, description="Wall-clock limit; the run saves and ends in order when it is reached."
+    )
+
+
+class EvaluationConfig(Section):
+    """Evaluation on the validation split during the run and on the test split at its end."""
+
+    interval_steps: NonNegative = Field(0, description="Evaluate every N steps; 0 switches it off.")
+    num_batches: Positive = Field(4, description="Global batches per evaluation.")
+
+
+class CheckpointConfig(Section):
+    """When training state is saved and from where it resumes."""
+
+    interval_steps: NonNegative = Field(0, description="Save every N steps; 0: only at the end.")
+    interval_minutes: PositiveFloat | None = Field(None, description="Save every M minutes as well.")
+    keep_last: NonNegative = Field(2, description="Complete checkpoints kept; 0 keeps all.")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: go on from the newest complete checkpoint. never: refuse a run that has one."
+    )
+
+
+class WandbConfig(Section):
+    """Weights & Biases; offline when there is no key or no network."""
+
+    enabled: bool = Field(False, description="Send metrics to wandb.")
+    project: str = Field("stagdist", description="Project of the run.")
+    entity: str | None = Field(None, description="Team or user; null is the default of the key.")
+
+
+class LoggingConfig(Section):
+    """What a person watches."""
+
+    interval_steps: Positive = Field(1, description="Write metrics every N steps.")
+    progress_bar: bool = Field(True, description="Show a progress bar on rank 0.")
+    tensorboard: bool = Field(False, description="Write TensorBoard events under the run folder.")
+    wandb: WandbConfig = Field(WandbConfig(), description="Weights & Biases.")
+
+
+OWNED_DEEPSPEED_KEYS: dict[str, str] = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer.*",
+    "scheduler": "scheduler.*",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "data_types": "training.precision",
+    "pipeline": "parallel.*",
+    "steps_per_print": "logging.interval_steps",
+    "wall_clock_breakdown": "logging.*",
+    "tensorboard": "logging.tensorboard",
+    "wandb": "logging.wandb",
+    "checkpoint": "checkpoint.*",
+    "seed": "training.seed",
+}
+"""DeepSpeed keys that stagdist derives itself, with the key of ours to use instead."""
+
+
+class RunConfig(Section):
+    """One run, whole."""
+
+    name: str = Field(..., min_length=1, description="Name of the run; its folder is runs_directory/name.")
+    runs_directory: str = Field("runs", description="Folder of all runs.")
+    model: ModelConfig = Field(..., description="Shape of the model.")
+    parallel: ParallelConfig = Field(ParallelConfig(), description="Layout of the ranks.")
+    data: DataConfig = Field(DataConfig(), description="Corpora and tokenizer.")
+    training: TrainingConfig = Field(..., description="Length, batch, precision, safety.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW and clipping.")
+    scheduler: SchedulerConfig = Field(SchedulerConfig(), description="Learning rate over the steps.")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Evaluation during training.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Saving and resuming.")
+    logging: LoggingConfig = Field(LoggingConfig(), description="Progress, metrics, TensorBoard, wandb.")
+    deepspeed: dict[str, Any] = Field(
+        {}, description="Further keys of DeepSpeed's JSON, passed through; a key that stagdist owns is refused."
+    )
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a training sequence, resolved."""
+        return self.data.sequence_length or self.model.max_position_embeddings
+
+    @property
+    def pipeline_parallel_size(self) -> int:
+        """Pipeline stages, resolved."""
+        return self.parallel.pipeline_parallel_size or self.model.num_sections
+
+    @property
+    def num_samples(self) -> int:
+        """Training sequences the order of samples is made for, resolved."""
+        return self.data.num_samples or self.training.steps * self.training.global_batch_size
+
+    @property
+    def folder(self) -> str:
+        """Folder of this run."""
+        return f"{self.runs_directory}/{self.name}"
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if "/" in name or name in (".", ".."):
+            raise ValueError(f"{name!r} is a path; name is the last part of the run folder, see runs_directory")
+        return name
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _not_owned(cls, keys: dict[str, Any]) -> dict[str, Any]:
+        owned = [f"deepspeed.{key} (use {OWNED_DEEPSPEED_KEYS[key]})" for key in keys if key in OWNED_DEEPSPEED_KEYS]
+        if owned:
+            raise ValueError("stagdist sets these DeepSpeed keys itself: " + ", ".join(owned))
+        return keys
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        problems = run_problems(self)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def run_problems(config: RunConfig) -> list[str]:
+    """Every reason, independent of the world size, why a configuration would not run."""
+    problems = []
+    pipe, tensor = config.pipeline_parallel_size, config.parallel.tensor_parallel_size
+    model, training = config.model, config.training
+    if model.num_sections % pipe:
+        problems.append(
+            f"parallel.pipeline_parallel_size {pipe} does not divide the {model.num_sections} sections of "
+            f"model.section_layers {list(model.section_layers)}"
+        )
+    for key, heads in (
+        ("num_attention_heads", model.num_attention_heads),
+        ("num_key_value_heads", model.key_value_heads),
+        ("cross_attention_key_value_heads", model.cross_key_value_heads),
+        ("intermediate_size", model.intermediate_size),
+    ):
+        if heads % tensor:
+            problems.append(f"model.{key} {heads} is not a multiple of parallel.tensor_parallel_size {tensor}")
+    if config.sequence_length > model.max_position_embeddings:
+        problems.append(
+            f"data.sequence_length {config.sequence_length} is longer than "
+            f"model.max_position_embeddings {model.max_position_embeddings}"
+        )
+    if training.global_batch_size % training.micro_batch_size:
+        problems.append(
+            f"training.global_batch_size {training.global_batch_size} is not a multiple of "
+            f"training.micro_batch_size {training.micro_batch_size}"
+        )
+    if training.steps * training.global_batch_size > config.num_samples:
+        problems.append(
+            f"data.num_samples {config.num_samples} is less than training.steps * training.global_batch_size = "
+            f"{training.steps * training.global_batch_size}; raise it before the run starts, it is fixed afterwards"
+        )
+    return problems + _zero_problems(config) + _scheduler_problems(config)
+
+
+def _zero_problems(config: RunConfig) -> list[str]:
+    zero = config.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        return [f"deepspeed.zero_optimization must be a mapping, got {zero!r}"]
+    stage = zero.get("stage", 1)
+    if stage == 1:
+        return []
+    reason = (
+        "the pipeline accumulates whole gradients over its micro-batches, which ZeRO-2 and 3 shard away"
+        if stage in (2, 3)
+        else "without ZeRO-1 DeepSpeed clips fp32 pipelines by a wrong gradient norm"
+    )
+    return [f"deepspeed.zero_optimization.stage is {stage}, only 1 works: {reason}"]
+
+
+def _scheduler_problems(config: RunConfig) -> list[str]:
+    scheduler, steps = config.scheduler, config.training.steps
+    if scheduler.kind == "warmup_stable_decay":
+        tail = scheduler.decay_steps or max(1, steps // 10)
+        if scheduler.warmup_steps + tail > steps:
+            return [
+                f"scheduler.warmup_steps {scheduler.warmup_steps} + scheduler.decay_steps {tail} exceed "
+                f"training.steps {steps}"
+            ]
+    elif scheduler.warmup_steps > (scheduler.decay_steps or steps):
+        return [f"scheduler.warmup_steps {scheduler.warmup_steps} is longer than the schedule"]
+    return []
+
+
+def world_problems(config: RunConfig, world_size: int) -> list[str]:
+    """Every reason why a valid configuration would not run on `world_size` ranks."""
+    pipe, tensor = config.pipeline_parallel_size, config.parallel.tensor_parallel_size
+    if world_size % (pipe * tensor):
+        return [
+            f"world size {world_size} is not a multiple of pipeline {pipe} x tensor {tensor} = {pipe * tensor}; "
+            f"start {pipe * tensor} or a multiple of it"
+        ]
+    data = world_size // (pipe * tensor)
+    per_round = data * config.training.micro_batch_size
+    if config.training.global_batch_size % per_round:
+        return [
+            f"training.global_batch_size {config.training.global_batch_size} is not a multiple of data-parallel size "
+            f"{data} x training.micro_batch_size {config.training.micro_batch_size} = {per_round}"
+        ]
+    return []
+
+
+def require_world(config: RunConfig, world_size: int) -> None:
+    """Refuse a world size that the configuration does not fit.
+
+    Raises:
+        ConfigError: with every reason.
+    """
+    problems = world_problems(config, world_size)
+    if problems:
+        raise ConfigError("; ".join(problems))
