@@ -7,20 +7,41 @@ configuration takes milliseconds and needs no process group. Reading files and o
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from stagdist.config_checks import data_problems, model_problems, run_problems, world_problems
 from stagdist.errors import ConfigError
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+
+def _no_truth_value(value: Any) -> Any:
+    """Python counts true as 1, a person who writes `steps: true` does not mean one step."""
+    if isinstance(value, bool):
+        raise ValueError(f"is {str(value).lower()}, must be a number")
+    return value
+
+
+_Number = BeforeValidator(_no_truth_value)
+Positive = Annotated[int, Field(ge=1), _Number]
+NonNegative = Annotated[int, Field(ge=0), _Number]
+PositiveFloat = Annotated[float, Field(gt=0), _Number]
+NonNegativeFloat = Annotated[float, Field(ge=0), _Number]
+Share = Annotated[float, Field(ge=0, le=1), _Number]
 
 
 class Section(BaseModel):
     """Base of every part of the configuration: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), validate_default=True, allow_inf_nan=False
+    )
+
+
+def _report(problems: list[str], found: ValidationInfo) -> None:
+    """Collect the problems of a cross-check where the caller gave a list as context, otherwise raise them."""
+    if problems and isinstance(found.context, list):
+        found.context.extend(problems)
+    elif problems:
+        raise ValueError("; ".join(problems))
 
 
 class RopeScaling(Section):
@@ -55,7 +76,7 @@ class ModelConfig(Section):
     connection: Literal["staggered", "sequential"] = Field(
         "staggered", description="staggered: StagFormer. sequential: the plain Transformer cut at the same places."
     )
-    stagger: Annotated[int, Field(ge=0, le=2)] = Field(
+    stagger: Annotated[int, Field(ge=0, le=2), _Number] = Field(
         1, description="Positions by which the memory lags; 0 is a control that cannot decode in parallel."
     )
     cross_attention_window: Positive | None = Field(
@@ -102,59 +123,9 @@ class ModelConfig(Section):
         return self.connection == "staggered"
 
     @model_validator(mode="after")
-    def _consistent(self) -> "ModelConfig":
-        problems = model_problems(self)
-        if problems:
-            raise ValueError("; ".join(problems))
+    def _consistent(self, found: ValidationInfo) -> "ModelConfig":
+        _report(model_problems(self), found)
         return self
-
-
-def model_problems(model: ModelConfig) -> list[str]:
-    """Every reason why the shape of a model contradicts itself."""
-    problems = []
-    heads = model.num_attention_heads
-    if model.head_dim is None and model.hidden_size % heads:
-        problems.append(
-            f"model.hidden_size {model.hidden_size} is not a multiple of model.num_attention_heads {heads}; "
-            "change one of them or set model.head_dim"
-        )
-    if model.head_width % 2:
-        problems.append(f"the head width {model.head_width} is odd, but rotary embeddings turn pairs")
-    for key, value in (
-        ("num_key_value_heads", model.key_value_heads),
-        ("cross_attention_key_value_heads", model.cross_key_value_heads),
-    ):
-        if heads % value:
-            problems.append(f"model.num_attention_heads {heads} is not a multiple of model.{key} {value}")
-    if not model.staggered:
-        problems += _staggered_only_problems(model)
-    if model.share_section_weights and len(set(model.section_layers)) > 1:
-        problems.append(
-            f"model.share_section_weights needs equal sections, model.section_layers is {list(model.section_layers)}"
-        )
-    if model.cross_attention_window is not None and model.cross_attention_window > model.max_position_embeddings:
-        problems.append(
-            f"model.cross_attention_window {model.cross_attention_window} is longer than "
-            f"model.max_position_embeddings {model.max_position_embeddings}; use null for no window"
-        )
-    return problems
-
-
-def _staggered_only_problems(model: ModelConfig) -> list[str]:
-    """A sequential model refuses the keys that only a StagFormer has, unless they hold their defaults."""
-    keys = (
-        "stagger",
-        "cross_attention_window",
-        "cross_attention_key_value_heads",
-        "share_section_weights",
-        "combine_sections",
-    )
-    return [
-        f"model.{key} is {getattr(model, key)!r}, but only a staggered model has it; "
-        f"remove it or set model.connection: staggered"
-        for key in keys
-        if getattr(model, key) != ModelConfig.model_fields[key].default
-    ]
 
 
 class ParallelConfig(Section):
@@ -206,14 +177,8 @@ class DataConfig(Section):
     seed: NonNegative = Field(1234, description="Seed of the order of samples.")
 
     @model_validator(mode="after")
-    def _one_way(self) -> "DataConfig":
-        separate = self.train_corpora or self.validation_corpora or self.test_corpora
-        if self.corpora and separate:
-            raise ValueError("data.corpora (cut by data.split) excludes data.train_corpora and its sisters")
-        if separate and not self.train_corpora:
-            raise ValueError("data.train_corpora is empty, but data.validation_corpora or data.test_corpora is not")
-        if min(self.split) < 0 or self.split[0] <= 0:
-            raise ValueError(f"data.split {list(self.split)} must not be negative and needs a share for training")
+    def _one_way(self, found: ValidationInfo) -> "DataConfig":
+        _report(data_problems(self), found)
         return self
 
 
@@ -223,8 +188,8 @@ class OptimizerConfig(Section):
     learning_rate: PositiveFloat = Field(3e-4, description="Peak learning rate.")
     betas: tuple[Share, Share] = Field((0.9, 0.95), description="Decay of the first and the second moment.")
     eps: PositiveFloat = Field(1e-8, description="Added to the root of the second moment.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="Decoupled decay of matrices, per unit rate.")
-    max_grad_norm: Annotated[float, Field(ge=0)] = Field(
+    weight_decay: NonNegativeFloat = Field(0.1, description="Decoupled decay of matrices, per unit rate.")
+    max_grad_norm: NonNegativeFloat = Field(
         1.0, description="Gradients are scaled to at most this global norm; 0 switches clipping off."
     )
 
@@ -363,7 +328,7 @@ class RunConfig(Section):
     @classmethod
     def _plain_name(cls, name: str) -> str:
         if "/" in name or name in (".", ".."):
-            raise ValueError(f"{name!r} is a path; name is the last part of the run folder, see runs_directory")
+            raise ValueError(f"is {name!r}, a path; name is the last part of the run folder, see runs_directory")
         return name
 
     @field_validator("deepspeed")
@@ -375,94 +340,9 @@ class RunConfig(Section):
         return keys
 
     @model_validator(mode="after")
-    def _consistent(self) -> "RunConfig":
-        problems = run_problems(self)
-        if problems:
-            raise ValueError("; ".join(problems))
+    def _consistent(self, found: ValidationInfo) -> "RunConfig":
+        _report(run_problems(self), found)
         return self
-
-
-def run_problems(config: RunConfig) -> list[str]:
-    """Every reason, independent of the world size, why a configuration would not run."""
-    problems = []
-    pipe, tensor = config.pipeline_parallel_size, config.parallel.tensor_parallel_size
-    model, training = config.model, config.training
-    if model.num_sections % pipe:
-        problems.append(
-            f"parallel.pipeline_parallel_size {pipe} does not divide the {model.num_sections} sections of "
-            f"model.section_layers {list(model.section_layers)}"
-        )
-    for key, heads in (
-        ("num_attention_heads", model.num_attention_heads),
-        ("num_key_value_heads", model.key_value_heads),
-        ("cross_attention_key_value_heads", model.cross_key_value_heads),
-        ("intermediate_size", model.intermediate_size),
-    ):
-        if heads % tensor:
-            problems.append(f"model.{key} {heads} is not a multiple of parallel.tensor_parallel_size {tensor}")
-    if config.sequence_length > model.max_position_embeddings:
-        problems.append(
-            f"data.sequence_length {config.sequence_length} is longer than "
-            f"model.max_position_embeddings {model.max_position_embeddings}"
-        )
-    if training.global_batch_size % training.micro_batch_size:
-        problems.append(
-            f"training.global_batch_size {training.global_batch_size} is not a multiple of "
-            f"training.micro_batch_size {training.micro_batch_size}"
-        )
-    if training.steps * training.global_batch_size > config.num_samples:
-        problems.append(
-            f"data.num_samples {config.num_samples} is less than training.steps * training.global_batch_size = "
-            f"{training.steps * training.global_batch_size}; raise it before the run starts, it is fixed afterwards"
-        )
-    return problems + _zero_problems(config) + _scheduler_problems(config)
-
-
-def _zero_problems(config: RunConfig) -> list[str]:
-    zero = config.deepspeed.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        return [f"deepspeed.zero_optimization must be a mapping, got {zero!r}"]
-    stage = zero.get("stage", 1)
-    if stage == 1:
-        return []
-    reason = (
-        "the pipeline accumulates whole gradients over its micro-batches, which ZeRO-2 and 3 shard away"
-        if stage in (2, 3)
-        else "without ZeRO-1 DeepSpeed clips fp32 pipelines by a wrong gradient norm"
-    )
-    return [f"deepspeed.zero_optimization.stage is {stage}, only 1 works: {reason}"]
-
-
-def _scheduler_problems(config: RunConfig) -> list[str]:
-    scheduler, steps = config.scheduler, config.training.steps
-    if scheduler.kind == "warmup_stable_decay":
-        tail = scheduler.decay_steps or max(1, steps // 10)
-        if scheduler.warmup_steps + tail > steps:
-            return [
-                f"scheduler.warmup_steps {scheduler.warmup_steps} + scheduler.decay_steps {tail} exceed "
-                f"training.steps {steps}"
-            ]
-    elif scheduler.warmup_steps > (scheduler.decay_steps or steps):
-        return [f"scheduler.warmup_steps {scheduler.warmup_steps} is longer than the schedule"]
-    return []
-
-
-def world_problems(config: RunConfig, world_size: int) -> list[str]:
-    """Every reason why a valid configuration would not run on `world_size` ranks."""
-    pipe, tensor = config.pipeline_parallel_size, config.parallel.tensor_parallel_size
-    if world_size % (pipe * tensor):
-        return [
-            f"world size {world_size} is not a multiple of pipeline {pipe} x tensor {tensor} = {pipe * tensor}; "
-            f"start {pipe * tensor} or a multiple of it"
-        ]
-    data = world_size // (pipe * tensor)
-    per_round = data * config.training.micro_batch_size
-    if config.training.global_batch_size % per_round:
-        return [
-            f"training.global_batch_size {config.training.global_batch_size} is not a multiple of data-parallel size "
-            f"{data} x training.micro_batch_size {config.training.micro_batch_size} = {per_round}"
-        ]
-    return []
 
 
 def require_world(config: RunConfig, world_size: int) -> None:

@@ -4,18 +4,16 @@ What may be configured is said in `stagdist/config.py`; this module turns a file
 problem at once by the path of its key, and writes a configuration back. It opens no file but the one it is given.
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from stagdist.config import ModelConfig, RunConfig, Section
+from stagdist.config_schema import meaning, unknown_keys
 from stagdist.errors import ConfigError
 
 
@@ -82,74 +80,6 @@ def differences(first: Section, second: Section) -> dict[str, tuple[Any, Any]]:
     return {path: (left.get(path), right.get(path)) for path in paths if left.get(path) != right.get(path)}
 
 
-# ---- the schema, walked ----
-
-
-@dataclass(frozen=True)
-class Key:
-    """One key of the schema: its path such as `optimizer.betas`, the part that holds it, and its field."""
-
-    path: str
-    owner: type[Section]
-    field: FieldInfo
-
-
-def schema_keys(part: type[Section] = RunConfig, prefix: str = "") -> Iterator[Key]:
-    """Every key of the schema in the order of its definition; an entry of a list is written `0`."""
-    for name, field in part.model_fields.items():
-        path = f"{prefix}{name}"
-        yield Key(path, part, field)
-        inner = inner_part(field)
-        if inner is not None:
-            yield from schema_keys(inner, f"{path}.0." if is_list(field) else f"{path}.")
-
-
-def inner_part(field: FieldInfo) -> type[Section] | None:
-    """The part of the configuration that a key holds (directly, optionally or in a list), None for a plain value."""
-    waiting: list[Any] = [field.annotation]
-    while waiting:
-        kind = waiting.pop()
-        if isinstance(kind, type) and issubclass(kind, Section):
-            return kind
-        waiting += get_args(kind)
-    return None
-
-
-def is_list(field: FieldInfo) -> bool:
-    """True for a key that holds a list."""
-    return getattr(field.annotation, "__origin__", None) is tuple
-
-
-def unknown_keys(keys: Mapping[str, Any], part: type[Section] = RunConfig, prefix: str = "") -> list[str]:
-    """A problem, with the nearest known name, for each key that the schema does not have."""
-    problems = []
-    for name, value in keys.items():
-        field = part.model_fields.get(name)
-        if field is None:
-            problems.append(_unknown(f"{prefix}{name}", part, prefix))
-        elif (inner := inner_part(field)) is not None:
-            entries = [("", value)]
-            if is_list(field) and isinstance(value, list):
-                entries = [(f".{index}", entry) for index, entry in enumerate(value)]
-            for index, entry in entries:
-                if isinstance(entry, Mapping):
-                    problems += unknown_keys(entry, inner, f"{prefix}{name}{index}.")
-    return problems
-
-
-def _unknown(path: str, part: type[Section], prefix: str) -> str:
-    """The nearest sibling of an unknown key, or the nearest key anywhere, or all its siblings."""
-    name = path.removeprefix(prefix)
-    siblings = list(part.model_fields)
-    near = [f"{prefix}{one}" for one in difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)]
-    elsewhere = {key.path.rsplit(".", 1)[-1]: key.path for key in schema_keys()}
-    near += [elsewhere[one] for one in difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.8)]
-    near += [f"{prefix}{one}" for one in difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)]
-    if near:
-        return f"unknown key {path}; did you mean {near[0]}?"
-    return f"unknown key {path}; {prefix.rstrip('.') or 'the configuration'} has: {', '.join(siblings)}"
-
-
 # ---- files and overrides ----
 
 
@@ -176,7 +106,7 @@ _StrictLoader.add_implicit_resolver(
 
 def _parse_yaml(text: str, origin: str) -> Any:
     try:
-        return yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, _StrictLoader)  # it is a SafeLoader
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None
     except yaml.YAMLError as error:
@@ -265,23 +195,14 @@ def _in_plain_words(error: Mapping[str, Any]) -> str:
     """A problem by the path of its key, without the words of the validation library."""
     path, kind = ".".join(str(part) for part in error["loc"]), error["type"]
     if kind == "missing":
-        return f"{path} is missing{_meaning(path)}"
+        return f"{path} is missing{meaning(path)}"
     if kind == "value_error":
         reason = str(error["ctx"]["error"])
-        return reason if reason.startswith(path.split(".")[0]) else f"{path}: {reason}"
+        return f"{path} {reason}" if reason.startswith("is ") else reason
     expected = _EXPECTED.get(kind)
     if expected is None:
         return f"{path} is {error['input']!r}: {error['msg']}"
-    return f"{path} is {error['input']!r}, must be {expected.format(**error.get('ctx', {}))}{_meaning(path)}"
-
-
-def _meaning(path: str) -> str:
-    """The description of a key in brackets, to help with a missing or wrong value."""
-    pattern = re.sub(r"\.\d+", ".0", path)
-    for key in schema_keys():
-        if key.path in (pattern, pattern.removesuffix(".0")):
-            return f" ({(key.field.description or '').rstrip('.')})"
-    return ""
+    return f"{path} is {error['input']!r}, must be {expected.format(**error.get('ctx', {}))}{meaning(path)}"
 
 
 def _resolved(part: Section) -> Section:
