@@ -1,0 +1,67 @@
+# Two commands do everything on a fresh machine, set-up included:
+#   make quickstart [CORPUS="a.txt b.jsonl"]    train a small StagFormer on two processes
+#   make test                                   lint and the whole test suite
+# Everything is installed into .venv from pyproject.toml, at the versions of constraints.txt.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CORPUS ?=
+PYTEST_ARGS ?=
+
+# The first interpreter found that stagdist runs on; PYTHON=/path/to/python chooses another.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for candidate in python3 python3.12 python3.11; do \
+	"$$candidate" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$candidate"; break; }; done)
+
+.PHONY: help install quickstart test lint clean
+
+help: ## Show this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+install: $(STAMP) ## Create .venv and install everything (the other targets do this themselves)
+
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c '$(SUPPORTED)'; then \
+		echo "stagdist needs Python 3.11 or 3.12, but $(or $(PYTHON),python3) is" \
+			"$$("$(or $(PYTHON),python3)" --version 2>/dev/null || echo missing)." >&2; \
+		echo "Install one of them, or name it: make $(or $(MAKECMDGOALS),install) PYTHON=/path/to/python3.11" >&2; \
+		exit 1; fi
+	@echo "Creating $(VENV) with $$("$(PYTHON)" --version) ($(PYTHON))"
+	@"$(PYTHON)" -m venv $(VENV)
+	@echo "Installing the packages of constraints.txt into $(VENV), a few minutes; log: $(VENV)/install.log"
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile --progress-bar off \
+		--constraint constraints.txt --editable ".[mpi,test]" 2>&1 | tee $(VENV)/install.log \
+		| sed -unE -e 's/^ *(Collecting [^ ]+).*/  \1/p' -e 's/^ *Building wheels.*/  Building wheels/p' \
+			-e 's/^ *Installing collected packages.*/  Unpacking/p' -e 's/^ *(ERROR.*)/\1/p' \
+		|| { echo "The installation failed. The end of $(VENV)/install.log:" >&2; \
+			tail -n 20 $(VENV)/install.log >&2; exit 1; }
+	@touch $@
+	@echo "Installed."
+
+quickstart: $(STAMP) ## Train a small StagFormer on CORPUS="files" (default: Python's own source)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/quickstart.py $(if $(strip $(CORPUS)),--corpus $(CORPUS))
+
+lint: $(STAMP) ## Ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One thread per process: several ranks share the cores, and sums keep one order. No test may reach for the network.
+test: export OMP_NUM_THREADS := 1
+test: export HF_HUB_OFFLINE := 1
+test: export TOKENIZERS_PARALLELISM := false
+test: export WANDB_MODE := offline
+test: export MPLBACKEND := Agg
+test: lint ## Lint and the whole test suite (PYTEST_ARGS="-k name" narrows it)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+clean: ## Remove .venv and caches; runs/ is kept
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

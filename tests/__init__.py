@@ -1,0 +1,1 @@
+"""Tests of stagdist; they mirror the package."""

@@ -1,0 +1,39 @@
+"""Settings of every test run, and what is skipped where a machine cannot run it."""
+
+import os
+import shutil
+import subprocess
+
+# Before torch is imported: ranks share the cores, sums keep one order, and no test reaches for the network.
+for name, value in {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "offline",
+    "MPLBACKEND": "Agg",
+}.items():
+    os.environ.setdefault(name, value)
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` and `lab` tests, with the reason, where there is no device or no right to make namespaces."""
+    for marker, reason in (("gpu", _without_gpu), ("lab", _without_namespaces)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and (problem := reason()):
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=problem))
+
+
+def _without_gpu() -> str:
+    import torch
+
+    return "" if torch.cuda.is_available() else "needs a CUDA device"
+
+
+def _without_namespaces() -> str:
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        return "needs root and the `ip` command for network namespaces"
+    probe = subprocess.run(["unshare", "--net", "true"], capture_output=True, text=True)
+    return "" if probe.returncode == 0 else f"cannot make network namespaces: {probe.stderr.strip()}"

@@ -1,0 +1,200 @@
+"""Run a function on several real processes and bring back what each returned.
+
+    losses = run_ranks("tests.training.test_parity:train_all", 4, {"cases": [...]})
+
+The function lives at the top of an importable module, takes the payload and returns anything that pickles. It
+finds its place in the usual variables (RANK, WORLD_SIZE, MASTER_ADDR, ...) and sets up its own process group.
+Importing the frameworks takes seconds per process, so one launch should run many cases.
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import importlib
+import os
+import pickle
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+POLL_S = 0.02
+GRACE_S = 0.3
+LOG_CHARACTERS = 4000
+PR_SET_PDEATHSIG = 1
+
+
+class RankError(RuntimeError):
+    """A rank failed or did not end in time; carries the rank, its traceback and the end of its output."""
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+def run_ranks(
+    target: str, world_size: int, payload: Any = None, timeout_s: float = 300.0, env: dict[str, str] | None = None
+) -> list[Any]:
+    """Call `target` ("module:function") with `payload` on `world_size` local processes; results by rank.
+
+    The ranks see no GPU unless `env` (added to this process's environment) says otherwise.
+
+    Raises:
+        RankError: the first rank that failed, not those that its death pulled down; or the time is up.
+    """
+    with tempfile.TemporaryDirectory(prefix="stagdist-ranks-") as name:
+        folder = Path(name)
+        (folder / "payload").write_bytes(pickle.dumps((target, payload, timeout_s)))
+        variables = _environment(world_size, env or {})
+        ranks: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(world_size):
+                ranks.append(_start(folder, rank, variables))
+            _wait(ranks, folder, time.monotonic() + timeout_s, timeout_s)
+            return [pickle.loads(_result(folder, rank).read_bytes()) for rank in range(world_size)]
+        finally:
+            _end(ranks)
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on.
+
+    Taken below the range the kernel gives to outgoing connections, so none of those takes it before it is used.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20000, 30000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+# --- the parent -------------------------------------------------------------------------------------------------
+
+
+def _environment(world_size: int, extra: dict[str, str]) -> dict[str, str]:
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONUNBUFFERED": "1",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        **extra,
+    }
+
+
+def _start(folder: Path, rank: int, variables: dict[str, str]) -> "subprocess.Popen[bytes]":
+    with _log(folder, rank).open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.ranks", str(folder)],
+            env={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _wait(ranks: list["subprocess.Popen[bytes]"], folder: Path, deadline: float, timeout_s: float) -> None:
+    """Return when every rank has left its result; raise as soon as one has failed."""
+    while True:
+        ended = [rank for rank, process in enumerate(ranks) if process.poll() is not None]
+        if ended:
+            time.sleep(GRACE_S)  # the first failure and what it pulls down come close together: see them all
+            raise _first_failure(ranks, folder)
+        if all(_result(folder, rank).exists() for rank in range(len(ranks))):
+            return
+        if time.monotonic() > deadline:
+            late = [rank for rank in range(len(ranks)) if not _result(folder, rank).exists()]
+            raise RankError(
+                late[0],
+                f"ranks {late} of {len(ranks)} did not end within {timeout_s:g} s; output of rank {late[0]}, with "
+                f"its stack shortly before the end:\n{_tail(folder, late[0])}",
+            )
+        time.sleep(POLL_S)
+
+
+def _first_failure(ranks: list["subprocess.Popen[bytes]"], folder: Path) -> RankError:
+    """The rank whose failure came first. One that died without a word comes before those that could report."""
+    reports: list[tuple[float, int, str]] = []
+    for rank, process in enumerate(ranks):
+        if _failure(folder, rank).exists():
+            moment, report = pickle.loads(_failure(folder, rank).read_bytes())
+            reports.append((moment, rank, report))
+        elif process.poll() is not None:
+            reports.append((0.0, rank, f"exit code {process.returncode} without result or exception\n"))
+    _, rank, report = min(reports)
+    return RankError(
+        rank, f"rank {rank} of {len(ranks)} failed:\n{report}output of rank {rank}:\n{_tail(folder, rank)}"
+    )
+
+
+def _end(ranks: list["subprocess.Popen[bytes]"]) -> None:
+    """End our own processes and what they started; each leads a process group of its own."""
+    for process in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    for process in ranks:
+        process.wait()
+        if process.stdin:
+            process.stdin.close()
+
+
+def _tail(folder: Path, rank: int) -> str:
+    return _log(folder, rank).read_text(errors="replace")[-LOG_CHARACTERS:]
+
+
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"{rank}.log"
+
+
+def _result(folder: Path, rank: int) -> Path:
+    return folder / f"{rank}.result"
+
+
+def _failure(folder: Path, rank: int) -> Path:
+    return folder / f"{rank}.failure"
+
+
+# --- the rank ---------------------------------------------------------------------------------------------------
+
+
+def _run(folder: Path, rank: int) -> int:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no orphans, however the test run ends
+    target, payload, timeout_s = pickle.loads((folder / "payload").read_bytes())
+    faulthandler.dump_traceback_later(max(0.8 * timeout_s, timeout_s - 5), exit=False)
+    try:
+        module, function = target.split(":")
+        result = pickle.dumps(getattr(importlib.import_module(module), function)(payload))
+    except BaseException:
+        _leave(_failure(folder, rank), pickle.dumps((time.time(), traceback.format_exc())))
+        return 1
+    faulthandler.cancel_dump_traceback_later()
+    _leave(_result(folder, rank), result)
+    # Stay until the parent has every result: rank 0 serves the store that slower ranks may still ask.
+    sys.stdin.read()
+    return 0
+
+
+def _leave(path: Path, content: bytes) -> None:
+    """Write aside and rename, so that the parent never reads half a file."""
+    aside = path.with_suffix(".part")
+    aside.write_bytes(content)
+    aside.rename(path)
+
+
+if __name__ == "__main__":
+    sys.exit(_run(Path(sys.argv[1]), int(os.environ["RANK"])))

@@ -1,0 +1,135 @@
+"""The multi-process runner itself: results, failures, silence and timeouts."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import RankError, run_ranks
+
+pytestmark = pytest.mark.ranks
+
+
+def reduce_cases(cases: list[float]) -> list[float]:
+    """Several all-reduces over gloo in one launch."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank, sums = dist.get_rank(), []
+    for case in cases:
+        tensor = torch.tensor([case * (rank + 1)])
+        dist.all_reduce(tensor)
+        sums.append(tensor.item())
+    return sums
+
+
+def fail_on_rank_1(_: Any) -> None:
+    """Rank 1 raises while rank 0 waits for it in a collective and so fails too."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+        raise ValueError("seven is not a section")
+    dist.all_reduce(torch.ones(1))
+
+
+def die_on_rank_1(_: Any) -> None:
+    """Rank 1 is killed while rank 0 waits for it in a collective and so fails too."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.ones(1))
+
+
+def leave_early(_: Any) -> None:
+    """Rank 1 exits with code 0, as a script might, instead of returning."""
+    if os.environ["RANK"] == "1":
+        sys.exit(0)
+    time.sleep(60)
+
+
+def hang_on_rank_1(folder: str) -> str:
+    """Rank 1 never returns and has a child that would not either."""
+    import subprocess
+
+    if os.environ["RANK"] == "0":
+        return "done"
+    child = subprocess.Popen(["sleep", "600"])
+    Path(folder, "pids").write_text(f"{os.getpid()} {child.pid}")
+    hang_here()
+    return "never"
+
+
+def hang_here() -> None:
+    """A name to find in the stack."""
+    time.sleep(600)
+
+
+def surroundings(names: list[str]) -> dict[str, str]:
+    """What a rank finds in its environment."""
+    return {name: os.environ[name] for name in names}
+
+
+def test_results_come_back_by_rank_and_one_launch_runs_many_cases() -> None:
+    assert run_ranks("tests.test_ranks:reduce_cases", 3, [1.0, 0.5], timeout_s=120) == [[6.0, 3.0]] * 3
+
+
+def test_the_error_of_the_first_failing_rank_is_raised_not_the_cascade() -> None:
+    with pytest.raises(RankError, match="seven is not a section") as failure:
+        run_ranks("tests.test_ranks:fail_on_rank_1", 2, timeout_s=120)
+    assert failure.value.rank == 1
+
+
+def test_a_killed_rank_is_named_and_not_its_victim() -> None:
+    with pytest.raises(RankError, match="rank 1 of 2 failed:\nexit code -9") as failure:
+        run_ranks("tests.test_ranks:die_on_rank_1", 2, timeout_s=120)
+    assert failure.value.rank == 1
+
+
+def test_leaving_without_a_result_is_a_failure_even_with_code_0() -> None:
+    with pytest.raises(RankError, match="SystemExit: 0"):
+        run_ranks("tests.test_ranks:leave_early", 2, timeout_s=30)
+
+
+def test_a_hanging_rank_ends_at_the_limit_with_its_stack_and_its_children(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(RankError, match=r"ranks \[1\] of 2 did not end within 4 s(.|\n)*hang_here") as failure:
+        run_ranks("tests.test_ranks:hang_on_rank_1", 2, str(tmp_path), timeout_s=4)
+    assert failure.value.rank == 1
+    assert time.monotonic() - started < 20
+    for pid in (tmp_path / "pids").read_text().split():
+        assert _gone(int(pid))
+
+
+def test_ranks_learn_their_place_and_see_no_gpu_unless_told() -> None:
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "EXTRA"]
+    places = run_ranks("tests.test_ranks:surroundings", 2, names, env={"EXTRA": "yes"})
+    values = [["0", "0", "2", "1", "", "yes"], ["1", "1", "2", "1", "", "yes"]]
+    assert places == [dict(zip(names, row, strict=True)) for row in values]
+
+
+def test_a_missing_target_says_so() -> None:
+    with pytest.raises(RankError, match="no_such_function"):
+        run_ranks("tests.test_ranks:no_such_function", 1)
+
+
+def _gone(pid: int) -> bool:
+    """Whether a process has ended; a zombie that nobody has reaped counts as ended."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
