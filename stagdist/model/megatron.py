@@ -1,0 +1,158 @@
+"""The only door to megatron-core's tensor-parallel layers.
+
+Layers here keep their weights unsharded by nothing but the tensor axis, take and give `[B, S, H]`, and leave
+initialisation to `stagdist/model/initialization.py`, so that values do not depend on the grid.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import ModelParallelConfig
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+    vocab_parallel_cross_entropy,
+)
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The tensor axis as a layer sees it.
+
+    Attributes:
+        group: process group of the ranks that split the same matrices.
+        dtype: dtype of newly made parameters.
+    """
+
+    group: dist.ProcessGroup
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def size(self) -> int:
+        """Ranks of the group."""
+        return self.group.size()
+
+    @property
+    def rank(self) -> int:
+        """Place of this process in the group."""
+        return self.group.rank()
+
+    def layer_config(self) -> ModelParallelConfig:
+        """What megatron-core's layers are told.
+
+        CPU initialisation is the path that needs no CUDA device; the engine moves the weights afterwards.
+        """
+        return ModelParallelConfig(
+            tensor_model_parallel_size=self.size,
+            params_dtype=self.dtype,
+            use_cpu_initialization=True,
+            perform_initialization=False,
+            gradient_accumulation_fusion=False,
+        )
+
+
+def _no_initialization(weight: Tensor) -> None:
+    raise AssertionError("weights are initialised by name, not by the layer")
+
+
+class ColumnParallel(ColumnParallelLinear):
+    """`y = x W^T`, W split by rows. Expects its input to have passed `enter_tensor_parallel`.
+
+    Shapes: [B, S, H] -> [B, S, output / tensor size].
+    """
+
+    def __init__(self, input_size: int, output_size: int, parallel: TensorParallel, *, own_weight: bool = True):
+        super().__init__(
+            input_size,
+            output_size,
+            config=parallel.layer_config(),
+            init_method=_no_initialization,
+            bias=False,
+            skip_weight_param_allocation=not own_weight,
+            # Several projections read one input; its gradient is reduced once, where the input enters.
+            disable_grad_reduce=True,
+            tp_group=parallel.group,
+        )
+        if own_weight:
+            set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, hidden_states: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Apply to `hidden_states`, with a tied `weight` when the layer has none of its own."""
+        output, _ = super().forward(hidden_states, weight=weight)
+        return output
+
+
+class RowParallel(RowParallelLinear):
+    """`y = x W^T`, W split by columns; the partial results are summed over the tensor ranks.
+
+    Shapes: [B, S, input / tensor size] -> [B, S, H].
+    """
+
+    def __init__(self, input_size: int, output_size: int, parallel: TensorParallel):
+        super().__init__(
+            input_size,
+            output_size,
+            config=parallel.layer_config(),
+            init_method=_no_initialization,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=parallel.group,
+        )
+        set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Apply and sum over the tensor ranks."""
+        output, _ = super().forward(hidden_states)
+        return output
+
+
+class TokenEmbedding(VocabParallelEmbedding):
+    """Embedding table split over the vocabulary.
+
+    Shapes: int64 [B, S] -> [B, S, H].
+    """
+
+    def __init__(self, padded_vocab_size: int, hidden_size: int, parallel: TensorParallel):
+        super().__init__(
+            padded_vocab_size,
+            hidden_size,
+            init_method=_no_initialization,
+            config=parallel.layer_config(),
+            tp_group=parallel.group,
+        )
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """Identity whose gradient is contiguous: megatron-core's reduction drops the sum of one that is not."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, hidden_states: Tensor) -> Tensor:
+        return hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
+        return gradients[0].contiguous()
+
+
+def enter_tensor_parallel(hidden_states: Tensor, parallel: TensorParallel) -> Tensor:
+    """Mark where a replicated tensor enters split projections: its gradient is summed over the tensor ranks."""
+    if parallel.size == 1:
+        return hidden_states
+    return _ContiguousGradient.apply(copy_to_tensor_model_parallel_region(hidden_states, group=parallel.group))
+
+
+def token_nats(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of every token over the split vocabulary. Overwrites fp32 `logits`.
+
+    Shapes: logits [B, S, V], labels int64 [B, S] -> fp32 [B, S], nats.
+    """
+    return vocab_parallel_cross_entropy(logits.float().contiguous(), labels)
+
+

@@ -1,0 +1,92 @@
+"""What all ranks must decide alike: whether to update, to save, to stop."""
+
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from stagdist.config import CheckpointConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """The same on every rank in the same step.
+
+    Attributes:
+        bad_ranks: ranks whose loss or gradients were not finite.
+        signal_number: signal that some rank received, 0 for none.
+        time_is_up: the wall-clock limit is reached.
+        save_is_due: the time between two saves has passed.
+    """
+
+    bad_ranks: Sequence[int]
+    signal_number: int
+    time_is_up: bool
+    save_is_due: bool
+
+    @property
+    def stop(self) -> bool:
+        """The run must save and end."""
+        return bool(self.signal_number) or self.time_is_up
+
+
+class StopSignals:
+    """Remembers SIGTERM and SIGUSR1 until the next step boundary."""
+
+    HANDLED = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._previous = {number: signal.signal(number, self._remember) for number in self.HANDLED}
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def restore(self) -> None:
+        """Put back the handlers from before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Agreement:
+    """One small reduction per step over the control group, from which every rank reads the same decisions.
+
+    Clocks are read on rank 0 alone, so that no two ranks can differ about the time.
+    """
+
+    def __init__(
+        self,
+        control: dist.ProcessGroup,
+        signals: StopSignals,
+        training: TrainingConfig,
+        checkpoint: CheckpointConfig,
+        started_at: float,
+    ):
+        self._control = control
+        self._signals = signals
+        self._rank = dist.get_rank()
+        self._limit_s = None if training.max_minutes is None else training.max_minutes * 60
+        self._save_every_s = None if checkpoint.interval_minutes is None else checkpoint.interval_minutes * 60
+        self._started_at = started_at
+        self._saved_at = time.monotonic()
+
+    def saved(self) -> None:
+        """Start the time between two saves anew."""
+        self._saved_at = time.monotonic()
+
+    def agree(self, finite: bool) -> Agreed:
+        """Share this rank's state and learn all others'."""
+        votes = torch.zeros(3 + dist.get_world_size(), dtype=torch.int64)
+        votes[0] = self._signals.received
+        if self._rank == 0:
+            now = time.monotonic()
+            votes[1] = self._limit_s is not None and now - self._started_at >= self._limit_s
+            votes[2] = self._save_every_s is not None and now - self._saved_at >= self._save_every_s
+        votes[3 + self._rank] = not finite
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._control)
+        bad = torch.nonzero(votes[3:]).flatten().tolist()
+        return Agreed(bad, int(votes[0]), bool(votes[1]), bool(votes[2]))

@@ -1,0 +1,45 @@
+"""Start of the process groups for training, with DeepSpeed on board."""
+
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+from stagdist.parallel.grid import Grid
+from stagdist.parallel.groups import Groups, build_groups, set_default_timeout
+
+
+def start_distributed(grid: Grid, device: str, timeout_s: float) -> Groups:
+    """Join the world named by the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...) and build all groups."""
+    # The op exists for CPUs alone, needs a compiler, and costs a minute of compilation on every node.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    set_default_timeout(timeout_s)
+    backend = "nccl" if device == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False)
+    groups = build_groups(grid, timeout_s)
+    _check_rank_order(grid)
+    return groups
+
+
+def topology(grid: Grid) -> PipeModelDataParallelTopology:
+    """DeepSpeed's name for the grid."""
+    return PipeModelDataParallelTopology(num_pp=grid.pipe, num_mp=grid.tensor, num_dp=grid.data)
+
+
+def _check_rank_order(grid: Grid) -> None:
+    """DeepSpeed must see every rank where our grid sees it."""
+    for rank in range(grid.world_size):
+        theirs, ours = topology(grid).get_coord(rank), grid.coordinate(rank)
+        assert (theirs.pipe, theirs.data, theirs.model) == (ours.pipe, ours.data, ours.tensor), (
+            f"rank {rank}: ours {ours}, DeepSpeed's {theirs}"
+        )
+
+
+def stop_distributed() -> None:
+    """Leave the world in order."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,173 @@
+"""DeepSpeed's pipeline engine with a gate before the update and a clock on every instruction."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+
+from stagdist.config import RunConfig
+from stagdist.model.megatron import TensorParallel
+from stagdist.model.stagformer import fill_parameters
+from stagdist.parallel.groups import Groups
+from stagdist.training.deepspeed_config import deepspeed_config
+from stagdist.training.optimizer import build_optimizer
+from stagdist.training.pipeline import SectionPipeline
+
+MicroBatches = Iterator[tuple[Tensor, Tensor]]
+Gate = Callable[[bool], bool]
+"""Told whether this rank's loss and gradients are finite, answers whether all ranks update."""
+
+COMPUTE = (schedule.ForwardPass, schedule.BackwardPass)
+UPDATE = (schedule.ReduceTiedGrads, schedule.ReduceGrads, schedule.OptimizerStep)
+
+
+@dataclass
+class StepTimes:
+    """Seconds that this rank spent in one training step.
+
+    Attributes:
+        compute_s: forward and backward passes.
+        pipeline_s: from the first instruction to the last one before gradients are reduced.
+        load_s: waiting for micro-batches.
+        update_s: reduction of gradients, gate and optimizer.
+    """
+
+    compute_s: float = 0.0
+    pipeline_s: float = 0.0
+    load_s: float = 0.0
+    update_s: float = 0.0
+
+
+class SectionEngine(PipelineEngine):
+    """DeepSpeed's 1F1B over sections.
+
+    Set `gate` before training. `times` describes the latest step. On a GPU, compute is timed by events on the
+    stream, so the clock does not make the device wait inside a step.
+    """
+
+    gate: Gate
+    times: StepTimes
+
+    def _exec_optimizer_step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        if self.gate(self._is_finite()):
+            super()._exec_optimizer_step(lr_kwargs)
+            return
+        # The gradients are dropped on every rank, nothing of the optimizer's state moves.
+        self._force_grad_boundary = True
+        self.optimizer.zero_grad()
+        if hasattr(self.optimizer, "averaged_gradients"):
+            for group in self.optimizer.averaged_gradients:
+                self.optimizer.averaged_gradients[group] = None
+                self.optimizer.all_grad_tensors[group] = None
+        self._force_grad_boundary = False
+        self.skipped_steps += 1
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+
+    def _is_finite(self) -> bool:
+        """Loss (last stage) and gradients of this rank. fp16 gradients are left to the loss scaler."""
+        checks = [] if self.total_loss is None else [self.total_loss.detach().float().abs()]
+        if not self.fp16_enabled():
+            gradients = [gradient for gradient in map(self._gradient, self.module.parameters()) if gradient is not None]
+            checks += [norm.float() for norm in torch._foreach_norm(gradients, math.inf)] if gradients else []
+        return not checks or bool(torch.isfinite(torch.stack([check.reshape(()) for check in checks])).all())
+
+    def _gradient(self, parameter: Tensor) -> Tensor | None:
+        """Accumulated gradient of a parameter, before the optimizer takes it."""
+        return parameter._hp_grad if self.using_bf16_optimizer else parameter.grad
+
+    _INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, schedule.OptimizerStep: _exec_optimizer_step}
+
+    def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
+        """DeepSpeed's interpreter of instructions, with the time of each kept by kind."""
+        self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
+        self.fwd_outputs = []
+        times, clock = StepTimes(), ComputeClock(self.device)
+        started = time.perf_counter()
+        for instructions in pipe_schedule:
+            for instruction in instructions:
+                kind, run = type(instruction), MethodType(self._INSTRUCTION_MAP[type(instruction)], self)
+                if kind in UPDATE and not times.pipeline_s:
+                    clock.finish()
+                    times.pipeline_s = time.perf_counter() - started
+                begun = time.perf_counter()
+                if kind in COMPUTE:
+                    with clock:
+                        run(**instruction.kwargs)
+                else:
+                    run(**instruction.kwargs)
+                times.load_s += (time.perf_counter() - begun) * (kind is schedule.LoadMicroBatch)
+        times.compute_s = clock.seconds()
+        times.update_s = time.perf_counter() - started - times.pipeline_s
+        self.times = times
+
+    def set_learning_rate(self, value: float) -> None:
+        """Use `value` from the next update on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = value
+
+    def gradient_norm(self) -> float:
+        """True global norm before clipping, of the latest update."""
+        norm = self.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+
+class ComputeClock:
+    """Adds up the time spent inside `with clock:`; on CUDA by events, elsewhere by the host's clock."""
+
+    def __init__(self, device: torch.device):
+        self._on_cuda = torch.device(device).type == "cuda"
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._total_s = 0.0
+        self._begun = 0.0
+
+    def __enter__(self) -> None:
+        if self._on_cuda:
+            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._events[-1][0].record()
+        self._begun = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self._total_s += time.perf_counter() - self._begun
+        if self._on_cuda:
+            self._events[-1][1].record()
+
+    def finish(self) -> None:
+        """Wait until everything recorded so far has run."""
+        if self._on_cuda and self._events:
+            self._events[-1][1].synchronize()
+
+    def seconds(self) -> float:
+        """Time inside the clock; call after `finish`."""
+        if self._on_cuda:
+            return sum(start.elapsed_time(end) for start, end in self._events) / 1e3
+        return self._total_s
+
+
+def build_engine(config: RunConfig, groups: Groups) -> SectionEngine:
+    """The model of this rank with its initial weights, and the engine around it."""
+    parallel = TensorParallel(groups.tensor)
+    module = SectionPipeline(config, groups.grid, parallel)
+    fill_parameters(module.canonical_parameters(), config.model, parallel, config.training.seed)
+    settings = deepspeed_config(config, groups.grid)
+    # As deepspeed.initialize does for a PipelineModule, but with our engine class.
+    engine = SectionEngine(
+        args=None,
+        model=module,
+        optimizer=build_optimizer(module.named_parameters(), config.optimizer),
+        model_parameters=None,
+        mpu=module.mpu(),
+        dist_init_required=False,
+        config=settings,
+        config_class=DeepSpeedConfig(settings, module.mpu()),
+    )
+    engine.gate = lambda finite: finite
+    return engine
