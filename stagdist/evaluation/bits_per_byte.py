@@ -1,0 +1,165 @@
+"""How well a model predicts a text: nats, perplexity and bits per byte, comparable between tokenizers.
+
+The definition used everywhere: the text is cut into windows of `window` tokens without overlap; its first token is
+not scored; every other token is scored exactly once, given what stands before it inside its window. Window `k` reads
+the tokens `kL .. (k+1)L - 1` and predicts `kL + 1 .. (k+1)L`. Bits per byte are the nats, divided by ln 2 and by the
+UTF-8 bytes of the scored tokens.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stagdist.errors import DataError
+
+TokenNats = Callable[[Tensor, Tensor], Tensor]
+"""Loss of every label: (input_ids [B, S], labels [B, S]) -> nats [B, S]."""
+
+PAD_ID = 0
+"""Fills the end of the last window; causal models never look at it and its loss is left out."""
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """What a text cost: the sum over its scored tokens."""
+
+    tokens: int
+    nats: float
+    bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the mean nats per token."""
+        mean = self.nats / self.tokens
+        return math.exp(mean) if mean < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per UTF-8 byte of the scored tokens."""
+        return self.nats / math.log(2) / self.bytes
+
+    def as_metrics(self) -> dict[str, float]:
+        """Loss (nats per token), perplexity and bits per byte under their names in `metrics.jsonl`."""
+        return {
+            "loss": self.nats / self.tokens,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "scored_tokens": self.tokens,
+            "scored_bytes": self.bytes,
+        }
+
+    def __add__(self, other: "TextScore") -> "TextScore":
+        """Score of two texts together."""
+        return TextScore(self.tokens + other.tokens, self.nats + other.nats, self.bytes + other.bytes)
+
+
+def score_text(
+    nats: TokenNats,
+    ids: Sequence[int] | np.ndarray,
+    *,
+    window: int,
+    token_bytes: np.ndarray,
+    batch_size: int = 8,
+    fixed_shape: bool = False,
+) -> TextScore:
+    """Score a text window by window.
+
+    Args:
+        nats: loss of every label in nats; called without gradients.
+        ids: tokens of the text.
+        window: tokens per window, `max_position_embeddings` of the model.
+        token_bytes: UTF-8 bytes of every token of the vocabulary, [V]; 0 for special tokens.
+        batch_size: windows per call.
+        fixed_shape: every call gets exactly [batch_size, window], as an engine with fixed buffers needs; otherwise
+            the last call may have fewer rows and a text shorter than a window is not padded.
+
+    Raises:
+        DataError: the text has fewer than two tokens, tokens outside the vocabulary, or no bytes.
+    """
+    tokens = np.asarray(ids, dtype=np.int64)
+    text_bytes = scored_bytes(tokens, token_bytes)
+    inputs, labels, scored = text_windows(tokens, window)
+    if len(inputs) == 1 and not fixed_shape:
+        length = int(scored.sum())
+        inputs, labels, scored = inputs[:, :length], labels[:, :length], scored[:, :length]
+    total = 0.0
+    for start in range(0, len(inputs), batch_size):
+        rows = [array[start : start + batch_size] for array in (inputs, labels, scored)]
+        if fixed_shape:
+            rows = [_with_rows(array, batch_size) for array in rows]
+        total += _batch_nats(nats, *rows)
+    return TextScore(tokens=len(tokens) - 1, nats=total, bytes=text_bytes)
+
+
+def text_windows(tokens: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs, labels and which labels count, of all windows of a text.
+
+    Shapes: each [windows, window]; the last window is filled with `PAD_ID` that does not count.
+    """
+    if window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1")
+    num_scored = len(tokens) - 1
+    num_windows = -(-num_scored // window)
+    inputs = np.full(num_windows * window, PAD_ID, dtype=np.int64)
+    labels = inputs.copy()
+    inputs[:num_scored], labels[:num_scored] = tokens[:-1], tokens[1:]
+    scored = np.arange(num_windows * window) < num_scored
+    shape = (num_windows, window)
+    return inputs.reshape(shape), labels.reshape(shape), scored.reshape(shape)
+
+
+def scored_bytes(tokens: np.ndarray, token_bytes: np.ndarray) -> int:
+    """UTF-8 bytes of all tokens but the first.
+
+    Raises:
+        DataError: fewer than two tokens, tokens outside the vocabulary, or no bytes.
+    """
+    if len(tokens) < 2:
+        raise DataError(f"a text of {len(tokens)} tokens cannot be scored: the first is never, so give at least two")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= len(token_bytes):
+        raise DataError(
+            f"the text holds tokens {low}..{high}, but the vocabulary has {len(token_bytes)}; "
+            "it was made with another tokenizer"
+        )
+    total = int(token_bytes[tokens[1:]].sum(dtype=np.int64))
+    if total == 0:
+        raise DataError(f"the {len(tokens) - 1} scored tokens stand for no bytes: all are special tokens")
+    return total
+
+
+def nats_from_logits(logits: Callable[[Tensor], Tensor]) -> TokenNats:
+    """Make a loss of every label from a model that gives logits.
+
+    Shapes: logits takes input_ids [B, S] and gives [B, S, V]; V may be padded beyond the vocabulary with minus
+    infinity.
+    """
+
+    def nats(input_ids: Tensor, labels: Tensor) -> Tensor:
+        scores = logits(input_ids)
+        if scores.dtype != torch.float64:
+            scores = scores.float()
+        return F.cross_entropy(scores.transpose(1, 2), labels.to(scores.device), reduction="none")
+
+    return nats
+
+
+def _with_rows(array: np.ndarray, rows: int) -> np.ndarray:
+    """Fill up with rows of padding (False for the mask)."""
+    filled = np.zeros((rows, array.shape[1]), dtype=array.dtype)
+    filled[: len(array)] = array
+    return filled
+
+
+def _batch_nats(nats: TokenNats, inputs: np.ndarray, labels: np.ndarray, scored: np.ndarray) -> float:
+    with torch.no_grad():
+        losses = nats(torch.from_numpy(inputs), torch.from_numpy(labels))
+    if tuple(losses.shape) != scored.shape:
+        raise ValueError(f"nats gave shape {tuple(losses.shape)} for labels of shape {scored.shape}")
+    # A masked sum, not a product: the loss of padding may be anything, even infinite.
+    return float(losses.detach().to("cpu", torch.float64)[torch.from_numpy(scored)].sum())

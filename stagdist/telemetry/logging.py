@@ -1,0 +1,139 @@
+"""Where log lines go: rank 0 to the console in short form, every rank to its own file, frameworks kept quiet.
+
+Nothing of level WARNING or above is lost: on ranks other than 0 the console shows our own warnings and everybody's
+errors, and the file of the rank holds the rest.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from stagdist.errors import ConfigError
+
+PACKAGE = "stagdist"
+
+CONSOLE_FORMAT = "%(asctime)s %(console_prefix)s%(message)s"
+"""One line of the console; the prefix is the rank from 1 on and the level from WARNING on."""
+
+FILE_FORMAT = "%(asctime)s %(levelname)s [rank %(rank)d] %(name)s: %(message)s"
+"""One line of `logs/rank_00000.log`."""
+
+
+def setup_logging(rank: int, folder: str | Path | None, *, stream: TextIO | None = None) -> logging.Logger:
+    """Route all logging of this process; may be called again, for example once the frameworks are imported.
+
+    Frameworks that keep their log away from the root logger (DeepSpeed, torch) are caught if they are imported by
+    now: their own console output is raised to WARNING, and their lines go to the file as well.
+
+    Args:
+        rank: global rank of this process.
+        folder: run folder; lines are appended to `folder/logs/rank_00000.log`. None: console only.
+        stream: console, standard error unless given.
+
+    Returns:
+        The logger of the package.
+
+    Raises:
+        ConfigError: the log file cannot be written.
+    """
+    _remove_earlier_handlers()
+    console = _ConsoleHandler(rank, stream)
+    handlers: list[logging.Handler] = [console]
+    if folder is not None:
+        handlers.append(_file_handler(rank, Path(folder)))
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    for handler in handlers:
+        root.addHandler(handler)
+    logging.captureWarnings(True)
+    _quiet_isolated_loggers(rank, handlers[1:])
+    return logging.getLogger(PACKAGE)
+
+
+def log_path(folder: str | Path, rank: int) -> Path:
+    """File that holds the log of one rank."""
+    return Path(folder) / "logs" / f"rank_{rank:05d}.log"
+
+
+class _ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Short lines for a person; keeps an active progress bar whole."""
+
+    def __init__(self, rank: int, stream: TextIO | None) -> None:
+        super().__init__(stream or sys.stderr)
+        self.addFilter(_ConsoleFilter(rank))
+        self.setFormatter(logging.Formatter(CONSOLE_FORMAT, datefmt="%H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # A bar on the same terminal must be cleared and drawn again around the line; only tqdm knows how.
+        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        if tqdm is None or not getattr(tqdm, "_instances", None):
+            super().emit(record)
+            return
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+        except Exception:
+            self.handleError(record)
+
+
+class _ConsoleFilter(logging.Filter):
+    """Rank 0: our lines and others' warnings. Other ranks: our warnings and others' errors."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.ours, self.others = (logging.INFO, logging.WARNING) if rank == 0 else (logging.WARNING, logging.ERROR)
+        self.rank_prefix = f"[rank {rank}] " if rank else ""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        level = f"{record.levelname} " if record.levelno >= logging.WARNING else ""
+        record.console_prefix = self.rank_prefix + level
+        ours = record.name == PACKAGE or record.name.startswith(PACKAGE + ".")
+        return record.levelno >= (self.ours if ours else self.others)
+
+
+class _RankFileHandler(logging.FileHandler):
+    """Appends every line of INFO and above to the file of the rank."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        super().__init__(path, mode="a", encoding="utf-8")
+        self.rank = rank
+        self.setLevel(logging.INFO)
+        self.setFormatter(logging.Formatter(FILE_FORMAT, defaults={"rank": rank}))
+
+
+def _file_handler(rank: int, folder: Path) -> logging.Handler:
+    path = log_path(folder, rank)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _RankFileHandler(path, rank)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the log file {path}: {error.strerror or error}; choose a writable folder with runs_directory"
+        ) from error
+
+
+def _known_loggers() -> list[logging.Logger]:
+    named = [entry for entry in logging.root.manager.loggerDict.values() if isinstance(entry, logging.Logger)]
+    return [logging.getLogger(), *named]
+
+
+def _remove_earlier_handlers() -> None:
+    for logger in _known_loggers():
+        for handler in list(logger.handlers):
+            if isinstance(handler, _ConsoleHandler | _RankFileHandler):
+                logger.removeHandler(handler)
+                handler.close()
+
+
+def _quiet_isolated_loggers(rank: int, file_handlers: list[logging.Handler]) -> None:
+    """Loggers with `propagate` off that write to a console of their own: raise its level, add the file."""
+    level = logging.WARNING if rank == 0 else logging.ERROR
+    for logger in _known_loggers()[1:]:
+        # Exactly StreamHandler: subclasses are files and torch's trace, which turns costly once it has a handler.
+        consoles = [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]
+        if logger.propagate or not consoles:
+            continue
+        for console in consoles:
+            console.setLevel(max(console.level, level))
+        for handler in file_handlers:
+            logger.addHandler(handler)

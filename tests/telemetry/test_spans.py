@@ -1,0 +1,143 @@
+"""Spans become a trace, seconds per category, and the bubble."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from stagdist.telemetry.spans import Span, SpanRecorder, bubble_share, merge_traces, seconds_per_step
+
+
+class Clock:
+    """Nanoseconds, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __call__(self) -> int:
+        return self.now
+
+
+def test_spans_hold_what_ran_inside_also_when_it_raises() -> None:
+    clock = Clock()
+    recorder = SpanRecorder(stage=2, clock_ns=clock)
+    with recorder.span("forward", "compute", step=7):
+        clock.now += 30
+    with pytest.raises(RuntimeError), recorder.span("backward", "compute", step=7, stage=3):
+        clock.now += 5
+        raise RuntimeError
+    begin = recorder.begin()
+    clock.now += 2
+    recorder.end(begin, "send", "wait", step=8)
+    assert recorder.spans == (
+        Span("forward", "compute", 2, 7, 0, 30),
+        Span("backward", "compute", 3, 7, 30, 35),
+        Span("send", "wait", 2, 8, 35, 37),
+    )
+
+
+def test_a_disabled_recorder_records_nothing_and_costs_next_to_nothing() -> None:
+    recorder = SpanRecorder(enabled=False, synchronize=lambda: pytest.fail("synchronised"))
+    start = time.perf_counter()
+    for step in range(20_000):
+        with recorder.span("forward", "compute", step=step):
+            pass
+    assert time.perf_counter() - start < 1.0  # 50 microseconds each, an order above what it takes
+    recorder.end(recorder.begin(), "send", "wait", step=0)
+    assert recorder.spans == ()
+
+
+def test_the_device_is_waited_for_at_both_ends() -> None:
+    clock = Clock()
+
+    def synchronize() -> None:
+        clock.now += 10
+
+    recorder = SpanRecorder(clock_ns=clock, synchronize=synchronize)
+    with recorder.span("forward", "compute", step=1):
+        pass
+    assert recorder.spans[0].end_ns - recorder.spans[0].begin_ns == 10
+
+
+def test_spans_beyond_the_limit_are_counted() -> None:
+    recorder = SpanRecorder(max_spans=2)
+    for step in range(5):
+        with recorder.span("forward", "compute", step=step):
+            pass
+    assert len(recorder.spans) == 2 and recorder.dropped == 3
+
+
+def test_the_trace_file_is_what_perfetto_reads(tmp_path: Path) -> None:
+    clock = Clock()
+    recorder = SpanRecorder(rank=1, stage=2, clock_ns=clock)
+    wall_us = time.time_ns() / 1e3
+    clock.now += 1_000_000
+    with recorder.span("forward", "compute", step=7):
+        clock.now += 3_000
+    recorder.write_trace(tmp_path / "deep" / "trace.json")
+    trace = json.loads((tmp_path / "deep" / "trace.json").read_text())
+    event = next(event for event in trace["traceEvents"] if event["ph"] == "X")
+    assert event["ts"] == pytest.approx(wall_us + 1_000, abs=5e6)
+    assert {key: event[key] for key in event if key != "ts"} == {
+        "name": "forward",
+        "cat": "compute",
+        "ph": "X",
+        "dur": 3.0,
+        "pid": 1,
+        "tid": 2,
+        "args": {"step": 7},
+    }
+    labels = {event["name"]: event["args"]["name"] for event in trace["traceEvents"] if event["ph"] == "M"}
+    assert labels == {"thread_name": "stage 2", "process_name": "rank 1"}
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["trace.json"]
+
+
+def test_traces_of_ranks_are_merged(tmp_path: Path) -> None:
+    for rank in range(2):
+        recorder = SpanRecorder(rank=rank, max_spans=1)
+        for step in range(2):
+            with recorder.span("forward", "compute", step=step):
+                pass
+        recorder.write_trace(tmp_path / f"{rank}.json")
+    merge_traces([tmp_path / "0.json", tmp_path / "1.json"], tmp_path / "all.json")
+    trace = json.loads((tmp_path / "all.json").read_text())
+    assert {event["pid"] for event in trace["traceEvents"] if event["ph"] == "X"} == {0, 1}
+    assert trace["otherData"]["dropped_spans"] == 2
+
+
+def test_seconds_per_step_count_covered_time_once() -> None:
+    spans = [
+        Span("outer", "compute", 0, 1, 0, 10_000_000_000),
+        Span("nested", "compute", 0, 1, 2_000_000_000, 4_000_000_000),
+        Span("overlapping", "compute", 1, 1, 9_000_000_000, 12_000_000_000),
+        Span("later", "compute", 0, 1, 20_000_000_000, 21_000_000_000),
+        Span("receive", "wait", 0, 1, 0, 500_000_000),
+        Span("forward", "compute", 0, 2, 30_000_000_000, 32_000_000_000),
+    ]
+    assert seconds_per_step(reversed(spans)) == {1: {"compute": 13.0, "wait": 0.5}, 2: {"compute": 2.0}}
+    assert seconds_per_step([]) == {}
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), [(1, 4), (2, 8), (4, 8), (4, 1)])
+def test_the_bubble_of_the_ideal_schedule(stages: int, micro_batches: int) -> None:
+    phase_s = (micro_batches + stages - 1) * 3.0
+    share = bubble_share([micro_batches * 3.0] * stages, phase_s)
+    assert share == pytest.approx((stages - 1) / (micro_batches + stages - 1))
+
+
+def test_an_unequal_stage_idles() -> None:
+    assert bubble_share([8.0, 4.0], 10.0) == pytest.approx(0.4)
+
+
+def test_clocks_that_differ_a_little_give_no_negative_bubble() -> None:
+    assert bubble_share([1.005], 1.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("compute_s", "phase_s", "message"),
+    [([], 1.0, "empty"), ([0.0], 0.0, "phase_s is 0.0"), ([1.0, 1.2], 1.0, "stage 1"), ([-0.1], 1.0, "stage 0")],
+)
+def test_impossible_measurements_are_refused(compute_s: list[float], phase_s: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bubble_share(compute_s, phase_s)
