@@ -6,9 +6,7 @@ the tokens `kL .. (k+1)L - 1` and predicts `kL + 1 .. (k+1)L`. Bits per byte are
 UTF-8 bytes of the scored tokens.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,46 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stagdist.errors import DataError
+from stagdist.telemetry.score import TextScore
 
 TokenNats = Callable[[Tensor, Tensor], Tensor]
 """Loss of every label: (input_ids [B, S], labels [B, S]) -> nats [B, S]."""
 
 PAD_ID = 0
 """Fills the end of the last window; causal models never look at it and its loss is left out."""
-
-
-@dataclass(frozen=True)
-class TextScore:
-    """What a text cost: the sum over its scored tokens."""
-
-    tokens: int
-    nats: float
-    bytes: int
-
-    @property
-    def perplexity(self) -> float:
-        """Exponential of the mean nats per token."""
-        mean = self.nats / self.tokens
-        return math.exp(mean) if mean < 700 else math.inf
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Bits per UTF-8 byte of the scored tokens."""
-        return self.nats / math.log(2) / self.bytes
-
-    def as_metrics(self) -> dict[str, float]:
-        """Loss (nats per token), perplexity and bits per byte under their names in `metrics.jsonl`."""
-        return {
-            "loss": self.nats / self.tokens,
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "scored_tokens": self.tokens,
-            "scored_bytes": self.bytes,
-        }
-
-    def __add__(self, other: "TextScore") -> "TextScore":
-        """Score of two texts together."""
-        return TextScore(self.tokens + other.tokens, self.nats + other.nats, self.bytes + other.bytes)
 
 
 def score_text(

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from stagdist.errors import DataError
-from stagdist.evaluation.bits_per_byte import TextScore, scored_bytes
+from stagdist.evaluation.bits_per_byte import scored_bytes
+from stagdist.telemetry.score import TextScore
 
 PAIRS_AT_ONCE = 1 << 22
 """Pairs sorted together while fitting, 32 MiB."""

@@ -21,9 +21,7 @@ class Head(nn.Module):
         per_rank = padded // parallel.size
         self.num_valid = min(max(model.vocab_size - parallel.rank * per_rank, 0), per_rank)
         self.norm = rms_norm(model, parallel)
-        self.projection = ColumnParallel(
-            model.hidden_size, padded, parallel, own_weight=not model.tie_word_embeddings
-        )
+        self.projection = ColumnParallel(model.hidden_size, padded, parallel, own_weight=not model.tie_word_embeddings)
 
     def forward(self, hidden_states: Tensor, tied_weight: Tensor | None = None) -> Tensor:
         """Apply to the last hidden states, with the embedding's matrix when the head is tied."""

@@ -154,5 +154,3 @@ def token_nats(logits: Tensor, labels: Tensor) -> Tensor:
     Shapes: logits [B, S, V], labels int64 [B, S] -> fp32 [B, S], nats.
     """
     return vocab_parallel_cross_entropy(logits.float().contiguous(), labels)
-
-

@@ -30,6 +30,9 @@ def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 class Rotary(nn.Module):
     """Table of cosines and sines for all positions; not part of a checkpoint."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, model: ModelConfig):
         super().__init__()
         positions = torch.arange(model.max_position_embeddings, dtype=torch.float32)

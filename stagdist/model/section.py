@@ -3,6 +3,10 @@
 It knows nothing of pipelines, ranks or steps: tensors in, tensors out.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -87,14 +91,11 @@ class Section(nn.Module):
         mask = window_mask(hidden_states.shape[1], self.window, hidden_states.device) if self.has_memory else None
         cores = self.core if shared_core is None else shared_core
         assert cores is not None, "a section without layers of its own needs the shared ones"
+        recompute = self.checkpoint_layers and torch.is_grad_enabled()
+        run: Callable[..., Any] = partial(checkpoint, run_layer, use_reentrant=False) if recompute else run_layer
         for layer, core in enumerate(cores):
-            arguments = (core, self.cross[layer] if self.cross is not None else None, self.parallel)
-            if self.checkpoint_layers and torch.is_grad_enabled():
-                hidden_states = checkpoint(
-                    run_layer, *arguments, hidden_states, memory, rotary, mask, use_reentrant=False
-                )
-            else:
-                hidden_states = run_layer(*arguments, hidden_states, memory, rotary, mask)
+            cross = None if self.cross is None else self.cross[layer]
+            hidden_states = run(core, cross, self.parallel, hidden_states, memory, rotary, mask)
         return hidden_states
 
     def _memory(self, previous: Tensor | None) -> Tensor:

@@ -56,6 +56,7 @@ class StagFormer(nn.Module):
         output: Tensor | None = None
         combined: Tensor | None = None
         for section in self.sections:
+            assert isinstance(section, Section)
             start = embedded if self.config.staggered or output is None else output
             output = section(start, output, shared_core)
             if section.mix is not None:
@@ -74,9 +75,7 @@ class StagFormer(nn.Module):
         return named
 
 
-def fill_parameters(
-    named: dict[str, nn.Parameter], model: ModelConfig, parallel: TensorParallel, seed: int
-) -> None:
+def fill_parameters(named: dict[str, nn.Parameter], model: ModelConfig, parallel: TensorParallel, seed: int) -> None:
     """Give parameters, by canonical name, their initial values in place."""
     specs = {spec.name: spec for spec in model_parameters(model)}
     for name, parameter in named.items():

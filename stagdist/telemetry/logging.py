@@ -6,6 +6,7 @@ errors, and the file of the rank holds the rest.
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import TextIO
 
@@ -15,6 +16,9 @@ PACKAGE = "stagdist"
 
 CONSOLE_FORMAT = "%(asctime)s %(console_prefix)s%(message)s"
 """One line of the console; the prefix is the rank from 1 on and the level from WARNING on."""
+
+HARMLESS_WARNINGS = ("Transformer Engine and Apex are not installed",)
+"""Beginnings of warnings about packages that stagdist does not use."""
 
 FILE_FORMAT = "%(asctime)s %(levelname)s [rank %(rank)d] %(name)s: %(message)s"
 """One line of `logs/rank_00000.log`."""
@@ -47,6 +51,8 @@ def setup_logging(rank: int, folder: str | Path | None, *, stream: TextIO | None
     for handler in handlers:
         root.addHandler(handler)
     logging.captureWarnings(True)
+    for message in HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     _quiet_isolated_loggers(rank, handlers[1:])
     return logging.getLogger(PACKAGE)
 

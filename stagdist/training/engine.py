@@ -1,8 +1,10 @@
 """DeepSpeed's pipeline engine with a gate before the update and a clock on every instruction."""
 
+import io
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -82,14 +84,14 @@ class SectionEngine(PipelineEngine):
 
     def _gradient(self, parameter: Tensor) -> Tensor | None:
         """Accumulated gradient of a parameter, before the optimizer takes it."""
-        return parameter._hp_grad if self.using_bf16_optimizer else parameter.grad
+        return getattr(parameter, "_hp_grad") if self.using_bf16_optimizer else parameter.grad  # noqa: B009 - DeepSpeed adds it
 
     _INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, schedule.OptimizerStep: _exec_optimizer_step}
 
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
         """DeepSpeed's interpreter of instructions, with the time of each kept by kind."""
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
-        self.fwd_outputs = []
+        self.fwd_outputs: list[Tensor] = []
         times, clock = StepTimes(), ComputeClock(self.device)
         started = time.perf_counter()
         for instructions in pipe_schedule:
@@ -155,11 +157,19 @@ class ComputeClock:
 def build_engine(config: RunConfig, groups: Groups) -> SectionEngine:
     """The model of this rank with its initial weights, and the engine around it."""
     parallel = TensorParallel(groups.tensor)
-    module = SectionPipeline(config, groups.grid, parallel)
-    fill_parameters(module.canonical_parameters(), config.model, parallel, config.training.seed)
+    # DeepSpeed prints facts that our own checks cover, and broadcasts parameters, which torch would warn of.
+    with redirect_stdout(io.StringIO()), torch.no_grad():
+        module = SectionPipeline(config, groups.grid, parallel)
+        fill_parameters(module.canonical_parameters(), config.model, parallel, config.training.seed)
+        engine = _wrap(module, config, groups)
+    engine.gate = lambda finite: finite
+    return engine
+
+
+def _wrap(module: SectionPipeline, config: RunConfig, groups: Groups) -> SectionEngine:
+    """What deepspeed.initialize does for a pipeline module, with our engine class."""
     settings = deepspeed_config(config, groups.grid)
-    # As deepspeed.initialize does for a PipelineModule, but with our engine class.
-    engine = SectionEngine(
+    return SectionEngine(
         args=None,
         model=module,
         optimizer=build_optimizer(module.named_parameters(), config.optimizer),
@@ -169,5 +179,3 @@ def build_engine(config: RunConfig, groups: Groups) -> SectionEngine:
         config=settings,
         config_class=DeepSpeedConfig(settings, module.mpu()),
     )
-    engine.gate = lambda finite: finite
-    return engine

@@ -147,7 +147,7 @@ class SectionPipeline(PipelineModule):
         super().__init__(layers=specs, topology=topology(grid), loss_fn=mean_nats)
 
     def _partition_layers(self, method: str = "") -> None:
-        """Cut at our bounds; DeepSpeed's own methods count or weigh layers and would cut inside `[embedding, section]`."""
+        """Cut at our bounds; DeepSpeed's own methods would cut inside `[embedding, section]`."""
         stage = self._topo.get_coord(self.global_rank).pipe
         self.parts = self.bounds
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stagdist.errors import DataError
-from stagdist.evaluation.bits_per_byte import TextScore, nats_from_logits, score_text, text_windows
+from stagdist.evaluation.bits_per_byte import nats_from_logits, score_text, text_windows
+from stagdist.telemetry.score import TextScore
 
 VOCABULARY = 11
 TOKEN_BYTES = np.array([0, 1, 2, 3, 1, 1, 4, 1, 2, 1, 1], np.int32)

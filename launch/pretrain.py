@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""Pretrain a StagFormer: `deepspeed launch/pretrain.py --config configs/x.yaml`."""
+
+import argparse
+import os
+import sys
+import time
+
+STARTED_AT = time.monotonic()
+
+EPILOG = """\
+examples:
+  deepspeed --num_accelerators 2 launch/pretrain.py --config configs/quickstart.yaml
+  deepspeed --hostfile hostfile launch/pretrain.py --config configs/pythia-160m-staggered.yaml \\
+      --set training.micro_batch_size=8 --set parallel.tensor_parallel_size=2
+  python launch/pretrain.py --config configs/quickstart.yaml --dry-run --world-size 64
+
+A run goes on by itself from its newest complete checkpoint: type the same command again.
+SIGTERM or SIGUSR1 to any rank makes all ranks save and end in order.
+Every key is explained in docs/configuration.md.
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; DeepSpeed's launcher adds --local_rank."""
+    parser = argparse.ArgumentParser(
+        prog="pretrain.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="configuration of the run, YAML")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key, for example a.b=3; repeatable",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print grid, parameters, memory and every obstacle; start nothing"
+    )
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for (with --dry-run)")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.world_size is not None and not arguments.dry_run:
+        parser.error("--world-size belongs to --dry-run; a run takes its size from the launcher")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything that needs no process group, then train."""
+    from stagdist.cluster.environment import join_launcher
+    from stagdist.config_loading import load_config
+    from stagdist.parallel.grid import grid_for
+    from stagdist.telemetry.logging import setup_logging
+
+    world = join_launcher()
+    config = load_config(arguments.config, arguments.set)
+    grid = grid_for(config, world.size)
+
+    from stagdist.parallel.groups import device_type
+
+    device = device_type(config.parallel.device)
+    os.environ["DS_ACCELERATOR"] = device
+    setup_logging(world.rank, config.folder)
+
+    from stagdist.training.pretrain import check_before_start, pretrain
+
+    setup_logging(world.rank, config.folder)
+    check_before_start(config)
+    outcome = pretrain(config, grid, device, STARTED_AT)
+    if world.rank == 0:
+        done = "finished" if outcome.finished else "stopped, the same command goes on from here"
+        print(f"{config.folder}: {done} at step {outcome.state.step} of {config.training.steps}", file=sys.stderr)
+    return 0
+
+
+def main() -> int:
+    """Exit code: 0 done or stopped in order, 1 a failure while running, 2 something to mend first."""
+    arguments = parse_arguments()
+    from stagdist.errors import CheckpointError, ConfigError, StagdistError, TrainingError
+
+    if arguments.dry_run:
+        from stagdist.parallel.dry_run import dry_run
+
+        text, code = dry_run(arguments.config, arguments.set, arguments.world_size)
+        print(text, end="")
+        return code
+    try:
+        return run(arguments)
+    except StagdistError as error:
+        # These are raised on every rank alike, so one of them speaks.
+        shared = isinstance(error, ConfigError | CheckpointError | TrainingError)
+        rank = os.environ.get("RANK", "0")
+        if not shared or rank == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        # Peers may wait for this rank in a collective; leaving at once is what tells them.
+        os._exit(code)
+    sys.exit(code)

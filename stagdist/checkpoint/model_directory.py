@@ -1,0 +1,210 @@
+"""The model directory: `config.json`, safetensors with canonical unsharded names, the tokenizer.
+
+A StagFormer says `model_type: stagformer`; the sequential baseline is a Llama directory with two extra keys. Written
+tensor by tensor into a hidden folder beside and renamed at the end.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stagdist.checkpoint.llama_names import llama_name
+from stagdist.config import ModelConfig
+from stagdist.errors import CheckpointError, ConfigError
+from stagdist.parallel.layout import ParameterSpec, model_parameters
+
+MAX_SHARD_BYTES = 4 * 10**9
+_INDEX = "model.safetensors.index.json"
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_STAGFORMER_KEYS = (
+    "section_layers",
+    "connection",
+    "stagger",
+    "cross_attention_window",
+    "cross_attention_key_value_heads",
+    "share_section_weights",
+    "combine_sections",
+)
+
+
+def stored_name(name: str, model: ModelConfig) -> str:
+    """Name of a canonical parameter inside the directory."""
+    return name if model.staggered else llama_name(name, model)
+
+
+def shard_plan(specs: Iterable[ParameterSpec], element_bytes: int, limit: int) -> list[list[ParameterSpec]]:
+    """Parameters of each file, in order; a file holds at most `limit` bytes unless one tensor is larger."""
+    shards: list[list[ParameterSpec]] = [[]]
+    filled = 0
+    for spec in specs:
+        size = spec.numel * element_bytes
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled += size
+    return shards
+
+
+def config_json(model: ModelConfig, dtype: torch.dtype, end_of_document: int) -> dict[str, Any]:
+    """The content of `config.json`."""
+    body: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.key_value_heads,
+        "head_dim": model.head_width,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": None if model.rope_scaling is None else model.rope_scaling.model_dump(),
+        "rms_norm_eps": model.rms_norm_eps,
+        "max_position_embeddings": model.max_position_embeddings,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": _DTYPE_NAMES[dtype],
+        "bos_token_id": None,
+        "eos_token_id": end_of_document,
+    }
+    keys = _STAGFORMER_KEYS if model.staggered else ("section_layers", "connection")
+    extra = {key: getattr(model, key) for key in keys}
+    if model.staggered:
+        extra["cross_attention_key_value_heads"] = model.cross_key_value_heads
+    kind = ("stagformer", "StagFormerForCausalLM") if model.staggered else ("llama", "LlamaForCausalLM")
+    return {"model_type": kind[0], "architectures": [kind[1]], **body, **extra}
+
+
+def read_model_config(directory: str | Path) -> ModelConfig:
+    """The shape of the model in a directory; a Llama without our keys is one section.
+
+    Raises:
+        CheckpointError: `config.json` is missing, damaged or of another architecture.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        body = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); is {directory} a model directory?") from error
+    if body.get("model_type") not in ("stagformer", "llama"):
+        raise CheckpointError(f"{path} says model_type {body.get('model_type')!r}; stagformer and llama are read")
+    rope = body.get("rope_parameters") or {}
+    keys = {key: body[key] for key in ModelConfig.model_fields if key in body}
+    keys.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+    if rope.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    keys.setdefault("section_layers", [body.get("num_hidden_layers")])
+    keys.setdefault("connection", "sequential")
+    try:
+        return ModelConfig(**keys)
+    except (ConfigError, ValueError) as error:
+        raise CheckpointError(f"{path} does not describe a model that can be built: {error}") from error
+
+
+class ModelDirectoryWriter:
+    """Context manager that takes whole tensors in the order of `model_parameters` and leaves a finished directory.
+
+    An error inside leaves nothing behind; an existing directory is replaced at the end.
+    """
+
+    def __init__(self, directory: str | Path, model: ModelConfig, dtype: torch.dtype, end_of_document: int):
+        self.final = Path(directory)
+        self.folder = self.final.with_name(f".{self.final.name}.part")
+        self.model, self.dtype, self.end_of_document = model, dtype, end_of_document
+        element = torch.empty((), dtype=dtype).element_size()
+        self._shards = shard_plan(model_parameters(model), element, MAX_SHARD_BYTES)
+        self._open: dict[str, Tensor] = {}
+        self._index: dict[str, str] = {}
+        self._total = 0
+
+    def __enter__(self) -> "ModelDirectoryWriter":
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        return self
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take the next parameter by canonical name; a full file is written at once."""
+        shard = next(i for i, specs in enumerate(self._shards) if any(spec.name == name for spec in specs))
+        self._open[stored_name(name, self.model)] = tensor.detach().to("cpu", self.dtype).contiguous()
+        if len(self._open) == len(self._shards[shard]):
+            self._write(shard)
+
+    def _write(self, shard: int) -> None:
+        count = len(self._shards)
+        file = "model.safetensors" if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+        save_file(self._open, self.folder / file, metadata={"format": "pt"})
+        self._index |= dict.fromkeys(self._open, file)
+        self._total += sum(tensor.nbytes for tensor in self._open.values())
+        self._open = {}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        assert not self._open, f"tensors are missing for a file that holds {sorted(self._open)}"
+        if len(self._shards) > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": self._index}
+            _write_json(self.folder / _INDEX, index)
+        _write_json(self.folder / "config.json", config_json(self.model, self.dtype, self.end_of_document))
+        _write_json(self.folder / "generation_config.json", {"eos_token_id": self.end_of_document})
+        replaced = self.final.with_name(f".{self.final.name}.old")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.final.exists():
+            self.final.rename(replaced)
+        self.folder.rename(self.final)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write_json(path: Path, body: dict[str, Any]) -> None:
+    with path.open("w") as stream:
+        json.dump(body, stream, indent=2)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_tensors(directory: str | Path, model: ModelConfig) -> Iterator[tuple[ParameterSpec, Callable[[], Tensor]]]:
+    """Every parameter with a function that reads it; files are memory-mapped.
+
+    Raises:
+        CheckpointError: a file or tensor is missing or has another shape, by name.
+    """
+    folder = Path(directory)
+    files = dict(_weight_map(folder))
+    for spec in model_parameters(model):
+        name = stored_name(spec.name, model)
+        if name not in files:
+            raise CheckpointError(f"{folder} lacks the tensor {name}")
+        yield spec, partial(_read, folder / files[name], name, spec)
+
+
+def _read(path: Path, name: str, spec: ParameterSpec) -> Tensor:
+    with safe_open(path, framework="pt") as stream:
+        tensor = stream.get_tensor(name)
+    if tuple(tensor.shape) != spec.shape:
+        raise CheckpointError(f"{name} in {path} has shape {list(tensor.shape)}, config.json asks {list(spec.shape)}")
+    return tensor
+
+
+def _weight_map(folder: Path) -> list[tuple[str, str]]:
+    index = folder / _INDEX
+    try:
+        if index.is_file():
+            return list(json.loads(index.read_text())["weight_map"].items())
+        with safe_open(folder / "model.safetensors", framework="pt") as stream:
+            return [(name, "model.safetensors") for name in stream.keys()]  # noqa: SIM118 - not a dict
+    except Exception as error:
+        raise CheckpointError(f"the weights of {folder} cannot be read: {error}") from error

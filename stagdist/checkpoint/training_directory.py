@@ -1,0 +1,175 @@
+"""Training checkpoints as directories: complete or not, newest first, finished atomically.
+
+DeepSpeed writes the files; this module decides when a directory counts. A checkpoint is complete if and only if its
+`complete.json`, written last, matches the size and sha256 of every file. Directories are written under a hidden
+name and renamed, so a killed run leaves nothing that looks whole. No torch, no processes.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stagdist.errors import CheckpointError
+
+COMPLETE = "complete.json"
+STATE = "state.json"
+CONFIG = "config.yaml"
+_NAME = re.compile(r"step_(\d{8,})")
+_STAGING = ".saving"
+_BLOCK = 1 << 22
+
+
+def checkpoint_name(step: int) -> str:
+    """Directory name of the checkpoint after `step` updates."""
+    return f"step_{step:08d}"
+
+
+def staging_folder(checkpoints: Path) -> Path:
+    """Hidden folder in which a checkpoint is written before it is renamed."""
+    return checkpoints / _STAGING
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything of a training run's position that is not a tensor.
+
+    Attributes:
+        step: optimizer steps done.
+        consumed_samples: training sequences read, over all replicas.
+        num_samples: sequences the order of samples was made for; fixed for a run.
+        grid: sizes of (pipe, data, tensor) that wrote the checkpoint.
+        bad_steps: steps skipped because something was not finite.
+        format_version: of this file.
+    """
+
+    step: int
+    consumed_samples: int
+    num_samples: int
+    grid: tuple[int, int, int]
+    bad_steps: int = 0
+    format_version: int = 1
+
+    def write(self, directory: Path) -> None:
+        """Store as `state.json`."""
+        (directory / STATE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read_state(directory: Path) -> TrainingState:
+    """Read `state.json`.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        values = json.loads((directory / STATE).read_text())
+        return TrainingState(**{**values, "grid": tuple(values["grid"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{directory / STATE} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and sha256 of one file."""
+
+    size: int
+    sha256: str
+
+
+def file_record(path: Path, *, sync: bool = False) -> FileRecord:
+    """Measure a file; `sync` also waits until it has reached the disk."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+        if sync:
+            os.fsync(stream.fileno())
+    return FileRecord(size, digest.hexdigest())
+
+
+def checkpoint_files(directory: Path) -> list[str]:
+    """Relative names of all files but `complete.json`, sorted."""
+    names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != COMPLETE)
+
+
+def write_complete(directory: Path, records: Mapping[str, FileRecord]) -> None:
+    """Write `complete.json`, which makes the directory a checkpoint."""
+    body = {"files": {name: asdict(record) for name, record in sorted(records.items())}}
+    path = directory / (COMPLETE + ".part")
+    with path.open("w") as stream:
+        json.dump(body, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    path.rename(directory / COMPLETE)
+    sync_directory(directory)
+
+
+def sync_directory(directory: Path) -> None:
+    """Wait until the entries of a directory have reached the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Give a finished directory its name; an incomplete one of that name goes."""
+    if final.exists():
+        shutil.rmtree(final)
+    staged.rename(final)
+    sync_directory(final.parent)
+    shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def read_complete(directory: Path) -> dict[str, FileRecord]:
+    """The records of `complete.json`.
+
+    Raises:
+        CheckpointError: the directory is not a complete checkpoint.
+    """
+    try:
+        body: dict[str, Any] = json.loads((directory / COMPLETE).read_text())
+        return {name: FileRecord(**record) for name, record in body["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{directory} is not a complete checkpoint: {COMPLETE}: {error}") from error
+
+
+def damage(directory: Path, names: Iterable[str], records: Mapping[str, FileRecord]) -> str | None:
+    """First reason why the files `names` do not match their records; None when all match."""
+    for name in names:
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != records[name].size:
+            return f"{name} has {path.stat().st_size} bytes, {records[name].size} were written"
+        if file_record(path).sha256 != records[name].sha256:
+            return f"{name} has other content than was written"
+    return None
+
+
+def candidates(checkpoints: Path) -> list[Path]:
+    """Directories that may be checkpoints, newest first; completeness is not looked at."""
+    if not checkpoints.is_dir():
+        return []
+    named = ((_NAME.fullmatch(path.name), path) for path in checkpoints.iterdir() if path.is_dir())
+    found = [(int(match.group(1)), path) for match, path in named if match]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def prune(checkpoints: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` complete checkpoints; 0 keeps all. Incomplete ones are left alone."""
+    if keep_last == 0:
+        return
+    complete = [path for path in candidates(checkpoints) if (path / COMPLETE).is_file()]
+    for path in complete[keep_last:]:
+        # The marker goes first: a removal that is cut short must not leave a directory that looks whole.
+        (path / COMPLETE).unlink()
+        shutil.rmtree(path)

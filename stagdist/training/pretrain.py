@@ -1,0 +1,158 @@
+"""One pretraining run from a checked configuration to the model directory."""
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from stagdist.checkpoint.training_directory import TrainingState
+from stagdist.config import RunConfig
+from stagdist.data.corpus import Splits, build_splits, check_data
+from stagdist.data.loader import BatchPlan, Loader
+from stagdist.data.tokenizer import Tokenizer, load_tokenizer
+from stagdist.errors import ConfigError
+from stagdist.parallel.grid import Grid
+from stagdist.parallel.groups import Groups
+from stagdist.telemetry.plot import plot_loss
+from stagdist.training.agreement import Agreement, StopSignals
+from stagdist.training.distributed import start_distributed, stop_distributed
+from stagdist.training.engine import SectionEngine, build_engine
+from stagdist.training.evaluation import HeldOut
+from stagdist.training.export import export_model
+from stagdist.training.reporting import Reporter
+from stagdist.training.saving import load_checkpoint, newest_complete, resumed_config
+from stagdist.training.trainer import Outcome, Trainer
+
+LOG = logging.getLogger(__name__)
+
+
+def check_before_start(config: RunConfig) -> None:
+    """Everything that can be refused before any process group exists.
+
+    Raises:
+        ConfigError, DataError: with the remedy.
+    """
+    check_data(
+        config.data,
+        sequence_length=config.sequence_length,
+        vocab_size=config.model.vocab_size,
+        num_samples=split_sizes(config),
+    )
+
+
+def split_sizes(config: RunConfig) -> tuple[int, int, int]:
+    """Sequences wanted of train, validation and test."""
+    held_out = config.evaluation.num_batches * config.training.global_batch_size
+    data = config.data
+    has_validation = config.evaluation.interval_steps > 0 and (
+        data.split[1] > 0 if data.corpora else data.validation_corpora
+    )
+    has_test = data.split[2] > 0 if data.corpora else data.test_corpora
+    return config.num_samples, held_out if has_validation else 0, held_out if has_test else 0
+
+
+def pretrain(config: RunConfig, grid: Grid, device: str, started_at: float) -> Outcome:
+    """Train, evaluate, export. Called on every rank with the same configuration.
+
+    Args:
+        started_at: `time.monotonic` when the process began, for the wall-clock limit.
+    """
+    signals = StopSignals()
+    groups = start_distributed(grid, device, config.parallel.timeout_s)
+    rank = dist.get_rank()
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    checkpoint = newest_complete(Path(config.folder) / "checkpoints", groups)
+    if checkpoint is not None:
+        if config.checkpoint.resume == "never":
+            raise ConfigError(f"{checkpoint} exists and checkpoint.resume is never; choose another name for the run")
+        config = resumed_config(config, checkpoint, groups)
+    splits = build_splits(
+        config.data,
+        sequence_length=config.sequence_length,
+        num_samples=split_sizes(config),
+        tokenizer=tokenizer,
+        vocab_size=config.model.vocab_size,
+    )
+    engine = build_engine(config, groups)
+    state = TrainingState(0, 0, config.num_samples, (grid.pipe, grid.data, grid.tensor))
+    if checkpoint is not None:
+        state = load_checkpoint(engine, checkpoint)
+        LOG.info("resumed from %s after %.1f s", checkpoint, time.monotonic() - started_at)
+    reporter = Reporter(config, grid, rank=rank, device=device, resumed_step=None if checkpoint is None else state.step)
+    run = _Run(config, groups, engine, tokenizer, splits, reporter)
+    try:
+        outcome = run.train(Agreement(groups.control, signals, config.training, config.checkpoint, started_at), state)
+        if outcome.finished:
+            run.finish(outcome, started_at)
+    finally:
+        reporter.close()
+        signals.restore()
+    dist.barrier(group=groups.control)
+    stop_distributed()
+    return outcome
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run has at hand once everything is built."""
+
+    config: RunConfig
+    groups: Groups
+    engine: SectionEngine
+    tokenizer: Tokenizer
+    splits: Splits
+    reporter: Reporter
+
+    @property
+    def _plan(self) -> BatchPlan:
+        training, place = self.config.training, self.groups.place
+        return BatchPlan(training.global_batch_size, training.micro_batch_size, place.data, self.groups.grid.data)
+
+    def _held_out(self, dataset: Any) -> HeldOut | None:
+        if dataset is None:
+            return None
+        return HeldOut(dataset, self._plan, self.config.evaluation.num_batches, self.tokenizer.token_bytes())
+
+    def train(self, agreement: Agreement, state: TrainingState) -> Outcome:
+        """Run the loop."""
+        on_cuda = self.engine.device.type == "cuda" if hasattr(self.engine.device, "type") else False
+        loader = Loader(self.splits.train, self._plan, pin_memory=on_cuda, vocab_size=self.config.model.vocab_size)
+        try:
+            validation = self._held_out(self.splits.validation)
+            trainer = Trainer(self.config, self.groups, self.engine, loader, validation, agreement, self.reporter)
+            return trainer.run(state)
+        finally:
+            loader.close()
+
+    def finish(self, outcome: Outcome, started_at: float) -> None:
+        """Test split, model directory, loss curve and summary."""
+        folder = Path(self.config.folder)
+        test = self._held_out(self.splits.test)
+        if test is not None:
+            self.reporter.held_out("test", outcome.state.step, test.score(self.engine))
+        export_model(self.engine.module, self.groups, self.config.model, self.tokenizer, folder / "model")
+        if dist.get_rank() == 0:
+            self.reporter.flush()
+            plot_loss(folder / "metrics.jsonl", folder / "loss.png", self.config.name)
+            summary = self._summary(outcome, started_at)
+            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            LOG.info("wrote %s", folder / "model")
+
+    def _summary(self, outcome: Outcome, started_at: float) -> dict[str, Any]:
+        tokens = outcome.state.consumed_samples * self.config.sequence_length
+        summary: dict[str, Any] = {
+            "steps": outcome.state.step,
+            "tokens": tokens,
+            "grid": {"pipe": self.groups.grid.pipe, "data": self.groups.grid.data, "tensor": self.groups.grid.tensor},
+            "bad_steps": outcome.state.bad_steps,
+            "training_wall_s": time.monotonic() - started_at,
+        }
+        if outcome.last_loss is not None:
+            summary |= {"train_loss": outcome.last_loss, "tokens_per_s": self.reporter.meter.average_tokens_per_s()}
+        for split, score in self.reporter.heldout.items():
+            summary[split] = score.as_metrics()
+        return summary
