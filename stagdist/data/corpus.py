@@ -1,0 +1,167 @@
+"""Training, validation and test data sets over indexed corpora, by megatron-core's GPTDataset and BlendedDataset.
+
+This is the only module that meets megatron-core's data sets, and it works round what they do not say:
+an empty split makes them count epochs for ever, weights with a single corpus or an unset size are refused, cached
+index maps are found by the spelling of a path and not by the content of the corpus, and a run that is killed while
+it writes them leaves maps that look whole.
+"""
+
+import fcntl
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stagdist.config import CorpusConfig, DataConfig
+from stagdist.data.checks import cache_directory, check_data, check_with_tokenizer, plan_splits
+from stagdist.data.indexed import CorpusIndex, canonical_prefix
+from stagdist.data.tokenizer import Tokenizer
+from stagdist.errors import ConfigError, DataError
+
+__all__ = ["Splits", "build_splits", "check_data"]
+
+logger = logging.getLogger(__name__)
+
+TokenDataset = torch.utils.data.Dataset[dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Data sets whose items are dicts with `tokens` and `labels` (already shifted), int64 [S]; None where unused."""
+
+    train: TokenDataset
+    validation: TokenDataset | None
+    test: TokenDataset | None
+
+
+class _TokenizerFacts:
+    """What megatron-core's data sets ask of a tokenizer; its identifiers enter the name of every cached map.
+
+    The identities of the corpora are among them, so that a corpus prepared again never meets the maps of the old one.
+    """
+
+    pad = -1  # an id that no token has: nothing is masked
+
+    def __init__(self, tokenizer: Tokenizer, corpora: dict[str, CorpusIndex]) -> None:
+        self.vocab_size = tokenizer.vocab_size
+        self.eod = self.eos = tokenizer.end_of_document
+        self.unique_identifiers = {
+            "tokenizer": tokenizer.fingerprint,
+            "corpora": {prefix: index.identity() for prefix, index in sorted(corpora.items())},
+        }
+
+
+def build_splits(
+    data: DataConfig,
+    *,
+    sequence_length: int,
+    num_samples: tuple[int, int, int],
+    tokenizer: Tokenizer,
+    vocab_size: int,
+) -> Splits:
+    """Build the data sets of a run.
+
+    Where torch.distributed is initialised every rank must call this: rank 0 writes index maps into the cache while
+    the others wait, so the cache must be on a file system that all ranks share. The order of the samples depends on
+    `num_samples`: it must stay the same for a whole run.
+
+    Args:
+        sequence_length: tokens of a sequence.
+        num_samples: sequences wanted of train, validation and test; 0 builds none.
+
+    Raises:
+        ConfigError: see `check_data`.
+        DataError: see `check_data`.
+    """
+    if num_samples[0] < 1 or min(num_samples) < 0:
+        raise ConfigError(f"number of samples {num_samples} must be at least 1 for training and not negative")
+    corpora = check_with_tokenizer(
+        data, tokenizer, sequence_length=sequence_length, vocab_size=vocab_size, num_samples=num_samples
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core warns of optional GPU packages when it is imported
+        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    plans = plan_splits(data)
+    wanted = [plan is not None and count > 0 for plan, count in zip(plans, num_samples, strict=True)]
+    directory = cache_directory(data)
+    config = GPTDatasetConfig(
+        random_seed=data.seed,
+        sequence_length=sequence_length,
+        path_to_cache=str(directory),
+        tokenizer=_TokenizerFacts(tokenizer, corpora),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        **_blend_arguments(data, wanted),
+    )
+    if config.split_matrix is not None:
+        # a split that nobody wants must not be built: with few documents it may be empty
+        config.split_matrix = [edges if keep else None for edges, keep in zip(config.split_matrix, wanted, strict=True)]
+    with _process_group(), _locked_cache(directory):
+        built = BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), lambda: True, config).build()
+    return Splits(*built)
+
+
+def _blend_arguments(data: DataConfig, wanted: list[bool]) -> dict[str, Any]:
+    """Corpora in megatron-core's terms: one blend that is cut, or a blend for each split."""
+    if data.corpora:
+        # fixed-point notation: megatron-core reads numbers by a pattern that knows no exponents
+        return {"blend": _blend(data.corpora), "split": ",".join(f"{share:.12f}" for share in data.split)}
+    separate = (data.train_corpora, data.validation_corpora, data.test_corpora)
+    blends = [_blend(corpora) if keep else None for corpora, keep in zip(separate, wanted, strict=True)]
+    return {"blend_per_split": blends}
+
+
+def _blend(corpora: tuple[CorpusConfig, ...]) -> tuple[list[str], list[float] | None]:
+    prefixes = [canonical_prefix(corpus.prefix) for corpus in corpora]
+    return prefixes, [corpus.weight for corpus in corpora] if len(corpora) > 1 else None
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
+    """A process group of this process alone where there is none, because BlendedDataset asks for its rank."""
+    if torch.distributed.is_initialized():
+        yield
+        return
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def _locked_cache(directory: Path) -> Iterator[None]:
+    """On rank 0: hold the cache against other runs that start now, and remove maps that a killed run cut short."""
+    if torch.distributed.get_rank() != 0:
+        yield
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("w")
+    except OSError as error:
+        raise DataError(f"cannot write index maps to {directory}: {error}; set data.cache_directory") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, also by a kill
+        except OSError as error:
+            logger.warning("no locks on %s (%s): do not start two runs on these corpora at once", directory, error)
+        _remove_damaged(directory)
+        yield
+
+
+def _remove_damaged(directory: Path) -> None:
+    for path in directory.glob("*.npy"):
+        try:
+            np.load(path, mmap_mode="r")
+        except (ValueError, EOFError, OSError) as error:
+            logger.warning("index map %s was cut short (%s) and is built again", path, error)
+            path.unlink(missing_ok=True)

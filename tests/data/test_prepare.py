@@ -1,0 +1,305 @@
+"""Preparing corpora: the files, their independence of processes, and what a killed or wrong run leaves behind."""
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stagdist.data.prepare import prepare
+from stagdist.data.sources import PIECE_BYTES, ReadOptions
+from stagdist.data.tokenizer import Tokenizer, byte_tokenizer
+from stagdist.errors import ConfigError, DataError
+from tests.data.conftest import LIBRARY, ROOT, RunTool, tool_environment
+
+ENDINGS = (".bin", ".idx", ".json")
+
+
+def documents_of(prefix: Path | str, dtype: str) -> list[list[int]]:
+    """Documents read by hand from the two files."""
+    index = Path(f"{prefix}.idx").read_bytes()
+    assert index[:9] == b"MMIDIDX\x00\x00"
+    version, code, sequences, boundaries = struct.unpack("<QBQQ", index[9:34])
+    assert (version, code, boundaries) == (1, {"uint16": 8, "int32": 4}[dtype], sequences + 1)
+    lengths = np.frombuffer(index, "<i4", sequences, 34)
+    pointers = np.frombuffer(index, "<i8", sequences, 34 + 4 * sequences)
+    edges = np.frombuffer(index, "<i8", boundaries, 34 + 12 * sequences)
+    assert len(index) == 34 + 12 * sequences + 8 * boundaries and edges.tolist() == list(range(sequences + 1))
+    tokens = np.fromfile(f"{prefix}.bin", dtype)
+    starts = pointers // tokens.itemsize
+    assert int(lengths.sum()) == len(tokens) and starts.tolist() == [0, *np.cumsum(lengths)[:-1].tolist()]
+    return [
+        tokens[start : start + length].tolist() for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
+    ]
+
+
+def listing(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_the_files_hold_every_document_once_in_a_shuffled_order(
+    library_files: list[Path], bpe: Tokenizer, tmp_path: Path
+) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    texts = [text for path in library_files if (text := path.read_text(encoding="utf-8")).strip()]
+    expected = [[*bpe.encode(text), bpe.end_of_document] for text in texts]
+    inputs = [str(path) for path in library_files]
+    done = prepare(inputs, str(tmp_path / "plain"), bpe, seed=None)
+    assert documents_of(tmp_path / "plain", "uint16") == expected
+    prepare(inputs, str(tmp_path / "mixed"), bpe, seed=7)
+    mixed = documents_of(tmp_path / "mixed", "uint16")
+    assert mixed != expected and sorted(mixed) == sorted(expected)
+    prepare(inputs, str(tmp_path / "other"), bpe, seed=8)
+    assert documents_of(tmp_path / "other", "uint16") != mixed
+
+    theirs = IndexedDataset(str(tmp_path / "mixed"))
+    assert [theirs[index].tolist() for index in range(len(theirs))] == mixed
+    about = json.loads((tmp_path / "plain.json").read_text())
+    assert about["documents"] == len(expected) == done.description.documents
+    assert about["tokens"] == sum(map(len, expected)) and about["bytes"] == sum(len(text.encode()) for text in texts)
+    assert about["max_token"] == max(map(max, expected)) and about["tokenizer_fingerprint"] == bpe.fingerprint
+    assert done.skipped_empty == len(inputs) - len(expected)
+    assert listing(tmp_path) == sorted(name + end for name in ("plain", "mixed", "other") for end in ENDINGS)
+
+
+def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path: Path) -> None:
+    import tokenizers
+    from tokenizers import models
+
+    vocab = {f"t{index}": index for index in range(66_000)} | {"</s>": 66_000}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="t0"))
+    (tmp_path / "a.txt").write_text("t65999")
+    prepare([str(tmp_path / "a.txt")], str(tmp_path / "c"), Tokenizer(backend.to_str(), "</s>"))
+    assert documents_of(tmp_path / "c", "int32") == [[65_999, 66_000]]
+
+
+def test_the_files_are_the_same_for_any_number_of_workers_and_ranks(
+    run_tool: RunTool, bpe_directory: Path, tmp_path: Path
+) -> None:
+    lines = [json.dumps({"text": path.read_text(encoding="utf-8")}) for path in sorted(LIBRARY.glob("*.py"))]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    assert (tmp_path / "all.jsonl").stat().st_size > 2 * PIECE_BYTES, "the file is to be read in several pieces"
+    common = [tmp_path / "all.jsonl", LIBRARY / "email", "--tokenizer", bpe_directory]
+    launchers: dict[str, tuple[str, ...]] = {"one": (), "two": ()}
+    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if mpirun:
+        root = ("--allow-run-as-root",) if os.geteuid() == 0 else ()
+        launchers["ranks"] = (mpirun, "-n", "2", "--oversubscribe", *root)
+    for name, launcher in launchers.items():
+        workers = ["--workers", "2" if name == "two" else "1"]
+        done = run_tool("prepare_data.py", *common, "--output", f"out/{name}", *workers, launcher=launcher)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("documents") == 1
+        assert "100%" in done.stderr, "a progress bar is shown"
+    assert listing(tmp_path / "out") == sorted(name + end for name in launchers for end in ENDINGS)
+    for name in launchers:
+        for ending in ENDINGS:
+            assert (tmp_path / f"out/{name}{ending}").read_bytes() == (tmp_path / f"out/one{ending}").read_bytes()
+    if not mpirun:
+        pytest.skip("mpirun is not installed; workers were compared, ranks were not")
+
+
+def test_a_failing_rank_ends_all_ranks_with_one_clear_line(run_tool: RunTool, tmp_path: Path) -> None:
+    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if not mpirun:
+        pytest.skip("mpirun is not installed")
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 1000)
+    (tmp_path / "b.jsonl").write_text('{"text": "fine"}\n' * 900 + "broken\n")
+    root = ("--allow-run-as-root",) if os.geteuid() == 0 else ()
+    done = run_tool(
+        "prepare_data.py", "a.jsonl", "b.jsonl", "--output", "out/c", "--tokenizer", "bytes", "--quiet",
+        launcher=(mpirun, "-n", "2", "--oversubscribe", *root),
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: b.jsonl is not JSON at byte 15300")]
+    assert not any(name.endswith((".idx", ".bin")) for name in listing(tmp_path / "out"))
+
+
+def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(tmp_path: Path, run_tool: RunTool) -> None:
+    out = tmp_path / "out"
+    command = [
+        sys.executable, str(ROOT / "tools" / "prepare_data.py"), str(LIBRARY), "--include", "*.py",
+        "--bad-utf8", "skip", "--tokenizer", "bytes", "--workers", "2", "--quiet", "--output", str(out / "c"),
+    ]  # fmt: skip
+    marker = f"KILLED_RUN_{os.getpid()}"
+    for wait_for in ("c.part00000.partial", "c.bin.partial"):
+        process = subprocess.Popen(
+            command, env={**tool_environment(), marker: "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 60
+        while not (out / wait_for).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+        left = listing(out)
+        assert wait_for in left and all(name.endswith(".partial") for name in left)
+    deadline = time.monotonic() + 20
+    while _processes_with(marker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _processes_with(marker), "workers outlive the process that started them"
+    (out / "c.part00077.partial").write_bytes(b"of more ranks")
+    done = subprocess.run(command, env=tool_environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert listing(out) == ["c" + ending for ending in ENDINGS]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_the_index_is_renamed_last_also_over_an_old_corpus(tmp_path: Path, renames: int) -> None:
+    (tmp_path / "a.txt").write_text("the old text")
+    prepare([str(tmp_path / "a.txt")], str(tmp_path / "out" / "c"), byte_tokenizer())
+    (tmp_path / "a.txt").write_text("the new text, which is longer")
+    script = (
+        "import os, signal, sys\n"
+        "from stagdist.data.prepare import prepare\n"
+        "from stagdist.data.tokenizer import byte_tokenizer\n"
+        "real, left = os.replace, [int(sys.argv[1])]\n"
+        "def replace(old, new):\n"
+        "    if left[0] == 0:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    left[0] -= 1\n"
+        "    real(old, new)\n"
+        "os.replace = replace\n"
+        "prepare(['a.txt'], 'out/c', byte_tokenizer(), overwrite=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(renames)], cwd=tmp_path, env=tool_environment())
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out" / "c.idx").exists()
+    prepare([str(tmp_path / "a.txt")], str(tmp_path / "out" / "c"), byte_tokenizer())
+    assert documents_of(tmp_path / "out" / "c", "uint16") == [[*b"the new text, which is longer", 256]]
+    assert listing(tmp_path / "out") == ["c" + ending for ending in ENDINGS]
+
+
+def _processes_with(marker: str) -> list[str]:
+    """Live processes whose environment holds a variable."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if marker.encode() in (process / "environ").read_bytes():
+                found.append(process.name)
+        except OSError:
+            continue
+    return found
+
+
+def test_a_killed_worker_ends_the_run_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stagdist.data import encoding
+    from stagdist.data.sources import plan_pieces
+
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "some text"}\n' * 20_000)
+    pieces = plan_pieces([str(tmp_path)], ReadOptions())
+    batches = encoding.encode_pieces(pieces, ReadOptions(), byte_tokenizer(), np.uint16, workers=2)
+    next(batches)
+    import multiprocessing
+
+    victims = multiprocessing.active_children()
+    assert len(victims) == 2
+    for victim in victims:
+        victim.kill()
+        victim.join()
+    with pytest.raises(DataError, match="fewer --workers"):
+        list(batches)
+
+
+def test_an_existing_corpus_is_kept_unless_it_is_to_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first")
+    prefix = str(tmp_path / "c")
+    prepare([str(tmp_path / "a.txt")], prefix, byte_tokenizer())
+    (tmp_path / "a.txt").write_text("second")
+    with pytest.raises(ConfigError, match="exists; choose another --output, or --overwrite"):
+        prepare([str(tmp_path / "a.txt")], prefix, byte_tokenizer())
+    assert documents_of(prefix, "uint16") == [[*b"first", 256]]
+    prepare([str(tmp_path / "a.txt")], prefix, byte_tokenizer(), overwrite=True)
+    assert documents_of(prefix, "uint16") == [[*b"second", 256]]
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text " * 10_000)
+    script = (
+        "import resource, signal\n"
+        "from stagdist.data.prepare import prepare\n"
+        "from stagdist.data.tokenizer import byte_tokenizer\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "prepare(['a.txt'], 'out/c', byte_tokenizer())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=tool_environment(), capture_output=True, text=True
+    )
+    assert "DataError: cannot prepare out/c: [Errno 27] File too large" in done.stderr
+    assert listing(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.txt", "--tokenizer", "bytes"], "absent.txt does not exist; give a file"),
+        (["empty.txt", "--tokenizer", "bytes"], "no text in empty.txt"),
+        (["blank.jsonl", "--tokenizer", "bytes"], r"no text in blank.jsonl (2 documents were left out)"),
+        (["a.txt", "--tokenizer", "absent"], "tokenizer absent does not exist; give `bytes`"),
+        (["latin.txt", "--tokenizer", "bytes"], "latin.txt is not UTF-8"),
+        (["keys.jsonl", "--tokenizer", "bytes"], "choose with --text-key"),
+        (["keys.jsonl", "a.txt", "--tokenizer", "bytes", "--workers", "2"], "choose with --text-key"),
+        (["a.txt", "--tokenizer", "bytes", "--workers", "0"], "--workers is 0"),
+        (["nobody/nothing", "--tokenizer", "bytes"], "cannot load the data set nobody/nothing"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2_and_writes_nothing(
+    run_tool: RunTool, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n{"text": " "}\n')
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    (tmp_path / "keys.jsonl").write_text('{"content": "x"}\n')
+    done = run_tool("prepare_data.py", *arguments, "--output", "out/c", "--quiet")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists() or listing(tmp_path / "out") == []
+
+
+def test_the_tokenizer_tool_trains_what_prepare_takes(run_tool: RunTool, tmp_path: Path) -> None:
+    done = run_tool("train_tokenizer.py", LIBRARY / "json", "--output", "tok", "--vocab-size", 600, "--quiet")
+    assert done.returncode == 0 and "600 tokens" in done.stdout, done.stderr
+    done = run_tool("prepare_data.py", LIBRARY / "json", "--output", "out/c", "--tokenizer", "tok", "--quiet")
+    assert done.returncode == 0, done.stderr
+    about = json.loads((tmp_path / "out" / "c.json").read_text())
+    assert about["vocab_size"] == 600 and about["tokenizer"] == "tok" and about["bytes"] > 1.5 * about["tokens"]
+    refused = run_tool("train_tokenizer.py", LIBRARY / "json", "--output", "tok", "--vocab-size", 300)
+    assert refused.returncode == 2 and "or --overwrite" in refused.stderr
+    small = run_tool("train_tokenizer.py", LIBRARY / "json", "--output", "tiny", "--vocab-size", 100)
+    assert small.returncode == 2 and "below 257" in small.stderr and not (tmp_path / "tiny").exists()
+
+
+def test_the_tokenizer_tool_reads_an_even_sample_of_much_text(run_tool: RunTool, tmp_path: Path) -> None:
+    for index, letter in enumerate("abcdefgh"):
+        (tmp_path / f"{index}.jsonl").write_text(json.dumps({"text": (letter * 8 + " ") * 2000}) + "\n")
+    done = run_tool(
+        "train_tokenizer.py",
+        "[0-9].jsonl",
+        "--output",
+        "tok",
+        "--vocab-size",
+        400,
+        "--max-megabytes",
+        0.0725,
+        "--quiet",
+    )
+    assert done.returncode == 0, done.stderr
+    vocab = json.loads((tmp_path / "tok" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert {letter for letter in "abcdefgh" if letter * 8 in vocab} == set("aceg")
+
+
+@pytest.mark.parametrize("name", ["prepare_data.py", "train_tokenizer.py"])
+def test_help_teaches_by_examples(run_tool: RunTool, name: str) -> None:
+    done = run_tool(name, "--help")
+    assert done.returncode == 0 and "examples:" in done.stdout and f"python tools/{name}" in done.stdout

@@ -1,0 +1,81 @@
+"""Train a byte-level BPE tokenizer on text."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from stagdist.data.command_line import add_reading_arguments, reading_options, run_tool
+from stagdist.data.reading import Reader
+from stagdist.data.sources import Piece, ReadOptions, plan_pieces
+from stagdist.data.tokenizer import train_bpe
+from stagdist.errors import ConfigError
+
+EXAMPLES = """\
+examples:
+  python tools/train_tokenizer.py book.txt notes/ --output data/tokenizer --vocab-size 8192
+  python tools/train_tokenizer.py 'dump/*.jsonl' --text-key content --output data/tokenizer --vocab-size 32768
+
+The directory loads with transformers' AutoTokenizer and goes to tools/prepare_data.py as --tokenizer. A vocabulary
+that is a multiple of 128 suits tensor parallelism. Of more text than --max-megabytes an even sample is read.
+"""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument(
+        "--vocab-size", required=True, type=int, metavar="N", help="tokens, with 256 bytes and the end of a document"
+    )
+    parser.add_argument(
+        "--max-megabytes", type=float, default=1000.0, metavar="MB", help="text to read at most (default: 1000)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that exists")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_reading_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def sample(pieces: Sequence[Piece], limit: float) -> list[Piece]:
+    """Pieces spread evenly over the input whose sizes add up to about `limit` at most, one at least."""
+    total = sum(piece.size for piece in pieces)
+    if total <= limit:
+        return list(pieces)
+    count = max(1, int(len(pieces) * limit / total))
+    return [pieces[index * len(pieces) // count] for index in range(count)]
+
+
+def texts(pieces: Sequence[Piece], options: ReadOptions) -> Iterator[str]:
+    """Documents of the pieces."""
+    reader = Reader(options)
+    for piece in pieces:
+        yield from reader.documents(piece)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, save, and say what came out."""
+    if Path(arguments.output, "tokenizer.json").exists() and not arguments.overwrite:
+        raise ConfigError(f"{arguments.output}/tokenizer.json exists; choose another --output, or --overwrite")
+    if Path(arguments.output).is_file():
+        raise ConfigError(f"--output {arguments.output} is a file; give a directory")
+    options = reading_options(arguments)
+    pieces = sample(plan_pieces(arguments.inputs, options), arguments.max_megabytes * 1e6)
+    tokenizer = train_bpe(texts(pieces, options), arguments.vocab_size, show_progress=not arguments.quiet)
+    tokenizer.save(arguments.output)
+    short = ""
+    if tokenizer.vocab_size < arguments.vocab_size:
+        short = f" (not {arguments.vocab_size}: the text holds no more pairs to merge)"
+    print(f"{arguments.output}: {tokenizer.vocab_size} tokens{short}, fingerprint {tokenizer.fingerprint[:12]}")
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    arguments = parse()
+    return run_tool(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
