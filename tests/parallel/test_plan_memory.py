@@ -1,0 +1,138 @@
+"""Memory of a rank: states by arithmetic, activations by their terms, and peaks of real runs."""
+
+from typing import Any, NamedTuple
+
+import pytest
+
+from stagdist.config import RunConfig
+from stagdist.parallel.grid import grid_for
+from stagdist.parallel.memory import Device, StageMemory, stage_memory
+from stagdist.parallel.plan import plan
+
+MIB = 2**20
+
+
+def config(model: dict[str, Any] | None = None, training: dict[str, Any] | None = None, **rest: Any) -> RunConfig:
+    shape = {
+        "vocab_size": 16000,
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 512,
+        "section_layers": [6, 5],
+    }
+    run = {"steps": 3, "global_batch_size": 8, "micro_batch_size": 2}
+    keys = {"name": "memory", "model": shape | (model or {}), "training": run | (training or {}), **rest}
+    return RunConfig.model_validate(keys)
+
+
+def memory(run: RunConfig, world_size: int, stage: int = 0, device: Device = "cpu") -> StageMemory:
+    return stage_memory(run, grid_for(run, world_size), stage, device)
+
+
+def test_states_of_an_fp32_run_by_hand() -> None:
+    stage = plan(config(), 2).stages[0]
+    assert stage.memory is not None
+    count = stage.parameters_per_rank
+    assert (stage.memory.weights, stage.memory.gradients) == (4 * count, 4 * count)
+    assert stage.memory.optimizer == 12 * count, "fp32 copy and two moments"
+    assert memory(config(), 4).optimizer == 6 * count, "two replicas have half of it each"
+
+
+def test_states_of_a_bf16_run_by_hand() -> None:
+    run = config(training={"precision": "bf16"})
+    count = plan(run, 2).stages[0].parameters_per_rank
+    held = memory(run, 2)
+    assert held.weights == 2 * count
+    assert held.gradients == 2 * count + 4 * count, "bf16 of one backward pass, fp32 over the step"
+    assert held.optimizer == 12 * count
+
+
+def test_earlier_stages_hold_more_micro_batches() -> None:
+    equal = config(model={"section_layers": [3, 3, 3], "connection": "sequential"}, training={"micro_batch_size": 1})
+    first, second = (memory(equal, 3, stage).activations for stage in (0, 1))
+    assert first / second == pytest.approx(3 / 2, rel=0.05)
+    one = memory(config(training={"micro_batch_size": 8}), 2)
+    two = memory(config(training={"micro_batch_size": 8, "global_batch_size": 16}), 2)
+    assert two.activations == pytest.approx(2 * one.activations, rel=0.03), "one micro-batch cannot be in flight twice"
+
+
+def test_layer_checkpointing_trades_activations_for_a_layer_run_again() -> None:
+    kept, again = memory(config(), 2), memory(config(training={"activation_checkpointing": "layer"}), 2)
+    assert again.activations < kept.activations / 5
+    assert again.backward_buffers > 2 * kept.backward_buffers
+    assert again.total < kept.total
+
+
+def test_every_part_of_a_layer_has_its_activations() -> None:
+    def per_layer(model: dict[str, Any], stage: int, device: Device = "cpu") -> int:
+        """Activations of one more layer for one token, one micro-batch in flight."""
+        run = {"global_batch_size": 2, "micro_batch_size": 2}
+        deep = memory(config(model | {"section_layers": [4, 4]}, run), 2, stage, device)
+        flat = memory(config(model | {"section_layers": [3, 3]}, run), 2, stage, device)
+        return (deep.activations - flat.activations) // (2 * 512)
+
+    heads = 4 * 512 * 4 + 8 * 4  # queries, keys, values, output; log-sum-exp
+    norm = 3 * 512 * 4 + 4  # input, normalised, scaled; reciprocal root
+    mlp = 4 * 1376 * 4
+    assert per_layer({}, 0) == 2 * norm + heads + mlp
+    assert per_layer({}, 1) == 3 * norm + 2 * heads + mlp
+    assert per_layer({"connection": "sequential"}, 1) == 2 * norm + heads + mlp
+    assert per_layer({}, 0, "cuda") == 2 * (norm - 512 * 4) + heads + mlp, "one kernel keeps no fp32 intermediate"
+    fewer = per_layer({}, 1) - per_layer({"cross_attention_key_value_heads": 2}, 1)
+    assert fewer == 2 * (512 - 128) * 4
+
+
+def test_tensor_ranks_share_what_is_split_and_repeat_what_is_not() -> None:
+    alone = memory(config(parallel={"pipeline_parallel_size": 1}), 1)
+    split = memory(config(parallel={"pipeline_parallel_size": 1, "tensor_parallel_size": 2}), 2)
+    assert split.weights == pytest.approx(alone.weights / 2, rel=0.01)
+    assert alone.activations / 2 < split.activations < alone.activations
+
+
+def test_a_smaller_bucket_makes_the_reduction_smaller() -> None:
+    small = config(deepspeed={"zero_optimization": {"reduce_bucket_size": 1_000_000}})
+    largest = 16000 * 512 * 4
+    assert memory(small, 2).reduction_buffers == largest, "a matrix is never cut"
+    assert memory(small, 2).reduction_buffers < memory(config(), 2).reduction_buffers
+
+
+def test_the_peak_is_the_largest_of_its_moments() -> None:
+    held = memory(config(), 2)
+    assert held.total == max(held.moments.values()) == held.moments[held.peak_moment]
+
+
+class Measured(NamedTuple):
+    """Peaks in MiB of the tensors of a real run on CPUs, stage by stage."""
+
+    peaks: tuple[int, ...]
+    model: dict[str, Any]
+    training: dict[str, Any]
+    pipe: int = 2
+
+
+# torch's memory profiler over two steps of the training engine (torch 2.13, DeepSpeed 0.19.8, gloo).
+RUNS = {
+    "fp32": Measured((1034, 1204), {}, {}),
+    "tied": Measured((1034, 1048), {"tie_word_embeddings": True}, {}),
+    "bf16": Measured((825, 1068), {}, {"precision": "bf16"}),
+    "checkpointed": Measured((730, 1270), {}, {"activation_checkpointing": "layer", "micro_batch_size": 4}),
+    "one process": Measured((1803,), {}, {}, pipe=1),
+    "sequential": Measured((1034, 871), {"connection": "sequential"}, {}),
+    "combined": Measured((1044, 1222), {"combine_sections": True}, {}),
+    "shared": Measured((890, 1204), {"share_section_weights": True, "section_layers": [5, 5]}, {}),
+    "window": Measured((1034, 1209), {"cross_attention_window": 64}, {}),
+    "wide": Measured(
+        (1910, 2279),
+        {"hidden_size": 1024, "intermediate_size": 2752, "vocab_size": 8000, "section_layers": [5, 4]},
+        {"micro_batch_size": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_predicted_peaks_are_those_of_real_runs(name: str) -> None:
+    run = RUNS[name]
+    described = config(run.model, run.training, parallel={"pipeline_parallel_size": run.pipe})
+    predicted = [memory(described, run.pipe, stage).total / MIB for stage in range(run.pipe)]
+    assert predicted == pytest.approx(list(run.peaks), rel=0.05)
