@@ -4,7 +4,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -78,13 +78,20 @@ class SectionEngine(PipelineEngine):
         """Loss (last stage) and gradients of this rank. fp16 gradients are left to the loss scaler."""
         checks = [] if self.total_loss is None else [self.total_loss.detach().float().abs()]
         if not self.fp16_enabled():
-            gradients = [gradient for gradient in map(self._gradient, self.module.parameters()) if gradient is not None]
+            gradients = self._accumulated_gradients()
             checks += [norm.float() for norm in torch._foreach_norm(gradients, math.inf)] if gradients else []
         return not checks or bool(torch.isfinite(torch.stack([check.reshape(()) for check in checks])).all())
 
-    def _gradient(self, parameter: Tensor) -> Tensor | None:
-        """Accumulated gradient of a parameter, before the optimizer takes it."""
-        return getattr(parameter, "_hp_grad") if self.using_bf16_optimizer else parameter.grad  # noqa: B009 - DeepSpeed adds it
+    def _accumulated_gradients(self) -> list[Tensor]:
+        """Reduced gradients of this rank before the optimizer takes them.
+
+        By now ZeRO-1 has emptied `.grad`: it holds its own partition of the gradients, the other ranks theirs.
+        """
+        if self.using_bf16_optimizer:
+            accumulated = [getattr(parameter, "_hp_grad", None) for parameter in self.module.parameters()]
+        else:
+            accumulated = [gradient for group in self.optimizer.averaged_gradients.values() for gradient in group]
+        return [gradient for gradient in accumulated if gradient is not None]
 
     _INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, schedule.OptimizerStep: _exec_optimizer_step}
 
@@ -156,26 +163,41 @@ class ComputeClock:
 
 def build_engine(config: RunConfig, groups: Groups) -> SectionEngine:
     """The model of this rank with its initial weights, and the engine around it."""
+    return wrap_module(build_module(config, groups), config, groups)
+
+
+def build_module(config: RunConfig, groups: Groups) -> SectionPipeline:
+    """The layers of this rank with their initial weights."""
     parallel = TensorParallel(groups.tensor)
-    # DeepSpeed prints facts that our own checks cover, and broadcasts parameters, which torch would warn of.
-    with redirect_stdout(io.StringIO()), torch.no_grad():
+    with _quiet():
         module = SectionPipeline(config, groups.grid, parallel)
         fill_parameters(module.canonical_parameters(), config.model, parallel, config.training.seed)
-        engine = _wrap(module, config, groups)
+    return module
+
+
+def wrap_module(module: SectionPipeline, config: RunConfig, groups: Groups) -> SectionEngine:
+    """The engine around a module that has its weights; the optimizer's fp32 copies are taken here.
+
+    What deepspeed.initialize does for a pipeline module, with our engine class.
+    """
+    settings = deepspeed_config(config, groups.grid)
+    with _quiet():
+        engine = SectionEngine(
+            args=None,
+            model=module,
+            optimizer=build_optimizer(module.named_parameters(), config.optimizer),
+            model_parameters=None,
+            mpu=module.mpu(),
+            dist_init_required=False,
+            config=settings,
+            config_class=DeepSpeedConfig(settings, module.mpu()),
+        )
     engine.gate = lambda finite: finite
     return engine
 
 
-def _wrap(module: SectionPipeline, config: RunConfig, groups: Groups) -> SectionEngine:
-    """What deepspeed.initialize does for a pipeline module, with our engine class."""
-    settings = deepspeed_config(config, groups.grid)
-    return SectionEngine(
-        args=None,
-        model=module,
-        optimizer=build_optimizer(module.named_parameters(), config.optimizer),
-        model_parameters=None,
-        mpu=module.mpu(),
-        dist_init_required=False,
-        config=settings,
-        config_class=DeepSpeedConfig(settings, module.mpu()),
-    )
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed prints facts that our own checks cover, and broadcasts parameters, which torch would warn of."""
+    with redirect_stdout(io.StringIO()), torch.no_grad():
+        yield
