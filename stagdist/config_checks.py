@@ -100,6 +100,8 @@ def run_problems(config: RunConfig) -> list[str]:
             f"training.global_batch_size {training.global_batch_size} is not a multiple of "
             f"training.micro_batch_size {training.micro_batch_size}"
         )
+    if training.precision == "fp16" and config.parallel.device == "cpu":
+        problems.append("training.precision fp16 scales its loss on a GPU only, but parallel.device is cpu; use bf16")
     if training.steps * training.global_batch_size > config.num_samples:
         problems.append(
             f"data.num_samples {config.num_samples} is less than training.steps * training.global_batch_size = "
@@ -140,6 +142,8 @@ def _scheduler_problems(config: RunConfig) -> list[str]:
 def world_problems(config: RunConfig, world_size: int) -> list[str]:
     """Every reason why a valid configuration would not run on `world_size` ranks."""
     pipe, tensor = config.pipeline_parallel_size, config.parallel.tensor_parallel_size
+    if world_size < 1:
+        return [f"world size {world_size} is no number of ranks; start {pipe * tensor} or a multiple of it"]
     if world_size % (pipe * tensor):
         return [
             f"world size {world_size} is not a multiple of pipeline {pipe} x tensor {tensor} = {pipe * tensor}; "

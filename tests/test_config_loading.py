@@ -160,6 +160,11 @@ def test_an_inconsistent_configuration_is_handed_back_with_its_problems(small: P
     assert read_config(small, ["training.steps=x"])[0] is None
 
 
+def test_fp16_is_refused_on_a_cpu(small: Path) -> None:
+    load_config(small, ["training.precision=fp16"])
+    assert "use bf16" in refused(small, "training.precision=fp16", "parallel.device=cpu")
+
+
 @pytest.mark.parametrize(
     "text, words",
     [

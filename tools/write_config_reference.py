@@ -33,12 +33,18 @@ deepspeed launch/pretrain.py --config configs/quickstart.yaml --set training.ste
 `--set` may be repeated; its value is read as YAML, and a number in a path is the index of a list. A key that does not
 exist is refused with the nearest name that does, and all problems of a file are told at once.
 
+Paths are relative to the folder the run is started in. The files in `configs/` expect their corpus under `data/`, for
+example `data/pile-neox.bin` and `.idx`; the comment at the head of each file says how to make it.
+
 `--dry-run [--world-size N]` prints the resolved configuration, the grid, the parameters of every section and stage,
 the memory of a rank, and every reason why the run would not start. It needs neither processes nor GPUs:
 
 ```
 python launch/pretrain.py --config configs/paper-stagformer-2x18-2.9b.yaml --dry-run --world-size 64
 ```
+
+Its exit code is 0 where the run would start and 2 where it would not. `parallel.device: auto` is planned as a CPU,
+which keeps more; `--set parallel.device=cuda` plans for GPUs.
 
 In the tables below, a key without a default must be given. `null` is written as in YAML: no value.
 """

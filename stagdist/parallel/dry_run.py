@@ -30,8 +30,8 @@ def dry_run(
         return f"{error}\n", REFUSED
     if config is None:
         return _verdict(problems), REFUSED
-    ranks = world_size or config.pipeline_parallel_size * config.parallel.tensor_parallel_size
-    planned = plan(config, ranks, device, tuple(problems))
+    fewest = config.pipeline_parallel_size * config.parallel.tensor_parallel_size
+    planned = plan(config, fewest if world_size is None else world_size, device, tuple(problems))
     return render(planned), REFUSED if planned.problems else RUNS
 
 
