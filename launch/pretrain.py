@@ -53,19 +53,20 @@ def run(arguments: argparse.Namespace) -> int:
     from stagdist.telemetry.logging import setup_logging
 
     world = join_launcher()
+    setup_logging(world.rank, None)
     config = load_config(arguments.config, arguments.set)
     grid = grid_for(config, world.size)
 
     from stagdist.parallel.groups import device_type
 
     device = device_type(config.parallel.device)
+    # Spares DeepSpeed its own guess, which on a GPU machine would overrule parallel.device: cpu.
     os.environ["DS_ACCELERATOR"] = device
-    setup_logging(world.rank, config.folder)
 
     from stagdist.training.pretrain import check_before_start, pretrain
 
-    setup_logging(world.rank, config.folder)
     check_before_start(config)
+    setup_logging(world.rank, config.folder)
     outcome = pretrain(config, grid, device, STARTED_AT)
     if world.rank == 0:
         done = "finished" if outcome.finished else "stopped, the same command goes on from here"

@@ -5,6 +5,9 @@ from typing import Any
 from stagdist.config import RunConfig
 from stagdist.parallel.grid import Grid
 
+REDUCE_BUCKET_ELEMENTS = 50_000_000
+"""Gradients that are reduced together; DeepSpeed's default of 5e8 copies all gradients of most stages at once."""
+
 NEVER = 2**31 - 1
 """Steps between two of DeepSpeed's own log lines; ours take their place."""
 
@@ -25,7 +28,12 @@ def deepspeed_config(config: RunConfig, grid: Grid) -> dict[str, Any]:
         "wall_clock_breakdown": False,
         "zero_allow_untested_optimizer": True,
         "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},
-        "zero_optimization": {"stage": 1, "contiguous_gradients": False, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": 1,
+            "contiguous_gradients": False,
+            "overlap_comm": False,
+            "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
+        },
     }
     if training.precision == "bf16":
         derived["bf16"] = {"enabled": True}

@@ -74,6 +74,12 @@ class SectionEngine(PipelineEngine):
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
 
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        super()._exec_backward_pass(buffer_id)
+        if self.is_last_stage():
+            # DeepSpeed keeps the logits of every buffer until the next step's forward pass.
+            self.pipe_buffers["outputs"][buffer_id] = None
+
     def _is_finite(self) -> bool:
         """Loss (last stage) and gradients of this rank. fp16 gradients are left to the loss scaler."""
         checks = [] if self.total_loss is None else [self.total_loss.detach().float().abs()]
@@ -93,7 +99,11 @@ class SectionEngine(PipelineEngine):
             accumulated = [gradient for group in self.optimizer.averaged_gradients.values() for gradient in group]
         return [gradient for gradient in accumulated if gradient is not None]
 
-    _INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, schedule.OptimizerStep: _exec_optimizer_step}
+    _INSTRUCTION_MAP = {
+        **PipelineEngine._INSTRUCTION_MAP,
+        schedule.OptimizerStep: _exec_optimizer_step,
+        schedule.BackwardPass: _exec_backward_pass,
+    }
 
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
         """DeepSpeed's interpreter of instructions, with the time of each kept by kind."""

@@ -139,7 +139,8 @@ class Trainer:
                 f"training.max_bad_steps is {limit}. Nothing was saved since the last checkpoint; lower "
                 "optimizer.learning_rate, or look at the samples of that step"
             )
-        LOG.warning(
+        LOG.log(
+            logging.WARNING if dist.get_rank() == 0 else logging.INFO,
             "step %d is skipped on all ranks: loss or gradients are not finite on rank %s (%d so far, %d allowed)",
             state.step, ranks, state.bad_steps, limit,
         )  # fmt: skip
