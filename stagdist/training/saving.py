@@ -53,7 +53,8 @@ class GuardedWriter(TorchCheckpointEngine):
         try:
             super().save(state_dict, path)
         except (OSError, RuntimeError) as error:
-            self.failure = f"{path}: {str(error).splitlines()[0]}"
+            free_gb = shutil.disk_usage(Path(path).parent).free / 1e9
+            self.failure = f"{path} could not be written, {free_gb:.1f} GB are free: {str(error).splitlines()[0]}"
 
 
 def save_checkpoint(engine: SectionEngine, groups: Groups, config: RunConfig, state: TrainingState) -> Path:
@@ -199,7 +200,8 @@ def resumed_config(config: RunConfig, checkpoint: Path, groups: Groups) -> RunCo
 def load_checkpoint(engine: SectionEngine, checkpoint: Path) -> TrainingState:
     """Fill the engine from a checkpoint that was found complete."""
     engine.checkpoint_engine = GuardedWriter()
-    path, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    with torch.no_grad():  # DeepSpeed broadcasts tied parameters, which torch would warn of
+        path, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint}")
     torch.set_rng_state(client_state["cpu_random_state"])

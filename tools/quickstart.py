@@ -1,0 +1,221 @@
+"""From text to a trained StagFormer in minutes, by the commands a person would type; `make quickstart` runs it."""
+
+import argparse
+import json
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stagdist.config_loading import load_config
+from stagdist.data.command_line import run_tool
+from stagdist.data.reading import Reader
+from stagdist.data.sources import ReadOptions, plan_pieces
+from stagdist.errors import DataError, StagdistError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+RUN = Path("runs/quickstart")
+TEXT_BYTES = 24_000_000
+"""Text that is used at most; a longer corpus is cut, and the output says so."""
+HELD_OUT_BYTES = 150_000
+"""Text of the final evaluation; as much again is for the evaluations on the way."""
+MIN_DOCUMENTS = 60
+PROMPT_TOKENS, SAMPLE_TOKENS = 24, 120
+EXAMPLES = """\
+examples:
+  make quickstart
+  make quickstart CORPUS="a.txt b.jsonl"
+  python tools/quickstart.py --corpus notes/ --set training.steps=600
+"""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus", nargs="+", metavar="INPUT", help="text, as for tools/prepare_data.py (default: Python's own source)"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+    return parser.parse_args(arguments)
+
+
+def standard_library() -> list[str]:
+    """The default corpus: the source of Python's standard library, tests left out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
+    files = [path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)]
+    if not files:
+        raise DataError(f'no Python source below {root}; name a corpus: make quickstart CORPUS="a.txt b.jsonl"')
+    return [str(path) for path in sorted(files)]
+
+
+def documents(inputs: list[str]) -> list[str]:
+    """All documents, shuffled; a text that is one long document is cut at its paragraphs."""
+    texts: list[str] = []
+    for cut in ("auto", "paragraph", "line"):
+        options = ReadOptions(bad_utf8="skip", txt_documents=cut)  # type: ignore[arg-type]
+        reader = Reader(options)
+        texts = [text for piece in plan_pieces(inputs, options) for text in reader.documents(piece)]
+        if len(texts) >= MIN_DOCUMENTS:
+            break
+    if not texts:
+        raise DataError(f"no text in {' '.join(inputs[:3])}; give files with at least some hundred kilobytes of text")
+    random.Random(0).shuffle(texts)
+    return texts
+
+
+def split(texts: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Cut documents into train, validation and held-out text; held out is at most a tenth."""
+    total = sum(len(text.encode()) for text in texts)
+    share = min(HELD_OUT_BYTES, total // 10)
+    position = 0
+    for name, wanted in (("heldout", share), ("validation", share), ("train", TEXT_BYTES)):
+        part: list[str] = []
+        size = 0
+        while position < len(texts) and size < wanted:
+            part.append(texts[position])
+            size += len(texts[position].encode())
+            position += 1
+        if not part:
+            raise DataError(f"{total} bytes of text are too few to learn from; give some hundred kilobytes")
+        print(f"  {name}: {len(part)} documents, {size / 1e6:.2f} MB", flush=True)
+        yield name, part
+    if position < len(texts):
+        print(f"  {len(texts) - position} documents more are left out of this short run", flush=True)
+
+
+def run(*command: str) -> None:
+    """Show a command and run it.
+
+    Raises:
+        StagdistError: it failed; its own output says why.
+    """
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    if code := subprocess.run(command).returncode:
+        raise StagdistError(f"{command[0]} ended with code {code}; its message stands above")
+
+
+def prepare(inputs: list[str], vocab_size: int) -> None:
+    """Write the three texts, train the tokenizer on the training text, tokenise."""
+    data = RUN / "data"
+    data.mkdir(parents=True)
+    print(f"reading {len(inputs)} input(s)", flush=True)
+    for name, part in split(documents(inputs)):
+        with (data / f"{name}.jsonl").open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps({"text": text}) + "\n" for text in part)
+    tokenizer = str(data / "tokenizer")
+    run(
+        "python", "tools/train_tokenizer.py", str(data / "train.jsonl"), "--output", tokenizer,
+        "--vocab-size", str(vocab_size),
+    )  # fmt: skip
+    for name in ("train", "validation", "heldout"):
+        run(
+            "python", "tools/prepare_data.py", str(data / f"{name}.jsonl"), "--output", str(data / name),
+            "--tokenizer", tokenizer, "--quiet",
+        )  # fmt: skip
+
+
+def read_texts(name: str) -> list[str]:
+    """Documents of one of the three texts."""
+    lines = (RUN / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+def judge() -> dict[str, Any]:
+    """Bits per byte of the held-out text: the model, and bigrams trained on the same training text."""
+    from stagdist.checkpoint.loading import load_model
+    from stagdist.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+    from stagdist.evaluation.bits_per_byte import nats_from_logits, score_text
+    from stagdist.evaluation.ngram import WittenBellBigram
+    from stagdist.evaluation.sample import decode_whole_characters, generate_by_recomputation
+    from stagdist.model.megatron import TensorParallel
+    from stagdist.parallel.groups import single_process
+
+    train, held_out = read_texts("train"), read_texts("heldout")
+
+    def stream(texts: list[str], by: Tokenizer) -> list[int]:
+        return [token for ids in by.encode_batch(texts) for token in (*ids, by.end_of_document)]
+
+    def bigram(by: Tokenizer) -> float:
+        model = WittenBellBigram(by.vocab_size)
+        model.fit([stream(train, by)])
+        return model.bits_per_byte(stream(held_out, by), by.token_bytes())
+
+    tokenizer = load_tokenizer(str(RUN / "model"))
+    ids = stream(held_out, tokenizer)
+    with single_process() as groups:
+        model = load_model(RUN / "model", TensorParallel(groups.tensor))
+        context = model.config.max_position_embeddings
+        score = score_text(nats_from_logits(model), ids, window=context, token_bytes=tokenizer.token_bytes())
+        prompt = ids[:PROMPT_TOKENS]
+        new = generate_by_recomputation(
+            model, prompt, max_new_tokens=SAMPLE_TOKENS, max_context=context, temperature=0.7, top_k=40, seed=0
+        )
+    sample = decode_whole_characters(tokenizer.decode, [*prompt, *new])
+    (RUN / "sample.txt").write_text(sample + "\n", encoding="utf-8")
+    return {
+        "heldout_bits_per_byte": score.bits_per_byte,
+        "heldout_tokens": score.tokens,
+        "bigram_bits_per_byte": bigram(byte_tokenizer()),
+        "token_bigram_bits_per_byte": bigram(tokenizer),
+        "sample": sample,
+    }
+
+
+def report(summary: dict[str, Any]) -> None:
+    """What a person should take home."""
+    model, byte, token = (summary[f"{key}bits_per_byte"] for key in ("heldout_", "bigram_", "token_bigram_"))
+    print(f"\n--- a sample, after its first {PROMPT_TOKENS} tokens ---\n{summary['sample']}\n---")
+    print("\nbits per byte of held-out text (lower is better)")
+    print(f"  this StagFormer           {model:.3f}   {model / byte:.2f} of the byte bigram")
+    print(f"  bigram over its tokens    {token:.3f}\n  bigram over bytes         {byte:.3f}")
+    print(f"\n{summary['tokens_per_s']:.0f} tokens/s in training, {summary['wall_s']:.0f} s in all. In {RUN}/:")
+    print("  checkpoints/  config.yaml  metrics.jsonl  loss.png  model/  sample.txt  summary.json")
+    print("\nNext, train it further on your own terms, for example:")
+    print(
+        "  deepspeed --num_accelerators 2 launch/pretrain.py --config configs/quickstart.yaml "
+        "--set name=longer --set training.steps=2000"
+    )
+
+
+def quickstart(arguments: argparse.Namespace) -> None:
+    """Everything, in order."""
+    started = time.monotonic()
+    config = load_config(CONFIG, arguments.set)
+    inputs = arguments.corpus or standard_library()
+    if RUN.exists():
+        print(f"starting anew: {RUN} of an earlier quickstart is removed", flush=True)
+        shutil.rmtree(RUN)
+    prepare(inputs, config.model.vocab_size)
+    overrides = [part for override in arguments.set for part in ("--set", override)]
+    run(
+        "deepspeed", "--num_accelerators", "2", "--master_port", str(random.randint(20000, 29000)),
+        "launch/pretrain.py", "--config", "configs/quickstart.yaml", *overrides,
+    )  # fmt: skip
+    print("\nscoring held-out text", flush=True)
+    summary = json.loads((RUN / "summary.json").read_text()) | judge()
+    summary["wall_s"] = time.monotonic() - started
+    (RUN / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    report(summary)
+
+
+def main() -> int:
+    """Exit code: 0, or 2 after one line that says what to mend."""
+    arguments = parse()
+    if Path.cwd() != ROOT:
+        print(f"error: run it from the repository's top folder, {ROOT}", file=sys.stderr)
+        return 2
+    return run_tool(lambda: quickstart(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
