@@ -1,0 +1,165 @@
+"""The distributed runs against the reference: launching, putting the ranks' parts together, comparing."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from stagdist.parallel.grid import Coordinate
+from tests.ranks import RankError, run_ranks
+from tests.reference.sharding import join, join_mix
+from tests.reference.training import TrainingRecord, global_norm, train
+from tests.training.parity_cases import BAD_STEP_CASES, BF16_CASES, CASES, FAULTY_CASES, LEARNING_RATES, Case
+from tests.training.parity_worker import RankReport
+
+WORKER = "tests.training.parity_worker:run_cases"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a run may be from the reference.
+
+    Attributes:
+        loss: nats.
+        norm: relative.
+        gradient: relative, Euclidean, per tensor.
+        weight: the same for the values after the last step.
+        update: the same for what all steps together changed; None where rounding of the weights hides it.
+    """
+
+    loss: float
+    norm: float
+    gradient: float
+    weight: float
+    update: float | None
+
+
+FP32 = Tolerance(loss=1e-5, norm=1e-5, gradient=1e-5, weight=1e-6, update=1e-3)
+BF16 = Tolerance(loss=1e-2, norm=1e-2, gradient=0.1, weight=1e-2, update=None)
+"""bf16 has 8 significant bits; on these models losses were 0.3 % and gradients at most 5 % away."""
+
+
+def reports(case: Case) -> list[RankReport]:
+    """What every rank saw of a case, by rank.
+
+    All cases of a world size share one launch, made when the first of them is asked for.
+    """
+    launched = _launch(case.world_size)
+    if isinstance(launched, RankError):
+        raise launched
+    return [rank[case.name] for rank in launched]
+
+
+@cache
+def _launch(world_size: int) -> list[dict[str, RankReport]] | RankError:
+    cases = [case for case in CASES + BF16_CASES + FAULTY_CASES + BAD_STEP_CASES if case.world_size == world_size]
+    try:
+        return run_ranks(WORKER, world_size, cases, timeout_s=400)
+    except RankError as error:  # kept, so that one failed launch is not started again by every case
+        return error
+
+
+def reference(case: Case) -> TrainingRecord:
+    """The same run by the reference, in fp32."""
+    return _train(json.dumps(case.model), case.max_grad_norm, case.eps)
+
+
+@cache
+def _train(model: str, max_grad_norm: float, eps: float) -> TrainingRecord:
+    case = Case("reference", json.loads(model), (1, 1, 1))
+    return train(
+        case.parameters(),
+        case.model_keys,
+        case.batches(),
+        LEARNING_RATES,
+        max_grad_norm=max_grad_norm,
+        eps=eps,
+        gradients_of=range(len(LEARNING_RATES)),
+    )
+
+
+def whole(ranks: Sequence[tuple[Coordinate, dict[str, Tensor]]], vocab_size: int) -> dict[str, Tensor]:
+    """Tensors of the whole model from what the ranks hold.
+
+    Raises:
+        AssertionError: stages, replicas or tensor ranks that hold the same tensor differ in a single bit.
+    """
+    parts: dict[str, dict[tuple[int, int], dict[int, Tensor]]] = {}
+    for place, named in ranks:
+        for name, value in named.items():
+            parts.setdefault(name, {}).setdefault((place.pipe, place.data), {})[place.tensor] = value
+    joined = {}
+    for name, copies in parts.items():
+        values = [join(name, [shards[rank] for rank in sorted(shards)], vocab_size) for shards in copies.values()]
+        for value in values[1:]:
+            assert torch.equal(value, values[0]), f"{name}: stages or replicas hold different copies"
+        joined[name] = values[0]
+    return join_mix(joined)
+
+
+def mismatches(case: Case) -> list[str]:
+    """Everything in which a run differs from the reference, in words; empty when it does not."""
+    ranks, record, tolerance = reports(case), reference(case), FP32 if case.precision == "fp32" else BF16
+    problems = _number_mismatches(ranks, record, tolerance)
+    try:
+        for step, expected in record.gradients.items():
+            found = whole([(rank.place, rank.gradients[step]) for rank in ranks], case.model_keys["vocab_size"])
+            problems += tensor_mismatches(f"gradient of step {step}", found, expected, tolerance.gradient)
+            problems += _norm_mismatch(f"norm of step {step}", ranks[0].norms[step], global_norm(found))
+        problems += weight_mismatches(case, record)
+    except AssertionError as difference:
+        problems.append(str(difference))
+    return problems
+
+
+def weight_mismatches(case: Case, record: TrainingRecord) -> list[str]:
+    """Differences in the weights after the last step, and in what all steps together changed."""
+    tolerance = FP32 if case.precision == "fp32" else BF16
+    weights = whole([(rank.place, rank.weights) for rank in reports(case)], case.model_keys["vocab_size"])
+    problems = tensor_mismatches("weight", weights, record.parameters, tolerance.weight)
+    if tolerance.update is not None:
+        start = case.parameters()
+        found = {name: value - start[name] for name, value in weights.items()}
+        expected = {name: value - start[name] for name, value in record.parameters.items()}
+        problems += tensor_mismatches("update", found, expected, tolerance.update)
+    return problems
+
+
+def _number_mismatches(ranks: list[RankReport], record: TrainingRecord, tolerance: Tolerance) -> list[str]:
+    problems = []
+    for index, rank in enumerate(ranks):
+        for step, expected in enumerate(record.losses):
+            if not abs(rank.losses[step] - expected) <= tolerance.loss:
+                problems.append(f"loss of step {step} on rank {index}: {rank.losses[step]}, reference {expected}")
+        for step, expected in enumerate(record.grad_norms):
+            if not abs(rank.norms[step] - expected) <= tolerance.norm * expected:
+                problems.append(f"norm of step {step} on rank {index}: {rank.norms[step]}, reference {expected}")
+    return problems
+
+
+def _norm_mismatch(kind: str, reported: float, norm: float) -> list[str]:
+    """The norm that was reported must be the norm of the gradients that were seen, at any precision."""
+    return [] if abs(reported - norm) <= 1e-5 * norm else [f"{kind}: {reported} reported, the gradients have {norm}"]
+
+
+def tensor_mismatches(kind: str, found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> list[str]:
+    """Names that only one side has, and tensors that are farther apart than the tolerance."""
+    problems = [f"{kind}: {name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{kind}: {name} is unknown to the reference" for name in found.keys() - expected.keys()]
+    for name in sorted(found.keys() & expected.keys()):
+        distance = relative_distance(found[name], expected[name])
+        if not distance <= tolerance:
+            problems.append(f"{kind}: {name} is {distance:.1e} away")
+    return problems
+
+
+def relative_distance(found: Tensor, expected: Tensor) -> float:
+    """Euclidean distance over the length of the expected tensor; infinite for another shape."""
+    if found.shape != expected.shape:
+        return math.inf
+    distance, length = (found.double() - expected.double()).norm(), expected.double().norm()
+    return float(distance / length) if length else (math.inf if distance else 0.0)

@@ -1,0 +1,117 @@
+"""What every rank of a parity launch does: train each case from the reference's parameters, and report."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
+
+from stagdist.parallel.grid import Coordinate, Grid
+from stagdist.parallel.groups import Groups, build_groups, destroy_groups
+from stagdist.training.distributed import start_distributed
+from stagdist.training.engine import SectionEngine, build_module, wrap_module
+from stagdist.training.pipeline import SectionPipeline
+from tests.reference.sharding import cut
+from tests.training.faults import damage, planted, replica
+from tests.training.parity_cases import GLOBAL_BATCH, LEARNING_RATES, Case
+
+TIMEOUT_S = 120.0
+
+
+@dataclass
+class RankReport:
+    """What one rank saw of a case.
+
+    Attributes:
+        place: where the rank stands.
+        initial: initial values before the reference's took their place, by canonical name.
+        losses: of every step.
+        norms: before clipping, of every step.
+        gradients: of every step, averaged over replicas and before clipping, this rank's part.
+        weights: after the last step.
+        finite: what the gate was told at every step.
+    """
+
+    place: Coordinate
+    initial: dict[str, Tensor] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    finite: list[bool] = field(default_factory=list)
+
+
+def run_cases(cases: list[Case]) -> dict[str, RankReport]:
+    """Run all cases one after the other in one world; reports by the case's name."""
+    reports: dict[str, RankReport] = {}
+    grid: Grid | None = None
+    groups: Groups | None = None
+    for case in sorted(cases, key=lambda case: case.grid):
+        if grid != Grid(*case.grid):
+            if groups is not None:
+                destroy_groups()
+            grid, first = Grid(*case.grid), groups is None
+            groups = start_distributed(grid, "cpu", TIMEOUT_S) if first else build_groups(grid, TIMEOUT_S)
+        assert groups is not None
+        try:
+            with planted(case.fault):
+                reports[case.name] = _run(case, groups)
+        except Exception as error:
+            raise RuntimeError(f"case {case.name!r} failed") from error
+    return reports
+
+
+def _run(case: Case, groups: Groups) -> RankReport:
+    config = case.config()
+    module = build_module(config, groups)
+    report = RankReport(groups.place, _values(module))
+    _load(module, case, groups)
+    engine = wrap_module(module, config, groups)
+    damage(engine, case.fault)
+
+    def gate(finite: bool) -> bool:
+        report.finite.append(finite)
+        _look(engine, report)
+        bad = torch.tensor(int(not finite))
+        dist.all_reduce(bad, group=groups.control)
+        return not bad
+
+    engine.gate = gate
+    for rate, (tokens, labels) in zip(LEARNING_RATES, case.batches(), strict=True):
+        engine.set_learning_rate(rate)
+        loss = engine.train_batch(_micro_batches(case, groups, tokens, labels))
+        report.losses.append(float(loss))
+        report.norms.append(engine.gradient_norm())
+    report.weights = _values(module)
+    return report
+
+
+def _load(module: SectionPipeline, case: Case, groups: Groups) -> None:
+    """The reference's parameters in place of the initial ones."""
+    parameters = case.parameters()
+    with torch.no_grad():
+        for name, parameter in module.canonical_parameters().items():
+            parameter.copy_(cut(parameters, name, groups.place.tensor, groups.grid.tensor))
+
+
+def _look(engine: SectionEngine, report: RankReport) -> None:
+    """Keep the gradients; as the gate before the update, when every reduction is done and nothing is clipped."""
+    gradients = {}
+    for name, parameter in engine.module.canonical_parameters().items():
+        gradient = safe_get_full_grad(parameter)
+        assert gradient is not None, f"{name} has no gradient"
+        gradients[name] = gradient.detach().clone()
+    report.gradients.append(gradients)
+
+
+def _micro_batches(case: Case, groups: Groups, tokens: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The replica's share of a global batch, micro-batches dealt round robin."""
+    size, replicas = case.micro_batch_size, groups.grid.data
+    for start in range(replica(groups.place, case.fault) * size, GLOBAL_BATCH, replicas * size):
+        yield tokens[start : start + size], labels[start : start + size]
+
+
+def _values(module: SectionPipeline) -> dict[str, Tensor]:
+    return {name: parameter.detach().float().clone() for name, parameter in module.canonical_parameters().items()}
