@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from stagdist.telemetry.logging import setup_logging
 
     world = join_launcher()
+    world.share_cores()
     setup_logging(world.rank, None)
     config = load_config(arguments.config, arguments.set)
     grid = grid_for(config, world.size)

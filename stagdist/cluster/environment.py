@@ -16,17 +16,29 @@ class World:
         rank: global, from 0.
         size: number of processes.
         local_rank: among the processes of this host.
+        local_size: number of processes on this host.
     """
 
     rank: int
     size: int
     local_rank: int
+    local_size: int = 1
+
+    def share_cores(self, environment: MutableMapping[str, str] = os.environ) -> None:
+        """Give this process its share of the host's cores, unless OMP_NUM_THREADS says otherwise.
+
+        Must run before torch is imported. Left alone, every process would start a thread for every core, and they
+        would spend their time waiting for each other.
+        """
+        cores = len(os.sched_getaffinity(0))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.local_size)))
 
 
 _OPEN_MPI = {
     "RANK": "OMPI_COMM_WORLD_RANK",
     "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
     "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+    "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
 }
 
 
@@ -40,7 +52,7 @@ def join_launcher(environment: MutableMapping[str, str] = os.environ) -> World:
         ConfigError: the variables contradict each other.
     """
     if "RANK" not in environment and _OPEN_MPI["RANK"] in environment:
-        environment.update({ours: environment[theirs] for ours, theirs in _OPEN_MPI.items()})
+        environment.update({ours: environment[theirs] for ours, theirs in _OPEN_MPI.items() if theirs in environment})
         if "MASTER_ADDR" not in environment:
             raise ConfigError(
                 "Open MPI started this process, but MASTER_ADDR is not set; put MASTER_ADDR=<first host> and "
@@ -50,7 +62,9 @@ def join_launcher(environment: MutableMapping[str, str] = os.environ) -> World:
         environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     environment.setdefault("MASTER_PORT", "29500")
     try:
-        world = World(*(int(environment[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
+        local_size = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", "1"))
+        world = World(*(int(environment[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")), int(local_size))
     except (KeyError, ValueError) as error:
         raise ConfigError(
             f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers set together by a launcher: {error}"
