@@ -17,7 +17,7 @@ PACKAGE = "stagdist"
 CONSOLE_FORMAT = "%(asctime)s %(console_prefix)s%(message)s"
 """One line of the console; the prefix is the rank from 1 on and the level from WARNING on."""
 
-HARMLESS_WARNINGS = ("Transformer Engine and Apex are not installed",)
+HARMLESS_WARNINGS = ("Transformer Engine and Apex are not installed", "Warning: tp_group is None")
 """Beginnings of warnings about packages that stagdist does not use."""
 
 FILE_FORMAT = "%(asctime)s %(levelname)s [rank %(rank)d] %(name)s: %(message)s"

@@ -1,0 +1,100 @@
+"""A checkpoint counts if and only if complete.json matches its files."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from stagdist.checkpoint.training_directory import (
+    COMPLETE,
+    TrainingState,
+    candidates,
+    checkpoint_files,
+    checkpoint_name,
+    damage,
+    file_record,
+    prune,
+    publish,
+    read_complete,
+    read_state,
+    staging_folder,
+    write_complete,
+)
+from stagdist.errors import CheckpointError
+
+
+def make(checkpoints: Path, step: int) -> Path:
+    """A finished checkpoint with two files."""
+    staged = staging_folder(checkpoints) / checkpoint_name(step)
+    (staged / "inner").mkdir(parents=True)
+    (staged / "weights.pt").write_bytes(random.Random(step).randbytes(5000))
+    (staged / "inner" / "part.pt").write_bytes(b"part")
+    TrainingState(step, step * 8, 800, (2, 1, 1)).write(staged)
+    write_complete(staged, {name: file_record(staged / name) for name in checkpoint_files(staged)})
+    publish(staged, checkpoints / checkpoint_name(step))
+    return checkpoints / checkpoint_name(step)
+
+
+def reason(directory: Path) -> str | None:
+    records = read_complete(directory)
+    return damage(directory, sorted(records), records)
+
+
+def test_a_finished_checkpoint_is_whole_and_leaves_no_staging(tmp_path: Path) -> None:
+    directory = make(tmp_path, 7)
+    assert reason(directory) is None
+    assert sorted(read_complete(directory)) == ["inner/part.pt", "state.json", "weights.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000007"]
+    assert read_state(directory) == TrainingState(7, 56, 800, (2, 1, 1))
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "inner/part.pt", "state.json"])
+def test_every_kind_of_damage_is_named(tmp_path: Path, name: str) -> None:
+    path = make(tmp_path, 1) / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    assert f"{name} has {len(content) - 1} bytes" in str(reason(tmp_path / checkpoint_name(1)))
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert f"{name} has other content" in str(reason(tmp_path / checkpoint_name(1)))
+    path.unlink()
+    assert reason(tmp_path / checkpoint_name(1)) == f"{name} is missing"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": {"x": {"size": 1}}}', '{"files": 3}'])
+def test_a_damaged_marker_is_no_checkpoint(tmp_path: Path, content: str) -> None:
+    directory = make(tmp_path, 1)
+    (directory / COMPLETE).write_text(content)
+    with pytest.raises(CheckpointError, match="complete checkpoint"):
+        read_complete(directory)
+
+
+def test_the_newest_comes_first_and_other_folders_are_not_checkpoints(tmp_path: Path) -> None:
+    for step in (5, 100_000_000, 20):
+        make(tmp_path, step)
+    for other in ("step_x", "step_12", ".saving", "notes"):
+        (tmp_path / other).mkdir()
+    assert [path.name for path in candidates(tmp_path)] == ["step_100000000", "step_00000020", "step_00000005"]
+    assert candidates(tmp_path / "absent") == []
+
+
+def test_pruning_keeps_the_newest_complete_ones_and_what_is_incomplete(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        make(tmp_path, step)
+    (tmp_path / checkpoint_name(4) / COMPLETE).unlink()
+    prune(tmp_path, 0)
+    assert len(candidates(tmp_path)) == 4
+    prune(tmp_path, 2)
+    assert [path.name for path in candidates(tmp_path)] == ["step_00000004", "step_00000003", "step_00000002"]
+
+
+def test_publishing_replaces_an_incomplete_namesake(tmp_path: Path) -> None:
+    (make(tmp_path, 3) / COMPLETE).unlink()
+    assert reason(make(tmp_path, 3)) is None
+
+
+def test_a_state_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    directory = make(tmp_path, 1)
+    (directory / "state.json").write_text(json.dumps({"step": 1}))
+    with pytest.raises(CheckpointError, match=r"state\.json"):
+        read_state(directory)
