@@ -12,8 +12,6 @@ from stagdist.parallel.layout import StageLayout, padded_vocab_size
 FP32 = 4
 INDEX = 8
 """Bytes of a token or label (int64)."""
-PIPE_BUFFERS = 2
-"""Slots of DeepSpeed's pipeline engine on its last stage; a slot keeps its output until it is used again."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,6 @@ class ActivationSetting:
         tensor: tensor-parallel size.
         fused_norm: RMSNorm is one kernel (CUDA); otherwise it is composed of several, which keep fp32 values.
         checkpoint_layers: only the input of each layer is kept.
-        micro_batches: micro-batches of an optimizer step.
     """
 
     sequences: int
@@ -36,7 +33,6 @@ class ActivationSetting:
     tensor: int
     fused_norm: bool
     checkpoint_layers: bool
-    micro_batches: int
 
     @property
     def tokens(self) -> int:
@@ -70,27 +66,24 @@ def busiest_moment(
     layers = sum(section_per_token(model, setting, section) for section in layout.sections) * tokens
     pipe = pipe_buffers_per_token(model, layout, setting) * tokens
     received = 2 * _carry_per_token(model, setting) * tokens  # one activation and one gradient on the wire
-    older = (in_flight - 1) * (layers + pipe) + received + pipe
-    logits = logits_per_token(model, setting) * tokens if layout.head else 0
-    older_outputs = stale_outputs(model, layout, setting) - logits  # this micro-batch has taken the place of one
+    logits = logits_per_token(model, setting) * tokens if layout.head else 0  # kept until the backward pass is over
+    always = (in_flight - 1) * (layers + pipe) + received + pipe + logits
     uses = _embedding_uses(model, layout)
     moments = [
         # The deepest layer of the newest micro-batch: all that its forward pass kept is still there.
         BackwardMoment(
-            older + older_outputs + layers,
+            always + layers,
             layer_backward_per_token(model, layout, setting) * tokens + (matrix if uses > 1 else 0),
         ),
         # The embedding, at the end: its dense gradient meets those of its other uses on this stage.
-        BackwardMoment(older + older_outputs, min(uses, 2) * matrix + 2 * model.hidden_size * setting.element * tokens),
+        BackwardMoment(always, min(uses, 2) * matrix + 2 * model.hidden_size * setting.element * tokens),
     ]
     if layout.head:
+        # The head: a gradient of the logits, and of the matrix before it is added to the earlier ones.
         head = head_per_token(model, setting) * tokens
-        moments += [
-            # The loss, forward: the slot's former output goes only when the new one is there.
-            BackwardMoment(older + older_outputs + logits + layers + head, 0),
-            # The head, backward: a gradient of the logits, and of the matrix before it is added to the earlier ones.
-            BackwardMoment(older + older_outputs + layers + head, matrix + (logits if setting.element < FP32 else 0)),
-        ]
+        moments.append(
+            BackwardMoment(always + layers + head, matrix + (logits if setting.element < FP32 else 0)),
+        )
     return max(moments, key=lambda moment: moment.total)
 
 
@@ -151,9 +144,9 @@ def layer_backward_per_token(model: ModelConfig, layout: StageLayout, setting: A
 
 
 def head_per_token(model: ModelConfig, setting: ActivationSetting) -> int:
-    """Final norm, fp32 softmax in the place of the logits, mask and index of the label."""
+    """Final norm, fp32 softmax (fp32 logits are overwritten by it), mask and index of the label."""
     softmax = FP32 * _vocabulary(model, setting) if setting.element < FP32 else 0
-    return norm_per_token(model, setting) + softmax + logits_per_token(model, setting) + 2 * INDEX + 1
+    return norm_per_token(model, setting) + softmax + 2 * INDEX + 1
 
 
 def logits_per_token(model: ModelConfig, setting: ActivationSetting) -> int:
@@ -171,13 +164,6 @@ def _carry_per_token(model: ModelConfig, setting: ActivationSetting) -> int:
     """What travels from stage to stage: hidden states, with combined sections the accumulator, and the tokens."""
     tensors = 2 if model.combine_sections else 1
     return tensors * model.hidden_size * setting.element + (INDEX if model.staggered else 0)
-
-
-def stale_outputs(model: ModelConfig, layout: StageLayout, setting: ActivationSetting) -> int:
-    """Logits of earlier micro-batches: the engine's slots on the last stage keep them until they are used again."""
-    if not layout.head:
-        return 0
-    return min(PIPE_BUFFERS, setting.micro_batches) * logits_per_token(model, setting) * setting.tokens
 
 
 def _vocabulary(model: ModelConfig, setting: ActivationSetting) -> int:

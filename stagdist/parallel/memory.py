@@ -11,19 +11,22 @@ from math import prod
 from typing import Literal
 
 from stagdist.config import RunConfig
-from stagdist.parallel.activations import FP32, ActivationSetting, busiest_moment, stale_outputs
+from stagdist.parallel.activations import FP32, ActivationSetting, busiest_moment
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.layout import stage_layout, stage_parameters
 
 Device = Literal["cpu", "cuda"]
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-REDUCE_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default for `zero_optimization.reduce_bucket_size`, and the fixed bucket of its bf16 optimizer."""
+REDUCE_BUCKET_ELEMENTS = 50_000_000
+"""Gradients that are reduced together, unless `deepspeed.zero_optimization.reduce_bucket_size` says otherwise.
+
+DeepSpeed's own 5e8 would copy all gradients of most stages at once.
+"""
+BF16_BUCKET_ELEMENTS = 500_000_000
+"""The same of DeepSpeed's bf16 optimizer, where it is fixed."""
 FP64 = 8
 """DeepSpeed's ZeRO takes the norm of a gradient from a copy in double precision."""
-ADAM_TEMPORARIES = 2
-"""Copies of a partition inside torch's AdamW: the root of the second moment, and its quotient."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class StageMemory:
         tables: rotary tables.
         activations: what autograd and the pipeline keep for micro-batches in flight, at the busiest moment.
         backward_buffers: what a backward pass makes and drops again while the activations are held.
-        reduction_buffers: what the reduction of the gradients makes and drops again, and what the pipeline still keeps.
-        step_buffers: the same of the optimizer's step, less the gradients it drops first.
+        reduction_buffers: what the reduction of the gradients makes and drops again.
+        step_buffers: the same of the optimizer's step.
     """
 
     weights: int
@@ -91,10 +94,11 @@ def stage_memory(config: RunConfig, grid: Grid, stage: int, device: Device) -> S
     sizes = [prod(spec.local_shape(grid.tensor)) for spec in stage_parameters(config.model, grid.pipe, stage)]
     setting = activation_setting(config, grid, device)
     layout = stage_layout(config.model, grid.pipe, stage)
-    moment = busiest_moment(config.model, layout, setting, in_flight=min(grid.pipe - stage, setting.micro_batches))
-    stale = stale_outputs(config.model, layout, setting)
-    bf16 = config.training.precision == "bf16"
-    states = _bf16_states(sizes, grid.data) if bf16 else _zero_states(config, sizes, grid.data, setting.element)
+    training = config.training
+    micro_batches = training.global_batch_size // (training.micro_batch_size * grid.data)
+    moment = busiest_moment(config.model, layout, setting, in_flight=min(grid.pipe - stage, micro_batches))
+    bf16 = training.precision == "bf16"
+    states = _bf16_states(config, sizes, grid.data) if bf16 else _zero_states(config, sizes, grid.data, setting.element)
     return StageMemory(
         weights=states.weights,
         gradients=states.gradients,
@@ -102,8 +106,8 @@ def stage_memory(config: RunConfig, grid: Grid, stage: int, device: Device) -> S
         tables=_rotary_tables(config, grid.pipe),
         activations=moment.activations,
         backward_buffers=moment.buffers,
-        reduction_buffers=states.reduction_buffers + stale,
-        step_buffers=states.step_buffers + stale,
+        reduction_buffers=states.reduction_buffers,
+        step_buffers=states.step_buffers,
     )
 
 
@@ -117,7 +121,6 @@ def activation_setting(config: RunConfig, grid: Grid, device: Device) -> Activat
         tensor=grid.tensor,
         fused_norm=device == "cuda",
         checkpoint_layers=training.activation_checkpointing == "layer",
-        micro_batches=training.global_batch_size // (training.micro_batch_size * grid.data),
     )
 
 
@@ -125,27 +128,45 @@ def _zero_states(config: RunConfig, sizes: list[int], replicas: int, element: in
     """DeepSpeedZeroOptimizer at stage 1: gradients in the precision of the weights, whole on every replica."""
     total, share = sum(sizes), -(-sum(sizes) // replicas)
     bucket = config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS)
-    flat = element * share + (FP32 * share if element < FP32 else 0)
-    step = FP32 * share * (1 + ADAM_TEMPORARIES) - element * total  # the step drops the gradients once they are flat
     return _States(
         weights=element * total,
         gradients=element * total,
         optimizer=3 * FP32 * share,
-        reduction_buffers=element * min(total, max(int(bucket), max(sizes))),
-        step_buffers=max(FP64 * max(sizes), flat, step),
+        reduction_buffers=element * copied_elements(sizes, int(bucket)),
+        # The share of the gradients is flattened before the gradients are dropped.
+        step_buffers=max(FP64 * max(sizes), element * share + (FP32 * share if element < FP32 else 0)),
     )
 
 
-def _bf16_states(sizes: list[int], replicas: int) -> _States:
+def copied_elements(sizes: list[int], bucket: int) -> int:
+    """Elements of the largest bucket that is copied for its reduction; a gradient alone in one is reduced in place.
+
+    Args:
+        sizes: elements of the gradients, in the order in which they are reduced.
+        bucket: a gradient that would pass it begins a new one; none is ever cut.
+    """
+    largest = elements = members = 0
+    for size in sizes:
+        if elements + size > bucket:
+            elements = members = 0
+        elements, members = elements + size, members + 1
+        if members > 1:
+            largest = max(largest, elements)
+    return largest
+
+
+def _bf16_states(config: RunConfig, sizes: list[int], replicas: int) -> _States:
     """BF16_Optimizer: bf16 gradients of one backward pass, added to fp32 gradients that are kept."""
     total, share = sum(sizes), -(-sum(sizes) // replicas)
+    # The flat gradients of both groups are copied together, unless the first fills a bucket by itself.
+    copied = FP32 * total if total <= BF16_BUCKET_ELEMENTS else 0
+    sent = 0 if config.deepspeed.get("communication_data_type") == "fp32" else 2 * total
     return _States(
         weights=2 * total,
         gradients=2 * total + FP32 * total,
         optimizer=3 * FP32 * share,
-        # The flat gradients of both groups are copied together, unless the first fills a bucket by itself.
-        reduction_buffers=FP32 * total if total <= REDUCE_BUCKET_ELEMENTS else 0,
-        step_buffers=max(FP32 * max(sizes), ADAM_TEMPORARIES * FP32 * share),
+        reduction_buffers=copied + sent,
+        step_buffers=FP32 * max(sizes),
     )
 
 

@@ -4,9 +4,7 @@ from typing import Any
 
 from stagdist.config import RunConfig
 from stagdist.parallel.grid import Grid
-
-REDUCE_BUCKET_ELEMENTS = 50_000_000
-"""Gradients that are reduced together; DeepSpeed's default of 5e8 copies all gradients of most stages at once."""
+from stagdist.parallel.memory import REDUCE_BUCKET_ELEMENTS
 
 NEVER = 2**31 - 1
 """Steps between two of DeepSpeed's own log lines; ours take their place."""

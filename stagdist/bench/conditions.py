@@ -1,0 +1,39 @@
+"""What a measured number depends on besides its configuration: code, versions, hardware."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "deepspeed", "megatron-core")
+
+
+def conditions(device_name: str | None, devices: int) -> dict[str, object]:
+    """Commit, versions and hardware of a measurement, without a name or path of this machine.
+
+    Args:
+        device_name: the GPU's; None where CPUs did the work.
+        devices: GPUs that took part.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "commit": commit(),
+        "hardware": f"{cores} CPU cores" if device_name is None else f"{devices} x {device_name}",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def commit() -> str | None:
+    """The commit checked out, with `+` where the package differs from it; None outside of a checkout."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        return head + ("+" if _git("status", "--porcelain", "--", "stagdist") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -1,0 +1,239 @@
+"""Predicted against measured memory: the plan of a run beside the peak of its real ranks.
+
+Every case is planned as `--dry-run` plans it, then started: real processes build the training engine and train some
+steps on random tokens. Measured are the bytes of tensors at their peak: on CPUs by torch's memory profiler, on GPUs by
+`torch.cuda.max_memory_allocated`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stagdist.bench.conditions import conditions
+from stagdist.bench.workers import Workers
+from stagdist.config import RunConfig
+from stagdist.config_loading import load_config
+from stagdist.errors import ConfigError
+from stagdist.parallel.grid import grid_for
+from stagdist.parallel.plan import plan
+
+TOLERANCE = 0.15
+"""A prediction further off, relative to the measured peak, fails the benchmark."""
+GIB = 2**30
+TABLE = "{:<24} {:>4}  {:>12}  {:>10}  {:>10}  {:>6}  {}"
+SHAPE: dict[str, Any] = {
+    "vocab_size": 16000,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 512,
+    "section_layers": [6, 5],
+}
+BATCH: dict[str, Any] = {"steps": 100, "global_batch_size": 6, "micro_batch_size": 2, "precision": "fp32"}
+
+
+@dataclass(frozen=True)
+class MemoryCase:
+    """One run to measure.
+
+    Attributes:
+        name: said in the table.
+        config: the run; its data is not read.
+        world_size: ranks to start.
+    """
+
+    name: str
+    config: RunConfig
+    world_size: int
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """One rank: what was planned and what was there.
+
+    Attributes:
+        rank: number of the rank.
+        stage: its pipeline stage.
+        planned_parameters: values on this rank by the plan.
+        engine_parameters: values that the engine holds.
+        predicted_bytes: peak by the plan.
+        predicted_moment: where the plan reaches it.
+        measured_bytes: peak of the run.
+        peaks_by_phase: measured peaks of building the engine and of each step.
+    """
+
+    rank: int
+    stage: int
+    planned_parameters: int
+    engine_parameters: int
+    predicted_bytes: int
+    predicted_moment: str
+    measured_bytes: int
+    peaks_by_phase: dict[str, int]
+
+    @property
+    def ratio(self) -> float:
+        """Predicted over measured peak."""
+        return self.predicted_bytes / self.measured_bytes
+
+    @property
+    def holds(self) -> bool:
+        """The parameters are exact and the peak is within the tolerance."""
+        return self.planned_parameters == self.engine_parameters and abs(self.ratio - 1) <= TOLERANCE
+
+
+def _case(name: str, world_size: int, pipe: int, model: Mapping[str, Any], **training: Any) -> MemoryCase:
+    keys = {
+        "name": "bench-memory",
+        "model": {**SHAPE, **model},
+        "training": BATCH | training,
+        "parallel": {"pipeline_parallel_size": pipe},
+    }
+    return MemoryCase(name, RunConfig.model_validate(keys), world_size)
+
+
+def default_cases() -> list[MemoryCase]:
+    """Seven small runs, the first three of at least 1 GB per rank."""
+    deep = {"section_layers": [12, 9]}
+    large_vocabulary = {"vocab_size": 32000, "section_layers": [4, 4], "share_section_weights": True}
+    return [
+        _case("fp32", 2, 2, {}),
+        _case("bf16-checkpointed", 2, 2, deep, precision="bf16", activation_checkpointing="layer"),
+        _case("shared-weights", 1, 1, large_vocabulary, global_batch_size=4),
+        _case("bf16-tied", 2, 2, {"tie_word_embeddings": True}, precision="bf16"),
+        _case(
+            "sequential-checkpointed",
+            2,
+            2,
+            deep | {"connection": "sequential"},
+            activation_checkpointing="layer",
+        ),
+        _case("combined-windowed", 2, 2, {"combine_sections": True, "cross_attention_window": 64}),
+        _case("two-replicas", 2, 1, {"section_layers": [4, 3]}, micro_batch_size=1),
+    ]
+
+
+def measure_case(case: MemoryCase, steps: int, device: str) -> tuple[list[RankResult], str | None]:
+    """Start the ranks of a case and train; the results by rank, and the name of the GPU.
+
+    Raises:
+        ConfigError: the ranks do not fit the configuration.
+        TrainingError: a rank failed; with the end of its output.
+    """
+    config, gpu = _on(case.config, device), 0 if device == "cuda" else None
+    grid = grid_for(config, case.world_size)
+    stages = plan(config, case.world_size).stages
+    settings = {"config": config.model_dump(mode="json"), "steps": steps}
+    with Workers(case.world_size, settings, first_gpu=gpu, module="stagdist.bench.memory_worker") as workers:
+        answers = workers.together("train")
+        device_name = workers.started[0]["device_name"]
+    results = []
+    for rank, answer in enumerate(answers):
+        stage = grid.coordinate(rank).pipe
+        memory = stages[stage].memory
+        assert memory is not None, "a plan whose ranks fit has memory"
+        results.append(
+            RankResult(
+                rank=rank,
+                stage=stage,
+                planned_parameters=stages[stage].parameters_per_rank,
+                engine_parameters=answer["parameters"],
+                predicted_bytes=memory.total,
+                predicted_moment=memory.peak_moment,
+                measured_bytes=max(answer["peak_bytes"].values()),
+                peaks_by_phase=answer["peak_bytes"],
+            )
+        )
+    return results, device_name
+
+
+def _on(config: RunConfig, device: str) -> RunConfig:
+    parallel = config.parallel.model_copy(update={"device": device})
+    return config.model_copy(update={"parallel": parallel})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the benchmark."""
+    parser.add_argument("--json", metavar="FILE", help="write all results here")
+    parser.add_argument("--case", action="append", metavar="NAME", help="only this case; repeatable (default: all)")
+    parser.add_argument("--config", metavar="FILE", help="measure this run instead of the cases; its data is not read")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of --config")
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks for --config (default: the fewest)")
+    parser.add_argument("--steps", type=int, default=2, metavar="N", help="training steps of each case (default: 2)")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print and write; exit code 0 if every prediction holds, 1 if one does not.
+
+    Raises:
+        ConfigError: an unknown case, or ranks that do not fit.
+        TrainingError: a rank failed.
+    """
+    if arguments.steps < 2:
+        raise ConfigError(f"--steps {arguments.steps}: the optimizer's moments exist from step 2 on, train at least 2")
+    device, devices = _device(arguments.device)
+    print(TABLE.format("case", "rank", "parameters", "predicted", "measured", "ratio", "reached in"), flush=True)
+    recorded, device_name, good = [], None, True
+    for case in _chosen(arguments):
+        if device == "cuda" and case.world_size > devices:
+            print(f"{case.name}: skipped, it needs {case.world_size} GPUs of {devices}", file=sys.stderr)
+            continue
+        results, device_name = measure_case(case, arguments.steps, device)
+        for result in results:
+            print(_line(case.name, result), flush=True)
+        good = good and all(result.holds for result in results)
+        recorded.append(_record(case, results))
+    if not recorded:
+        raise ConfigError(f"no case fits {devices} GPUs; pass --device cpu")
+    written = {"benchmark": "memory", "device": device, "steps": arguments.steps, "cases": recorded}
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(conditions(device_name, devices) | written, indent=2) + "\n")
+    return 0 if good else 1
+
+
+def _chosen(arguments: argparse.Namespace) -> Iterator[MemoryCase]:
+    if arguments.config:
+        config = load_config(arguments.config, arguments.set)
+        fewest = config.pipeline_parallel_size * config.parallel.tensor_parallel_size
+        yield MemoryCase(config.name, config, arguments.world_size or fewest)
+        return
+    cases = {case.name: case for case in default_cases()}
+    for name in arguments.case or cases:
+        if name not in cases:
+            raise ConfigError(f"--case {name!r} is none of {', '.join(map(repr, cases))}")
+        yield cases[name]
+
+
+def _device(wanted: str) -> tuple[str, int]:
+    """Kind of device, and how many GPUs there are."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if wanted == "cuda" and not gpus:
+        raise ConfigError("--device cuda, but torch sees no CUDA device; use auto or cpu")
+    return ("cuda" if gpus and wanted != "cpu" else "cpu"), gpus
+
+
+def _record(case: MemoryCase, results: Sequence[RankResult]) -> dict[str, Any]:
+    """A case as it is written: its configuration as far as memory depends on it, and its ranks."""
+    config = case.config.model_dump(
+        mode="json", exclude_defaults=True, include={"model", "training", "parallel", "deepspeed"}
+    )
+    ranks = [asdict(result) | {"ratio": round(result.ratio, 4)} for result in results]
+    return {"name": case.name, "world_size": case.world_size, "config": config, "ranks": ranks}
+
+
+def _line(name: str, result: RankResult) -> str:
+    difference = result.planned_parameters - result.engine_parameters
+    parameters = f"{difference:+,} off" if difference else f"{result.engine_parameters:,}"
+    predicted, measured = (f"{size / GIB:.3f} GiB" for size in (result.predicted_bytes, result.measured_bytes))
+    return TABLE.format(
+        name, result.rank, parameters, predicted, measured, f"{result.ratio:.3f}", result.predicted_moment
+    )

@@ -1,0 +1,61 @@
+"""A process of the memory benchmark: builds the engine, trains a few steps, answers with peaks and parameters.
+
+Started by `stagdist.bench.workers`, with the settings' file as its only argument; it answers every line of standard
+input with one line of JSON through the descriptor STAGDIST_REPLY_FD.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stagdist.bench.peaks import peak_bytes
+from stagdist.config import RunConfig
+from stagdist.parallel.grid import grid_for
+from stagdist.parallel.groups import Groups, device_type
+from stagdist.training.distributed import start_distributed, stop_distributed
+from stagdist.training.engine import SectionEngine, build_engine
+
+
+def measure(config: RunConfig, groups: Groups, device: str, steps: int) -> dict[str, Any]:
+    """Peak bytes of building the engine and of each step, and the values of the parameters that the engine holds."""
+    engines: list[SectionEngine] = []
+    batches = random_batches(config)
+    phases: dict[str, Callable[[], object]] = {"start": lambda: engines.append(build_engine(config, groups))}
+    phases |= {f"step {step}": lambda: engines[0].train_batch(batches) for step in range(1, steps + 1)}
+    peaks = peak_bytes(phases, device)
+    return {"peak_bytes": peaks, "parameters": sum(parameter.numel() for parameter in engines[0].module.parameters())}
+
+
+def random_batches(config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
+    """Micro-batches of random tokens without end; memory does not depend on what they say."""
+    generator = torch.Generator().manual_seed(config.training.seed)
+    shape = (config.training.micro_batch_size, config.sequence_length + 1)
+    while True:
+        tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)
+        yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def main() -> None:
+    """Answer once at the start and once per line of standard input."""
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    config = RunConfig.model_validate(settings["config"])
+    device = device_type(config.parallel.device)
+    os.environ["DS_ACCELERATOR"] = device
+    with os.fdopen(int(os.environ["STAGDIST_REPLY_FD"]), "w") as replies:
+        groups = start_distributed(grid_for(config, int(os.environ["WORLD_SIZE"])), device, config.parallel.timeout_s)
+        name = torch.cuda.get_device_name() if device == "cuda" else None
+        print(json.dumps({"device_name": name}), file=replies, flush=True)
+        for _ in sys.stdin:
+            print(json.dumps(measure(config, groups, device, settings["steps"])), file=replies, flush=True)
+        stop_distributed()
+
+
+if __name__ == "__main__":
+    main()
