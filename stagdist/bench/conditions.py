@@ -29,7 +29,7 @@ def commit() -> str | None:
     """The commit checked out, with `+` where the package differs from it; None outside of a checkout."""
     try:
         head = _git("rev-parse", "HEAD")
-        return head + ("+" if _git("status", "--porcelain", "--", "stagdist") else "")
+        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no", "--", "stagdist") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -117,8 +117,8 @@ def default_cases() -> list[MemoryCase]:
     ]
 
 
-def measure_case(case: MemoryCase, steps: int, device: str) -> tuple[list[RankResult], str | None]:
-    """Start the ranks of a case and train; the results by rank, and the name of the GPU.
+def measure_case(case: MemoryCase, steps: int, device: str) -> list[RankResult]:
+    """Start the ranks of a case and train; the results by rank.
 
     Raises:
         ConfigError: the ranks do not fit the configuration.
@@ -130,7 +130,6 @@ def measure_case(case: MemoryCase, steps: int, device: str) -> tuple[list[RankRe
     settings = {"config": config.model_dump(mode="json"), "steps": steps}
     with Workers(case.world_size, settings, first_gpu=gpu, module="stagdist.bench.memory_worker") as workers:
         answers = workers.together("train")
-        device_name = workers.started[0]["device_name"]
     results = []
     for rank, answer in enumerate(answers):
         stage = grid.coordinate(rank).pipe
@@ -148,7 +147,7 @@ def measure_case(case: MemoryCase, steps: int, device: str) -> tuple[list[RankRe
                 peaks_by_phase=answer["peak_bytes"],
             )
         )
-    return results, device_name
+    return results
 
 
 def _on(config: RunConfig, device: str) -> RunConfig:
@@ -178,23 +177,23 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.steps < 2:
         raise ConfigError(f"--steps {arguments.steps}: the optimizer's moments exist from step 2 on, train at least 2")
-    device, devices = _device(arguments.device)
+    device, gpus, gpu_name = _device(arguments.device)
+    written = conditions(gpu_name, gpus) | {"benchmark": "memory", "device": device, "steps": arguments.steps}
     print(TABLE.format("case", "rank", "parameters", "predicted", "measured", "ratio", "reached in"), flush=True)
-    recorded, device_name, good = [], None, True
+    recorded, good = [], True
     for case in _chosen(arguments):
-        if device == "cuda" and case.world_size > devices:
-            print(f"{case.name}: skipped, it needs {case.world_size} GPUs of {devices}", file=sys.stderr)
+        if device == "cuda" and case.world_size > gpus:
+            print(f"{case.name}: skipped, it needs {case.world_size} GPUs of {gpus}", file=sys.stderr)
             continue
-        results, device_name = measure_case(case, arguments.steps, device)
+        results = measure_case(case, arguments.steps, device)
         for result in results:
             print(_line(case.name, result), flush=True)
         good = good and all(result.holds for result in results)
         recorded.append(_record(case, results))
     if not recorded:
-        raise ConfigError(f"no case fits {devices} GPUs; pass --device cpu")
-    written = {"benchmark": "memory", "device": device, "steps": arguments.steps, "cases": recorded}
+        raise ConfigError(f"no case fits {gpus} GPUs; pass --device cpu")
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(conditions(device_name, devices) | written, indent=2) + "\n")
+        Path(arguments.json).write_text(json.dumps(written | {"cases": recorded}, indent=2) + "\n")
     return 0 if good else 1
 
 
@@ -211,14 +210,16 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[MemoryCase]:
         yield cases[name]
 
 
-def _device(wanted: str) -> tuple[str, int]:
-    """Kind of device, and how many GPUs there are."""
+def _device(wanted: str) -> tuple[str, int, str | None]:
+    """Kind of device, how many GPUs there are, and the name of the one to be used."""
     import torch
 
     gpus = torch.cuda.device_count()
     if wanted == "cuda" and not gpus:
         raise ConfigError("--device cuda, but torch sees no CUDA device; use auto or cpu")
-    return ("cuda" if gpus and wanted != "cpu" else "cpu"), gpus
+    if not gpus or wanted == "cpu":
+        return "cpu", 0, None
+    return "cuda", gpus, torch.cuda.get_device_name(0)
 
 
 def _record(case: MemoryCase, results: Sequence[RankResult]) -> dict[str, Any]:

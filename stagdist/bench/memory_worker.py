@@ -50,8 +50,7 @@ def main() -> None:
     os.environ["DS_ACCELERATOR"] = device
     with os.fdopen(int(os.environ["STAGDIST_REPLY_FD"]), "w") as replies:
         groups = start_distributed(grid_for(config, int(os.environ["WORLD_SIZE"])), device, config.parallel.timeout_s)
-        name = torch.cuda.get_device_name() if device == "cuda" else None
-        print(json.dumps({"device_name": name}), file=replies, flush=True)
+        print(json.dumps("ready"), file=replies, flush=True)
         for _ in sys.stdin:
             print(json.dumps(measure(config, groups, device, settings["steps"])), file=replies, flush=True)
         stop_distributed()
