@@ -1,15 +1,17 @@
 """Memory of a rank: states by arithmetic, activations by their terms, and peaks of real runs."""
 
-from typing import Any, NamedTuple
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stagdist.config import RunConfig
 from stagdist.parallel.grid import grid_for
-from stagdist.parallel.memory import Device, StageMemory, stage_memory
+from stagdist.parallel.memory import Device, StageMemory, copied_elements, stage_memory
 from stagdist.parallel.plan import plan
 
-MIB = 2**20
+RECORD = json.loads((Path(__file__).resolve().parents[2] / "benchmarks" / "memory.json").read_text())
 
 
 def config(model: dict[str, Any] | None = None, training: dict[str, Any] | None = None, **rest: Any) -> RunConfig:
@@ -46,6 +48,9 @@ def test_states_of_a_bf16_run_by_hand() -> None:
     assert held.weights == 2 * count
     assert held.gradients == 2 * count + 4 * count, "bf16 of one backward pass, fp32 over the step"
     assert held.optimizer == 12 * count
+    assert held.reduction_buffers == 4 * count + 2 * count, "copied in fp32, sent in bf16"
+    exact = config(training={"precision": "bf16"}, deepspeed={"communication_data_type": "fp32"})
+    assert memory(exact, 2).reduction_buffers == 4 * count
 
 
 def test_earlier_stages_hold_more_micro_batches() -> None:
@@ -90,11 +95,12 @@ def test_tensor_ranks_share_what_is_split_and_repeat_what_is_not() -> None:
     assert alone.activations / 2 < split.activations < alone.activations
 
 
-def test_a_smaller_bucket_makes_the_reduction_smaller() -> None:
+def test_gradients_are_copied_for_their_reduction_bucket_by_bucket() -> None:
     small = config(deepspeed={"zero_optimization": {"reduce_bucket_size": 1_000_000}})
-    largest = 16000 * 512 * 4
-    assert memory(small, 2).reduction_buffers == largest, "a matrix is never cut"
+    assert memory(small, 2).reduction_buffers < 4 * 1_000_000
     assert memory(small, 2).reduction_buffers < memory(config(), 2).reduction_buffers
+    assert copied_elements([6, 3, 2, 9, 1], bucket=9) == 9, "6 + 3; 2; 9; 1"
+    assert copied_elements([20, 30], bucket=9) == 0, "one gradient by itself is not copied, and none is cut"
 
 
 def test_the_peak_is_the_largest_of_its_moments() -> None:
@@ -102,37 +108,27 @@ def test_the_peak_is_the_largest_of_its_moments() -> None:
     assert held.total == max(held.moments.values()) == held.moments[held.peak_moment]
 
 
-class Measured(NamedTuple):
-    """Peaks in MiB of the tensors of a real run on CPUs, stage by stage."""
-
-    peaks: tuple[int, ...]
-    model: dict[str, Any]
-    training: dict[str, Any]
-    pipe: int = 2
+def recorded_cases() -> list[Any]:
+    """Runs of `launch/bench.py memory`, with the peaks that were measured."""
+    return [pytest.param(case, id=case["name"]) for case in RECORD["cases"]]
 
 
-# torch's memory profiler over two steps of the training engine (torch 2.13, DeepSpeed 0.19.8, gloo).
-RUNS = {
-    "fp32": Measured((1034, 1204), {}, {}),
-    "tied": Measured((1034, 1048), {"tie_word_embeddings": True}, {}),
-    "bf16": Measured((825, 1068), {}, {"precision": "bf16"}),
-    "checkpointed": Measured((730, 1270), {}, {"activation_checkpointing": "layer", "micro_batch_size": 4}),
-    "one process": Measured((1803,), {}, {}, pipe=1),
-    "sequential": Measured((1034, 871), {"connection": "sequential"}, {}),
-    "combined": Measured((1044, 1222), {"combine_sections": True}, {}),
-    "shared": Measured((890, 1204), {"share_section_weights": True, "section_layers": [5, 5]}, {}),
-    "window": Measured((1034, 1209), {"cross_attention_window": 64}, {}),
-    "wide": Measured(
-        (1910, 2279),
-        {"hidden_size": 1024, "intermediate_size": 2752, "vocab_size": 8000, "section_layers": [5, 4]},
-        {"micro_batch_size": 1},
-    ),
-}
+@pytest.mark.parametrize("case", recorded_cases())
+def test_predicted_peaks_are_those_of_real_runs(case: dict[str, Any]) -> None:
+    described = RunConfig.model_validate({"name": "recorded", **case["config"]})
+    grid = grid_for(described, case["world_size"])
+    predicted = [stage_memory(described, grid, rank["stage"], RECORD["device"]).total for rank in case["ranks"]]
+    assert predicted == pytest.approx([rank["measured_bytes"] for rank in case["ranks"]], rel=0.05)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_predicted_peaks_are_those_of_real_runs(name: str) -> None:
-    run = RUNS[name]
-    described = config(run.model, run.training, parallel={"pipeline_parallel_size": run.pipe})
-    predicted = [memory(described, run.pipe, stage).total / MIB for stage in range(run.pipe)]
-    assert predicted == pytest.approx(list(run.peaks), rel=0.05)
+@pytest.mark.parametrize("case", recorded_cases())
+def test_planned_parameters_are_those_of_real_runs(case: dict[str, Any]) -> None:
+    stages = plan(RunConfig.model_validate({"name": "recorded", **case["config"]}), case["world_size"]).stages
+    for rank in case["ranks"]:
+        assert stages[rank["stage"]].parameters_per_rank == rank["engine_parameters"]
+
+
+def test_real_runs_of_three_large_shapes_are_on_record() -> None:
+    large = [case for case in RECORD["cases"] if min(rank["measured_bytes"] for rank in case["ranks"]) >= 1e9]
+    assert len(large) >= 3
+    assert len({case["config"]["training"].get("precision", "fp32") for case in large}) > 1
