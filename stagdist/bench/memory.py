@@ -97,8 +97,9 @@ def _case(name: str, world_size: int, pipe: int, model: Mapping[str, Any], **tra
 
 
 def default_cases() -> list[MemoryCase]:
-    """Seven small runs, the first three of at least 1 GB per rank."""
+    """Nine small runs, the first three of at least 1 GB per rank."""
     deep = {"section_layers": [12, 9]}
+    grouped = {"num_key_value_heads": 4, "cross_attention_key_value_heads": 2, "stagger": 2}
     large_vocabulary = {"vocab_size": 32000, "section_layers": [4, 4], "share_section_weights": True}
     return [
         _case("fp32", 2, 2, {}),
@@ -114,6 +115,8 @@ def default_cases() -> list[MemoryCase]:
         ),
         _case("combined-windowed", 2, 2, {"combine_sections": True, "cross_attention_window": 64}),
         _case("two-replicas", 2, 1, {"section_layers": [4, 3]}, micro_batch_size=1),
+        _case("one-micro-batch", 1, 1, {"section_layers": [4, 3]}, global_batch_size=2),
+        _case("bf16-grouped-queries", 2, 2, grouped, precision="bf16", global_batch_size=4),
     ]
 
 

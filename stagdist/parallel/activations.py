@@ -46,7 +46,7 @@ class BackwardMoment:
 
     Attributes:
         activations: kept for micro-batches in flight.
-        buffers: made and dropped again.
+        buffers: made and dropped again, less gradients that do not exist yet.
     """
 
     activations: int
@@ -59,9 +59,14 @@ class BackwardMoment:
 
 
 def busiest_moment(
-    model: ModelConfig, layout: StageLayout, setting: ActivationSetting, in_flight: int
+    model: ModelConfig, layout: StageLayout, setting: ActivationSetting, in_flight: int, unmade: int = 0
 ) -> BackwardMoment:
-    """The point of a forward and backward pass at which a stage holds most, `in_flight` micro-batches run forward."""
+    """The point of a forward and backward pass at which a stage holds most.
+
+    Args:
+        in_flight: micro-batches that have run forward only.
+        unmade: bytes of gradients that this pass makes; 0 where one before it has made them.
+    """
     tokens, matrix = setting.tokens, _vocabulary_matrix(model, setting)
     layers = sum(section_per_token(model, setting, section) for section in layout.sections) * tokens
     pipe = pipe_buffers_per_token(model, layout, setting) * tokens
@@ -69,21 +74,19 @@ def busiest_moment(
     logits = logits_per_token(model, setting) * tokens if layout.head else 0  # kept until the backward pass is over
     always = (in_flight - 1) * (layers + pipe) + received + pipe + logits
     uses = _embedding_uses(model, layout)
+    # A matrix has its gradient by then: the embedding for the first of its uses, or the head.
+    waiting = matrix if uses > 1 or (unmade and layout.head) else 0
     moments = [
         # The deepest layer of the newest micro-batch: all that its forward pass kept is still there.
-        BackwardMoment(
-            always + layers,
-            layer_backward_per_token(model, layout, setting) * tokens + (matrix if uses > 1 else 0),
-        ),
+        BackwardMoment(always + layers, layer_backward_per_token(model, layout, setting) * tokens + waiting - unmade),
         # The embedding, at the end: its dense gradient meets those of its other uses on this stage.
         BackwardMoment(always, min(uses, 2) * matrix + 2 * model.hidden_size * setting.element * tokens),
     ]
     if layout.head:
         # The head: a gradient of the logits, and of the matrix before it is added to the earlier ones.
         head = head_per_token(model, setting) * tokens
-        moments.append(
-            BackwardMoment(always + layers + head, matrix + (logits if setting.element < FP32 else 0)),
-        )
+        cast = logits if setting.element < FP32 else 0
+        moments.append(BackwardMoment(always + layers + head, matrix + cast - unmade))
     return max(moments, key=lambda moment: moment.total)
 
 

@@ -11,7 +11,7 @@ from math import prod
 from typing import Literal
 
 from stagdist.config import RunConfig
-from stagdist.parallel.activations import FP32, ActivationSetting, busiest_moment
+from stagdist.parallel.activations import FP32, ActivationSetting, BackwardMoment, busiest_moment
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.layout import stage_layout, stage_parameters
 
@@ -39,7 +39,8 @@ class StageMemory:
         optimizer: this replica's share of the fp32 weights and of the two moments.
         tables: rotary tables.
         activations: what autograd and the pipeline keep for micro-batches in flight, at the busiest moment.
-        backward_buffers: what a backward pass makes and drops again while the activations are held.
+        backward_buffers: what a backward pass makes and drops again while the activations are held, less gradients that
+            do not exist yet.
         reduction_buffers: what the reduction of the gradients makes and drops again.
         step_buffers: the same of the optimizer's step.
     """
@@ -93,12 +94,9 @@ def stage_memory(config: RunConfig, grid: Grid, stage: int, device: Device) -> S
     """Bytes of one rank of `stage`, on a grid that fits the configuration."""
     sizes = [prod(spec.local_shape(grid.tensor)) for spec in stage_parameters(config.model, grid.pipe, stage)]
     setting = activation_setting(config, grid, device)
-    layout = stage_layout(config.model, grid.pipe, stage)
-    training = config.training
-    micro_batches = training.global_batch_size // (training.micro_batch_size * grid.data)
-    moment = busiest_moment(config.model, layout, setting, in_flight=min(grid.pipe - stage, micro_batches))
-    bf16 = training.precision == "bf16"
+    bf16 = config.training.precision == "bf16"
     states = _bf16_states(config, sizes, grid.data) if bf16 else _zero_states(config, sizes, grid.data, setting.element)
+    moment = _busiest_pass(config, grid, stage, setting, setting.element * sum(sizes))
     return StageMemory(
         weights=states.weights,
         gradients=states.gradients,
@@ -109,6 +107,22 @@ def stage_memory(config: RunConfig, grid: Grid, stage: int, device: Device) -> S
         reduction_buffers=states.reduction_buffers,
         step_buffers=states.step_buffers,
     )
+
+
+def _busiest_pass(
+    config: RunConfig, grid: Grid, stage: int, setting: ActivationSetting, gradients: int
+) -> BackwardMoment:
+    """The busiest moment of all backward passes of a step; the first of them begins without gradients."""
+    layout, training = stage_layout(config.model, grid.pipe, stage), config.training
+    micro_batches = training.global_batch_size // (training.micro_batch_size * grid.data)
+    in_flight = min(grid.pipe - stage, micro_batches)
+    if micro_batches > in_flight:
+        return busiest_moment(config.model, layout, setting, in_flight)
+    # No later pass has as many micro-batches in flight as the first.
+    passes = [busiest_moment(config.model, layout, setting, in_flight, unmade=gradients)]
+    if in_flight > 1:
+        passes.append(busiest_moment(config.model, layout, setting, in_flight - 1))
+    return max(passes, key=lambda moment: moment.total)
 
 
 def activation_setting(config: RunConfig, grid: Grid, device: Device) -> ActivationSetting:

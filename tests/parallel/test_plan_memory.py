@@ -62,6 +62,15 @@ def test_earlier_stages_hold_more_micro_batches() -> None:
     assert two.activations == pytest.approx(2 * one.activations, rel=0.03), "one micro-batch cannot be in flight twice"
 
 
+def test_the_first_backward_pass_begins_without_gradients() -> None:
+    whole = {"pipeline_parallel_size": 1}
+    alone = memory(config(training={"global_batch_size": 2}, parallel=whole), 1)
+    several = memory(config(training={"global_batch_size": 4}, parallel=whole), 1)
+    assert alone.activations == several.activations
+    head = 16000 * 512 * 4  # made and added at once by a later pass, so that it counts for both
+    assert several.backward_buffers - alone.backward_buffers == pytest.approx(alone.gradients, abs=head)
+
+
 def test_layer_checkpointing_trades_activations_for_a_layer_run_again() -> None:
     kept, again = memory(config(), 2), memory(config(training={"activation_checkpointing": "layer"}), 2)
     assert again.activations < kept.activations / 5
