@@ -23,7 +23,6 @@ REDUCE_BUCKET_ELEMENTS = 50_000_000
 
 DeepSpeed's own 5e8 would copy all gradients of most stages at once.
 """
-BF16_BUCKET_ELEMENTS = 500_000_000
 """The same of DeepSpeed's bf16 optimizer, where it is fixed."""
 FP64 = 8
 """DeepSpeed's ZeRO takes the norm of a gradient from a copy in double precision."""
@@ -172,14 +171,13 @@ def copied_elements(sizes: list[int], bucket: int) -> int:
 def _bf16_states(config: RunConfig, sizes: list[int], replicas: int) -> _States:
     """BF16_Optimizer: bf16 gradients of one backward pass, added to fp32 gradients that are kept."""
     total, share = sum(sizes), -(-sum(sizes) // replicas)
-    # The flat gradients of both groups are copied together, unless the first fills a bucket by itself.
-    copied = FP32 * total if total <= BF16_BUCKET_ELEMENTS else 0
-    sent = 0 if config.deepspeed.get("communication_data_type") == "fp32" else 2 * total
+    # The flat fp32 gradients are reduced where they lie, unless the user asks for a narrower type on the wire.
+    sent = 0 if config.deepspeed.get("communication_data_type", "fp32") == "fp32" else 2 * max(sizes)
     return _States(
         weights=2 * total,
         gradients=2 * total + FP32 * total,
         optimizer=3 * FP32 * share,
-        reduction_buffers=copied + sent,
+        reduction_buffers=sent,
         step_buffers=FP32 * max(sizes),
     )
 

@@ -36,6 +36,8 @@ def deepspeed_config(config: RunConfig, grid: Grid) -> dict[str, Any]:
     if training.precision == "bf16":
         derived["bf16"] = {"enabled": True}
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
+        # DeepSpeed would round the accumulated gradients to bf16 on their way to the other replicas.
+        derived["communication_data_type"] = "fp32"
     elif training.precision == "fp16":
         derived["fp16"] = {"enabled": True}
     extra = dict(config.deepspeed)

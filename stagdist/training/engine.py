@@ -74,6 +74,10 @@ class SectionEngine(PipelineEngine):
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
 
+    def _bf16_reduce_grads(self) -> None:
+        """Average the flat fp32 gradients in place; DeepSpeed's bucket of 5e8 values would copy them first."""
+        self.buffered_allreduce_fallback(grads=None, elements_per_buffer=0)
+
     def _exec_backward_pass(self, buffer_id: int) -> None:
         super()._exec_backward_pass(buffer_id)
         if self.is_last_stage():

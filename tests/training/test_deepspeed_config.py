@@ -31,6 +31,7 @@ def test_precision_decides_one_block(precision: str) -> None:
     derived = deepspeed_config(run_config(training=training), Grid(2, 1, 1))
     assert ("bf16" in derived, "fp16" in derived) == (precision == "bf16", precision == "fp16")
     assert derived.get("data_types") == ({"grad_accum_dtype": "fp32"} if precision == "bf16" else None)
+    assert derived.get("communication_data_type") == ("fp32" if precision == "bf16" else None)
     assert derived["zero_optimization"]["stage"] == 1
 
 
