@@ -64,7 +64,8 @@ def join_launcher(environment: MutableMapping[str, str] = os.environ) -> World:
     try:
         # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
         local_size = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", "1"))
-        world = World(*(int(environment[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")), int(local_size))
+        rank, size, local_rank = (int(environment[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        world = World(rank, size, local_rank, int(local_size))
     except (KeyError, ValueError) as error:
         raise ConfigError(
             f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers set together by a launcher: {error}"

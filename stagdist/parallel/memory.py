@@ -23,7 +23,6 @@ REDUCE_BUCKET_ELEMENTS = 50_000_000
 
 DeepSpeed's own 5e8 would copy all gradients of most stages at once.
 """
-"""The same of DeepSpeed's bf16 optimizer, where it is fixed."""
 FP64 = 8
 """DeepSpeed's ZeRO takes the norm of a gradient from a copy in double precision."""
 
