@@ -189,3 +189,12 @@ def stage_parameters(model: ModelConfig, pipe_size: int, stage: int) -> Iterator
         yield ParameterSpec("section_mix", (len(layout.sections),), fill=1.0 / model.num_sections)
     if layout.head:
         yield from head_parameters(model)
+
+
+def micro_batches_in_flight(pipe_size: int, stage: int, num_micro_batches: int) -> int:
+    """Most micro-batches that have run forward but not backward on a stage, at any moment of an optimizer step.
+
+    Eager 1F1B: every stage runs two ahead of the next one, so that its results are there before they are needed.
+    Plain 1F1B runs one ahead, holds fewer activations, and waits for every transfer.
+    """
+    return min(2 * (pipe_size - stage) - 1, num_micro_batches)

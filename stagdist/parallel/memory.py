@@ -13,7 +13,7 @@ from typing import Literal
 from stagdist.config import RunConfig
 from stagdist.parallel.activations import FP32, ActivationSetting, BackwardMoment, busiest_moment
 from stagdist.parallel.grid import Grid
-from stagdist.parallel.layout import stage_layout, stage_parameters
+from stagdist.parallel.layout import micro_batches_in_flight, stage_layout, stage_parameters
 
 Device = Literal["cpu", "cuda"]
 
@@ -113,7 +113,7 @@ def _busiest_pass(
     """The busiest moment of all backward passes of a step; the first of them begins without gradients."""
     layout, training = stage_layout(config.model, grid.pipe, stage), config.training
     micro_batches = training.global_batch_size // (training.micro_batch_size * grid.data)
-    in_flight = min(grid.pipe - stage, micro_batches)
+    in_flight = micro_batches_in_flight(grid.pipe, stage, micro_batches)
     if micro_batches > in_flight:
         return busiest_moment(config.model, layout, setting, in_flight)
     # No later pass has as many micro-batches in flight as the first.

@@ -20,8 +20,10 @@ from stagdist.model.megatron import TensorParallel
 from stagdist.model.stagformer import fill_parameters
 from stagdist.parallel.groups import Groups
 from stagdist.training.deepspeed_config import deepspeed_config
+from stagdist.training.exchange import Exchange, hand_off_kinds
 from stagdist.training.optimizer import build_optimizer
 from stagdist.training.pipeline import SectionPipeline
+from stagdist.training.schedule import InferenceSchedule, TrainSchedule
 
 MicroBatches = Iterator[tuple[Tensor, Tensor]]
 Gate = Callable[[bool], bool]
@@ -57,6 +59,28 @@ class SectionEngine(PipelineEngine):
 
     gate: Gate
     times: StepTimes
+    exchange: Exchange
+
+    def _train_schedule(self) -> TrainSchedule:
+        return TrainSchedule(self.micro_batches, self.num_stages, self.stage_id)
+
+    def _inference_schedule(self, micro_batches: int) -> InferenceSchedule:
+        return InferenceSchedule(micro_batches, self.num_stages, self.stage_id)
+
+    def _exec_send_activations(self, buffer_id: int) -> None:
+        self.exchange.send_activations(self.pipe_buffers["outputs"][buffer_id])
+
+    def _exec_recv_activations(self, buffer_id: int) -> None:
+        self.pipe_buffers["inputs"][buffer_id] = self.exchange.receive_activations()
+
+    def _exec_send_grads(self, buffer_id: int) -> None:
+        self.exchange.send_gradients(self.pipe_buffers["inputs"][buffer_id])
+        self.pipe_buffers["inputs"][buffer_id] = None
+
+    def _exec_recv_grads(self, buffer_id: int) -> None:
+        gradient = self.exchange.receive_gradients()
+        # DeepSpeed's backward pass wants one gradient for each float tensor of a tuple.
+        self.grad_layer = (gradient,) if isinstance(self.pipe_buffers["outputs"][buffer_id], tuple) else gradient
 
     def _exec_optimizer_step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         if self.gate(self._is_finite()):
@@ -74,6 +98,9 @@ class SectionEngine(PipelineEngine):
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
 
+    def _copy_recovery_script(self, save_path: str) -> None:
+        """Leave DeepSpeed's scripts out of checkpoints: more files would be more ways to fail."""
+
     def _bf16_reduce_grads(self) -> None:
         """Average the flat fp32 gradients in place; DeepSpeed's bucket of 5e8 values would copy them first."""
         self.buffered_allreduce_fallback(grads=None, elements_per_buffer=0)
@@ -88,8 +115,8 @@ class SectionEngine(PipelineEngine):
         """Loss (last stage) and gradients of this rank. fp16 gradients are left to the loss scaler."""
         checks = [] if self.total_loss is None else [self.total_loss.detach().float().abs()]
         if not self.fp16_enabled():
-            gradients = self._accumulated_gradients()
-            checks += [norm.float() for norm in torch._foreach_norm(gradients, math.inf)] if gradients else []
+            # A sum is finite if and only if all its terms are (short of overflow), and far cheaper than a maximum.
+            checks += [gradient.sum().float() for gradient in self._accumulated_gradients()]
         return not checks or bool(torch.isfinite(torch.stack([check.reshape(()) for check in checks])).all())
 
     def _accumulated_gradients(self) -> list[Tensor]:
@@ -107,6 +134,10 @@ class SectionEngine(PipelineEngine):
         **PipelineEngine._INSTRUCTION_MAP,
         schedule.OptimizerStep: _exec_optimizer_step,
         schedule.BackwardPass: _exec_backward_pass,
+        schedule.SendActivation: _exec_send_activations,
+        schedule.RecvActivation: _exec_recv_activations,
+        schedule.SendGrad: _exec_send_grads,
+        schedule.RecvGrad: _exec_recv_grads,
     }
 
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
@@ -114,9 +145,11 @@ class SectionEngine(PipelineEngine):
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
         self.fwd_outputs: list[Tensor] = []
         times, clock = StepTimes(), ComputeClock(self.device)
+        steps = list(pipe_schedule.steps())
         started = time.perf_counter()
-        for instructions in pipe_schedule:
-            for instruction in instructions:
+        self.exchange.begin([instruction for step in steps for instruction in step])
+        for step in steps:
+            for instruction in step:
                 kind, run = type(instruction), MethodType(self._INSTRUCTION_MAP[type(instruction)], self)
                 if kind in UPDATE and not times.pipeline_s:
                     clock.finish()
@@ -128,6 +161,10 @@ class SectionEngine(PipelineEngine):
                 else:
                     run(**instruction.kwargs)
                 times.load_s += (time.perf_counter() - begun) * (kind is schedule.LoadMicroBatch)
+        self.exchange.finish()
+        if not times.pipeline_s:  # an evaluation has no update
+            clock.finish()
+            times.pipeline_s = time.perf_counter() - started
         times.compute_s = clock.seconds()
         times.update_s = time.perf_counter() - started - times.pipeline_s
         self.times = times
@@ -207,6 +244,8 @@ def wrap_module(module: SectionPipeline, config: RunConfig, groups: Groups) -> S
             config_class=DeepSpeedConfig(settings, module.mpu()),
         )
     engine.gate = lambda finite: finite
+    kinds = hand_off_kinds(config, next(module.parameters()).dtype)
+    engine.exchange = Exchange(groups.grid, kinds, engine.device, config.parallel.timeout_s)
     return engine
 
 
