@@ -98,7 +98,7 @@ def _case(name: str, world_size: int, pipe: int, model: Mapping[str, Any], **tra
 
 def default_cases() -> list[MemoryCase]:
     """Nine small runs, the first three of at least 1 GB per rank."""
-    deep = {"section_layers": [12, 9]}
+    deep = {"section_layers": [13, 9]}
     grouped = {"num_key_value_heads": 4, "cross_attention_key_value_heads": 2, "stagger": 2}
     large_vocabulary = {"vocab_size": 32000, "section_layers": [4, 4], "share_section_weights": True}
     return [
