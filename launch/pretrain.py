@@ -5,8 +5,15 @@ import argparse
 import os
 import sys
 import time
+import traceback
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stagdist.errors import StagdistError
 
 STARTED_AT = time.monotonic()
+OTHERS_WAIT_S = 3.0
+"""Seconds before a rank that is not the first of its host prints an error of its own."""
 
 EPILOG = """\
 examples:
@@ -60,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from stagdist.parallel.groups import device_type
 
-    device = device_type(config.parallel.device)
+    device = device_type(config.parallel.device, config.training.precision, world.local_rank)
     # Spares DeepSpeed its own guess, which on a GPU machine would overrule parallel.device: cpu.
     os.environ["DS_ACCELERATOR"] = device
 
@@ -78,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
 def main() -> int:
     """Exit code: 0 done or stopped in order, 1 a failure while running, 2 something to mend first."""
     arguments = parse_arguments()
-    from stagdist.errors import CheckpointError, ConfigError, StagdistError, TrainingError
+    from stagdist.errors import ConfigError, DataError, StagdistError
 
     if arguments.dry_run:
         from stagdist.parallel.dry_run import dry_run
@@ -89,12 +96,30 @@ def main() -> int:
     try:
         return run(arguments)
     except StagdistError as error:
-        # These are raised on every rank alike, so one of them speaks.
-        shared = isinstance(error, ConfigError | CheckpointError | TrainingError)
-        rank = os.environ.get("RANK", "0")
-        if not shared or rank == "0":
+        if _speaks(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, ConfigError | DataError) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def _speaks(error: "StagdistError") -> bool:
+    """Whether this rank prints an error that other ranks may meet as well.
+
+    The first rank of a host speaks at once. The others wait: normally the launcher ends them before their turn, and
+    what they alone have met is still told.
+    """
+    from stagdist.errors import TransportError
+
+    if error.everywhere:
+        return os.environ.get("RANK", "0") == "0"
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return True
+    time.sleep(OTHERS_WAIT_S)
+    return not isinstance(error, TransportError)
 
 
 if __name__ == "__main__":

@@ -110,10 +110,16 @@ def run_problems(config: RunConfig) -> list[str]:
     return problems + _zero_problems(config) + _scheduler_problems(config)
 
 
+_OFFLOADS = ("offload_optimizer", "offload_param", "cpu_offload")
+
+
 def _zero_problems(config: RunConfig) -> list[str]:
     zero = config.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
         return [f"deepspeed.zero_optimization must be a mapping, got {zero!r}"]
+    owned = sorted({"contiguous_gradients", "overlap_comm", "elastic_checkpoint", *_OFFLOADS} & zero.keys())
+    if owned:
+        return [f"deepspeed.zero_optimization.{key} cannot be set: the pipeline engine fixes it" for key in owned]
     stage = zero.get("stage", 1)
     if stage == 1:
         return []

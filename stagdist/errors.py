@@ -2,7 +2,13 @@
 
 
 class StagdistError(Exception):
-    """Base of every error that is shown to the user as one line instead of a stack trace."""
+    """Base of every error that is shown to the user as one line instead of a stack trace.
+
+    Attributes:
+        everywhere: every rank raises the same error, so one of them speaks for all.
+    """
+
+    everywhere = False
 
 
 class ConfigError(StagdistError, ValueError):

@@ -195,6 +195,8 @@ def report(summary: dict[str, Any]) -> None:
 
 def quickstart(arguments: argparse.Namespace) -> None:
     """Everything, in order."""
+    import torch
+
     started = time.monotonic()
     setup_logging(0, None)
     config = load_config(CONFIG, arguments.set)
@@ -203,10 +205,12 @@ def quickstart(arguments: argparse.Namespace) -> None:
         print(f"starting anew: {RUN} of an earlier quickstart is removed", flush=True)
         shutil.rmtree(RUN)
     prepare(inputs, config.model.vocab_size)
+    # Two ranks need two devices; with one GPU or none they share the CPU.
+    device = ("--set", "parallel.device=cpu") if torch.cuda.device_count() < 2 else ()
     overrides = [part for override in arguments.set for part in ("--set", override)]
     run(
         "deepspeed", "--num_accelerators", "2", "--master_port", str(random.randint(20000, 29000)),
-        "launch/pretrain.py", "--config", "configs/quickstart.yaml", *MICRO_BATCH, *overrides,
+        "launch/pretrain.py", "--config", "configs/quickstart.yaml", *MICRO_BATCH, *device, *overrides,
     )  # fmt: skip
     print("\nscoring held-out text", flush=True)
     summary = json.loads((RUN / "summary.json").read_text()) | judge()

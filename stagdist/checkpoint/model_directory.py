@@ -5,7 +5,6 @@ tensor by tensor into a hidden folder beside and renamed at the end.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -14,11 +13,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from stagdist.checkpoint.llama_names import llama_name
+from stagdist.checkpoint.training_directory import sync_path
 from stagdist.config import ModelConfig
 from stagdist.errors import CheckpointError, ConfigError
 from stagdist.parallel.layout import ParameterSpec, model_parameters
@@ -113,9 +113,10 @@ def read_model_config(directory: str | Path) -> ModelConfig:
 
 
 class ModelDirectoryWriter:
-    """Context manager that takes whole tensors in the order of `model_parameters` and leaves a finished directory.
+    """Takes whole tensors in the order of `model_parameters` and leaves a finished directory.
 
-    An error inside leaves nothing behind; an existing directory is replaced at the end.
+    As a context manager an error inside leaves nothing behind; an existing directory is replaced at the end.
+    Everything that the file system refuses is an OSError.
     """
 
     def __init__(self, directory: str | Path, model: ModelConfig, dtype: torch.dtype, end_of_document: int):
@@ -128,10 +129,10 @@ class ModelDirectoryWriter:
         self._index: dict[str, str] = {}
         self._total = 0
 
-    def __enter__(self) -> "ModelDirectoryWriter":
+    def open(self) -> None:
+        """Make the hidden folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        return self
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take the next parameter by canonical name; a full file is written at once."""
@@ -143,37 +144,52 @@ class ModelDirectoryWriter:
     def _write(self, shard: int) -> None:
         count = len(self._shards)
         file = "model.safetensors" if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
-        save_file(self._open, self.folder / file, metadata={"format": "pt"})
+        try:
+            save_file(self._open, self.folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{self.folder / file} could not be written: {error}") from error
         self._index |= dict.fromkeys(self._open, file)
         self._total += sum(tensor.nbytes for tensor in self._open.values())
         self._open = {}
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return
+    def discard(self) -> None:
+        """Remove the hidden folder; what stood under the final name stays."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def commit(self) -> None:
+        """Write what describes the tensors and give the folder its name."""
         assert not self._open, f"tensors are missing for a file that holds {sorted(self._open)}"
         if len(self._shards) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": self._index}
             _write_json(self.folder / _INDEX, index)
         _write_json(self.folder / "config.json", config_json(self.model, self.dtype, self.end_of_document))
         _write_json(self.folder / "generation_config.json", {"eos_token_id": self.end_of_document})
+        for path in self.folder.iterdir():
+            if path.is_file():
+                sync_path(path)
         replaced = self.final.with_name(f".{self.final.name}.old")
         shutil.rmtree(replaced, ignore_errors=True)
         if self.final.exists():
             self.final.rename(replaced)
         self.folder.rename(self.final)
         shutil.rmtree(replaced, ignore_errors=True)
+        sync_path(self.final.parent)
+
+    def __enter__(self) -> "ModelDirectoryWriter":
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.commit()
+        else:
+            self.discard()
 
 
 def _write_json(path: Path, body: dict[str, Any]) -> None:
-    with path.open("w") as stream:
-        json.dump(body, stream, indent=2)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    path.write_text(json.dumps(body, indent=2) + "\n")
 
 
 def read_tensors(directory: str | Path, model: ModelConfig) -> Iterator[tuple[ParameterSpec, Callable[[], Tensor]]]:

@@ -45,6 +45,7 @@ class TrainingState:
         num_samples: sequences the order of samples was made for; fixed for a run.
         grid: sizes of (pipe, data, tensor) that wrote the checkpoint.
         bad_steps: steps skipped because something was not finite.
+        data_identity: of the training corpora and the tokenizer.
         format_version: of this file.
     """
 
@@ -53,6 +54,7 @@ class TrainingState:
     num_samples: int
     grid: tuple[int, int, int]
     bad_steps: int = 0
+    data_identity: str = ""
     format_version: int = 1
 
     def write(self, directory: Path) -> None:
@@ -108,12 +110,12 @@ def write_complete(directory: Path, records: Mapping[str, FileRecord]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     path.rename(directory / COMPLETE)
-    sync_directory(directory)
+    sync_path(directory)
 
 
-def sync_directory(directory: Path) -> None:
-    """Wait until the entries of a directory have reached the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Wait until a file, or the entries of a directory, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -125,7 +127,7 @@ def publish(staged: Path, final: Path) -> None:
     if final.exists():
         shutil.rmtree(final)
     staged.rename(final)
-    sync_directory(final.parent)
+    sync_path(final.parent)
     shutil.rmtree(staged.parent, ignore_errors=True)
 
 
@@ -164,11 +166,23 @@ def candidates(checkpoints: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def prune(checkpoints: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` complete checkpoints; 0 keeps all. Incomplete ones are left alone."""
+def withdraw(directory: Path) -> None:
+    """Take the marker from a checkpoint that turned out damaged, so that it is never counted again."""
+    marker = directory / COMPLETE
+    if marker.is_file():
+        marker.rename(directory / "damaged.json")
+
+
+def prune(checkpoints: Path, keep_last: int, newest: Path) -> None:
+    """Keep `newest`, which was just saved, and the complete ones before it: `keep_last` in all; 0 keeps all.
+
+    Incomplete ones, and any that claim a later step, are left alone.
+    """
     if keep_last == 0:
         return
-    complete = [path for path in candidates(checkpoints) if (path / COMPLETE).is_file()]
+    found = candidates(checkpoints)
+    upto = found[found.index(newest) :]
+    complete = [path for path in upto if (path / COMPLETE).is_file()]
     for path in complete[keep_last:]:
         # The marker goes first: a removal that is cut short must not leave a directory that looks whole.
         (path / COMPLETE).unlink()

@@ -3,6 +3,7 @@
 No framework and no process group: these checks run before the launcher's ranks meet, and in a dry run.
 """
 
+import hashlib
 import os
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,6 +47,14 @@ def plan_splits(data: DataConfig) -> tuple[SplitPlan | None, ...]:
         return tuple(SplitPlan(data.corpora, share) if share[1] > share[0] else None for share in shares)
     separate = (data.train_corpora, data.validation_corpora, data.test_corpora)
     return tuple(SplitPlan(corpora, (0.0, 1.0)) if corpora else None for corpora in separate)
+
+
+def training_identity(data: DataConfig, tokenizer: Tokenizer) -> str:
+    """Short hash of what the training samples are made of: corpora, in order, and tokenizer, whatever their paths."""
+    plan = plan_splits(data)[0]
+    corpora = () if plan is None else plan.corpora
+    parts = [open_index(canonical_prefix(corpus.prefix)).identity() for corpus in corpora]
+    return hashlib.sha256("/".join([*parts, tokenizer.fingerprint]).encode()).hexdigest()[:16]
 
 
 def check_data(

@@ -82,6 +82,10 @@ class _ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
             self.handleError(record)
 
 
+ONLY_IN_FILE = {"only_in_file": True}
+"""Pass as `extra` for what the console need not show, for example the stack trace behind a plain error."""
+
+
 class _ConsoleFilter(logging.Filter):
     """Rank 0: our lines and others' warnings. Other ranks: our warnings and others' errors."""
 
@@ -91,6 +95,8 @@ class _ConsoleFilter(logging.Filter):
         self.rank_prefix = f"[rank {rank}] " if rank else ""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if getattr(record, "only_in_file", False):
+            return False
         level = f"{record.levelname} " if record.levelno >= logging.WARNING else ""
         record.console_prefix = self.rank_prefix + level
         ours = record.name == PACKAGE or record.name.startswith(PACKAGE + ".")

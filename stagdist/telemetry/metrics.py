@@ -142,6 +142,16 @@ def keep_history(path: Path, resumed_step: int | None) -> int:
     return dropped
 
 
+def last_values(folder: str | Path, split: str) -> dict[str, Any]:
+    """The newest line of a split in `folder/metrics.jsonl`; empty when there is none."""
+    path = Path(folder) / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found: dict[str, Any] = next(
+        (values for values in map(json.loads, reversed(lines)) if values["split"] == split), {}
+    )
+    return found
+
+
 def _line_step(line: str) -> int | None:
     """Step of a whole line, None for a torn one."""
     if not line.endswith("\n"):

@@ -2,14 +2,18 @@
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from stagdist.config import CheckpointConfig, TrainingConfig
+from stagdist.errors import StagdistError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -90,3 +94,34 @@ class Agreement:
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._control)
         bad = torch.nonzero(votes[3:]).flatten().tolist()
         return Agreed(bad, int(votes[0]), bool(votes[1]), bool(votes[2]))
+
+
+def on_every_rank(
+    control: dist.ProcessGroup, action: Callable[[], Result], explain: Callable[[str], StagdistError]
+) -> Result:
+    """Run `action` on every rank; where it fails on any, raise the same error on all.
+
+    Only what a file system does to a rank (OSError) is shared; anything else is a bug and is raised as it is.
+
+    Args:
+        explain: makes the error from what the first failing rank met.
+    """
+    failure: str | None = None
+    result: Result | None = None
+    try:
+        result = action()
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        failure = f"rank {dist.get_rank()}: {where}{error.strerror or error}"
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure, group=control)
+    first = next((found for found in failures if found is not None), None)
+    if first is not None:
+        raise shared(explain(first))
+    return cast(Result, result)  # set, since the action did not fail
+
+
+def shared(error: StagdistError) -> StagdistError:
+    """Mark an error that every rank raises alike."""
+    error.everywhere = True
+    return error

@@ -1,5 +1,6 @@
 """Start of the process groups for training, with DeepSpeed on board."""
 
+import os
 from datetime import timedelta
 
 import deepspeed
@@ -13,6 +14,8 @@ from stagdist.parallel.groups import Groups, build_groups, set_default_timeout
 
 def start_distributed(grid: Grid, device: str, timeout_s: float) -> Groups:
     """Join the world named by the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...) and build all groups."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # The op exists for CPUs alone, needs a compiler, and costs a minute of compilation on every node.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     set_default_timeout(timeout_s)

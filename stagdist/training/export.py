@@ -9,28 +9,52 @@ from torch import Tensor
 from stagdist.checkpoint.model_directory import ModelDirectoryWriter
 from stagdist.config import ModelConfig
 from stagdist.data.tokenizer import Tokenizer
+from stagdist.errors import CheckpointError
 from stagdist.parallel.groups import Groups
 from stagdist.parallel.layout import ParameterSpec, model_parameters, stage_layout
+from stagdist.training.agreement import on_every_rank
 from stagdist.training.pipeline import SectionPipeline
 
 
 def export_model(
     module: SectionPipeline, groups: Groups, model: ModelConfig, tokenizer: Tokenizer, directory: Path
 ) -> None:
-    """Gather the weights tensor by tensor to rank 0, which writes them. Called on every rank."""
+    """Gather the weights tensor by tensor to rank 0, which writes them. Called on every rank.
+
+    Raises:
+        CheckpointError: on every rank, when rank 0 could not write; nothing is left behind.
+    """
     parameters = {name: parameter.detach() for name, parameter in module.canonical_parameters().items()}
     dtype = next(iter(parameters.values())).dtype
-    specs = model_parameters(model)
-    if dist.get_rank() != 0:
-        for spec in specs:
-            _gather(spec, parameters, groups, model)
-        dist.barrier(group=groups.control)
-        return
-    with ModelDirectoryWriter(directory, model, dtype, tokenizer.end_of_document) as writer:
-        for spec in specs:
-            writer.add(spec.name, _gather(spec, parameters, groups, model))
-        tokenizer.save(writer.folder)
-    dist.barrier(group=groups.control)
+    writer = ModelDirectoryWriter(directory, model, dtype, tokenizer.end_of_document)
+    failure: OSError | None = None
+    writes = dist.get_rank() == 0
+
+    def failed(reason: str) -> CheckpointError:
+        writer.discard()
+        return CheckpointError(
+            f"the model directory was not written, {reason}; the last checkpoint is whole: make room and start the "
+            "same command again"
+        )
+
+    on_every_rank(groups.control, lambda: writer.open() if writes else None, failed)
+    for spec in model_parameters(model):
+        # Gathered to the end even when a write has failed: the other ranks are sending.
+        tensor = _gather(spec, parameters, groups, model)
+        if writes and failure is None:
+            try:
+                writer.add(spec.name, tensor)
+            except OSError as error:
+                failure = error
+
+    def finish() -> None:
+        if failure is not None:
+            raise failure
+        if writes:
+            tokenizer.save(writer.folder)
+            writer.commit()
+
+    on_every_rank(groups.control, finish, failed)
 
 
 def _gather(spec: ParameterSpec, parameters: dict[str, Tensor], groups: Groups, model: ModelConfig) -> Tensor:

@@ -7,24 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from stagdist.checkpoint.training_directory import TrainingState
 from stagdist.config import RunConfig
-from stagdist.data.corpus import Splits, build_splits, check_data
+from stagdist.data.checks import check_data, training_identity
+from stagdist.data.corpus import Splits, build_splits
 from stagdist.data.loader import BatchPlan, Loader
 from stagdist.data.tokenizer import Tokenizer, load_tokenizer
 from stagdist.errors import ConfigError
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import Groups
+from stagdist.telemetry.metrics import last_values
 from stagdist.telemetry.plot import plot_loss
-from stagdist.training.agreement import Agreement, StopSignals
+from stagdist.training.agreement import Agreement, StopSignals, shared
 from stagdist.training.distributed import start_distributed, stop_distributed
 from stagdist.training.engine import SectionEngine, build_engine
 from stagdist.training.evaluation import HeldOut
 from stagdist.training.export import export_model
 from stagdist.training.reporting import Reporter
-from stagdist.training.saving import load_checkpoint, newest_complete, resumed_config
+from stagdist.training.resuming import load_checkpoint, newest_complete, resumed_config
 from stagdist.training.trainer import Outcome, Trainer
 
 LOG = logging.getLogger(__name__)
@@ -65,11 +68,13 @@ def pretrain(config: RunConfig, grid: Grid, device: str, started_at: float) -> O
     groups = start_distributed(grid, device, config.parallel.timeout_s)
     rank = dist.get_rank()
     tokenizer = load_tokenizer(config.data.tokenizer)
+    identity = training_identity(config.data, tokenizer)
     checkpoint = newest_complete(Path(config.folder) / "checkpoints", groups)
     if checkpoint is not None:
         if config.checkpoint.resume == "never":
-            raise ConfigError(f"{checkpoint} exists and checkpoint.resume is never; choose another name for the run")
-        config = resumed_config(config, checkpoint, groups)
+            problem = f"{checkpoint} exists and checkpoint.resume is never; choose another name for the run"
+            raise shared(ConfigError(problem))
+        config = resumed_config(config, checkpoint, grid, identity)
     splits = build_splits(
         config.data,
         sequence_length=config.sequence_length,
@@ -78,9 +83,9 @@ def pretrain(config: RunConfig, grid: Grid, device: str, started_at: float) -> O
         vocab_size=config.model.vocab_size,
     )
     engine = build_engine(config, groups)
-    state = TrainingState(0, 0, config.num_samples, (grid.pipe, grid.data, grid.tensor))
+    state = TrainingState(0, 0, config.num_samples, (grid.pipe, grid.data, grid.tensor), data_identity=identity)
     if checkpoint is not None:
-        state = load_checkpoint(engine, checkpoint)
+        state = load_checkpoint(engine, checkpoint, config)
         LOG.info("resumed from %s after %.1f s", checkpoint, time.monotonic() - started_at)
     reporter = Reporter(config, grid, rank=rank, device=device, resumed_step=None if checkpoint is None else state.step)
     run = _Run(config, groups, engine, tokenizer, splits, reporter)
@@ -119,7 +124,7 @@ class _Run:
 
     def train(self, agreement: Agreement, state: TrainingState) -> Outcome:
         """Run the loop."""
-        on_cuda = self.engine.device.type == "cuda" if hasattr(self.engine.device, "type") else False
+        on_cuda = torch.device(self.engine.device).type == "cuda"
         loader = Loader(self.splits.train, self._plan, pin_memory=on_cuda, vocab_size=self.config.model.vocab_size)
         try:
             validation = self._held_out(self.splits.validation)
@@ -153,6 +158,9 @@ class _Run:
         }
         if outcome.last_loss is not None:
             summary |= {"train_loss": outcome.last_loss, "tokens_per_s": self.reporter.meter.average_tokens_per_s()}
+        else:  # an earlier start did the last step
+            last = last_values(Path(self.config.folder), "train")
+            summary |= {"train_loss": last.get("loss"), "tokens_per_s": last.get("tokens_per_s")}
         for split, score in self.reporter.heldout.items():
             summary[split] = score.as_metrics()
         return summary

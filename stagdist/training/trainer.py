@@ -2,6 +2,8 @@
 
 import logging
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,17 +12,21 @@ import torch.distributed as dist
 from stagdist.checkpoint.training_directory import TrainingState
 from stagdist.config import RunConfig
 from stagdist.data.loader import Loader
-from stagdist.errors import TrainingError
+from stagdist.errors import StagdistError, TrainingError, TransportError
 from stagdist.parallel.groups import Groups
+from stagdist.telemetry.logging import ONLY_IN_FILE
 from stagdist.telemetry.spans import bubble_share
-from stagdist.training.agreement import Agreed, Agreement
-from stagdist.training.engine import SectionEngine
+from stagdist.training.agreement import Agreed, Agreement, shared
+from stagdist.training.engine import MicroBatches, SectionEngine
 from stagdist.training.evaluation import HeldOut
 from stagdist.training.optimizer import learning_rate
 from stagdist.training.reporting import Reporter, StepRecord
 from stagdist.training.saving import save_checkpoint
 
 LOG = logging.getLogger(__name__)
+
+_SIGNS_OF_A_LOST_PEER = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL error")
+"""What gloo's and nccl's errors contain when a peer is gone or silent."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ class Trainer:
             loss = self._step(state)
             state = self._advance(state)
             self._check_bad_steps(state)
-            if self._due(state.step, self._config.evaluation.interval_steps):
+            # A stop has little time: the launcher kills after half a minute, so saving comes first.
+            if self._due(state.step, self._config.evaluation.interval_steps) and not self._agreed.stop:
                 self._evaluate(state.step)
             if self._due(state.step, self._config.checkpoint.interval_steps) or self._agreed.save_is_due:
                 self._save(state)
@@ -102,14 +109,45 @@ class Trainer:
         )
         self._engine.set_learning_rate(rate)
         waited_s = self._loader.wait_s
-        loss = self._engine.train_batch(self._loader.step(state.consumed_samples))
         step = state.step + 1
+        with self._peers(step):
+            loss = self._engine.train_batch(self._batches(state))
         self._reporter.step_done(step)
         if self._due(step, config.logging.interval_steps) or step == config.training.steps:
             norm = None if self._agreed.bad_ranks else self._engine.gradient_norm()
-            record = StepRecord(step, float(loss), rate, norm, self._bubble(), self._loader.wait_s - waited_s)
-            self._reporter.step(record)
+            with self._peers(step):
+                bubble = self._bubble()
+            self._reporter.step(StepRecord(step, float(loss), rate, norm, bubble, self._loader.wait_s - waited_s))
         return float(loss)
+
+    def _batches(self, state: TrainingState) -> MicroBatches | None:
+        """Micro-batches on their way to the device; only the first stage reads tokens and only the last labels."""
+        if not (self._engine.is_first_stage() or self._engine.is_last_stage()):
+            return None
+        batches, device = self._loader.step(state.consumed_samples), self._engine.device
+        return ((ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)) for ids, labels in batches)
+
+    @contextmanager
+    def _peers(self, step: int) -> Iterator[None]:
+        """Give what torch says of a peer that ended or froze a name, a place and a remedy.
+
+        Raises:
+            TransportError: in place of the RuntimeError; its stack trace goes to the log file.
+        """
+        try:
+            yield
+        except StagdistError:
+            raise
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PEER):
+                raise
+            LOG.info("step %d", step, exc_info=True, extra=ONLY_IN_FILE)
+            place, timeout_s = self._groups.place, self._config.parallel.timeout_s
+            raise TransportError(
+                f"stage {place.pipe}, rank {dist.get_rank()}, step {step}: another rank ended or did not answer within "
+                f"parallel.timeout_s = {timeout_s:.0f} s; its own message tells why. Start the same command again: the "
+                "run resumes from its newest checkpoint"
+            ) from error
 
     def _bubble(self) -> float:
         """Share of the pipelined phase in which a stage does not compute, mean over the ranks."""
@@ -126,6 +164,7 @@ class Trainer:
             num_samples=state.num_samples,
             grid=(grid.pipe, grid.data, grid.tensor),
             bad_steps=state.bad_steps + bool(self._agreed.bad_ranks),
+            data_identity=state.data_identity,
         )
 
     def _check_bad_steps(self, state: TrainingState) -> None:
@@ -134,10 +173,12 @@ class Trainer:
         ranks = ", ".join(map(str, self._agreed.bad_ranks))
         limit = self._config.training.max_bad_steps
         if state.bad_steps > limit:
-            raise TrainingError(
-                f"step {state.step}: loss or gradients are not finite on rank {ranks}; {state.bad_steps} steps were, "
-                f"training.max_bad_steps is {limit}. Nothing was saved since the last checkpoint; lower "
-                "optimizer.learning_rate, or look at the samples of that step"
+            raise shared(
+                TrainingError(
+                    f"step {state.step}: loss or gradients are not finite on rank {ranks}; {state.bad_steps} steps "
+                    f"were, training.max_bad_steps is {limit}. Nothing was saved since the last checkpoint; lower "
+                    "optimizer.learning_rate, or look at the samples of that step"
+                )
             )
         LOG.log(
             logging.WARNING if dist.get_rank() == 0 else logging.INFO,
@@ -148,11 +189,11 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         if self._validation is None:
             return
-        with self._reporter.paused():
+        with self._reporter.paused(), self._peers(step):
             self._reporter.held_out("validation", step, self._validation.score(self._engine))
 
     def _save(self, state: TrainingState) -> None:
-        with self._reporter.paused():
+        with self._reporter.paused(), self._peers(state.step):
             self._reporter.flush()
             save_checkpoint(self._engine, self._groups, self._config, state)
         self._agreement.saved()

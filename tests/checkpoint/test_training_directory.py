@@ -19,6 +19,7 @@ from stagdist.checkpoint.training_directory import (
     read_complete,
     read_state,
     staging_folder,
+    withdraw,
     write_complete,
 )
 from stagdist.errors import CheckpointError
@@ -82,10 +83,28 @@ def test_pruning_keeps_the_newest_complete_ones_and_what_is_incomplete(tmp_path:
     for step in (1, 2, 3, 4):
         make(tmp_path, step)
     (tmp_path / checkpoint_name(4) / COMPLETE).unlink()
-    prune(tmp_path, 0)
+    newest = tmp_path / checkpoint_name(3)
+    prune(tmp_path, 0, newest)
     assert len(candidates(tmp_path)) == 4
-    prune(tmp_path, 2)
+    prune(tmp_path, 2, newest)
     assert [path.name for path in candidates(tmp_path)] == ["step_00000004", "step_00000003", "step_00000002"]
+
+
+def test_pruning_never_takes_what_was_just_saved_for_one_that_claims_a_later_step(tmp_path: Path) -> None:
+    for step in (30, 40, 35):
+        make(tmp_path, step)
+    prune(tmp_path, 1, tmp_path / checkpoint_name(35))
+    assert [path.name for path in candidates(tmp_path)] == ["step_00000040", "step_00000035"]
+
+
+def test_a_damaged_checkpoint_loses_its_marker_and_is_not_counted(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        make(tmp_path, step)
+    withdraw(tmp_path / checkpoint_name(20))
+    with pytest.raises(CheckpointError, match="complete checkpoint"):
+        read_complete(tmp_path / checkpoint_name(20))
+    prune(tmp_path, 2, tmp_path / checkpoint_name(30))
+    assert (tmp_path / checkpoint_name(10) / COMPLETE).is_file()
 
 
 def test_publishing_replaces_an_incomplete_namesake(tmp_path: Path) -> None:

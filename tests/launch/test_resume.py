@@ -66,6 +66,7 @@ def test_a_killed_run_resumes_past_a_truncated_checkpoint_with_the_same_losses(
     second = launch(tmp_path, long_run(corpus))
     assert second.wait() == 0, second.text()
     assert f"passing over runs/run/checkpoints/{newest.name}: {victim.name} has" in second.text(), second.text()
+    assert "Traceback" not in first.text(), first.text()
     assert "resumed from runs/run/checkpoints/step_" in second.text()
     assert losses(tmp_path, "run") == losses(undisturbed, "run"), f"killed after step {step}"
     ours, theirs = (load_file(folder / "runs/run/model/model.safetensors") for folder in (tmp_path, undisturbed))
@@ -98,7 +99,7 @@ def test_wall_clock_limits_save_and_stop(corpus: Path, tmp_path: Path) -> None:
         tmp_path,
         long_run(corpus),
         "training.steps=100000",
-        "training.max_minutes=0.4",
+        "training.max_minutes=0.8",
         "checkpoint.interval_steps=0",
         "checkpoint.interval_minutes=0.02",
         "data.num_samples=900000",
@@ -121,6 +122,7 @@ def test_steps_may_be_raised_up_to_the_samples_of_the_run(corpus: Path, tmp_path
         (["training.steps=13", "data.num_samples=104"], "data.num_samples"),
         (["model.hidden_size=64"], "model.hidden_size was 32, is 64"),
         (["parallel.pipeline_parallel_size=1"], "2x1x1"),
+        (["data.sequence_length=16"], "data.sequence_length"),
         (["checkpoint.resume=never"], "checkpoint.resume is never"),
     ):
         refused = launch(tmp_path, config, *overrides)

@@ -1,0 +1,163 @@
+"""Going on from a checkpoint: which one, whether it fits, and back into the engine."""
+
+import io
+import logging
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from stagdist.checkpoint.training_directory import (
+    COMPLETE,
+    CONFIG,
+    TrainingState,
+    candidates,
+    damage,
+    read_complete,
+    read_state,
+    withdraw,
+)
+from stagdist.config import RunConfig
+from stagdist.config_loading import differences, load_config
+from stagdist.errors import CheckpointError, ConfigError
+from stagdist.parallel.grid import Grid
+from stagdist.parallel.groups import Groups
+from stagdist.training.agreement import shared
+from stagdist.training.engine import SectionEngine
+from stagdist.training.saving import GuardedWriter
+
+LOG = logging.getLogger(__name__)
+
+_MAY_CHANGE = ("num_samples", "cache_directory", "tokenizer", "validation_corpora", "test_corpora")
+"""Keys of `data` that leave the training samples as they are; tokenizer and corpora are compared by content."""
+
+
+def newest_complete(checkpoints: Path, groups: Groups) -> Path | None:
+    """The newest checkpoint whose files match their records, the same answer on every rank; None in a new run.
+
+    Every rank checks a share of the files. Damaged ones are passed over with a warning and lose their marker.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole: starting over would be a silent loss.
+    """
+    chosen: list[list[Path]] = [candidates(checkpoints) if dist.get_rank() == 0 else []]
+    dist.broadcast_object_list(chosen, src=0, group=groups.control)
+    for path in chosen[0]:
+        reason = _shared_damage(path, groups)
+        if reason is None:
+            return path
+        if dist.get_rank() == 0:
+            LOG.warning("passing over %s: %s", path, reason)
+            withdraw(path)
+    if chosen[0]:
+        raise shared(
+            CheckpointError(
+                f"none of the {len(chosen[0])} checkpoints in {checkpoints} is whole; restore one, or move the folder "
+                "away to begin anew"
+            )
+        )
+    return None
+
+
+def _shared_damage(path: Path, groups: Groups) -> str | None:
+    try:
+        if not (path / COMPLETE).is_file():
+            reason: str | None = f"it has no {COMPLETE}: its writing was cut short, or it was found damaged before"
+        else:
+            records = read_complete(path)
+            reason = damage(path, sorted(records)[dist.get_rank() :: dist.get_world_size()], records)
+    except CheckpointError as error:
+        reason = str(error)
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason, group=groups.control)
+    return next((found for found in reasons if found is not None), None)
+
+
+def resumed_config(config: RunConfig, checkpoint: Path, grid: Grid, data_identity: str) -> RunConfig:
+    """The configuration to go on with: that of the new start, with the sample order of the checkpoint.
+
+    Raises:
+        ConfigError: the checkpoint is of another model, of other samples, or of another grid; on every rank.
+    """
+    before, state = load_config(checkpoint / CONFIG), read_state(checkpoint)
+    problem = (
+        _model_problem(before, config)
+        or _samples_problem(before, config, state, data_identity)
+        or _grid_problem(state, grid)
+    )
+    if problem:
+        raise shared(ConfigError(f"{checkpoint} {problem}"))
+    data = config.data.model_copy(update={"num_samples": state.num_samples})
+    return config.model_copy(update={"data": data})
+
+
+def _model_problem(before: RunConfig, config: RunConfig) -> str | None:
+    changed = differences(before.model, config.model)
+    if not changed:
+        return None
+    listed = ", ".join(f"model.{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
+    return f"is a checkpoint of another model: {listed}; choose another name for the run"
+
+
+def _samples_problem(before: RunConfig, config: RunConfig, state: TrainingState, data_identity: str) -> str | None:
+    """Why the run would not see the samples it would have seen."""
+    changed = {
+        f"data.{key}": values
+        for key, values in differences(before.data, config.data).items()
+        if not key.startswith(_MAY_CHANGE) and not key.endswith(".prefix")
+    }
+    pairs = (("training", "global_batch_size"), ("training", "precision"))
+    changed |= {
+        f"{part}.{key}": (getattr(getattr(before, part), key), getattr(getattr(config, part), key))
+        for part, key in pairs
+        if getattr(getattr(before, part), key) != getattr(getattr(config, part), key)
+    }
+    if config.data.num_samples not in (None, state.num_samples):
+        changed["data.num_samples"] = (state.num_samples, config.data.num_samples)
+    if changed:
+        listed = ", ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
+        return f"would not go on with the same samples: {listed}; restore it, or begin a new run"
+    if data_identity != state.data_identity:
+        return "was trained on other corpora, or with another tokenizer, than now lie under their paths; restore them"
+    needed = config.training.steps * config.training.global_batch_size
+    if needed > state.num_samples:
+        return (
+            f"was begun for {state.num_samples} samples, but training.steps {config.training.steps} need {needed}; go "
+            f"up to step {state.num_samples // config.training.global_batch_size}, or begin a new run with a larger "
+            "data.num_samples"
+        )
+    return None
+
+
+def _grid_problem(state: TrainingState, grid: Grid) -> str | None:
+    if state.grid == (grid.pipe, grid.data, grid.tensor):
+        return None
+    return (
+        f"was saved on pipe x data x tensor {'x'.join(map(str, state.grid))}, this run has "
+        f"{grid.pipe}x{grid.data}x{grid.tensor}; start it on the same grid"
+    )
+
+
+def load_checkpoint(engine: SectionEngine, checkpoint: Path, config: RunConfig) -> TrainingState:
+    """Fill the engine from a checkpoint that was found complete."""
+    engine.checkpoint_engine = GuardedWriter()
+    # DeepSpeed prints, and broadcasts tied parameters, which torch would warn of.
+    with redirect_stdout(io.StringIO()), torch.no_grad():
+        path, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if path is None:
+        raise shared(CheckpointError(f"DeepSpeed found nothing to load in {checkpoint}"))
+    _apply_settings(engine, config)
+    torch.set_rng_state(client_state["cpu_random_state"])
+    if torch.cuda.is_available() and "cuda_random_state" in client_state:
+        torch.cuda.set_rng_state(client_state["cuda_random_state"])
+    return read_state(checkpoint)
+
+
+def _apply_settings(engine: SectionEngine, config: RunConfig) -> None:
+    """The configuration decides, not the settings that DeepSpeed stored with the optimizer's state."""
+    matrices, vectors = engine.optimizer.param_groups
+    for group, weight_decay in ((matrices, config.optimizer.weight_decay), (vectors, 0.0)):
+        group["betas"], group["eps"] = config.optimizer.betas, config.optimizer.eps
+        group["weight_decay"] = weight_decay
+    engine.optimizer.clip_grad = config.optimizer.max_grad_norm
