@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +14,15 @@ from stagdist.parallel.grid import Coordinate
 from tests.ranks import RankError, run_ranks
 from tests.reference.sharding import join, join_mix
 from tests.reference.training import TrainingRecord, global_norm, train
-from tests.training.parity_cases import BAD_STEP_CASES, BF16_CASES, CASES, FAULTY_CASES, LEARNING_RATES, Case
+from tests.training.parity_cases import (
+    BAD_STEP_CASES,
+    BF16_CASES,
+    CASES,
+    FAULTY_CASES,
+    GPU_CASES,
+    LEARNING_RATES,
+    Case,
+)
 from tests.training.parity_worker import RankReport
 
 WORKER = "tests.training.parity_worker:run_cases"
@@ -46,21 +55,29 @@ BF16 = Tolerance(loss=1e-2, norm=1e-2, gradient=0.1, weight=1e-2, update=None)
 def reports(case: Case) -> list[RankReport]:
     """What every rank saw of a case, by rank.
 
-    All cases of a world size share one launch, made when the first of them is asked for.
+    All cases of a world size and device share one launch, made when the first of them is asked for.
     """
-    launched = _launch(case.world_size)
+    launched = _launch(case.world_size, case.device)
     if isinstance(launched, RankError):
         raise launched
     return [rank[case.name] for rank in launched]
 
 
 @cache
-def _launch(world_size: int) -> list[dict[str, RankReport]] | RankError:
-    cases = [case for case in CASES + BF16_CASES + FAULTY_CASES + BAD_STEP_CASES if case.world_size == world_size]
+def _launch(world_size: int, device: str) -> list[dict[str, RankReport]] | RankError:
+    every_case = CASES + BF16_CASES + FAULTY_CASES + BAD_STEP_CASES + GPU_CASES
+    cases = [case for case in every_case if (case.world_size, case.device) == (world_size, device)]
     try:
-        return run_ranks(WORKER, world_size, cases, timeout_s=400)
+        return run_ranks(WORKER, world_size, cases, timeout_s=400, env=on_device(device))
     except RankError as error:  # kept, so that one failed launch is not started again by every case
         return error
+
+
+def on_device(device: str) -> dict[str, str]:
+    """Variables that let ranks see this device; the launch hides CUDA otherwise."""
+    if device == "cpu":
+        return {}
+    return {"DS_ACCELERATOR": device, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
 
 
 def reference(case: Case) -> TrainingRecord:

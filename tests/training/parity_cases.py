@@ -1,6 +1,6 @@
 """The distributed runs that are compared with the reference, as data."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Case:
         model: keys added to `BASE`.
         grid: sizes of the axes pipe, data, tensor.
         fault: what is broken on purpose, by name; see `tests.training.faults`.
+        device: `cpu` or `cuda`.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     max_grad_norm: float = 0.1
     eps: float = 1e-3
     fault: str | None = None
+    device: str = "cpu"
 
     @property
     def world_size(self) -> int:
@@ -176,3 +178,8 @@ BAD_STEP_CASES = [
     for precision in ("fp32", "bf16")
 ]  # fmt: skip
 """Runs in which the first stage meets an infinite gradient in step `BAD_STEP`."""
+
+GPU_CASES = [
+    replace(case, name=f"{case.name}, cuda", device="cuda") for case in CASES + BF16_CASES if case.world_size == 1
+]
+"""The runs of one process again, on a CUDA device."""

@@ -8,14 +8,14 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from stagdist.parallel.grid import Coordinate, Grid
-from stagdist.parallel.groups import Groups, build_groups, destroy_groups
-from stagdist.training.distributed import start_distributed
+from stagdist.parallel.grid import Coordinate
+from stagdist.parallel.groups import Groups
 from stagdist.training.engine import SectionEngine, build_module, wrap_module
 from stagdist.training.pipeline import SectionPipeline
 from tests.reference.sharding import cut
 from tests.training.faults import damage, planted, replica
 from tests.training.parity_cases import GLOBAL_BATCH, LEARNING_RATES, Case
+from tests.training.worlds import World
 
 TIMEOUT_S = 120.0
 
@@ -46,15 +46,9 @@ class RankReport:
 def run_cases(cases: list[Case]) -> dict[str, RankReport]:
     """Run all cases one after the other in one world; reports by the case's name."""
     reports: dict[str, RankReport] = {}
-    grid: Grid | None = None
-    groups: Groups | None = None
+    world = World(TIMEOUT_S)
     for case in sorted(cases, key=lambda case: case.grid):
-        if grid != Grid(*case.grid):
-            if groups is not None:
-                destroy_groups()
-            grid, first = Grid(*case.grid), groups is None
-            groups = start_distributed(grid, "cpu", TIMEOUT_S) if first else build_groups(grid, TIMEOUT_S)
-        assert groups is not None
+        groups = world.groups(case.grid)
         try:
             with planted(case.fault):
                 reports[case.name] = _run(case, groups)
@@ -67,7 +61,7 @@ def _run(case: Case, groups: Groups) -> RankReport:
     config = case.config()
     module = build_module(config, groups)
     report = RankReport(groups.place, _values(module))
-    _load(module, case, groups)
+    load_reference(module, case, groups)
     engine = wrap_module(module, config, groups)
     damage(engine, case.fault)
 
@@ -81,14 +75,14 @@ def _run(case: Case, groups: Groups) -> RankReport:
     engine.gate = gate
     for rate, (tokens, labels) in zip(LEARNING_RATES, case.batches(), strict=True):
         engine.set_learning_rate(rate)
-        loss = engine.train_batch(_micro_batches(case, groups, tokens, labels))
+        loss = engine.train_batch(micro_batches(case, groups, tokens, labels))
         report.losses.append(float(loss))
         report.norms.append(engine.gradient_norm())
     report.weights = _values(module)
     return report
 
 
-def _load(module: SectionPipeline, case: Case, groups: Groups) -> None:
+def load_reference(module: SectionPipeline, case: Case, groups: Groups) -> None:
     """The reference's parameters in place of the initial ones."""
     parameters = case.parameters()
     with torch.no_grad():
@@ -102,11 +96,11 @@ def _look(engine: SectionEngine, report: RankReport) -> None:
     for name, parameter in engine.module.canonical_parameters().items():
         gradient = safe_get_full_grad(parameter)
         assert gradient is not None, f"{name} has no gradient"
-        gradients[name] = gradient.detach().clone()
+        gradients[name] = gradient.detach().to("cpu", copy=True)
     report.gradients.append(gradients)
 
 
-def _micro_batches(case: Case, groups: Groups, tokens: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def micro_batches(case: Case, groups: Groups, tokens: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The replica's share of a global batch, micro-batches dealt round robin."""
     size, replicas = case.micro_batch_size, groups.grid.data
     for start in range(replica(groups.place, case.fault) * size, GLOBAL_BATCH, replicas * size):
@@ -114,4 +108,7 @@ def _micro_batches(case: Case, groups: Groups, tokens: Tensor, labels: Tensor) -
 
 
 def _values(module: SectionPipeline) -> dict[str, Tensor]:
-    return {name: parameter.detach().float().clone() for name, parameter in module.canonical_parameters().items()}
+    return {
+        name: parameter.detach().to("cpu", torch.float32, copy=True)
+        for name, parameter in module.canonical_parameters().items()
+    }

@@ -1,0 +1,147 @@
+"""The score of held-out text that a run reports is that of the model it leaves behind."""
+
+import math
+import sysconfig
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stagdist.checkpoint.loading import load_model
+from stagdist.config import RunConfig
+from stagdist.data.corpus import Splits, build_splits
+from stagdist.data.loader import BatchPlan, Loader
+from stagdist.data.prepare import prepare
+from stagdist.data.tokenizer import byte_tokenizer
+from stagdist.model.megatron import TensorParallel
+from stagdist.parallel.groups import Groups, single_process
+from stagdist.telemetry.score import TextScore
+from stagdist.training.engine import SectionEngine, build_engine
+from stagdist.training.evaluation import HeldOut
+from stagdist.training.export import export_model
+from tests.ranks import run_ranks
+from tests.training.worlds import World
+
+pytestmark = pytest.mark.ranks
+
+GRIDS = [(2, 1, 1), (1, 2, 1)]
+NUM_BATCHES = 3
+GLOBAL_BATCH = 8
+STEPS = 2
+TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the ranks are given: a prepared corpus, and a folder for the models they leave."""
+
+    prefix: Path
+    folder: Path
+
+    def config(self, grid: tuple[int, int, int]) -> RunConfig:
+        """The run on one grid."""
+        values: dict[str, Any] = {
+            "name": "held-out",
+            "model": {
+                "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
+                "max_position_embeddings": 32, "section_layers": [1, 1],
+            },
+            "parallel": {"pipeline_parallel_size": grid[0]},
+            "data": {
+                "tokenizer": "bytes", "corpora": [{"prefix": str(self.prefix)}], "split": [80, 10, 10],
+                "cache_directory": str(self.folder / "cache"),
+            },
+            "training": {"steps": STEPS, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": 2},
+            "evaluation": {"num_batches": NUM_BATCHES},
+        }  # fmt: skip
+        return RunConfig.model_validate(values)
+
+    def splits(self, config: RunConfig) -> Splits:
+        """The data sets of the run."""
+        return build_splits(
+            config.data,
+            sequence_length=config.sequence_length,
+            num_samples=(STEPS * GLOBAL_BATCH, 0, NUM_BATCHES * GLOBAL_BATCH),
+            tokenizer=byte_tokenizer(),
+            vocab_size=config.model.vocab_size,
+        )
+
+    def model_directory(self, grid: tuple[int, int, int]) -> Path:
+        """Where the model trained on a grid is left."""
+        return self.folder / "x".join(map(str, grid))
+
+
+def score_on_grids(task: Task) -> dict[tuple[int, int, int], TextScore]:
+    """Train some steps on every grid, score the test split twice, leave the model; scores by grid."""
+    world, scores = World(TIMEOUT_S), {}
+    for grid in GRIDS:
+        groups, config = world.groups(grid), task.config(grid)
+        splits = task.splits(config)
+        engine = build_engine(config, groups)
+        plan = BatchPlan(GLOBAL_BATCH, 2, groups.place.data, groups.grid.data)
+        _train(engine, splits, plan)
+        held_out = HeldOut(splits.test, plan, NUM_BATCHES, byte_tokenizer().token_bytes())
+        scores[grid] = held_out.score(engine)
+        assert held_out.score(engine) == scores[grid], "the same model scores the same sequences alike"
+        _leave_model(engine, groups, config, task.model_directory(grid))
+    return scores
+
+
+def _train(engine: SectionEngine, splits: Splits, plan: BatchPlan) -> None:
+    loader = Loader(splits.train, plan)
+    engine.set_learning_rate(1e-2)
+    for step in range(STEPS):
+        engine.train_batch(loader.step(step * GLOBAL_BATCH))
+    loader.close()
+
+
+def _leave_model(engine: SectionEngine, groups: Groups, config: RunConfig, directory: Path) -> None:
+    export_model(engine.module, groups, config.model, byte_tokenizer(), directory)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    """A byte corpus of some real files."""
+    folder = tmp_path_factory.mktemp("held-out")
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:20]
+    prepare([str(path) for path in files], str(folder / "corpus"), byte_tokenizer())
+    return Task(folder / "corpus", folder)
+
+
+@cache
+def reported(task: Task) -> list[dict[tuple[int, int, int], TextScore]]:
+    """What every rank says."""
+    return run_ranks("tests.training.test_held_out:score_on_grids", 2, task, timeout_s=200)
+
+
+def score_alone(task: Task, grid: tuple[int, int, int]) -> TextScore:
+    """The same sequences by the model that was left, in one process, without pipeline, loader or HeldOut."""
+    test = task.splits(task.config(grid)).test
+    assert test is not None
+    samples = [test[index] for index in range(NUM_BATCHES * GLOBAL_BATCH)]
+    tokens = torch.stack([sample["tokens"] for sample in samples])
+    labels = torch.stack([sample["labels"] for sample in samples])
+    with single_process() as groups, torch.no_grad():
+        logits = load_model(task.model_directory(grid), TensorParallel(groups.tensor))(tokens)
+    vocabulary = task.config(grid).model.vocab_size
+    nats = F.cross_entropy(logits[..., :vocabulary].double().flatten(0, 1), labels.flatten(), reduction="sum")
+    tokenizer = byte_tokenizer()
+    # Every token but the end of a document is one byte of the text.
+    size = int((labels != tokenizer.end_of_document).sum())
+    return TextScore(labels.numel(), float(nats), size)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "x".join(map(str, grid)))
+def test_a_reported_score_is_that_of_the_model_left_behind(task: Task, grid: tuple[int, int, int]) -> None:
+    scores = [rank[grid] for rank in reported(task)]
+    alone = score_alone(task, grid)
+    assert 0 < alone.bytes <= alone.tokens == NUM_BATCHES * GLOBAL_BATCH * 32
+    for score in scores:
+        assert (score.tokens, score.bytes) == (alone.tokens, alone.bytes)
+        assert abs(score.nats / score.tokens - alone.nats / alone.tokens) <= 1e-4
+        assert abs(score.bits_per_byte - alone.bits_per_byte) <= 1e-4
+        assert math.isclose(score.perplexity, alone.perplexity, rel_tol=1e-3)

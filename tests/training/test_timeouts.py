@@ -1,0 +1,45 @@
+"""No process group waits for ever for a peer that is gone."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.distributed import distributed_c10d as c10d
+
+from stagdist.config import RunConfig
+from stagdist.training.engine import build_engine
+from tests.ranks import run_ranks
+from tests.training.parity_cases import Case
+from tests.training.parity_worker import micro_batches
+from tests.training.worlds import World
+
+pytestmark = pytest.mark.ranks
+
+TIMEOUT_S = 77.0
+CASE = Case("timeouts", {}, (2, 2, 1))
+
+
+def group_timeouts(case: Case) -> dict[str, tuple[int, float]]:
+    """Members and limit in seconds of every group that this rank knows of after a training step, by name."""
+    groups = World(TIMEOUT_S).groups(case.grid)
+    engine = build_engine(_with_timeout(case.config()), groups)
+    engine.train_batch(micro_batches(case, groups, *case.batches()[0]))
+    return {name: (size, seconds) for name, size, seconds in _known_groups(torch.device(os.environ["DS_ACCELERATOR"]))}
+
+
+def _with_timeout(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"timeout_s": TIMEOUT_S})})
+
+
+def _known_groups(device: torch.device) -> Iterator[tuple[str, int, float]]:
+    for group in c10d._world.pg_map:
+        yield group.group_name, group.size(), group._get_backend(device).options._timeout.total_seconds()
+
+
+def test_every_process_group_has_the_configured_timeout() -> None:
+    for rank, timeouts in enumerate(run_ranks("tests.training.test_timeouts:group_timeouts", 4, CASE, timeout_s=120)):
+        wrong = {name: seconds for name, (_, seconds) in timeouts.items() if seconds != TIMEOUT_S}
+        assert wrong == {}, f"rank {rank}"
+        # The world, and the pipe and data axes, are among those that were looked at.
+        assert {size for size, _ in timeouts.values()} >= {4, 2}, f"rank {rank}: {timeouts}"
