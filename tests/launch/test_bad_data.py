@@ -1,0 +1,80 @@
+"""A corpus that cannot be trained on is told in one line with the remedy, and nothing is left behind."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stagdist.data.indexed import corpus_path, write_index
+from tests.launch.runs import PRETRAIN, _environment, launch, tiny_config, write_config
+
+pytestmark = pytest.mark.ranks
+
+SEQUENCE = 32
+"""`max_position_embeddings` of the tiny model."""
+
+
+@dataclass(frozen=True)
+class BadCorpus:
+    """A corpus and what must be said about it.
+
+    Attributes:
+        documents: lengths in tokens; None where there is no corpus at all.
+        complaint: what is wrong.
+        remedy: what a person can do.
+    """
+
+    name: str
+    documents: list[int] | None
+    complaint: str
+    remedy: str
+
+    def write(self, folder: Path) -> Path:
+        """Make the corpus; its prefix."""
+        prefix = folder / self.name
+        if self.documents is not None:
+            corpus_path(prefix, ".bin").write_bytes(np.ones(sum(self.documents), dtype=np.uint16).tobytes())
+            with corpus_path(prefix, ".idx").open("wb") as stream:
+                write_index(stream, np.array(self.documents, dtype=np.int32), np.uint16)
+        return prefix
+
+    def check(self, text: str, folder: Path) -> None:
+        """Exactly one line tells the problem and the remedy, and no folder of a run was begun."""
+        errors = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, text
+        for part in (str(folder / self.name), self.complaint, self.remedy):
+            assert part in errors[0], f"{part!r} is not in {errors[0]!r}"
+        assert "Traceback" not in text, text
+        assert not (folder / "runs").exists()
+
+
+BAD_CORPORA = [
+    BadCorpus("missing", None, "does not exist", "prepare_data.py"),
+    BadCorpus("empty", [], "is empty", "prepare"),
+    BadCorpus("short", [SEQUENCE], "is shorter than one sequence", "data.sequence_length"),
+]
+
+
+def config_for(prefix: Path) -> dict[str, Any]:
+    """A run on this corpus alone, all of it for training."""
+    return tiny_config(prefix, "bad", data={"split": [100, 0, 0]}, evaluation={"interval_steps": 0})
+
+
+@pytest.mark.parametrize("bad", BAD_CORPORA, ids=lambda bad: bad.name)
+def test_a_bad_corpus_is_told_in_one_line_with_the_remedy(bad: BadCorpus, tmp_path: Path) -> None:
+    config = write_config(tmp_path, config_for(bad.write(tmp_path)))
+    command = [sys.executable, str(PRETRAIN), "--config", str(config), "--set", "parallel.pipeline_parallel_size=1"]
+    done = subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    bad.check(done.stdout + done.stderr, tmp_path)
+
+
+def test_two_ranks_tell_it_once(tmp_path: Path) -> None:
+    bad = next(bad for bad in BAD_CORPORA if bad.name == "short")
+    run = launch(tmp_path, config_for(bad.write(tmp_path)))
+    assert run.wait(timeout_s=120) != 0
+    bad.check(run.text(), tmp_path)
