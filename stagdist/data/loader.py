@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,9 +72,11 @@ class Loader:
         """Seconds that consumers have waited for batches so far."""
         self._dataset = dataset
         self._plan = plan
-        self._pin_memory = pin_memory
+        self._pin_memory = pin_memory and torch.cuda.is_available()
         self._vocab_size = vocab_size
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        # A thread starts on device 0, where pinning would open a second context.
+        prepare = partial(torch.cuda.set_device, torch.cuda.current_device()) if self._pin_memory else None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader", initializer=prepare)
         self._ahead: dict[int, deque[Future[MicroBatch]]] = {}
 
     def step(self, consumed_samples: int) -> Iterator[MicroBatch]:
@@ -130,6 +133,6 @@ class Loader:
                     f"samples {indices.start} to {indices.stop - 1} hold token id {largest}, but model.vocab_size is "
                     f"{self._vocab_size}; raise it to at least {largest + 1} or use the corpus's own tokenizer"
                 )
-        if self._pin_memory and torch.cuda.is_available():
+        if self._pin_memory:
             tokens, labels = tokens.pin_memory(), labels.pin_memory()
         return tokens, labels

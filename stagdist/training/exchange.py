@@ -68,7 +68,7 @@ class Edge:
         """The error to raise when a transfer failed."""
         return TransportError(
             f"{self.name}: the transfer failed; look for the first error of rank {self.peer}, or raise "
-            f"parallel.timeout_s if that rank is merely slow ({error})"
+            f"parallel.timeout_s if that rank is merely slow"
         )
 
 

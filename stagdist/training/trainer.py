@@ -12,7 +12,7 @@ import torch.distributed as dist
 from stagdist.checkpoint.training_directory import TrainingState
 from stagdist.config import RunConfig
 from stagdist.data.loader import Loader
-from stagdist.errors import StagdistError, TrainingError, TransportError
+from stagdist.errors import TrainingError, TransportError
 from stagdist.parallel.groups import Groups
 from stagdist.telemetry.logging import ONLY_IN_FILE
 from stagdist.telemetry.spans import bubble_share
@@ -136,17 +136,18 @@ class Trainer:
         """
         try:
             yield
-        except StagdistError:
-            raise
         except RuntimeError as error:
-            if not any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PEER):
+            if isinstance(error, TransportError):
+                says = str(error)
+            elif any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PEER):
+                timeout_s = self._config.parallel.timeout_s
+                says = f"another rank ended, or did not answer within parallel.timeout_s = {timeout_s:.0f} s"
+            else:
                 raise
             LOG.info("step %d", step, exc_info=True, extra=ONLY_IN_FILE)
-            place, timeout_s = self._groups.place, self._config.parallel.timeout_s
             raise TransportError(
-                f"stage {place.pipe}, rank {dist.get_rank()}, step {step}: another rank ended or did not answer within "
-                f"parallel.timeout_s = {timeout_s:.0f} s; its own message tells why. Start the same command again: the "
-                "run resumes from its newest checkpoint"
+                f"stage {self._groups.place.pipe}, rank {dist.get_rank()}, step {step}: {says}. Start the same command "
+                "again: the run resumes from its newest checkpoint"
             ) from error
 
     def _bubble(self) -> float:
