@@ -1,0 +1,279 @@
+"""How fast training is: the pipeline against one process, against its bound, and against torch's own pipeline.
+
+Runs alternate, and every ratio is taken between runs of one round, so that a machine whose speed changes slows both
+sides of a ratio. All contestants read the same corpus through the same loader and do the same work, which is checked
+by their losses and gradient norms.
+"""
+
+import argparse
+import json
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stagdist.bench.conditions import ROOT, conditions
+from stagdist.bench.figures import imbalance, paired_ratios, pipeline_speedup_bound, spread
+from stagdist.bench.twin import sequential_twin
+from stagdist.bench.workers import Answer, Workers
+from stagdist.config import CorpusConfig, DataConfig, RunConfig
+from stagdist.config_loading import load_config
+from stagdist.data.prepare import prepare
+from stagdist.data.tokenizer import byte_tokenizer
+from stagdist.errors import ConfigError, TrainingError
+from stagdist.parallel.flops import flops_per_token
+from stagdist.telemetry.hardware import Precision, peak_flops
+
+DEFAULT_CONFIG = ROOT / "configs" / "bench-train.yaml"
+WARM_UP_ROUNDS = 2
+SAME_WORK = 1e-3
+"""Relative difference of losses and gradient norms in the first rounds above which contestants do not do the same."""
+CORPUS_PACKAGES = ("asyncio", "email", "json", "unittest", "xml")
+
+
+@dataclass
+class Rounds:
+    """Readings of all rounds by contestant, one list of answers (by rank) per round."""
+
+    answers: dict[str, list[list[Answer]]] = field(default_factory=dict)
+
+    def add(self, contestant: str, answers: list[Answer]) -> None:
+        """Keep what one run answered."""
+        self.answers.setdefault(contestant, []).append(answers)
+
+    def slowest(self, contestant: str, reading: str = "seconds") -> list[float]:
+        """Largest reading over the ranks, by round."""
+        return [max(answer[reading] for answer in answers) for answers in self.answers[contestant]]
+
+    def of_rank(self, contestant: str, rank: int, reading: str = "seconds") -> list[float]:
+        """Reading of one rank, by round."""
+        return [answers[rank][reading] for answers in self.answers[contestant]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the benchmark."""
+    parser.add_argument("--json", metavar="FILE", help="write all results here")
+    parser.add_argument("--config", metavar="FILE", default=str(DEFAULT_CONFIG), help="default: the balanced shape")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of --config")
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="measured rounds (default: 20)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each process (default: 1)")
+    parser.add_argument(
+        "--one-process",
+        action="store_true",
+        help="all sections in one process, no pipeline (what a machine with one GPU does anyway)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print and write.
+
+    Raises:
+        ConfigError: the configuration does not fit the benchmark.
+        TrainingError: a process failed, or contestants did not do the same work.
+    """
+    if arguments.rounds < 1 or arguments.threads < 1:
+        raise ConfigError(f"--rounds {arguments.rounds} and --threads {arguments.threads} must be at least 1")
+    config = load_config(arguments.config, arguments.set)
+    gpus = _gpus(arguments.device)
+    stages = 1 if arguments.one_process or 0 < gpus < config.pipeline_parallel_size else config.pipeline_parallel_size
+    if stages != 1 and config.parallel.tensor_parallel_size != 1:
+        raise ConfigError("the pipeline is compared without tensor parallelism; set parallel.tensor_parallel_size: 1")
+    with tempfile.TemporaryDirectory(prefix="stagdist-bench-") as folder:
+        prepared = on_real_text(config, Path(folder), arguments.rounds, "cuda" if gpus else "cpu")
+        results = measure(prepared, stages, arguments.rounds, threads=arguments.threads, gpus=gpus)
+    shown = {name: value for name, value in results.items() if isinstance(value, int | float | str)}
+    print("\n".join(f"{name:<34} {_shown(value)}" for name, value in shown.items()))
+    if arguments.json:
+        path = Path(arguments.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+def on_real_text(config: RunConfig, folder: Path, rounds: int, device: str) -> RunConfig:
+    """The run over a corpus made in `folder` from Python's own source, one byte per token, with steps for all rounds.
+
+    Raises:
+        ConfigError: the vocabulary has no room for bytes.
+    """
+    tokenizer = byte_tokenizer()
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(f"model.vocab_size is {config.model.vocab_size}, bytes need {tokenizer.vocab_size}")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    prefix = str(folder / "corpus")
+    prepare([str(library / package) for package in CORPUS_PACKAGES], prefix, tokenizer)
+    data = DataConfig(
+        corpora=(CorpusConfig(prefix=prefix),),
+        split=(100.0, 0.0, 0.0),
+        sequence_length=config.sequence_length,
+    )
+    steps = rounds + WARM_UP_ROUNDS
+    return config.model_copy(
+        update={
+            "data": data,
+            "runs_directory": str(folder / "runs"),
+            "training": config.training.model_copy(update={"steps": steps + 1}),
+            "parallel": config.parallel.model_copy(update={"device": device}),
+        }
+    )
+
+
+def measure(config: RunConfig, stages: int, rounds: int, *, threads: int, gpus: int) -> dict[str, Any]:
+    """Start the processes, run all rounds, and put the results together."""
+    settings = {"config": config.model_dump(mode="json")}
+    first_gpu = 0 if gpus else None
+
+    def start(processes: int) -> Workers:
+        return Workers(processes, settings, threads=threads, first_gpu=first_gpu)
+
+    readings, startup_s = Rounds(), None
+    with start(1) as single, _pipeline(start, stages) as pipeline:
+        device_name = single.started[0]["device_name"]
+        for index in range(WARM_UP_ROUNDS + rounds):
+            round_ = _one_round(single, pipeline, backwards=index % 2 == 1)
+            if index < WARM_UP_ROUNDS:
+                _check_same_work(round_)
+                continue
+            for contestant, answers in round_.items():
+                readings.add(contestant, answers)
+            print(f"round {index - WARM_UP_ROUNDS + 1} of {rounds}", file=sys.stderr, flush=True)
+        if pipeline is not None:
+            pipeline.together("save")
+    if stages > 1:
+        with start(stages) as resumed:
+            startup_s = max(answer["started_s"] for answer in resumed.started)
+    micro_batches = config.training.global_batch_size // config.training.micro_batch_size
+    written = conditions(device_name, min(gpus, stages)) | {
+        "benchmark": "train",
+        "device": config.parallel.device,
+        "processes": stages,
+        "threads_per_process": threads,
+        "rounds": rounds,
+        "num_micro_batches": micro_batches,
+        "config": config.model_dump(mode="json", exclude_defaults=True, include={"model", "training", "optimizer"}),
+    }
+    results = one_process_results(config, readings, device_name)
+    if stages > 1:
+        results |= pipeline_results(config, readings, stages, micro_batches) | {"startup_s": startup_s}
+    return written | results
+
+
+def _pipeline(start: Callable[[int], Workers], stages: int) -> AbstractContextManager[Workers | None]:
+    return start(stages) if stages > 1 else nullcontext()
+
+
+def _one_round(single: Workers, pipeline: Workers | None, *, backwards: bool) -> dict[str, list[Answer]]:
+    """Every contestant once; odd rounds run backwards, so that a drift of the machine favours nobody."""
+    runs: dict[str, Callable[[], list[Answer]]] = {"one_process": lambda: single.together("staggered")}
+    if pipeline is not None:
+        pipe = pipeline
+        runs |= {
+            "pipeline": lambda: pipe.together("staggered"),
+            "torch_pipelining": lambda: pipe.together("rival"),
+            "stage": lambda: pipe.apart("stage_time"),
+            "stage_busy": lambda: pipe.together("stage_time"),
+        }
+    runs["sequential"] = lambda: single.together("sequential")
+    order = reversed(runs) if backwards else iter(runs)
+    return {name: runs[name]() for name in order}
+
+
+def _check_same_work(round_: dict[str, list[Answer]]) -> None:
+    """Refuse a comparison between contestants that compute different things."""
+    expected = round_["one_process"][-1]
+    for contestant in ("pipeline", "torch_pipelining"):
+        if contestant not in round_:
+            continue
+        found = round_[contestant][-1]
+        for reading in ("loss", "gradient_norm"):
+            if abs(found[reading] - expected[reading]) > SAME_WORK * abs(expected[reading]):
+                raise TrainingError(
+                    f"{contestant} and one_process do not do the same work: {reading} {found[reading]} and "
+                    f"{expected[reading]}; their times cannot be compared"
+                )
+
+
+def one_process_results(config: RunConfig, readings: Rounds, device_name: str | None) -> dict[str, Any]:
+    """What one process shows: speed, use of the device, and the price of staggering per FLOP."""
+    staggered, sequential = readings.slowest("one_process"), readings.slowest("sequential")
+    tokens = config.training.global_batch_size * config.sequence_length
+    flops = flops_per_token(config.model, config.sequence_length)
+    plain_flops = flops_per_token(sequential_twin(config.model), config.sequence_length)
+    per_flop = [ratio * plain_flops / flops for ratio in paired_ratios(staggered, sequential)]
+    waited = paired_ratios(readings.slowest("one_process", "load_s"), staggered)
+    median_s = spread(staggered)["median"]
+    peak = peak_flops(device_name, _precision(config))
+    return {
+        "time_per_flop_vs_sequential": spread(per_flop)["median"],
+        "data_wait_share": spread(waited)["median"],
+        "one_process_tokens_per_s": tokens / median_s,
+        "one_process_tflops_per_s": tokens * flops / median_s / 1e12,
+        "mfu": None if peak is None else tokens * flops / median_s / peak,
+        "spread": {
+            "time_per_flop_vs_sequential": spread(per_flop),
+            "data_wait_share": spread(waited),
+            "one_process_step_s": spread(staggered),
+            "sequential_step_s": spread(sequential),
+        },
+    }
+
+
+def pipeline_results(config: RunConfig, readings: Rounds, stages: int, micro_batches: int) -> dict[str, Any]:
+    """What the pipeline shows; its spread includes that of one process."""
+    one, pipe, torch_pipe = (readings.slowest(name) for name in ("one_process", "pipeline", "torch_pipelining"))
+    speedup, over_torch = paired_ratios(one, pipe), paired_ratios(torch_pipe, pipe)
+    times = [spread(readings.of_rank("stage", stage)) for stage in range(stages)]
+    busy = [spread(readings.of_rank("stage_busy", stage)) for stage in range(stages)]
+    alone_s, busy_s = ([stage["median"] for stage in each] for each in (times, busy))
+    bound = pipeline_speedup_bound(alone_s, micro_batches)
+    bound_busy = pipeline_speedup_bound(alone_s, micro_batches, busy_s)
+    waited = paired_ratios(readings.slowest("pipeline", "load_s"), pipe)
+    tokens = config.training.global_batch_size * config.sequence_length
+    median = spread(speedup)["median"]
+    shared = one_process_results(config, readings, None)["spread"]
+    return {
+        "pipeline_speedup": median,
+        "pipeline_speedup_bound": bound,
+        "pipeline_efficiency": median / bound,
+        "pipeline_speedup_bound_all_busy": bound_busy,
+        "pipeline_efficiency_all_busy": median / bound_busy,
+        "tokens_per_s": tokens / spread(pipe)["median"],
+        "tokens_per_s_vs_torch_pipelining": spread(over_torch)["median"],
+        "data_wait_share": spread(waited)["median"],
+        "stage_times_s": alone_s,
+        "stage_times_all_busy_s": busy_s,
+        "stage_imbalance": imbalance(alone_s),
+        "spread": shared
+        | {
+            "pipeline_speedup": spread(speedup),
+            "tokens_per_s_vs_torch_pipelining": spread(over_torch),
+            "data_wait_share": spread(waited),
+            "pipeline_step_s": spread(pipe),
+            "torch_pipelining_step_s": spread(torch_pipe),
+            "stage_times_s": times,
+            "stage_times_all_busy_s": busy,
+        },
+    }
+
+
+def _precision(config: RunConfig) -> Precision:
+    return config.training.precision
+
+
+def _shown(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _gpus(wanted: str) -> int:
+    """GPUs to use; 0 means CPUs."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if wanted == "cuda" and not gpus:
+        raise ConfigError("--device cuda, but torch sees no CUDA device; use auto or cpu")
+    return 0 if wanted == "cpu" else gpus
