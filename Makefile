@@ -42,6 +42,8 @@ $(STAMP): pyproject.toml constraints.txt
 			-e 's/^ *Installing collected packages.*/  Unpacking/p' -e 's/^ *(ERROR.*)/\1/p' \
 		|| { echo "The installation failed. The end of $(VENV)/install.log:" >&2; \
 			tail -n 20 $(VENV)/install.log >&2; exit 1; }
+	@echo "Compiling the packages' Python files, so that no process has to do it"
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true  # some hold templates that are no Python
 	@touch $@
 	@echo "Installed."
 
