@@ -15,7 +15,7 @@ BENCHMARKS = {
 EPILOG = """\
 examples:
   python launch/bench.py train --json benchmarks/train.json
-  python launch/bench.py train --rounds 40 --set training.micro_batch_size=2 --set training.global_batch_size=16
+  python launch/bench.py train --rounds 40 --micro-batches 16 --set training.micro_batch_size=1
   python launch/bench.py train --one-process --config configs/pythia-410m-staggered.yaml \\
       --set training.precision=bf16 --json runs/gpu.json
   python launch/bench.py memory --json benchmarks/memory.json

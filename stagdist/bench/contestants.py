@@ -62,6 +62,7 @@ class Site:
             vocab_size=config.model.vocab_size,
         ).train
         self._contestants: dict[str, Callable[[], Reading]] = {}
+        self.resumed = checkpoint is not None
         if checkpoint is not None:
             load_checkpoint(build_engine(self._config, self.groups), checkpoint, self._config)
         self._carried = hand_off_kinds(self._config, torch.float32)[0].shape

@@ -59,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write all results here")
     parser.add_argument("--config", metavar="FILE", default=str(DEFAULT_CONFIG), help="default: the balanced shape")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of --config")
+    parser.add_argument(
+        "--micro-batches", type=int, default=8, metavar="M", help="micro-batches of an optimizer step (default: 8)"
+    )
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="measured rounds (default: 20)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each process (default: 1)")
@@ -76,15 +79,18 @@ def run(arguments: argparse.Namespace) -> int:
         ConfigError: the configuration does not fit the benchmark.
         TrainingError: a process failed, or contestants did not do the same work.
     """
-    if arguments.rounds < 1 or arguments.threads < 1:
-        raise ConfigError(f"--rounds {arguments.rounds} and --threads {arguments.threads} must be at least 1")
+    counts = {"--rounds": arguments.rounds, "--threads": arguments.threads, "--micro-batches": arguments.micro_batches}
+    if min(counts.values()) < 1:
+        raise ConfigError(f"{', '.join(f'{name} {count}' for name, count in counts.items())}: none may be below 1")
     config = load_config(arguments.config, arguments.set)
     gpus = _gpus(arguments.device)
     stages = 1 if arguments.one_process or 0 < gpus < config.pipeline_parallel_size else config.pipeline_parallel_size
     if stages != 1 and config.parallel.tensor_parallel_size != 1:
         raise ConfigError("the pipeline is compared without tensor parallelism; set parallel.tensor_parallel_size: 1")
     with tempfile.TemporaryDirectory(prefix="stagdist-bench-") as folder:
-        prepared = on_real_text(config, Path(folder), arguments.rounds, "cuda" if gpus else "cpu")
+        prepared = on_real_text(
+            config, Path(folder), arguments.micro_batches, arguments.rounds, "cuda" if gpus else "cpu"
+        )
         results = measure(prepared, stages, arguments.rounds, threads=arguments.threads, gpus=gpus)
     shown = {name: value for name, value in results.items() if isinstance(value, int | float | str)}
     print("\n".join(f"{name:<34} {_shown(value)}" for name, value in shown.items()))
@@ -95,8 +101,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def on_real_text(config: RunConfig, folder: Path, rounds: int, device: str) -> RunConfig:
+def on_real_text(config: RunConfig, folder: Path, micro_batches: int, rounds: int, device: str) -> RunConfig:
     """The run over a corpus made in `folder` from Python's own source, one byte per token, with steps for all rounds.
+
+    Micro-batches and rounds of the benchmark replace batch size and steps of the configuration.
 
     Raises:
         ConfigError: the vocabulary has no room for bytes.
@@ -112,12 +120,15 @@ def on_real_text(config: RunConfig, folder: Path, rounds: int, device: str) -> R
         split=(100.0, 0.0, 0.0),
         sequence_length=config.sequence_length,
     )
-    steps = rounds + WARM_UP_ROUNDS
+    training = {
+        "global_batch_size": micro_batches * config.training.micro_batch_size,
+        "steps": WARM_UP_ROUNDS + rounds + 1,
+    }
     return config.model_copy(
         update={
             "data": data,
             "runs_directory": str(folder / "runs"),
-            "training": config.training.model_copy(update={"steps": steps + 1}),
+            "training": config.training.model_copy(update=training),
             "parallel": config.parallel.model_copy(update={"device": device}),
         }
     )
@@ -134,18 +145,12 @@ def measure(config: RunConfig, stages: int, rounds: int, *, threads: int, gpus: 
     readings, startup_s = Rounds(), None
     with start(1) as single, _pipeline(start, stages) as pipeline:
         device_name = single.started[0]["device_name"]
-        for index in range(WARM_UP_ROUNDS + rounds):
-            round_ = _one_round(single, pipeline, backwards=index % 2 == 1)
-            if index < WARM_UP_ROUNDS:
-                _check_same_work(round_)
-                continue
-            for contestant, answers in round_.items():
-                readings.add(contestant, answers)
-            print(f"round {index - WARM_UP_ROUNDS + 1} of {rounds}", file=sys.stderr, flush=True)
+        _run_rounds(single, pipeline, rounds, readings)
         if pipeline is not None:
             pipeline.together("save")
     if stages > 1:
         with start(stages) as resumed:
+            assert all(answer["resumed"] for answer in resumed.started), "the saved checkpoint was not found"
             startup_s = max(answer["started_s"] for answer in resumed.started)
     micro_batches = config.training.global_batch_size // config.training.micro_batch_size
     written = conditions(device_name, min(gpus, stages)) | {
@@ -161,6 +166,17 @@ def measure(config: RunConfig, stages: int, rounds: int, *, threads: int, gpus: 
     if stages > 1:
         results |= pipeline_results(config, readings, stages, micro_batches) | {"startup_s": startup_s}
     return written | results
+
+
+def _run_rounds(single: Workers, pipeline: Workers | None, rounds: int, readings: Rounds) -> None:
+    for index in range(WARM_UP_ROUNDS + rounds):
+        answers = _one_round(single, pipeline, backwards=index % 2 == 1)
+        if index < WARM_UP_ROUNDS:
+            _check_same_work(answers)
+            continue
+        for contestant, of_ranks in answers.items():
+            readings.add(contestant, of_ranks)
+        print(f"round {index - WARM_UP_ROUNDS + 1} of {rounds}", file=sys.stderr, flush=True)
 
 
 def _pipeline(start: Callable[[int], Workers], stages: int) -> AbstractContextManager[Workers | None]:

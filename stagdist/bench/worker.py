@@ -26,7 +26,7 @@ def main() -> None:
         from stagdist.training.distributed import stop_distributed
 
         site = Site(RunConfig.model_validate(settings["config"]), int(os.environ["WORLD_SIZE"]))
-        reply({"started_s": site.started_s, "device_name": site.device_name, "torch": torch.__version__})
+        reply({"started_s": site.started_s, "resumed": site.resumed, "device_name": site.device_name})
         for line in sys.stdin:
             how, name = line.split()
             reply(site.run(name, together=how == "together"))

@@ -1,0 +1,167 @@
+"""The hand-off between real ranks: nobody waits for a send, order and content are kept, failures have a name."""
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stagdist.config import RunConfig
+from stagdist.errors import TransportError
+from stagdist.parallel.grid import Grid
+from stagdist.training.exchange import Exchange, TensorKind, hand_off_kinds
+from stagdist.training.schedule import TrainSchedule
+from tests.ranks import run_ranks
+
+STAGES, MICRO_BATCHES, NAP_S = 3, 6, 1.0
+SHAPE = (2, 8, 300)
+KINDS = [TensorKind(SHAPE, torch.float32), TensorKind((2, 8), torch.int64)]
+
+
+def config(**model: Any) -> RunConfig:
+    shape = {
+        "vocab_size": 11,
+        "hidden_size": 300,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 8,
+        "section_layers": [1, 1, 1],
+    }
+    return RunConfig.model_validate(
+        {
+            "name": "exchange",
+            "model": shape | model,
+            "training": {"steps": 1, "global_batch_size": 12, "micro_batch_size": 2},
+        }
+    )
+
+
+def all_cases(_: None) -> dict[str, Any]:
+    """Every check in one world of three stages; what the parent asserts on."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    exchange, plain = (Exchange(Grid(STAGES, 1, 1), kinds, "cpu", 10.0) for kinds in (KINDS, KINDS[:1]))
+    stage = dist.get_rank()
+    result: dict[str, Any] = {"first": round_trip(exchange, stage), "second": round_trip(exchange, stage)}
+    result["plain"] = round_trip(plain, stage)
+    result["wrong_shape"] = wrong_shape(exchange, stage)
+    dist.barrier()
+    result["lost_peer"] = lost_peer(exchange, stage)
+    return result
+
+
+def round_trip(exchange: Exchange, stage: int) -> dict[str, Any]:
+    """All micro-batches down and their gradients up; every stage adds one, and the second stage comes late."""
+    dist.barrier()
+    exchange.begin([one for step in TrainSchedule(MICRO_BATCHES, STAGES, stage).steps() for one in step])
+    if stage == 1:
+        time.sleep(NAP_S)
+    started, inputs = time.perf_counter(), []
+    for number in range(MICRO_BATCHES):
+        carry = exchange.receive_activations() if stage else first(exchange, number)
+        inputs.append(carry)
+        if stage < STAGES - 1:
+            exchange.send_activations(plus_one(carry))
+        if stage == 0 and number == 1:
+            two_sends_s = time.perf_counter() - started
+    gradients = []
+    for number in range(MICRO_BATCHES):
+        gradient = torch.full(SHAPE, float(number)) if stage == STAGES - 1 else exchange.receive_gradients()
+        gradients.append(float(gradient.mean()))
+        if stage > 0:
+            carried(inputs[number]).grad = gradient + 1
+            exchange.send_gradients(inputs[number])
+    exchange.finish()
+    return {
+        "two_sends_s": two_sends_s if stage == 0 else 0.0,
+        "activations": [float(carried(carry).mean()) for carry in inputs],
+        "asks_for_gradient": [carried(carry).requires_grad for carry in inputs],
+        "tokens": [int(carry[1].sum()) for carry in inputs if isinstance(carry, tuple)],
+        "gradients": gradients,
+    }
+
+
+def first(exchange: Exchange, number: int) -> Any:
+    assert exchange.activations_out is not None
+    memory = torch.full(SHAPE, 10.0 * number)
+    sends_tokens = len(exchange.activations_out._kinds) == 2
+    return (memory, torch.full(SHAPE[:2], number)) if sends_tokens else memory
+
+
+def plus_one(carry: Any) -> Any:
+    return (carry[0] + 1, carry[1]) if isinstance(carry, tuple) else carry + 1
+
+
+def carried(carry: Any) -> Tensor:
+    return carry[0] if isinstance(carry, tuple) else carry
+
+
+def wrong_shape(exchange: Exchange, stage: int) -> str:
+    if stage != 0:
+        return ""
+    try:
+        exchange.send_activations((torch.zeros(1, 8, 300), torch.zeros(1, 8, dtype=torch.int64)))
+    except TransportError as error:
+        return str(error)
+    return "accepted"
+
+
+def lost_peer(exchange: Exchange, stage: int) -> str:
+    """The first stage leaves while the second waits for it."""
+    if stage == 1:
+        exchange.begin([one for step in TrainSchedule(1, STAGES, stage).steps() for one in step])
+        try:
+            exchange.receive_activations()
+        except TransportError as error:
+            return str(error)
+        return "received"
+    if stage == 0:
+        assert exchange.activations_out is not None
+        exchange.activations_out._edge.group.abort()
+    return ""
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_ranks("tests.training.test_exchange:all_cases", STAGES, timeout_s=120)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", ["first", "second", "plain"])
+def test_order_and_content_survive_whatever_travels(ranks: list[dict[str, Any]], case: str) -> None:
+    for stage, rank in enumerate(ranks):
+        down = [10.0 * number + stage for number in range(MICRO_BATCHES)]
+        up = [float(number + STAGES - 1 - stage) for number in range(MICRO_BATCHES)]
+        assert rank[case]["activations"] == pytest.approx(down)
+        assert rank[case]["gradients"] == pytest.approx(up)
+        assert rank[case]["tokens"] == ([] if case == "plain" else [16 * number for number in range(MICRO_BATCHES)])
+        assert rank[case]["asks_for_gradient"] == [stage > 0] * MICRO_BATCHES
+
+
+@pytest.mark.ranks
+def test_a_sender_does_not_wait_for_a_peer_that_is_late(ranks: list[dict[str, Any]]) -> None:
+    assert all(ranks[0][case]["two_sends_s"] < NAP_S / 2 for case in ("first", "second", "plain"))
+
+
+@pytest.mark.ranks
+def test_what_the_configuration_does_not_say_is_not_sent(ranks: list[dict[str, Any]]) -> None:
+    message = ranks[0]["wrong_shape"]
+    assert "activations from stage 0 to stage 1" in message
+    assert "[1, 8, 300] float32" in message and "[2, 8, 300] float32" in message
+    assert "training.micro_batch_size" in message
+
+
+@pytest.mark.ranks
+def test_a_lost_peer_is_named_with_its_stage(ranks: list[dict[str, Any]]) -> None:
+    message = ranks[1]["lost_peer"]
+    assert "activations from stage 0 to stage 1" in message
+    assert "rank 0" in message and "parallel.timeout_s" in message
+
+
+def test_the_configuration_says_what_travels() -> None:
+    assert hand_off_kinds(config(), torch.float32) == KINDS
+    assert hand_off_kinds(config(connection="sequential"), torch.bfloat16) == [TensorKind(SHAPE, torch.bfloat16)]
+    combined = hand_off_kinds(config(combine_sections=True), torch.float32)
+    assert combined == [TensorKind((2, *SHAPE), torch.float32), KINDS[1]]
