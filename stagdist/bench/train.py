@@ -87,6 +87,11 @@ def run(arguments: argparse.Namespace) -> int:
     stages = 1 if arguments.one_process or 0 < gpus < config.pipeline_parallel_size else config.pipeline_parallel_size
     if stages != 1 and config.parallel.tensor_parallel_size != 1:
         raise ConfigError("the pipeline is compared without tensor parallelism; set parallel.tensor_parallel_size: 1")
+    if stages != 1 and config.training.precision != "fp32":
+        raise ConfigError(
+            f"training.precision is {config.training.precision}, but torch's pipelining runs without mixed precision; set "
+            "training.precision: fp32 or pass --one-process"
+        )
     with tempfile.TemporaryDirectory(prefix="stagdist-bench-") as folder:
         prepared = on_real_text(
             config, Path(folder), arguments.micro_batches, arguments.rounds, "cuda" if gpus else "cpu"

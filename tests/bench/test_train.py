@@ -114,6 +114,8 @@ def test_a_wrong_request_is_refused(tiny: Path, tmp_path: Path, config: RunConfi
         run(arguments("--rounds", "0"))
     with pytest.raises(ConfigError, match="parallel.tensor_parallel_size: 1"):
         run(arguments("--config", str(tiny), "--set", "parallel.tensor_parallel_size=2"))
+    with pytest.raises(ConfigError, match="training.precision: fp32"):
+        run(arguments("--config", str(tiny), "--set", "training.precision=bf16"))
     small = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 100})})
     with pytest.raises(ConfigError, match="bytes need 257"):
         on_real_text(small, tmp_path, 4, 1, "cpu")
