@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("the pipeline is compared without tensor parallelism; set parallel.tensor_parallel_size: 1")
     if stages != 1 and config.training.precision != "fp32":
         raise ConfigError(
-            f"training.precision is {config.training.precision}, but torch's pipelining runs without mixed precision; set "
+            f"training.precision is {config.training.precision}, but torch's pipelining has no mixed precision; set "
             "training.precision: fp32 or pass --one-process"
         )
     with tempfile.TemporaryDirectory(prefix="stagdist-bench-") as folder:
