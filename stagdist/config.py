@@ -281,6 +281,7 @@ OWNED_DEEPSPEED_KEYS: dict[str, str] = {
     "pipeline": "parallel.*",
     "steps_per_print": "logging.interval_steps",
     "wall_clock_breakdown": "logging.*",
+    "timers": "logging.*",
     "tensorboard": "logging.tensorboard",
     "wandb": "logging.wandb",
     "checkpoint": "checkpoint.*",
