@@ -110,12 +110,11 @@ def run(*command: str) -> None:
         raise StagdistError(f"{command[0]} ended with code {code}; its message stands above")
 
 
-def prepare(inputs: list[str], vocab_size: int) -> None:
+def prepare(texts: list[str], vocab_size: int) -> None:
     """Write the three texts, train the tokenizer on the training text, tokenise."""
     data = RUN / "data"
     data.mkdir(parents=True)
-    print(f"reading {len(inputs)} input(s)", flush=True)
-    for name, part in split(documents(inputs)):
+    for name, part in split(texts):
         with (data / f"{name}.jsonl").open("w", encoding="utf-8") as stream:
             stream.writelines(json.dumps({"text": text}) + "\n" for text in part)
     tokenizer = str(data / "tokenizer")
@@ -201,10 +200,12 @@ def quickstart(arguments: argparse.Namespace) -> None:
     setup_logging(0, None)
     config = load_config(CONFIG, arguments.set)
     inputs = arguments.corpus or standard_library()
+    print(f"reading {len(inputs)} input(s)", flush=True)
+    texts = documents(inputs)
     if RUN.exists():
         print(f"starting anew: {RUN} of an earlier quickstart is removed", flush=True)
         shutil.rmtree(RUN)
-    prepare(inputs, config.model.vocab_size)
+    prepare(texts, config.model.vocab_size)
     # Two ranks need two devices; with one GPU or none they share the CPU.
     device = ("--set", "parallel.device=cpu") if torch.cuda.device_count() < 2 else ()
     overrides = [part for override in arguments.set for part in ("--set", override)]
