@@ -1,6 +1,6 @@
 """What a client asks for and what it receives: prompts, sampling parameters, pieces of output."""
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -66,7 +66,7 @@ class SamplingParams:
             remedy = f"0 for the likeliest token, or at least {SMALLEST_FACTOR}"
             _check("temperature", self.temperature, self.temperature >= SMALLEST_FACTOR, remedy)
         if self.top_k is not None:
-            _check_int("top_k", self.top_k, 1, None, "a whole number, at least 1, or nothing to keep all tokens")
+            _check_int("top_k", self.top_k, 1, MAX_SEED, "a whole number, at least 1, or nothing for all")
         _check("top_p", self.top_p, 0 < _number("top_p", self.top_p) <= 1, "above 0 and at most 1 (1 keeps all tokens)")
         _check("min_p", self.min_p, 0 <= _number("min_p", self.min_p) <= 1, "0 (keeps all tokens) to 1")
         penalty = _number("repetition_penalty", self.repetition_penalty)
@@ -96,8 +96,8 @@ def _check_int(name: str, value: Any, low: int, high: int | None, remedy: str) -
 
 
 def _number(name: str, value: Any) -> float:
-    right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    _check(name, value, right, "a finite number")
+    right = isinstance(value, int | float) and not isinstance(value, bool)
+    _check(name, value, right and abs(value) <= sys.float_info.max, "a finite number")  # NaN compares false
     return float(value)
 
 

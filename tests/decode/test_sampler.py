@@ -1,0 +1,361 @@
+"""The sampler: the same tokens as a plain implementation, however the vocabulary and the batch are cut."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from stagdist.decode.noise import gumbel
+from stagdist.decode.request import SamplingParams
+from stagdist.decode.sampler import Choice, Sampler
+
+VOCAB = 37
+# (first token, logits) of each rank
+CUTS = {
+    "one": [(0, 37)],
+    "two": [(0, 20), (20, 17)],
+    "three": [(0, 25), (25, 9), (34, 3)],
+    "empty at the end": [(0, 30), (30, 7), (37, 0)],
+    "empty first": [(0, 0), (0, 36), (36, 1)],
+    "padded": [(0, 16), (16, 16), (32, 16)],
+    "only padding": [(0, 37), (37, 37)],
+}
+PARAMS = {
+    "greedy": SamplingParams(temperature=0),
+    "sampled": SamplingParams(seed=3),
+    "hot": SamplingParams(temperature=1.7, seed=2**63 - 1),
+    "cold": SamplingParams(temperature=0.3, seed=5),
+    "top_k": SamplingParams(top_k=5, seed=6),
+    "top_1": SamplingParams(top_k=1),
+    "top_k of more than there is": SamplingParams(top_k=1000, seed=7),
+    "top_p": SamplingParams(top_p=0.6, seed=8),
+    "tiny top_p": SamplingParams(top_p=1e-9, seed=8),
+    "min_p": SamplingParams(min_p=0.2, seed=9),
+    "all": SamplingParams(
+        temperature=0.8, top_k=12, top_p=0.9, min_p=0.05, repetition_penalty=1.3, seed=10, logprobs=3
+    ),
+    "penalty": SamplingParams(temperature=0, repetition_penalty=2.0),
+    "reward": SamplingParams(temperature=1.2, repetition_penalty=0.5, seed=12, logprobs=0),
+    "logprobs": SamplingParams(temperature=0, logprobs=5),
+    "sampled logprobs": SamplingParams(temperature=0.9, seed=11, logprobs=20),
+}
+
+
+def samplers(
+    cut: Sequence[tuple[int, int]], vocab: int = VOCAB, slots: int = 32, margins: bool = False
+) -> list[Sampler]:
+    """A sampler for each rank."""
+    return [
+        Sampler(
+            num_slots=slots,
+            vocab_size=vocab,
+            first_token=first,
+            num_tokens=count,
+            slice_size=max(size for _, size in cut),
+            device="cpu",
+            want_margins=margins,
+        )
+        for first, count in cut
+    ]
+
+
+def step(
+    ranks: Sequence[Sampler],
+    cut: Sequence[tuple[int, int]],
+    logits: torch.Tensor,
+    slots: Sequence[int],
+    positions: Sequence[int],
+) -> Choice:
+    """One step of all ranks; checks that every rank's message has the promised width and the same outcome."""
+    where, padded = torch.tensor(positions), torch.nn.functional.pad(logits, (0, 100), value=float("-inf"))
+    messages = [
+        rank.candidates(padded[:, first : first + count], slots, where)
+        for rank, (first, count) in zip(ranks, cut, strict=True)
+    ]
+    assert {(message.shape, message.dtype) for message in messages} == {
+        ((len(slots), rank.width(slots)), torch.float64) for rank in ranks
+    }
+    choices = [rank.choose(torch.stack(messages), slots, where) for rank in ranks]
+    for rank, choice in zip(ranks, choices, strict=True):
+        assert torch.equal(choice.tokens, choices[0].tokens)
+        rank.observe(choice.tokens, slots)
+    return choices[0]
+
+
+def plain_choice(logits: np.ndarray, params: SamplingParams, seen: set[int], position: int) -> tuple[int, np.ndarray]:
+    """Token and log-probabilities by the textbook, one row at a time."""
+    raw = logits.astype(np.float64)
+    logprobs = raw - raw.max() - math.log(np.exp(raw - raw.max()).sum())
+    scores = raw.copy()
+    for token in seen:
+        factor = params.repetition_penalty
+        scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
+    if params.temperature == 0:
+        return int(scores.argmax()), logprobs
+    scores /= params.temperature
+    order = sorted(range(len(scores)), key=lambda token: (-scores[token], token))[: params.top_k]
+    weights = np.exp(scores[order] - scores[order[0]])
+    weights /= weights.sum()
+    kept = []
+    for token, weight in zip(order, weights, strict=True):
+        if params.top_p == 1 or weights[: len(kept)].sum() < params.top_p:
+            kept.append((token, weight))
+    kept = [(token, weight) for token, weight in kept if weight >= params.min_p * weights[0]]
+    noise = gumbel(torch.tensor([params.seed]), torch.tensor([position]), torch.arange(len(scores)))[0].numpy()
+    return max((token for token, _ in kept), key=lambda token: (scores[token] + noise[token], -token)), logprobs
+
+
+def check_logprobs(found: Sequence[float], params: SamplingParams, token: int, expected: np.ndarray) -> None:
+    """The chosen token's, and the likeliest ones in order."""
+    width = (len(found) - 1) // 2
+    assert found[0] == pytest.approx(expected[token], abs=1e-12)
+    order = sorted(range(len(expected)), key=lambda each: (-expected[each], each))[: params.logprobs]
+    assert list(found[1 : 1 + len(order)]) == order
+    assert list(found[1 + width : 1 + width + len(order)]) == pytest.approx(list(expected[order]), abs=1e-12)
+
+
+def make_logits(steps: int, batch: int, vocab: int = VOCAB, ties: bool = False) -> torch.Tensor:
+    """Random logits; with ties they have three values only."""
+    generator = torch.Generator().manual_seed(steps)
+    logits = torch.randn(steps, batch, vocab, generator=generator) * 2
+    return logits.clamp(-1, 1).round() if ties else logits
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS.keys())
+@pytest.mark.parametrize("together", [True, False], ids=["one batch", "one by one"])
+def test_tokens_and_logprobs_are_those_of_a_plain_implementation(
+    cut: list[tuple[int, int]], together: bool, ties: bool
+) -> None:
+    steps, names = 12, list(PARAMS)
+    logits = make_logits(steps, len(names), ties=ties)
+    prompts = [[slot, 3, 3, 30] for slot in range(len(names))]
+    ranks = samplers(cut)
+    for slot, name in enumerate(names):
+        for rank in ranks:
+            rank.admit(slot, PARAMS[name], prompts[slot])
+    seen = [set(prompt) for prompt in prompts]
+    groups = [list(range(len(names)))] if together else [[slot] for slot in range(len(names))]
+    for number in range(steps):
+        for group in groups:
+            choice = step(ranks, cut, logits[number, group], group, [number + slot for slot in group])
+            for row, slot in enumerate(group):
+                params = PARAMS[names[slot]]
+                token, expected = plain_choice(logits[number, slot].numpy(), params, seen[slot], number + slot)
+                assert choice.tokens[row] == token, names[slot]
+                seen[slot].add(token)
+                if params.logprobs is not None:
+                    assert choice.logprobs is not None
+                    check_logprobs(choice.logprobs[row].tolist(), params, token, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["greedy", "sampled", "top_k", "logprobs"])
+def test_logits_may_be_of_any_floating_type(dtype: torch.dtype, name: str) -> None:
+    logits = make_logits(1, 1)[0].to(dtype)
+    ranks = samplers(CUTS["two"])
+    for rank in ranks:
+        rank.admit(4, PARAMS[name], [1])
+    token, _ = plain_choice(logits[0].double().numpy(), PARAMS[name], set(), 9)
+    assert step(ranks, CUTS["two"], logits, [4], [9]).tokens.tolist() == [token]
+
+
+def test_equal_logits_give_the_lowest_id_on_every_path() -> None:
+    logits = torch.zeros(3, VOCAB)
+    logits[:, [11, 25, 36]] = 2.0
+    for name in ("greedy", "penalty", "logprobs", "top_1"):
+        ranks = samplers(CUTS["three"])
+        for rank in ranks:
+            rank.admit(0, PARAMS[name], [0])
+        assert step(ranks, CUTS["three"], logits, [0, 1, 2], [0, 0, 0]).tokens.tolist() == [11, 11, 11]
+
+
+def test_a_vocabulary_smaller_than_the_logprobs_asked_for_is_filled_up() -> None:
+    cut = [(0, 3), (3, 2)]
+    ranks = samplers(cut, vocab=5)
+    for rank in ranks:
+        rank.admit(0, SamplingParams(temperature=0, logprobs=7), [0])
+    choice = step(ranks, cut, torch.tensor([[0.0, 2.0, 1.0, 3.0, -1.0]]), [0], [1])
+    assert choice.logprobs is not None
+    assert choice.logprobs[0, 1:8].tolist() == [3, 1, 2, 0, 4, -1, -1]
+    assert choice.logprobs[0, 8:13].exp().sum().item() == pytest.approx(1)
+    assert choice.logprobs[0, 13:].tolist() == [float("-inf")] * 2
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=0.7), SamplingParams(top_k=6)])
+def test_frequencies_are_the_softmax(params: SamplingParams) -> None:
+    draws, cut = 20_000, CUTS["two"]
+    logits = make_logits(1, 1)[0]
+    ranks = samplers(cut, slots=1)
+    for rank in ranks:
+        rank.admit(0, replace(params, seed=77), [0])
+    tokens = torch.cat(
+        [
+            step(ranks, cut, logits.expand(1000, -1), [0] * 1000, range(start, start + 1000)).tokens
+            for start in range(0, draws, 1000)
+        ]
+    )
+    scores = logits[0].double() / params.temperature
+    if params.top_k:
+        scores[scores < scores.topk(params.top_k).values[-1]] = float("-inf")
+    expected = scores.softmax(0) * draws
+    counts = torch.bincount(tokens, minlength=VOCAB)
+    assert counts[expected == 0].sum() == 0
+    used = expected >= 5
+    chi_square = float(((counts - expected)[used] ** 2 / expected[used]).sum())
+    degrees = int(used.sum()) - 1
+    assert abs(chi_square - degrees) < 5 * math.sqrt(2 * degrees)
+
+
+def test_a_request_gets_the_same_tokens_in_any_slot_beside_any_neighbours() -> None:
+    cut, logits = CUTS["three"], make_logits(6, 1)
+
+    def run(slot: int, neighbours: dict[int, str]) -> list[int]:
+        ranks, tokens = samplers(cut), []
+        for rank in ranks:
+            rank.admit(slot, PARAMS["all"], [5, 6])
+            for other, name in neighbours.items():
+                rank.admit(other, PARAMS[name], [7])
+        for number in range(6):
+            slots = sorted([slot, *neighbours])
+            batch = make_logits(number + 50, len(slots))[0]
+            batch[slots.index(slot)] = logits[number, 0]
+            choice = step(ranks, cut, batch, slots, [number + 40] * len(slots))
+            tokens.append(int(choice.tokens[slots.index(slot)]))
+            if number == 2 and neighbours:  # one leaves in the middle
+                gone = min(neighbours)
+                neighbours = {other: name for other, name in neighbours.items() if other != gone}
+                for rank in ranks:
+                    rank.retire(gone)
+        return tokens
+
+    alone = run(0, {})
+    assert len(set(alone)) > 1
+    assert run(9, {}) == alone
+    assert run(2, {0: "greedy", 1: "top_p", 5: "penalty"}) == alone
+    assert run(2, {7: "sampled", 3: "sampled logprobs"}) == alone
+
+
+def test_another_seed_or_position_gives_other_tokens() -> None:
+    cut, logits = CUTS["one"], torch.zeros(20, VOCAB)
+    (rank,) = samplers(cut)
+    rank.admit(0, SamplingParams(seed=1), [0])
+    rank.admit(1, SamplingParams(seed=2), [0])
+    first = step([rank], cut, logits, [0] * 20, range(20)).tokens
+    again = step([rank], cut, logits, [0] * 20, range(20)).tokens
+    other = step([rank], cut, logits, [1] * 20, range(20)).tokens
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert len(first.unique()) > 5
+
+
+def test_slots_without_a_request_take_the_likeliest_token_on_the_shortest_message() -> None:
+    ranks = samplers(CUTS["two"])
+    assert [rank.width([0, 5]) for rank in ranks] == [2, 2]
+    logits = make_logits(1, 2)[0]
+    assert torch.equal(step(ranks, CUTS["two"], logits, [0, 5], [3, 3]).tokens, logits.argmax(-1))
+    for rank in ranks:
+        rank.admit(5, PARAMS["top_p"], [1])
+    assert ranks[0].width([0, 1]) == 2
+    assert step(ranks, CUTS["two"], logits, [0, 5], [3, 3]).tokens[0] == logits[0].argmax()
+    for rank in ranks:
+        rank.retire(5)
+    assert ranks[0].width([0, 5]) == 2
+
+
+def test_messages_hold_what_their_parameters_need() -> None:
+    (rank, _) = samplers(CUTS["two"])
+    widths = {}
+    for name, params in PARAMS.items():
+        rank.admit(0, params, [1])
+        widths[name] = rank.width([0])
+    assert (widths["greedy"], widths["sampled"], widths["penalty"], widths["top_1"]) == (2, 2, 2, 2)
+    assert (widths["top_k"], widths["top_p"], widths["top_k of more than there is"]) == (10, 40, 40)
+    assert (widths["logprobs"], widths["all"], widths["reward"]) == (3 + 1 + 10, 36 + 1 + 6, 4)
+
+
+def test_a_new_request_does_not_see_the_tokens_of_the_last_one_in_its_slot() -> None:
+    cut = CUTS["two"]
+    ranks = samplers(cut)
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 21], logits[0, 2] = 3.0, 2.0
+    for prompt, expected in (([21], [2, 21]), ([0], [21, 2])):
+        for rank in ranks:
+            rank.admit(0, SamplingParams(temperature=0, repetition_penalty=2.0), prompt)
+        assert [int(step(ranks, cut, logits, [0], [position]).tokens) for position in (1, 2)] == expected
+        for rank in ranks:
+            rank.retire(0)
+
+
+@pytest.mark.parametrize("name", ["greedy", "sampled", "top_k", "top_p"])
+@pytest.mark.parametrize("cut", [CUTS["one"], CUTS["three"]], ids=["one", "three"])
+def test_margins_tell_how_close_the_second_best_was(cut: list[tuple[int, int]], name: str) -> None:
+    params, logits = PARAMS[name], make_logits(1, 1)[0]
+    ranks = samplers(cut, margins=True)
+    for rank in ranks:
+        rank.admit(0, params, [0])
+    choice = step(ranks, cut, logits, [0], [4])
+    scores = logits[0].double()
+    if name != "greedy":
+        noise = gumbel(torch.tensor([params.seed]), torch.tensor([4]), torch.arange(VOCAB))[0]
+        ranked = scores.sort(descending=True)
+        size = {"top_k": 5, "top_p": int((ranked.values.softmax(0).cumsum(0) < params.top_p).sum()) + 1}
+        kept = ranked.indices[: size.get(name, VOCAB)]
+        scores = torch.full_like(scores, float("-inf")).scatter(0, kept, (scores + noise)[kept])
+    best = scores.topk(2)
+    assert choice.margins is not None
+    assert choice.tokens.tolist() == [best.indices[0].item()]
+    assert choice.margins.tolist() == pytest.approx([(best.values[0] - best.values[1]).item()])
+
+
+def test_a_vocabulary_of_one_token_has_no_second_best() -> None:
+    cut = [(0, 1)]
+    ranks = samplers(cut, vocab=1, margins=True)
+    choice = step(ranks, cut, torch.tensor([[0.3]]), [0], [0])
+    assert choice.margins is not None
+    assert (choice.tokens.tolist(), choice.margins.tolist()) == ([0], [float("inf")])
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_logits_that_are_not_numbers_still_give_a_token_of_the_vocabulary(name: str) -> None:
+    for cut in (CUTS["one"], CUTS["three"]):
+        for value in (float("nan"), float("-inf"), float("inf")):
+            ranks = samplers(cut)
+            for rank in ranks:
+                rank.admit(0, PARAMS[name], [1])
+            token = int(step(ranks, cut, torch.full((1, VOCAB), value), [0], [0]).tokens)
+            assert 0 <= token < VOCAB
+
+
+def test_slots_and_slices_that_do_not_exist_are_refused() -> None:
+    (rank,) = samplers(CUTS["one"], slots=2)
+    for slot in (-1, 2):
+        with pytest.raises(ValueError, match=f"slot {slot} is none of 0 to 1"):
+            rank.admit(slot, SamplingParams(), [0])
+    with pytest.raises(ValueError, match="does not fit slices of 4"):
+        Sampler(num_slots=1, vocab_size=10, first_token=0, num_tokens=5, slice_size=4, device="cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PARAMS)
+def test_a_gpu_gives_the_same_tokens_and_is_never_waited_for(name: str) -> None:
+    logits = make_logits(4, 1)
+    sampler = Sampler(num_slots=1, vocab_size=VOCAB, first_token=0, num_tokens=VOCAB, slice_size=VOCAB, device="cuda")
+    sampler.admit(0, PARAMS[name], [3])
+    seen, there = {3}, logits.cuda()
+    positions = torch.arange(4, device="cuda").unsqueeze(-1)
+    sampler.width([0])
+    for number in range(4):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            message = sampler.candidates(there[number], [0], positions[number])
+            choice = sampler.choose(message.unsqueeze(0), [0], positions[number])
+            sampler.observe(choice.tokens, [0])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        token, _ = plain_choice(logits[number, 0].numpy(), PARAMS[name], seen, number)
+        seen.add(token)
+        assert choice.tokens.tolist() == [token]
