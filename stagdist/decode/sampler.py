@@ -170,11 +170,10 @@ class Sampler:
         """
         plan = self._plan(slots)
         if plan.fast:
-            ids = gathered[:, :, 1]
             if gathered.shape[0] == 1:
-                return Choice(ids[0].long())
+                return Choice(gathered[0, :, 1].long())
             best = gathered[:, :, 0].argmax(0, keepdim=True)  # the first of equals: slices are in order
-            return Choice(ids.gather(0, best)[0].long())
+            return Choice(gathered[:, :, 1].gather(0, best)[0].long())
         count = plan.num_candidates
         scores = _merge(gathered[:, :, :count])
         ids = _merge(gathered[:, :, count : 2 * count]).long()

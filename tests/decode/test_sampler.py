@@ -99,7 +99,7 @@ def plain_choice(logits: np.ndarray, params: SamplingParams, seen: set[int], pos
     order = sorted(range(len(scores)), key=lambda token: (-scores[token], token))[: params.top_k]
     weights = np.exp(scores[order] - scores[order[0]])
     weights /= weights.sum()
-    kept = []
+    kept: list[tuple[int, float]] = []
     for token, weight in zip(order, weights, strict=True):
         if params.top_p == 1 or weights[: len(kept)].sum() < params.top_p:
             kept.append((token, weight))

@@ -1,0 +1,135 @@
+"""Requests: what is refused, with which words, and what survives the way to other ranks."""
+
+import math
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from stagdist.decode.request import (
+    MAX_LOGPROBS,
+    MAX_SEED,
+    NUM_PARAM_FIELDS,
+    FinishReason,
+    Request,
+    SamplingParams,
+    allowed_new_tokens,
+    check_request,
+    decode_params,
+    encode_params,
+)
+from stagdist.errors import ConfigError
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("max_new_tokens", [0, -1, 1.0, True, None, "5"]),
+        ("temperature", [-0.1, 1e-7, NAN, INF, True, None, "1", 10**400]),
+        ("top_k", [0, -1, 2.0, True, "5", 10**400]),
+        ("top_p", [0, -0.5, 1.01, NAN, INF, False, None]),
+        ("min_p", [-0.1, 1.01, NAN, True, None]),
+        ("repetition_penalty", [0, -1, NAN, INF, 1e-9, 1e9, True, None]),
+        ("seed", [-1, MAX_SEED + 1, 1.0, True, None]),
+        ("stop", ["end", [""], [1], None, ["a", ""], [b"a"]]),
+        ("stop_token_ids", [5, [-1], [True], [1.0], None, "12"]),
+        ("ignore_end_of_document", [1, None, "yes"]),
+        ("logprobs", [-1, MAX_LOGPROBS + 1, True, 1.0]),
+    ],
+)
+def test_values_that_cannot_work_are_refused_by_name(name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ConfigError) as refused:
+            SamplingParams(**{name: value})
+        assert str(refused.value).startswith(f"{name} is {value!r}; give ")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("max_new_tokens", [1, 10**9]),
+        ("temperature", [0, 0.0, 1e-6, 5]),
+        ("top_k", [1, 10**6, None]),
+        ("top_p", [1, 1e-9]),
+        ("min_p", [0, 1]),
+        ("repetition_penalty", [1e-6, 1, 1e6]),
+        ("seed", [0, MAX_SEED]),
+        ("stop", [(), ("a", "b")]),
+        ("stop_token_ids", [(), (0, 7)]),
+        ("logprobs", [None, 0, MAX_LOGPROBS]),
+    ],
+)
+def test_values_at_the_limits_are_kept(name: str, values: list[Any]) -> None:
+    for value in values:
+        assert getattr(SamplingParams(**{name: value}), name) == value
+
+
+def test_lists_become_tuples() -> None:
+    params = SamplingParams(stop=["a"], stop_token_ids=[3])  # type: ignore[arg-type]
+    assert (params.stop, params.stop_token_ids) == (("a",), (3,))
+    assert hash(params) == hash(SamplingParams(stop=("a",), stop_token_ids=(3,)))
+
+
+def test_a_prompt_may_fill_the_context_and_still_get_one_token() -> None:
+    params = SamplingParams(max_new_tokens=5)
+    for length, allowed in ((1, 5), (6, 5), (7, 4), (10, 1)):
+        request = Request("r", tuple(range(length)), params)
+        check_request(request, vocab_size=10, max_context=10)
+        assert allowed_new_tokens(request, 10) == allowed
+
+
+@pytest.mark.parametrize(
+    ("prompt", "problem"),
+    [
+        ((), "request 'r7': the prompt is empty"),
+        (tuple(range(11)), "the prompt has 11 tokens and the model's context is 10; shorten it by at least 1"),
+        ((1, 2, 10), "the prompt holds the id 10 at position 2, outside of the vocabulary of 10"),
+        ((1, -1), "the prompt holds the id -1 at position 1, outside of the vocabulary of 10"),
+        ((1, True), "the prompt holds True (bool) at position 1"),
+        ((1.0,), "the prompt holds 1.0 (float) at position 0"),
+        (("a",), "the prompt holds 'a' (str) at position 0"),
+        ((None,), "the prompt holds None (NoneType) at position 0"),
+    ],
+)
+def test_prompts_that_the_model_cannot_read_are_refused(prompt: tuple[Any, ...], problem: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_request(Request("r7", prompt), vocab_size=10, max_context=10)
+    assert problem in str(refused.value)
+
+
+def test_stop_ids_outside_of_the_vocabulary_are_refused() -> None:
+    request = Request("r", (1,), SamplingParams(stop_token_ids=(3, 99)))
+    with pytest.raises(ConfigError, match="stop_token_ids holds the id 99 at position 1"):
+        check_request(request, vocab_size=10, max_context=10)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(
+            temperature=0.1, top_k=2**40, top_p=1 / 3, min_p=0.1, repetition_penalty=1.1, seed=MAX_SEED, logprobs=0
+        ),
+        SamplingParams(temperature=0, top_k=1, seed=2**53 + 1, logprobs=MAX_LOGPROBS),
+    ],
+)
+def test_parameters_survive_as_numbers(params: SamplingParams) -> None:
+    numbers = encode_params(params)
+    assert len(numbers) == NUM_PARAM_FIELDS
+    assert all(type(number) is float and math.isfinite(number) for number in numbers)
+    assert decode_params(numbers) == params
+
+
+def test_what_stays_behind_are_the_rules_of_stopping() -> None:
+    changed = SamplingParams(
+        max_new_tokens=3, stop=("a",), stop_token_ids=(1,), ignore_end_of_document=True, temperature=0.5
+    )
+    found = decode_params(encode_params(changed))
+    lost = {each.name for each in fields(found) if getattr(found, each.name) != getattr(changed, each.name)}
+    assert lost == {"max_new_tokens", "stop", "stop_token_ids", "ignore_end_of_document"}
+
+
+def test_finish_reasons_are_the_words_that_clients_know() -> None:
+    assert [str(reason) for reason in FinishReason] == ["stop", "length", "error", "cancelled"]
