@@ -199,7 +199,7 @@ def read_tensors(directory: str | Path, model: ModelConfig) -> Iterator[tuple[Pa
         CheckpointError: a file or tensor is missing or has another shape, by name.
     """
     folder = Path(directory)
-    files = dict(_weight_map(folder))
+    files = dict(weight_map(folder))
     for spec in model_parameters(model):
         name = stored_name(spec.name, model)
         if name not in files:
@@ -215,7 +215,12 @@ def _read(path: Path, name: str, spec: ParameterSpec) -> Tensor:
     return tensor
 
 
-def _weight_map(folder: Path) -> list[tuple[str, str]]:
+def weight_map(folder: Path) -> list[tuple[str, str]]:
+    """Name of every stored tensor with the name of its file.
+
+    Raises:
+        CheckpointError: there are no weights, or they cannot be read.
+    """
     index = folder / _INDEX
     try:
         if index.is_file():

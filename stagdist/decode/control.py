@@ -1,0 +1,90 @@
+"""What rank 0 tells all ranks before every operation, and what all ranks know of the slots. No communication here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Operation(IntEnum):
+    """What all ranks do next."""
+
+    STEP = 0
+    """One token for every active slot."""
+    ADMIT = 1
+    """Prefill a prompt into a slot; prompt and sampling parameters follow in a second message."""
+    REST = 2
+    """Nothing to do: bring the hand-offs to rest and wait for the next message."""
+    STOP = 3
+    """The end."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """One message of fixed size, applied by all ranks before the same operation.
+
+    Attributes:
+        operation: what to do.
+        slot: slot of an ADMIT.
+        prompt_length: its tokens.
+        retired: slots that are free from now on.
+    """
+
+    operation: Operation
+    slot: int = 0
+    prompt_length: int = 0
+    retired: tuple[int, ...] = ()
+
+    def encode(self, num_slots: int) -> Tensor:
+        """Shapes: int64 [3 + num_slots]."""
+        message = torch.zeros(3 + num_slots, dtype=torch.int64)
+        message[:3] = torch.tensor([int(self.operation), self.slot, self.prompt_length])
+        for slot in self.retired:
+            message[3 + slot] = 1
+        return message
+
+    @staticmethod
+    def decode(message: Tensor) -> "Control":
+        """The message back."""
+        operation, slot, length, *retired = message.tolist()
+        return Control(Operation(operation), slot, length, tuple(i for i, flag in enumerate(retired) if flag))
+
+
+class Slots:
+    """Which slots are active and at which position each stands, the same on every rank.
+
+    A request owns its position: it moves with the request's own tokens, whatever its neighbours do.
+    """
+
+    def __init__(self, num_slots: int):
+        self._positions: list[int | None] = [None] * num_slots
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step: up to the last active slot."""
+        return max((slot + 1 for slot, position in enumerate(self._positions) if position is not None), default=0)
+
+    @property
+    def active(self) -> list[int]:
+        """Active slots in order."""
+        return [slot for slot, position in enumerate(self._positions) if position is not None]
+
+    def positions(self) -> list[int]:
+        """Position of the token that each row feeds next; 0 in rows between that nobody uses."""
+        return [position or 0 for position in self._positions[: self.rows]]
+
+    def admit(self, slot: int, prompt_length: int) -> None:
+        """Occupy a slot; its first new token stands at position `prompt_length`."""
+        assert self._positions[slot] is None, f"slot {slot} is not free"
+        self._positions[slot] = prompt_length
+
+    def retire(self, slots: Sequence[int]) -> None:
+        """Free slots."""
+        for slot in slots:
+            self._positions[slot] = None
+
+    def advance(self) -> None:
+        """Every active request has got one token."""
+        self._positions = [None if position is None else position + 1 for position in self._positions]

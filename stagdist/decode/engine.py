@@ -1,0 +1,321 @@
+"""The engine: requests in, tokens and text out. It lives on rank 0; the other ranks follow."""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from stagdist.data.tokenizer import Tokenizer
+from stagdist.decode.control import Control, Operation
+from stagdist.decode.operations import operate
+from stagdist.decode.request import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+    allowed_new_tokens,
+    check_request,
+)
+from stagdist.decode.sampler import Choice
+from stagdist.decode.stage import Stage
+from stagdist.decode.text import TextStream
+from stagdist.decode.transport import Transport
+from stagdist.errors import ConfigError
+
+Sink = Callable[[RequestOutput], None]
+
+
+@dataclass
+class _Running:
+    """A request in a slot."""
+
+    request: Request
+    submitted_s: float
+    allowed: int
+    text: TextStream | None
+    scheduled: int = 0  # tokens that decided operations will give, the present one among them
+    received: int = 0
+    told: bool = False  # its last output has gone out
+    finish: FinishReason | None = None
+    first_token_s: float | None = None
+    fresh: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished request, whole.
+
+    Attributes:
+        token_ids: generated tokens, the one that ended the request among them.
+        text: what they say, up to a stop.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: FinishReason
+    error: str | None
+    time_to_first_token_s: float | None
+
+
+class Engine:
+    """Owner of the requests, on rank 0.
+
+    Args:
+        stage: this rank's share of the model.
+        transport: None in a world of one.
+        tokenizer: makes text; without it outputs carry token ids only and stop strings are refused.
+        end_of_document: token that ends every request that does not ignore it.
+        heartbeat_s: longest silence towards the other ranks while there is nothing to do.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        transport: Transport | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        end_of_document: int | None = None,
+        heartbeat_s: float = 200.0,
+    ):
+        self._stage, self._transport, self._tokenizer = stage, transport, tokenizer
+        self._end_of_document, self._heartbeat_s = end_of_document, heartbeat_s
+        self._inbox: queue.SimpleQueue[tuple[Request, float] | None] = queue.SimpleQueue()
+        self._wake = threading.Event()
+        self._waiting: deque[tuple[Request, float]] = deque()
+        self._running: dict[int, _Running] = {}
+        self._cancelled: set[str] = set()
+        self._closed = self._stopping = False
+        self._sink: Sink = lambda output: None
+        self._planned: deque[dict[int, _Running]] = deque()  # rows of the operations that were decided
+        self._untold: list[_Running] = []
+        self.smallest_margin = float("inf")
+        self.steps = 0
+        stage.host_work = self._tell_all
+
+    # --- for clients, from any thread ---------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Take a request. One that cannot be served is answered with an error, the others go on."""
+        self._inbox.put((request, time.perf_counter()))
+        self._wake.set()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request early."""
+        self._cancelled.add(request_id)
+        self._wake.set()
+
+    def close(self) -> None:
+        """No more requests will come: `run` returns after the last one."""
+        self._inbox.put(None)
+        self._wake.set()
+
+    def stop(self) -> None:
+        """End after the present operation; unfinished requests are cancelled."""
+        self._stopping = True
+        self._wake.set()
+
+    # --- running ------------------------------------------------------------------------------------------------
+
+    def run(self, sink: Sink) -> None:
+        """Serve until `close` and the last request, or `stop`.
+
+        Args:
+            sink: gets every output as soon as it exists, in this thread.
+
+        Raises:
+            TransportError: a rank is gone.
+        """
+        self._sink = sink
+        operate(self._stage, self._transport, self)
+        self._tell_all()
+        for request, _ in self._waiting:
+            sink(RequestOutput(request.request_id, finish_reason=FinishReason.CANCELLED))
+        for running in self._running.values():
+            running.finish = running.finish or FinishReason.CANCELLED
+            self._tell(running)
+
+    def generate(self, requests: Iterable[Request]) -> list[Completion]:
+        """Serve these requests and close; completions in their order."""
+        requests = list(requests)
+        outputs: dict[str, list[RequestOutput]] = {request.request_id: [] for request in requests}
+        if len(outputs) < len(requests):
+            raise ConfigError("two requests have the same request_id; give each its own")
+        for request in requests:
+            self.submit(request)
+        self.close()
+        self.run(lambda output: outputs[output.request_id].append(output))
+        return [completion(request_id, parts) for request_id, parts in outputs.items()]
+
+    # --- what the loop of operations asks -----------------------------------------------------------------------
+
+    def decide(self) -> Control:
+        """What comes after the operation that is about to run."""
+        self._take_inbox()
+        self._drop_cancelled()
+        retired = tuple(slot for slot, running in self._running.items() if _is_over(running))
+        for slot in retired:
+            del self._running[slot]
+        if self._stopping:
+            return Control(Operation.STOP, retired=retired)
+        slot = next((slot for slot in range(self._stage.limits.num_slots) if slot not in self._running), None)
+        if self._waiting and slot is not None:
+            request, submitted_s = self._waiting.popleft()
+            self._running[slot] = self._start(request, submitted_s)
+            self._planned.append({slot: self._running[slot]})
+            return Control(Operation.ADMIT, slot, len(request.prompt_ids), retired)
+        if self._running:
+            for running in self._running.values():
+                running.scheduled += 1
+            self._planned.append(dict(self._running))
+            return Control(Operation.STEP, retired=retired)
+        return Control(Operation.STOP if self._closed else Operation.REST, retired=retired)
+
+    def admission(self, slot: int) -> Request:
+        """The request of the ADMIT that is about to run."""
+        return self._planned[0][slot].request
+
+    def took(self, control: Control, choice: Choice) -> None:
+        """Take the tokens of an operation; their text is made while later stages compute the next one."""
+        rows = self._planned.popleft()
+        tokens = choice.tokens.tolist()
+        logprobs = None if choice.logprobs is None else choice.logprobs.tolist()
+        margins = None if choice.margins is None else choice.margins.tolist()
+        now = time.perf_counter()
+        admitted = control.operation is Operation.ADMIT
+        self.steps += not admitted
+        for slot, running in rows.items():
+            if running.finish is None:
+                row = 0 if admitted else slot
+                if margins is not None:
+                    self.smallest_margin = min(self.smallest_margin, margins[row])
+                self._take_token(running, tokens[row], None if logprobs is None else logprobs[row], now)
+        if admitted or self._stage.topology.num_stages == 1:
+            self._tell_all()
+
+    def rest(self) -> None:
+        """Wait for work, at most until the others must hear from us."""
+        self._tell_all()
+        self._wake.wait(self._heartbeat_s)
+        self._wake.clear()
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    def _take_inbox(self) -> None:
+        while not self._inbox.empty():
+            entry = self._inbox.get()
+            if entry is None:
+                self._closed = True
+                continue
+            request, submitted_s = entry
+            try:
+                self._check(request)
+            except ConfigError as error:
+                self._sink(RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=str(error)))
+            else:
+                self._waiting.append((request, submitted_s))
+
+    def _check(self, request: Request) -> None:
+        check_request(request, vocab_size=self._stage.model.vocab_size, max_context=self._stage.limits.max_context)
+        if request.params.stop and self._tokenizer is None:
+            raise ConfigError(f"request {request.request_id!r} has stop strings, but the engine has no tokenizer")
+
+    def _drop_cancelled(self) -> None:
+        if not self._cancelled:
+            return
+        for running in self._running.values():
+            if running.request.request_id in self._cancelled and running.finish is None:
+                running.finish = FinishReason.CANCELLED
+                self._untold.append(running)
+        kept = deque(entry for entry in self._waiting if entry[0].request_id not in self._cancelled)
+        for request, _ in self._waiting:
+            if request.request_id in self._cancelled:
+                self._sink(RequestOutput(request.request_id, finish_reason=FinishReason.CANCELLED))
+        self._waiting = kept
+        self._cancelled.clear()
+
+    def _start(self, request: Request, submitted_s: float) -> _Running:
+        text = None
+        if self._tokenizer is not None:
+            text = TextStream(self._tokenizer, request.prompt_ids, request.params.stop)
+        allowed = allowed_new_tokens(request, self._stage.limits.max_context)
+        return _Running(request, submitted_s, allowed, text, scheduled=1)
+
+    def _take_token(self, running: _Running, token: int, logprobs: Sequence[float] | None, now: float) -> None:
+        params = running.request.params
+        running.received += 1
+        if running.first_token_s is None:
+            running.first_token_s = now - running.submitted_s
+        running.fresh.append((token, _token_logprobs(params, token, logprobs)))
+        if token in params.stop_token_ids or (token == self._end_of_document and not params.ignore_end_of_document):
+            running.finish = FinishReason.STOP
+        elif running.received == running.allowed:
+            running.finish = FinishReason.LENGTH
+        if running not in self._untold:
+            self._untold.append(running)
+
+    def _tell_all(self) -> None:
+        untold, self._untold = self._untold, []
+        for running in untold:
+            self._tell(running)
+
+    def _tell(self, running: _Running) -> None:
+        """Give out what is new of a request."""
+        if running.told:
+            return
+        fresh, running.fresh = running.fresh, []
+        text = ""
+        if running.text is not None:
+            for index, (token, _) in enumerate(fresh):
+                # The token that ends a request by its id is no text.
+                if running.finish is FinishReason.STOP and index == len(fresh) - 1:
+                    break
+                text += running.text.push(token)
+                if running.text.stopped:
+                    running.finish = FinishReason.STOP
+                    fresh = fresh[: index + 1]
+                    break
+            if running.finish is not None and not running.text.stopped:
+                text += running.text.finish()
+        running.told = running.finish is not None
+        self._sink(
+            RequestOutput(
+                running.request.request_id,
+                token_ids=tuple(token for token, _ in fresh),
+                text=text,
+                logprobs=tuple(entry for _, entry in fresh if entry is not None),
+                finish_reason=running.finish,
+                time_to_first_token_s=running.first_token_s,
+            )
+        )
+
+
+def completion(request_id: str, outputs: Sequence[RequestOutput]) -> Completion:
+    """All outputs of a finished request as one."""
+    last = outputs[-1]
+    assert last.finish_reason is not None, f"request {request_id!r} has not ended"
+    return Completion(
+        request_id,
+        token_ids=tuple(token for output in outputs for token in output.token_ids),
+        text="".join(output.text for output in outputs),
+        logprobs=tuple(entry for output in outputs for entry in output.logprobs),
+        finish_reason=last.finish_reason,
+        error=last.error,
+        time_to_first_token_s=last.time_to_first_token_s,
+    )
+
+
+def _is_over(running: _Running) -> bool:
+    return running.finish is not None or running.scheduled >= running.allowed
+
+
+def _token_logprobs(params: SamplingParams, token: int, values: Sequence[float] | None) -> TokenLogprobs | None:
+    if params.logprobs is None or values is None:
+        return None
+    count = (len(values) - 1) // 2
+    ids, likeliest = values[1 : 1 + params.logprobs], values[1 + count : 1 + count + params.logprobs]
+    return TokenLogprobs(token, values[0], tuple((int(i), value) for i, value in zip(ids, likeliest, strict=True)))

@@ -1,0 +1,159 @@
+"""From a model directory to a stage on this rank: what fits, which grid, which weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from stagdist.checkpoint.reading import ModelReader, ReadSlice
+from stagdist.config import ModelConfig
+from stagdist.decode.readout import Readout
+from stagdist.decode.section import Lap
+from stagdist.decode.stage import Limits, Stage
+from stagdist.decode.topology import HeadLayout, Topology, topology_for
+from stagdist.decode.transport import Transport
+from stagdist.decode.weights import Device, Shard, WeightLoader
+from stagdist.errors import ConfigError
+from stagdist.parallel.grid import Grid
+from stagdist.telemetry.spans import SpanRecorder
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+DEFAULT_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a model is run.
+
+    Attributes:
+        tensor_parallel_size: ranks that split every matrix; the number of stages is world size / this.
+        head: `last` or `sharded`, see `Topology`.
+        num_slots: requests decoded together.
+        max_context: positions of a request; None means the model's.
+        chunk_size: positions of a prefill chunk.
+        precision: `fp32`, `bf16`, `fp16` or `fp64`.
+        recurrent: skip section 1 while decoding.
+        timeout_s: limit of every wait between ranks.
+        hand_off_delay_s: artificial delay of every hand-off, for measurements.
+        want_margins: keep the smallest distance between best and second best token.
+        keep_logits: keep the logits of every step.
+    """
+
+    tensor_parallel_size: int = 1
+    head: HeadLayout = "last"
+    num_slots: int = 1
+    max_context: int | None = None
+    chunk_size: int = DEFAULT_CHUNK
+    precision: str = "fp32"
+    recurrent: bool = False
+    timeout_s: float = 600.0
+    hand_off_delay_s: float = 0.0
+    want_margins: bool = False
+    keep_logits: bool = False
+
+    def __post_init__(self) -> None:
+        counts = {
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "num_slots": self.num_slots,
+            "chunk_size": self.chunk_size,
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; give at least 1")
+        if self.timeout_s <= 0:
+            raise ConfigError(f"timeout_s is {self.timeout_s}; give seconds above 0")
+        if self.precision not in DTYPES:
+            raise ConfigError(f"precision is {self.precision!r}; give one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A model on a grid, checked; nothing is built yet."""
+
+    model: ModelConfig
+    topology: Topology
+    grid: Grid
+    limits: Limits
+    options: EngineOptions
+
+
+def place_model(model: ModelConfig, options: EngineOptions, world_size: int) -> Placement:
+    """Decide how a model lies on `world_size` ranks.
+
+    Raises:
+        ConfigError: it does not fit, with the remedy.
+    """
+    tensor = options.tensor_parallel_size
+    if world_size % tensor:
+        raise ConfigError(f"{world_size} processes cannot be split into tensor groups of {tensor}")
+    heads = (model.num_attention_heads, model.key_value_heads, model.cross_key_value_heads)
+    if any(count % tensor for count in heads) or model.intermediate_size % tensor:
+        raise ConfigError(
+            f"tensor_parallel_size {tensor} must divide the heads ({heads[0]}, key/value {heads[1]}, cross-attention "
+            f"{heads[2]}) and intermediate_size {model.intermediate_size}"
+        )
+    topology = topology_for(model, world_size // tensor, options.head, recurrent=options.recurrent)
+    context = options.max_context or model.max_position_embeddings
+    if not 1 <= context <= model.max_position_embeddings:
+        raise ConfigError(f"max_context is {context}, the model knows positions up to {model.max_position_embeddings}")
+    limits = Limits(options.num_slots, context, options.chunk_size)
+    return Placement(model, topology, Grid(world_size // tensor, 1, tensor), limits, options)
+
+
+@contextmanager
+def joined_world(placement: Placement, device: str) -> Iterator[Transport | None]:
+    """The communicators of this rank while the block runs; None in a world of one.
+
+    The environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) names the world.
+    """
+    if placement.grid.world_size == 1:
+        yield None
+        return
+    options = placement.options
+    limit = timedelta(seconds=options.timeout_s)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=limit)
+    try:
+        yield Transport(placement.grid, device, options.timeout_s, hand_off_delay_s=options.hand_off_delay_s)
+    finally:
+        dist.destroy_process_group()
+
+
+def build_stage(
+    placement: Placement,
+    read: ReadSlice,
+    device: str,
+    transport: Transport | None,
+    *,
+    recorder: SpanRecorder | None = None,
+    lap: Lap | None = None,
+) -> Stage:
+    """This rank's stage with its slices of the weights."""
+    model, topology, options = placement.model, placement.topology, placement.options
+    where = Device(device, DTYPES[options.precision])
+    index, rank = (0, 0) if transport is None else (transport.stage, transport.tensor_rank)
+    loader = WeightLoader(model, read, Shard(rank, placement.grid.tensor), where)
+    weights = loader.stage(topology, index)
+    readout = Readout(
+        model,
+        topology,
+        weights,
+        where,
+        placement.limits.num_slots,
+        transport,
+        want_margins=options.want_margins,
+        keep_logits=options.keep_logits,
+    )
+    return Stage(model, topology, weights, placement.limits, where, readout, transport, recorder=recorder, lap=lap)
+
+
+def open_model(directory: str | Path) -> ModelReader:
+    """A model directory, checked whole: every tensor is there with its shape.
+
+    Raises:
+        CheckpointError: it is incomplete or of another shape, naming the tensor.
+    """
+    return ModelReader(directory)

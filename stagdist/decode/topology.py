@@ -1,0 +1,111 @@
+"""What decides the schedule of decoding: sections, stages, lag, and where the head lies. Pure integers, no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stagdist.config import ModelConfig
+from stagdist.errors import ConfigError
+
+HeadLayout = Literal["last", "sharded"]
+HEAD_LAYOUTS: tuple[HeadLayout, ...] = ("last", "sharded")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """How the sections of a model lie on pipeline stages.
+
+    Attributes:
+        num_sections: p.
+        num_stages: pipeline stages; divides p.
+        staggered: False for the sequential baseline.
+        stagger: positions by which a section's memory lags.
+        combined: the head reads a combination of all section outputs.
+        head: `last`: the last stage holds the head; `sharded`: all stages share the vocabulary.
+        recurrent: decoding skips section 1 (one stage, two sections).
+        batched: sections with shared weights run as rows of one batch (one stage).
+
+    Raises:
+        ConfigError: the sections do not fit on the stages.
+    """
+
+    num_sections: int
+    num_stages: int = 1
+    staggered: bool = True
+    stagger: int = 1
+    combined: bool = False
+    head: HeadLayout = "last"
+    recurrent: bool = False
+    batched: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_stages < 1 or self.num_sections % self.num_stages:
+            raise ConfigError(
+                f"{self.num_stages} stages cannot hold {self.num_sections} sections evenly; the number of stages must "
+                f"divide {self.num_sections}: start fewer processes or set --tensor-parallel-size"
+            )
+
+    @property
+    def last_stage(self) -> int:
+        """Index of the last stage."""
+        return self.num_stages - 1
+
+    def sections(self, stage: int) -> range:
+        """Sections of a stage."""
+        each = self.num_sections // self.num_stages
+        return range(stage * each, (stage + 1) * each)
+
+    def stage_of(self, section: int) -> int:
+        """Stage that holds a section."""
+        return section * self.num_stages // self.num_sections
+
+    @property
+    def lag(self) -> int:
+        """Steps between the moment a section output is made and the step that needs it in the next section."""
+        return self.stagger if self.staggered else 0
+
+    @property
+    def buffers(self) -> int:
+        """Hand-off buffers of an edge: one for each step of the lag and one being filled."""
+        return self.lag + 1
+
+
+def topology_for(
+    model: ModelConfig, num_stages: int, head: HeadLayout = "last", *, recurrent: bool = False
+) -> Topology:
+    """The topology of a model on `num_stages` stages.
+
+    Raises:
+        ConfigError: the sections do not fit, or recurrent decoding is asked of a model that does not define it.
+    """
+    topology = Topology(
+        num_sections=model.num_sections,
+        num_stages=num_stages,
+        staggered=model.staggered,
+        stagger=model.stagger,
+        combined=model.combine_sections,
+        head=head,
+        recurrent=recurrent,
+        batched=num_stages == 1 and model.share_section_weights and model.stagger > 0 and not recurrent,
+    )
+    if recurrent:
+        _check_recurrent(model, num_stages)
+    return topology
+
+
+def _check_recurrent(model: ModelConfig, num_stages: int) -> None:
+    problems = []
+    if not model.share_section_weights:
+        problems.append("the sections do not share weights")
+    if model.num_sections != 2:
+        problems.append(f"the model has {model.num_sections} sections, not 2")
+    if model.combine_sections:
+        problems.append("section outputs are combined")
+    if model.stagger == 0:
+        problems.append("stagger is 0")
+    if num_stages != 1:
+        problems.append(f"there are {num_stages} stages, not 1")
+    if problems:
+        raise ConfigError(
+            "recurrent decoding is defined for two sections with shared weights on one stage; here "
+            + ", ".join(problems)
+        )
