@@ -162,8 +162,9 @@ class Engine:
             del self._running[slot]
         if self._stopping:
             return Control(Operation.STOP, retired=retired)
-        slot = next((slot for slot in range(self._stage.limits.num_slots) if slot not in self._running), None)
-        if self._waiting and slot is not None:
+        free = [slot for slot in range(self._stage.limits.num_slots) if slot not in self._running]
+        if self._waiting and free:
+            slot = free[0]
             request, submitted_s = self._waiting.popleft()
             self._running[slot] = self._start(request, submitted_s)
             self._planned.append({slot: self._running[slot]})

@@ -4,6 +4,7 @@ One communicator per directed edge and tensor rank for hand-offs, one per tensor
 outputs and tokens, one of all ranks for a sharded head, one for tensor parallelism, and one on the host for control.
 """
 
+import itertools
 import queue
 import threading
 import time
@@ -214,7 +215,7 @@ class Transport:
             lane = dist.new_group(ranks, timeout=limit)
             if self.rank in ranks:
                 self._lane, self._lane_ranks = lane, ranks
-            for below, above in zip(ranks, ranks[1:], strict=False):
+            for below, above in itertools.pairwise(ranks):
                 edge = dist.new_group([below, above], timeout=limit)
                 if self.rank == below:
                     self._out = _Edge(edge, above)
