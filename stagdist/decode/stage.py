@@ -196,6 +196,18 @@ class Stage:
         """Memory of this rank's caches."""
         return sum(cache.kv_bytes for cache in self._caches.values())
 
+    @property
+    def caches(self) -> dict[int, SectionCache]:
+        """Caches of this rank's sections."""
+        return self._caches
+
+    def prompt_memory(self) -> Tensor:
+        """What this stage's first section looks at newly in the first step after a prefill into slot 0.
+
+        Shapes: [1, 1, H].
+        """
+        return self._tails.merge(1, self.step_number, None)[:, None]
+
     # --- sections -----------------------------------------------------------------------------------------------
 
     def _build_sections(self, lap: Lap | None) -> None:
