@@ -1,0 +1,402 @@
+"""The schedule of decoding as data: no process, no tensor. Every stage's instructions are played against each other."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from stagdist.decode import schedule
+from stagdist.decode.schedule import Instruction, Kind
+from stagdist.decode.topology import HEAD_LAYOUTS, Topology
+from stagdist.errors import ConfigError
+from tests.decode.simulation import (
+    CHUNKS_OPEN,
+    REST,
+    STEP,
+    Mutation,
+    Operation,
+    Pace,
+    Placed,
+    Run,
+    ScheduleError,
+    admit,
+    program,
+    run,
+)
+
+SHAPES = [(sections, stages) for sections in range(1, 9) for stages in range(1, sections + 1) if sections % stages == 0]
+PROGRAMS: dict[str, list[Operation]] = {
+    "prompts": [admit(1), admit(2), admit(3), admit(4), admit(5), REST],
+    "steps": [admit(1), *[STEP] * 6, REST],
+    "mixed": [
+        admit(2),
+        STEP,
+        STEP,
+        admit(3),
+        STEP,
+        admit(1),
+        *[STEP] * 3,
+        REST,
+        REST,
+        admit(1),
+        STEP,
+        REST,
+        STEP,
+        REST,
+    ],
+}
+RECEIVES = {Kind.ASK, Kind.EXPECT}
+
+
+def topologies(sections: int, stages: int) -> Iterator[Topology]:
+    """Every schedule of so many sections on so many stages."""
+    for head, combined in itertools.product(HEAD_LAYOUTS, (False, True) if sections > 1 else (False,)):
+        for stagger in (0, 1, 2):
+            yield Topology(sections, stages, True, stagger, combined, head)
+            if stages == 1 and sections > 1 and stagger:
+                yield Topology(sections, stages, True, stagger, combined, head, batched=True)
+                if sections == 2 and not combined:
+                    yield Topology(sections, stages, True, stagger, combined, head, recurrent=True)
+        if not combined:
+            yield Topology(sections, stages, False, 1, combined, head)
+
+
+# --- what must hold for every schedule --------------------------------------------------------------------------
+
+
+def check(topology: Topology, operations: list[Operation], mutate: Mutation | None = None) -> Run:
+    """Everything that a schedule promises.
+
+    Raises:
+        ScheduleError: a promise that it breaks.
+    """
+    placed = program(topology, operations, *([mutate] if mutate else []))
+    played = run(topology, placed)
+    run(topology, placed, Pace(rendezvous=True))
+    for stage, own in enumerate(placed):
+        check_tokens(topology, played, operations, stage)
+        check_sections(topology, played, operations, stage)
+        check_hand_offs(topology, operations, stage, own)
+        check_open_receives(topology, stage, own)
+    return played
+
+
+def demand(right: bool, promise: str) -> None:
+    """Raise where a promise is broken."""
+    if not right:
+        raise ScheduleError(f"broken: {promise}")
+
+
+def check_tokens(topology: Topology, played: Run, operations: list[Operation], stage: int) -> None:
+    """One token for each operation, chosen by the last stage or by all of them, known to every stage."""
+    with_token = [number for number, operation in enumerate(operations) if operation is not REST]
+    own, sharded = played.known[stage], topology.head == "sharded"
+    chooses = stage == topology.last_stage or sharded
+    demand(own.chosen == (with_token if chooses else []), f"stage {stage} chooses each token once")
+    publishes = stage == topology.last_stage > 0 and not sharded
+    demand(own.published == (with_token if publishes else []), f"stage {stage} publishes each token once")
+    demand(own.tokens == set(with_token), f"stage {stage} knows every token")
+    demand(own.asked == own.answered, f"stage {stage} gets what it asked the last stage for")
+
+
+def check_sections(topology: Topology, played: Run, operations: list[Operation], stage: int) -> None:
+    """Each section runs once in every step and for every chunk."""
+    expected: Counter[tuple[int, int, int]] = Counter()
+    step = 0
+    for number, operation in enumerate(operations):
+        sections = list(topology.sections(stage))
+        if operation is STEP:
+            sections = sections[-1:] if topology.recurrent else [0] if topology.batched else sections
+        parts = range(operation.chunks) if operation.kind == "prefill" else range(step, step + (operation is STEP))
+        expected.update((number, part, section) for part in parts for section in sections)
+        step += operation is STEP
+    demand(Counter(played.known[stage].finished) == expected, f"stage {stage} runs every section once")
+
+
+def check_hand_offs(topology: Topology, operations: list[Operation], stage: int, own: list[Placed]) -> None:
+    """Sends equal receives in every operation; nobody waits for a hand-off before its time; none is held back."""
+    counts: dict[int, Counter[Kind]] = {number: Counter() for number in range(len(operations))}
+    for placed, following in itertools.zip_longest(own, own[1:]):
+        counts[placed.operation][placed.instruction.kind] += 1
+        if placed.kind_of_operation == "rest":
+            demand(placed.instruction.kind is Kind.WAIT, "a rest only receives")
+        if placed.kind_of_operation == "step" and placed.instruction.kind is Kind.WAIT:
+            step = [each for each in own if each.operation == placed.operation and each.instruction.kind is Kind.BEGIN]
+            lag = step[0].instruction.step - placed.instruction.step
+            demand(lag == topology.lag, f"stage {stage}: the hand-off is first needed {topology.lag} steps later")
+        if following is not None and placed.instruction.kind is Kind.FINISH and stage < topology.last_stage:
+            if placed.instruction.index == topology.sections(stage)[-1]:
+                demand(following.instruction.kind is Kind.SEND, f"stage {stage} sends what it has at once")
+    for number, operation in enumerate(operations):
+        each = operation.chunks or int(operation is STEP)
+        demand(counts[number][Kind.SEND] == (each if stage < topology.last_stage else 0), "one send for each output")
+        demand(counts[number][Kind.EXPECT] == (each if stage > 0 else 0), "one receive for each send")
+        check_order(topology, stage, [each.instruction.kind for each in own if each.operation == number], operation)
+
+
+def check_order(topology: Topology, stage: int, kinds: list[Kind], operation: Operation) -> None:
+    """Receives are posted before anything else in a step, and what needs no memory runs before it is waited for."""
+    if operation is not STEP:
+        return
+    begin = kinds.index(Kind.BEGIN)
+    demand(not set(kinds[begin:]) & RECEIVES, f"stage {stage}: receives come first")
+    if topology.lag:
+        demand(set(kinds[:begin]) <= RECEIVES, f"stage {stage} begins before it waits")
+
+
+def check_open_receives(topology: Topology, stage: int, own: list[Placed]) -> None:
+    """Wherever an error may end a stage, no more receives are open than there are buffers; none after a rest."""
+    steps = chunks = 0
+    for place, placed in enumerate(own):
+        change = {Kind.EXPECT: 1, Kind.WAIT: -1}.get(placed.instruction.kind, 0)
+        if placed.key[0] == "step":
+            steps += change
+        else:
+            chunks += change
+        demand(0 <= steps <= topology.buffers, f"stage {stage} has {topology.buffers} buffers")
+        demand(0 <= chunks <= CHUNKS_OPEN, f"stage {stage} has {CHUNKS_OPEN} chunks open at most")
+        end = place + 1 == len(own) or own[place + 1].operation != placed.operation
+        if end:
+            demand(chunks == 0, f"stage {stage} leaves no chunk open after a prefill")
+        if end and placed.kind_of_operation == "rest":
+            demand(steps == 0, f"stage {stage} is at rest")
+
+
+@pytest.mark.parametrize(("sections", "stages"), SHAPES)
+def test_no_stage_waits_for_what_is_sent_later_and_every_token_is_computed_once(sections: int, stages: int) -> None:
+    for topology, operations in itertools.product(topologies(sections, stages), PROGRAMS.values()):
+        played = check(topology, operations)
+        for edge in played.edges:
+            assert [key for key, _ in edge.sent] == [key for key, _ in edge.posted]
+            assert edge.waited == {key for key, _ in edge.sent}, "something was sent and never taken"
+
+
+@pytest.mark.parametrize(("sections", "stages"), [shape for shape in SHAPES if shape[1] > 1])
+def test_what_was_sent_before_a_rest_is_taken_by_it(sections: int, stages: int) -> None:
+    for topology in topologies(sections, stages):
+        without = run(topology, program(topology, [admit(1), *[STEP] * 4]))
+        open_now = {len(edge.posted) - len(edge.waited) for edge in without.edges}
+        assert open_now == {topology.lag}
+        short = run(topology, program(topology, [admit(1), STEP, REST]))
+        assert {len(edge.posted) - len(edge.waited) for edge in short.edges} == {0}
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_when_a_stage_dies_the_others_come_to_a_halt_with_few_hand_offs_open(stages: int) -> None:
+    operations = [admit(3), STEP, STEP, STEP, admit(2), STEP, STEP]
+    for topology in topologies(stages, stages):
+        placed = program(topology, operations)
+        for dead in range(stages):
+            for place in range(len(placed[dead])):
+                played = run(topology, placed, Pace(dies=(dead, place)))
+                # A token needs all stages in the end, so the others cannot run away from the dead one.
+                reach = (topology.last_stage - dead) * topology.lag + 1
+                done = len(played.known[dead].tokens)
+                assert max(len(known.tokens) for known in played.known) <= done + reach
+                if done + reach < len(operations):
+                    assert len(played.stuck) == stages, "a stage came to the end without the dead one"
+                for edge in played.edges:
+                    open_receives = max(0, len(edge.posted) - len(edge.waited))
+                    assert open_receives <= topology.buffers + CHUNKS_OPEN
+                    assert len(edge.sent) - len(edge.posted) <= topology.buffers + CHUNKS_OPEN
+
+
+def test_sections_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ConfigError, match="2 stages cannot hold 3 sections"):
+        Topology(3, 2)
+
+
+# --- how long a step takes --------------------------------------------------------------------------------------
+
+BEGIN_S, HEAD_S, CHOOSE_S, TOKEN_S = 1.0, 3.0, 0.5, 0.25
+
+
+def pace(finish: list[float], hand_off_s: float = 0.0) -> Pace:
+    """Durations of the parts of a step; `finish` is the time of each section after its beginning."""
+
+    def duration(stage: int, instruction: Instruction) -> float:
+        match instruction.kind:
+            case Kind.BEGIN:
+                return BEGIN_S
+            case Kind.FINISH:
+                return finish[instruction.index]
+            case Kind.HEAD:
+                return HEAD_S
+            case Kind.CHOOSE:
+                return CHOOSE_S
+        return 0.0
+
+    return Pace(duration, hand_off_s, TOKEN_S)
+
+
+def step_time(topology: Topology, finish: list[float], hand_off_s: float = 0.0) -> float:
+    """Mean time of a step once all is in its rhythm."""
+    steps, warm_up = 180, 60
+    played = run(topology, program(topology, [admit(1), *[STEP] * steps]), pace(finish, hand_off_s))
+    moments = played.token_s[topology.last_stage]
+    return (moments[steps] - moments[warm_up]) / (steps - warm_up)
+
+
+def own_time(topology: Topology, finish: list[float], stage: int) -> float:
+    """What a stage computes in a step, its way to the token included."""
+    own = BEGIN_S + finish[stage]
+    return own + HEAD_S + CHOOSE_S + TOKEN_S if stage == topology.last_stage else own
+
+
+SPLITS = [[9.0, 5.0], [5.0, 9.0], [8.5, 5.0], [7.0, 7.0, 4.0], [4.0, 9.0, 3.0, 2.0], [3.0] * 8]
+
+
+@pytest.mark.parametrize("finish", SPLITS)
+@pytest.mark.parametrize("stagger", [1, 2])
+def test_a_step_takes_as_long_as_the_slowest_stage_alone(finish: list[float], stagger: int) -> None:
+    topology = Topology(len(finish), len(finish), stagger=stagger)
+    expected = max(own_time(topology, finish, stage) for stage in range(len(finish)))
+    assert step_time(topology, finish) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("finish", SPLITS)
+def test_the_sequential_baseline_and_stagger_0_take_the_sum_of_their_stages(finish: list[float]) -> None:
+    stages, after = len(finish), HEAD_S + CHOOSE_S + TOKEN_S
+    for delay in (0.0, 2.0):
+        way = sum(finish) + (stages - 1) * delay + after
+        baseline = Topology(stages, stages, staggered=False)
+        assert step_time(baseline, finish, delay) == pytest.approx(way + stages * BEGIN_S)
+        # Without stagger only the first self-attention overlaps.
+        assert step_time(Topology(stages, stages, stagger=0), finish, delay) == pytest.approx(way + BEGIN_S)
+
+
+@pytest.mark.parametrize("finish", SPLITS)
+def test_a_sharded_head_waits_for_the_slowest_section(finish: list[float]) -> None:
+    topology = Topology(len(finish), len(finish), head="sharded")
+    expected = BEGIN_S + max(finish) + HEAD_S + CHOOSE_S
+    if finish[-1] == max(finish):  # else the last section's output is shared while slower stages still compute
+        assert step_time(topology, finish) == pytest.approx(expected)
+    else:
+        assert step_time(topology, finish) <= expected + 1e-9
+
+
+def bound(topology: Topology, finish: list[float], delay: float) -> float:
+    """Step time by the longest circle of dependencies: from a token through k hand-offs to the token k lag + 1 on."""
+    last, circles = topology.last_stage, [own_time(topology, finish, stage) for stage in range(len(finish))]
+    for stage in range(last):
+        hops = last - stage
+        work = BEGIN_S + sum(finish[stage:]) + hops * delay + HEAD_S + CHOOSE_S + TOKEN_S
+        circles.append(work / (hops * topology.lag + 1))
+    return max(circles)
+
+
+@pytest.mark.parametrize("finish", SPLITS)
+@pytest.mark.parametrize("stagger", [1, 2])
+def test_step_time_is_flat_while_the_hand_off_hides_and_then_grows_linearly(finish: list[float], stagger: int) -> None:
+    topology = Topology(len(finish), len(finish), stagger=stagger)
+    for delay in (0.0, 1.0, 5.0, 10.0, 20.0, 40.0, 80.0):
+        assert step_time(topology, finish, delay) == pytest.approx(bound(topology, finish, delay), rel=1e-2)
+
+
+@pytest.mark.parametrize("finish", [[8.75, 5.0], [6.0, 5.0]])
+def test_stagger_2_hides_a_hand_off_that_is_one_whole_step_slower(finish: list[float]) -> None:
+    one, two = (Topology(2, 2, stagger=stagger) for stagger in (1, 2))
+    flat = step_time(one, finish)
+    # From the end of stage 0 to the end of the next step's first self-attention on stage 1.
+    slack = flat - own_time(one, finish, 0) + BEGIN_S
+    for topology, hidden in ((one, slack), (two, slack + flat)):
+        assert step_time(topology, finish, hidden) == pytest.approx(flat)
+        beyond = [step_time(topology, finish, hidden + extra) - flat for extra in (3.0, 6.0)]
+        assert beyond == pytest.approx([3.0 / (topology.lag + 1), 6.0 / (topology.lag + 1)], rel=0.02)
+
+
+def test_prefill_of_many_chunks_keeps_all_stages_busy() -> None:
+    finish, chunks = [10.0, 10.0, 10.0], 20
+    topology = Topology(3, 3)
+    played = run(topology, program(topology, [admit(chunks)]), pace(finish))
+    after = HEAD_S + CHOOSE_S + TOKEN_S
+    assert played.token_s[0][0] == pytest.approx((chunks + 2) * 10.0 + after)
+
+
+# --- the checks notice what is wrong ----------------------------------------------------------------------------
+
+
+def without(kind: Kind, at_stage: int) -> Mutation:
+    """A schedule in which a stage leaves out an instruction."""
+    return lambda stage, instructions: [each for each in instructions if stage != at_stage or each.kind is not kind]
+
+
+def moved(kind: Kind, behind: Kind, at_stage: int) -> Mutation:
+    """A schedule in which a stage does something only after something else."""
+
+    def mutate(stage: int, instructions: list[Instruction]) -> list[Instruction]:
+        kinds = [each.kind for each in instructions]
+        if stage != at_stage or kind not in kinds or behind not in kinds:
+            return instructions
+        late = [each for each in instructions if each.kind is kind]
+        rest = [each for each in instructions if each.kind is not kind]
+        place = max(place for place, each in enumerate(rest) if each.kind is behind) + 1
+        return rest[:place] + late + rest[place:]
+
+    return mutate
+
+
+def waiting_for_this_step(stage: int, instructions: list[Instruction]) -> list[Instruction]:
+    """A schedule whose stages wait for the hand-off of the present step."""
+    step = max((each.step for each in instructions if each.kind is Kind.BEGIN), default=None)
+    return [
+        Instruction(each.kind, step, each.index) if each.kind is Kind.WAIT and step is not None else each
+        for each in instructions
+    ]
+
+
+def twice(kind: Kind) -> Mutation:
+    """A schedule in which something is done again."""
+    return lambda stage, instructions: [
+        copy for each in instructions for copy in ([each, each] if each.kind is kind else [each])
+    ]
+
+
+TWO, COMBINED = Topology(2, 2), Topology(2, 2, combined=True)
+THREE_SHARDED = Topology(3, 3, head="sharded")
+BROKEN: dict[str, tuple[Topology, Mutation, str]] = {
+    "waits for the hand-off of the same step": (TWO, waiting_for_this_step, "without the hand-off"),
+    "waits in a circle": (COMBINED, moved(Kind.SEND, Kind.TOKEN, 0), "waits at"),
+    "no receive": (TWO, without(Kind.EXPECT, 1), "not expected"),
+    "no send": (TWO, without(Kind.SEND, 0), "waits at"),
+    "no wait": (TWO, without(Kind.WAIT, 1), "without the hand-off"),
+    "a send after the token": (Topology(3, 3), moved(Kind.SEND, Kind.TOKEN, 1), "waits at|at once|receives"),
+    "a send after the publication": (Topology(3, 3), moved(Kind.SEND, Kind.HOST, 0), "at once"),
+    "a receive after its wait": (TWO, moved(Kind.EXPECT, Kind.WAIT, 1), "not expected|come first|leaves no chunk"),
+    "a publication before the choice": (TWO, moved(Kind.CHOOSE, Kind.PUBLISH, 1), "without a token"),
+    "nobody publishes": (TWO, without(Kind.PUBLISH, 1), "without the token before"),
+    "nobody shares": (THREE_SHARDED, without(Kind.SHARE, 2), "without the combined"),
+    "a token that was not asked for": (TWO, without(Kind.ASK, 0), "without having asked"),
+    "a token asked for twice": (TWO, twice(Kind.ASK), "asked for already"),
+    "a token asked for late": (TWO, moved(Kind.ASK, Kind.SEND, 0), "receives come first"),
+    "a stage does not take the token": (TWO, without(Kind.TOKEN, 0), "asked for already|without the token"),
+    "a token chosen twice": (TWO, twice(Kind.CHOOSE), "chooses each token once"),
+    "a section run twice": (TWO, twice(Kind.FINISH), "runs every section once|at once"),
+    "a stage that does not combine": (COMBINED, without(Kind.COMBINE, 0), "waits at"),
+    "a stage without its part of the head": (THREE_SHARDED, without(Kind.CHOOSE, 1), "without the token before"),
+    "a head before the last output is shared": (THREE_SHARDED, moved(Kind.SHARE, Kind.HEAD, 0), "without the combined"),
+    "memory before the first self-attention": (TWO, moved(Kind.BEGIN, Kind.WAIT, 1), "begins before it waits"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_schedule_is_noticed(name: str) -> None:
+    topology, mutate, complaint = BROKEN[name]
+    check(topology, PROGRAMS["mixed"])
+    with pytest.raises(ScheduleError, match=complaint):
+        check(topology, PROGRAMS["mixed"], mutate)
+
+
+def test_a_rest_that_leaves_a_hand_off_behind_is_noticed() -> None:
+    def lazy(stage: int, instructions: list[Instruction]) -> list[Instruction]:
+        return [] if all(each.kind is Kind.WAIT for each in instructions) else instructions
+
+    with pytest.raises(ScheduleError, match="without the hand-off|buffers|one receive|at rest"):
+        check(TWO, PROGRAMS["mixed"], lazy)
+
+
+def test_stages_that_hold_several_sections_wait_once_in_a_step() -> None:
+    instructions = schedule.decode_step(Topology(8, 2), 1, step=5, first=0)
+    assert [each.kind for each in instructions].count(Kind.WAIT) == 1
+    assert [each.index for each in instructions if each.kind is Kind.FINISH] == [4, 5, 6, 7]
