@@ -39,13 +39,21 @@ class _Line:
     def __init__(self, transport: Transport | None, num_slots: int, owner: Owner | None):
         self._transport, self._num_slots, self._owner = transport, num_slots, owner
         self._next: Control | None = None
+        self._plain_step = Control(Operation.STEP)
+        self._plain_message = self._plain_step.encode(num_slots)
 
     def post(self) -> None:
         """Decide (rank 0) or ask for the next message."""
         self._next = None if self._owner is None else self._owner.decide()
-        if self._transport is not None:
-            empty = torch.zeros(3 + self._num_slots, dtype=torch.int64)
-            self._transport.post_control(empty if self._next is None else self._next.encode(self._num_slots))
+        if self._transport is None:
+            return
+        if self._next is None:
+            message = torch.empty_like(self._plain_message)
+        elif self._next.operation is Operation.STEP and not self._next.retired:
+            message = self._plain_message  # nearly always: made once
+        else:
+            message = self._next.encode(self._num_slots)
+        self._transport.post_control(message)
 
     def wait(self) -> Control:
         """The message."""
@@ -53,6 +61,8 @@ class _Line:
         if self._next is not None:
             return self._next
         assert message is not None
+        if torch.equal(message, self._plain_message):
+            return self._plain_step
         return Control.decode(message)
 
     def admission(self, control: Control) -> tuple[Sequence[int], SamplingParams]:

@@ -82,12 +82,24 @@ class Readout:
         alone = self._transport is None or self._topology.num_stages == 1
         self._hidden = partial if alone else self._link.sum_over_stages(partial, root)
 
-    def share(self, last_output: Tensor | None, rows: int) -> None:
+    def ask(self, slots: Sequence[int]) -> None:
+        """Post the receive of what the last stage will publish: its output for a sharded head, else the choice."""
+        if self._sharded:
+            shape = (len(slots), 1, self._model.hidden_size)
+            self._link.ask(torch.empty(shape, dtype=self._device.dtype, device=self._device.name))
+            return
+        width, _ = self._message_width(slots)
+        dtype = torch.int64 if width == 1 else torch.float64
+        shape = (len(slots), width) if width > 1 else (len(slots),)  # type: ignore[assignment]
+        self._link.ask(torch.empty(shape, dtype=dtype, device=self._device.name))
+
+    def share(self, last_output: Tensor | None) -> None:
         """Give the last section's output to all stages. Shapes: [B, 1, H], None elsewhere."""
         if last_output is None:
-            shape = (rows, 1, self._model.hidden_size)
-            last_output = torch.empty(shape, dtype=self._device.dtype, device=self._device.name)
-        self._hidden = self._link.from_last_stage(last_output.contiguous())
+            self._hidden = self._link.published()
+            return
+        self._hidden = last_output.contiguous()
+        self._link.publish(self._hidden)
 
     def head(self, last_output: Tensor | None) -> None:
         """Logits of this rank's slice of the vocabulary."""
@@ -123,26 +135,25 @@ class Readout:
             parts.append(choice.margins[:, None])
         if choice.logprobs is not None:
             parts.append(choice.logprobs)
-        self._link.from_last_stage(torch.cat(parts, dim=1) if len(parts) > 1 else choice.tokens)
+        self._link.publish(torch.cat(parts, dim=1) if len(parts) > 1 else choice.tokens)
 
     def receive(self, slots: Sequence[int]) -> None:
         """Take the choice of the last stage."""
-        widest = max((self._num_logprobs[slot] for slot in slots if slot in self._num_logprobs), default=None)
-        width = 1 + self._margins + (0 if widest is None else 1 + 2 * widest)
-        dtype = torch.int64 if width == 1 else torch.float64
-        message = torch.empty(
-            (len(slots), width) if width > 1 else (len(slots),), dtype=dtype, device=self._device.name
-        )
-        self._link.from_last_stage(message)
+        width, widest = self._message_width(slots)
+        message = self._link.published()
         if width == 1:
             self._choice = Choice(message, None, None)
             return
-        start = 1 + self._margins
         self._choice = Choice(
             message[:, 0].long(),
-            None if widest is None else message[:, start:],
+            None if widest is None else message[:, 1 + self._margins :],
             message[:, 1] if self._margins else None,
         )
+
+    def _message_width(self, slots: Sequence[int]) -> tuple[int, int | None]:
+        """Values of each row of a published choice, and the largest number of log-probabilities asked for."""
+        widest = max((self._num_logprobs[slot] for slot in slots if slot in self._num_logprobs), default=None)
+        return 1 + self._margins + (0 if widest is None else 1 + 2 * widest), widest
 
     @property
     def _link(self) -> Transport:

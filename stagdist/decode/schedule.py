@@ -15,6 +15,7 @@ from stagdist.decode.topology import Topology
 class Kind(StrEnum):
     """What an instruction does. `where` below says what its index counts."""
 
+    ASK = "expect token"  # post the receive of what the last stage publishes in this step: the token, or its output
     EXPECT = "expect hand-off"  # post the receive of what the stage before sends in this step; index: edge
     BEGIN = "begin section"  # embedding and first self-attention; index: section
     WAIT = "wait for memory"  # hand-off of `step` from the stage before has arrived; index: edge
@@ -52,7 +53,7 @@ def decode_step(topology: Topology, stage: int, step: int, first: int) -> tuple[
         first: first step since all hand-offs were at rest; older ones were filled by prefill.
     """
     parts = _staggered_body if topology.staggered else _sequential_body
-    return (*parts(topology, stage, step, first), *_ending(topology, stage, step))
+    return (*_asking(topology, stage, step), *parts(topology, stage, step, first), *_ending(topology, stage, step))
 
 
 def prefill(topology: Topology, stage: int, num_chunks: int) -> tuple[Instruction, ...]:
@@ -60,7 +61,7 @@ def prefill(topology: Topology, stage: int, num_chunks: int) -> tuple[Instructio
 
     Ends with the first token, like a step.
     """
-    instructions: list[Instruction] = []
+    instructions = list(_asking(topology, stage, num_chunks - 1))
     for chunk in range(num_chunks):
         if stage > 0:
             # Two receives are open at most: the next chunk arrives while this one is computed.
@@ -114,6 +115,17 @@ def _sequential_body(topology: Topology, stage: int, step: int, first: int) -> I
         yield Instruction(Kind.FINISH, step, section)
     if stage < topology.last_stage:
         yield Instruction(Kind.SEND, step, stage)
+
+
+def _asking(topology: Topology, stage: int, step: int) -> Iterator[Instruction]:
+    """Receives are posted long before they are waited for.
+
+    On gloo a message whose receive is not posted yet waits until a thread of its sender gets the processor: milliseconds
+    where the sender computes.
+    """
+    combined_for_all = topology.combined and topology.head == "sharded"
+    if stage < topology.last_stage and not combined_for_all:
+        yield Instruction(Kind.ASK, step)
 
 
 def _ending(topology: Topology, stage: int, step: int) -> Iterator[Instruction]:

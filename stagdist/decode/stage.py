@@ -25,6 +25,7 @@ from stagdist.decode.weights import Device, StageWeights
 from stagdist.telemetry.spans import SpanRecorder
 
 CATEGORIES = {
+    Kind.ASK: "send",
     Kind.EXPECT: "send",
     Kind.BEGIN: "compute",
     Kind.WAIT: "wait for memory",
@@ -106,6 +107,7 @@ class Stage:
         self.step_number = 0
         self._first_step = 0
         self._transport = transport
+        self._programs: dict[int, tuple[Instruction, ...]] = {}
         self._angles = Angles(model, device)
         self._build_sections(lap)
         self._build_hand_offs()
@@ -137,6 +139,8 @@ class Stage:
                         self._run_chunk(call, memories, instruction.index, ids[begin:end], place)
                     case Kind.SEND:
                         self._link.send(call.outputs[self._last_section], 1)
+                    case Kind.ASK:
+                        self.readout.ask(call.slots)
                     case _:
                         self._end_of_prompt(call)
                         self._finish(call, instruction)
@@ -157,15 +161,19 @@ class Stage:
         call.null_rows = self._null_rows(positions)
         if self._transport is not None:
             self._transport.step = self.step_number
-        for instruction in schedule.decode_step(self.topology, self.index, self.step_number, self._first_step):
+        program, shift = self._program()
+        for instruction in program:
             with self._span(instruction):
                 match instruction.kind:
+                    case Kind.ASK:
+                        self.readout.ask(call.slots)
                     case Kind.EXPECT:
-                        self._link.expect(("step", instruction.step), self._buffer(instruction.step, call.rows))
+                        step = instruction.step + shift
+                        self._link.expect(("step", step), self._buffer(step, call.rows))
                     case Kind.BEGIN:
                         call.begun = self._begin(call, instruction.index)
                     case Kind.WAIT:
-                        call.carried = self._link.arrived(("step", instruction.step))
+                        call.carried = self._link.arrived(("step", instruction.step + shift))
                     case Kind.FINISH:
                         self._finish_section(call, instruction.index)
                     case Kind.SEND:
@@ -207,6 +215,16 @@ class Stage:
         Shapes: [1, 1, H].
         """
         return self._tails.merge(1, self.step_number, None)[:, None]
+
+    def _program(self) -> tuple[tuple[Instruction, ...], int]:
+        """The instructions of this step, and what their step numbers are short of.
+
+        Once all hand-offs have something to wait for, every step is the same but for its number.
+        """
+        young = min(self.step_number - self._first_step, self.topology.lag)
+        if young not in self._programs:
+            self._programs[young] = schedule.decode_step(self.topology, self.index, young, 0)
+        return self._programs[young], self.step_number - young
 
     # --- sections -----------------------------------------------------------------------------------------------
 
@@ -343,7 +361,7 @@ class Stage:
             case Kind.COMBINE:
                 readout.combine(call.outputs, None if instruction.index < 0 else instruction.index)
             case Kind.SHARE:
-                readout.share(call.outputs.get(self.topology.num_sections - 1), call.rows)
+                readout.share(call.outputs.get(self.topology.num_sections - 1))
             case Kind.HEAD:
                 readout.head(call.outputs.get(self.topology.num_sections - 1))
             case Kind.CHOOSE:

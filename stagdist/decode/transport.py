@@ -92,7 +92,9 @@ class Transport:
             self._warm_up()
         self._inbox: dict[Key, tuple[Any, Tensor]] = {}
         self._outbox: deque[tuple[Any, Tensor]] = deque()
-        self._control: tuple[Any, Tensor] | None = None
+        self._asked: tuple[Any, Tensor] | None = None
+        self._published: deque[tuple[Any, Tensor]] = deque()
+        self._control: deque[tuple[Any, Tensor]] = deque()
         delayed = hand_off_delay_s > 0 and self._out is not None
         self._delayed = _DelayedSends(self._out, hand_off_delay_s) if delayed and self._out else None
 
@@ -128,14 +130,21 @@ class Transport:
                 self._outbox.append((dist.isend(tensor, self._out.peer, group=self._out.group), tensor))
 
     def finish_sends(self) -> None:
-        """Everything has left; errors have surfaced."""
+        """All hand-offs and tokens have left; errors have surfaced."""
         while self._outbox:
             self._wait_for_oldest_send()
+        while self._published:
+            self._wait_for_published()
 
     def _wait_for_oldest_send(self) -> None:
         assert self._out is not None
         work, _ = self._outbox.popleft()
         with self._errors("while a hand-off was on its way", self._out.peer):
+            work.wait()
+
+    def _wait_for_published(self) -> None:
+        work, _ = self._published.popleft()
+        with self._errors("while a token was on its way"):
             work.wait()
 
     # --- the end of a step --------------------------------------------------------------------------------------
@@ -150,10 +159,29 @@ class Transport:
                 dist.reduce(tensor, self._lane_ranks[root], group=self._lane)
         return tensor
 
-    def from_last_stage(self, tensor: Tensor) -> Tensor:
-        """The last stage's content of `tensor` on all stages, in place."""
-        with self._errors("while it waited for the last stage", self._lane_ranks[-1]):
-            dist.broadcast(tensor, self._lane_ranks[-1], group=self._lane)
+    def publish(self, tensor: Tensor) -> None:
+        """Give a tensor of the last stage to all others, without waiting; it must not be written again.
+
+        Sends of their own instead of a broadcast: on gloo a broadcast takes three times as long.
+        """
+        while self._published:
+            self._wait_for_published()
+        for peer in self._lane_ranks[:-1]:
+            with self._errors("while it sent the token", peer):
+                self._published.append((dist.isend(tensor, peer, group=self._lane), tensor))
+
+    def ask(self, tensor: Tensor) -> None:
+        """Post the receive of what the last stage publishes next."""
+        peer = self._lane_ranks[-1]
+        with self._errors("while it asked for the token", peer):
+            self._asked = (dist.irecv(tensor, peer, group=self._lane), tensor)
+
+    def published(self) -> Tensor:
+        """What the last stage published."""
+        assert self._asked is not None, "the token was not asked for"
+        (work, tensor), self._asked = self._asked, None
+        with self._errors("while it waited for the token", self._lane_ranks[-1]):
+            work.wait()
         return tensor
 
     def gather(self, tensor: Tensor, *, everywhere: bool) -> Tensor:
@@ -188,15 +216,19 @@ class Transport:
 
     def post_control(self, message: Tensor) -> None:
         """Give (rank 0) or ask for (others) the message of the next operation, without waiting."""
-        with self._errors("while control was passed", 0):
-            self._control = (dist.broadcast(message, 0, group=self._host, async_op=True), message)
+        peers = range(1, self.grid.world_size) if self.rank == 0 else [0]
+        pass_on = dist.isend if self.rank == 0 else dist.irecv
+        for peer in peers:
+            with self._errors("while control was passed", peer):
+                self._control.append((pass_on(message, peer, group=self._host), message))
 
     def wait_control(self) -> Tensor:
         """The message of the next operation."""
-        assert self._control is not None, "control was not posted"
-        work, message = self._control
-        with self._errors("while it waited for control", 0):
-            work.wait()
+        assert self._control, "control was not posted"
+        while self._control:
+            work, message = self._control.popleft()
+            with self._errors("while it waited for control"):
+                work.wait()
         return message
 
     def share_admission(self, payload: Tensor) -> Tensor:
@@ -233,6 +265,11 @@ class Transport:
         for group in (dist.group.WORLD, self._lane, self._tensor):
             dist.all_reduce(probe, group=group)
         dist.all_reduce(torch.zeros(1), group=self._host)
+        if self.stage == self.grid.pipe - 1:
+            for peer in self._lane_ranks[:-1]:
+                dist.send(probe, peer, group=self._lane)
+        else:
+            dist.recv(probe, self._lane_ranks[-1], group=self._lane)
         if self._in is not None:
             dist.recv(probe, self._in.peer, group=self._in.group)
         if self._out is not None:
