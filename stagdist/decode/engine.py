@@ -84,11 +84,13 @@ class Engine:
     ):
         self._stage, self._transport, self._tokenizer = stage, transport, tokenizer
         self._end_of_document, self._heartbeat_s = end_of_document, heartbeat_s
-        self._inbox: queue.SimpleQueue[tuple[Request, float] | None] = queue.SimpleQueue()
+        # Requests, names of requests to cancel, and None when no more come: one queue, so that their order is kept.
+        self._inbox: queue.SimpleQueue[tuple[Request, float] | str | None] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._waiting: deque[tuple[Request, float]] = deque()
         self._running: dict[int, _Running] = {}
-        self._cancelled: set[str] = set()
+        self._served: set[str] = set()  # names of requests whose last output has not gone out
+        self._served_lock = threading.Lock()
         self._closed = self._stopping = False
         self._sink: Sink = lambda output: None
         self._planned: deque[dict[int, _Running]] = deque()  # rows of the operations that were decided
@@ -100,13 +102,21 @@ class Engine:
     # --- for clients, from any thread ---------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        """Take a request. One that cannot be served is answered with an error, the others go on."""
+        """Take a request. One that cannot be served is answered with an error, the others go on.
+
+        Raises:
+            ConfigError: a request of this name is being served; an answer could not say which of them it means.
+        """
+        with self._served_lock:
+            if request.request_id in self._served:
+                raise ConfigError(f"a request {request.request_id!r} is being served; give each its own request_id")
+            self._served.add(request.request_id)
         self._inbox.put((request, time.perf_counter()))
         self._wake.set()
 
     def cancel(self, request_id: str) -> None:
-        """End a request early."""
-        self._cancelled.add(request_id)
+        """End a request early; one that has ended, or is not known, stays as it is."""
+        self._inbox.put(request_id)
         self._wake.set()
 
     def close(self) -> None:
@@ -133,8 +143,10 @@ class Engine:
         self._sink = sink
         operate(self._stage, self._transport, self)
         self._tell_all()
+        self._take_inbox()
         for request, _ in self._waiting:
-            sink(RequestOutput(request.request_id, finish_reason=FinishReason.CANCELLED))
+            self._give_out(RequestOutput(request.request_id, finish_reason=FinishReason.CANCELLED))
+        self._waiting.clear()
         for running in self._running.values():
             running.finish = running.finish or FinishReason.CANCELLED
             self._tell(running)
@@ -156,7 +168,6 @@ class Engine:
     def decide(self) -> Control:
         """What comes after the operation that is about to run."""
         self._take_inbox()
-        self._drop_cancelled()
         retired = tuple(slot for slot, running in self._running.items() if _is_over(running))
         for slot in retired:
             del self._running[slot]
@@ -211,33 +222,40 @@ class Engine:
             entry = self._inbox.get()
             if entry is None:
                 self._closed = True
-                continue
-            request, submitted_s = entry
-            try:
-                self._check(request)
-            except ConfigError as error:
-                self._sink(RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=str(error)))
+            elif isinstance(entry, str):
+                self._drop(entry)
             else:
-                self._waiting.append((request, submitted_s))
+                self._take_request(*entry)
+
+    def _take_request(self, request: Request, submitted_s: float) -> None:
+        try:
+            self._check(request)
+        except ConfigError as error:
+            reason = FinishReason.ERROR
+            self._give_out(RequestOutput(request.request_id, finish_reason=reason, error=str(error)))
+        else:
+            self._waiting.append((request, submitted_s))
+
+    def _give_out(self, output: RequestOutput) -> None:
+        if output.finish_reason is not None:
+            with self._served_lock:
+                self._served.discard(output.request_id)
+        self._sink(output)
 
     def _check(self, request: Request) -> None:
         check_request(request, vocab_size=self._stage.model.vocab_size, max_context=self._stage.limits.max_context)
         if request.params.stop and self._tokenizer is None:
             raise ConfigError(f"request {request.request_id!r} has stop strings, but the engine has no tokenizer")
 
-    def _drop_cancelled(self) -> None:
-        if not self._cancelled:
-            return
+    def _drop(self, request_id: str) -> None:
+        """End a request that waits or runs."""
         for running in self._running.values():
-            if running.request.request_id in self._cancelled and running.finish is None:
+            if running.request.request_id == request_id and running.finish is None:
                 running.finish = FinishReason.CANCELLED
                 self._untold.append(running)
-        kept = deque(entry for entry in self._waiting if entry[0].request_id not in self._cancelled)
-        for request, _ in self._waiting:
-            if request.request_id in self._cancelled:
-                self._sink(RequestOutput(request.request_id, finish_reason=FinishReason.CANCELLED))
-        self._waiting = kept
-        self._cancelled.clear()
+        if any(request.request_id == request_id for request, _ in self._waiting):
+            self._waiting = deque(entry for entry in self._waiting if entry[0].request_id != request_id)
+            self._give_out(RequestOutput(request_id, finish_reason=FinishReason.CANCELLED))
 
     def _start(self, request: Request, submitted_s: float) -> _Running:
         text = None
@@ -283,7 +301,7 @@ class Engine:
             if running.finish is not None and not running.text.stopped:
                 text += running.text.finish()
         running.told = running.finish is not None
-        self._sink(
+        self._give_out(
             RequestOutput(
                 running.request.request_id,
                 token_ids=tuple(token for token, _ in fresh),

@@ -1,5 +1,9 @@
 """Runs the engine on this rank for many cases and brings back what it did, for comparison with the reference."""
 
+import os
+import threading
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,15 +12,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagdist.config import ModelConfig
-from stagdist.decode.engine import Completion, Engine
-from stagdist.decode.loading import EngineOptions, build_stage, place_model
+from stagdist.decode.engine import Completion, Engine, completion
+from stagdist.decode.loading import EngineOptions, Placement, build_stage, place_model
 from stagdist.decode.operations import operate
-from stagdist.decode.request import Request
+from stagdist.decode.request import Request, RequestOutput
 from stagdist.decode.stage import Stage
 from stagdist.decode.transport import Transport
 from stagdist.parallel.layout import ParameterSpec
 from tests.reference import stagformer as reference
 from tests.reference.variants import BASE
+
+CONTEXT = 24
+TIMEOUT_S = 60.0
+
+
+class Letters:
+    """A tokenizer whose tokens are letters: 0 is A."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """One letter for each token."""
+        return "".join(chr(ord("A") + token) for token in ids)
 
 
 @dataclass
@@ -26,6 +41,9 @@ class Case:
     Attributes:
         keys: model keys added to the small base.
         requests: served together, in `options.num_slots` slots.
+        seed: of the weights.
+        letters: outputs have text.
+        end_of_document: token that ends requests.
     """
 
     name: str
@@ -33,6 +51,8 @@ class Case:
     requests: list[Request]
     options: EngineOptions = field(default_factory=EngineOptions)
     seed: int = 0
+    letters: bool = False
+    end_of_document: int | None = None
 
 
 @dataclass
@@ -41,6 +61,7 @@ class Ran:
 
     Attributes:
         logits: (slots, positions of the chosen tokens, [rows, slice] logits) of every choice.
+        seconds: from the first request to the last token.
     """
 
     completions: list[Completion]
@@ -48,11 +69,12 @@ class Ran:
     first_token: int
     smallest_margin: float
     steps: int
+    seconds: float = 0.0
 
 
 def config_of(keys: dict[str, Any]) -> dict[str, Any]:
     """The model keys of a case, whole."""
-    return BASE | {"max_position_embeddings": 24} | keys
+    return BASE | {"max_position_embeddings": CONTEXT} | keys
 
 
 def parameters_of(case: Case) -> reference.Parameters:
@@ -60,29 +82,54 @@ def parameters_of(case: Case) -> reference.Parameters:
     return reference.random_parameters(config_of(case.keys), case.seed, torch.float64, perturb=True)
 
 
-def run_cases(cases: list[Case]) -> list[Ran]:
-    """Called on every rank: one engine after the other over the same communicators."""
-    world = int(__import__("os").environ["WORLD_SIZE"])
-    if world > 1:
-        dist.init_process_group("gloo")
-    transports: dict[int, Transport] = {}
-    results = []
-    for case in cases:
-        placement = place_model(ModelConfig(**config_of(case.keys)), case.options, world)
-        transport = None
-        if world > 1:
-            tensor = placement.grid.tensor
-            if tensor not in transports:
-                transports[tensor] = Transport(placement.grid, "cpu", 60)
-            transport = transports[tensor]
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    """Random tokens that every vocabulary here has."""
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return tuple(torch.randint(0, 36, (length,), generator=generator).tolist())
+
+
+class World:
+    """The ranks of a launch, or this process alone; communicators are made once for many cases."""
+
+    def __init__(self) -> None:
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo")
+        self._transports: dict[tuple[int, float], Transport] = {}
+
+    def transport(self, placement: Placement) -> Transport | None:
+        """Communicators of a case; None in a world of one."""
+        if self.size == 1:
+            return None
+        key = placement.grid.tensor, placement.options.hand_off_delay_s
+        if key not in self._transports:
+            delay_s = placement.options.hand_off_delay_s
+            self._transports[key] = Transport(placement.grid, "cpu", TIMEOUT_S, hand_off_delay_s=delay_s)
+        return self._transports[key]
+
+    def stage(self, case: Case) -> tuple[Stage, Transport | None]:
+        """This rank's share of the model of a case."""
+        placement = place_model(ModelConfig(**config_of(case.keys)), case.options, self.size)
+        transport = self.transport(placement)
         parameters = parameters_of(case)
 
-        def read(spec: ParameterSpec, dim: int, start: int, stop: int, values: Any = parameters) -> Tensor:
-            return values[spec.name].narrow(dim, start, stop - start)
+        def read(spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
+            return parameters[spec.name].narrow(dim, start, stop - start)
 
-        stage = build_stage(placement, read, "cpu", transport)
-        results.append(run_one(stage, transport, case))
-    return results
+        return build_stage(placement, read, "cpu", transport), transport
+
+
+def engine_of(case: Case, stage: Stage, transport: Transport | None, heartbeat_s: float = 20.0) -> Engine:
+    """The engine of a case, for rank 0."""
+    tokenizer: Any = Letters() if case.letters else None
+    end = case.end_of_document
+    return Engine(stage, transport, tokenizer=tokenizer, end_of_document=end, heartbeat_s=heartbeat_s)
+
+
+def run_cases(cases: list[Case]) -> list[Ran]:
+    """Called on every rank: one engine after the other over the same communicators."""
+    world = World()
+    return [run_one(*world.stage(case), case) for case in cases]
 
 
 def run_one(stage: Stage, transport: Transport | None, case: Case) -> Ran:
@@ -96,13 +143,93 @@ def run_one(stage: Stage, transport: Transport | None, case: Case) -> Ran:
         choose(slots, positions)
 
     stage.readout.choose = recording  # type: ignore[method-assign]
-    engine = None
-    if transport is None or transport.rank == 0:
-        engine = Engine(stage, transport, heartbeat_s=20)
-        completions = engine.generate(case.requests)
-    else:
+    if transport is not None and transport.rank > 0:
         operate(stage, transport, None)
-        completions = []
-    margin = float("inf") if engine is None else engine.smallest_margin
-    steps = 0 if engine is None else engine.steps
-    return Ran(completions, logits, stage.weights.first_token, margin, steps)
+        return Ran([], logits, stage.weights.first_token, float("inf"), 0)
+    engine = engine_of(case, stage, transport)
+    began = time.perf_counter()
+    completions = engine.generate(case.requests)
+    seconds = time.perf_counter() - began
+    return Ran(completions, logits, stage.weights.first_token, engine.smallest_margin, engine.steps, seconds)
+
+
+# --- an engine that is idle between requests --------------------------------------------------------------------
+
+
+@dataclass
+class Served:
+    """What happened while an engine stood idle between requests.
+
+    Attributes:
+        rests: times that this rank came to rest.
+        completions: on rank 0, by name.
+        steps: on rank 0.
+    """
+
+    rests: int
+    completions: dict[str, Completion]
+    steps: int
+
+
+class Outbox:
+    """Collects outputs of an engine for other threads."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._outputs: dict[str, list[RequestOutput]] = {}
+
+    def __call__(self, output: RequestOutput) -> None:
+        """The engine's sink."""
+        with self._changed:
+            self._outputs.setdefault(output.request_id, []).append(output)
+            self._changed.notify_all()
+
+    def wait_for(self, request_id: str, num_tokens: int | None = None) -> Completion | None:
+        """Until a request has ended, or has so many tokens."""
+
+        def there() -> bool:
+            outputs = self._outputs.get(request_id, [])
+            if num_tokens is not None and sum(len(output.token_ids) for output in outputs) >= num_tokens:
+                return True
+            return any(output.finish_reason is not None for output in outputs)
+
+        with self._changed:
+            assert self._changed.wait_for(there, TIMEOUT_S), f"request {request_id} does not end"
+            outputs = self._outputs[request_id]
+            return completion(request_id, outputs) if outputs[-1].finish_reason is not None else None
+
+    @property
+    def completions(self) -> dict[str, Completion]:
+        """All that ended."""
+        return {request_id: completion(request_id, outputs) for request_id, outputs in self._outputs.items()}
+
+
+def serve_with_pauses(case: Case) -> Served:
+    """Called on every rank: requests come from another thread, one after the other, with pauses of several rests."""
+    stage, transport = World().stage(case)
+    rest, rests = stage.rest, 0
+
+    def counting() -> None:
+        nonlocal rests
+        rests += 1
+        rest()
+
+    stage.rest = counting  # type: ignore[method-assign]
+    if transport is not None and transport.rank > 0:
+        operate(stage, transport, None)
+        return Served(rests, {}, 0)
+    engine, outbox = engine_of(case, stage, transport, heartbeat_s=0.02), Outbox()
+
+    def submit() -> None:
+        for request in case.requests:
+            time.sleep(0.15)
+            engine.submit(request)
+            outbox.wait_for(request.request_id)
+        time.sleep(0.15)
+        engine.close()
+
+    client = threading.Thread(target=submit)
+    client.start()
+    engine.run(outbox)
+    client.join()
+    return Served(rests, outbox.completions, engine.steps)

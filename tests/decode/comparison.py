@@ -1,0 +1,95 @@
+"""What the engine must have done, by full recomputation with the reference."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stagdist.decode.engine import Completion
+from stagdist.decode.noise import gumbel
+from stagdist.decode.request import FinishReason, Request
+from tests.decode.decoding import CONTEXT, Case, Ran, config_of, parameters_of
+from tests.reference import stagformer as reference
+
+CLEAR_MARGIN = 1e-3
+
+
+@dataclass
+class Compared:
+    """How far an engine is from the reference.
+
+    Attributes:
+        difference: largest of all logits.
+        logits: how many were compared.
+        wrong_tokens: where the reference prefers another token by more than the margin.
+        tokens: how many were compared.
+    """
+
+    difference: float = 0.0
+    logits: int = 0
+    wrong_tokens: int = 0
+    tokens: int = 0
+
+
+def reference_logits(
+    case: Case, request: Request, completion: Completion, config: dict[str, Any] | None = None
+) -> Tensor:
+    """Logits from which each token of a completion should have been chosen. Shapes: [tokens, V]."""
+    ids = [*request.prompt_ids, *completion.token_ids][:CONTEXT]
+    logits = reference.forward(parameters_of(case), config or config_of(case.keys), torch.tensor([ids]))[0]
+    first = len(request.prompt_ids) - 1
+    return logits[first : first + len(completion.token_ids)]
+
+
+def compare(case: Case, ranks: list[Ran], config: dict[str, Any] | None = None, margin: float = 0.0) -> Compared:
+    """Compare a case with one slot, whose requests are greedy and end by length.
+
+    Args:
+        config: of the reference, where it shall differ from the case's.
+        margin: tokens count as wrong where the reference's best two are further apart.
+    """
+    compared = Compared()
+    expected = [
+        reference_logits(case, request, done, config)
+        for request, done in zip(case.requests, ranks[0].completions, strict=True)
+    ]
+    for request, done, logits in zip(case.requests, ranks[0].completions, expected, strict=True):
+        room = CONTEXT - len(request.prompt_ids) + 1
+        assert done.finish_reason is FinishReason.LENGTH, done
+        assert len(done.token_ids) == min(room, request.params.max_new_tokens)
+        best = logits.topk(2).values
+        clear = best[:, 0] - best[:, 1] > margin
+        compared.wrong_tokens += int(((logits.argmax(-1) != torch.tensor(done.token_ids)) & clear).sum())
+        compared.tokens += int(clear.sum())
+    rows = torch.cat(expected)
+    for ran in ranks:
+        if not ran.logits:
+            continue
+        found = torch.cat([logits for _, _, logits in ran.logits]).double()
+        positions = [position for _, chosen, _ in ran.logits for position in chosen]
+        assert positions == _positions(case, ranks[0].completions)
+        part = rows[:, ran.first_token : ran.first_token + found.shape[1]]
+        assert found.shape == part.shape
+        if part.numel():
+            compared.difference = max(compared.difference, float((found - part).abs().max()))
+        compared.logits += part.numel()
+    return compared
+
+
+def _positions(case: Case, completions: list[Completion]) -> list[int]:
+    return [
+        len(request.prompt_ids) + index
+        for request, done in zip(case.requests, completions, strict=True)
+        for index in range(len(done.token_ids))
+    ]
+
+
+def best_token(logits: Tensor, request: Request, position: int) -> int:
+    """What should be chosen, for requests that are greedy or sample with a temperature alone. Shapes: logits [V]."""
+    params = request.params
+    if params.temperature == 0:
+        return int(logits.argmax())
+    seed, place = torch.tensor([params.seed]), torch.tensor([position])
+    noise = gumbel(seed, place, torch.arange(len(logits)))[0]
+    return int((logits / params.temperature + noise).argmax())

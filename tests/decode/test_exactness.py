@@ -1,0 +1,141 @@
+"""Staggered decoding gives what full recomputation with the reference gives, on every grid and for every variant."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from stagdist.decode.loading import EngineOptions
+from stagdist.decode.request import Request, SamplingParams
+from stagdist.decode.topology import HeadLayout
+from tests.decode.comparison import CLEAR_MARGIN, compare
+from tests.decode.decoding import CONTEXT, Case, Ran, config_of, prompt, run_cases
+from tests.ranks import run_ranks
+from tests.reference import stagformer as reference
+from tests.reference.variants import VARIANTS
+
+pytestmark = pytest.mark.ranks
+
+CHUNK = 5
+GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (4, 1)]
+"""(pipe, tensor) sizes."""
+COMBINATIONS: dict[str, dict[str, Any]] = {
+    "shared, stagger 2, window": {
+        "section_layers": [2, 2],
+        "share_section_weights": True,
+        "stagger": 2,
+        "cross_attention_window": 3,
+    },
+    "four sections, stagger 2, window of two": {
+        "section_layers": [1, 1, 1, 1],
+        "stagger": 2,
+        "cross_attention_window": 2,
+    },
+    "four shared, combined": {
+        "section_layers": [1, 1, 1, 1],
+        "share_section_weights": True,
+        "combine_sections": True,
+        "num_key_value_heads": 2,
+    },
+    "window of one": {"cross_attention_window": 1},
+    "window of the whole context": {"cross_attention_window": CONTEXT},
+    "combined, tied, stagger 0": {"combine_sections": True, "tie_word_embeddings": True, "stagger": 0},
+}
+LENGTHS = (1, 2, CHUNK - 1, CHUNK + 1, 13, CONTEXT)
+TOLERANCES = {"fp64": 1e-9, "fp32": 1e-4}
+
+
+def requests() -> list[Request]:
+    """Greedy requests; that of 13 tokens goes on until the context is full, the last one has room for one token."""
+    return [
+        Request(str(length), prompt(length), SamplingParams(max_new_tokens=100 if length == 13 else 7, temperature=0.0))
+        for length in LENGTHS
+    ]
+
+
+def cases_of(pipe: int, tensor: int) -> list[Case]:
+    """All that fits on a grid, in both precisions."""
+    heads: tuple[HeadLayout, ...] = ("last", "sharded") if pipe > 1 else ("last",)
+    return [
+        Case(name, keys, requests(), EngineOptions(tensor, head, chunk_size=CHUNK, precision=precision))
+        for name, keys in (VARIANTS | COMBINATIONS).items()
+        if len(keys.get("section_layers", [1, 1])) % pipe == 0
+        for head in heads
+        for precision in TOLERANCES
+    ]
+
+
+class Runs:
+    """The cases of every grid, run by the first test that asks for one of them."""
+
+    def __init__(self) -> None:
+        self._ran: dict[tuple[int, int], list[list[Ran]]] = {}
+
+    def ranks(self, pipe: int, tensor: int, number: int) -> list[Ran]:
+        """What every rank did in case `number` of a grid."""
+        if (pipe, tensor) not in self._ran:
+            cases = cases_of(pipe, tensor)
+            if pipe * tensor == 1:
+                self._ran[pipe, tensor] = [run_cases(cases)]
+            else:
+                self._ran[pipe, tensor] = run_ranks("tests.decode.decoding:run_cases", pipe * tensor, cases, 200)
+        return [results[number] for results in self._ran[pipe, tensor]]
+
+
+@pytest.fixture(scope="module")
+def runs() -> Runs:
+    return Runs()
+
+
+def _named(grid: tuple[int, int], number: int, case: Case) -> Any:
+    label = f"{grid[0]}x{grid[1]}-{case.name}-{case.options.head}-{case.options.precision}"
+    return pytest.param(grid, number, case, id=label)
+
+
+@pytest.mark.parametrize(
+    ("grid", "number", "case"),
+    [_named(grid, number, case) for grid in GRIDS for number, case in enumerate(cases_of(*grid))],
+)
+def test_tokens_and_logits_are_those_of_full_recomputation(
+    runs: Runs, grid: tuple[int, int], number: int, case: Case
+) -> None:
+    double = case.options.precision == "fp64"
+    ranks = runs.ranks(*grid, number)
+    compared = compare(case, ranks, margin=0.0 if double else CLEAR_MARGIN)
+    assert compared.wrong_tokens == 0
+    assert compared.difference < TOLERANCES[case.options.precision]
+    total = sum(len(done.token_ids) for done in ranks[0].completions)
+    assert compared.tokens > 0.9 * total, "hardly a margin is clear: the comparison says nothing"
+    assert compared.logits == total * config_of(case.keys)["vocab_size"], "a part of the vocabulary is missing"
+
+
+def case_named(name: str) -> tuple[Case, list[Ran]]:
+    """A case of one process, freshly run."""
+    case = next(each for each in cases_of(1, 1) if each.name == name and each.options.precision == "fp64")
+    return case, run_cases([case])
+
+
+def test_the_comparison_notices_another_stagger() -> None:
+    case, ranks = case_named("unequal sections")
+    assert compare(case, ranks).difference < 1e-9
+    other = compare(case, ranks, config_of(case.keys | {"stagger": 2}))
+    assert other.difference > 1e-2 and other.wrong_tokens > 0
+
+
+def test_the_comparison_notices_another_window() -> None:
+    case, ranks = case_named("window")
+    assert compare(case, ranks, config_of(case.keys | {"cross_attention_window": 4})).difference > 1e-2
+
+
+def test_the_comparison_notices_a_memory_that_is_not_normalised(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, ranks = case_named("unequal sections")
+
+    def memory(
+        parameters: reference.Parameters, shape: reference.Shape, section: int, previous: torch.Tensor
+    ) -> torch.Tensor:
+        null = parameters[f"sections.{section}.null_memory"].expand(len(previous), 1, -1)
+        return torch.cat([null, previous[:, :-1]], dim=1)
+
+    monkeypatch.setattr(reference, "memory", memory)
+    other = compare(case, ranks)
+    assert other.difference > 1e-2 and other.wrong_tokens > 0
