@@ -1,5 +1,6 @@
 """From a model directory to a stage on this rank: what fits, which grid, which weights."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ from stagdist.decode.stage import Limits, Stage
 from stagdist.decode.topology import HeadLayout, Topology, topology_for
 from stagdist.decode.transport import Transport
 from stagdist.decode.weights import Device, Shard, WeightLoader
-from stagdist.errors import ConfigError
+from stagdist.errors import ConfigError, TransportError
 from stagdist.parallel.grid import Grid
 from stagdist.telemetry.spans import SpanRecorder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 DEFAULT_CHUNK = 128
+
+START_S = 300.0
+"""Seconds that processes may take to start and meet: imports on a busy machine take longer than any step."""
 
 
 @dataclass(frozen=True)
@@ -108,18 +112,32 @@ def place_model(model: ModelConfig, options: EngineOptions, world_size: int) -> 
 def joined_world(placement: Placement, device: str) -> Iterator[Transport | None]:
     """The communicators of this rank while the block runs; None in a world of one.
 
-    The environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) names the world.
+    The environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) names the world. After an error in the block the
+    communicators stay as they are.
+
+    Raises:
+        TransportError: the processes did not meet.
     """
     if placement.grid.world_size == 1:
         yield None
         return
     options = placement.options
     limit = timedelta(seconds=options.timeout_s)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=limit)
     try:
-        yield Transport(placement.grid, device, options.timeout_s, hand_off_delay_s=options.hand_off_delay_s)
-    finally:
-        dist.destroy_process_group()
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=max(START_S, options.timeout_s))))
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise TransportError(
+            f"the processes did not meet at {where} before step 0: {reason}; is the port free, and did every process "
+            "start?"
+        ) from error
+    transport = Transport(placement.grid, device, options.timeout_s, hand_off_delay_s=options.hand_off_delay_s)
+    yield transport
+    # After an error the process ends, which tells the others; taking groups down could wait for a rank that is gone.
+    dist.destroy_process_group()
 
 
 def build_stage(

@@ -6,6 +6,7 @@ outputs and tokens, one of all ranks for a sharded head, one for tensor parallel
 
 import itertools
 import queue
+import re
 import threading
 import time
 from collections import deque
@@ -283,8 +284,14 @@ class Transport:
             if isinstance(error, TransportError):
                 raise
             whom = "its peers" if peer is None else f"stage {self.grid.coordinate(peer).pipe} (rank {peer})"
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = _short(str(error)) or type(error).__name__
             raise TransportError(
                 f"stage {self.stage} (rank {self.rank}) lost {whom} in step {self.step} {when}: {reason}; a process "
                 f"died, or was silent for {self._timeout_s:g} s (--timeout); see the output of that rank"
             ) from error
+
+
+def _short(reason: str) -> str:
+    """What gloo says, without the place in its source and its general advice."""
+    first = reason.partition("\n")[0]
+    return re.sub(r"^\[[^]]*\.cc:\d+\] ", "", first).partition(". This is typically")[0]
