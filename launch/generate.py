@@ -1,0 +1,215 @@
+#!/usr/bin/env python3
+"""Generate text: `deepspeed --num_accelerators 2 launch/generate.py --model DIR --prompt TEXT`."""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from stagdist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stagdist.errors import StagdistError
+
+OTHERS_WAIT_S = 3.0
+"""Seconds before a rank that is not the first of its host prints an error that others may have met as well."""
+
+EPILOG = """\
+The number of processes divided by --tensor-parallel-size is the number of pipeline stages; it divides the number of
+sections. All stages work on every token at the same time; started as plain `python`, one process holds all sections.
+
+Text is written as it comes, after its prompt. With several prompts the answers keep their order: the first that is
+not finished is written as it comes, later ones when their turn has come. Numbers and errors go to standard error.
+Exit code: 0 all prompts were served, 1 some were not or the run failed, 2 something to mend first, 130 and 143
+after Ctrl-C and SIGTERM (a second Ctrl-C ends at once).
+
+A .jsonl file of prompts holds one object per line: "prompt" (text) or "prompt_ids" (token ids), and, as wanted, "id",
+max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, stop_token_ids,
+ignore_end_of_document, logprobs.
+
+examples:
+  deepspeed --quiet --num_accelerators 2 launch/generate.py --model runs/quickstart/model --prompt "def main(" \\
+      --max-new-tokens 100 --temperature 0.7 --top-k 40
+  python launch/generate.py --model DIR --prompts-file prompts.jsonl --batch-size 8 --json > answers.jsonl
+  torchrun --nproc_per_node 4 launch/generate.py --model DIR --tensor-parallel-size 2 --head sharded < prompts.txt
+  python launch/generate.py --model DIR --prompt "Once" --temperature 0 --trace decode.json
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Every rank parses the same command line; one of them tells what is wrong with it."""
+
+    def error(self, message: str) -> NoReturn:
+        problem = ConfigError(f"{message} (see --help)")
+        problem.everywhere = True
+        raise problem
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; DeepSpeed's launcher adds --local_rank.
+
+    Raises:
+        ConfigError: it cannot be understood.
+    """
+    parser = _Parser(
+        prog="generate.py",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model directory")
+    _add_prompts(parser)
+    _add_sampling(parser)
+    _add_running(parser)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompts", "without either, one prompt per line of standard input, at once")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeatable")
+    source.add_argument("--prompts-file", type=Path, metavar="FILE", help=".txt: one per line; .jsonl: see below")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling", "of prompts that bring no values of their own")
+    add = group.add_argument
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="tokens at most (default 128)")
+    add("--temperature", type=float, default=1.0, metavar="T", help="0: always the likeliest token (default 1)")
+    add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (default all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P of all (default 1)")
+    add("--min-p", type=float, default=0.0, metavar="P", help="leave out what is below P of the likeliest (default 0)")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (default 1)")
+    add("--seed", type=int, default=0, metavar="S", help="prompt i, counted from 0, uses S + i (default 0)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    add("--stop-token-id", action="append", type=int, default=[], metavar="ID", help="end with it; repeatable")
+    add("--ignore-eos", action="store_true", help="go on after the end-of-document token")
+    add("--logprobs", type=int, metavar="N", help="log-probabilities, also of the N likeliest tokens (with --json)")
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("running")
+    add = group.add_argument
+    add("--tensor-parallel-size", type=int, default=1, metavar="T", help="processes per section (default 1)")
+    add("--head", choices=["last", "sharded"], default="last", help="on the last stage, or spread over all (last)")
+    add("--batch-size", type=int, default=1, metavar="SLOTS", help="prompts decoded together (default 1)")
+    add("--max-context", type=int, metavar="N", help="positions of prompt and answer (default: the model's)")
+    add("--prefill-chunk", type=int, default=128, metavar="N", help="prompt positions at a time (default 128)")
+    add("--precision", choices=["fp32", "bf16", "fp16", "fp64"], default="fp32", help="of weights and sums (fp32)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto: cuda where there is one")
+    add("--recurrent", action="store_true", help="skip section 1 while decoding (two sections with shared weights)")
+    add("--timeout", type=float, default=600.0, metavar="S", help="seconds a rank may be silent (default 600)")
+    add("--json", action="store_true", help="one JSON object per finished prompt instead of text")
+    add("--margins", action="store_true", help="tell the smallest distance between best and second-best token")
+    add("--trace", type=Path, metavar="FILE", help="write what every rank did when, for Perfetto")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything that needs no process group, then generate."""
+    from stagdist.cluster.environment import join_launcher
+    from stagdist.decode.interrupts import Interrupts, leave_to_first_rank
+
+    world = join_launcher()
+    interrupts = Interrupts() if world.rank == 0 else None
+    if interrupts is None:
+        leave_to_first_rank()
+    world.share_cores()
+
+    from stagdist.decode.request import SamplingParams
+
+    params = SamplingParams(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        seed=arguments.seed,
+        stop=tuple(arguments.stop),
+        stop_token_ids=tuple(arguments.stop_token_id),
+        ignore_end_of_document=arguments.ignore_eos,
+        logprobs=arguments.logprobs,
+    )
+    if params.logprobs is not None and not arguments.json:
+        raise ConfigError("--logprobs cannot be shown in plain text; add --json")
+
+    from stagdist.decode.generation import Place, Task, generate, prepare
+    from stagdist.decode.loading import EngineOptions
+    from stagdist.telemetry.logging import setup_logging
+
+    setup_logging(world.rank, None)
+    options = EngineOptions(
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        head=arguments.head,
+        num_slots=arguments.batch_size,
+        max_context=arguments.max_context,
+        chunk_size=arguments.prefill_chunk,
+        precision=arguments.precision,
+        recurrent=arguments.recurrent,
+        timeout_s=arguments.timeout,
+        want_margins=arguments.margins,
+    )
+    task = Task(
+        model=arguments.model,
+        engine=options,
+        params=params,
+        prompts=tuple(arguments.prompt),
+        prompts_file=arguments.prompts_file,
+        device=arguments.device,
+        as_json=arguments.json,
+        trace=arguments.trace,
+    )
+    return generate(prepare(task, Place(world.rank, world.size, world.local_rank)), interrupts)
+
+
+def main() -> int:
+    """Exit code, see the end of --help."""
+    from stagdist.errors import CheckpointError, DataError, StagdistError
+
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    try:
+        return run(parse_arguments())
+    except StagdistError as error:
+        if _speaks(error):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, ConfigError | DataError | CheckpointError) else 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _speaks(error: "StagdistError") -> bool:
+    """Whether this rank prints an error that other ranks may meet as well."""
+    from stagdist.errors import TransportError
+
+    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    if rank == "0" or error.everywhere:
+        return rank == "0"
+    if isinstance(error, TransportError):
+        # At once: the launcher ends every rank soon after one is gone. Rank 1 speaks because it may be rank 0.
+        return rank == "1" or local_rank == "0"
+    if local_rank != "0":
+        time.sleep(OTHERS_WAIT_S)
+    return True
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+        sys.stdout.flush()
+    except SystemExit as end:  # --help
+        sys.stdout.flush()
+        sys.exit(end.code)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        code = 141
+    sys.stderr.flush()
+    # Peers may wait for this rank in a collective, and a thread for the next prompt: leaving at once ends both.
+    os._exit(code)
