@@ -1,8 +1,12 @@
 #!/usr/bin/env python3
-"""Benchmarks: `python launch/bench.py train --json FILE`. They start their own processes on this machine."""
+"""Benchmarks: `python launch/bench.py train --json FILE`, `deepspeed --num_accelerators 2 launch/bench.py decode`.
+
+`train` and `memory` start their own processes on this machine; `decode` runs on those that a launcher started.
+"""
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 BENCHMARKS = {
     "train": "speed of training: pipeline against one process, its bound and torch.distributed.pipelining",
     "memory": "memory of training: the dry run's plan against the peak of real ranks",
+    "decode": "speed of decoding: staggered sections against the sequential baseline, rivals and the bound",
 }
+LAUNCHED = "decode"
+"""Runs on the processes of a launcher."""
 EPILOG = """\
 examples:
   python launch/bench.py train --json benchmarks/train.json
@@ -19,27 +26,44 @@ examples:
   python launch/bench.py train --one-process --config configs/pythia-410m-staggered.yaml \\
       --set training.precision=bf16 --json runs/gpu.json
   python launch/bench.py memory --json benchmarks/memory.json
+  deepspeed --num_accelerators 2 launch/bench.py decode --json benchmarks/decode.json --timeline runs/decode.png
+  deepspeed --num_accelerators 2 launch/bench.py decode --sweep contexts=64,256,1024 delays_ms=0,2,5,10
 """
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line; DeepSpeed's launcher adds --local_rank in front."""
+    parser = argparse.ArgumentParser(
+        prog="bench.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    chosen = next((word for word in arguments if word in BENCHMARKS), None)
+    for name, says in BENCHMARKS.items():
+        command = commands.add_parser(name, help=says)
+        if name == chosen:
+            module = importlib.import_module(f"stagdist.bench.{name}")
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 measured, 1 a failure or a missed prediction, 2 something to mend first."""
+    from stagdist.cluster.environment import join_launcher
     from stagdist.errors import ConfigError, StagdistError
 
-    parser = argparse.ArgumentParser(
-        prog="bench.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    for name, says in BENCHMARKS.items():
-        module = importlib.import_module(f"stagdist.bench.{name}")
-        command = commands.add_parser(name, help=says, description=module.__doc__)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    parsed = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
     try:
+        if LAUNCHED in given:
+            join_launcher().share_cores()  # before torch is imported
+        parsed = parse_arguments(given)
         return int(parsed.run(parsed))
     except StagdistError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # What was typed is wrong on every rank: one of them says so.
+        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
 
 

@@ -1,0 +1,86 @@
+"""One process of the decode benchmark: its place, its communicators, and what it tells the other processes."""
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stagdist.decode.transport import Transport
+from stagdist.parallel.grid import Grid
+
+BANDWIDTH_BYTES = 1 << 28
+"""Read to measure memory bandwidth: far more than any cache holds."""
+
+
+class DecodeSite:
+    """This process among those of the benchmark.
+
+    Args:
+        transport: of the pipeline over all ranks; None in a world of one.
+        device: `cpu` or a CUDA device.
+        threads: threads of torch in this process.
+        timeout_s: limit of every wait between ranks.
+    """
+
+    def __init__(self, transport: Transport | None, device: str, threads: int, timeout_s: float):
+        self.device, self.threads, self._timeout_s = device, threads, timeout_s
+        self.rank, self.size = (0, 1) if transport is None else (transport.rank, transport.grid.world_size)
+        self._transports = {(1, 0.0): transport}
+        self._host = None
+        if transport is not None:
+            self._host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def transport(self, tensor: int = 1, delay_s: float = 0.0) -> Transport | None:
+        """Communicators of the grid with this tensor axis; made once, by all ranks together."""
+        if self.size == 1:
+            return None
+        if (tensor, delay_s) not in self._transports:
+            grid = Grid(self.size // tensor, 1, tensor)
+            made = Transport(grid, self.device, self._timeout_s, hand_off_delay_s=delay_s)
+            self._transports[tensor, delay_s] = made
+        return self._transports[tensor, delay_s]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on every rank."""
+        if self._host is None:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value, group=self._host)
+        return gathered
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        return self.gather(value)[0]
+
+    def barrier(self) -> None:
+        """All ranks are here; those that wait sleep."""
+        if self._host is not None:
+            dist.barrier(group=self._host)
+
+    def synchronize(self) -> None:
+        """The device has done all it was told."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    def read_bandwidths(self) -> tuple[list[float], list[float]]:
+        """Bytes per second that each rank reads from memory: while all read, and one after the other."""
+        buffer = torch.ones(BANDWIDTH_BYTES // 4, device=self.device)
+        self.barrier()
+        together = self.gather(self._read(buffer))
+        alone: list[float] = []
+        for rank in range(self.size):
+            alone.append(self.gather(self._read(buffer) if rank == self.rank else 0.0)[rank])
+        return together, alone
+
+    def _read(self, buffer: torch.Tensor, repeats: int = 7) -> float:
+        """The best of several passes."""
+        best_s = float("inf")
+        for _ in range(repeats):
+            self.synchronize()
+            started = time.perf_counter()
+            buffer.sum()
+            self.synchronize()
+            best_s = min(best_s, time.perf_counter() - started)
+        return buffer.nbytes / best_s

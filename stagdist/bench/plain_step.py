@@ -1,0 +1,139 @@
+"""The staggered step as plain functional torch code: what an engine without an engine would do, to price the engine.
+
+One request, stagger 1, one section per rank. No classes, no schedule, no control messages; the weights are the fused
+ones of a stage and the messages are the same, so the tokens must be the engine's too.
+"""
+
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from stagdist.config import ModelConfig
+from stagdist.decode.place import Angles
+from stagdist.decode.stage import Stage
+from stagdist.decode.weights import Device, LayerWeights
+
+Edges = dict[tuple[int, int], ProcessGroup]
+
+
+def rank_edges(world_size: int) -> Edges:
+    """One communicator per pair of neighbouring ranks; every rank calls this."""
+    return {(rank, rank + 1): dist.new_group([rank, rank + 1]) for rank in range(world_size - 1)}
+
+
+@torch.inference_mode()
+def plain_steps(stage: Stage, edges: Edges, first: Tensor, position: int, steps: int) -> tuple[list[int], list[float]]:
+    """Decode `steps` tokens after a prompt that the stage has just prefilled; every rank calls this.
+
+    Args:
+        first: token chosen by the prefill, int64 [1].
+        position: of that token, the number of tokens in the prompt.
+
+    Returns: tokens and the time (`time.perf_counter`) at which each was known; on rank 0, empty on the others.
+    """
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    model, weights, (section,) = stage.model, stage.weights, stage.weights.sections.values()
+    (cache,) = stage.caches.values()
+    sharded = stage.topology.head == "sharded"
+    angles = Angles(model, Device(stage.device.name, stage.device.dtype))
+    shape, options = (1, 1, model.hidden_size), {"dtype": stage.device.dtype, "device": stage.device.name}
+    buffers = [torch.empty(shape, **options), torch.empty(shape, **options)]  # type: ignore[call-overload]
+    previous = stage.prompt_memory() if rank else None
+    arriving = sending = None
+    token, tokens, times = first.clone(), [], []
+    assert weights.embedding is not None and section.layers
+    for step in range(steps):
+        here = position + step
+        cos, sin = angles.cos[here], angles.sin[here]
+        if rank:
+            expected = dist.irecv(buffers[step % 2], rank - 1, group=edges[rank - 1, rank])
+        hidden = F.embedding(token[None], weights.embedding)
+        hidden = _self_attention(model, section.layers[0], hidden, cos, sin, cache.self_kv[0], here)
+        entries = 0
+        if rank:
+            if arriving is not None:
+                arriving.wait()
+                previous = buffers[(step + 1) % 2]
+            arriving = expected
+            assert previous is not None and cache.memory_kv is not None and section.memory_norm is not None
+            assert section.memory_kv is not None
+            memory = F.rms_norm(previous, section.memory_norm.shape, section.memory_norm, model.rms_norm_eps)
+            states = F.linear(memory, section.memory_kv).view(len(section.layers), 2, -1, model.head_width)
+            window = cache.memory_kv.shape[4]
+            entries = min(here + 1, window)
+            cache.memory_kv[:, 0, 0, :, here % window] = _rotate(states[:, 0], cos, sin)
+            cache.memory_kv[:, 1, 0, :, here % window] = states[:, 1]
+        for index, layer in enumerate(section.layers):
+            if index:
+                hidden = _self_attention(model, layer, hidden, cos, sin, cache.self_kv[index], here)
+            if cache.memory_kv is not None:
+                hidden = _cross_attention(model, layer, hidden, cos, sin, cache.memory_kv[index, :, :, :, :entries])
+            normed = F.rms_norm(hidden, layer.mlp_norm.shape, layer.mlp_norm, model.rms_norm_eps)
+            gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
+            hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
+        if rank < last:
+            if sending is not None:
+                sending.wait()
+            sent = hidden  # must live until it has left
+            sending = dist.isend(sent, rank + 1, group=edges[rank, rank + 1])
+        token = _next_token(stage, hidden, token, sharded, rank, last)
+        if rank == 0:
+            tokens.append(int(token))
+            times.append(time.perf_counter())
+    for work in (arriving, sending):
+        if work is not None:
+            work.wait()
+    return tokens, times
+
+
+def _self_attention(
+    model: ModelConfig, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, here: int
+) -> Tensor:
+    heads, turning = model.num_attention_heads, model.num_attention_heads + model.key_value_heads
+    normed = F.rms_norm(hidden, layer.self_attention_norm.shape, layer.self_attention_norm, model.rms_norm_eps)
+    states = F.linear(normed, layer.qkv).view(turning + model.key_value_heads, model.head_width)
+    turned = _rotate(states[:turning], cos, sin)
+    cache[0, 0, :, here], cache[1, 0, :, here] = turned[heads:], states[turning:]
+    return hidden + _attend(turned[:heads], cache[0, :, :, : here + 1], cache[1, :, :, : here + 1], layer.o)
+
+
+def _cross_attention(
+    model: ModelConfig, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor, memory: Tensor
+) -> Tensor:
+    assert layer.cross_attention_norm is not None and layer.cross_q is not None and layer.cross_o is not None
+    normed = F.rms_norm(hidden, layer.cross_attention_norm.shape, layer.cross_attention_norm, model.rms_norm_eps)
+    query = F.linear(normed, layer.cross_q).view(model.num_attention_heads, model.head_width)
+    return hidden + _attend(_rotate(query, cos, sin), memory[0], memory[1], layer.cross_o)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> Tensor:
+    grouped = query.shape[0] != keys.shape[1]
+    mixed = F.scaled_dot_product_attention(query[None, :, None], keys, values, enable_gqa=grouped)
+    return F.linear(mixed.reshape(1, 1, -1), output)
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
+
+
+def _next_token(stage: Stage, hidden: Tensor, token: Tensor, sharded: bool, rank: int, last: int) -> Tensor:
+    """Head, the likeliest token, and the token's way to all ranks."""
+    weights = stage.weights
+    if sharded:
+        hidden = hidden.clone() if rank == last else torch.empty_like(hidden)
+        dist.broadcast(hidden, last)
+    if sharded or rank == last:
+        assert weights.head is not None and weights.output_norm is not None
+        normed = F.rms_norm(hidden[0], weights.output_norm.shape, weights.output_norm, stage.model.rms_norm_eps)
+        logit, token = F.linear(normed, weights.head).max(-1)
+    if not sharded:
+        dist.broadcast(token, last)
+        return token
+    mine = torch.stack((logit.double(), (token + weights.first_token).double()))
+    gathered = mine.new_empty(last + 1, 2, 1)
+    dist.all_gather(list(gathered), mine)
+    return gathered[gathered[:, 0, 0].argmax(), 1].long()
