@@ -52,21 +52,21 @@ class LocalHandOff:
     """
 
     def __init__(self, lag: int, num_slots: int, hidden_size: int, device: Device):
-        self._register = torch.zeros(lag, num_slots, hidden_size, dtype=device.dtype, device=device.name)
+        self.register = torch.zeros(lag, num_slots, hidden_size, dtype=device.dtype, device=device.name)
 
     def fill(self, slot: int, tail: Tensor) -> None:
         """Keep the end of a prompt. Shapes: tail [lag, H]."""
-        self._register[:, slot] = tail
+        self.register[:, slot] = tail
 
     def oldest(self, rows: int) -> Tensor:
         """What the rows look at newly in this step. Shapes: [rows, H]."""
-        return self._register[0, :rows]
+        return self.register[0, :rows]
 
     def push(self, outputs: Tensor) -> None:
         """Take the outputs of this step, after everybody has read `oldest`. Shapes: [rows, H]."""
-        if len(self._register) > 1:
-            self._register[:-1] = self._register[1:].clone()
-        self._register[-1, : len(outputs)] = outputs
+        if len(self.register) > 1:
+            self.register[:-1] = self.register[1:].clone()
+        self.register[-1, : len(outputs)] = outputs
 
 
 class PromptMemory:

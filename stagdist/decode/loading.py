@@ -45,6 +45,7 @@ class EngineOptions:
         hand_off_delay_s: artificial delay of every hand-off, for measurements.
         want_margins: keep the smallest distance between best and second best token.
         keep_logits: keep the logits of every step.
+        graphs: run steps as CUDA graphs; None: where one process holds the model on a GPU.
     """
 
     tensor_parallel_size: int = 1
@@ -58,6 +59,7 @@ class EngineOptions:
     hand_off_delay_s: float = 0.0
     want_margins: bool = False
     keep_logits: bool = False
+    graphs: bool | None = None
 
     def __post_init__(self) -> None:
         counts = {
@@ -100,6 +102,8 @@ def place_model(model: ModelConfig, options: EngineOptions, world_size: int) -> 
             f"tensor_parallel_size {tensor} must divide the heads ({heads[0]}, key/value {heads[1]}, cross-attention "
             f"{heads[2]}) and intermediate_size {model.intermediate_size}"
         )
+    if options.graphs and world_size > 1:
+        raise ConfigError("graphs hold a whole step, which needs all sections in one process; start one process")
     topology = topology_for(model, world_size // tensor, options.head, recurrent=options.recurrent)
     context = options.max_context or model.max_position_embeddings
     if not 1 <= context <= model.max_position_embeddings:
@@ -165,7 +169,21 @@ def build_stage(
         want_margins=options.want_margins,
         keep_logits=options.keep_logits,
     )
-    return Stage(model, topology, weights, placement.limits, where, readout, transport, recorder=recorder, lap=lap)
+    graphs = options.graphs
+    if graphs is None:
+        graphs = transport is None and device.startswith("cuda") and recorder is None
+    return Stage(
+        model,
+        topology,
+        weights,
+        placement.limits,
+        where,
+        readout,
+        transport,
+        recorder=recorder,
+        lap=lap,
+        graphs=graphs,
+    )
 
 
 def open_model(directory: str | Path) -> ModelReader:

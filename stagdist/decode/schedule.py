@@ -5,11 +5,15 @@ trace is a picture of the schedule. Every stage runs the same sequence of operat
 numbers of steps count decode steps alone.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
 from stagdist.decode.topology import Topology
+
+SMALLEST_CHUNK = 16
+"""Below it a chunk's products are no cheaper than twice as large ones."""
 
 
 class Kind(StrEnum):
@@ -76,6 +80,22 @@ def prefill(topology: Topology, stage: int, num_chunks: int) -> tuple[Instructio
     return (*instructions, *_ending(topology, stage, num_chunks - 1))
 
 
+def chunk_bounds(length: int, chunk_size: int, num_stages: int) -> list[tuple[int, int]]:
+    """Where a prompt is cut for prefill: chunks of `chunk_size`, smaller ones at both ends of a pipeline.
+
+    The first chunk is what the last stage waits for, and the last one what it still has to do when the first stage is
+    done: halves, quarters and eighths there cost less than they save.
+    """
+    ramp = [chunk_size >> shift for shift in (3, 2, 1)] if num_stages > 1 else []
+    ramp = [size for size in ramp if size >= SMALLEST_CHUNK]
+    if length < 2 * sum(ramp) + chunk_size:
+        ramp = []
+    middle = length - 2 * sum(ramp)
+    sizes = [*ramp, *([chunk_size] * (middle // chunk_size)), *filter(None, [middle % chunk_size]), *reversed(ramp)]
+    ends = list(itertools.accumulate(sizes))
+    return list(zip([0, *ends], ends, strict=False))
+
+
 def rest(topology: Topology, stage: int, step: int, first: int) -> tuple[Instruction, ...]:
     """What brings the hand-offs to rest before `step`: everything sent and not yet needed is received.
 
@@ -120,8 +140,8 @@ def _sequential_body(topology: Topology, stage: int, step: int, first: int) -> I
 def _asking(topology: Topology, stage: int, step: int) -> Iterator[Instruction]:
     """Receives are posted long before they are waited for.
 
-    On gloo a message whose receive is not posted yet waits until a thread of its sender gets the processor: milliseconds
-    where the sender computes.
+    On gloo a message whose receive is not posted yet waits until a thread of its sender gets the processor, which takes
+    milliseconds while the sender computes.
     """
     combined_for_all = topology.combined and topology.head == "sharded"
     if stage < topology.last_stage and not combined_for_all:

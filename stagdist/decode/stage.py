@@ -12,8 +12,9 @@ from stagdist.decode import schedule
 from stagdist.decode.batched import BatchedSections
 from stagdist.decode.cache import SectionCache
 from stagdist.decode.control import Slots
+from stagdist.decode.graphs import SectionStreams, StepGraphs
 from stagdist.decode.handoff import LocalHandOff, PromptMemory, Tails
-from stagdist.decode.place import Angles, ChunkPlace, Place, step_place
+from stagdist.decode.place import Angles, ChunkPlace, Place, StepPlace, step_place
 from stagdist.decode.readout import Readout
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.sampler import Choice
@@ -82,6 +83,7 @@ class Stage:
         transport: None in a world of one.
         recorder: gets a span for every instruction.
         lap: told when a phase inside a section ends.
+        graphs: run steps as CUDA graphs (one process).
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Stage:
         *,
         recorder: SpanRecorder | None = None,
         lap: Lap | None = None,
+        graphs: bool = False,
     ):
         self.model, self.topology, self.weights, self.limits, self.device = model, topology, weights, limits, device
         self.index = 0 if transport is None else transport.stage
@@ -111,6 +114,10 @@ class Stage:
         self._angles = Angles(model, device)
         self._build_sections(lap)
         self._build_hand_offs()
+        self._streams = SectionStreams(device.name, list(weights.sections))
+        self._graphs: StepGraphs | None = None
+        if graphs:
+            self._graphs = StepGraphs(self._fixed_step, self._carried_state, device.name, limits.max_context)
 
     # --- operations, the same on every rank ---------------------------------------------------------------------
 
@@ -120,11 +127,11 @@ class Stage:
         Shapes: the choice has one row.
         """
         self.readout.admit(slot, params, prompt_ids)
-        length, size = len(prompt_ids), self.limits.chunk_size
+        length = len(prompt_ids)
         ids = torch.tensor(prompt_ids, device=self.device.name)
         call = _Call(1, [slot], [length])
         memories = {section: PromptMemory(self.topology.lag) for section in self.topology.sections(self.index)}
-        bounds = [(start, min(start + size, length)) for start in range(0, length, size)]
+        bounds = schedule.chunk_bounds(length, self.limits.chunk_size, self.topology.num_stages)
         for instruction in schedule.prefill(self.topology, self.index, len(bounds)):
             begin, end = bounds[instruction.step] if instruction.kind in _PER_CHUNK else (0, 0)
             with self._span(instruction):
@@ -155,13 +162,18 @@ class Stage:
         """
         positions = self.slots.positions()
         call = _Call(len(positions), range(len(positions)), [position + 1 for position in positions])
-        call.place = step_place(self._angles, positions)
-        if self._batched is not None:
-            call.wide = step_place(self._angles, positions, self._batched.count)
-        call.null_rows = self._null_rows(positions)
         if self._transport is not None:
             self._transport.step = self.step_number
         program, shift = self._program()
+        if self._graphs is not None:
+            with self._span(_GRAPH):
+                self.readout.logits = self._graphs.run(positions)
+            program = tuple(instruction for instruction in program if instruction.kind is Kind.CHOOSE)
+        else:
+            call.place = step_place(self._angles, positions)
+            if self._batched is not None:
+                call.wide = step_place(self._angles, positions, self._batched.count)
+            call.null_rows = self._null_rows(positions)
         for instruction in program:
             with self._span(instruction):
                 match instruction.kind:
@@ -180,7 +192,8 @@ class Stage:
                         self._link.send(call.outputs[self._last_section], self.topology.lag)
                     case _:
                         self._finish(call, instruction)
-        self._push_local(call)
+        if self._graphs is None:
+            self._push_local(call)
         self.slots.advance()
         self.step_number += 1
         return self._take_choice(call)
@@ -215,6 +228,40 @@ class Stage:
         Shapes: [1, 1, H].
         """
         return self._tails.merge(1, self.step_number, None)[:, None]
+
+    def _fixed_step(self, positions: Tensor, reach: int) -> Tensor:
+        """A step up to the logits with shapes that depend on nothing but the arguments, for a graph.
+
+        Shapes: positions int64 [B] on the device -> logits [B, V].
+        """
+        call = _Call(len(positions), range(len(positions)), ())
+        call.place = StepPlace(self._angles, positions, reach)
+        if self._batched is not None:
+            call.wide = StepPlace(self._angles, positions, reach, repeats=self._batched.count)
+        if self.topology.staggered and self.topology.lag:
+            call.null_rows = (positions < self.topology.lag)[:, None]
+        program, _ = self._program()
+        call.embedded = self._embed(self.tokens[: call.rows, None])
+        for instruction in program:
+            match instruction.kind:
+                case Kind.BEGIN:
+                    self._need_earlier(instruction.index)
+                    with self._streams.of(instruction.index):
+                        call.begun = self._begin(call, instruction.index)
+                case Kind.FINISH:
+                    with self._streams.of(instruction.index):
+                        self._finish_section(call, instruction.index)
+                case Kind.COMBINE | Kind.HEAD:
+                    self._streams.join()
+                    self._finish(call, instruction)
+        self._push_local(call)
+        assert self.readout.logits is not None
+        return self.readout.logits
+
+    def _need_earlier(self, section: int) -> None:
+        """Without a lag a section reads what the one before makes in the same step."""
+        if self.topology.lag == 0:
+            self._streams.join()
 
     def _program(self) -> tuple[tuple[Instruction, ...], int]:
         """The instructions of this step, and what their step numbers are short of.
@@ -344,6 +391,10 @@ class Stage:
             elif section > 0:
                 self._tails.fill(slot, self.step_number, memory.tail)
 
+    def _carried_state(self) -> list[Tensor]:
+        """What a step changes besides cache entries that it writes again."""
+        return [hand_off.register for hand_off in self._local.values()]
+
     def _push_local(self, call: _Call) -> None:
         for section, hand_off in self._local.items():
             source = section if self.topology.recurrent else section - 1
@@ -407,5 +458,6 @@ class _Nothing:
         return None
 
 
+_GRAPH = Instruction(Kind.FINISH, 0)
 _NOTHING = _Nothing()
 _PER_CHUNK = {Kind.EXPECT, Kind.WAIT, Kind.FINISH, Kind.SEND}
