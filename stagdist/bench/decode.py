@@ -1,7 +1,7 @@
 """How fast staggered decoding is: milliseconds per token against the sequential baseline, rivals and the bound.
 
-`deepspeed --num_accelerators 2 launch/bench.py decode --json FILE` runs one section per process; plain `python` measures
-all sections in one process. Contestants alternate within every round and every ratio is taken between runs of one
+`deepspeed --num_accelerators 2 launch/bench.py decode --json FILE` runs one section per process; plain `python` puts
+all sections into one. Contestants alternate within every round and every ratio is taken between runs of one
 round. Weights are random: the time of a step does not depend on them.
 """
 

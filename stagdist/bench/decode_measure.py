@@ -88,6 +88,7 @@ class Row:
     def result(self, batch: int) -> dict[str, Any]:
         """For the JSON file."""
         median_s = statistics.median(self.medians_s)
+        in_ms = {key: value if key == "repeats" else 1e3 * value for key, value in spread(self.medians_s).items()}
         shown = {
             "name": self.name,
             "split": self.split,
@@ -95,9 +96,9 @@ class Row:
             "ms_per_token": 1e3 * median_s,
             "ms_per_token_p90": 1e3 * percentile(self.steps_s, 90),
             "tokens_per_s": batch / median_s,
-            "spread_ms": {key: 1e3 * value if key != "repeats" else value
-                          for key, value in spread(self.medians_s).items()},
-        }  # fmt: skip
+            "spread_ms": in_ms,
+            "round_medians_ms": [1e3 * value for value in self.medians_s],
+        }
         if "bound_ms" in self.facts:
             shown["efficiency"] = self.facts["bound_ms"] / shown["ms_per_token"]
             read = [rank["weights_bytes"] + rank["cache_bytes"] for rank in self.facts["read_per_step"]]

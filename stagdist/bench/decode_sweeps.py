@@ -1,5 +1,6 @@
 """One thing changed at a time around the best split: context, batch, window, lag, sections, hand-off delay."""
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -7,7 +8,7 @@ from typing import Any
 
 from stagdist.bench.decode_contestants import EngineContestant, Load, alternate
 from stagdist.bench.decode_instrument import instrument
-from stagdist.bench.decode_measure import Measurement, Row, bare_row
+from stagdist.bench.decode_measure import Measurement, Row
 from stagdist.bench.decode_shapes import balanced_split, baseline, split_name
 from stagdist.config import ModelConfig
 from stagdist.errors import ConfigError
@@ -48,13 +49,15 @@ def _value(axis: str, text: str) -> float | None:
 
 
 def predicted_step_s(step_s: float, slack_s: float, delay_s: float, lag: int) -> float:
-    """Step with a delayed hand-off: flat until the slack is used up; what is late is shared by the steps of the lag.
+    """Mean step with a delayed hand-off: flat until the slack is used up.
+
+    What is sent in step i delays step i + lag, whose token starts step i + lag + 1: lag + 1 steps share what is late.
 
     Args:
         step_s: without delay.
         slack_s: of a hand-off with this lag, without delay.
     """
-    return step_s + max(0.0, delay_s - slack_s) / lag
+    return step_s + max(0.0, delay_s - slack_s) / (lag + 1)
 
 
 class Sweeps:
@@ -117,7 +120,10 @@ class Sweeps:
         readings = self._alternate(engines)
         if site.rank:
             return []
-        rows = {key: bare_row("staggered", readings[key]).result(load.batch)["ms_per_token"] for key in engines}
+        # Means: where hand-offs are late, steps that wait and steps that do not take turns.
+        rows = {
+            key: 1e3 * statistics.median(statistics.fmean(served.step_s) for served in readings[key]) for key in engines
+        }
         return [
             {
                 "delays_ms": delay_ms,
