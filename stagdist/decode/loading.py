@@ -14,8 +14,8 @@ from stagdist.checkpoint.reading import ModelReader, ReadSlice
 from stagdist.config import ModelConfig
 from stagdist.decode.readout import Readout
 from stagdist.decode.section import Lap
-from stagdist.decode.stage import Limits, Stage
-from stagdist.decode.topology import HeadLayout, Topology, topology_for
+from stagdist.decode.stage import Stage
+from stagdist.decode.topology import HeadLayout, Limits, Topology, topology_for
 from stagdist.decode.transport import Transport
 from stagdist.decode.weights import Device, Shard, WeightLoader
 from stagdist.errors import ConfigError, TransportError

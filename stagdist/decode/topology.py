@@ -69,6 +69,21 @@ class Topology:
         return self.lag + 1
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Sizes that are fixed when an engine starts.
+
+    Attributes:
+        num_slots: requests decoded together.
+        max_context: positions of a request.
+        chunk_size: positions of a prefill chunk.
+    """
+
+    num_slots: int
+    max_context: int
+    chunk_size: int
+
+
 def topology_for(
     model: ModelConfig, num_stages: int, head: HeadLayout = "last", *, recurrent: bool = False
 ) -> Topology:
