@@ -222,10 +222,11 @@ def weight_map(folder: Path) -> list[tuple[str, str]]:
         CheckpointError: there are no weights, or they cannot be read.
     """
     index = folder / _INDEX
+    path = index if index.is_file() else folder / "model.safetensors"
     try:
-        if index.is_file():
+        if path == index:
             return list(json.loads(index.read_text())["weight_map"].items())
-        with safe_open(folder / "model.safetensors", framework="pt") as stream:
-            return [(name, "model.safetensors") for name in stream.keys()]  # noqa: SIM118 - not a dict
-    except Exception as error:
-        raise CheckpointError(f"the weights of {folder} cannot be read: {error}") from error
+        with safe_open(path, framework="pt") as stream:
+            return [(name, path.name) for name in stream.keys()]  # noqa: SIM118 - not a dict
+    except Exception as error:  # the library raises bare exceptions for damaged files
+        raise CheckpointError(f"the weights in {path} cannot be read: {error}") from error

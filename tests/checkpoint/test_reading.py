@@ -1,0 +1,217 @@
+"""A model directory is checked whole before anything is built, and read slice by slice."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stagdist.checkpoint.model_directory import ModelDirectoryWriter
+from stagdist.checkpoint.reading import ModelReader
+from stagdist.config import ModelConfig
+from stagdist.errors import CheckpointError
+from stagdist.parallel.layout import model_parameters
+from tests.reference import stagformer as reference
+from tests.reference.variants import BASE, VARIANTS
+
+FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+LLAMA = {"connection": "sequential"}
+
+
+def write(directory: Path, keys: dict[str, Any]) -> tuple[ModelConfig, reference.Parameters]:
+    """A directory of random weights."""
+    model = ModelConfig(**BASE | keys)
+    parameters = reference.random_parameters(model, perturb=True)
+    with ModelDirectoryWriter(directory, model, torch.float32, end_of_document=0) as writer:
+        for spec in model_parameters(model):
+            writer.add(spec.name, parameters[spec.name])
+    return model, parameters
+
+
+def change(directory: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Rewrite the tensors of a directory with one file."""
+    tensors = load_file(directory / FILE)
+    edit(tensors)
+    save_file(tensors, directory / FILE, metadata={"format": "pt"})
+
+
+def split(directory: Path) -> dict[str, str]:
+    """Make two files and an index out of one file; the index."""
+    tensors = load_file(directory / FILE)
+    (directory / FILE).unlink()
+    where = {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(sorted(tensors))}
+    for file in sorted(set(where.values())):
+        save_file({name: tensors[name] for name in where if where[name] == file}, directory / file)
+    write_index(directory, where)
+    return where
+
+
+def write_index(directory: Path, where: dict[str, str]) -> None:
+    """The index of a directory of several files."""
+    (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": where}))
+
+
+@pytest.mark.parametrize("several_files", [False, True])
+@pytest.mark.parametrize(
+    "name", ["unequal sections", "three sections with everything", "sequential, tied", "wide heads"]
+)
+def test_slices_are_those_of_the_parameters(tmp_path: Path, name: str, several_files: bool) -> None:
+    model, parameters = write(tmp_path / "model", VARIANTS[name])
+    if several_files:
+        split(tmp_path / "model")
+    reader = ModelReader(tmp_path / "model")
+    assert reference.shape_of(reader.model) == reference.shape_of(model)
+    for spec in model_parameters(model):
+        for dim, length in enumerate(spec.shape):
+            start, stop = length // 3, max(1, 2 * length // 3)
+            expected = parameters[spec.name].narrow(dim, start, stop - start)
+            assert torch.equal(reader.read(spec, dim, start, stop), expected)
+        assert torch.equal(reader.read(spec, 0, 0, spec.shape[0]), parameters[spec.name])
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ({}, "sections.1.memory_norm.weight"),
+        ({"combine_sections": True}, "section_mix"),
+        ({}, "head.weight"),
+        (LLAMA, "model.layers.1.mlp.up_proj.weight"),
+        (LLAMA, "lm_head.weight"),
+    ],
+)
+def test_a_missing_tensor_is_named(tmp_path: Path, keys: dict[str, Any], name: str) -> None:
+    write(tmp_path / "model", keys)
+    ModelReader(tmp_path / "model")
+    change(tmp_path / "model", lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=f"model lacks the tensor {name}"):
+        ModelReader(tmp_path / "model")
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path) -> None:
+    write(tmp_path / "model", {})
+    name = "sections.0.layers.0.mlp.down_proj.weight"
+    change(tmp_path / "model", lambda tensors: tensors.update({name: torch.zeros(16, 23)}))
+    with pytest.raises(CheckpointError, match=rf"{name} in .* has shape \[16, 23\], config.json asks \[16, 24\]"):
+        ModelReader(tmp_path / "model")
+
+
+def test_a_configuration_of_another_size_than_the_tensors_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "model", {})
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"vocab_size": 38}))
+    with pytest.raises(CheckpointError, match=r"embedding.weight .* has shape \[37, 16\], config.json asks \[38, 16\]"):
+        ModelReader(tmp_path / "model")
+
+
+def test_a_bias_of_a_llama_is_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "model", LLAMA)
+    name = "model.layers.0.self_attn.q_proj.bias"
+    change(tmp_path / "model", lambda tensors: tensors.update({name: torch.zeros(16)}))
+    with pytest.raises(CheckpointError, match=f"does not have: {name}"):
+        ModelReader(tmp_path / "model")
+
+
+def test_many_unknown_tensors_are_not_all_listed(tmp_path: Path) -> None:
+    write(tmp_path / "model", LLAMA)
+    extra = {f"model.layers.{layer}.self_attn.{part}_proj.bias": torch.zeros(16) for layer in (0, 1) for part in "qkv"}
+    change(tmp_path / "model", lambda tensors: tensors.update(extra))
+    with pytest.raises(CheckpointError, match=r"0\.self_attn\.v_proj\.bias and more$"):
+        ModelReader(tmp_path / "model")
+
+
+def test_what_old_and_tied_llamas_carry_along_is_accepted(tmp_path: Path) -> None:
+    model, parameters = write(tmp_path / "model", LLAMA | {"tie_word_embeddings": True})
+    carried = {
+        "lm_head.weight": parameters["embedding.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2),
+    }
+    change(tmp_path / "model", lambda tensors: tensors.update(carried))
+    reader = ModelReader(tmp_path / "model")
+    embedding = model_parameters(model)[0]
+    assert torch.equal(reader.read(embedding, 0, 3, 9), parameters["embedding.weight"][3:9])
+
+
+def test_a_head_of_a_stagformer_that_says_it_is_tied_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "model", {"tie_word_embeddings": True})
+    change(tmp_path / "model", lambda tensors: tensors.update({"head.weight": torch.zeros(37, 16)}))
+    with pytest.raises(CheckpointError, match=r"does not have: head\.weight"):
+        ModelReader(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.99])
+def test_a_truncated_file_is_named(tmp_path: Path, kept: float) -> None:
+    write(tmp_path / "model", {})
+    content = (tmp_path / "model" / FILE).read_bytes()
+    (tmp_path / "model" / FILE).write_bytes(content[: int(kept if kept >= 1 else kept * len(content))])
+    with pytest.raises(CheckpointError, match=FILE):
+        ModelReader(tmp_path / "model")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "model", {})
+    (tmp_path / "model" / FILE).unlink()
+    with pytest.raises(CheckpointError, match=rf"{FILE} cannot be read"):
+        ModelReader(tmp_path / "model")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"metadata": {}}'])
+def test_a_damaged_index_is_named(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "model", {})
+    split(tmp_path / "model")
+    (tmp_path / "model" / INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match=rf"{INDEX} cannot be read"):
+        ModelReader(tmp_path / "model")
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "model", {})
+    split(tmp_path / "model")
+    (tmp_path / "model" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors"):
+        ModelReader(tmp_path / "model")
+
+
+def test_a_file_that_only_the_index_knows_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "model", {})
+    where = split(tmp_path / "model")
+    write_index(tmp_path / "model", where | {"head.weight": "model-00003-of-00002.safetensors"})
+    with pytest.raises(CheckpointError, match=r"model-00003-of-00002\.safetensors"):
+        ModelReader(tmp_path / "model")
+
+
+def test_a_tensor_that_lies_in_another_file_than_the_index_says_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "model", {})
+    where = split(tmp_path / "model")
+    other = next(file for file in where.values() if file != where["head.weight"])
+    write_index(tmp_path / "model", where | {"head.weight": other})
+    with pytest.raises(CheckpointError, match=rf"{other} lacks the tensor head\.weight of the index"):
+        ModelReader(tmp_path / "model")
+
+
+def test_a_tensor_that_the_index_leaves_out_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "model", {})
+    where = split(tmp_path / "model")
+    where.pop("output_norm.weight")
+    write_index(tmp_path / "model", where)
+    with pytest.raises(CheckpointError, match=r"lacks the tensor output_norm\.weight"):
+        ModelReader(tmp_path / "model")
+
+
+def test_a_directory_without_configuration_is_no_model_directory(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        ModelReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("{", "cannot be read"), ('{"model_type": "gpt2"}', "gpt2"), ('{"model_type": "llama"}', "vocab_size|built")],
+)
+def test_a_configuration_that_cannot_be_used_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
+    write(tmp_path / "model", {})
+    (tmp_path / "model" / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=complaint):
+        ModelReader(tmp_path / "model")

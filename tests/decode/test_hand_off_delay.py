@@ -1,0 +1,59 @@
+"""A slow link makes steps longer, never wrong: hand-offs that come several steps late are waited for."""
+
+from typing import Any
+
+import pytest
+
+from stagdist.decode.loading import EngineOptions
+from stagdist.decode.request import Request, SamplingParams
+from tests.decode.comparison import compare
+from tests.decode.decoding import Case, Ran, prompt
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.ranks
+
+DELAY_S = 0.03
+"""Many steps of so small a model."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "stagger 1": {},
+    "stagger 2": {"stagger": 2},
+    "stagger 2, combined": {"stagger": 2, "combine_sections": True},
+    "stagger 0": {"stagger": 0},
+    "sequential": {"connection": "sequential"},
+}
+
+
+def cases() -> list[Case]:
+    """Every variant without and with the delay."""
+    requests = [
+        Request(str(length), prompt(length), SamplingParams(max_new_tokens=9, temperature=0.0)) for length in (1, 11)
+    ]
+    return [
+        Case(name, keys, requests, EngineOptions(precision="fp64", chunk_size=5, hand_off_delay_s=delay_s))
+        for name, keys in VARIANTS.items()
+        for delay_s in (0.0, DELAY_S)
+    ]
+
+
+@pytest.fixture(scope="module")
+def ran() -> list[list[Ran]]:
+    return run_ranks("tests.decode.decoding:run_cases", 2, cases(), 100)
+
+
+@pytest.mark.parametrize(("number", "case"), list(enumerate(cases())))
+def test_tokens_stay_exact_however_late_the_hand_offs_are(ran: list[list[Ran]], number: int, case: Case) -> None:
+    compared = compare(case, [results[number] for results in ran])
+    assert compared.wrong_tokens == 0 and compared.difference < 1e-9 and compared.tokens == 18
+
+
+@pytest.mark.parametrize(("number", "case"), list(enumerate(cases())))
+def test_a_delay_is_shared_by_the_steps_of_the_lag(ran: list[list[Ran]], number: int, case: Case) -> None:
+    """A token comes back to stage 0 once in every lag + 1 steps; less time than that cannot pass."""
+    lag = case.keys.get("stagger", 1) if case.keys.get("connection") is None else 0
+    done = ran[0][number]
+    # Each request ends with a partial round at most, and its first `lag` steps need no hand-off of a step.
+    rounds = 2 * ((8 - lag) // (lag + 1))
+    assert done.steps == 16
+    assert done.seconds >= rounds * case.options.hand_off_delay_s
+    if case.options.hand_off_delay_s == 0:
+        assert done.seconds < 16 * DELAY_S, "steps are so slow here that the delay says nothing"

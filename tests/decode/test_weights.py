@@ -1,0 +1,215 @@
+"""A rank reads its own slices and holds nothing else: sections, embedding, its share of the head, its caches."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stagdist.config import ModelConfig
+from stagdist.decode.cache import SectionCache
+from stagdist.decode.loading import EngineOptions, Placement, build_stage, place_model
+from stagdist.decode.stage import Stage
+from stagdist.decode.topology import HEAD_LAYOUTS, HeadLayout
+from stagdist.decode.weights import Device, Shard, StageWeights, WeightLoader
+from stagdist.errors import ConfigError
+from stagdist.parallel.layout import ParameterSpec, model_parameters, stage_parameters
+from tests.decode.decoding import CONTEXT, config_of
+from tests.reference import stagformer as reference
+from tests.reference.variants import VARIANTS
+
+GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (4, 1)]
+FITTING = [(name, grid) for name, keys in VARIANTS.items() for grid in GRIDS
+           if len(keys.get("section_layers", [1, 1])) % grid[0] == 0]  # fmt: skip
+BYTES = 8
+
+
+class Recorder:
+    """Gives slices of random parameters and remembers every entry that was read."""
+
+    def __init__(self, model: ModelConfig):
+        self.parameters = reference.random_parameters(model, dtype=torch.float64, perturb=True)
+        self.counts = {name: torch.zeros_like(value, dtype=torch.int64) for name, value in self.parameters.items()}
+        self.nbytes = 0
+
+    def __call__(self, spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
+        assert self.parameters[spec.name].shape == spec.shape
+        self.counts[spec.name].narrow(dim, start, stop - start).add_(1)
+        part = self.parameters[spec.name].narrow(dim, start, stop - start)
+        self.nbytes += part.nbytes
+        return part
+
+
+def ranks(placement: Placement) -> Iterator[tuple[int, int]]:
+    """(stage, tensor rank) of every rank."""
+    for stage in range(placement.grid.pipe):
+        for tensor in range(placement.grid.tensor):
+            yield stage, tensor
+
+
+def load(placement: Placement, stage: int, tensor: int) -> tuple[StageWeights, Recorder]:
+    """The weights of one rank, and what was read for them."""
+    read = Recorder(placement.model)
+    shard = Shard(tensor, placement.grid.tensor)
+    loader = WeightLoader(placement.model, read, shard, Device("cpu", torch.float64))
+    return loader.stage(placement.topology, stage), read
+
+
+def head_rows(placement: Placement, stage: int, tensor: int) -> range:
+    """A rank's part of the vocabulary, written from the rule: equal parts, the last ones may get fewer."""
+    parts, sharded = placement.grid.tensor, placement.topology.head == "sharded"
+    if not sharded and stage < placement.grid.pipe - 1:
+        return range(0)
+    own = stage * parts + tensor if sharded else tensor
+    parts *= placement.grid.pipe if sharded else 1
+    vocabulary = placement.model.vocab_size
+    each = -(-vocabulary // parts)
+    return range(min(own * each, vocabulary), min((own + 1) * each, vocabulary))
+
+
+def expected_bytes(placement: Placement, stage: int, tensor: int) -> int:
+    """What a rank must hold, from the layout that training uses and its share of the head."""
+    model, size = placement.model, placement.grid.tensor
+    total = 0
+    for spec in stage_parameters(model, placement.grid.pipe, stage):
+        if spec.vocabulary or spec.name in ("output_norm.weight", "section_mix"):
+            continue
+        shape = spec.local_shape(size)
+        total += torch.Size(shape).numel()
+    if model.combine_sections:
+        total += model.num_sections // placement.grid.pipe
+    rows = head_rows(placement, stage, tensor)
+    has_embedding = model.staggered or stage == 0
+    total += model.vocab_size * model.hidden_size * has_embedding
+    if placement.topology.head == "sharded" or stage == placement.grid.pipe - 1:
+        total += model.hidden_size
+        if not (model.tie_word_embeddings and has_embedding):
+            total += len(rows) * model.hidden_size
+    return total * BYTES
+
+
+def held_bytes(weights: StageWeights) -> int:
+    """Memory behind the weights, each piece once: a tied head is a view of the embedding."""
+    return sum({s.data_ptr(): s.nbytes() for s in (each.untyped_storage() for each in weights.tensors())}.values())
+
+
+@pytest.mark.parametrize("head", HEAD_LAYOUTS)
+@pytest.mark.parametrize(("name", "grid"), FITTING)
+def test_a_rank_holds_and_reads_its_sections_the_embedding_and_its_share_of_the_head(
+    name: str, grid: tuple[int, int], head: HeadLayout
+) -> None:
+    model = ModelConfig(**config_of(VARIANTS[name]))
+    placement = place_model(model, EngineOptions(grid[1], head, precision="fp64"), grid[0] * grid[1])
+    # Each section's scalar of the mix keeps the p values alive that were read with it.
+    mix_bytes = model.num_sections**2 * BYTES if model.combine_sections else 0
+    read_somewhere = Counter[str]()
+    for stage, tensor in ranks(placement):
+        weights, read = load(placement, stage, tensor)
+        expected = expected_bytes(placement, stage, tensor)
+        assert expected <= held_bytes(weights) <= expected + mix_bytes
+        assert read.nbytes <= expected + mix_bytes, "more was read than is held"
+        for entry, count in read.counts.items():
+            assert entry == "section_mix" or count.max() <= 1, f"{entry} was read twice"
+        assert len(head_rows(placement, stage, tensor)) == (0 if weights.head is None else len(weights.head))
+        read_somewhere.update({entry: int(count.bool().sum()) for entry, count in read.counts.items()})
+    assert set(read_somewhere) == {spec.name for spec in model_parameters(model)}
+    for spec in model_parameters(model):
+        assert read_somewhere[spec.name] >= spec.numel, f"a part of {spec.name} is on no rank"
+
+
+def test_a_rank_reads_nothing_of_other_sections() -> None:
+    model = ModelConfig(**config_of(VARIANTS["four sections"]))
+    placement = place_model(model, EngineOptions(), 4)
+    for stage in range(4):
+        _, read = load(placement, stage, 0)
+        touched = {name.split(".")[1] for name, count in read.counts.items() if "sections." in name and count.any()}
+        assert touched == {str(stage)}
+
+
+def test_the_accounting_notices_a_whole_matrix_where_a_slice_would_do() -> None:
+    model = ModelConfig(**config_of({}))
+    placement = place_model(model, EngineOptions(2, precision="fp64"), 2)
+    whole = place_model(model, EngineOptions(1, precision="fp64"), 1)
+    weights, read = load(whole, 0, 0)
+    assert held_bytes(weights) > expected_bytes(placement, 0, 0)
+    assert read.nbytes > expected_bytes(placement, 0, 0)
+
+
+class Seat:
+    """The place of a rank without its links, which building does not use."""
+
+    def __init__(self, placement: Placement, stage: int, tensor: int):
+        self.grid, self.stage, self.tensor_rank = placement.grid, stage, tensor
+
+    def tensor_sum(self) -> None:
+        """Never called here."""
+
+
+def built(placement: Placement, stage: int, tensor: int) -> Stage:
+    """The stage of a rank with its caches."""
+    seat: Any = None if placement.grid.world_size == 1 else Seat(placement, stage, tensor)
+    return build_stage(placement, Recorder(placement.model), "cpu", seat)
+
+
+@pytest.mark.parametrize(("name", "grid"), FITTING)
+def test_caches_hold_own_sections_and_heads_and_of_a_memory_only_the_window(name: str, grid: tuple[int, int]) -> None:
+    model = ModelConfig(**config_of(VARIANTS[name]))
+    slots, context = 3, 20
+    options = EngineOptions(grid[1], precision="fp64", num_slots=slots, max_context=context)
+    placement = place_model(model, options, grid[0] * grid[1])
+    per_head = 2 * slots * model.head_width * BYTES // grid[1]
+    for stage, tensor in ranks(placement):
+        expected = 0
+        for section in placement.topology.sections(stage):
+            layers = model.section_layers[section]
+            expected += layers * per_head * model.key_value_heads * context
+            if model.staggered and section > 0:
+                entries = min(model.cross_attention_window or context, context)
+                expected += layers * per_head * model.cross_key_value_heads * entries
+        assert built(placement, stage, tensor).kv_bytes == expected
+
+
+def test_the_cache_of_a_window_does_not_grow_with_the_context() -> None:
+    model = ModelConfig(**config_of({"cross_attention_window": 3}))
+    sizes = []
+    for capacity in (4, CONTEXT):
+        cache = SectionCache(
+            model,
+            2,
+            has_memory=True,
+            num_slots=1,
+            capacity=capacity,
+            tensor_size=1,
+            device=Device("cpu", torch.float64),
+        )
+        assert cache.memory_kv is not None and cache.window == 3
+        sizes.append(cache.memory_kv.nbytes)
+    assert sizes[0] == sizes[1] == 2 * 2 * model.cross_key_value_heads * 3 * model.head_width * BYTES
+
+
+REFUSED: dict[str, tuple[dict[str, Any], EngineOptions, int, str]] = {
+    "sections on stages": ({"section_layers": [1, 1, 1]}, EngineOptions(), 2, "2 stages cannot hold 3 sections"),
+    "processes and tensor ranks": ({}, EngineOptions(2), 3, "3 processes cannot be split into tensor groups of 2"),
+    "heads": ({"num_key_value_heads": 1}, EngineOptions(2), 2, "tensor_parallel_size 2 must divide the heads"),
+    "inner width": ({"intermediate_size": 25}, EngineOptions(2), 2, "intermediate_size 25"),
+    "context": ({}, EngineOptions(max_context=CONTEXT + 1), 1, f"knows positions up to {CONTEXT}"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_built(name: str) -> None:
+    keys, options, world, reason = REFUSED[name]
+    with pytest.raises(ConfigError, match=reason):
+        place_model(ModelConfig(**config_of(keys)), options, world)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"tensor_parallel_size": 0}, {"num_slots": 0}, {"chunk_size": -1}, {"timeout_s": 0.0}, {"precision": "fp8"}],
+    ids=str,
+)
+def test_options_that_cannot_work_are_refused_by_name(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        EngineOptions(**values)
