@@ -1,5 +1,6 @@
 """A model directory read slice by slice: what a rank does not need is never loaded."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from stagdist.parallel.layout import ParameterSpec, model_parameters
 
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
 """Tensors that old Llama directories carry and nobody reads."""
+
+SINGLE_FILE = "model.safetensors"
+"""Name of the weights where one file holds them all."""
 
 ReadSlice = Callable[[ParameterSpec, int, int, int], Tensor]
 """Entries `start` to `stop` of dimension `dim` of a parameter: (spec, dim, start, stop) -> tensor on the CPU."""
@@ -30,6 +34,9 @@ class ModelReader:
         self.directory = Path(directory)
         self.model: ModelConfig = read_model_config(directory)
         self._files: dict[str, Any] = {}
+        cut = _first_cut_tensor(self.directory / SINGLE_FILE)
+        if cut is not None:
+            raise CheckpointError(f"{self.directory / SINGLE_FILE} is cut off: it lacks the tensor {cut} and all after")
         self._where = dict(weight_map(self.directory))
         self._check()
 
@@ -40,14 +47,20 @@ class ModelReader:
         return part
 
     def _slice(self, name: str) -> Any:
-        return self._open(self._where[name]).get_slice(name)
+        return self._open(self._where[name], name).get_slice(name)
 
-    def _open(self, file: str) -> Any:
+    def _open(self, file: str, name: str) -> Any:
+        """The file that should hold the tensor `name`."""
+        path = self.directory / file
         if file not in self._files:
             try:
-                self._files[file] = safe_open(self.directory / file, framework="pt")
+                self._files[file] = safe_open(path, framework="pt")
+            except FileNotFoundError as error:
+                raise CheckpointError(f"{self.directory} lacks the tensor {name}: there is no {file}") from error
             except Exception as error:  # the library raises bare exceptions for damaged files
-                raise CheckpointError(f"{self.directory / file} cannot be read: {error}") from error
+                if (cut := _first_cut_tensor(path)) is not None:
+                    raise CheckpointError(f"{path} is cut off: it lacks the tensor {cut} and all after") from error
+                raise CheckpointError(f"{path}, which should hold {name}, cannot be read: {error}") from error
         return self._files[file]
 
     def _check(self) -> None:
@@ -55,7 +68,7 @@ class ModelReader:
         for name, spec in expected.items():
             if name not in self._where:
                 raise CheckpointError(f"{self.directory} lacks the tensor {name}")
-            if name not in self._open(self._where[name]).keys():  # noqa: SIM118 - not a dict
+            if name not in self._open(self._where[name], name).keys():  # noqa: SIM118 - not a dict
                 raise CheckpointError(f"{self.directory / self._where[name]} lacks the tensor {name} of the index")
             shape = tuple(self._slice(name).get_shape())
             if shape != spec.shape:
@@ -72,3 +85,19 @@ class ModelReader:
                 f"{self.directory} holds tensors that a model of its config.json does not have: "
                 f"{', '.join(unknown[:3])}{' and more' if len(unknown) > 3 else ''}"
             )
+
+
+def _first_cut_tensor(path: Path) -> str | None:
+    """The first tensor that reaches past the end of a safetensors file; None where the file is whole or is none."""
+    try:
+        with path.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            room = path.stat().st_size - 8 - header_bytes
+            if room < 0:
+                return None
+            header = json.loads(stream.read(header_bytes))
+        ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+        return None
+    cut = [name for name, end in ends.items() if end > room]
+    return min(cut, key=ends.__getitem__) if cut else None

@@ -1,0 +1,256 @@
+"""`launch/generate.py` plain, under `deepspeed` and under `torchrun`: the same text, clear errors, answers at once."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.launch.generating import command, error_lines, generate, running, write_model
+
+pytestmark = pytest.mark.ranks
+
+SETTINGS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0.8, "top_k": 20},
+    {"temperature": 1.1, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 5},
+    {"temperature": 1, "min_p": 0.02, "logprobs": 3},
+    {},
+]
+BAD: list[tuple[bytes, str]] = [
+    (b'{"prompt": ""}', "empty"),
+    (b'{"prompt": "\xff\xfe"}', "not UTF-8"),
+    (b'{"prompt_ids": [3, 257]}', "outside of the vocabulary"),
+    (b'{"prompt": "' + b"x" * 200 + b'"}', "context is 128"),
+    (b'{"prompt": "x", "temprature": 1}', "did you mean 'temperature'"),
+    (b'{"prompt": "x", "top_p": 2}', "top_p is 2"),
+    (b'{"prompt": "x"', "not JSON"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model directory."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good and bad prompts in turn."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    good = [json.dumps({"prompt": f"word {i}", "id": f"good {i}", **keys}).encode() for i, keys in enumerate(SETTINGS)]
+    lines = [line for i in range(len(BAD)) for line in (*good[i : i + 1], BAD[i][0])]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def answers(done: "subprocess.CompletedProcess[bytes]") -> list[dict[str, Any]]:
+    """The JSON objects of a run by index; DeepSpeed's launcher reports a code that is not 0 on standard output."""
+    lines = [line for line in done.stdout.splitlines() if not line.startswith(b"[20")]
+    return sorted(map(json.loads, lines), key=lambda answer: answer["index"])
+
+
+def comparable(found: list[dict[str, Any]]) -> list[Any]:
+    """Answers without their times, with log-probabilities as exact as they are on every grid."""
+    text = json.dumps([{key: value for key, value in answer.items() if not key.endswith("_s")} for answer in found])
+    return list(json.loads(text, parse_float=lambda number: round(float(number), 3)))
+
+
+def test_every_launcher_gives_the_same_answers_and_bad_prompts_harm_no_other(
+    model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    arguments = ["--prompts-file", str(prompts), "--json", "--max-new-tokens", "24", "--ignore-eos"]
+    plain = generate("python", model, *arguments)
+    found = answers(plain)
+    errors = error_lines(plain.stderr.decode())
+    assert plain.returncode == 1, plain.stderr.decode()
+    assert len(errors) == len(BAD) and "Traceback" not in plain.stderr.decode()
+    for _, complaint in BAD:
+        assert any(complaint in line and "prompts.jsonl" in line for line in errors), (complaint, errors)
+    assert [answer["index"] for answer in found] == list(range(len(SETTINGS) + len(BAD)))
+    refused = [answer for answer in found if "error" in answer]
+    assert [complaint in answer["error"] for answer, (_, complaint) in zip(refused, BAD, strict=True)] == [True] * 7
+    served = [answer for answer in found if "error" not in answer]
+    assert [answer["id"] for answer in served] == [f"good {i}" for i in range(len(SETTINGS))]
+    assert [answer["seed"] for answer in served] == [0, 2, 5, 6, 8]  # seed + index, unless the prompt has its own
+    assert all(len(answer["token_ids"]) == 24 for answer in served)
+    assert len(served[3]["logprobs"]) == 24 and len(served[3]["logprobs"][0]["top"]) == 3
+
+    trace = tmp_path / "trace.json"
+    pair = generate("deepspeed", model, *arguments, "--batch-size", "3", "--head", "sharded", "--trace", str(trace))
+    assert pair.returncode == 1 and comparable(answers(pair)) == comparable(found), pair.stderr.decode()
+    assert len(error_lines(pair.stderr.decode())) == len(BAD)
+    assert "pipe 2 x tensor 1, 2 sections, sharded head" in pair.stderr.decode()
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
+    assert {event["pid"] for event in events} == {0, 1} and list(tmp_path.iterdir()) == [trace]
+
+    split = generate("torchrun", model, *arguments, "--tensor-parallel-size", "2", "--batch-size", "2")
+    assert split.returncode == 1 and comparable(answers(split)) == comparable(found), split.stderr.decode()
+    assert "pipe 1 x tensor 2" in split.stderr.decode()
+
+
+def test_text_keeps_the_order_of_the_prompts_and_the_summary_has_the_numbers(model: Path) -> None:
+    arguments = ["--prompt", "first ", "--prompt", b"caf\xe9".decode("utf-8", "surrogateescape"), "--prompt", "é "]
+    sampling = ["--max-new-tokens", "9", "--temperature", "0.9", "--seed", "7", "--ignore-eos"]
+    together = generate("python", model, *arguments, *sampling, "--batch-size", "2", "--margins")
+    alone = [
+        generate("python", model, "--prompt", text, *sampling[:-2], seed, "--ignore-eos")
+        for text, seed in (("first ", "7"), ("é ", "9"))
+    ]
+    assert together.returncode == 1 and [done.returncode for done in alone] == [0, 0], together.stderr.decode()
+    assert together.stdout == alone[0].stdout + alone[1].stdout
+    assert alone[0].stdout.startswith(b"first ") and alone[1].stdout.startswith("é ".encode())
+    text = together.stderr.decode()
+    assert len(error_lines(text)) == 1 and "--prompt number 2 is not UTF-8" in text
+    assert "3 prompts (1 not served), 18 new tokens; median time to first token" in text
+    assert "tokens/s; overall" in text and "1 process, 2 sections, fp32 on cpu" in text
+    assert "smallest top-2 margin" in text
+
+
+def test_a_line_of_standard_input_is_answered_while_it_stays_open(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    words = command("deepspeed", model, "--max-new-tokens", "5", "--ignore-eos", "--timeout", "3")
+    expected = generate("python", model, "--max-new-tokens", "5", "--ignore-eos", given=b"one\n\xff\nthree\n")
+    assert expected.returncode == 1 and "line 2 of standard input is not UTF-8" in expected.stderr.decode()
+    with running(tmp_path / "two", words) as run:
+        run.give(b"one\n")
+        first = run.wait_for(len(b"one") + 6)
+        assert expected.stdout.startswith(first)
+        # An idle engine outlives its timeout several times over.
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.process.wait(7)
+        run.give(b"\xff\nthree\n")
+        run.wait_for(len(expected.stdout))
+        assert run.process.stdin is not None
+        run.process.stdin.close()
+        assert run.process.wait(30) == 1
+        assert run.out.read_bytes().startswith(expected.stdout)  # the launcher adds a line about the code
+        assert "line 2 of standard input is not UTF-8" in run.errors()
+
+
+def test_stop_texts_and_ids_end_an_answer(model: Path) -> None:
+    whole = generate("python", model, "--prompt", "abc", "--json", "--max-new-tokens", "40", "--ignore-eos")
+    (answer,) = answers(whole)
+    ids = answer["token_ids"]
+    letter = next(text for text in answer["text"] if text.isascii() and text.isprintable())
+    by_text = generate(
+        "python", model, "--prompt", "abc", "--json", "--max-new-tokens", "40", "--ignore-eos", "--stop", letter,
+        "--stop", "never seen",
+    )  # fmt: skip
+    (stopped,) = answers(by_text)
+    assert stopped["finish_reason"] == "stop" and stopped["text"] == answer["text"].partition(letter)[0]
+    by_id = generate(
+        "python", model, "--prompt", "abc", "--json", "--max-new-tokens", "40", "--ignore-eos", "--stop-token-id",
+        str(ids[10]),
+    )  # fmt: skip
+    (ended,) = answers(by_id)
+    assert ended["token_ids"] == ids[: ids.index(ids[10]) + 1] and ended["finish_reason"] == "stop"
+
+
+def test_stagger_0_runs_and_says_that_its_sections_take_turns(tmp_path: Path) -> None:
+    done = generate("python", write_model(tmp_path / "zero", stagger=0), "--prompt", "x", "--max-new-tokens", "3")
+    assert done.returncode == 0 and "sections run one after the other" in done.stderr.decode()
+
+
+def _drop_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["sections.1.null_memory"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _reshape_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["output_norm.weight"] = tensors["output_norm.weight"][:16].clone()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _cut_file(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-40])
+
+
+def _lose_shard(folder: Path) -> None:
+    names = sorted(load_file(folder / "model.safetensors"))
+    weight_map = {name: f"model-0000{1 + (name == names[-1])}-of-00002.safetensors" for name in names}
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (_drop_tensor, "lacks the tensor sections.1.null_memory"),
+        (_reshape_tensor, "output_norm.weight in"),
+        (_cut_file, "cut off: it lacks the tensor sections.1"),
+        (_lose_shard, "lacks the tensor sections.1.null_memory: there is no model-00002"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "No such file"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+    ],
+    ids=["tensor", "shape", "cut", "shard", "weights", "tokenizer"],
+)
+def test_an_incomplete_directory_is_refused_before_any_group(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], complaint: str
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "damaged")
+    damage(folder)
+    # A rank of a world whose other rank never starts: a group would wait for it.
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    words = ["env", "RANK=0", "WORLD_SIZE=2", "LOCAL_RANK=0", *command("python", folder, "--prompt", "x")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    errors = error_lines(done.stderr)
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    assert len(errors) == 1 and complaint in errors[0] and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--temperature", "warm"], "invalid float value"),
+        (["--tensor-parallel-size", "4"], "tensor groups of 4"),
+        (["--max-context", "4096"], "positions up to 128"),
+        (["--batch-size", "0"], "num_slots is 0"),
+        (["--logprobs", "2"], "add --json"),
+        (["--recurrent"], "recurrent decoding is defined for"),
+        (["--device", "cuda"], "no CUDA device"),
+        (["--prompts-file", "no.txt"], "not allowed with"),
+    ],
+)
+def test_bad_arguments_get_one_line_from_one_rank(model: Path, arguments: list[str], complaint: str) -> None:
+    world = ["env", "MASTER_ADDR=127.0.0.1", "MASTER_PORT=1", "WORLD_SIZE=2", "CUDA_VISIBLE_DEVICES="]
+    words = command("python", model, "--prompt", "x", *arguments)
+    first, second = (
+        subprocess.Popen(
+            [*world, f"RANK={rank}", f"LOCAL_RANK={rank}", *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in (0, 1)
+    )  # fmt: skip
+    problem = first.communicate(timeout=60)[1]
+    second.kill()  # as a launcher does
+    errors = error_lines(problem) + error_lines(second.communicate()[1])
+    assert first.returncode == 2 and len(errors) == 1 and complaint in errors[0], problem
+
+
+@pytest.mark.parametrize("content", [None, b""], ids=["none", "empty"])
+def test_a_file_of_prompts_that_gives_none_is_an_error(model: Path, tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    done = generate("python", model, "--prompts-file", str(path))
+    assert done.returncode == (2 if content is None else 1) and len(error_lines(done.stderr.decode())) == 1
+
+
+def test_a_reader_that_leaves_ends_the_run_quietly(model: Path) -> None:
+    words = command("python", model, "--prompt", "x", "--max-new-tokens", "100", "--ignore-eos")
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(60) == 141 and process.stderr.read() == b""
+    process.stderr.close()

@@ -1,0 +1,118 @@
+"""While text is generated a rank dies, freezes or is told to stop: the others end in time, with one line about it."""
+
+import contextlib
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launch.generating import Running, command, error_lines, running, write_model
+
+pytestmark = pytest.mark.ranks
+
+TIMEOUT_S = 5
+ENDLESS = 60_000
+"""More tokens than any of these runs gets to generate."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model directory with a long context."""
+    return write_model(tmp_path_factory.mktemp("models") / "long", max_position_embeddings=ENDLESS)
+
+
+@contextlib.contextmanager
+def endless(folder: Path, model: Path, launcher: str = "deepspeed") -> Iterator[tuple[Running, list[psutil.Process]]]:
+    """Two ranks that are generating, and nothing of them afterwards."""
+    arguments = ["--prompt", "abc", "--max-new-tokens", str(ENDLESS), "--ignore-eos", "--timeout", str(TIMEOUT_S)]
+    with running(folder, command(launcher, model, *arguments)) as run:
+        run.wait_for(100)
+        ranks = run.ranks()
+        assert len(ranks) == 2, ranks
+        try:
+            yield run, ranks
+        finally:
+            for rank in ranks:  # also those that the launcher no longer has among its children
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.kill()
+
+
+def gone_after(ranks: list[psutil.Process], since_s: float, limit_s: float) -> float:
+    """Seconds until all of these have ended."""
+    _, alive = psutil.wait_procs(ranks, timeout=limit_s)
+    assert not alive, f"still running after {time.monotonic() - since_s:.1f} s"
+    return time.monotonic() - since_s
+
+
+def only_error(run: Running) -> str:
+    """The one line that tells what went wrong."""
+    errors = error_lines(run.errors())
+    assert len(errors) == 1 and "Traceback" not in run.errors(), run.errors()
+    return errors[0]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_other_with_stage_and_step(model: Path, tmp_path: Path, victim: int) -> None:
+    with endless(tmp_path, model) as (run, ranks):
+        ranks[victim].kill()
+        gone_after([ranks[1 - victim]], time.monotonic(), TIMEOUT_S)
+        assert run.process.wait(20) != 0
+        other = 1 - victim
+        assert re.search(rf"stage {other} \(rank {other}\) lost .* in step \d+ while", only_error(run)), run.errors()
+        assert run.out.read_bytes().startswith(b"abc")  # what was generated until then stays
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_frozen_rank_ends_the_other_after_the_timeout(model: Path, tmp_path: Path, victim: int) -> None:
+    with endless(tmp_path, model) as (run, ranks):
+        ranks[victim].send_signal(signal.SIGSTOP)
+        waited_s = gone_after([ranks[1 - victim]], time.monotonic(), TIMEOUT_S + 4)
+        assert waited_s > TIMEOUT_S - 1, f"gave up after {waited_s:.1f} s"
+        other = 1 - victim
+        assert re.search(rf"stage {other} \(rank {other}\) lost .* in step \d+ while", only_error(run)), run.errors()
+        ranks[victim].kill()  # the launcher waits for it
+        assert run.process.wait(20) != 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_rank_0_ends_all_in_order(model: Path, tmp_path: Path, number: int, code: int) -> None:
+    with endless(tmp_path, model) as (run, ranks):
+        ranks[0].send_signal(number)
+        gone_after(ranks, time.monotonic(), TIMEOUT_S)
+        assert run.process.wait(20) == code
+        assert error_lines(run.errors()) == [] and "interrupted; 1 prompt" in run.errors()
+        assert "decoding" in run.errors()  # the summary of what there was
+        assert run.out.read_bytes().startswith(b"abc")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [("deepspeed", signal.SIGINT), ("deepspeed", signal.SIGTERM), ("torchrun", signal.SIGTERM)],
+)
+def test_a_signal_to_the_command_leaves_no_rank_behind(model: Path, tmp_path: Path, launcher: str, number: int) -> None:
+    with endless(tmp_path, model, launcher) as (run, ranks):
+        family = psutil.Process(run.process.pid).children(recursive=True)
+        assert set(ranks) <= set(family)
+        if number == signal.SIGINT:  # a terminal sends it to everybody
+            for process in family:
+                process.send_signal(number)
+        run.process.send_signal(number)  # DeepSpeed's command does not pass it on
+        gone_after(family, time.monotonic(), TIMEOUT_S + 4)
+        assert run.process.wait(20) != 0
+        assert error_lines(run.errors()) == [] and "interrupted; 1 prompt" in run.errors()
+
+
+def test_a_second_interrupt_ends_a_rank_at_once_that_waits_for_a_frozen_one(model: Path, tmp_path: Path) -> None:
+    with endless(tmp_path, model) as (run, ranks):
+        ranks[1].send_signal(signal.SIGSTOP)
+        time.sleep(0.5)
+        ranks[0].send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert ranks[0].is_running() and ranks[0].status() != psutil.STATUS_ZOMBIE
+        ranks[0].send_signal(signal.SIGINT)
+        assert gone_after(ranks[:1], time.monotonic(), 2) < 2
+        assert error_lines(run.errors()) == []
