@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -230,7 +231,8 @@ def random_reader(specs_seed: int) -> ReadSlice:
         shape[dim] = stop - start
         if spec.std is None:
             return torch.full(shape, spec.fill)
-        generator = torch.Generator().manual_seed(specs_seed)
+        # Equal numbers in embedding and head would make every token its own successor.
+        generator = torch.Generator().manual_seed(specs_seed + crc32(f"{spec.name} {start}".encode()))
         return torch.empty(shape).normal_(std=spec.std, generator=generator)
 
     return read
