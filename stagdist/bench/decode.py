@@ -21,7 +21,7 @@ from stagdist.bench.decode_breakdown import PhaseClock
 from stagdist.bench.decode_contestants import DROPPED_STEPS, Load
 from stagdist.bench.decode_instrument import Instrumented, instrument, lanes, phases, with_phases, write_traces
 from stagdist.bench.decode_measure import SEQUENTIAL, Measurement, Settings, as_settings
-from stagdist.bench.decode_shapes import baseline, changed, default_splits, parse_split, split_name, with_split
+from stagdist.bench.decode_shapes import baseline, changed, default_splits, parse_split, with_split
 from stagdist.bench.decode_site import DecodeSite
 from stagdist.bench.decode_sweeps import DEFAULT_AXES, Sweeps, check_axes, describe, parse_axis
 from stagdist.bench.decode_table import table
@@ -147,7 +147,7 @@ def measure(
     if trace:
         write_traces([text for each in found.values() for text in each.trace], trace)
     if timeline:
-        _draw(found, timeline, split_name(measurement.best[0]))
+        _draw(found, timeline)
     batch = settings.load.batch
     (best,) = (row.result(batch) for row in rows if row.name == "staggered")
     gpu = torch.cuda.get_device_name() if site.device.startswith("cuda") else None
@@ -194,12 +194,10 @@ def _look_into(measurement: Measurement) -> tuple[dict[str, Instrumented], dict[
     return found, breakdown
 
 
-def _draw(found: dict[str, Instrumented], path: str, split: str) -> None:
-    titles = {
-        "staggered": f"staggered, sections of {split} layers side by side",
-        SEQUENTIAL: "sequential baseline, sections take turns",
-    }
-    draw_timeline([Panel(titles[name], lanes(each)) for name, each in found.items()], path, steps=SHOWN_STEPS)
+def _draw(found: dict[str, Instrumented], path: str) -> None:
+    titles = {"staggered": "staggered, sections side by side", SEQUENTIAL: "sequential baseline, sections take turns"}
+    panels = [Panel(titles[name], lanes(each), each.layers, each.lag) for name, each in found.items()]
+    draw_timeline(panels, path, steps=SHOWN_STEPS)
 
 
 def _recut(model: ModelConfig, sections: int) -> ModelConfig:

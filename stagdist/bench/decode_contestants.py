@@ -10,6 +10,7 @@ import torch
 
 from stagdist.bench.decode_site import DecodeSite
 from stagdist.bench.plain_step import Edges, plain_steps
+from stagdist.bench.quiet import DISTURBED
 from stagdist.config import ModelConfig
 from stagdist.decode.control import Control, Operation
 from stagdist.decode.engine import Engine
@@ -25,6 +26,7 @@ from stagdist.telemetry.spans import SpanRecorder
 
 Name = TypeVar("Name", bound=Hashable)
 SEED = 20250
+PATIENCE = 3
 DROPPED_STEPS = 4
 """First steps of a request that are not counted: caches and branch predictors are still cold."""
 
@@ -281,14 +283,33 @@ def llama_of(model: ModelConfig, dtype: torch.dtype, device: str):  # type: igno
 
 
 def alternate(
-    contestants: Mapping[Name, Callable[[], Any]], rounds: int, tell: Callable[[str], None]
+    contestants: Mapping[Name, Callable[[], Any]],
+    rounds: int,
+    tell: Callable[[str], None],
+    others: Callable[[], float] = lambda: 0.0,
 ) -> dict[Name, list[Any]]:
-    """Run every contestant once per round; odd rounds run backwards, so that a drift of the machine favours nobody."""
+    """Run every contestant once per round; odd rounds run backwards, so that a drift of the machine favours nobody.
+
+    Args:
+        others: share of the machine that other programs took since it was last called, the same on all ranks. A round
+            that they disturbed is run again, `PATIENCE` times as many as were asked for at most.
+    """
     readings: dict[Name, list[Any]] = {name: [] for name in contestants}
-    for index in range(rounds):
-        for name in reversed(list(contestants)) if index % 2 else contestants:
-            readings[name].append(contestants[name]())
-        tell(f"round {index + 1} of {rounds}")
+    spare = (PATIENCE - 1) * rounds
+    done = 0
+    others()
+    while done < rounds:
+        order = list(contestants)
+        answers = {name: contestants[name]() for name in (reversed(order) if done % 2 else order)}
+        share = others()
+        if share > DISTURBED and spare:
+            spare -= 1
+            tell(f"other programs took {share:.0%} of the machine: round {done + 1} of {rounds} again")
+            continue
+        done += 1
+        for name, answer in answers.items():
+            readings[name].append(answer)
+        tell(f"round {done} of {rounds}" + (f", others took {share:.0%} of the machine" if share > DISTURBED else ""))
     return readings
 
 

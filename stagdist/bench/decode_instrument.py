@@ -30,17 +30,21 @@ class Instrumented:
         breakdown: milliseconds per step of each rank.
         compute_share: of the rank that computes most, in the step.
         trace: Chrome trace of each rank as text.
+        layers: of each rank's stage.
+        lag: steps between sending a hand-off and needing it.
     """
 
     stretches: list[Stretch]
     breakdown: list[dict[str, float]]
     compute_share: float
     trace: list[str]
+    layers: tuple[int, ...]
+    lag: int
 
-    def slack_s(self, lag: int) -> float | None:
+    def slack_s(self) -> float | None:
         """Least time a hand-off may take without anybody waiting, over all edges; None without edges."""
         pairs = zip(self.stretches[:-1], self.stretches[1:], strict=True)
-        return min((hand_off_slack_s(above, below, lag) for above, below in pairs), default=None)
+        return min((hand_off_slack_s(above, below, self.lag) for above, below in pairs), default=None)
 
 
 def instrument(site: DecodeSite, engine: EngineContestant, load: Load, repeats: int) -> Instrumented:
@@ -59,7 +63,10 @@ def instrument(site: DecodeSite, engine: EngineContestant, load: Load, repeats: 
     breakdown = [milliseconds_per_step(stretch) for stretch in stretches]
     sharded = engine.placement.topology.head == "sharded"
     share = max(own_milliseconds(each, sharded_head=sharded) / each["step"] for each in breakdown)
-    return Instrumented(stretches, breakdown, share, site.gather(_trace_text(chosen)))
+    topology = engine.placement.topology
+    layers = sum(engine.model.section_layers[section] for section in topology.sections(stage.index))
+    traces, counts = site.gather(_trace_text(chosen)), tuple(site.gather(layers))
+    return Instrumented(stretches, breakdown, share, traces, counts, topology.lag)
 
 
 def phases(

@@ -217,7 +217,11 @@ class Measurement:
     def _alternate(self, runs: dict[str, Callable[[], Any]], what: str) -> dict[str, list[Any]]:
         """One round to warm up, then those that count."""
         alternate(runs, 1, lambda text: self._tell(f"{what}: warm"))
-        return alternate(runs, self.settings.rounds, lambda text: self._tell(f"{what}: {text}"))
+
+        def tell(text: str) -> None:
+            self._tell(f"{what}: {text}")
+
+        return alternate(runs, self.settings.rounds, tell, self.site.others)
 
     def _has_plain_step(self) -> bool:
         model, size = self.settings.model, self.site.size

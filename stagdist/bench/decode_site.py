@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from stagdist.bench.quiet import OtherPrograms
 from stagdist.decode.transport import Transport
 from stagdist.parallel.grid import Grid
 
@@ -31,6 +32,7 @@ class DecodeSite:
         self._host = None
         if transport is not None:
             self._host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._others = OtherPrograms(lambda seconds: sum(self.gather(seconds)))
 
     def transport(self, tensor: int = 1, delay_s: float = 0.0) -> Transport | None:
         """Communicators of the grid with this tensor axis; made once, by all ranks together."""
@@ -53,6 +55,10 @@ class DecodeSite:
     def from_first(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
         return self.gather(value)[0]
+
+    def others(self) -> float:
+        """Share of rank 0's machine that other programs took since the last call, the same on all ranks."""
+        return float(self.from_first(self._others.share()))
 
     def barrier(self) -> None:
         """All ranks are here; those that wait sleep."""

@@ -113,7 +113,7 @@ class Sweeps:
             for delay_ms in dict.fromkeys((0.0, *delays_ms)):
                 engine = self._measurement.engine(model, load, self._head, delay_s=delay_ms / 1e3)
                 engines[delay_ms, lag] = engine, load
-            found = instrument(site, engines[0.0, lag][0], load, 1).slack_s(lag)
+            found = instrument(site, engines[0.0, lag][0], load, 1).slack_s()
             if found is None:
                 raise ConfigError("--sweep delays_ms needs hand-offs between processes; start at least two")
             slack[lag] = found
@@ -138,7 +138,7 @@ class Sweeps:
     def _alternate(self, engines: Mapping[Any, tuple[EngineContestant, Load]]) -> dict[Any, list[Any]]:
         runs = {key: partial(engine, load) for key, (engine, load) in engines.items()}
         alternate(runs, 1, lambda text: None)
-        return alternate(runs, self._rounds, lambda text: None)
+        return alternate(runs, self._rounds, lambda text: None, self._measurement.site.others)
 
 
 def check_axes(axes: Mapping[str, Sequence[Any]], processes: int, num_layers: int) -> None:

@@ -1,5 +1,6 @@
 """A picture of decoding: what every stage does over a few steps, staggered above sequential, on one time axis."""
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,6 @@ LABELS = {
     "wait for memory": "waits for the section before",
     "wait for token": "waits for the token",
 }
-TOKEN_CATEGORIES = ("send", "wait for token", "sampling")
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,14 @@ class Panel:
     Attributes:
         title: said above it.
         spans: of each stage, by stage; nanoseconds of one clock.
+        layers: of each stage.
+        lag: steps between sending a hand-off and needing it.
     """
 
     title: str
     spans: Sequence[Sequence[Span]]
+    layers: Sequence[int]
+    lag: int
 
     def step_begins(self) -> list[int]:
         """When stage 0 began each step: the token before was known then."""
@@ -49,7 +53,7 @@ class Panel:
         return [begins[step] for step in sorted(begins)]
 
 
-def draw_timeline(panels: Sequence[Panel], png: str | Path, *, steps: int = 3, footnote: str = "") -> None:
+def draw_timeline(panels: Sequence[Panel], png: str | Path, *, steps: int = 3) -> None:
     """Draw the panels below each other over as much time as `steps` steps of the slowest take, aside and renamed.
 
     Raises:
@@ -58,17 +62,20 @@ def draw_timeline(panels: Sequence[Panel], png: str | Path, *, steps: int = 3, f
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    starts = [_typical_start(panel.step_begins(), steps) for panel in panels]
+    starts = [typical_start(panel.step_begins(), steps) for panel in panels]
     width_ms = max(_length_ms(panel.step_begins(), start, steps) for panel, start in zip(panels, starts, strict=True))
     lanes = max(len(panel.spans) for panel in panels)
-    figure = Figure(figsize=(11, 1.6 + len(panels) * (0.9 + 0.55 * lanes)), layout="constrained")
+    figure = Figure(figsize=(11, 1.6 + len(panels) * (0.9 + 0.65 * lanes)), layout="constrained")
     FigureCanvasAgg(figure)
     shown: dict[str, str] = {}
     for place, (panel, start) in enumerate(zip(panels, starts, strict=True)):
         axes = figure.add_subplot(len(panels), 1, place + 1)
         shown |= _draw(axes, panel, start, width_ms)
         if place == len(panels) - 1:
-            axes.set_xlabel("milliseconds" + (f"\n{footnote}" if footnote else ""))
+            axes.set_xlabel(
+                "milliseconds\n"
+                "dashed: stage 1 knows the token; arrows: a section's output, from sender to where it is needed"
+            )
     _legend(figure, shown)
     path = Path(png)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +98,7 @@ def _draw(axes, panel: Panel, start: int, width_ms: float) -> dict[str, str]:  #
             begin, end = max(begin, 0.0), min(end, width_ms)
             quiet = span.category.startswith("wait")
             axes.broken_barh([(begin, end - begin)], (stage - 0.36, 0.72), color=colour, alpha=0.9 if quiet else 1.0)
+    _draw_hand_offs(axes, panel, origin, width_ms)
     tokens = [(begin - origin) / 1e6 for begin in begins if 0 <= (begin - origin) / 1e6 <= width_ms * 1.001]
     for count, moment in enumerate(tokens):
         axes.axvline(moment, color="black", linewidth=1.0, linestyle=(0, (4, 2)))
@@ -100,11 +108,25 @@ def _draw(axes, panel: Panel, start: int, width_ms: float) -> dict[str, str]:  #
     step_ms = (tokens[-1] - tokens[0]) / (len(tokens) - 1)
     axes.set_title(f"{panel.title}: {step_ms:.1f} ms per token", loc="left", fontsize=11, pad=14)
     axes.set(xlim=(0, width_ms), ylim=(len(panel.spans) - 0.5, -0.5))
-    axes.set_yticks(range(len(panel.spans)), [f"stage {stage + 1}" for stage in range(len(panel.spans))])
+    labels = [f"stage {stage + 1}\n{count} layers" for stage, count in enumerate(panel.layers)]
+    axes.set_yticks(range(len(panel.spans)), labels)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
     return shown
+
+
+def _draw_hand_offs(axes, panel: Panel, origin: int, width_ms: float) -> None:  # type: ignore[no-untyped-def]
+    """An arrow from where a section's output is sent to where the next section goes on with it."""
+    for stage, (above, below) in enumerate(itertools.pairwise(panel.spans)):
+        needed = {span.step: span.end_ns for span in below if span.category == "wait for memory"}
+        for span in above:
+            if span.name != "send hand-off" or span.step + panel.lag not in needed:
+                continue
+            ends = (span.begin_ns - origin) / 1e6, (needed[span.step + panel.lag] - origin) / 1e6
+            if ends[0] >= 0 and ends[1] <= width_ms:
+                arrow = {"arrowstyle": "-|>", "color": "#222222", "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
+                axes.annotate("", (ends[1], stage + 0.64), (ends[0], stage + 0.36), arrowprops=arrow)
 
 
 def _legend(figure, shown: dict[str, str]) -> None:  # type: ignore[no-untyped-def]
@@ -115,7 +137,7 @@ def _legend(figure, shown: dict[str, str]) -> None:  # type: ignore[no-untyped-d
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9)
 
 
-def _typical_start(begins: Sequence[int], steps: int) -> int:
+def typical_start(begins: Sequence[int], steps: int) -> int:
     """First of the consecutive steps that together took closest to the median time; not the first of a request."""
     if len(begins) < steps + 2:
         raise ValueError(f"{len(begins)} steps cannot show {steps}; record at least {steps + 2}")
