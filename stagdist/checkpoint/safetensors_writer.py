@@ -1,0 +1,71 @@
+"""A safetensors file written tensor by tensor: the library's own writer holds a whole file in memory, twice.
+
+Source: https://huggingface.co/docs/safetensors (format): length of the header, header as JSON, data without gaps.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_BLOCK_BYTES = 1 << 24
+
+
+class SafetensorsWriter:
+    """One file; every tensor is announced first and then given in the same order.
+
+    Args:
+        path: the file, replaced when it exists.
+        entries: name and shape of every tensor.
+        dtype: of all tensors.
+    """
+
+    def __init__(self, path: Path, entries: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype):
+        self.dtype = dtype
+        self._waiting = list(reversed(entries))
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self.data_bytes = 0
+        for name, shape in entries:
+            end = self.data_bytes + torch.Size(shape).numel() * torch.empty((), dtype=dtype).element_size()
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [self.data_bytes, end]}
+            self.data_bytes = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format wants the data aligned
+        self._stream = path.open("wb")
+        self._stream.write(len(text).to_bytes(8, "little") + text)
+
+    def add(self, name: str, tensor: Tensor) -> str:
+        """Write the next tensor; returns the sha256 of its bytes."""
+        expected, shape = self._waiting.pop()
+        assert (expected, shape) == (name, tuple(tensor.shape)), f"{expected} {shape} is next, got {name}"
+        values = tensor.detach().to("cpu", self.dtype).contiguous().flatten()
+        digest = hashlib.sha256()
+        step = _BLOCK_BYTES // values.element_size()
+        for start in range(0, values.numel(), step):
+            block = values[start : start + step].view(torch.uint8).numpy()
+            digest.update(block)
+            self._stream.write(block)
+        return digest.hexdigest()
+
+    @property
+    def full(self) -> bool:
+        """Whether every tensor was given."""
+        return not self._waiting
+
+    def close(self) -> None:
+        """End the file."""
+        self._stream.close()
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """sha256 of the bytes of a tensor, as `SafetensorsWriter.add` gives it."""
+    values = tensor.contiguous().flatten()
+    digest = hashlib.sha256()
+    step = _BLOCK_BYTES // values.element_size()
+    for start in range(0, values.numel(), step):
+        digest.update(values[start : start + step].view(torch.uint8).numpy())
+    return digest.hexdigest()
