@@ -25,7 +25,7 @@ class SafetensorsWriter:
     """
 
     def __init__(self, path: Path, entries: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype):
-        self.dtype = dtype
+        self.path, self.dtype = path, dtype
         self._waiting = list(reversed(entries))
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self.data_bytes = 0
