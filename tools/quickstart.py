@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import random
 import shlex
 import shutil
@@ -10,6 +11,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ HELD_OUT_BYTES = 150_000
 MIN_DOCUMENTS = 60
 MICRO_BATCH = ("--set", "training.micro_batch_size=4")
 """The configuration says 1, so that it fits many ranks; two do better with larger matrices."""
-PROMPT_TOKENS, SAMPLE_TOKENS = 24, 120
+PROMPT_TOKENS, SAMPLE_TOKENS = 24, 100
 EXAMPLES = """\
 examples:
   make quickstart
@@ -99,15 +101,36 @@ def split(texts: list[str]) -> Iterator[tuple[str, list[str]]]:
         print(f"  {len(texts) - position} documents more are left out of this short run", flush=True)
 
 
-def run(*command: str) -> None:
+def run(*command: str, output: Path | None = None) -> None:
     """Show a command and run it.
+
+    Args:
+        output: gets its standard output.
 
     Raises:
         StagdistError: it failed; its own output says why.
     """
-    print(f"\n$ {shlex.join(command)}", flush=True)
-    if code := subprocess.run(command).returncode:
+    print(f"\n$ {shlex.join(command)}{f' > {output}' if output else ''}", flush=True)
+    # DeepSpeed tells on standard output that it found no GPU, unless it is told so before.
+    accelerator = {} if enough_devices() else {"DS_ACCELERATOR": "cpu"}
+    with output.open("wb") if output else nullcontext() as stream:
+        code = subprocess.run(command, stdout=stream, env=os.environ | accelerator).returncode
+    if code:
         raise StagdistError(f"{command[0]} ended with code {code}; its message stands above")
+
+
+def enough_devices() -> bool:
+    """Whether two ranks have a GPU each; with one GPU or none they share the CPU."""
+    import torch
+
+    return torch.cuda.device_count() >= 2
+
+
+def deepspeed(*arguments: str, output: Path | None = None) -> None:
+    """Run a command on two ranks of this machine."""
+    port = str(random.randint(20000, 29000))
+    quiet = ("--quiet",) if output else ()
+    run("deepspeed", *quiet, "--num_accelerators", "2", "--master_port", port, *arguments, output=output)
 
 
 def prepare(texts: list[str], vocab_size: int) -> None:
@@ -141,7 +164,6 @@ def judge() -> dict[str, Any]:
     from stagdist.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
     from stagdist.evaluation.bits_per_byte import nats_from_logits, score_text
     from stagdist.evaluation.ngram import WittenBellBigram
-    from stagdist.evaluation.sample import decode_whole_characters, generate_by_recomputation
     from stagdist.model.megatron import TensorParallel
     from stagdist.parallel.groups import single_process
 
@@ -161,19 +183,28 @@ def judge() -> dict[str, Any]:
         model = load_model(RUN / "model", TensorParallel(groups.tensor))
         context = model.config.max_position_embeddings
         score = score_text(nats_from_logits(model), ids, window=context, token_bytes=tokenizer.token_bytes())
-        prompt = ids[:PROMPT_TOKENS]
-        new = generate_by_recomputation(
-            model, prompt, max_new_tokens=SAMPLE_TOKENS, max_context=context, temperature=0.7, top_k=40, seed=0
-        )
-    sample = decode_whole_characters(tokenizer.decode, [*prompt, *new])
-    (RUN / "sample.txt").write_text(sample + "\n", encoding="utf-8")
     return {
         "heldout_bits_per_byte": score.bits_per_byte,
         "heldout_tokens": score.tokens,
         "bigram_bits_per_byte": bigram(byte_tokenizer()),
         "token_bigram_bits_per_byte": bigram(tokenizer),
-        "sample": sample,
     }
+
+
+def sample() -> str:
+    """The beginning of the held-out text, and how the model goes on: both sections at work on every token."""
+    from stagdist.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(RUN / "model"))
+    beginning = tokenizer.encode(read_texts("heldout")[0])[:PROMPT_TOKENS]
+    prompt = tokenizer.decode(beginning).rstrip("\ufffd")  # not half a character
+    device = () if enough_devices() else ("--device", "cpu")
+    deepspeed(
+        "launch/generate.py", "--model", str(RUN / "model"), f"--prompt={prompt}", "--max-new-tokens",
+        str(SAMPLE_TOKENS), "--temperature", "0.7", "--top-k", "40", "--seed", "0", *device,
+        output=RUN / "sample.txt",
+    )  # fmt: skip
+    return (RUN / "sample.txt").read_text(encoding="utf-8").rstrip("\n")
 
 
 def report(summary: dict[str, Any]) -> None:
@@ -185,7 +216,11 @@ def report(summary: dict[str, Any]) -> None:
     print(f"  bigram over its tokens    {token:.3f}\n  bigram over bytes         {byte:.3f}")
     print(f"\n{summary['tokens_per_s']:.0f} tokens/s in training, {summary['wall_s']:.0f} s in all. In {RUN}/:")
     print("  checkpoints/  config.yaml  metrics.jsonl  loss.png  model/  sample.txt  summary.json")
-    print("\nNext, train it further on your own terms, for example:")
+    print("\nNext, let it write more, or train it further on your own terms, for example:")
+    print(
+        "  deepspeed --num_accelerators 2 launch/generate.py --model runs/quickstart/model "
+        "--prompt 'def main(' --temperature 0.7"
+    )
     print(
         "  deepspeed --num_accelerators 2 launch/pretrain.py --config configs/quickstart.yaml "
         "--set name=longer --set training.micro_batch_size=4 --set training.steps=2000"
@@ -194,8 +229,6 @@ def report(summary: dict[str, Any]) -> None:
 
 def quickstart(arguments: argparse.Namespace) -> None:
     """Everything, in order."""
-    import torch
-
     started = time.monotonic()
     setup_logging(0, None)
     config = load_config(CONFIG, arguments.set)
@@ -206,15 +239,11 @@ def quickstart(arguments: argparse.Namespace) -> None:
         print(f"starting anew: {RUN} of an earlier quickstart is removed", flush=True)
         shutil.rmtree(RUN)
     prepare(texts, config.model.vocab_size)
-    # Two ranks need two devices; with one GPU or none they share the CPU.
-    device = ("--set", "parallel.device=cpu") if torch.cuda.device_count() < 2 else ()
+    device = () if enough_devices() else ("--set", "parallel.device=cpu")
     overrides = [part for override in arguments.set for part in ("--set", override)]
-    run(
-        "deepspeed", "--num_accelerators", "2", "--master_port", str(random.randint(20000, 29000)),
-        "launch/pretrain.py", "--config", "configs/quickstart.yaml", *MICRO_BATCH, *device, *overrides,
-    )  # fmt: skip
+    deepspeed("launch/pretrain.py", "--config", "configs/quickstart.yaml", *MICRO_BATCH, *device, *overrides)
     print("\nscoring held-out text", flush=True)
-    summary = json.loads((RUN / "summary.json").read_text()) | judge()
+    summary = json.loads((RUN / "summary.json").read_text()) | judge() | {"sample": sample()}
     summary["wall_s"] = time.monotonic() - started
     (RUN / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report(summary)
