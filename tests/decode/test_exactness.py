@@ -42,17 +42,18 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "combined, tied, stagger 0": {"combine_sections": True, "tie_word_embeddings": True, "stagger": 0},
 }
 LENGTHS = (1, 2, CHUNK - 1, CHUNK + 1, 13, CONTEXT)
+TO_THE_END = {13: 100}
+"""Lengths whose requests go on until the context is full, and the tokens they ask for."""
 TOLERANCES = {"fp64": 1e-9, "fp32": 1e-4}
 
 
 def requests(lengths: tuple[int, ...], max_new_tokens: int) -> list[Request]:
-    """Greedy requests; that of 13 tokens goes on until the context is full, the longest has room for one token."""
-    limits = {13: 100}
+    """Greedy requests; the longest prompt has room for one token."""
     return [
         Request(
             str(length),
             prompt(length),
-            SamplingParams(max_new_tokens=limits.get(length, max_new_tokens), temperature=0.0),
+            SamplingParams(max_new_tokens=TO_THE_END.get(length, max_new_tokens), temperature=0.0),
         )
         for length in lengths
     ]
@@ -64,9 +65,10 @@ def cases_of(pipe: int, tensor: int) -> list[Case]:
     Sums over tensor ranks make a step of so small a model ten times slower, so these grids take fewer tokens.
     """
     heads: tuple[HeadLayout, ...] = ("last", "sharded") if pipe > 1 else ("last",)
-    served = {precision: requests(LENGTHS, 7 if tensor == 1 else 3) for precision in TOLERANCES}
+    served = dict.fromkeys(TOLERANCES, requests(LENGTHS, 7))
     if tensor > 1:
-        served["fp32"] = requests((2, CHUNK + 1, CONTEXT), 3)
+        short = tuple(length for length in LENGTHS if length not in TO_THE_END)
+        served = {"fp64": requests(short, 3), "fp32": requests((2, CHUNK + 1, CONTEXT), 2)}
     return [
         Case(name, keys, served[precision], EngineOptions(tensor, head, chunk_size=CHUNK, precision=precision))
         for name, keys in (VARIANTS | COMBINATIONS).items()
