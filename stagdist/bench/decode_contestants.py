@@ -21,7 +21,6 @@ from stagdist.decode.sampler import Choice
 from stagdist.decode.section import Lap
 from stagdist.decode.stage import Stage
 from stagdist.decode.weights import random_reader
-from stagdist.telemetry.hardware import memory_bytes
 from stagdist.telemetry.spans import SpanRecorder
 
 Name = TypeVar("Name", bound=Hashable)
@@ -116,7 +115,7 @@ class EngineContestant:
         recorder: SpanRecorder | None = None,
         lap: Lap | None = None,
     ):
-        before = memory_bytes().bytes
+        before = site.held_bytes()
         self.site, self.model, self.options = site, model, options
         self.placement = place_model(model, options, site.size)
         self.transport = site.transport(options.tensor_parallel_size, delay_s)
@@ -137,8 +136,12 @@ class EngineContestant:
             served = Served(_between(engine.times), done[0].token_ids)
         else:
             operate(self.stage, self.transport, None)
-        self.grown_bytes = memory_bytes().bytes - self._before
         return served
+
+    def warm_up(self, load: Load) -> None:
+        """Serve once, untimed, and note what this process has grown by since the contestant was begun."""
+        self(load)
+        self.grown_bytes = self.site.held_bytes() - self._before
 
 
 class PlainContestant:

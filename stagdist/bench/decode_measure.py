@@ -28,6 +28,7 @@ from stagdist.errors import ConfigError, StagdistError
 CHUNKS = (64, 128, 256, 512)
 SEQUENTIAL = "sequential pipeline"
 """The baseline; with one process its sections take turns there."""
+WARM_UP_STEPS = 4
 FEWER_STEPS = 4
 """Tensor parallelism over gloo is slow: it decodes this many times fewer steps."""
 
@@ -137,7 +138,9 @@ class Measurement:
     def engine(self, model: ModelConfig, load: Load, head: HeadLayout = "last", **keys: Any) -> EngineContestant:
         """An engine contestant that fits a load."""
         tensor = keys.pop("tensor", 1)
-        return EngineContestant(self.site, model, self.settings.options_for(load, head, tensor), **keys)
+        engine = EngineContestant(self.site, model, self.settings.options_for(load, head, tensor), **keys)
+        engine.warm_up(replace(load, steps=WARM_UP_STEPS))
+        return engine
 
     def select(self) -> list[Row]:
         """All splits and head layouts and the baseline, alternating; keeps the best in `best`."""

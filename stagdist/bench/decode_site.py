@@ -1,5 +1,7 @@
 """One process of the decode benchmark: its place, its communicators, and what it tells the other processes."""
 
+import ctypes
+import gc
 import time
 from datetime import timedelta
 from typing import Any
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from stagdist.bench.quiet import OtherPrograms
 from stagdist.decode.transport import Transport
 from stagdist.parallel.grid import Grid
+from stagdist.telemetry.hardware import memory_bytes
 
 BANDWIDTH_BYTES = 1 << 28
 """Read to measure memory bandwidth: far more than any cache holds."""
@@ -64,6 +67,14 @@ class DecodeSite:
         """All ranks are here; those that wait sleep."""
         if self._host is not None:
             dist.barrier(group=self._host)
+
+    def held_bytes(self) -> int:
+        """Memory of this process, after what was freed has gone back to the system."""
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed memory for itself
+        if trim is not None:
+            trim(0)
+        return torch.cuda.memory_allocated() if self.device.startswith("cuda") else memory_bytes().bytes
 
     def synchronize(self) -> None:
         """The device has done all it was told."""

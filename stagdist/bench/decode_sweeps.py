@@ -9,17 +9,18 @@ from typing import Any
 from stagdist.bench.decode_contestants import EngineContestant, Load, alternate
 from stagdist.bench.decode_instrument import instrument
 from stagdist.bench.decode_measure import Measurement, Row
-from stagdist.bench.decode_shapes import balanced_split, baseline, split_name
+from stagdist.bench.decode_shapes import Split, balanced_split, baseline, even_split, split_name
 from stagdist.config import ModelConfig
 from stagdist.errors import ConfigError
 
+SLACK_RUNS = 3
 AXES = ("contexts", "batches", "windows", "stagger", "sections", "delays_ms")
 DEFAULT_AXES: Mapping[str, tuple[float | None, ...]] = {
     "contexts": (64, 256, 1024),
     "batches": (1, 4),
     "windows": (None, 128),
     "stagger": (0, 1, 2),
-    "delays_ms": (0, 1, 2, 5, 10, 20),
+    "delays_ms": (0, 2, 5, 10, 20),
 }
 
 
@@ -51,13 +52,13 @@ def _value(axis: str, text: str) -> float | None:
 def predicted_step_s(step_s: float, slack_s: float, delay_s: float, lag: int) -> float:
     """Mean step with a delayed hand-off: flat until the slack is used up.
 
-    What is sent in step i delays step i + lag, whose token starts step i + lag + 1: lag + 1 steps share what is late.
+    What is sent in step i delays step i + lag, whose token begins step i + lag + 1: lag + 1 steps share what is late.
 
     Args:
         step_s: without delay.
-        slack_s: of a hand-off with this lag, without delay.
+        slack_s: of a hand-off with this lag, without delay; where it is negative, steps wait already.
     """
-    return step_s + max(0.0, delay_s - slack_s) / (lag + 1)
+    return step_s + max(0.0, delay_s - max(0.0, slack_s)) / (lag + 1)
 
 
 class Sweeps:
@@ -104,35 +105,44 @@ class Sweeps:
         return load, model
 
     def _delays(self, delays_ms: Sequence[float]) -> list[dict[str, Any]]:
-        """Step time over the delay of hand-offs, with lag 1 and 2, beside what the measured slack predicts."""
+        """Step time over the delay of hand-offs, beside what the measured slack predicts.
+
+        With lag 1 and 2; of the best split, and of the even one, whose last stage leaves hand-offs more slack.
+        """
+        splits = dict.fromkeys((self._split, even_split(sum(self._split), len(self._split))))
+        rows = []
+        for split in [next(iter(splits))] if self._settings.model.share_section_weights else splits:
+            for lag in (1, 2):
+                rows += self._delays_of(split, lag, tuple(dict.fromkeys((0.0, *delays_ms))))
+        return rows
+
+    def _delays_of(self, split: Split, lag: int, delays_ms: Sequence[float]) -> list[dict[str, Any]]:
         site, load = self._measurement.site, self._load
-        engines: dict[tuple[Any, Any], tuple[EngineContestant, Load]] = {}
-        slack: dict[int, float] = {}
-        for lag in (1, 2):
-            model = self._settings.staggered(self._split, stagger=lag)
-            for delay_ms in dict.fromkeys((0.0, *delays_ms)):
-                engine = self._measurement.engine(model, load, self._head, delay_s=delay_ms / 1e3)
-                engines[delay_ms, lag] = engine, load
-            found = instrument(site, engines[0.0, lag][0], load, 1).slack_s()
-            if found is None:
-                raise ConfigError("--sweep delays_ms needs hand-offs between processes; start at least two")
-            slack[lag] = found
+        model = self._settings.staggered(split, stagger=lag)
+        engines = {
+            delay_ms: (self._measurement.engine(model, load, self._head, delay_s=delay_ms / 1e3), load)
+            for delay_ms in delays_ms
+        }
+        slack_s = instrument(site, engines[0.0][0], load, SLACK_RUNS).slack_s()
+        assert slack_s is not None, "refused by check_axes"
         readings = self._alternate(engines)
         if site.rank:
             return []
         # Means: where hand-offs are late, steps that wait and steps that do not take turns.
-        rows = {
-            key: 1e3 * statistics.median(statistics.fmean(served.step_s) for served in readings[key]) for key in engines
+        step_s = {
+            delay_ms: statistics.median(statistics.fmean(served.step_s) for served in of_rounds)
+            for delay_ms, of_rounds in readings.items()
         }
         return [
             {
                 "delays_ms": delay_ms,
                 "stagger": lag,
-                "ms_per_token": rows[delay_ms, lag],
-                "predicted_ms": 1e3 * predicted_step_s(rows[0.0, lag] / 1e3, slack[lag], delay_ms / 1e3, lag),
-                "slack_ms": 1e3 * slack[lag],
+                "split": split_name(split),
+                "ms_per_token": 1e3 * step_s[delay_ms],
+                "predicted_ms": 1e3 * predicted_step_s(step_s[0.0], slack_s, delay_ms / 1e3, lag),
+                "slack_ms": 1e3 * slack_s,
             }
-            for delay_ms, lag in engines
+            for delay_ms in delays_ms
         ]
 
     def _alternate(self, engines: Mapping[Any, tuple[EngineContestant, Load]]) -> dict[Any, list[Any]]:

@@ -18,7 +18,7 @@ HEADLINES = (
     "prefill_speedup_vs_one_process",
 )
 CONTESTANT = "{:<27} {:>8} {:>8} {:>8} {:>9} {:>9} {:>8} {:>9} {:>10}"
-SWEEP_COLUMNS = ("name", "stagger", "ms_per_token", "predicted_ms", "bound_ms", "efficiency", "tokens_per_s")
+SWEEP_COLUMNS = ("name", "split", "stagger", "ms_per_token", "predicted_ms", "slack_ms", "bound_ms", "efficiency")
 
 
 def table(results: Mapping[str, Any]) -> str:

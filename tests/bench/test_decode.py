@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,6 +244,18 @@ def test_other_numbers_of_processes_get_sections_of_their_own(tiny: str) -> None
     given = arguments("--config", tiny, *QUICK)
     assert settings_from(given, 4)[0].splits == ((1, 1, 1, 1),)
     assert settings_from(given, 1)[0].splits == ((2, 2),)
+
+
+def test_a_wrong_command_is_answered_in_one_line_by_one_rank() -> None:
+    def answer(rank: int) -> tuple[int, str, str]:
+        command = [sys.executable, "launch/bench.py", f"--local_rank={rank}", "decode", "--steps", "2"]
+        world = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | world, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout, done.stderr
+
+    code, output, error = answer(0)
+    assert (code, output) == (2, "") and error == "error: --steps 2 is too small; steps start at 6, the others at 1\n"
+    assert answer(1) == (2, "", "")
 
 
 def run_both(payload: dict[str, Any]) -> int:
