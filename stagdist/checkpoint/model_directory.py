@@ -1,7 +1,8 @@
 """The model directory: `config.json`, safetensors with canonical unsharded names, the tokenizer.
 
-A StagFormer says `model_type: stagformer`; the sequential baseline is a Llama directory with two extra keys. Written
-tensor by tensor into a hidden folder beside and renamed at the end.
+A StagFormer says `model_type: stagformer` and carries the code by which `transformers` loads it; the sequential
+baseline is a Llama directory with two extra keys. Written tensor by tensor into a hidden folder beside and renamed at
+the end.
 """
 
 import json
@@ -24,6 +25,14 @@ from stagdist.errors import CheckpointError, ConfigError
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
 MAX_SHARD_BYTES = 4 * 10**9
+CODE_FILES = ("configuration_stagformer.py", "modeling_stagformer.py")
+"""What `transformers` loads a StagFormer with; copied from `stagdist/hf` into every directory of one."""
+
+_CODE_FOLDER = Path(__file__).resolve().parent.parent / "hf"
+_AUTO_MAP = {
+    "AutoConfig": "configuration_stagformer.StagFormerConfig",
+    "AutoModelForCausalLM": "modeling_stagformer.StagFormerForCausalLM",
+}
 _INDEX = "model.safetensors.index.json"
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _STAGFORMER_KEYS = (
@@ -66,8 +75,7 @@ def config_json(model: ModelConfig, dtype: torch.dtype, end_of_document: int) ->
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.key_value_heads,
         "head_dim": model.head_width,
-        "rope_theta": model.rope_theta,
-        "rope_scaling": None if model.rope_scaling is None else model.rope_scaling.model_dump(),
+        **_rope_keys(model),
         "rms_norm_eps": model.rms_norm_eps,
         "max_position_embeddings": model.max_position_embeddings,
         "tie_word_embeddings": model.tie_word_embeddings,
@@ -83,7 +91,21 @@ def config_json(model: ModelConfig, dtype: torch.dtype, end_of_document: int) ->
     if model.staggered:
         extra["cross_attention_key_value_heads"] = model.cross_key_value_heads
     kind = ("stagformer", "StagFormerForCausalLM") if model.staggered else ("llama", "LlamaForCausalLM")
-    return {"model_type": kind[0], "architectures": [kind[1]], **body, **extra}
+    code = {"auto_map": _AUTO_MAP} if model.staggered else {}
+    return {"model_type": kind[0], "architectures": [kind[1]], **code, **body, **extra}
+
+
+def _rope_keys(model: ModelConfig) -> dict[str, Any]:
+    """Every reader of Llamas knows the older spelling; what transformers 5 makes of a stranger's fails with it."""
+    scaling = None if model.rope_scaling is None else model.rope_scaling.model_dump()
+    if not model.staggered:
+        return {"rope_theta": model.rope_theta, "rope_scaling": scaling}
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta, **(scaling or {})}}
+
+
+def generation_config_json(end_of_document: int) -> dict[str, Any]:
+    """The content of `generation_config.json`: rows of a batch that have ended are filled up with the same token."""
+    return {"eos_token_id": end_of_document, "pad_token_id": end_of_document}
 
 
 def read_model_config(directory: str | Path) -> ModelConfig:
@@ -101,11 +123,11 @@ def read_model_config(directory: str | Path) -> ModelConfig:
         raise CheckpointError(f"{path} says model_type {body.get('model_type')!r}; stagformer and llama are read")
     rope = body.get("rope_parameters") or {}
     keys = {key: body[key] for key in ModelConfig.model_fields if key in body}
-    keys.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+    keys["rope_theta"] = rope.get("rope_theta", body.get("rope_theta", 10000.0))
     if rope.get("rope_type", "default") != "default":
         keys["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     keys.setdefault("section_layers", [body.get("num_hidden_layers")])
-    keys.setdefault("connection", "sequential")
+    keys.setdefault("connection", "staggered" if body["model_type"] == "stagformer" else "sequential")
     try:
         return ModelConfig(**keys)
     except (ConfigError, ValueError) as error:
@@ -163,7 +185,9 @@ class ModelDirectoryWriter:
             index = {"metadata": {"total_size": self._total}, "weight_map": self._index}
             _write_json(self.folder / _INDEX, index)
         _write_json(self.folder / "config.json", config_json(self.model, self.dtype, self.end_of_document))
-        _write_json(self.folder / "generation_config.json", {"eos_token_id": self.end_of_document})
+        _write_json(self.folder / "generation_config.json", generation_config_json(self.end_of_document))
+        for name in CODE_FILES if self.model.staggered else ():
+            shutil.copyfile(_CODE_FOLDER / name, self.folder / name)
         for path in self.folder.iterdir():
             if path.is_file():
                 sync_path(path)
