@@ -1,5 +1,6 @@
 """What the engine must have done, by full recomputation with the reference."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,11 +86,16 @@ def _positions(case: Case, completions: list[Completion]) -> list[int]:
     ]
 
 
-def best_token(logits: Tensor, request: Request, position: int) -> int:
-    """What should be chosen, for requests that are greedy or sample with a temperature alone. Shapes: logits [V]."""
-    params = request.params
-    if params.temperature == 0:
-        return int(logits.argmax())
-    seed, place = torch.tensor([params.seed]), torch.tensor([position])
-    noise = gumbel(seed, place, torch.arange(len(logits)))[0]
-    return int((logits / params.temperature + noise).argmax())
+def best_token(logits: Tensor, request: Request, position: int, before: Sequence[int]) -> int:
+    """What should be chosen, for requests without truncation.
+
+    Shapes: logits [V]; `before` holds the tokens of prompt and output.
+    """
+    params, scores = request.params, logits.clone()
+    for token in set(before):
+        penalty = params.repetition_penalty
+        scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    if params.temperature > 0:
+        seed, place = torch.tensor([params.seed]), torch.tensor([position])
+        scores = scores / params.temperature + gumbel(seed, place, torch.arange(len(logits)))[0]
+    return int(scores.argmax())

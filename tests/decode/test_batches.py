@@ -88,12 +88,12 @@ def same(completions: dict[str, Completion], expected: dict[str, Completion], to
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tokens_are_those_that_the_reference_and_the_noise_of_their_positions_give(alone: Alone, variant: str) -> None:
-    for name in ("greedy", "sampled", "one token", "stops", "whole context", "sampled, stops"):
+    for name in ("greedy", "sampled", "one token", "stops", "penalty", "whole context", "sampled, stops"):
         case = arrangement(variant, [request for request in REQUESTS if request.request_id == name], 1)
         request, done = case.requests[0], alone[variant][name]
         logits = reference_logits(case, request, done)
-        first = len(request.prompt_ids)
-        expected = [best_token(row, request, first + index) for index, row in enumerate(logits)]
+        ids, first = [*request.prompt_ids, *done.token_ids], len(request.prompt_ids)
+        expected = [best_token(row, request, place, ids[:place]) for place, row in enumerate(logits, start=first)]
         assert list(done.token_ids) == expected, name
 
 
