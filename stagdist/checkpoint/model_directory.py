@@ -8,17 +8,18 @@ the end.
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from stagdist.checkpoint.llama_names import llama_name
+from stagdist.checkpoint.safetensors_writer import SafetensorsWriter
 from stagdist.checkpoint.training_directory import sync_path
 from stagdist.config import ModelConfig
 from stagdist.errors import CheckpointError, ConfigError
@@ -34,6 +35,8 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_stagformer.StagFormerForCausalLM",
 }
 _INDEX = "model.safetensors.index.json"
+CHECKSUMS = "checksums.json"
+"""sha256 of every tensor's bytes, by stored name: what was written, so that a swapped tensor is seen."""
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _STAGFORMER_KEYS = (
     "section_layers",
@@ -147,7 +150,8 @@ class ModelDirectoryWriter:
         self.model, self.dtype, self.end_of_document = model, dtype, end_of_document
         element = torch.empty((), dtype=dtype).element_size()
         self._shards = shard_plan(model_parameters(model), element, MAX_SHARD_BYTES)
-        self._open: dict[str, Tensor] = {}
+        self._file: SafetensorsWriter | None = None
+        self._checksums: dict[str, str] = {}
         self._index: dict[str, str] = {}
         self._total = 0
 
@@ -157,30 +161,35 @@ class ModelDirectoryWriter:
         self.folder.mkdir(parents=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take the next parameter by canonical name; a full file is written at once."""
-        shard = next(i for i, specs in enumerate(self._shards) if any(spec.name == name for spec in specs))
-        self._open[stored_name(name, self.model)] = tensor.detach().to("cpu", self.dtype).contiguous()
-        if len(self._open) == len(self._shards[shard]):
-            self._write(shard)
+        """Write the next parameter, given by canonical name."""
+        if self._file is None:
+            self._begin_file()
+        assert self._file is not None
+        stored = stored_name(name, self.model)
+        self._checksums[stored] = self._file.add(stored, tensor)
+        self._index[stored] = self._file.path.name
+        if self._file.full:
+            self._file.close()
+            self._total += self._file.data_bytes
+            self._file = None
 
-    def _write(self, shard: int) -> None:
-        count = len(self._shards)
-        file = "model.safetensors" if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
-        try:
-            save_file(self._open, self.folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{self.folder / file} could not be written: {error}") from error
-        self._index |= dict.fromkeys(self._open, file)
-        self._total += sum(tensor.nbytes for tensor in self._open.values())
-        self._open = {}
+    def _begin_file(self) -> None:
+        count, number = len(self._shards), len(set(self._index.values()))
+        name = "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        entries = [(stored_name(spec.name, self.model), spec.shape) for spec in self._shards[number]]
+        self._file = SafetensorsWriter(self.folder / name, entries, self.dtype)
 
     def discard(self) -> None:
         """Remove the hidden folder; what stood under the final name stays."""
+        if self._file is not None:
+            with suppress(OSError):  # a full disk refuses what is still in the buffer
+                self._file.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def commit(self) -> None:
         """Write what describes the tensors and give the folder its name."""
-        assert not self._open, f"tensors are missing for a file that holds {sorted(self._open)}"
+        assert self._file is None and len(self._checksums) == sum(map(len, self._shards)), "tensors are missing"
+        _write_json(self.folder / CHECKSUMS, {"sha256": self._checksums})
         if len(self._shards) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": self._index}
             _write_json(self.folder / _INDEX, index)

@@ -46,7 +46,7 @@ class SafetensorsWriter:
         digest = hashlib.sha256()
         step = _BLOCK_BYTES // values.element_size()
         for start in range(0, values.numel(), step):
-            block = values[start : start + step].view(torch.uint8).numpy()
+            block = values[start : start + step].view(torch.uint8).numpy().data
             digest.update(block)
             self._stream.write(block)
         return digest.hexdigest()
@@ -67,5 +67,5 @@ def tensor_sha256(tensor: Tensor) -> str:
     digest = hashlib.sha256()
     step = _BLOCK_BYTES // values.element_size()
     for start in range(0, values.numel(), step):
-        digest.update(values[start : start + step].view(torch.uint8).numpy())
+        digest.update(values[start : start + step].view(torch.uint8).numpy().data)
     return digest.hexdigest()

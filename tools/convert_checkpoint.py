@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""Convert checkpoints: training checkpoints to and from model directories, to other grids; inspect and compare.
+
+A run's folder as SOURCE means its newest complete checkpoint. Every conversion writes under a hidden name, proves
+the result, and only then gives it its name; one that fails or is killed leaves nothing that looks whole.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """\
+examples:
+  python tools/convert_checkpoint.py export runs/my-run runs/my-run/model
+  python tools/convert_checkpoint.py reshard runs/my-run runs/my-run-8 --pipe 2 --data 2 --tensor 2
+  python tools/convert_checkpoint.py import runs/my-run/model runs/finetune --pipe 2 --config configs/x.yaml
+  python tools/convert_checkpoint.py split runs/shared/model separate/
+  python tools/convert_checkpoint.py merge runs/my-run/checkpoints/step_00000100 runs/my-run averaged/
+  python tools/convert_checkpoint.py verify runs/my-run exported/
+  python tools/convert_checkpoint.py inspect runs/my-run --json
+
+Formats, names and recipes: docs/checkpoints.md.
+"""
+
+DESCRIPTIONS = {
+    "export": "Training checkpoint of any grid to a model directory (config.json, safetensors, tokenizer).",
+    "import": "Model directory to a training checkpoint at step 0: its weights and an optimizer that has done nothing. "
+    "`pretrain` with the run's name begins from it, on any data.",
+    "reshard": "Training checkpoint to another grid, with optimizer, counters, position in the data and generators: "
+    "training goes on as if nothing had happened. (`pretrain` on another grid does this by itself.)",
+    "split": "Shared weights to separate sections, each with a copy of its own; writes a model directory.",
+    "merge": "The average of several checkpoints or model directories of one model, as a model directory.",
+    "inspect": "What a directory holds: kind, step, model, grid, sizes, statistics of every tensor, missing or odd "
+    "files. Exit code 1 if something is wrong.",
+    "verify": "Whether two directories hold the same model: largest difference of their logits on real text, in fp32. "
+    "Exit code 1 if it is above --tolerance.",
+}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=style)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    made: dict[str, argparse.ArgumentParser] = {}
+    for verb, text in DESCRIPTIONS.items():
+        lines = [line for line in EXAMPLES.splitlines() if f".py {verb} " in line]
+        made[verb] = verbs.add_parser(
+            verb, help=text, description=text, epilog="\n".join(["example:", *lines]), formatter_class=style
+        )
+        _add_paths(made[verb], verb)
+        made[verb].add_argument(
+            "--trust-pickle", action="store_true", help="load files that may run any program: only your own"
+        )
+        made[verb].add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_options(made)
+    return parser.parse_args(arguments)
+
+
+def _add_paths(parser: argparse.ArgumentParser, verb: str) -> None:
+    if verb == "inspect":
+        parser.add_argument("directory", metavar="DIR", help="run, training checkpoint or model directory")
+    elif verb == "verify":
+        parser.add_argument("first", metavar="A", help="run, training checkpoint or model directory")
+        parser.add_argument("second", metavar="B", help="the other one")
+    else:
+        many = {"nargs": "+"} if verb == "merge" else {}
+        parser.add_argument("source", metavar="SOURCE", help="what to convert", **many)  # type: ignore[arg-type]
+        training = verb in ("import", "reshard")
+        what = "run's folder (or checkpoints/step_NNNNNNNN in one)" if training else "model directory"
+        parser.add_argument("destination", metavar="DESTINATION", help=f"{what} to write")
+        parser.add_argument("--overwrite", action="store_true", help="replace an existing DESTINATION")
+
+
+def _add_options(made: dict[str, argparse.ArgumentParser]) -> None:
+    for verb in ("import", "reshard"):
+        for axis, meaning in (
+            ("pipe", "pipeline stages"),
+            ("data", "replicas"),
+            ("tensor", "ranks that split matrices"),
+        ):
+            made[verb].add_argument(f"--{axis}", type=int, default=1, metavar="N", help=f"{meaning} (default: 1)")
+    made["import"].add_argument(
+        "--config", metavar="FILE", help="configuration of the run to come: its precision and optimizer are used"
+    )
+    for verb in ("export", "import", "split", "merge", "verify"):
+        made[verb].add_argument(
+            "--tokenizer", metavar="DIR", help="tokenizer (default: that of the run or model directory)"
+        )
+    made["inspect"].add_argument("--json", action="store_true", help="print JSON")
+    made["verify"].add_argument("--json", action="store_true", help="print JSON")
+    made["verify"].add_argument("--text", metavar="FILE", help="text to compare on (default: a built-in passage)")
+    made["verify"].add_argument(
+        "--tolerance", type=float, default=1e-5, metavar="X", help="largest difference to accept (default: 1e-5)"
+    )
+
+
+def show(items: Sequence[Any], what: str) -> Iterable[Any]:
+    """A progress bar on a terminal, otherwise nothing."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, file=sys.stderr, disable=None, dynamic_ncols=True, leave=False)
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Run a conversion and say what it proved."""
+    from stagdist.checkpoint import conversions
+    from stagdist.checkpoint.training_source import untracked
+    from stagdist.parallel.grid import Grid
+
+    options = conversions.Options(
+        tokenizer=getattr(arguments, "tokenizer", None),
+        trust_pickle=arguments.trust_pickle,
+        overwrite=arguments.overwrite,
+        track=untracked if arguments.quiet else show,
+    )
+    source, destination = arguments.source, arguments.destination
+    if arguments.verb == "export":
+        proof = conversions.export(source, destination, options)
+    elif arguments.verb == "split":
+        proof = conversions.split(source, destination, options)
+    elif arguments.verb == "merge":
+        proof = conversions.merge(source, destination, options)
+    else:
+        grid = Grid(arguments.pipe, arguments.data, arguments.tensor)
+        if arguments.verb == "reshard":
+            proof = conversions.reshard(source, destination, grid, options)
+        else:
+            proof = conversions.import_model(source, destination, grid, arguments.config, options)
+    print(f"wrote {proof.directory}: {proof.checked}")
+    return 0
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """Print what is there."""
+    from stagdist.checkpoint import inspection
+    from stagdist.checkpoint.training_source import untracked
+
+    track = untracked if arguments.quiet else show
+    report = inspection.inspect(arguments.directory, trust_pickle=arguments.trust_pickle, track=track)
+    print(json.dumps(report.as_json(), indent=2) if arguments.json else inspection.as_table(report))
+    return 1 if report.problems else 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Compare two models."""
+    from stagdist.checkpoint.proof import TEXT
+    from stagdist.checkpoint.verification import verify as compare
+
+    text = TEXT if arguments.text is None else Path(arguments.text).read_text(encoding="utf-8")
+    verdict = compare(
+        arguments.first,
+        arguments.second,
+        text=text,
+        tokenizer=arguments.tokenizer,
+        trust_pickle=arguments.trust_pickle,
+    )
+    same = verdict.largest_difference <= arguments.tolerance
+    if arguments.json:
+        print(json.dumps(asdict(verdict) | {"tolerance": arguments.tolerance, "same": same}, indent=2))
+    else:
+        print(
+            f"{'same' if same else 'DIFFERENT'}: largest difference of a logit {verdict.largest_difference:.3g} on "
+            f"{verdict.tokens} tokens of text (largest logit {verdict.largest_logit:.3g}, tolerance "
+            f"{arguments.tolerance:g}); the same first choice at {verdict.equal_choices:.1%} of the positions"
+        )
+    return 0 if same else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 not the same or something is wrong with what was inspected, 2 something to mend."""
+    from stagdist.data.command_line import run_tool
+
+    parsed = parse(arguments)
+    run = {"inspect": inspect, "verify": verify}.get(parsed.verb, convert)
+    codes: list[int] = []
+    return run_tool(lambda: codes.append(run(parsed))) or codes[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
