@@ -171,6 +171,8 @@ def measure(
         "splits": [row.result(batch) for row in split_rows],
         "breakdown": breakdown,
         "left_out": measurement.left_out,
+        # The first reading of each half is from before its rounds.
+        "share_of_machine_taken_by_others": {half: all_[1:] for half, all_ in measurement.others_shares.items()},
         "sweeps": sweeps,
         "settings": as_settings(settings),
     }

@@ -25,7 +25,7 @@ from stagdist.telemetry.spans import SpanRecorder
 
 Name = TypeVar("Name", bound=Hashable)
 SEED = 20250
-PATIENCE = 3
+PATIENCE = 2
 DROPPED_STEPS = 4
 """First steps of a request that are not counted: caches and branch predictors are still cold."""
 

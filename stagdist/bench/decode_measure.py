@@ -127,12 +127,18 @@ class Measurement:
 
     Args:
         tell: gets a line about the progress.
+
+    Attributes:
+        best: split and head layout with the shortest step, after `select`.
+        left_out: contestants that do not fit, with the reason.
+        others_shares: of the machine, what other programs took in each round, repeated ones too.
     """
 
     def __init__(self, site: DecodeSite, settings: Settings, tell: Callable[[str], None]):
         self.site, self.settings, self._tell = site, settings, tell
         self.bandwidth = Bandwidth(*site.read_bandwidths())
         self.left_out: dict[str, str] = {}
+        self.others_shares: dict[str, list[float]] = {}
         self.best: tuple[Split, HeadLayout] = (settings.splits[0], settings.heads[0])
 
     def engine(self, model: ModelConfig, load: Load, head: HeadLayout = "last", **keys: Any) -> EngineContestant:
@@ -224,7 +230,12 @@ class Measurement:
         def tell(text: str) -> None:
             self._tell(f"{what}: {text}")
 
-        return alternate(runs, self.settings.rounds, tell, self.site.others)
+        def others() -> float:
+            share = self.site.others()
+            self.others_shares.setdefault(what, []).append(share)
+            return share
+
+        return alternate(runs, self.settings.rounds, tell, others)
 
     def _has_plain_step(self) -> bool:
         model, size = self.settings.model, self.site.size

@@ -148,7 +148,7 @@ class Sweeps:
     def _alternate(self, engines: Mapping[Any, tuple[EngineContestant, Load]]) -> dict[Any, list[Any]]:
         runs = {key: partial(engine, load) for key, (engine, load) in engines.items()}
         alternate(runs, 1, lambda text: None)
-        return alternate(runs, self._rounds, lambda text: None, self._measurement.site.others)
+        return alternate(runs, self._rounds, lambda text: None)
 
 
 def check_axes(axes: Mapping[str, Sequence[Any]], processes: int, num_layers: int) -> None:

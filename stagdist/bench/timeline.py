@@ -62,8 +62,9 @@ def draw_timeline(panels: Sequence[Panel], png: str | Path, *, steps: int = 3) -
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    starts = [typical_start(panel.step_begins(), steps) for panel in panels]
-    width_ms = max(_length_ms(panel.step_begins(), start, steps) for panel, start in zip(panels, starts, strict=True))
+    begins = [panel.step_begins() for panel in panels]
+    width_ms = max(_length_ms(each, typical_start(each, steps), steps) for each in begins)
+    starts = [typical_start(each, steps, width_ms) for each in begins]
     lanes = max(len(panel.spans) for panel in panels)
     figure = Figure(figsize=(11, 1.6 + len(panels) * (0.9 + 0.65 * lanes)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -137,14 +138,23 @@ def _legend(figure, shown: dict[str, str]) -> None:  # type: ignore[no-untyped-d
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9)
 
 
-def typical_start(begins: Sequence[int], steps: int) -> int:
-    """First of the consecutive steps that together took closest to the median time; not the first of a request."""
+def typical_start(begins: Sequence[int], steps: int, width_ms: float = 0.0) -> int:
+    """First of the consecutive steps that together took closest to the median time; not the first of a request.
+
+    Args:
+        begins: of all steps.
+        width_ms: at least so much time follows, where there is that much.
+
+    Raises:
+        ValueError: too few steps.
+    """
     if len(begins) < steps + 2:
         raise ValueError(f"{len(begins)} steps cannot show {steps}; record at least {steps + 2}")
     candidates = range(1, len(begins) - steps)
     lengths = sorted(begins[start + steps] - begins[start] for start in candidates)
     middle = lengths[len(lengths) // 2]
-    return min(candidates, key=lambda start: abs(begins[start + steps] - begins[start] - middle))
+    long = [start for start in candidates if begins[-1] - begins[start] >= width_ms * 1e6]
+    return min(long or candidates, key=lambda start: abs(begins[start + steps] - begins[start] - middle))
 
 
 def _length_ms(begins: Sequence[int], start: int, steps: int) -> float:

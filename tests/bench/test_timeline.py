@@ -48,5 +48,6 @@ def test_a_typical_stretch_is_shown_and_not_the_disturbed_one() -> None:
     begins = [sum(lengths[:step]) for step in range(len(lengths) + 1)]
     start = typical_start(begins, 3)
     assert begins[start + 3] - begins[start] == 30
+    assert begins[-1] - begins[typical_start(begins, 1, 100 / 1e6)] >= 100, "the axis is filled where it can be"
     with pytest.raises(ValueError, match="3 steps cannot show 3; record at least 5"):
         typical_start(begins[:3], 3)
