@@ -24,7 +24,7 @@ from stagdist.training.deepspeed_config import num_micro_batches
 from stagdist.training.distributed import start_distributed
 from stagdist.training.engine import build_engine
 from stagdist.training.exchange import hand_off_kinds
-from stagdist.training.resuming import load_checkpoint, newest_complete, resumed_config
+from stagdist.training.resuming import load_checkpoint, newest_complete, on_this_grid, resumed_config
 from stagdist.training.saving import save_checkpoint
 
 Reading = dict[str, float]
@@ -53,7 +53,7 @@ class Site:
         self._identity = training_identity(config.data, tokenizer)
         checkpoint = newest_complete(Path(config.folder) / "checkpoints", self.groups)
         if checkpoint is not None:
-            self._config = resumed_config(self._config, checkpoint, self.groups.grid, self._identity)
+            self._config = resumed_config(self._config, checkpoint, self._identity)
         self._data = build_splits(
             config.data,
             sequence_length=config.sequence_length,
@@ -64,7 +64,8 @@ class Site:
         self._contestants: dict[str, Callable[[], Reading]] = {}
         self.resumed = checkpoint is not None
         if checkpoint is not None:
-            load_checkpoint(build_engine(self._config, self.groups), checkpoint, self._config)
+            with on_this_grid(checkpoint, self._config, self.groups) as fitting:
+                load_checkpoint(build_engine(self._config, self.groups), fitting, self._config)
         self._carried = hand_off_kinds(self._config, torch.float32)[0].shape
         self.started_s = time.perf_counter() - started
 

@@ -55,12 +55,14 @@ class Options:
         tokenizer: where the tokenizer is, when the source does not say it.
         trust_pickle: see `load_file`.
         overwrite: replace what exists.
+        files_checked: the files of a training checkpoint were just compared with their records.
         track: shows progress.
     """
 
     tokenizer: str | None = None
     trust_pickle: bool = False
     overwrite: bool = False
+    files_checked: bool = False
     track: Track[Any] = untracked
 
 
@@ -132,18 +134,21 @@ def merge(sources: Sequence[str | Path], destination: str | Path, options: Optio
     return _write_model(opened[0], opened[0].model, average, Path(destination), options, keeps_function=False)
 
 
-def reshard(source: str | Path, destination: str | Path, grid: Grid, options: Options) -> Proof:
+def reshard(
+    source: str | Path, destination: str | Path, grid: Grid, options: Options, *, config: RunConfig | None = None
+) -> Proof:
     """Training checkpoint to another grid, with optimizer, counters, position in the data and generators.
 
     Args:
         destination: a run's folder, or a `step_NNNNNNNN` inside its `checkpoints`.
+        config: of the run that goes on; that of the checkpoint unless given.
 
     Raises:
         CheckpointError: source or destination will not do, or the proof failed; nothing is left behind.
         ConfigError: the batch or the model does not fit the grid.
     """
-    reader = open_training(source, trust_pickle=options.trust_pickle)
-    config = on_grid(reader.config, grid)
+    reader = open_training(source, trust_pickle=options.trust_pickle, files_checked=options.files_checked)
+    config = on_grid(reader.config if config is None else config, grid)
     state = replace(reader.state, grid=(grid.pipe, grid.data, grid.tensor))
     final = training_destination(Path(destination), state.step)
     _write_training(reader, config, state, final, options)
@@ -209,6 +214,8 @@ def _import_config(
                 f"model.{key} is {old!r}, the directory has {new!r}" for key, (old, new) in changed.items()
             )
             raise ConfigError(f"{config_file} describes another model than {weights.directory}: {listed}")
+        if config.training.precision == "fp16":
+            raise ConfigError(f"{config_file}: training.precision is fp16; import for fp32 or bf16")
         return on_grid(config, grid)
     if weights.dtype not in precisions:
         raise CheckpointError(f"{weights.directory} is {weights.dtype}; give --config with the precision to train in")

@@ -79,8 +79,11 @@ def find(path: str | Path) -> Found:
     raise CheckpointError(f"{folder} holds neither checkpoints nor a model directory (there is no config.json)")
 
 
-def open_training(path: str | Path, *, trust_pickle: bool = False) -> TrainingReader:
+def open_training(path: str | Path, *, trust_pickle: bool = False, files_checked: bool = False) -> TrainingReader:
     """A training checkpoint whose files match their records and the model.
+
+    Args:
+        files_checked: the files were just compared with their records.
 
     Raises:
         CheckpointError: it is none, incomplete, or damaged, by name.
@@ -91,7 +94,8 @@ def open_training(path: str | Path, *, trust_pickle: bool = False) -> TrainingRe
     if not (found.directory / COMPLETE).is_file():
         raise CheckpointError(f"{found.directory} has no {COMPLETE}: it is not a complete checkpoint")
     reader = TrainingReader(found.directory, trust_pickle=trust_pickle)
-    reader.check_files()
+    if not files_checked:
+        reader.check_files()
     reader.check_layout()
     return reader
 

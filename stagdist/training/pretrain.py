@@ -27,7 +27,7 @@ from stagdist.training.engine import SectionEngine, build_engine
 from stagdist.training.evaluation import HeldOut
 from stagdist.training.export import export_model
 from stagdist.training.reporting import Reporter
-from stagdist.training.resuming import load_checkpoint, newest_complete, resumed_config
+from stagdist.training.resuming import begun, load_checkpoint, newest_complete, on_this_grid, resumed_config
 from stagdist.training.trainer import Outcome, Trainer
 
 LOG = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def pretrain(config: RunConfig, grid: Grid, device: str, started_at: float) -> O
         if config.checkpoint.resume == "never":
             problem = f"{checkpoint} exists and checkpoint.resume is never; choose another name for the run"
             raise shared(ConfigError(problem))
-        config = resumed_config(config, checkpoint, grid, identity)
+        config = resumed_config(config, checkpoint, identity)
     splits = build_splits(
         config.data,
         sequence_length=config.sequence_length,
@@ -85,7 +85,8 @@ def pretrain(config: RunConfig, grid: Grid, device: str, started_at: float) -> O
     engine = build_engine(config, groups)
     state = TrainingState(0, 0, config.num_samples, (grid.pipe, grid.data, grid.tensor), data_identity=identity)
     if checkpoint is not None:
-        state = load_checkpoint(engine, checkpoint, config)
+        with on_this_grid(checkpoint, config, groups) as fitting:
+            state = begun(load_checkpoint(engine, fitting, config), config, identity)
         LOG.info("resumed from %s after %.1f s", checkpoint, time.monotonic() - started_at)
     reporter = Reporter(config, grid, rank=rank, device=device, resumed_step=None if checkpoint is None else state.step)
     run = _Run(config, groups, engine, tokenizer, splits, reporter)

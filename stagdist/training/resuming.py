@@ -1,13 +1,27 @@
-"""Going on from a checkpoint: which one, whether it fits, and back into the engine."""
+"""Going on from a checkpoint: which one, whether it fits, onto this grid, and back into the engine."""
 
 import io
 import logging
-from contextlib import redirect_stdout
+import pickle
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch.serialization import safe_globals
 
+from stagdist.checkpoint.conversions import Options, reshard
+from stagdist.checkpoint.pickles import refusal
 from stagdist.checkpoint.training_directory import (
     COMPLETE,
     CONFIG,
@@ -20,17 +34,18 @@ from stagdist.checkpoint.training_directory import (
 )
 from stagdist.config import RunConfig
 from stagdist.config_loading import differences, load_config
-from stagdist.errors import CheckpointError, ConfigError
-from stagdist.parallel.grid import Grid
+from stagdist.errors import CheckpointError, ConfigError, StagdistError
 from stagdist.parallel.groups import Groups
 from stagdist.training.agreement import shared
 from stagdist.training.engine import SectionEngine
-from stagdist.training.saving import GuardedWriter
 
 LOG = logging.getLogger(__name__)
 
 _MAY_CHANGE = ("num_samples", "cache_directory", "tokenizer", "validation_corpora", "test_corpora")
 """Keys of `data` that leave the training samples as they are; tokenizer and corpora are compared by content."""
+
+_MEETING_S = 0.5
+"""Seconds between two meetings of the ranks while one of them works and the others wait."""
 
 
 def newest_complete(checkpoints: Path, groups: Groups) -> Path | None:
@@ -74,20 +89,24 @@ def _shared_damage(path: Path, groups: Groups) -> str | None:
     return next((found for found in reasons if found is not None), None)
 
 
-def resumed_config(config: RunConfig, checkpoint: Path, grid: Grid, data_identity: str) -> RunConfig:
+def resumed_config(config: RunConfig, checkpoint: Path, data_identity: str) -> RunConfig:
     """The configuration to go on with: that of the new start, with the sample order of the checkpoint.
 
+    An imported checkpoint, which has seen no samples, goes with any.
+
     Raises:
-        ConfigError: the checkpoint is of another model, of other samples, or of another grid; on every rank.
+        ConfigError: the checkpoint is of another model or precision, or of other samples; on every rank.
     """
     before, state = load_config(checkpoint / CONFIG), read_state(checkpoint)
-    problem = (
-        _model_problem(before, config)
-        or _samples_problem(before, config, state, data_identity)
-        or _grid_problem(state, grid)
+    problem = _model_problem(before, config) or (
+        _precision_problem(before, config)
+        if _imported(state)
+        else _samples_problem(before, config, state, data_identity)
     )
     if problem:
         raise shared(ConfigError(f"{checkpoint} {problem}"))
+    if _imported(state):
+        return config
     data = config.data.model_copy(update={"num_samples": state.num_samples})
     return config.model_copy(update={"data": data})
 
@@ -130,18 +149,95 @@ def _samples_problem(before: RunConfig, config: RunConfig, state: TrainingState,
     return None
 
 
-def _grid_problem(state: TrainingState, grid: Grid) -> str | None:
-    if state.grid == (grid.pipe, grid.data, grid.tensor):
+def _imported(state: TrainingState) -> bool:
+    return state.num_samples == 0
+
+
+def _precision_problem(before: RunConfig, config: RunConfig) -> str | None:
+    old, new = before.training.precision, config.training.precision
+    if old == new:
         return None
     return (
-        f"was saved on pipe x data x tensor {'x'.join(map(str, state.grid))}, this run has "
-        f"{grid.pipe}x{grid.data}x{grid.tensor}; start it on the same grid"
+        f"was imported for training.precision {old}, this run has {new}; import it again with --config and the "
+        "configuration of this run"
     )
 
 
+@contextmanager
+def on_this_grid(checkpoint: Path, config: RunConfig, groups: Groups) -> Iterator[Path]:
+    """The checkpoint as this run's grid needs it: itself, or a copy that rank 0 makes and that goes after loading.
+
+    Raises:
+        CheckpointError: on every rank, when it could not be converted.
+    """
+    state, grid = read_state(checkpoint), groups.grid
+    if state.grid == (grid.pipe, grid.data, grid.tensor):
+        yield checkpoint
+        return
+    hidden = checkpoint.parent / f".for-{grid.pipe}x{grid.data}x{grid.tensor}"
+    saved_on = "x".join(map(str, state.grid))
+    LOG.info(
+        "%s was saved on pipe x data x tensor %s, this run has %dx%dx%d: rank 0 converts it, the others wait",
+        checkpoint, saved_on, grid.pipe, grid.data, grid.tensor,
+    )  # fmt: skip
+    started = time.perf_counter()
+
+    def convert() -> None:
+        shutil.rmtree(hidden, ignore_errors=True)
+        reshard(checkpoint, hidden / checkpoint.name, grid, Options(files_checked=True), config=config)
+
+    try:
+        _while_others_wait(convert, groups)
+    except StagdistError as error:
+        raise shared(CheckpointError(f"{checkpoint} could not be brought to this grid: {error}")) from error
+    LOG.info("converted it in %.1f s, every tensor checked", time.perf_counter() - started)
+    yield hidden / checkpoint.name
+    dist.barrier(group=groups.control)
+    if dist.get_rank() == 0:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _while_others_wait(action: Callable[[], None], groups: Groups) -> None:
+    """Rank 0 acts, however long it takes: the ranks meet all the while, so no collective runs into its limit.
+
+    Raises:
+        CheckpointError: on every rank, with what a person can mend.
+    """
+    outcome: list[Any] = [None]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(action) if dist.get_rank() == 0 else None
+        while outcome[0] is None:
+            if running is not None:
+                wait([running], timeout=_MEETING_S)
+                if running.done():
+                    error = running.exception()
+                    if error is not None and not isinstance(error, StagdistError | OSError):
+                        raise error
+                    outcome[0] = "" if error is None else str(error)
+            dist.broadcast_object_list(outcome, src=0, group=groups.control)
+    if outcome[0]:
+        raise CheckpointError(outcome[0])
+
+
+class RestrictedReader(TorchCheckpointEngine):
+    """DeepSpeed's reader of files, which refuses what could run a program: a checkpoint may come from a stranger."""
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read one file.
+
+        Raises:
+            CheckpointError: it asks for more than tensors, plain containers and DeepSpeed's own few types.
+        """
+        try:
+            with safe_globals([fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(refusal(Path(path), error)) from error
+
+
 def load_checkpoint(engine: SectionEngine, checkpoint: Path, config: RunConfig) -> TrainingState:
-    """Fill the engine from a checkpoint that was found complete."""
-    engine.checkpoint_engine = GuardedWriter()
+    """Fill the engine from a checkpoint that was found complete and is of this grid."""
+    engine.checkpoint_engine = RestrictedReader()
     # DeepSpeed prints, and broadcasts tied parameters, which torch would warn of.
     with redirect_stdout(io.StringIO()), torch.no_grad():
         path, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
@@ -152,6 +248,13 @@ def load_checkpoint(engine: SectionEngine, checkpoint: Path, config: RunConfig) 
     if torch.cuda.is_available() and "cuda_random_state" in client_state:
         torch.cuda.set_rng_state(client_state["cuda_random_state"])
     return read_state(checkpoint)
+
+
+def begun(state: TrainingState, config: RunConfig, data_identity: str) -> TrainingState:
+    """The state to go on with: an imported checkpoint takes the samples of this run."""
+    if not _imported(state):
+        return state
+    return replace(state, num_samples=config.num_samples, data_identity=data_identity)
 
 
 def _apply_settings(engine: SectionEngine, config: RunConfig) -> None:

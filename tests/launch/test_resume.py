@@ -109,19 +109,19 @@ def test_wall_clock_limits_save_and_stop(corpus: Path, tmp_path: Path) -> None:
     assert run.text().count("saved runs/run/checkpoints") >= 2, run.text()
 
 
-def test_steps_may_be_raised_up_to_the_samples_of_the_run(corpus: Path, tmp_path: Path) -> None:
+def test_steps_may_be_raised_up_to_the_samples_of_the_run_and_on_another_grid(corpus: Path, tmp_path: Path) -> None:
     config = tiny_config(corpus, "run", data={"num_samples": 96}, training={"steps": 8})
     assert launch(tmp_path, config).wait() == 0
     before = losses(tmp_path, "run")
-    longer = launch(tmp_path, config, "training.steps=12")
+    longer = launch(tmp_path, config, "training.steps=12", "parallel.pipeline_parallel_size=1")
     assert longer.wait() == 0, longer.text()
+    assert "was saved on pipe x data x tensor 2x1x1, this run has 1x2x1: rank 0 converts it" in longer.text()
     after = losses(tmp_path, "run")
     assert sorted(after) == list(range(1, 13)) and all(after[step] == loss for step, loss in before.items())
 
     for overrides, complaint in (
         (["training.steps=13", "data.num_samples=104"], "data.num_samples"),
         (["model.hidden_size=64"], "model.hidden_size was 32, is 64"),
-        (["parallel.pipeline_parallel_size=1"], "2x1x1"),
         (["data.sequence_length=16"], "data.sequence_length"),
         (["checkpoint.resume=never"], "checkpoint.resume is never"),
     ):
