@@ -4,6 +4,9 @@ The definition used everywhere: the text is cut into windows of `window` tokens 
 not scored; every other token is scored exactly once, given what stands before it inside its window. Window `k` reads
 the tokens `kL .. (k+1)L - 1` and predicts `kL + 1 .. (k+1)L`. Bits per byte are the nats, divided by ln 2 and by the
 UTF-8 bytes of the scored tokens.
+
+With a `stride` R below L windows overlap: window `k` begins at `kR` and scores only what no earlier one has, so every
+token but those of the first window has at least `L - R` tokens before it. That costs L / R times the work.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,8 +32,10 @@ def score_text(
     *,
     window: int,
     token_bytes: np.ndarray,
+    stride: int | None = None,
     batch_size: int = 8,
     fixed_shape: bool = False,
+    part: tuple[int, int] = (0, 1),
 ) -> TextScore:
     """Score a text window by window.
 
@@ -39,43 +44,53 @@ def score_text(
         ids: tokens of the text.
         window: tokens per window, `max_position_embeddings` of the model.
         token_bytes: UTF-8 bytes of every token of the vocabulary, [V]; 0 for special tokens.
+        stride: tokens from the beginning of one window to that of the next; None for no overlap.
         batch_size: windows per call.
         fixed_shape: every call gets exactly [batch_size, window], as an engine with fixed buffers needs; otherwise
             the last call may have fewer rows and a text shorter than a window is not padded.
+        part: (i, n) scores every n-th window from the i-th on; the scores of all n parts add up to that of the text.
 
     Raises:
         DataError: the text has fewer than two tokens, tokens outside the vocabulary, or no bytes.
     """
     tokens = np.asarray(ids, dtype=np.int64)
-    text_bytes = scored_bytes(tokens, token_bytes)
-    inputs, labels, scored = text_windows(tokens, window)
-    if len(inputs) == 1 and not fixed_shape:
-        length = int(scored.sum())
-        inputs, labels, scored = inputs[:, :length], labels[:, :length], scored[:, :length]
-    total = 0.0
-    for start in range(0, len(inputs), batch_size):
-        rows = [array[start : start + batch_size] for array in (inputs, labels, scored)]
-        if fixed_shape:
-            rows = [_with_rows(array, batch_size) for array in rows]
-        total += _batch_nats(nats, *rows)
-    return TextScore(tokens=len(tokens) - 1, nats=total, bytes=text_bytes)
+    scored_bytes(tokens, token_bytes)
+    total = count_windows(len(tokens), window, stride)
+    score = TextScore(0, 0.0, 0)
+    chosen = range(part[0], total, part[1])
+    for start in range(0, len(chosen), batch_size):
+        inputs, labels, scored = text_windows(tokens, window, stride, chosen[start : start + batch_size])
+        if total == 1 and not fixed_shape:
+            inputs, labels, scored = (array[:, : scored.sum()] for array in (inputs, labels, scored))
+        rows = [_with_rows(array, batch_size) if fixed_shape else array for array in (inputs, labels, scored)]
+        targets = labels[scored]
+        score += TextScore(len(targets), _batch_nats(nats, *rows), int(token_bytes[targets].sum(dtype=np.int64)))
+    return score
 
 
-def text_windows(tokens: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs, labels and which labels count, of all windows of a text.
+def count_windows(num_tokens: int, window: int, stride: int | None = None) -> int:
+    """Windows that a text of so many tokens is cut into."""
+    stride = window if stride is None else stride
+    if window < 1 or not 1 <= stride <= window:
+        raise ValueError(f"window is {window} and stride {stride}; needed is 1 <= stride <= window")
+    return 1 + max(0, -(-(num_tokens - 1 - window) // stride))
+
+
+def text_windows(
+    tokens: np.ndarray, window: int, stride: int | None = None, chosen: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs, labels and which labels count, of some windows of a text, or of all.
 
     Shapes: each [windows, window]; the last window is filled with `PAD_ID` that does not count.
     """
-    if window < 1:
-        raise ValueError(f"window is {window}; it must be at least 1")
-    num_scored = len(tokens) - 1
-    num_windows = -(-num_scored // window)
-    inputs = np.full(num_windows * window, PAD_ID, dtype=np.int64)
-    labels = inputs.copy()
-    inputs[:num_scored], labels[:num_scored] = tokens[:-1], tokens[1:]
-    scored = np.arange(num_windows * window) < num_scored
-    shape = (num_windows, window)
-    return inputs.reshape(shape), labels.reshape(shape), scored.reshape(shape)
+    rows = np.arange(count_windows(len(tokens), window, stride)) if chosen is None else np.asarray(chosen)
+    stride = window if stride is None else stride
+    positions = rows[:, None] * stride + np.arange(window)
+    inside = positions < len(tokens) - 1
+    positions = np.where(inside, positions, 0)
+    inputs, labels = (np.where(inside, tokens[positions + ahead], PAD_ID) for ahead in (0, 1))
+    scored = inside & ((rows[:, None] == 0) | (np.arange(window) >= window - stride))
+    return inputs, labels, scored
 
 
 def scored_bytes(tokens: np.ndarray, token_bytes: np.ndarray) -> int:

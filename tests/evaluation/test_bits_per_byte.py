@@ -22,11 +22,11 @@ def _context_nats(inputs: Tensor, labels: Tensor) -> Tensor:
     return ((prefix * 7 + labels * 13) % 101).double() / 10
 
 
-def _slow_nats(ids: list[int], window: int) -> float:
+def _slow_nats(ids: list[int], window: int, stride: int | None = None) -> float:
     """The definition, token by token."""
-    total = 0.0
+    total, stride = 0.0, stride or window
     for position in range(1, len(ids)):
-        start = (position - 1) // window * window
+        start = max(0, -(-(position - window) // stride)) * stride
         prefix = sum(token * (offset + 3) for offset, token in enumerate(ids[start:position]))
         total += (prefix * 7 + ids[position] * 13) % 101 / 10
     return total
@@ -43,6 +43,34 @@ def test_the_score_equals_the_definition_token_by_token(length: int, batch_size:
     assert score.tokens == length - 1
     assert score.bytes == sum(int(TOKEN_BYTES[token]) for token in ids[1:])
     assert score.nats == pytest.approx(_slow_nats(ids.tolist(), 8), rel=1e-12)
+
+
+@pytest.mark.parametrize("fixed_shape", [False, True])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("stride", [1, 3, 7, 8])
+@pytest.mark.parametrize("length", [2, 8, 9, 10, 25, 66])
+def test_overlapping_windows_and_parts_score_every_token_once(
+    length: int, stride: int, parts: int, fixed_shape: bool
+) -> None:
+    ids = np.random.default_rng(length).integers(1, VOCABULARY, length)
+    total = TextScore(0, 0.0, 0)
+    for part in range(parts):
+        total += score_text(
+            _context_nats, ids, window=8, stride=stride, token_bytes=TOKEN_BYTES, batch_size=3, part=(part, parts),
+            fixed_shape=fixed_shape,
+        )  # fmt: skip
+    assert (total.tokens, total.bytes) == (length - 1, int(TOKEN_BYTES[ids[1:]].sum()))
+    assert total.nats == pytest.approx(_slow_nats(ids.tolist(), 8, stride), rel=1e-12)
+
+
+def test_a_window_scores_only_what_no_earlier_one_has() -> None:
+    inputs, labels, scored = text_windows(np.arange(8), 4, 2)
+    assert inputs.tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 0]]
+    assert labels.tolist() == [[1, 2, 3, 4], [3, 4, 5, 6], [5, 6, 7, 0]]
+    assert scored.tolist() == [[True] * 4, [False, False, True, True], [False, False, True, False]]
+    for window, stride in ((0, None), (4, 0), (4, 5)):
+        with pytest.raises(ValueError, match="1 <= stride <= window"):
+            text_windows(np.arange(8), window, stride)
 
 
 def test_windows_overlap_only_by_the_token_that_one_predicts_and_the_next_reads() -> None:

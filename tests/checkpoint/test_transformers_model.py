@@ -1,0 +1,32 @@
+"""Our own code, never that of a directory, loads a model for evaluation."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stagdist.checkpoint.transformers_model import load_with_transformers
+from stagdist.errors import CheckpointError
+from tests.checkpoint.test_exported_code import shape, write
+from tests.reference import stagformer as reference
+
+
+@pytest.mark.parametrize("variant", ["three sections with everything", "sequential"])
+def test_a_directory_loads_and_code_in_it_is_never_run(tmp_path: Path, variant: str) -> None:
+    model = shape(variant)
+    parameters = write(tmp_path / "model", model)
+    for name in ("configuration_stagformer.py", "modeling_stagformer.py"):
+        (tmp_path / "model" / name).write_text("raise SystemExit('a stranger ran')\n")
+    loaded, tokenizer = load_with_transformers(tmp_path / "model", torch.float32)
+    ids = tokenizer("to be", return_tensors="pt")["input_ids"]
+    assert ids.tolist() == [list(b"to be")] and not loaded.training
+    with torch.no_grad():
+        expected = reference.forward(parameters, model, ids)
+        torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_a_directory_that_does_not_load_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "model", shape("tied"))
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"transformers cannot load .*model"):
+        load_with_transformers(tmp_path / "model")

@@ -1,0 +1,191 @@
+"""Evaluate a model: perplexity and bits per byte of a text, or tasks of lm-evaluation-harness."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stagdist.cluster.environment import join_launcher
+from stagdist.data.command_line import run_tool
+from stagdist.errors import ConfigError
+
+EXAMPLES = """\
+examples:
+  python tools/evaluate.py perplexity --model runs/quickstart/model --text book.txt --json score.json
+  the newest checkpoint of a run, every token with at least 384 of 512 tokens before it:
+    python tools/evaluate.py perplexity --model runs/quickstart --text book.txt --window 512 --stride 128
+  a model too large for one device, the text divided among the rest:
+    torchrun --nproc-per-node 8 tools/evaluate.py perplexity --model DIR --text book.txt --tensor-parallel-size 4
+  tasks of lm-evaluation-harness (pip install -e '.[eval]'), its own or from files:
+    python tools/evaluate.py harness --model DIR --tasks hellaswag,arc_easy --json results.json
+    python tools/evaluate.py harness --model DIR --tasks local_mc --include-path tasks/ --limit 100
+"""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_perplexity(verbs.add_parser("perplexity", help="how well a model predicts a text file"))
+    _add_harness(verbs.add_parser("harness", help="tasks of lm-evaluation-harness"))
+    return parser.parse_args(arguments)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows of a forward pass (default: 8)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA if there is")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="what the model is run in (default: as it is stored)"
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher
+
+
+def _add_perplexity(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Score a text as one document; its first token has nothing before it and is not scored."
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="model directory, training checkpoint, or a run's folder (its newest complete checkpoint)",
+    )
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--window", type=int, metavar="N", help="tokens seen at once (default: all the model knows)")
+    parser.add_argument(
+        "--stride", type=int, metavar="N", help="tokens from window to window (default: the window, no overlap)"
+    )
+    parser.add_argument("--tokenizer", metavar="DIR|bytes", help="default: that of the model or of the run")
+    parser.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that split every matrix; the rest of those a launcher started divide the text (default: 1)",
+    )
+    parser.add_argument(
+        "--trust-pickle", action="store_true", help="read a checkpoint although its files could run code"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_common(parser)
+
+
+def _add_harness(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Run tasks of lm-evaluation-harness on a model directory, in one process."
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="model directory, or the folder of a run with one"
+    )
+    parser.add_argument("--tasks", required=True, metavar="A,B", help="names of tasks or groups")
+    parser.add_argument("--include-path", metavar="DIR", help="folder with task files of your own")
+    parser.add_argument("--limit", type=float, metavar="N", help="documents per task; below 1, a share of them")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each document")
+    _add_common(parser)
+
+
+def perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Score the text and say what came out."""
+    from stagdist.telemetry.logging import setup_logging
+
+    setup_logging(_rank(), None)
+    from stagdist.evaluation.perplexity import Scoring, score_file
+
+    scoring = Scoring(
+        **{key: getattr(arguments, key) for key in ("window", "stride", "batch_size", "dtype", "device", "tokenizer")},
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        trust_pickle=arguments.trust_pickle,
+    )
+    started = time.monotonic()
+    scored = score_file(arguments.model, arguments.text, scoring, _progress(arguments.quiet or _rank() > 0))
+    score = scored.score
+    result = {
+        "bits_per_byte": score.bits_per_byte,
+        "perplexity": score.perplexity,
+        "nats_per_token": score.nats / score.tokens,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+        "window": scored.window,
+        "stride": scored.stride,
+        "model": arguments.model,
+        "text": arguments.text,
+        "seconds": time.monotonic() - started,
+        "settings": asdict(scoring),
+    }
+    if _rank() == 0:
+        print(
+            f"{arguments.text}: {score.bits_per_byte:.4f} bits per byte, perplexity {score.perplexity:.3f} over "
+            f"{score.tokens} tokens, {score.bytes} bytes (window {scored.window}, stride {scored.stride})"
+        )
+    return result
+
+
+def harness(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the tasks and print the harness's table."""
+    if join_launcher().size > 1:
+        raise ConfigError("harness runs in one process; start it without a launcher")
+    from stagdist.evaluation.harness import results_table, run_tasks
+
+    results = run_tasks(
+        arguments.model,
+        [name for name in arguments.tasks.split(",") if name],
+        include_path=arguments.include_path,
+        limit=arguments.limit,
+        num_fewshot=arguments.num_fewshot,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        dtype=arguments.dtype or "auto",
+    )
+    print(results_table(results))
+    return results
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate; rank 0 writes the result."""
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise ConfigError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
+    result = {"perplexity": perplexity, "harness": harness}[arguments.verb](arguments)
+    if arguments.json is not None and _rank() == 0:
+        arguments.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _progress(silent: bool) -> Callable[[int, int], None]:
+    from tqdm import tqdm
+
+    bar = tqdm(unit="window", disable=silent, leave=False)
+
+    def report(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return report
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    arguments = parse()
+
+    def action() -> None:
+        join_launcher().share_cores()  # before torch is imported
+        try:
+            run(arguments)
+        except ConfigError:
+            if _rank() == 0:
+                raise
+            sys.exit(2)  # what was typed is wrong on every rank; one of them says so
+
+    return run_tool(action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
