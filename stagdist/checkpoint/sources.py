@@ -201,12 +201,13 @@ def refuse_unsupported(body: dict[str, Any], directory: Path) -> None:
             raise CheckpointError(
                 f"{directory}/config.json: {key} is {body[key]!r}; a StagFormer has {allowed[0]!r} only"
             )
-    rope = body.get("rope_parameters") or body.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise CheckpointError(
-            f"{directory}/config.json: rope_type is {kind!r}; a StagFormer has default and llama3 only"
-        )
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = body.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise CheckpointError(
+                f"{directory}/config.json: {key} has rope_type {kind!r}; a StagFormer has default and llama3 only"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,334 @@
+"""Conversions keep every value, prove it, and refuse what was tampered with."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from stagdist.checkpoint import conversions
+from stagdist.checkpoint.conversions import Options, export, import_model, merge, reshard, split
+from stagdist.checkpoint.inspection import as_table, inspect
+from stagdist.checkpoint.loading import load_model
+from stagdist.checkpoint.proof import plain_logits, text_ids
+from stagdist.checkpoint.sources import open_model, open_training
+from stagdist.checkpoint.training_directory import read_state
+from stagdist.checkpoint.training_source import KINDS
+from stagdist.checkpoint.verification import verify
+from stagdist.config import ModelConfig
+from stagdist.data.tokenizer import load_tokenizer
+from stagdist.errors import CheckpointError, ConfigError
+from stagdist.model.megatron import TensorParallel
+from stagdist.parallel.grid import Grid
+from stagdist.parallel.groups import single_process
+from stagdist.parallel.layout import model_parameters
+from tests.checkpoint.synthetic import (
+    SHAPE,
+    complete,
+    file_contents,
+    model_directory,
+    parameters_of,
+    run_config,
+    training_checkpoint,
+)
+from tests.reference import stagformer as reference
+
+TIED_COMBINED = {"share_section_weights": True, "tie_word_embeddings": True, "combine_sections": True}
+MODELS: list[dict[str, Any]] = [
+    {},
+    TIED_COMBINED,
+    {"section_layers": [1, 1, 1], "stagger": 2, "cross_attention_window": 4},
+    {"stagger": 0, "cross_attention_key_value_heads": 4},
+    {"connection": "sequential", "tie_word_embeddings": True,
+     "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 8}},
+]  # fmt: skip
+OPTIONS = Options()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_resharding_there_and_back_gives_the_same_files(tmp_path: Path, model: dict[str, Any], precision: str) -> None:
+    sections = len((SHAPE | model)["section_layers"])
+    start = training_checkpoint(tmp_path / "start", model, (sections, 1, 2), precision)
+    for sizes in ((1, 1, 1), (sections, 2, 1), (1, 2, 2), (1, 4, 1)):
+        there = reshard(tmp_path / "start", tmp_path / f"to-{sizes}", Grid(*sizes), OPTIONS).directory
+        assert read_state(there).grid == sizes and read_state(there).consumed_samples == 56
+        reader = open_training(there)
+        expected = parameters_of(reader.model)
+        for spec in model_parameters(reader.model):
+            assert torch.equal(reader.optimizer_value(spec, "master"), expected[spec.name]), spec.name
+        back = reshard(there, tmp_path / f"from-{sizes}", Grid(sections, 1, 2), OPTIONS).directory
+        ours, theirs = file_contents(back), file_contents(start)
+        assert ours.keys() == theirs.keys()
+        assert [name for name in theirs if ours[name] != theirs[name]] == []
+
+
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_export_import_export_is_bit_identical_and_computes_the_model(tmp_path: Path, model: dict[str, Any]) -> None:
+    training_checkpoint(tmp_path / "run", model, (2 if len((SHAPE | model)["section_layers"]) == 2 else 3, 1, 2))
+    first = export(tmp_path / "run", tmp_path / "first", OPTIONS).directory
+    imported = import_model(first, tmp_path / "again", Grid(1, 2, 2), None, OPTIONS).directory
+    assert (imported.name, read_state(imported).num_samples) == ("step_00000000", 0)
+    second = export(tmp_path / "again", tmp_path / "second", OPTIONS).directory
+    assert file_contents(first) == file_contents(second)
+    moments = open_training(imported)
+    assert not any(moments.optimizer_value(spec, kind).any() for spec in moments.specs() for kind in KINDS[1:])
+
+    source = open_model(first)
+    ids = text_ids(load_tokenizer(first), source.model)
+    parameters = parameters_of(source.model)
+    with single_process() as groups, torch.no_grad():
+        loaded = load_model(first, TensorParallel(groups.tensor))(ids)
+    expected = reference.forward(parameters, source.model, ids)
+    specs = {spec.name: spec for spec in model_parameters(source.model)}
+    plain = plain_logits(source.model, lambda name: source.weight(specs[name]), ids)
+    torch.testing.assert_close(loaded, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(plain, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_foreign_program_reads_what_was_exported(tmp_path: Path) -> None:
+    training_checkpoint(tmp_path / "run", {"section_layers": [1, 1]}, (2, 1, 1), "bf16")
+    folder = export(tmp_path / "run", tmp_path / "model", OPTIONS).directory
+    with safe_open(folder / "model.safetensors", framework="pt") as stream:
+        names = {spec.name for spec in model_parameters(open_model(folder).model)}
+        assert set(stream.keys()) == names and stream.metadata() == {"format": "pt"}
+        assert stream.get_tensor("embedding.weight").dtype == torch.bfloat16
+    assert load_tokenizer(folder).is_bytes
+
+
+def test_split_sections_compute_what_the_shared_ones_did(tmp_path: Path) -> None:
+    training_checkpoint(tmp_path / "run", TIED_COMBINED, (2, 1, 1))
+    separate = split(tmp_path / "run", tmp_path / "separate", OPTIONS).directory
+    assert not open_model(separate).model.share_section_weights
+    weights = load_file(separate / "model.safetensors")
+    name = "layers.1.mlp.up_proj.weight"
+    assert torch.equal(weights[f"sections.0.{name}"], weights[f"sections.1.{name}"])
+    assert verify(tmp_path / "run", separate).largest_difference == 0.0
+    with pytest.raises(CheckpointError, match="nothing to split"):
+        split(separate, tmp_path / "twice", OPTIONS)
+
+
+def test_merging_averages(tmp_path: Path) -> None:
+    folders = [model_directory(tmp_path / str(seed), {}, seed=seed) for seed in (1, 2, 3)]
+    merged = merge(folders, tmp_path / "merged", OPTIONS).directory
+    tensors = [load_file(folder / "model.safetensors") for folder in (*folders, merged)]
+    for name, average in tensors[3].items():
+        expected = torch.stack([one[name].double() for one in tensors[:3]]).mean(0)
+        torch.testing.assert_close(average.double(), expected, atol=1e-7, rtol=1e-6)
+    model_directory(tmp_path / "wider", {"intermediate_size": 32})
+    with pytest.raises(CheckpointError, match="intermediate_size 24 and 32"):
+        merge([folders[0], tmp_path / "wider"], tmp_path / "no", OPTIONS)
+
+
+def test_verify_tells_models_apart(tmp_path: Path) -> None:
+    one, other = (model_directory(tmp_path / str(seed), {}, seed=seed) for seed in (1, 2))
+    assert verify(one, other).largest_difference > 1e-2
+    verdict = verify(one, one)
+    assert (verdict.largest_difference, verdict.equal_choices, verdict.tokens) == (0.0, 1.0, 32)
+
+
+# --- tampering ----------------------------------------------------------------------------------------------------
+
+
+def swap(folder: Path) -> None:
+    """Two tensors of one shape change places."""
+    tensors = load_file(folder / "model.safetensors")
+    k, v = (f"sections.0.layers.0.self_attention.{name}_proj.weight" for name in "kv")
+    tensors[k], tensors[v] = tensors[v], tensors[k]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_dtype(folder: Path) -> None:
+    """One tensor is stored in another type."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["output_norm.weight"] = tensors["output_norm.weight"].bfloat16()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_tensor(folder: Path) -> None:
+    """A tensor that the model does not have."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"extra.weight": torch.zeros(2)}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def drop_shard(folder: Path) -> None:
+    """The weights are gone."""
+    (folder / "model.safetensors").unlink()
+
+
+def truncate(folder: Path) -> None:
+    """The end of the weights is gone."""
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def other_config(folder: Path) -> None:
+    """The configuration is of another model."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 32}))
+
+
+@pytest.mark.parametrize(
+    ("tamper", "complaint"),
+    [
+        (swap, r"self_attention\.k_proj\.weight in .* other values"),
+        (change_dtype, r"output_norm\.weight in .* is torch\.bfloat16, config\.json says torch\.float32"),
+        (add_tensor, r"extra\.weight"),
+        (drop_shard, r"model\.safetensors"),
+        (truncate, r"lacks the tensor|cannot be read"),
+        (other_config, r"gate_proj\.weight in .* has shape \[24, 16\]"),
+    ],
+)
+def test_a_model_directory_that_was_tampered_with_is_refused(
+    tmp_path: Path, tamper: Callable[[Path], None], complaint: str
+) -> None:
+    folder = model_directory(tmp_path / "model", {})
+    tamper(folder)
+    with pytest.raises(CheckpointError, match=complaint):
+        import_model(folder, tmp_path / "run", Grid(1, 1, 1), None, OPTIONS)
+    assert not (tmp_path / "run").exists()
+    assert any(tamper.__name__ and problem for problem in inspect(folder).problems)
+
+
+def test_a_training_checkpoint_that_was_tampered_with_is_refused(tmp_path: Path) -> None:
+    folder = training_checkpoint(tmp_path / "run", {}, (2, 2, 1))
+    victim = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    original = victim.read_bytes()
+
+    victim.write_bytes(original[:-50])
+    with pytest.raises(CheckpointError, match=victim.name):
+        export(tmp_path / "run", tmp_path / "model", OPTIONS)
+    complete(folder)  # the records agree with the damage now
+    with pytest.raises(CheckpointError, match=victim.name):
+        export(tmp_path / "run", tmp_path / "model", OPTIONS)
+
+    content = torch.load(folder / "layer_01-model_00-model_states.pt")
+    k, v = (f"section.core.0.self_attention.{name}_proj.weight" for name in "kv")
+    content[k], content[v] = content[v], content[k]
+    victim.write_bytes(original)
+    torch.save(content, folder / "layer_01-model_00-model_states.pt")
+    complete(folder)
+    with pytest.raises(CheckpointError, match=r"fp32 copy of sections\.0\.layers\.0\.self_attention\.k_proj\.weight"):
+        export(tmp_path / "run", tmp_path / "model", OPTIONS)
+    del content[k]
+    torch.save(content, folder / "layer_01-model_00-model_states.pt")
+    complete(folder)
+    with pytest.raises(CheckpointError, match=rf"lacks the tensor {k}"):
+        reshard(tmp_path / "run", tmp_path / "other", Grid(1, 1, 1), OPTIONS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+class Bomb:
+    """Runs a program when it is unpickled."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.target,)
+
+
+def test_a_checkpoint_from_a_stranger_runs_no_code_unless_trusted(tmp_path: Path) -> None:
+    folder = training_checkpoint(tmp_path / "run", {}, (1, 1, 1))
+    path = folder / "mp_rank_00_model_states.pt"
+    content = torch.load(path)
+    torch.save(content | {"client": Bomb(tmp_path / "ran")}, path)
+    complete(folder)
+    with pytest.raises(CheckpointError, match=r"mp_rank_00.* would run .*--trust-pickle"):
+        export(tmp_path / "run", tmp_path / "model", OPTIONS)
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "model").exists()
+    clean = reshard(tmp_path / "run", tmp_path / "clean", Grid(1, 1, 1), Options(trust_pickle=True)).directory
+    assert (tmp_path / "ran").exists()
+    export(clean, tmp_path / "model", OPTIONS)
+    path.write_bytes(pickle.dumps(Bomb(tmp_path / "ran twice")))
+    complete(folder)
+    with pytest.raises(CheckpointError, match="mp_rank_00"):
+        export(tmp_path / "run", tmp_path / "second", OPTIONS)
+    assert not (tmp_path / "ran twice").exists()
+
+
+# --- failing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_conversion_that_cannot_prove_itself_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training_checkpoint(tmp_path / "run", {}, (1, 1, 1))
+    monkeypatch.setattr(conversions, "largest_difference", lambda *_: 1e-9)
+    with pytest.raises(CheckpointError, match="logits .* differ"):
+        export(tmp_path / "run", tmp_path / "model", OPTIONS)
+    monkeypatch.setattr(conversions.TrainingReader, "steps", lambda *_: torch.rand(()))
+    with pytest.raises(CheckpointError, match="step was not written"):
+        reshard(tmp_path / "run", tmp_path / "other", Grid(2, 1, 1), OPTIONS)
+    assert [path.name for path in tmp_path.rglob("step_*")] == ["step_00000007"]
+    assert not (tmp_path / "model").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
+    training_checkpoint(tmp_path / "run", {}, (1, 1, 1))
+    model_directory(tmp_path / "model", {}, seed=9)
+    before = file_contents(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        export(tmp_path / "run", tmp_path / "model", OPTIONS)
+    with pytest.raises(CheckpointError, match="exists"):
+        reshard(tmp_path / "run", tmp_path / "run", Grid(2, 1, 1), OPTIONS)
+    assert file_contents(tmp_path / "model") == before
+    export(tmp_path / "run", tmp_path / "model", Options(overwrite=True))
+    assert verify(tmp_path / "run", tmp_path / "model").largest_difference == 0.0
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="will not be overwritten"):
+        export(tmp_path / "run", tmp_path / "thesis", Options(overwrite=True))
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+def test_grids_and_configurations_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    training_checkpoint(tmp_path / "run", {}, (1, 1, 1))
+    folder = model_directory(tmp_path / "model", {})
+    for sizes, complaint in (((3, 1, 1), "pipeline_parallel_size"), ((1, 3, 1), "global_batch_size"),
+                             ((1, 1, 3), "tensor_parallel_size")):  # fmt: skip
+        with pytest.raises(ConfigError, match=complaint):
+            reshard(tmp_path / "run", tmp_path / "other", Grid(*sizes), OPTIONS)
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(run_config({"intermediate_size": 32}).model_dump(mode="json")))
+    with pytest.raises(ConfigError, match=r"model\.intermediate_size is 32, the directory has 24"):
+        import_model(folder, tmp_path / "other", Grid(1, 1, 1), str(config), OPTIONS)
+    with pytest.raises(CheckpointError, match="named like step 3"):
+        reshard(tmp_path / "run", tmp_path / "checkpoints" / "step_00000003", Grid(1, 1, 1), OPTIONS)
+    body = json.loads((folder / "config.json").read_text())
+    for change, complaint in (
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+    ):
+        (folder / "config.json").write_text(json.dumps(body | change))
+        with pytest.raises(CheckpointError, match=complaint):
+            import_model(folder, tmp_path / "other", Grid(1, 1, 1), None, OPTIONS)
+    assert not (tmp_path / "other").exists()
+
+
+# --- looking ---------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_tells_what_is_there_and_what_is_wrong(tmp_path: Path) -> None:
+    folder = training_checkpoint(tmp_path / "run", TIED_COMBINED, (2, 1, 2), "bf16")
+    report = inspect(tmp_path / "run")
+    assert (report.kind, report.step, report.dtype, report.problems) == ("training checkpoint", 7, "bfloat16", [])
+    assert report.grid == {"pipe": 2, "data": 1, "tensor": 2}
+    model = ModelConfig(**SHAPE | TIED_COMBINED)
+    assert [facts.name for facts in report.tensors] == [spec.name for spec in model_parameters(model)]
+    assert report.parameters == sum(spec.numel for spec in model_parameters(model))
+    assert json.loads(json.dumps(report.as_json()))["files"]["config.yaml"] > 0
+    assert "no problem found" in as_table(report)
+
+    (folder / "layer_01-model_01-model_states.pt").unlink()
+    (folder / "notes.txt").write_text("odd")
+    problems = inspect(folder).problems
+    assert "layer_01-model_01-model_states.pt is missing" in problems and "notes.txt does not belong here" in problems
+    shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match="neither checkpoints nor a model"):
+        inspect(tmp_path / "run")
