@@ -32,6 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="evaluate.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # of DeepSpeed's launcher
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_perplexity(verbs.add_parser("perplexity", help="how well a model predicts a text file"))
     _add_harness(verbs.add_parser("harness", help="tasks of lm-evaluation-harness"))
@@ -45,7 +46,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="what the model is run in (default: as it is stored)"
     )
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher
 
 
 def _add_perplexity(parser: argparse.ArgumentParser) -> None:

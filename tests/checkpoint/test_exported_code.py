@@ -22,7 +22,7 @@ from stagdist.parallel.layout import model_parameters
 from tests.reference import stagformer as reference
 from tests.reference.variants import BASE, VARIANTS
 
-EXPORTED = ["three sections with everything", "fewer cross-attention heads", "llama3 scaling", "sequential, tied"]
+EXPORTED = list(VARIANTS)
 TEXTS = ["To be, or not", "or"]
 
 STRANGER = """
@@ -72,8 +72,12 @@ def shape(variant: str) -> ModelConfig:
 def strangers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
     """Folder of the directories, and what a process without stagdist found in each, by variant."""
     folder = tmp_path_factory.mktemp("exported")
-    for variant in EXPORTED:
-        write(folder / variant.replace(" ", "-"), shape(variant))
+    for number, variant in enumerate(EXPORTED):
+        with pytest.MonkeyPatch.context() as patch:
+            if number % 2:
+                patch.setattr(model_directory, "MAX_SHARD_BYTES", 20_000)
+            write(folder / variant.replace(" ", "-"), shape(variant))
+        assert (folder / variant.replace(" ", "-") / "model.safetensors").is_file() == (number % 2 == 0)
     directories = [str(folder / variant.replace(" ", "-")) for variant in EXPORTED]
     environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
