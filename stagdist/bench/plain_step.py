@@ -21,8 +21,10 @@ Edges = dict[tuple[int, int], ProcessGroup]
 
 
 def rank_edges(world_size: int) -> Edges:
-    """One communicator per pair of neighbouring ranks; every rank calls this."""
-    return {(rank, rank + 1): dist.new_group([rank, rank + 1]) for rank in range(world_size - 1)}
+    """One communicator for each (from, to): to the next rank, and from the last to all; every rank calls this."""
+    last = world_size - 1
+    pairs = [(rank, rank + 1) for rank in range(last)] + [(last, rank) for rank in range(last)]
+    return {pair: dist.new_group(sorted(pair)) for pair in pairs}
 
 
 @torch.inference_mode()
@@ -45,10 +47,14 @@ def plain_steps(stage: Stage, edges: Edges, first: Tensor, position: int, steps:
     previous = stage.prompt_memory() if rank else None
     arriving = sending = None
     token, tokens, times = first.clone(), [], []
+    published: list[dist.Work | None] = []
     assert weights.embedding is not None and section.layers
     for step in range(steps):
         here = position + step
         cos, sin = angles.cos[here], angles.sin[here]
+        # Asked for long before it can come: gloo makes a message wait that nobody asked for.
+        due = torch.empty(shape, **options) if sharded else torch.empty_like(first)  # type: ignore[call-overload]
+        asked = dist.irecv(due, last, group=edges[last, rank]) if rank < last else None
         if rank:
             expected = dist.irecv(buffers[step % 2], rank - 1, group=edges[rank - 1, rank])
         hidden = F.embedding(token[None], weights.embedding)
@@ -80,11 +86,19 @@ def plain_steps(stage: Stage, edges: Edges, first: Tensor, position: int, steps:
                 sending.wait()
             sent = hidden  # must live until it has left
             sending = dist.isend(sent, rank + 1, group=edges[rank, rank + 1])
-        token = _next_token(stage, hidden, token, sharded, rank, last)
+        for work in published:
+            if work is not None:
+                work.wait()
+        if asked is None:
+            due = hidden if sharded else _likeliest(stage, hidden)[1]
+            published = [dist.isend(due, peer, group=edges[last, peer]) for peer in range(last)]
+        else:
+            asked.wait()
+        token = _gathered(stage, due) if sharded else due
         if rank == 0:
             tokens.append(int(token))
             times.append(time.perf_counter())
-    for work in (arriving, sending):
+    for work in (arriving, sending, *published):
         if work is not None:
             work.wait()
     return tokens, times
@@ -120,20 +134,19 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
 
 
-def _next_token(stage: Stage, hidden: Tensor, token: Tensor, sharded: bool, rank: int, last: int) -> Tensor:
-    """Head, the likeliest token, and the token's way to all ranks."""
+def _likeliest(stage: Stage, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Best logit of this rank's slice of the vocabulary and its place there."""
     weights = stage.weights
-    if sharded:
-        hidden = hidden.clone() if rank == last else torch.empty_like(hidden)
-        dist.broadcast(hidden, last)
-    if sharded or rank == last:
-        assert weights.head is not None and weights.output_norm is not None
-        normed = F.rms_norm(hidden[0], weights.output_norm.shape, weights.output_norm, stage.model.rms_norm_eps)
-        logit, token = F.linear(normed, weights.head).max(-1)
-    if not sharded:
-        dist.broadcast(token, last)
-        return token
-    mine = torch.stack((logit.double(), (token + weights.first_token).double()))
-    gathered = mine.new_empty(last + 1, 2, 1)
-    dist.all_gather(list(gathered), mine)
-    return gathered[gathered[:, 0, 0].argmax(), 1].long()
+    assert weights.head is not None and weights.output_norm is not None
+    normed = F.rms_norm(hidden[0], weights.output_norm.shape, weights.output_norm, stage.model.rms_norm_eps)
+    logit, token = F.linear(normed, weights.head).max(-1)
+    return logit, token
+
+
+def _gathered(stage: Stage, hidden: Tensor) -> Tensor:
+    """The likeliest token over the slices of all ranks."""
+    logit, token = _likeliest(stage, hidden)
+    mine = torch.stack((logit.double(), (token + stage.weights.first_token).double()))
+    slices = mine.new_empty(dist.get_world_size(), 2, 1)
+    dist.all_gather(list(slices), mine)
+    return slices[slices[:, 0, 0].argmax(), 1].long()
