@@ -7,6 +7,7 @@ the result, and only then gives it its name; one that fails or is killed leaves 
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -176,6 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     from stagdist.data.command_line import run_tool
 
     parsed = parse(arguments)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # conversions use no device; DeepSpeed would warn that it guesses
     run = {"inspect": inspect, "verify": verify}.get(parsed.verb, convert)
     codes: list[int] = []
     return run_tool(lambda: codes.append(run(parsed))) or codes[0]

@@ -1,0 +1,37 @@
+"""A run that begins from an imported model directory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stagdist.checkpoint.conversions import Options, import_model
+from stagdist.parallel.grid import Grid
+from tests.checkpoint.synthetic import model_directory
+from tests.launch.runs import launch, losses, tiny_config
+
+pytestmark = pytest.mark.ranks
+
+
+def test_a_run_begins_from_an_imported_model_on_its_own_data_and_grid(corpus: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        corpus,
+        "tuned",
+        training={"steps": 2},
+        # So small that the weights stay what they were, up to rounding.
+        optimizer={"learning_rate": 1e-9},
+        checkpoint={"interval_steps": 0},
+    )
+    source = model_directory(tmp_path / "source", config["model"] | {"num_key_value_heads": 2, "rope_theta": 10000.0})
+    import_model(source, tmp_path / "runs" / "tuned", Grid(1, 1, 1), None, Options())
+    run = launch(tmp_path, config)
+    assert run.wait() == 0, run.text()
+    assert "was saved on pipe x data x tensor 1x1x1, this run has 2x1x1" in run.text()
+    assert "resumed from runs/tuned/checkpoints/step_00000000" in run.text()
+    assert sorted(losses(tmp_path, "tuned")) == [1, 2]
+    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "runs/tuned/model"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=1e-6)
+    assert any(not torch.equal(after[name], tensor) for name, tensor in before.items()), "it was not trained"
