@@ -20,10 +20,10 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for candidate in python3 python3.12 python3.11; do \
 	"$$candidate" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$candidate"; break; }; done)
 
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart test lint reshard-matrix clean
 
 help: ## Show this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 install: $(STAMP) ## Create .venv and install everything (the other targets do this themselves)
 
@@ -63,6 +63,11 @@ test: export WANDB_MODE := offline
 test: export MPLBACKEND := Agg
 test: lint ## Lint and the whole test suite (PYTEST_ARGS="-k name" narrows it)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+reshard-matrix: export OMP_NUM_THREADS := 1
+reshard-matrix: $(STAMP) ## Train on every grid, convert to every other, compare losses
+	mkdir -p benchmarks
+	$(BIN)/python -m tests.training.reshard_matrix --output benchmarks/reshard-matrix.json
 
 clean: ## Remove .venv and caches; runs/ is kept
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

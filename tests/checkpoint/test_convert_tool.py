@@ -53,7 +53,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path: Path) 
     size = {"hidden_size": 256, "intermediate_size": 1024, "section_layers": [4, 4]}
     training_checkpoint(tmp_path / "run", size, (1, 1, 1))
     target = tmp_path / "moved"
-    arguments = ["reshard", tmp_path / "run", target, "--pipe", "2", "--tensor", "2"]
+    arguments: list[str | Path] = ["reshard", tmp_path / "run", target, "--pipe", "2", "--tensor", "2"]
     process = subprocess.Popen(
         [*COMMAND, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -1,0 +1,144 @@
+"""Every grid to every other: train 10 steps, convert, and compare the next 10 losses with the run that never stopped.
+
+    python -m tests.training.reshard_matrix --output benchmarks/reshard-matrix.json
+
+The whole matrix takes about half an hour on two cores; `make test` runs a star through 2x1x2 instead.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.ranks import run_ranks
+from tests.reference.variants import VARIANTS
+from tests.training.comparison import whole
+from tests.training.parity_cases import Case, label
+from tests.training.reshard_worker import Leg, LegReport
+
+STEPS = 10
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+TWO_SECTIONS = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
+THREE_SECTIONS = [(1, 1, 1), (3, 1, 2)]
+THREE = {"section_layers": [1, 1, 1]}
+LEGS_OF_A_LAUNCH = 12
+
+Sizes = tuple[int, int, int]
+Journey = tuple[Case, Sizes, Sizes]
+
+
+def models() -> list[Case]:
+    """Every model, on no particular grid yet."""
+    keys = {
+        "separate": {},
+        "shared": VARIANTS["shared"],
+        "combined": VARIANTS["combined"],
+        "tied": VARIANTS["tied"],
+        "sequential": VARIANTS["sequential"],
+        "sequential, tied": VARIANTS["sequential, tied"],
+    }
+    found = [Case(name, model, (1, 1, 1)) for name, model in keys.items()]
+    found += [Case(f"{name}, bf16", keys[name], (1, 1, 1), precision="bf16") for name in ("separate", "shared")]
+    three = {"separate": {}, "combined": {"combine_sections": True}, "shared": {"share_section_weights": True}}
+    return found + [Case(f"three sections, {name}", THREE | model, (1, 1, 1)) for name, model in three.items()]
+
+
+def journeys() -> list[Journey]:
+    """Every model from every grid to every other."""
+    found = []
+    for case in models():
+        grids = TWO_SECTIONS if len(case.model_keys["section_layers"]) == 2 else THREE_SECTIONS
+        found += [(case, start, end) for start in grids for end in grids if start != end]
+    return found
+
+
+def saving(runs: Path, case: Case, start: Sizes) -> Leg:
+    """The leg that trains and saves."""
+    name = f"{case.name} {label(start)}".replace(" ", "-").replace(",", "")
+    return Leg(replace(case, grid=start), runs, name, STEPS)
+
+
+def _launched(function: str, legs: Sequence[Leg]) -> dict[tuple[str, Sizes], list[LegReport]]:
+    """Reports by run and grid; some legs to a launch, since importing the frameworks takes seconds."""
+    found: dict[tuple[str, Sizes], list[LegReport]] = {}
+    for size in sorted({leg.case.world_size for leg in legs}):
+        here = sorted((leg for leg in legs if leg.case.world_size == size), key=lambda leg: leg.case.grid)
+        for start in range(0, len(here), LEGS_OF_A_LAUNCH):
+            part = here[start : start + LEGS_OF_A_LAUNCH]
+            ranks = run_ranks(f"tests.training.reshard_worker:{function}", size, part, timeout_s=600)
+            found |= {(leg.name, leg.case.grid): [rank[index] for rank in ranks] for index, leg in enumerate(part)}
+            print(f"{function}: {size} ranks, {start + len(part)} of {len(here)}", file=sys.stderr, flush=True)
+    return found
+
+
+def compare(case: Case, before: list[LegReport], after: list[LegReport]) -> dict[str, Any]:
+    """What a journey did to weights and losses."""
+    vocabulary = case.model_keys["vocab_size"]
+    expected, found = (
+        whole([(rank.place, rank.parameters) for rank in ranks], vocabulary) for ranks in (before, after)
+    )
+    changed = [name for name in expected if not torch.equal(found[name], expected[name])]
+    difference = max(abs(a - b) for rank in after for a, b in zip(rank.losses, before[0].losses, strict=True))
+    passed = not changed and difference <= TOLERANCE[case.precision] and {rank.step for rank in after} == {STEPS}
+    return {
+        "largest_loss_difference": difference,
+        "changed_tensors": changed,
+        "losses": after[0].losses,
+        "undisturbed": before[0].losses,
+        "passed": passed,
+    }
+
+
+def run(chosen: Iterable[Journey], runs: Path) -> list[dict[str, Any]]:
+    """Results of journeys."""
+    chosen = list(chosen)
+    starts = {leg.name: leg for leg in (saving(runs, case, start) for case, start, _ in chosen)}
+    before = _launched("save_legs", list(starts.values()))
+    ends = [replace(saving(runs, case, start), case=replace(case, grid=end)) for case, start, end in chosen]
+    after = _launched("resume_legs", ends)
+    results = []
+    for case, start, end in chosen:
+        name = saving(runs, case, start).name
+        outcome = compare(case, before[name, start], after[name, end])
+        facts = {"model": case.name, "precision": case.precision, "from": label(start), "to": label(end)}
+        results.append(facts | outcome)
+    return results
+
+
+def _conditions() -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {"commit": commit, "torch": torch.__version__, "machine": platform.machine(), "steps": STEPS}
+
+
+def main() -> int:
+    """Exit code 1 when a journey did not arrive."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON to write")
+    parser.add_argument("--models", metavar="TEXT", default="", help="only models with this in their name")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        results = run([one for one in journeys() if arguments.models in one[0].name], Path(folder))
+    body = {"conditions": _conditions(), "tolerance": TOLERANCE, "seconds": time.monotonic() - started}
+    Path(arguments.output).write_text(json.dumps(body | {"journeys": results}, indent=1) + "\n")
+    failed = [one for one in results if not one["passed"]]
+    for one in failed:
+        print(f"{one['model']} {one['from']} -> {one['to']}: {one['largest_loss_difference']}", file=sys.stderr)
+    for precision in TOLERANCE:
+        differences = [one["largest_loss_difference"] for one in results if one["precision"] == precision]
+        if differences:
+            print(f"{precision}: {len(differences)} journeys, largest difference of a loss {max(differences):.2e}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
