@@ -109,11 +109,12 @@ def show(items: Sequence[Any], what: str) -> Iterable[Any]:
 
 def convert(arguments: argparse.Namespace) -> int:
     """Run a conversion and say what it proved."""
-    from stagdist.checkpoint import conversions
+    from stagdist.checkpoint import model_conversions, training_conversions
+    from stagdist.checkpoint.staging import Options
     from stagdist.checkpoint.training_source import untracked
     from stagdist.parallel.grid import Grid
 
-    options = conversions.Options(
+    options = Options(
         tokenizer=getattr(arguments, "tokenizer", None),
         trust_pickle=arguments.trust_pickle,
         overwrite=arguments.overwrite,
@@ -121,17 +122,17 @@ def convert(arguments: argparse.Namespace) -> int:
     )
     source, destination = arguments.source, arguments.destination
     if arguments.verb == "export":
-        proof = conversions.export(source, destination, options)
+        proof = model_conversions.export(source, destination, options)
     elif arguments.verb == "split":
-        proof = conversions.split(source, destination, options)
+        proof = model_conversions.split(source, destination, options)
     elif arguments.verb == "merge":
-        proof = conversions.merge(source, destination, options)
+        proof = model_conversions.merge(source, destination, options)
     else:
         grid = Grid(arguments.pipe, arguments.data, arguments.tensor)
         if arguments.verb == "reshard":
-            proof = conversions.reshard(source, destination, grid, options)
+            proof = training_conversions.reshard(source, destination, grid, options)
         else:
-            proof = conversions.import_model(source, destination, grid, arguments.config, options)
+            proof = training_conversions.import_model(source, destination, grid, arguments.config, options)
     print(f"wrote {proof.directory}: {proof.checked}")
     return 0
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stagdist.checkpoint.sources import WeightSource
+from stagdist.checkpoint.sources import WeightSource, source_tokenizer
 from stagdist.config import ModelConfig
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import CheckpointError
@@ -47,6 +47,20 @@ def text_ids(tokenizer: Tokenizer, model: ModelConfig, text: str = TEXT) -> Tens
             "is not the model's tokenizer, or the text is empty"
         )
     return torch.tensor([ids])
+
+
+def any_text_ids(source: WeightSource, tokenizer: str | None) -> Tensor:
+    """Tokens of the text; where the source has no tokenizer, its bytes: any tokens show that two models are one.
+
+    Shapes: int64 [1, S].
+    """
+    try:
+        return text_ids(source_tokenizer(source, tokenizer), source.model)
+    except CheckpointError:
+        if tokenizer is not None:
+            raise
+    length = min(MAX_TOKENS, source.model.max_position_embeddings)
+    return torch.tensor([[byte % source.model.vocab_size for byte in TEXT.encode()[:length]]])
 
 
 def reader(source: WeightSource) -> Read:

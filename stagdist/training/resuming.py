@@ -20,8 +20,9 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch.serialization import safe_globals
 
-from stagdist.checkpoint.conversions import Options, reshard
 from stagdist.checkpoint.pickles import refusal
+from stagdist.checkpoint.staging import Options
+from stagdist.checkpoint.training_conversions import reshard
 from stagdist.checkpoint.training_directory import (
     COMPLETE,
     CONFIG,
@@ -184,7 +185,8 @@ def on_this_grid(checkpoint: Path, config: RunConfig, groups: Groups) -> Iterato
 
     def convert() -> None:
         shutil.rmtree(hidden, ignore_errors=True)
-        reshard(checkpoint, hidden / checkpoint.name, grid, Options(files_checked=True), config=config)
+        options = Options(files_checked=True, logits=False)  # a forward pass on the host would keep a cluster waiting
+        reshard(checkpoint, hidden / checkpoint.name, grid, options, config=config)
 
     try:
         _while_others_wait(convert, groups)

@@ -12,12 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from stagdist.checkpoint import conversions
-from stagdist.checkpoint.conversions import Options, export, import_model, merge, reshard, split
+from stagdist.checkpoint import staging, training_conversions
 from stagdist.checkpoint.inspection import as_table, inspect
 from stagdist.checkpoint.loading import load_model
+from stagdist.checkpoint.model_conversions import export, merge, split
 from stagdist.checkpoint.proof import plain_logits, text_ids
 from stagdist.checkpoint.sources import open_model, open_training
+from stagdist.checkpoint.staging import Options
+from stagdist.checkpoint.training_conversions import import_model, reshard
 from stagdist.checkpoint.training_directory import read_state
 from stagdist.checkpoint.training_source import KINDS
 from stagdist.checkpoint.verification import verify
@@ -258,10 +260,10 @@ def test_a_checkpoint_from_a_stranger_runs_no_code_unless_trusted(tmp_path: Path
 
 def test_a_conversion_that_cannot_prove_itself_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training_checkpoint(tmp_path / "run", {}, (1, 1, 1))
-    monkeypatch.setattr(conversions, "largest_difference", lambda *_: 1e-9)
+    monkeypatch.setattr(staging, "largest_difference", lambda *_: 1e-9)
     with pytest.raises(CheckpointError, match="logits .* differ"):
         export(tmp_path / "run", tmp_path / "model", OPTIONS)
-    monkeypatch.setattr(conversions.TrainingReader, "steps", lambda *_: torch.rand(()))
+    monkeypatch.setattr(training_conversions.TrainingReader, "steps", lambda *_: torch.rand(()))
     with pytest.raises(CheckpointError, match="step was not written"):
         reshard(tmp_path / "run", tmp_path / "other", Grid(2, 1, 1), OPTIONS)
     assert [path.name for path in tmp_path.rglob("step_*")] == ["step_00000007"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stagdist.checkpoint.conversions import Options, import_model
+from stagdist.checkpoint.staging import Options
+from stagdist.checkpoint.training_conversions import import_model
 from stagdist.parallel.grid import Grid
 from tests.checkpoint.synthetic import model_directory
 from tests.launch.runs import launch, losses, tiny_config

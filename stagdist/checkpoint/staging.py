@@ -1,0 +1,89 @@
+"""What all conversions share: options, a hidden place to write in, the proof by logits."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from stagdist.checkpoint.proof import largest_difference
+from stagdist.checkpoint.sources import WeightSource, find
+from stagdist.checkpoint.training_source import Track, untracked
+from stagdist.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Options:
+    """What conversions may be told.
+
+    Attributes:
+        tokenizer: where the tokenizer is, when the source does not say it.
+        trust_pickle: see `load_file`.
+        overwrite: replace what exists.
+        files_checked: the files of a training checkpoint were just compared with their records.
+        logits: a new training checkpoint is also compared by logits, not only tensor by tensor.
+        track: shows progress.
+    """
+
+    tokenizer: str | None = None
+    trust_pickle: bool = False
+    overwrite: bool = False
+    files_checked: bool = False
+    logits: bool = True
+    track: Track[Any] = untracked
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a conversion has shown.
+
+    Attributes:
+        directory: what it wrote.
+        checked: what was compared, for a person.
+    """
+
+    directory: Path
+    checked: str
+
+
+def prove_logits(source: WeightSource, written: WeightSource, input_ids: Tensor) -> str:
+    """Compare two models on the same tokens; returns what that proved, for a person.
+
+    Raises:
+        CheckpointError: a logit differs in a bit.
+    """
+    difference = largest_difference(source, written, input_ids)
+    if difference != 0.0:
+        raise CheckpointError(f"the logits on {input_ids.shape[1]} tokens of text differ by {difference:.3g}")
+    return f", so are the logits on {input_ids.shape[1]} tokens of text"
+
+
+def require_free(destination: Path, options: Options) -> None:
+    """Nothing is replaced unasked, and never something that is not ours.
+
+    Raises:
+        CheckpointError: it exists.
+    """
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return
+    if not options.overwrite:
+        raise CheckpointError(f"{destination} exists; choose another destination, or --overwrite to replace it")
+    try:
+        find(destination)
+    except CheckpointError as error:
+        raise CheckpointError(f"{destination} will not be overwritten: {error}") from error
+
+
+@contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """A folder of the final name inside a hidden one beside it; removed when the conversion fails."""
+    hidden = final.parent / f".converting-{final.name}"
+    shutil.rmtree(hidden, ignore_errors=True)
+    (hidden / final.name).mkdir(parents=True)
+    try:
+        yield hidden / final.name
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
