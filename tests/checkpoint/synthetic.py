@@ -61,10 +61,14 @@ class RandomSource:
 
     def counters(self) -> Counters:
         """As of a run after some steps."""
-        group = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "fused": True}
+        group: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "fused": True}
         groups = [group | {"params": [0]}, group | {"weight_decay": 0.0, "params": [1]}]
         random = {"cpu_random_state": torch.arange(16, dtype=torch.uint8)}
-        return Counters(STEP, 8 * STEP, 0, groups, 1.0, {"cur_scale": 1.0, "dynamic": False}, False, lambda *_: random)
+        dynamic = self.config.training.precision == "fp16"
+        scaler: dict[str, Any] = {"cur_scale": 1.0, "dynamic": False}
+        if dynamic:
+            scaler = {"cur_scale": 4096.0, "dynamic": True, "cur_iter": STEP, "dtype": torch.float16}
+        return Counters(STEP, 8 * STEP, 0, groups, 1.0, scaler, dynamic, lambda *_: random)
 
 
 def run_config(model: dict[str, Any], precision: str = "fp32") -> RunConfig:

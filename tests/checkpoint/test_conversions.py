@@ -53,7 +53,7 @@ MODELS: list[dict[str, Any]] = [
 OPTIONS = Options()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("model", MODELS, ids=str)
 def test_resharding_there_and_back_gives_the_same_files(tmp_path: Path, model: dict[str, Any], precision: str) -> None:
     sections = len((SHAPE | model)["section_layers"])
