@@ -5,16 +5,11 @@ trace is a picture of the schedule. Every stage runs the same sequence of operat
 numbers of steps count decode steps alone.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
 from stagdist.decode.topology import Topology
-
-SMALLEST_HALF = 32
-"""Chunks are not halved below this: on CPUs a product of 16 rows takes nearly as long as one of 32."""
-
 
 class Kind(StrEnum):
     """What an instruction does. `where` below says what its index counts."""
@@ -80,22 +75,13 @@ def prefill(topology: Topology, stage: int, num_chunks: int) -> tuple[Instructio
     return (*instructions, *_ending(topology, stage, num_chunks - 1))
 
 
-def chunk_bounds(length: int, chunk_size: int, num_stages: int) -> list[tuple[int, int]]:
-    """Where a prompt is cut for prefill: chunks of `chunk_size`; in a pipeline the first and the last one are halved.
+def chunk_bounds(length: int, chunk_size: int) -> list[tuple[int, int]]:
+    """Where a prompt is cut for prefill.
 
-    The first chunk is what the last stage waits for, and the last one what it still has to do when the first stage is
-    done. Smaller pieces cost more than they save: their products are slower.
+    Smaller pieces at its ends, where the pipeline fills and drains, were measured: their slower products cost what they
+    save.
     """
-    sizes = [min(chunk_size, length - start) for start in range(0, length, chunk_size)]
-    if num_stages > 1:
-        first, last = sizes[0], sizes[-1]
-        sizes = [*_halves(first), *sizes[1:-1], *(_halves(last) if len(sizes) > 1 else [])]
-    ends = list(itertools.accumulate(sizes))
-    return list(zip([0, *ends], ends, strict=False))
-
-
-def _halves(size: int) -> list[int]:
-    return [size] if size < 2 * SMALLEST_HALF else [size - size // 2, size // 2]
+    return [(start, min(start + chunk_size, length)) for start in range(0, length, chunk_size)]
 
 
 def rest(topology: Topology, stage: int, step: int, first: int) -> tuple[Instruction, ...]:

@@ -100,7 +100,7 @@ class Stage:
         ids = torch.tensor(prompt_ids, device=self.device.name)
         call = Call([slot], [length])
         memories = self._sections.prompt_memories()
-        bounds = schedule.chunk_bounds(length, self.limits.chunk_size, self.topology.num_stages)
+        bounds = schedule.chunk_bounds(length, self.limits.chunk_size)
         for instruction in schedule.prefill(self.topology, self.index, len(bounds)):
             begin, end = bounds[instruction.step] if instruction.kind in _PER_CHUNK else (0, 0)
             with self._span(instruction):
