@@ -11,6 +11,7 @@ from enum import StrEnum
 
 from stagdist.decode.topology import Topology
 
+
 class Kind(StrEnum):
     """What an instruction does. `where` below says what its index counts."""
 
