@@ -113,14 +113,16 @@ def settings_from(arguments: argparse.Namespace, processes: int) -> tuple[Settin
         splits = [parse_split(text) for text in arguments.splits.split(",")]
     else:
         splits = [model.section_layers] if processes == 1 else default_splits(_recut(model, sections), sections)
-    heads = tuple(arguments.heads.split(",")) if processes > 1 else ("last",)
+    heads = tuple(arguments.heads.split(","))
     if not set(heads) <= set(HEAD_LAYOUTS):
         raise ConfigError(f"--heads {arguments.heads!r}: give {' or '.join(HEAD_LAYOUTS)}, or both with a comma")
+    heads = heads if processes > 1 else ("last",)
     options = EngineOptions(precision=arguments.precision, timeout_s=arguments.timeout)
     load = Load(arguments.context, arguments.steps, arguments.batch)
     settings = Settings(
         _recut(model, sections), load, options, tuple(splits), heads, arguments.rounds, arguments.prefill
     )  # type: ignore[arg-type]
+    _check_outputs(arguments)
     axes = _axes(arguments.sweep)
     check_axes(axes, processes, model.num_layers)
     _check_places(settings, axes, processes)
@@ -214,6 +216,20 @@ def _axes(sweep: list[str] | None) -> dict[str, Any]:
     if sweep is None:
         return {}
     return dict(parse_axis(text) for text in sweep) if sweep else dict(DEFAULT_AXES)
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Results can be written, or minutes of measuring are not begun."""
+    for option in ("json", "trace", "timeline"):
+        if name := getattr(arguments, option):
+            path = Path(name)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"--{option} {path} cannot be written: {error.strerror or error}") from error
+            if path.is_dir() or not os.access(path.parent, os.W_OK):
+                found = "is a folder" if path.is_dir() else "lies in a folder that cannot be written"
+                raise ConfigError(f"--{option} {path} {found}; give the name of a file")
 
 
 def _check_places(settings: Settings, axes: dict[str, Any], processes: int) -> None:

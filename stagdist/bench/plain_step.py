@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from stagdist.config import ModelConfig
 from stagdist.decode.place import Angles
 from stagdist.decode.stage import Stage
-from stagdist.decode.weights import Device, LayerWeights
+from stagdist.decode.weights import Device, LayerWeights, SectionWeights
 
 Edges = dict[tuple[int, int], ProcessGroup]
 
@@ -65,14 +65,8 @@ def plain_steps(stage: Stage, edges: Edges, first: Tensor, position: int, steps:
                 arriving.wait()
                 previous = buffers[(step + 1) % 2]
             arriving = expected
-            assert previous is not None and cache.memory_kv is not None and section.memory_norm is not None
-            assert section.memory_kv is not None
-            memory = F.rms_norm(previous, section.memory_norm.shape, section.memory_norm, model.rms_norm_eps)
-            states = F.linear(memory, section.memory_kv).view(len(section.layers), 2, -1, model.head_width)
-            window = cache.memory_kv.shape[4]
-            entries = min(here + 1, window)
-            cache.memory_kv[:, 0, 0, :, here % window] = _rotate(states[:, 0], cos, sin)
-            cache.memory_kv[:, 1, 0, :, here % window] = states[:, 1]
+            assert previous is not None and cache.memory_kv is not None
+            entries = _store_memory(model, section, previous, cos, sin, cache.memory_kv, here)
         for index, layer in enumerate(section.layers):
             if index:
                 hidden = _self_attention(model, layer, hidden, cos, sin, cache.self_kv[index], here)
@@ -113,6 +107,19 @@ def _self_attention(
     turned = _rotate(states[:turning], cos, sin)
     cache[0, 0, :, here], cache[1, 0, :, here] = turned[heads:], states[turning:]
     return hidden + _attend(turned[:heads], cache[0, :, :, : here + 1], cache[1, :, :, : here + 1], layer.o)
+
+
+def _store_memory(
+    model: ModelConfig, section: SectionWeights, previous: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, here: int
+) -> int:
+    """Keys and values of the memory, for all layers; how many entries may be seen."""
+    assert section.memory_norm is not None and section.memory_kv is not None
+    memory = F.rms_norm(previous, section.memory_norm.shape, section.memory_norm, model.rms_norm_eps)
+    states = F.linear(memory, section.memory_kv).view(len(section.layers), 2, -1, model.head_width)
+    window = cache.shape[4]
+    cache[:, 0, 0, :, here % window] = _rotate(states[:, 0], cos, sin)
+    cache[:, 1, 0, :, here % window] = states[:, 1]
+    return min(here + 1, window)
 
 
 def _cross_attention(

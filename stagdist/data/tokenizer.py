@@ -319,7 +319,9 @@ def _load_with_transformers(path: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        # Without a word about code from the directory, transformers would ask whether to run it and read the answer
+        # from standard input, where prompts may be.
+        loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a directory of unknown files makes it raise
         raise DataError(f"{path} holds no tokenizer.json and transformers cannot load it either: {error}") from error
     backend = getattr(loaded, "backend_tokenizer", None)

@@ -78,7 +78,8 @@ class Answers:
             for answer in self._answers.values():
                 self._cut_off += answer.finish is None
                 answer.finish = answer.finish or FinishReason.CANCELLED
-            self._show_text()
+            if not self._as_json:  # an answer that is not whole is no line of JSON
+                self._show_text()
             return self._cut_off
 
     def accept(self, prompt: Prompt, request: Request) -> None:

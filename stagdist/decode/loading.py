@@ -25,6 +25,9 @@ from stagdist.telemetry.spans import SpanRecorder
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 DEFAULT_CHUNK = 128
 
+LONGEST_TIMEOUT_S = 30 * 24 * 3600.0
+"""Longest wait that can be asked for, well within what clocks and sockets can count."""
+
 START_S = 300.0
 """Seconds that processes may take to start and meet: imports on a busy machine take longer than any step."""
 
@@ -64,14 +67,16 @@ class EngineOptions:
     def __post_init__(self) -> None:
         counts = {
             "tensor_parallel_size": self.tensor_parallel_size,
-            "num_slots": self.num_slots,
-            "chunk_size": self.chunk_size,
+            "num_slots (--batch-size)": self.num_slots,
+            "chunk_size (--prefill-chunk)": self.chunk_size,
         }
         for name, value in counts.items():
             if value < 1:
                 raise ConfigError(f"{name} is {value}; give at least 1")
-        if self.timeout_s <= 0:
-            raise ConfigError(f"timeout_s is {self.timeout_s}; give seconds above 0")
+        if not 0 < self.timeout_s <= LONGEST_TIMEOUT_S:  # NaN compares false
+            raise ConfigError(
+                f"timeout_s (--timeout) is {self.timeout_s}; give seconds above 0, at most {LONGEST_TIMEOUT_S:.0f}"
+            )
         if self.precision not in DTYPES:
             raise ConfigError(f"precision is {self.precision!r}; give one of {', '.join(DTYPES)}")
 
@@ -95,7 +100,10 @@ def place_model(model: ModelConfig, options: EngineOptions, world_size: int) -> 
     """
     tensor = options.tensor_parallel_size
     if world_size % tensor:
-        raise ConfigError(f"{world_size} processes cannot be split into tensor groups of {tensor}")
+        raise ConfigError(
+            f"{world_size} processes cannot be split into tensor groups of {tensor}; start a multiple of {tensor} "
+            "processes, or give another --tensor-parallel-size"
+        )
     heads = (model.num_attention_heads, model.key_value_heads, model.cross_key_value_heads)
     if any(count % tensor for count in heads) or model.intermediate_size % tensor:
         raise ConfigError(
@@ -105,9 +113,10 @@ def place_model(model: ModelConfig, options: EngineOptions, world_size: int) -> 
     if options.graphs and world_size > 1:
         raise ConfigError("graphs hold a whole step, which needs all sections in one process; start one process")
     topology = topology_for(model, world_size // tensor, options.head, recurrent=options.recurrent)
-    context = options.max_context or model.max_position_embeddings
-    if not 1 <= context <= model.max_position_embeddings:
-        raise ConfigError(f"max_context is {context}, the model knows positions up to {model.max_position_embeddings}")
+    known = model.max_position_embeddings
+    context = known if options.max_context is None else options.max_context
+    if not 1 <= context <= known:
+        raise ConfigError(f"max_context is {context}, the model knows positions up to {known}; give 1 to {known}")
     limits = Limits(options.num_slots, context, options.chunk_size)
     return Placement(model, topology, Grid(world_size // tensor, 1, tensor), limits, options)
 

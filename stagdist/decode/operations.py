@@ -1,8 +1,9 @@
 """The loop that every rank runs: one operation after the other, as rank 0 decides, one message ahead.
 
 Rank 0 sends what comes next while the present operation runs, so no rank ever waits for a decision. The price: what
-ends a request by surprise (a stop string, the end of the document) takes effect one step later, and the token computed
-meanwhile is dropped. Limits are foreseen and cost nothing.
+ends a request by surprise takes effect one step later (the end of the document, a stop id) or, with several stages, two
+(a stop string: text is made while the next step runs), and what is computed meanwhile is dropped. Limits are foreseen
+and cost nothing.
 """
 
 from collections.abc import Sequence

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -40,30 +40,36 @@ class _DelayedSends:
 
     def __init__(self, edge: _Edge, delay_s: float):
         self._edge, self._delay_s = edge, delay_s
-        self._queue: queue.Queue[tuple[float, Tensor, threading.Event]] = queue.Queue()
+        self._queue: queue.Queue[tuple[float, Tensor, _Sent]] = queue.Queue()
         threading.Thread(target=self._run, daemon=True, name="delayed hand-offs").start()
 
     def send(self, tensor: Tensor) -> "_Sent":
-        done = threading.Event()
-        self._queue.put((time.perf_counter() + self._delay_s, tensor, done))
-        return _Sent(done)
+        sent = _Sent()
+        self._queue.put((time.perf_counter() + self._delay_s, tensor, sent))
+        return sent
 
     def _run(self) -> None:
         while True:
-            due, tensor, done = self._queue.get()
+            due, tensor, sent = self._queue.get()
             time.sleep(max(0.0, due - time.perf_counter()))
-            dist.send(tensor, self._edge.peer, group=self._edge.group)
-            done.set()
+            try:
+                dist.send(tensor, self._edge.peer, group=self._edge.group)
+            except Exception as error:  # raised again by whoever waits
+                sent.error = error
+            sent.done.set()
 
 
 @dataclass
 class _Sent:
     """Looks like the handle of a send."""
 
-    done: threading.Event
+    done: threading.Event = field(default_factory=threading.Event)
+    error: Exception | None = None
 
     def wait(self) -> None:
-        self.done.wait()
+        self.done.wait()  # the send inside has a time limit of its own
+        if self.error is not None:
+            raise RuntimeError(str(self.error)) from self.error
 
 
 class Transport:

@@ -219,6 +219,8 @@ def test_the_share_of_other_programs_leaves_out_our_own_work() -> None:
         (("--splits", "3+3"), r"3\+3 has 6 layers and the model 4"),
         (("--splits", "2+1+1"), "2 stages cannot hold 3 sections"),
         (("--heads", "both"), "give last or sharded"),
+        (("--json", "/proc"), "--json /proc is a folder"),
+        (("--timeline", "/proc/none/a.png"), "--timeline /proc/none/a.png cannot be written"),
         (("--context", "127"), "needs 148 positions and the model knows 128"),
         (("--prefill", "128"), "--prefill 128 leaves no room in 128 positions"),
         (("--precision", "int8"), "precision is 'int8'"),

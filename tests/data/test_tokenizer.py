@@ -1,5 +1,6 @@
 """Tokenizers: round trips, bytes per token, directories that transformers loads."""
 
+import io
 import json
 import pickle
 from pathlib import Path
@@ -96,6 +97,20 @@ def test_files_without_tokenizer_json_are_loaded_by_transformers(tmp_path: Path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("this") == [256, ord("i"), ord("s")] and tokenizer.end_of_document == 257
+
+
+def test_code_of_a_directory_is_not_run_whatever_standard_input_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    prompts = io.StringIO("y\nthe second prompt\n")
+    monkeypatch.setattr("sys.stdin", prompts)
+    with pytest.raises(DataError, match="holds no tokenizer.json"):
+        load_tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists() and prompts.tell() == 0
 
 
 def test_the_fingerprint_tells_tokenizers_apart_and_survives_pickling(bpe: Tokenizer) -> None:

@@ -1,11 +1,17 @@
 """A slow link makes steps longer, never wrong: hand-offs that come several steps late are waited for."""
 
+import time
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from stagdist.decode.loading import EngineOptions
 from stagdist.decode.request import Request, SamplingParams
+from stagdist.decode.transport import Transport
+from stagdist.errors import TransportError
+from stagdist.parallel.grid import Grid
 from tests.decode.comparison import compare
 from tests.decode.decoding import Case, Ran, prompt
 from tests.ranks import run_ranks
@@ -57,3 +63,23 @@ def test_a_delay_is_shared_by_the_steps_of_the_lag(ran: list[list[Ran]], number:
     assert done.seconds >= rounds * case.options.hand_off_delay_s
     if case.options.hand_off_delay_s == 0:
         assert done.seconds < 16 * DELAY_S, "steps are so slow here that the delay says nothing"
+
+
+def send_to_a_silent_rank(timeout_s: float) -> str:
+    """What rank 0 hears of a delayed hand-off that rank 1 never asks for."""
+    dist.init_process_group("gloo")
+    transport = Transport(Grid(2, 1, 1), "cpu", timeout_s, hand_off_delay_s=0.05)
+    if transport.rank:
+        time.sleep(4 * timeout_s)  # there, but silent
+        return ""
+    transport.send(torch.zeros(1, 1, 8), 0)
+    try:
+        transport.finish_sends()
+    except TransportError as error:
+        return str(error)
+    return "the hand-off left"
+
+
+def test_a_delayed_hand_off_that_cannot_leave_is_an_error_and_no_endless_wait() -> None:
+    heard = run_ranks("tests.decode.test_hand_off_delay:send_to_a_silent_rank", 2, 1.0, 60)[0]
+    assert heard.startswith("stage 0 (rank 0) lost stage 1 (rank 1) in step 0 while a hand-off was on its way"), heard
