@@ -19,6 +19,7 @@ examples:
   python tools/convert_checkpoint.py export runs/my-run runs/my-run/model
   python tools/convert_checkpoint.py reshard runs/my-run runs/my-run-8 --pipe 2 --data 2 --tensor 2
   python tools/convert_checkpoint.py import runs/my-run/model runs/finetune --pipe 2 --config configs/x.yaml
+  python tools/convert_checkpoint.py upcycle path/to/llama stagformer/ --section-layers 18 18
   python tools/convert_checkpoint.py split runs/shared/model separate/
   python tools/convert_checkpoint.py merge runs/my-run/checkpoints/step_00000100 runs/my-run averaged/
   python tools/convert_checkpoint.py verify runs/my-run exported/
@@ -33,6 +34,9 @@ DESCRIPTIONS = {
     "`pretrain` with the run's name begins from it, on any data.",
     "reshard": "Training checkpoint to another grid, with optimizer, counters, position in the data and generators: "
     "training goes on as if nothing had happened. (`pretrain` on another grid does this by itself.)",
+    "upcycle": "Llama-architecture model directory (or sequential run) to a StagFormer to be trained on: its layers "
+    "are cut into sections, cross-attention begins as a copy of self-attention. Then `import` it and train. Choices "
+    "and measured recovery: docs/checkpoints.md.",
     "split": "Shared weights to separate sections, each with a copy of its own; writes a model directory.",
     "merge": "The average of several checkpoints or model directories of one model, as a model directory.",
     "inspect": "What a directory holds: kind, step, model, grid, sizes, statistics of every tensor, missing or odd "
@@ -88,7 +92,16 @@ def _add_options(made: dict[str, argparse.ArgumentParser]) -> None:
     made["import"].add_argument(
         "--config", metavar="FILE", help="configuration of the run to come: its precision and optimizer are used"
     )
-    for verb in ("export", "import", "split", "merge", "verify"):
+    made["upcycle"].add_argument(
+        "--section-layers", type=int, nargs="+", required=True, metavar="N", help="layers of each section"
+    )
+    made["upcycle"].add_argument(
+        "--output-scale",
+        type=float,
+        metavar="X",
+        help="size of the cross-attention's output projection against its copy (default: 0, it begins silent)",
+    )
+    for verb in ("export", "import", "upcycle", "split", "merge", "verify"):
         made[verb].add_argument(
             "--tokenizer", metavar="DIR", help="tokenizer (default: that of the run or model directory)"
         )
@@ -112,6 +125,7 @@ def convert(arguments: argparse.Namespace) -> int:
     from stagdist.checkpoint import model_conversions, training_conversions
     from stagdist.checkpoint.staging import Options
     from stagdist.checkpoint.training_source import untracked
+    from stagdist.checkpoint.upcycling import OUTPUT_SCALE, upcycle
     from stagdist.parallel.grid import Grid
 
     options = Options(
@@ -125,6 +139,9 @@ def convert(arguments: argparse.Namespace) -> int:
         proof = model_conversions.export(source, destination, options)
     elif arguments.verb == "split":
         proof = model_conversions.split(source, destination, options)
+    elif arguments.verb == "upcycle":
+        scale = OUTPUT_SCALE if arguments.output_scale is None else arguments.output_scale
+        proof = upcycle(source, destination, arguments.section_layers, options, output_scale=scale)
     elif arguments.verb == "merge":
         proof = model_conversions.merge(source, destination, options)
     else:

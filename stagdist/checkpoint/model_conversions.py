@@ -4,6 +4,7 @@ Each writes under a hidden name, proves the result, and only then gives it its n
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +25,16 @@ Weight = Callable[[ParameterSpec], Tensor]
 """Whole parameter of the new model."""
 
 
+@dataclass(frozen=True)
+class _InMemory:
+    """A model by its formula, before it is written."""
+
+    directory: Path
+    model: ModelConfig
+    dtype: torch.dtype
+    weight: Weight
+
+
 def export(source: str | Path, destination: str | Path, options: Options) -> Proof:
     """Training checkpoint (any grid) to model directory.
 
@@ -31,7 +42,7 @@ def export(source: str | Path, destination: str | Path, options: Options) -> Pro
         CheckpointError: source or destination will not do, or the proof failed; nothing is left behind.
     """
     reader = open_training(source, trust_pickle=options.trust_pickle)
-    return _write_model(reader, reader.model, reader.weight, Path(destination), options)
+    return write_model(reader, reader.model, reader.weight, Path(destination), options)
 
 
 def split(source: str | Path, destination: str | Path, options: Options) -> Proof:
@@ -52,7 +63,7 @@ def split(source: str | Path, destination: str | Path, options: Options) -> Proo
         _, _, rest = spec.name.split(".", 2)
         return weights.weight(shared[f"sections.0.{rest}"])
 
-    return _write_model(weights, model, weight, Path(destination), options)
+    return write_model(weights, model, weight, Path(destination), options)
 
 
 def merge(sources: Sequence[str | Path], destination: str | Path, options: Options) -> Proof:
@@ -76,10 +87,10 @@ def merge(sources: Sequence[str | Path], destination: str | Path, options: Optio
             total += one.weight(spec).float()
         return (total / len(opened)).to(opened[0].dtype)
 
-    return _write_model(opened[0], opened[0].model, average, Path(destination), options, keeps_function=False)
+    return write_model(opened[0], opened[0].model, average, Path(destination), options, keeps_function=False)
 
 
-def _write_model(
+def write_model(
     source: WeightSource,
     model: ModelConfig,
     weight: Weight,
@@ -92,7 +103,10 @@ def _write_model(
 
     Args:
         weight: whole parameter of the new model.
-        keeps_function: the logits must be those of the source.
+        keeps_function: the logits must be those of the source; otherwise those of `weight`.
+
+    Raises:
+        CheckpointError: as `export`.
     """
     require_free(destination, options)
     tokenizer = source_tokenizer(source, options.tokenizer)
@@ -104,8 +118,8 @@ def _write_model(
             if not torch.equal(written.weight(spec), weight(spec)):
                 raise CheckpointError(f"{spec.name} was not written as it was read")
         checked = f"{len(model_parameters(model))} tensors are bit-equal"
-        if keeps_function:
-            checked += prove_logits(source, written, input_ids)
+        expected = source if keeps_function else _InMemory(staged, model, source.dtype, weight)
+        checked += prove_logits(expected, written, input_ids)
         if destination.exists():  # in one step, and removed with the hidden folder
             destination.rename(staged.parent / "replaced")
         publish(staged, destination)

@@ -15,7 +15,7 @@ from tests.checkpoint.synthetic import model_directory, training_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py")]
-VERBS = ("export", "import", "reshard", "split", "merge", "inspect", "verify")
+VERBS = ("export", "import", "reshard", "upcycle", "split", "merge", "inspect", "verify")
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,73 @@
+"""A Llama becomes a StagFormer by stated rules."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stagdist.checkpoint.model_conversions import export
+from stagdist.checkpoint.sources import open_model
+from stagdist.checkpoint.staging import Options
+from stagdist.checkpoint.upcycling import upcycle
+from stagdist.errors import CheckpointError
+from tests.checkpoint.synthetic import model_directory, training_checkpoint
+from tests.checkpoint.test_llama_import import save_llama
+
+LLAMA = {"connection": "sequential", "section_layers": [1, 3]}
+
+
+def test_every_tensor_follows_its_rule(tmp_path: Path) -> None:
+    llama = model_directory(tmp_path / "llama", LLAMA)
+    folder = upcycle(llama, tmp_path / "new", [2, 2], Options(), output_scale=0.5).directory
+    model = open_model(folder).model
+    assert model.staggered and model.section_layers == (2, 2) and model.cross_key_value_heads == 2
+    old, new = load_file(llama / "model.safetensors"), load_file(folder / "model.safetensors")
+
+    def same(name: str, llama_name: str, scale: float = 1.0) -> None:
+        torch.testing.assert_close(new.pop(name), old[llama_name] * scale, atol=0, rtol=0)
+
+    same("embedding.weight", "model.embed_tokens.weight")
+    same("output_norm.weight", "model.norm.weight")
+    same("head.weight", "lm_head.weight")
+    for index in range(4):
+        ours, theirs = f"sections.{index // 2}.layers.{index % 2}.", f"model.layers.{index}."
+        same(ours + "self_attention_norm.weight", theirs + "input_layernorm.weight")
+        same(ours + "mlp_norm.weight", theirs + "post_attention_layernorm.weight")
+        for part in ("gate", "up", "down"):
+            same(f"{ours}mlp.{part}_proj.weight", f"{theirs}mlp.{part}_proj.weight")
+        for part in "qkvo":
+            same(f"{ours}self_attention.{part}_proj.weight", f"{theirs}self_attn.{part}_proj.weight")
+            if index >= 2:
+                scale = 0.5 if part == "o" else 1.0
+                same(f"{ours}cross_attention.{part}_proj.weight", f"{theirs}self_attn.{part}_proj.weight", scale)
+        if index >= 2:
+            same(ours + "cross_attention_norm.weight", theirs + "input_layernorm.weight")
+    same("sections.1.memory_norm.weight", "model.layers.2.input_layernorm.weight")
+    assert not new.pop("sections.1.null_memory").any()
+    assert not new, f"no rule was checked for {sorted(new)}"
+
+
+def test_a_llama_of_transformers_and_a_sequential_run_are_taken(tmp_path: Path) -> None:
+    save_llama(tmp_path / "llama", {"num_key_value_heads": 2, "num_hidden_layers": 4})
+    proof = upcycle(tmp_path / "llama", tmp_path / "a", [2, 2], Options(tokenizer="bytes"), output_scale=1.0)
+    assert "logits" in proof.checked
+    training_checkpoint(tmp_path / "run", LLAMA, (2, 1, 1), "bf16")
+    folder = upcycle(tmp_path / "run", tmp_path / "b", [1, 1, 2], Options(), output_scale=1.0).directory
+    assert open_model(folder).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "complaint"),
+    [(LLAMA, [2, 3], "has 4 layers"), (LLAMA, [4], "two numbers or more"), ({}, [2, 2], "StagFormer already")],
+)
+def test_what_cannot_be_upcycled_is_refused(
+    tmp_path: Path, model: dict[str, Any], layers: list[int], complaint: str
+) -> None:
+    source = model_directory(tmp_path / "source", model)
+    with pytest.raises(CheckpointError, match=complaint):
+        upcycle(source, tmp_path / "new", layers, Options(), output_scale=1.0)
+    with pytest.raises(CheckpointError, match="model directory"):
+        export(source, tmp_path / "new", Options())
+    assert not (tmp_path / "new").exists()
