@@ -91,7 +91,7 @@ class Engine:
         self._running: dict[int, _Running] = {}
         self._served: set[str] = set()  # names of requests whose last output has not gone out
         self._served_lock = threading.Lock()
-        self._closed = self._stopping = False
+        self._closed = self._stopping = self._ended = False
         self._sink: Sink = lambda output: None
         self._planned: deque[dict[int, _Running]] = deque()  # rows of the operations that were decided
         self._untold: list[_Running] = []
@@ -105,9 +105,12 @@ class Engine:
         """Take a request. One that cannot be served is answered with an error, the others go on.
 
         Raises:
-            ConfigError: a request of this name is being served; an answer could not say which of them it means.
+            ConfigError: a request of this name is being served, and an answer could not say which of them it means; or
+                `run` has returned.
         """
         with self._served_lock:
+            if self._ended:
+                raise ConfigError(f"request {request.request_id!r} comes after the engine's end; build a new engine")
             if request.request_id in self._served:
                 raise ConfigError(f"a request {request.request_id!r} is being served; give each its own request_id")
             self._served.add(request.request_id)
@@ -143,6 +146,8 @@ class Engine:
         self._sink = sink
         operate(self._stage, self._transport, self)
         self._tell_all()
+        with self._served_lock:
+            self._ended = True
         self._take_inbox()
         for request, _ in self._waiting:
             self._give_out(RequestOutput(request.request_id, finish_reason=FinishReason.CANCELLED))

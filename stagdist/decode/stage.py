@@ -95,6 +95,8 @@ class Stage:
 
         Shapes: the choice has one row.
         """
+        if self._transport is not None:
+            self._transport.step = self.step_number
         self.readout.admit(slot, params, prompt_ids)
         length = len(prompt_ids)
         ids = torch.tensor(prompt_ids, device=self.device.name)

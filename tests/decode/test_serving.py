@@ -267,3 +267,11 @@ def test_an_idle_engine_rests_and_serves_what_comes_later() -> None:
     assert ranks[0].completions["bad"].finish_reason is FinishReason.ERROR
     assert ranks[0].completions["greedy"].token_ids == ranks[0].completions["again"].token_ids
     assert prompt(6, seed=7) == good[0].prompt_ids
+
+
+def test_a_request_after_the_end_is_refused() -> None:
+    stage, transport = World().stage(Case("ended", {}, []))
+    engine = engine_of(Case("ended", {}, []), stage, transport)
+    assert engine.generate([]) == []
+    with pytest.raises(ConfigError, match="after the engine's end"):
+        engine.submit(Request("late", (1,)))
