@@ -6,6 +6,7 @@ ends a request by surprise takes effect one step later (the end of the document,
 and cost nothing.
 """
 
+import gc
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -92,6 +93,15 @@ def operate(stage: Stage, transport: Transport | None, owner: Owner | None) -> N
         TransportError: a peer is gone.
     """
     line = _Line(transport, stage.limits.num_slots, owner)
+    # What exists now stays: a collection that looks at all of it would stop a step for tens of milliseconds.
+    gc.freeze()
+    try:
+        _operate(line, stage, owner)
+    finally:
+        gc.unfreeze()
+
+
+def _operate(line: _Line, stage: Stage, owner: Owner | None) -> None:
     line.post()
     while True:
         control = line.wait()

@@ -117,6 +117,12 @@ class Readout:
             positions: of the tokens being chosen.
         """
         assert self.logits is not None
+        alone = self.sampler.likeliest_alone(self.logits, slots)
+        if alone is not None:
+            self._choice = alone
+            if not self._keep_logits:
+                self.logits = None
+            return
         places = torch.tensor(positions, device=self._device.name)
         candidates = self.sampler.candidates(self.logits, slots, places)
         if not self._keep_logits:

@@ -144,6 +144,16 @@ class Sampler:
         """Values per row in a message of `candidates` for these slots, the same on all ranks."""
         return self._plan(slots).width
 
+    def likeliest_alone(self, logits: torch.Tensor, slots: Sequence[int]) -> Choice | None:
+        """The choice, where it needs nothing but the largest logit and no other rank; None where it needs more.
+
+        The same as `candidates` and `choose`, without a message: this runs at every step.
+        """
+        if not self._plan(slots).fast or self._size != self._vocab_size:
+            return None
+        local = logits if logits.shape[1] == self._size else logits[:, : self._size]
+        return Choice(local.max(-1).indices)
+
     def candidates(self, logits: torch.Tensor, slots: Sequence[int], positions: torch.Tensor) -> torch.Tensor:
         """This rank's message: all that the others need of its logits.
 

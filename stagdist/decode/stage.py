@@ -190,25 +190,32 @@ class Stage:
 
     def _run_step(self, call: Call) -> None:
         program, shift = self._program()
+        if self.recorder is None:
+            for instruction in program:
+                self._run(call, instruction, shift)
+            return
         for instruction in program:
             with self._span(instruction):
-                match instruction.kind:
-                    case Kind.ASK:
-                        self.readout.ask(call.slots)
-                    case Kind.EXPECT:
-                        step = instruction.step + shift
-                        buffer = self._buffers[step % self.topology.buffers, : call.rows]
-                        self._link.expect(("step", step), buffer)
-                    case Kind.BEGIN:
-                        self._sections.begin(call, instruction.index)
-                    case Kind.WAIT:
-                        call.carried = self._link.arrived(("step", instruction.step + shift))
-                    case Kind.FINISH:
-                        self._sections.finish(call, instruction.index)
-                    case Kind.SEND:
-                        self._link.send(call.outputs[self._sections.last], self.topology.lag)
-                    case _:
-                        self._end(call, instruction)
+                self._run(call, instruction, shift)
+
+    def _run(self, call: Call, instruction: Instruction, shift: int) -> None:
+        """One instruction of a step."""
+        kind = instruction.kind
+        if kind is Kind.BEGIN:
+            self._sections.begin(call, instruction.index)
+        elif kind is Kind.FINISH:
+            self._sections.finish(call, instruction.index)
+        elif kind is Kind.ASK:
+            self.readout.ask(call.slots)
+        elif kind is Kind.EXPECT:
+            step = instruction.step + shift
+            self._link.expect(("step", step), self._buffers[step % self.topology.buffers, : call.rows])
+        elif kind is Kind.WAIT:
+            call.carried = self._link.arrived(("step", instruction.step + shift))
+        elif kind is Kind.SEND:
+            self._link.send(call.outputs[self._sections.last], self.topology.lag)
+        else:
+            self._end(call, instruction)
 
     def _run_graph(self, graphs: StepGraphs) -> Call:
         """A step up to the logits as one graph; the choice follows on its own."""

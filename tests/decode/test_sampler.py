@@ -359,3 +359,18 @@ def test_a_gpu_gives_the_same_tokens_and_is_never_waited_for(name: str) -> None:
         token, _ = plain_choice(logits[number, 0].numpy(), PARAMS[name], seen, number)
         seen.add(token)
         assert choice.tokens.tolist() == [token]
+
+
+def test_the_likeliest_token_alone_is_what_a_message_would_choose() -> None:
+    sampler = Sampler(num_slots=2, vocab_size=37, first_token=0, num_tokens=37, slice_size=37, device="cpu")
+    sampler.admit(0, SamplingParams(temperature=0.0), [1])
+    logits = torch.randn(2, 37, generator=torch.Generator().manual_seed(0))
+    logits[1] = 0.0  # equal everywhere: the lowest id
+    positions = torch.tensor([3, 4])
+    whole = sampler.choose(sampler.candidates(logits, [0, 1], positions)[None], [0, 1], positions)
+    alone = sampler.likeliest_alone(logits, [0, 1])
+    assert alone is not None and alone.tokens.tolist() == whole.tokens.tolist() and alone.tokens[1] == 0
+    sampler.admit(0, SamplingParams(temperature=1.0), [1])
+    assert sampler.likeliest_alone(logits, [0, 1]) is None
+    slice_of_two = Sampler(num_slots=1, vocab_size=37, first_token=0, num_tokens=19, slice_size=19, device="cpu")
+    assert slice_of_two.likeliest_alone(logits[:1, :19], [0]) is None
