@@ -14,6 +14,7 @@ from stagdist.checkpoint.reading import ModelReader, ReadSlice
 from stagdist.config import ModelConfig
 from stagdist.decode.readout import Readout
 from stagdist.decode.section import Lap
+from stagdist.decode.sections import StageSections
 from stagdist.decode.stage import Stage
 from stagdist.decode.topology import HeadLayout, Limits, Topology, topology_for
 from stagdist.decode.transport import Transport
@@ -181,18 +182,8 @@ def build_stage(
     graphs = options.graphs
     if graphs is None:
         graphs = transport is None and device.startswith("cuda") and recorder is None
-    return Stage(
-        model,
-        topology,
-        weights,
-        placement.limits,
-        where,
-        readout,
-        transport,
-        recorder=recorder,
-        lap=lap,
-        graphs=graphs,
-    )
+    sections = StageSections(model, topology, weights, placement.limits, where, transport, lap)
+    return Stage(sections, placement.limits, readout, transport, recorder=recorder, graphs=graphs)
 
 
 def open_model(directory: str | Path) -> ModelReader:

@@ -56,10 +56,13 @@ class StageSections:
     """Weights, caches and hand-offs of the sections of one rank; knows nothing of schedules.
 
     Args:
+        weights: this rank's.
+        transport: tells the stage and sums over tensor ranks; None in a world of one.
+        lap: told when a phase inside a section ends.
+
+    Attributes:
         index: the stage.
         tokens: int64 [slots], the token that each slot feeds next; read at every step.
-        transport: for tensor parallelism; None in a world of one.
-        lap: told when a phase inside a section ends.
     """
 
     def __init__(
@@ -69,12 +72,12 @@ class StageSections:
         weights: StageWeights,
         limits: Limits,
         device: Device,
-        index: int,
-        tokens: Tensor,
-        transport: Transport | None,
+        transport: Transport | None = None,
         lap: Lap | None = None,
     ):
-        self._topology, self._weights, self._device, self._tokens = topology, weights, device, tokens
+        self.model, self.topology, self.weights, self.device = model, topology, weights, device
+        self.index = 0 if transport is None else transport.stage
+        self.tokens = torch.zeros(limits.num_slots, dtype=torch.int64, device=device.name)
         self._angles = Angles(model, device)
         tensor = 1 if transport is None else transport.grid.tensor
         math = LayerMath(model, tensor, None if transport is None else transport.tensor_sum())
@@ -96,7 +99,7 @@ class StageSections:
             section: SectionRunner(math, of_section, self.caches[section], lap)
             for section, of_section in weights.sections.items()
         }
-        sections = topology.sections(index)
+        sections = topology.sections(self.index)
         self.last = sections[-1]
         self._tails = Tails(topology.lag)
         self._local: dict[int, LocalHandOff] = {}
@@ -127,17 +130,17 @@ class StageSections:
         call.place = StepPlace(self._angles, positions, reach)
         if self._batched is not None:
             call.wide = StepPlace(self._angles, positions, reach, repeats=self._batched.count)
-        if self._topology.staggered and self._topology.lag:
-            call.null_rows = (positions < self._topology.lag)[:, None]
-        call.embedded = self._embed(self._tokens[: call.rows, None])
+        if self.topology.staggered and self.topology.lag:
+            call.null_rows = (positions < self.topology.lag)[:, None]
+        call.embedded = self._embed(self.tokens[: call.rows, None])
         return call
 
     def begin(self, call: Call, section: int) -> None:
         """The first self-attention of a section (of all, where they are one batch)."""
         assert call.place is not None
-        if self._topology.staggered or section == 0:
+        if self.topology.staggered or section == 0:
             if call.embedded is None:
-                call.embedded = self._embed(self._tokens[: call.rows, None])
+                call.embedded = self._embed(self.tokens[: call.rows, None])
             hidden = call.embedded
         else:
             stream = call.outputs.get(section - 1, call.carried)
@@ -163,7 +166,7 @@ class StageSections:
     def push_local(self, call: Call) -> None:
         """Hand the outputs of a step on between the sections of this rank, after all have run."""
         for section, hand_off in self._local.items():
-            source = section if self._topology.recurrent else section - 1
+            source = section if self.topology.recurrent else section - 1
             hand_off.push(call.outputs[source][:, 0])
 
     def carried_state(self) -> list[Tensor]:
@@ -174,25 +177,25 @@ class StageSections:
 
     def prompt_memories(self) -> dict[int, PromptMemory]:
         """A shifter of outputs for each section."""
-        return {section: PromptMemory(self._topology.lag) for section in self._weights.sections}
+        return {section: PromptMemory(self.topology.lag) for section in self.weights.sections}
 
     def run_chunk(self, call: Call, memories: dict[int, PromptMemory], section: int, ids: Tensor, start: int) -> None:
         """One section over one chunk of a prompt. Shapes: ids int64 [S], whose first stands at `start`."""
         place = ChunkPlace(self._angles, call.slots[0], start, len(ids))
         before = call.outputs.get(section - 1, call.carried)
         previous = null_rows = None
-        if self._topology.staggered and section > 0:
+        if self.topology.staggered and section > 0:
             assert before is not None
             previous = memories[section].shift(before)
             null_rows = self._null_rows(place.positions)
             null_rows = None if null_rows is None else null_rows.T
-        hidden = before if before is not None and not self._topology.staggered else self._embed(ids[None])
+        hidden = before if before is not None and not self.topology.staggered else self._embed(ids[None])
         runner = self._runners[section]
         call.outputs[section] = runner.finish(runner.begin(hidden, place), place, previous, null_rows)
 
     def keep_tails(self, slot: int, first_step: int, memories: dict[int, PromptMemory]) -> None:
         """The last rows of a prompt are the first hand-offs of its request."""
-        if not self._topology.lag:
+        if not self.topology.lag:
             return
         for section, memory in memories.items():
             if section in self._local:
@@ -210,23 +213,23 @@ class StageSections:
         return Call(range(len(positions)), [position + 1 for position in positions], step)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        assert self._weights.embedding is not None, "a stage without embedding was given tokens"
-        return F.embedding(ids, self._weights.embedding)
+        assert self.weights.embedding is not None, "a stage without embedding was given tokens"
+        return F.embedding(ids, self.weights.embedding)
 
     def _previous(self, call: Call, section: int) -> Tensor | None:
         """What a section's rows look at newly in this step. Shapes: [B, 1, H]."""
-        if section == 0 or not self._topology.staggered:
+        if section == 0 or not self.topology.staggered:
             return None
         if section in self._local:
             return self._local[section].oldest(call.rows)[:, None]
-        if self._topology.lag == 0:
+        if self.topology.lag == 0:
             return call.outputs.get(section - 1, call.carried)
         carried = None if call.carried is None else call.carried[:, 0]
         return self._tails.merge(call.rows, call.step, carried)[:, None]
 
     def _null_rows(self, positions: Sequence[int]) -> Tensor | None:
         """Where the null vector stands for a memory that does not exist. Shapes: bool [len(positions), 1]."""
-        if not self._topology.staggered or all(position >= self._topology.lag for position in positions):
+        if not self.topology.staggered or all(position >= self.topology.lag for position in positions):
             return None
-        rows = [[position < self._topology.lag] for position in positions]
-        return torch.tensor(rows, device=self._device.name)
+        rows = [[position < self.topology.lag] for position in positions]
+        return torch.tensor(rows, device=self.device.name)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from stagdist.config import ModelConfig
 from stagdist.decode import schedule
 from stagdist.decode.cache import SectionCache
 from stagdist.decode.control import Slots
@@ -14,11 +13,9 @@ from stagdist.decode.readout import Readout
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.sampler import Choice
 from stagdist.decode.schedule import Instruction, Kind
-from stagdist.decode.section import Lap
 from stagdist.decode.sections import Call, StageSections
-from stagdist.decode.topology import Limits, Topology
+from stagdist.decode.topology import Limits
 from stagdist.decode.transport import Transport
-from stagdist.decode.weights import Device, StageWeights
 from stagdist.telemetry.spans import SpanRecorder
 
 CATEGORIES = {
@@ -40,53 +37,42 @@ CATEGORIES = {
 
 
 class Stage:
-    """This rank's sections with their caches, and the executor of their schedule.
+    """Executor of the schedule over this rank's sections.
 
     Args:
-        weights: this rank's.
+        limits: as the sections were made for; the chunk size may change between prompts.
         readout: from the last hidden states to the token.
         transport: None in a world of one.
         recorder: gets a span for every instruction.
-        lap: told when a phase inside a section ends.
         graphs: run steps as CUDA graphs (one process).
     """
 
     def __init__(
         self,
-        model: ModelConfig,
-        topology: Topology,
-        weights: StageWeights,
+        sections: StageSections,
         limits: Limits,
-        device: Device,
         readout: Readout,
         transport: Transport | None = None,
         *,
         recorder: SpanRecorder | None = None,
-        lap: Lap | None = None,
         graphs: bool = False,
     ):
-        self.model, self.topology, self.weights, self.limits, self.device = model, topology, weights, limits, device
-        self.index = 0 if transport is None else transport.stage
-        self.slots = Slots(limits.num_slots)
-        self.tokens = torch.zeros(limits.num_slots, dtype=torch.int64, device=device.name)
-        self.readout = readout
+        self._sections, self.limits, self.readout, self._transport = sections, limits, readout, transport
+        self.model, self.topology = sections.model, sections.topology
+        self.weights, self.device, self.index = sections.weights, sections.device, sections.index
         self.recorder = recorder
+        self.slots = Slots(limits.num_slots)
         self.host_work: Callable[[], None] = lambda: None
         self.step_number = 0
         self._first_step = 0
-        self._transport = transport
         self._programs: dict[int, tuple[Instruction, ...]] = {}
-        self._sections = StageSections(
-            model, topology, weights, limits, device, self.index, self.tokens, transport, lap
-        )
         if self.index > 0:
-            shape = (topology.buffers, limits.num_slots, 1, model.hidden_size)
-            self._buffers = torch.zeros(shape, dtype=device.dtype, device=device.name)
-        self._streams = SectionStreams(device.name, list(weights.sections))
+            shape = (self.topology.buffers, limits.num_slots, 1, self.model.hidden_size)
+            self._buffers = torch.zeros(shape, dtype=self.device.dtype, device=self.device.name)
+        self._streams = SectionStreams(self.device.name, list(self.weights.sections))
         self._graphs: StepGraphs | None = None
         if graphs:
-            state = self._sections.carried_state
-            self._graphs = StepGraphs(self._fixed_step, state, device.name, limits.max_context)
+            self._graphs = StepGraphs(self._fixed_step, sections.carried_state, self.device.name, limits.max_context)
 
     # --- operations, the same on every rank ---------------------------------------------------------------------
 
@@ -280,7 +266,7 @@ class Stage:
 
     def _take_choice(self, call: Call) -> Choice:
         choice, first = self.readout.choice, call.slots[0]
-        self.tokens[first : first + call.rows] = choice.tokens
+        self._sections.tokens[first : first + call.rows] = choice.tokens
         return choice
 
     # --- time ---------------------------------------------------------------------------------------------------
