@@ -45,6 +45,11 @@ def parse_arguments() -> argparse.Namespace:
         "--dry-run", action="store_true", help="print grid, parameters, memory and every obstacle; start nothing"
     )
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for (with --dry-run)")
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="resume from a checkpoint although its files can run any program: only if you trust who made it",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.world_size is not None and not arguments.dry_run:
@@ -75,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_before_start(config)
     setup_logging(world.rank, config.folder)
-    outcome = pretrain(config, grid, device, STARTED_AT)
+    outcome = pretrain(config, grid, device, STARTED_AT, trust_pickle=arguments.trust_pickle)
     if world.rank == 0:
         done = "finished" if outcome.finished else "stopped, the same command goes on from here"
         print(f"{config.folder}: {done} at step {outcome.state.step} of {config.training.steps}", file=sys.stderr)

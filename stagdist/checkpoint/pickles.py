@@ -78,6 +78,7 @@ def refusal(path: Path, error: Exception) -> str:
             foreign = []
     what = f"would run {', '.join(sorted(foreign)[:4])}" if foreign else "is no plain tensor file"
     return (
-        f"{path} {what} while it is loaded, which no checkpoint of stagdist does. Only if you trust who made it: "
-        f"python tools/convert_checkpoint.py reshard --trust-pickle writes a clean copy ({str(error).splitlines()[0]})"
+        f"{path} {what} while it is loaded, which no checkpoint of stagdist does. Only if you trust who made it, give "
+        "--trust-pickle to this command, or once to python tools/convert_checkpoint.py reshard, which writes a clean "
+        f"copy ({str(error).splitlines()[0]})"
     )

@@ -58,11 +58,12 @@ def split_sizes(config: RunConfig) -> tuple[int, int, int]:
     return config.num_samples, held_out if has_validation else 0, held_out if has_test else 0
 
 
-def pretrain(config: RunConfig, grid: Grid, device: str, started_at: float) -> Outcome:
+def pretrain(config: RunConfig, grid: Grid, device: str, started_at: float, *, trust_pickle: bool = False) -> Outcome:
     """Train, evaluate, export. Called on every rank with the same configuration.
 
     Args:
         started_at: `time.monotonic` when the process began, for the wall-clock limit.
+        trust_pickle: resume from a checkpoint although its files can run any program.
     """
     signals = StopSignals()
     groups = start_distributed(grid, device, config.parallel.timeout_s)
@@ -85,8 +86,9 @@ def pretrain(config: RunConfig, grid: Grid, device: str, started_at: float) -> O
     engine = build_engine(config, groups)
     state = TrainingState(0, 0, config.num_samples, (grid.pipe, grid.data, grid.tensor), data_identity=identity)
     if checkpoint is not None:
-        with on_this_grid(checkpoint, config, groups) as fitting:
-            state = begun(load_checkpoint(engine, fitting, config), config, identity)
+        with on_this_grid(checkpoint, config, groups, trust_pickle=trust_pickle) as fitting:
+            loaded = load_checkpoint(engine, fitting, config, trust_pickle=trust_pickle)
+        state = begun(loaded, config, identity)
         LOG.info("resumed from %s after %.1f s", checkpoint, time.monotonic() - started_at)
     reporter = Reporter(config, grid, rank=rank, device=device, resumed_step=None if checkpoint is None else state.step)
     run = _Run(config, groups, engine, tokenizer, splits, reporter)

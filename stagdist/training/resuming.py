@@ -165,8 +165,11 @@ def _precision_problem(before: RunConfig, config: RunConfig) -> str | None:
 
 
 @contextmanager
-def on_this_grid(checkpoint: Path, config: RunConfig, groups: Groups) -> Iterator[Path]:
+def on_this_grid(checkpoint: Path, config: RunConfig, groups: Groups, *, trust_pickle: bool = False) -> Iterator[Path]:
     """The checkpoint as this run's grid needs it: itself, or a copy that rank 0 makes and that goes after loading.
+
+    Args:
+        trust_pickle: see `load_file`.
 
     Raises:
         CheckpointError: on every rank, when it could not be converted.
@@ -185,7 +188,8 @@ def on_this_grid(checkpoint: Path, config: RunConfig, groups: Groups) -> Iterato
 
     def convert() -> None:
         shutil.rmtree(hidden, ignore_errors=True)
-        options = Options(files_checked=True, logits=False)  # a forward pass on the host would keep a cluster waiting
+        # No logits: a forward pass on the host would keep a cluster waiting.
+        options = Options(files_checked=True, logits=False, trust_pickle=trust_pickle)
         reshard(checkpoint, hidden / checkpoint.name, grid, options, config=config)
 
     try:
@@ -222,7 +226,15 @@ def _while_others_wait(action: Callable[[], None], groups: Groups) -> None:
 
 
 class RestrictedReader(TorchCheckpointEngine):
-    """DeepSpeed's reader of files, which refuses what could run a program: a checkpoint may come from a stranger."""
+    """DeepSpeed's reader of files, which refuses what could run a program: a checkpoint may come from a stranger.
+
+    Args:
+        trust_pickle: read such files all the same, and run what they say.
+    """
+
+    def __init__(self, *, trust_pickle: bool = False) -> None:
+        super().__init__()
+        self._trust_pickle = trust_pickle
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file.
@@ -230,6 +242,8 @@ class RestrictedReader(TorchCheckpointEngine):
         Raises:
             CheckpointError: it asks for more than tensors, plain containers and DeepSpeed's own few types.
         """
+        if self._trust_pickle:
+            return torch.load(path, map_location=map_location, weights_only=False)
         try:
             with safe_globals([fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]):
                 return torch.load(path, map_location=map_location, weights_only=True)
@@ -237,9 +251,15 @@ class RestrictedReader(TorchCheckpointEngine):
             raise CheckpointError(refusal(Path(path), error)) from error
 
 
-def load_checkpoint(engine: SectionEngine, checkpoint: Path, config: RunConfig) -> TrainingState:
-    """Fill the engine from a checkpoint that was found complete and is of this grid."""
-    engine.checkpoint_engine = RestrictedReader()
+def load_checkpoint(
+    engine: SectionEngine, checkpoint: Path, config: RunConfig, *, trust_pickle: bool = False
+) -> TrainingState:
+    """Fill the engine from a checkpoint that was found complete and is of this grid; `trust_pickle`: see `load_file`.
+
+    Raises:
+        CheckpointError: DeepSpeed finds nothing in it, or a file could run a program and is not trusted.
+    """
+    engine.checkpoint_engine = RestrictedReader(trust_pickle=trust_pickle)
     # DeepSpeed prints, and broadcasts tied parameters, which torch would warn of.
     with redirect_stdout(io.StringIO()), torch.no_grad():
         path, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)

@@ -36,6 +36,13 @@ def test_files_of_deepspeed_load_as_its_own_types(tmp_path: Path) -> None:
         assert vars(plain["loss_scaler"]) == vars(states["loss_scaler"])
 
 
+def test_a_file_that_is_trusted_is_loaded_with_what_it_runs(tmp_path: Path) -> None:
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"module": None, "extra": Bomb(tmp_path / "ran")}, path)
+    assert RestrictedReader(trust_pickle=True).load(str(path))["module"] is None
+    assert (tmp_path / "ran").exists()
+
+
 def test_a_program_in_a_checkpoint_is_refused_by_name_and_does_not_run(tmp_path: Path) -> None:
     path = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"module": None, "extra": Bomb(tmp_path / "ran")}, path)
