@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 EXAMPLES = """\
@@ -169,8 +168,9 @@ def verify(arguments: argparse.Namespace) -> int:
     """Compare two models."""
     from stagdist.checkpoint.proof import TEXT
     from stagdist.checkpoint.verification import verify as compare
+    from stagdist.evaluation.perplexity import read_text
 
-    text = TEXT if arguments.text is None else Path(arguments.text).read_text(encoding="utf-8")
+    text = TEXT if arguments.text is None else read_text(arguments.text)
     verdict = compare(
         arguments.first,
         arguments.second,

@@ -108,7 +108,7 @@ def write_model(
     Raises:
         CheckpointError: as `export`.
     """
-    require_free(destination, options)
+    require_free(destination, "model", options)
     tokenizer = source_tokenizer(source, options.tokenizer)
     input_ids = text_ids(tokenizer, model)
     with staged_folder(destination) as staged:

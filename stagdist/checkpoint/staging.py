@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from stagdist.checkpoint.proof import largest_difference
-from stagdist.checkpoint.sources import WeightSource, find
+from stagdist.checkpoint.sources import Found, WeightSource, find
 from stagdist.checkpoint.training_source import Track, untracked
 from stagdist.errors import CheckpointError
 
@@ -61,8 +61,11 @@ def prove_logits(source: WeightSource, written: WeightSource, input_ids: Tensor)
     return f", so are the logits on {input_ids.shape[1]} tokens of text"
 
 
-def require_free(destination: Path, options: Options) -> None:
-    """Nothing is replaced unasked, and never something that is not ours.
+def require_free(destination: Path, kind: str, options: Options) -> None:
+    """Nothing is replaced unasked, and only by its like: never a run's folder with all that is in it.
+
+    Args:
+        kind: of what will be written, as in `Found`.
 
     Raises:
         CheckpointError: it exists.
@@ -72,9 +75,12 @@ def require_free(destination: Path, options: Options) -> None:
     if not options.overwrite:
         raise CheckpointError(f"{destination} exists; choose another destination, or --overwrite to replace it")
     try:
-        find(destination)
+        found = find(destination)
     except CheckpointError as error:
         raise CheckpointError(f"{destination} will not be overwritten: {error}") from error
+    if found != Found(kind, destination):
+        wanted = {"model": "model directory", "training": "training checkpoint"}[kind]
+        raise CheckpointError(f"{destination} will not be overwritten: it is no {wanted}; choose another destination")
 
 
 @contextmanager

@@ -156,7 +156,7 @@ def _write_training(
 
     Returns: what the logits proved, for a person.
     """
-    require_free(final, options)
+    require_free(final, "training", options)
     proved = ""
     with staged_folder(final) as staged:
         (staged / CONFIG).write_text(dump_config(config))
