@@ -32,8 +32,14 @@ examples:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line; DeepSpeed's launcher adds --local_rank in front."""
-    parser = argparse.ArgumentParser(
+    """The command line; DeepSpeed's launcher adds --local_rank in front.
+
+    Raises:
+        ConfigError: it cannot be understood.
+    """
+    from stagdist.cluster.command_line import RanksParser
+
+    parser = RanksParser(
         prog="bench.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

@@ -17,12 +17,16 @@ def conditions(device_name: str | None, devices: int) -> dict[str, object]:
         device_name: the GPU's; None where CPUs did the work.
         devices: GPUs that took part.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "commit": commit(),
-        "hardware": f"{cores} CPU cores" if device_name is None else f"{devices} x {device_name}",
+        "hardware": f"{usable_cores()} CPU cores" if device_name is None else f"{devices} x {device_name}",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
+
+
+def usable_cores() -> int:
+    """Cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def commit() -> str | None:

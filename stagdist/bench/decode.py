@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from stagdist.bench.conditions import ROOT, conditions
+from stagdist.bench.conditions import ROOT, conditions, usable_cores
 from stagdist.bench.decode_breakdown import PhaseClock
 from stagdist.bench.decode_contestants import DROPPED_STEPS, Load
 from stagdist.bench.decode_instrument import Instrumented, instrument, lanes, phases, with_phases, write_traces
@@ -139,6 +139,7 @@ def measure(
     ratios, rows = measurement.compare()
     tell("instrumented runs")
     looked_into = _look_into(measurement)
+    processes_per_core = site.processes_per_core()
     sweeps = {}
     if axes:
         tell("sweeps " + describe(axes, measurement.best[0]))
@@ -157,6 +158,9 @@ def measure(
         "benchmark": "decode",
         "processes": site.size,
         "threads_per_process": site.threads,
+        # Bounds and `efficiency` suppose that all ranks compute at once: above 1 they cannot.
+        "cores": usable_cores(),
+        "processes_per_core": processes_per_core,
         "device": site.device,
         "memory_bandwidth_bytes_per_s": {
             "all_ranks_reading": measurement.bandwidth.together,

@@ -1,5 +1,6 @@
 """Runs with a recorder, apart from the timed ones: the breakdown of a step, the trace and the picture."""
 
+import itertools
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -41,10 +42,9 @@ class Instrumented:
     layers: tuple[int, ...]
     lag: int
 
-    def slack_s(self) -> float | None:
-        """Least time a hand-off may take without anybody waiting, over all edges; None without edges."""
-        pairs = zip(self.stretches[:-1], self.stretches[1:], strict=True)
-        return min((hand_off_slack_s(above, below, self.lag) for above, below in pairs), default=None)
+    def slacks_s(self) -> list[float]:
+        """Time a hand-off may take without anybody waiting, of each edge from the first stage on."""
+        return [hand_off_slack_s(above, below, self.lag) for above, below in itertools.pairwise(self.stretches)]
 
 
 def instrument(site: DecodeSite, engine: EngineContestant, load: Load, repeats: int) -> Instrumented:

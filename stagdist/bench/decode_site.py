@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import socket
 import statistics
 import time
 from datetime import timedelta
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from stagdist.bench.conditions import usable_cores
 from stagdist.bench.quiet import OtherPrograms
 from stagdist.decode.transport import Transport
 from stagdist.parallel.grid import Grid
@@ -59,6 +61,11 @@ class DecodeSite:
     def from_first(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
         return self.gather(value)[0]
+
+    def processes_per_core(self) -> float:
+        """Of the host that is fullest; above 1 processes take turns on its cores. The same on all ranks."""
+        places = self.gather((socket.gethostname(), usable_cores()))
+        return max(places.count(place) / place[1] for place in places)
 
     def others(self) -> float:
         """Share of rank 0's machine that other programs took since the last call, the same on all ranks."""

@@ -16,9 +16,20 @@ HEADLINES = (
     "slowest_stage_compute_share",
     "plain_torch_step_over_engine_step",
     "prefill_speedup_vs_one_process",
+    "processes_per_core",
 )
 CONTESTANT = "{:<27} {:>8} {:>8} {:>8} {:>9} {:>9} {:>8} {:>9} {:>10}"
-SWEEP_COLUMNS = ("name", "split", "stagger", "ms_per_token", "predicted_ms", "slack_ms", "bound_ms", "efficiency")
+SWEEP_COLUMNS = (
+    "name",
+    "split",
+    "stagger",
+    "ms_per_token",
+    "predicted_ms",
+    "slack_ms",
+    "slack_run_ms",
+    "bound_ms",
+    "efficiency",
+)
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -24,18 +24,15 @@ from stagdist.decode.loading import EngineOptions, build_stage, place_model
 from stagdist.decode.weights import random_reader
 from stagdist.errors import ConfigError, StagdistError
 from stagdist.telemetry.spans import Span
+from tests.bench.tiny import write_tiny
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = """
-name: tiny
-model:
-  vocab_size: 300
-  hidden_size: 32
-  intermediate_size: 48
-  num_attention_heads: 2
-  max_position_embeddings: 128
-  section_layers: [2, 2]
+MODEL = """\
+max_position_embeddings: 128
+section_layers: [2, 2]
+"""
+RUN = """\
 training: {steps: 1, global_batch_size: 4, micro_batch_size: 1}
 data: {corpora: [{prefix: x}]}
 """
@@ -51,9 +48,7 @@ def arguments(*given: str) -> argparse.Namespace:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> str:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
-    return str(path)
+    return str(write_tiny(tmp_path / "tiny.yaml", model=MODEL, rest=RUN))
 
 
 # --- shapes, loads, bounds --------------------------------------------------------------------------------------
@@ -100,9 +95,9 @@ def test_stages_that_take_turns_add_up_and_others_wait_for_the_slowest() -> None
 
 
 def test_late_hand_offs_cost_nothing_within_their_slack_and_more_lag_shares_what_is_late() -> None:
-    assert predicted_step_s(10.0, 8.0, 7.0, 1) == 10.0
-    assert predicted_step_s(10.0, 8.0, 12.0, 1) == 12.0
-    assert predicted_step_s(10.0, 18.0, 12.0, 2) == 10.0
+    assert predicted_step_s(10.0, [8.0], 7.0, 1) == 10.0
+    assert predicted_step_s(10.0, [8.0], 12.0, 1) == 12.0
+    assert predicted_step_s(10.0, [18.0], 12.0, 2) == 10.0
 
 
 @pytest.mark.parametrize("delay", [0, 5, 12, 20, 40])
@@ -118,7 +113,28 @@ def test_the_prediction_agrees_with_stages_played_through(delay: int, lag: int) 
         return (begins[-1] - begins[-151]) / 150
 
     slack = play(0) * lag + 1.0 - 9.0
-    assert predicted_step_s(play(0), slack, delay, lag) == pytest.approx(play(delay), rel=0.02)
+    assert predicted_step_s(play(0), [slack], delay, lag) == pytest.approx(play(delay), rel=0.02)
+
+
+@pytest.mark.parametrize("delay", [0, 1, 3, 8, 20, 40])
+@pytest.mark.parametrize("lag", [1, 2])
+@pytest.mark.parametrize("rest_s", [(7.0, 6.0, 9.0), (7.0, 2.0, 9.0), (2.0, 8.0, 9.0)])
+def test_the_prediction_adds_up_what_is_late_on_every_edge(rest_s: tuple[float, ...], delay: int, lag: int) -> None:
+    """Three stages, each of which needs its memory 1 after it began."""
+
+    def play(late: float) -> float:
+        begins = [0.0]
+        sent: list[list[float]] = [[], [], []]
+        for step in range(600):
+            for stage, rest in enumerate(rest_s):
+                begin = max(begins[step], sent[stage][-1] if step else 0.0)
+                arrived = sent[stage - 1][step - lag] + late if stage and step >= lag else 0.0
+                sent[stage].append(max(begin + 1.0, arrived) + rest)
+            begins.append(sent[-1][step])
+        return (begins[-1] - begins[-301]) / 300
+
+    slacks = [play(0) * lag + 1.0 - (1.0 + rest) for rest in rest_s[:-1]]
+    assert predicted_step_s(play(0), slacks, delay, lag) == pytest.approx(play(delay), rel=0.02)
 
 
 # --- readings ---------------------------------------------------------------------------------------------------
@@ -248,15 +264,22 @@ def test_other_numbers_of_processes_get_sections_of_their_own(tiny: str) -> None
     assert settings_from(given, 1)[0].splits == ((2, 2),)
 
 
-def test_a_wrong_command_is_answered_in_one_line_by_one_rank() -> None:
+@pytest.mark.parametrize(
+    ("steps", "problem"),
+    [
+        ("2", "error: --steps 2 is too small; steps start at 6, the others at 1\n"),
+        ("few", "error: argument --steps: invalid int value: 'few' (see --help)\n"),
+    ],
+)
+def test_a_wrong_command_is_answered_in_one_line_by_one_rank(steps: str, problem: str) -> None:
     def answer(rank: int) -> tuple[int, str, str]:
-        command = [sys.executable, "launch/bench.py", f"--local_rank={rank}", "decode", "--steps", "2"]
+        command = [sys.executable, "launch/bench.py", f"--local_rank={rank}", "decode", "--steps", steps]
         world = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
         done = subprocess.run(command, cwd=ROOT, env=os.environ | world, capture_output=True, text=True, timeout=120)
         return done.returncode, done.stdout, done.stderr
 
     code, output, error = answer(0)
-    assert (code, output) == (2, "") and error == "error: --steps 2 is too small; steps start at 6, the others at 1\n"
+    assert (code, output, error) == (2, "", problem)
     assert answer(1) == (2, "", "")
 
 
@@ -276,6 +299,7 @@ def test_a_run_over_two_processes_measures_everything(tiny: str, tmp_path: Path)
         assert results[name] > 0
     for name in ("speedup_vs_transformers_generate", "speedup_vs_sequential_tensor_parallel"):
         assert results[name] > 0
+    assert results["processes_per_core"] == 2 / results["cores"]
     assert results["plain_torch_step_over_engine_step"] > 0, "plain and engine chose the same tokens"
     assert results["prefill_speedup_vs_one_process"] > 0 and 0 < results["slowest_stage_compute_share"] < 1
     assert results["best_split"] in ("2+2", "3+1") and not results["left_out"]

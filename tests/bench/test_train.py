@@ -22,17 +22,14 @@ from stagdist.config import RunConfig
 from stagdist.config_loading import load_config
 from stagdist.errors import ConfigError, TrainingError
 from stagdist.parallel.flops import flops_per_token
+from tests.bench.tiny import write_tiny
 
-TINY = """
-name: tiny
-model:
-  vocab_size: 300
-  hidden_size: 32
-  intermediate_size: 48
-  num_attention_heads: 2
-  max_position_embeddings: 16
-  section_layers: [1, 1]
-  tie_word_embeddings: true
+MODEL = """\
+max_position_embeddings: 16
+section_layers: [1, 1]
+tie_word_embeddings: true
+"""
+RUN = """\
 training:
   steps: 1
   global_batch_size: 64
@@ -49,9 +46,7 @@ def arguments(*given: str) -> argparse.Namespace:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
-    return path
+    return write_tiny(tmp_path / "tiny.yaml", model=MODEL, rest=RUN)
 
 
 @pytest.fixture
