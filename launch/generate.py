@@ -7,11 +7,14 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from stagdist.cluster.command_line import RanksParser
 from stagdist.errors import ConfigError
 
 if TYPE_CHECKING:
+    from stagdist.decode.loading import EngineOptions
+    from stagdist.decode.request import SamplingParams
     from stagdist.errors import StagdistError
 
 OTHERS_WAIT_S = 3.0
@@ -23,8 +26,8 @@ sections. All stages work on every token at the same time; started as plain `pyt
 
 Text is written as it comes, after its prompt. With several prompts the answers keep their order: the first that is
 not finished is written as it comes, later ones when their turn has come. Numbers and errors go to standard error.
-Exit code: 0 all prompts were served, 1 some were not or the run failed, 2 something to mend first, 130 and 143
-after Ctrl-C and SIGTERM (a second Ctrl-C ends at once).
+Exit code: 0 all prompts were served, 1 some were not, there were none or the run failed, 2 something to mend first,
+130 and 143 after Ctrl-C and SIGTERM (a second Ctrl-C ends at once), 141 nobody reads the output any more.
 
 A .jsonl file of prompts holds one object per line: "prompt" (text) or "prompt_ids" (token ids), and, as wanted, "id",
 max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, stop_token_ids,
@@ -39,22 +42,13 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Every rank parses the same command line; one of them tells what is wrong with it."""
-
-    def error(self, message: str) -> NoReturn:
-        problem = ConfigError(f"{message} (see --help)")
-        problem.everywhere = True
-        raise problem
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; DeepSpeed's launcher adds --local_rank.
 
     Raises:
         ConfigError: it cannot be understood.
     """
-    parser = _Parser(
+    parser = RanksParser(
         prog="generate.py",
         description=__doc__,
         epilog=EPILOG,
@@ -106,7 +100,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=float, default=600.0, metavar="S", help="seconds a rank may be silent (default 600)")
     add("--json", action="store_true", help="one JSON object per finished prompt instead of text")
     add("--margins", action="store_true", help="tell the smallest distance between best and second-best token")
-    add("--trace", type=Path, metavar="FILE", help="write what every rank did when, for Perfetto")
+    add("--trace", type=Path, metavar="FILE", help="write what every rank did when, for Perfetto; makes folders")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -120,9 +114,31 @@ def run(arguments: argparse.Namespace) -> int:
         leave_to_first_rank()
     world.share_cores()
 
+    params = _sampling_params(arguments)
+    if params.logprobs is not None and not arguments.json:
+        raise ConfigError("--logprobs cannot be shown in plain text; add --json")
+
+    from stagdist.decode.generation import Place, Task, generate, prepare
+    from stagdist.telemetry.logging import setup_logging
+
+    setup_logging(world.rank, None)
+    task = Task(
+        model=arguments.model,
+        engine=_engine_options(arguments),
+        params=params,
+        prompts=tuple(arguments.prompt),
+        prompts_file=arguments.prompts_file,
+        device=arguments.device,
+        as_json=arguments.json,
+        trace=arguments.trace,
+    )
+    return generate(prepare(task, Place(world.rank, world.size, world.local_rank)), interrupts)
+
+
+def _sampling_params(arguments: argparse.Namespace) -> "SamplingParams":
     from stagdist.decode.request import SamplingParams
 
-    params = SamplingParams(
+    return SamplingParams(
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -135,15 +151,12 @@ def run(arguments: argparse.Namespace) -> int:
         ignore_end_of_document=arguments.ignore_eos,
         logprobs=arguments.logprobs,
     )
-    if params.logprobs is not None and not arguments.json:
-        raise ConfigError("--logprobs cannot be shown in plain text; add --json")
 
-    from stagdist.decode.generation import Place, Task, generate, prepare
+
+def _engine_options(arguments: argparse.Namespace) -> "EngineOptions":
     from stagdist.decode.loading import EngineOptions
-    from stagdist.telemetry.logging import setup_logging
 
-    setup_logging(world.rank, None)
-    options = EngineOptions(
+    return EngineOptions(
         tensor_parallel_size=arguments.tensor_parallel_size,
         head=arguments.head,
         num_slots=arguments.batch_size,
@@ -154,17 +167,6 @@ def run(arguments: argparse.Namespace) -> int:
         timeout_s=arguments.timeout,
         want_margins=arguments.margins,
     )
-    task = Task(
-        model=arguments.model,
-        engine=options,
-        params=params,
-        prompts=tuple(arguments.prompt),
-        prompts_file=arguments.prompts_file,
-        device=arguments.device,
-        as_json=arguments.json,
-        trace=arguments.trace,
-    )
-    return generate(prepare(task, Place(world.rank, world.size, world.local_rank)), interrupts)
 
 
 def main() -> int:

@@ -164,14 +164,16 @@ class Answers:
 
     def _show_text(self) -> None:
         """Write what has its turn: all of the finished answers in front, and the beginning of the one after."""
-        for request_id, answer in list(self._answers.items()):
+        done = []  # thousands may wait behind: they are not looked at
+        for request_id, answer in self._answers.items():
             text, answer.unseen = "".join(answer.unseen), []
-            if answer.finish is not None:
-                del self._answers[request_id]
-                text += "\n" if answer.num_tokens else ""
-            self._write(text)
             if answer.finish is None:
-                return
+                self._write(text)
+                break
+            self._write(text + "\n" * (answer.num_tokens > 0))
+            done.append(request_id)
+        for request_id in done:
+            del self._answers[request_id]
 
     def _json(self, answer: _Answer) -> str:
         body: dict[str, Any] = {"id": answer.prompt.name, "index": answer.prompt.index}

@@ -28,7 +28,7 @@ from stagdist.errors import ConfigError
 Sink = Callable[[RequestOutput], None]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
     """A request in a slot."""
 
@@ -71,6 +71,10 @@ class Engine:
         tokenizer: makes text; without it outputs carry token ids only and stop strings are refused.
         end_of_document: token that ends every request that does not ignore it.
         heartbeat_s: longest silence towards the other ranks while there is nothing to do.
+
+    Attributes:
+        smallest_margin: of all tokens so far, where the stage was built to tell margins; else infinite.
+        steps: steps so far; a prefill is none.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """One run of the generate command on this rank: everything is checked first, then prompts become answers."""
 
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Task:
         prompts_file: read when there are no `prompts`; without both, standard input is.
         device: `auto`, `cpu` or `cuda`.
         as_json: answers are JSON objects, one per line.
-        trace: Chrome trace to write.
+        trace: Chrome trace to write; folders that are missing are made.
     """
 
     model: Path
@@ -121,9 +122,19 @@ def generate(prepared: Prepared, interrupts: Interrupts | None) -> int:
     Raises:
         TransportError: a rank is gone; names stage and step.
     """
-    task, place = prepared.task, prepared.place
     if prepared.device.startswith("cuda"):
         torch.cuda.set_device(prepared.device)
+    try:
+        return _work(prepared, interrupts)
+    except TransportError:
+        # The launcher may have ended the others on the same signal.
+        if interrupts is None or interrupts.code is None:
+            raise
+        return interrupts.code
+
+
+def _work(prepared: Prepared, interrupts: Interrupts | None) -> int:
+    task = prepared.task
     with joined_world(prepared.placement, prepared.device) as transport:
         recorder = _recorder(prepared, transport) if task.trace is not None else None
         stage = build_stage(prepared.placement, prepared.reader.read, prepared.device, transport, recorder=recorder)
@@ -133,7 +144,7 @@ def generate(prepared: Prepared, interrupts: Interrupts | None) -> int:
         else:
             code = _Server(prepared, stage, transport, interrupts).run()
         if task.trace is not None and recorder is not None:
-            _write_trace(task.trace, recorder, place)
+            _write_trace(task.trace, recorder, prepared.place)
     return code
 
 
@@ -170,12 +181,11 @@ class _Server:
         try:
             self._engine.run(self._answers.take)
         except TransportError:
-            # The launcher may have ended the others on the same signal.
-            if self._interrupts.code is None:
-                raise
-        finally:
             cut_off = self._answers.end()
-        return self._conclude(cut_off)
+            if self._interrupts.code is not None:
+                self._conclude(cut_off)
+            raise
+        return self._conclude(self._answers.end())
 
     def _submit_all(self) -> None:
         """Give every prompt to the engine as soon as it is there. For standard input this is a thread of its own."""
@@ -202,19 +212,21 @@ class _Server:
 
     def _conclude(self, cut_off: int) -> int:
         code, answers = self._interrupts.code, self._answers
-        if self._reading_error is not None:
+        if answers.broken:
+            return 141
+        # After an interrupt the engine refuses what is still being read: that is no error.
+        if self._reading_error is not None and code is None:
             if isinstance(self._reading_error, OSError):
                 raise StagdistError(f"the prompts cannot be read: {self._reading_error}") from self._reading_error
             raise self._reading_error
-        if answers.broken:
-            return 141
         if answers.taken == 0 and code is None:
             raise StagdistError("there were no prompts: give --prompt, --prompts-file or lines on standard input")
         self._say(f"{answers.summary()}; {self._grid()}")
         if self._prepared.placement.options.want_margins:
             self._say(f"smallest top-2 margin {self._engine.smallest_margin:.3g}")
         if code is not None:
-            self._say(f"interrupted{f'; {cut_off} prompts are unfinished' if cut_off else ''}")
+            unfinished = f"; {cut_off} prompt{'s' * (cut_off != 1)} unfinished" if cut_off else ""
+            self._say(f"interrupted{unfinished}")
             return code
         return 1 if answers.failed else 0
 
@@ -265,12 +277,14 @@ def _device(choice: str, local_rank: int) -> str:
 
 
 def _check_trace(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--trace {path} cannot be written: {error.strerror or error}") from error
     if path.is_dir():
         raise ConfigError(f"--trace {path} is a folder; give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()  # the trace is written aside and then renamed
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"--trace {path} cannot be written: {reason}; give a file in a folder of yours") from error
 
 
 def _recorder(prepared: Prepared, transport: Transport | None) -> SpanRecorder:

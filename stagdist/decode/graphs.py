@@ -42,7 +42,7 @@ class SectionStreams:
 
 @dataclass
 class _Captured:
-    graph: "torch.cuda.CUDAGraph | None"
+    graph: torch.cuda.CUDAGraph
     positions: Tensor
     logits: Tensor
 
@@ -73,7 +73,6 @@ class StepGraphs:
             self._captured[key] = self._capture(host.to(self._device), reach)
         captured = self._captured[key]
         captured.positions.copy_(host.pin_memory(), non_blocking=True)
-        assert captured.graph is not None
         captured.graph.replay()
         return captured.logits
 

@@ -249,6 +249,26 @@ def test_a_file_of_prompts_that_gives_none_is_an_error(model: Path, tmp_path: Pa
     assert done.returncode == (2 if content is None else 1) and len(error_lines(done.stderr.decode())) == 1
 
 
+def test_a_trace_that_cannot_be_written_is_refused_before_anything_runs(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, complaint in ((tmp_path / "file" / "trace.json", "cannot be written"), (tmp_path, "is a folder")):
+        done = generate("python", model, "--prompt", "x", "--trace", str(path))
+        errors = error_lines(done.stderr.decode())
+        assert done.returncode == 2 and done.stdout == b"" and len(errors) == 1 and complaint in errors[0], errors
+
+
+def test_a_reader_that_leaves_ends_a_run_whose_prompts_never_end(model: Path) -> None:
+    with subprocess.Popen(["yes"], stdout=subprocess.PIPE) as prompts:
+        words = command("python", model, "--max-new-tokens", "5", "--ignore-eos")
+        process = subprocess.Popen(words, stdin=prompts.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert prompts.stdout is not None and process.stdout is not None and process.stderr is not None
+        prompts.stdout.close()  # the run is the only reader
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(60) == 141 and process.stderr.read() == b""
+        process.stderr.close()
+
+
 def test_a_reader_that_leaves_ends_the_run_quietly(model: Path) -> None:
     words = command("python", model, "--prompt", "x", "--max-new-tokens", "100", "--ignore-eos")
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
