@@ -5,6 +5,7 @@ import socket
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 
+from stagdist.cluster.exports import load_private
 from stagdist.errors import ConfigError
 
 
@@ -46,11 +47,13 @@ def join_launcher(environment: MutableMapping[str, str] = os.environ) -> World:
     """Read RANK, WORLD_SIZE and LOCAL_RANK, and complete the environment for torch.distributed.
 
     Open MPI's names are copied, so that MPI itself is never started: a rank stuck in its finalisation would keep a
-    failed job alive. Without any launcher the process is a world of one on a free port.
+    failed job alive. Without any launcher the process is a world of one on a free port. Variables of a private file
+    (see `exports`) are read first.
 
     Raises:
-        ConfigError: the variables contradict each other.
+        ConfigError: the variables contradict each other, or the private file cannot be used.
     """
+    load_private(environment)
     if "RANK" not in environment and _OPEN_MPI["RANK"] in environment:
         environment.update({ours: environment[theirs] for ours, theirs in _OPEN_MPI.items() if theirs in environment})
         if "MASTER_ADDR" not in environment:

@@ -1,0 +1,102 @@
+"""Hostfiles: the hosts of a cluster, in the form that DeepSpeed reads, with spares besides."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagdist.errors import ConfigError
+
+_ENTRY = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d+)\s*(?:#.*)?")
+_SPARE = re.compile(r"#\s*spare\s+(?P<entry>.*)")
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
+
+
+@dataclass(frozen=True)
+class Host:
+    """One machine.
+
+    Attributes:
+        name: what ssh calls it: a host name or an IPv4 address.
+        slots: ranks it can run.
+    """
+
+    name: str
+    slots: int
+
+    def __post_init__(self) -> None:
+        check_host_name(self.name)
+        if self.slots < 1:
+            raise ConfigError(f"host {self.name} has slots={self.slots}; give at least 1, or leave the host out")
+
+
+@dataclass(frozen=True)
+class Hostfile:
+    """Hosts in the order of their ranks.
+
+    Attributes:
+        hosts: that work.
+        spares: that replace one of them when it dies.
+    """
+
+    hosts: tuple[Host, ...]
+    spares: tuple[Host, ...] = ()
+
+    @property
+    def slots(self) -> int:
+        """Ranks that the hosts run together."""
+        return sum(host.slots for host in self.hosts)
+
+
+def check_host_name(name: str) -> None:
+    """Let nothing reach a launcher or a shell that is not a plain name.
+
+    Raises:
+        ConfigError: it holds other characters than letters, digits, dots, hyphens and underscores, or is too long.
+    """
+    if len(name) > 253 or not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"host name {name[:80]!r} is refused: letters, digits, dots, hyphens and underscores only, "
+            "beginning and ending with a letter or digit"
+        )
+
+
+def read_hostfile(path: str | Path) -> Hostfile:
+    """Read `name slots=N` lines; `#spare name slots=N` names a spare, which DeepSpeed takes for a comment.
+
+    Raises:
+        ConfigError: it cannot be read, or a line says something else; names the line.
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"hostfile {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    hosts: list[Host] = []
+    spares: list[Host] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        line = line.strip()
+        spare = _SPARE.fullmatch(line)
+        if not line or (line.startswith("#") and not spare):
+            continue
+        host = _host(spare["entry"] if spare else line, f"{path}, line {number}")
+        if host.name in (known.name for known in hosts + spares):
+            raise ConfigError(f"{path}, line {number}: host {host.name} is listed twice")
+        (spares if spare else hosts).append(host)
+    if not hosts:
+        raise ConfigError(f"hostfile {path} lists no hosts; write lines such as: node1 slots=8")
+    return Hostfile(tuple(hosts), tuple(spares))
+
+
+def _host(entry: str, where: str) -> Host:
+    match = _ENTRY.fullmatch(entry)
+    if match is None:
+        raise ConfigError(f"{where}: {entry[:80]!r} is no host; write: name slots=N")
+    try:
+        return Host(match["name"], int(match["slots"]))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def hostfile_text(hosts: Iterable[Host]) -> str:
+    """The same hosts as DeepSpeed and Open MPI read them."""
+    return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
