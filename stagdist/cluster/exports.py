@@ -21,9 +21,10 @@ PRIVATE_FILE = "STAGDIST_PRIVATE_ENV"
 DEEPSPEED_ENV = ".deepspeed_env"
 """Name under which DeepSpeed looks for the file, in the home and the current directory; DS_ENV_FILE names another."""
 
-NAMES = frozenset(
-    {"LANG", "LC_ALL", "MASTER_ADDR", "MASTER_PORT", "TMPDIR", "TZ", "VIRTUAL_ENV", "XDG_CACHE_HOME", "no_proxy", "NO_PROXY"}
-)  # fmt: skip
+NAMES = frozenset({
+    "LANG", "LC_ALL", "MASTER_ADDR", "MASTER_PORT", "TMPDIR", "TZ", "VIRTUAL_ENV", "XDG_CACHE_HOME", "no_proxy",
+    "NO_PROXY",
+})  # fmt: skip
 """Variables handed on by their name. Open MPI's ranks learn MASTER_ADDR in no other way."""
 
 EARLY_NAMES = frozenset({"PATH", "LD_LIBRARY_PATH", "LD_PRELOAD"})

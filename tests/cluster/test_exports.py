@@ -33,8 +33,9 @@ def arrived(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
 def test_what_ranks_need_is_chosen_and_what_is_of_this_host_alone_is_not() -> None:
     shell = {
         "PATH": "/bin", "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1",
-        "WANDB_API_KEY": "k", "https_proxy": "http://u:p@h", "MY_TOKEN": "t", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "PS1": "$ ",
-        "BASH_FUNC_x%%": "() { :; }", "DS_ENV_FILE": "x", "SSH_AUTH_SOCK": "/x",
+        "WANDB_API_KEY": "k", "https_proxy": "http://u:p@h", "MY_TOKEN": "t", "HOME": "/root",
+        "CUDA_VISIBLE_DEVICES": "0", "PS1": "$ ", "BASH_FUNC_x%%": "() { :; }", "DS_ENV_FILE": "x",
+        "SSH_AUTH_SOCK": "/x",
     }  # fmt: skip
     assert sorted(wanted(shell)) == [
         "GLOO_SOCKET_IFNAME", "MY_TOKEN", "NCCL_DEBUG", "OMP_NUM_THREADS", "PATH", "WANDB_API_KEY", "https_proxy",
