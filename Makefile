@@ -20,7 +20,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for candidate in python3 python3.12 python3.11; do \
 	"$$candidate" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$candidate"; break; }; done)
 
-.PHONY: help install quickstart test lint reshard-matrix clean
+.PHONY: help install quickstart test lint reshard-matrix lab clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -68,6 +68,9 @@ reshard-matrix: export OMP_NUM_THREADS := 1
 reshard-matrix: $(STAMP) ## Train on every grid, convert to every other, compare losses
 	mkdir -p benchmarks
 	$(BIN)/python -m tests.training.reshard_matrix --output benchmarks/reshard-matrix.json
+
+lab: $(STAMP) ## Bring up two hosts on this machine (root), and tell how to use them
+	@$(BIN)/python -m tests.lab.hosts up
 
 clean: ## Remove .venv and caches; runs/ is kept
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -231,6 +231,7 @@ def write_ssh_files(folder: Path) -> None:
     shutil.copy(ssh / "id_ed25519.pub", ssh / "authorized_keys")
     (ssh / "config").write_text(SSH_CONFIG.format(home=home))
     (folder / "sshd_config").write_text(SSHD_CONFIG.format(folder=folder))
+    (home / ".hushlogin").touch()
     # Only read by interactive logins: commands through ssh see the bare environment that launchers meet.
     (home / ".bash_profile").write_text(f"export PATH={Path(sys.executable).parent}:$PATH\ncd {ROOT}\n")
     users = [
