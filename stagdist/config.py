@@ -243,6 +243,11 @@ class CheckpointConfig(Section):
     interval_steps: NonNegative = Field(0, description="Save every N steps; 0: only at the end.")
     interval_minutes: PositiveFloat | None = Field(None, description="Save every M minutes as well.")
     keep_last: NonNegative = Field(2, description="Complete checkpoints kept; 0 keeps all.")
+    asynchronous: bool = Field(
+        True,
+        description="Write files beside the training, which pauses only for the copy to host memory; needs host memory "
+        "for one more copy of the training state. false: training waits for the disk.",
+    )
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: go on from the newest complete checkpoint. never: refuse a run that has one."
     )

@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from types import FrameType
 from typing import TypeVar, cast
 
@@ -16,6 +17,15 @@ from stagdist.errors import StagdistError
 Result = TypeVar("Result")
 
 
+class Writing(IntEnum):
+    """How far a save beside the training has come; of all ranks the largest counts."""
+
+    NONE = 0
+    """Nothing is left to write."""
+    RUNNING = 1
+    FAILED = 2
+
+
 @dataclass(frozen=True)
 class Agreed:
     """The same on every rank in the same step.
@@ -25,12 +35,14 @@ class Agreed:
         signal_number: signal that some rank received, 0 for none.
         time_is_up: the wall-clock limit is reached.
         save_is_due: the time between two saves has passed.
+        writing: how far the files of a save have come.
     """
 
     bad_ranks: Sequence[int]
     signal_number: int
     time_is_up: bool
     save_is_due: bool
+    writing: Writing = Writing.NONE
 
     @property
     def stop(self) -> bool:
@@ -82,18 +94,19 @@ class Agreement:
         """Start the time between two saves anew."""
         self._saved_at = time.monotonic()
 
-    def agree(self, finite: bool) -> Agreed:
+    def agree(self, finite: bool, writing: Writing = Writing.NONE) -> Agreed:
         """Share this rank's state and learn all others'."""
-        votes = torch.zeros(3 + dist.get_world_size(), dtype=torch.int64)
+        votes = torch.zeros(4 + dist.get_world_size(), dtype=torch.int64)
         votes[0] = self._signals.received
         if self._rank == 0:
             now = time.monotonic()
             votes[1] = self._limit_s is not None and now - self._started_at >= self._limit_s
             votes[2] = self._save_every_s is not None and now - self._saved_at >= self._save_every_s
-        votes[3 + self._rank] = not finite
+        votes[3] = writing
+        votes[4 + self._rank] = not finite
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._control)
-        bad = torch.nonzero(votes[3:]).flatten().tolist()
-        return Agreed(bad, int(votes[0]), bool(votes[1]), bool(votes[2]))
+        bad = torch.nonzero(votes[4:]).flatten().tolist()
+        return Agreed(bad, int(votes[0]), bool(votes[1]), bool(votes[2]), Writing(int(votes[3])))
 
 
 def on_every_rank(

@@ -16,12 +16,12 @@ from stagdist.errors import TrainingError, TransportError
 from stagdist.parallel.groups import Groups
 from stagdist.telemetry.logging import ONLY_IN_FILE
 from stagdist.telemetry.spans import bubble_share
-from stagdist.training.agreement import Agreed, Agreement, shared
+from stagdist.training.agreement import Agreed, Agreement, Writing, shared
 from stagdist.training.engine import MicroBatches, SectionEngine
 from stagdist.training.evaluation import HeldOut
 from stagdist.training.optimizer import learning_rate
 from stagdist.training.reporting import Reporter, StepRecord
-from stagdist.training.saving import save_checkpoint
+from stagdist.training.saving import Saver
 
 LOG = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ class Trainer:
         self._config, self._groups, self._engine, self._loader = config, groups, engine, loader
         self._validation, self._agreement, self._reporter = validation, agreement, reporter
         self._agreed = Agreed((), 0, False, False)
+        self._saver = Saver(engine, groups, config)
         engine.gate = self._gate
 
     def run(self, state: TrainingState) -> Outcome:
@@ -79,11 +80,19 @@ class Trainer:
             TrainingError: more steps than `training.max_bad_steps` were not finite; nothing is saved.
             CheckpointError: saving failed.
         """
+        try:
+            return self._run(state)
+        finally:
+            self._saver.close()
+
+    def _run(self, state: TrainingState) -> Outcome:
         saved_step, loss = state.step, None
         self._reporter.start(state.step)
         while state.step < self._config.training.steps:
             loss = self._step(state)
             state = self._advance(state)
+            if self._agreed.writing is not Writing.RUNNING:
+                self._finish_save(state.step)
             self._check_bad_steps(state)
             # A stop has little time: the launcher kills after half a minute, so saving comes first.
             if self._due(state.step, self._config.evaluation.interval_steps) and not self._agreed.stop:
@@ -96,10 +105,11 @@ class Trainer:
                 break
         if saved_step != state.step:
             self._save(state)
+        self._finish_save(state.step)
         return Outcome(state, state.step >= self._config.training.steps, loss)
 
     def _gate(self, finite: bool) -> bool:
-        self._agreed = self._agreement.agree(finite)
+        self._agreed = self._agreement.agree(finite, self._saver.vote())
         return not self._agreed.bad_ranks
 
     def _step(self, state: TrainingState) -> float:
@@ -174,6 +184,7 @@ class Trainer:
         ranks = ", ".join(map(str, self._agreed.bad_ranks))
         limit = self._config.training.max_bad_steps
         if state.bad_steps > limit:
+            self._finish_save(state.step)  # it is of a step before this one
             raise shared(
                 TrainingError(
                     f"step {state.step}: loss or gradients are not finite on rank {ranks}; {state.bad_steps} steps "
@@ -196,8 +207,16 @@ class Trainer:
     def _save(self, state: TrainingState) -> None:
         with self._reporter.paused(), self._peers(state.step):
             self._reporter.flush()
-            save_checkpoint(self._engine, self._groups, self._config, state)
+            # At the end nothing runs beside the write, so there is no need for a copy.
+            last = self._agreed.stop or state.step >= self._config.training.steps
+            self._saver.save(state, wait=last)
         self._agreement.saved()
+
+    def _finish_save(self, step: int) -> None:
+        """Complete the save under way, if any; waits for its files where they are not written yet."""
+        if self._saver.under_way:
+            with self._reporter.paused(), self._peers(step):
+                self._saver.finish()
 
     @staticmethod
     def _due(step: int, interval: int) -> bool:
