@@ -127,9 +127,18 @@ def run_here(
     *,
     folder: str | Path | None = None,
     environment: Mapping[str, str] | None = None,
+    only: Mapping[str, str] | None = None,
     stdin: str = "",
 ) -> Finished:
     """Run a command on this machine likewise; when the time is up its process group is killed.
+
+    Args:
+        words: program and arguments.
+        timeout_s: seconds it may take.
+        folder: working directory.
+        environment: added to this process's variables.
+        only: instead of this process's variables.
+        stdin: text for its standard input.
 
     Raises:
         ConfigError: there is no such program.
@@ -139,7 +148,7 @@ def run_here(
         process = subprocess.Popen(
             list(words),
             cwd=folder,
-            env={**os.environ, **(environment or {})},
+            env={**(os.environ if only is None else only), **(environment or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""Examine hosts and links before a long run: `python launch/doctor.py --hostfile hostfile`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+EPILOG = """\
+Asks every host over ssh, then starts ranks through the launcher and measures the links between them. Prints one
+table; ! marks what differs or is slow; then every finding with its remedy and the verdict.
+Exit code: 0 fine, 1 problems found, 2 something to mend first (command line, hostfile, configuration), 130 Ctrl-C.
+
+examples:
+  python launch/doctor.py                                      this machine alone, two ranks
+  python launch/doctor.py --hostfile hostfile --checkpoints /shared/runs
+  python launch/doctor.py --hostfile hostfile --config configs/pythia-160m-staggered.yaml --json doctor.json
+  python launch/doctor.py --hostfile hostfile --write-env      writes .deepspeed_env: what ranks get of this shell
+"""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    from stagdist.cluster.doctor.linking import LAUNCHERS
+
+    parser = argparse.ArgumentParser(
+        prog="doctor.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--hostfile", type=Path, metavar="FILE", help="hosts; without it this machine alone")
+    add("--num-ranks", type=int, metavar="N", help="ranks on this machine alone (default 2)")
+    add("--launcher", choices=LAUNCHERS, default="pdsh", help="what starts the ranks (default pdsh)")
+    add("--config", type=Path, metavar="FILE", help="take grid and folder from it; without it each host is a stage")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of --config; repeatable")
+    add("--checkpoints", type=Path, metavar="DIR", help="folder to try (default: the configuration's, or runs)")
+    add("--write-mib", type=int, default=64, metavar="N", help="size of the file each host writes there (default 64)")
+    add("--json", type=Path, metavar="FILE", help="write everything there")
+    add(
+        "--write-env",
+        type=Path,
+        nargs="?",
+        const=Path(".deepspeed_env"),
+        metavar="FILE",
+        help="write the variables that ranks need (default ./.deepspeed_env), secrets into a private file beside it",
+    )
+    add("--time-limit", type=int, default=150, metavar="S", help="seconds for measuring the links (default 150)")
+    parsed = parser.parse_args(arguments)
+    if parsed.num_ranks is not None and parsed.hostfile is not None:
+        parser.error("--num-ranks belongs to this machine alone; with --hostfile the slots count")
+    for name in ("num_ranks", "write_mib", "time_limit"):
+        value = getattr(parsed, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    return parsed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code, see the end of --help."""
+    parsed = parse_arguments(arguments)
+    from stagdist.cluster.doctor.examination import Options, examine
+    from stagdist.errors import StagdistError
+
+    options = Options(
+        hostfile=parsed.hostfile,
+        num_ranks=parsed.num_ranks or 2,
+        launcher=parsed.launcher,
+        config=parsed.config,
+        overrides=tuple(parsed.set),
+        checkpoints=parsed.checkpoints,
+        write_mib=parsed.write_mib,
+        json=parsed.json,
+        write_env=parsed.write_env,
+        time_limit_s=parsed.time_limit,
+    )
+    try:
+        return examine(options)
+    except StagdistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""The whole examination: hosts, then links, then the report."""
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagdist.cluster.doctor.asking import Reach, ask_all
+from stagdist.cluster.doctor.facts import PROBLEM, Finding, Links, Survey
+from stagdist.cluster.doctor.findings import findings
+from stagdist.cluster.doctor.linking import Plan, measure_links
+from stagdist.cluster.doctor.names import free_port
+from stagdist.cluster.doctor.table import report
+from stagdist.cluster.doctor.variables import (
+    INTERFACE_NAMES,
+    HandedOn,
+    common_route,
+    needs_interface,
+    read_deepspeed_env,
+    write_variables,
+)
+from stagdist.cluster.hostfile import Host, read_hostfile
+from stagdist.config_loading import load_config
+from stagdist.errors import ConfigError, TransportError
+from stagdist.parallel.grid import Grid, grid_for
+
+ALONE = "localhost"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to examine.
+
+    Attributes:
+        hostfile: hosts; None for this machine alone.
+        num_ranks: on this machine alone.
+        launcher: see `linking.LAUNCHERS`.
+        config: configuration of the run: its grid and its folder.
+        overrides: of the configuration, KEY=VALUE.
+        checkpoints: folder of the checkpoints; None for the configuration's, else `runs`.
+        write_mib: size of the file that measures the disk, in MiB.
+        json: where to write everything.
+        write_env: where to write the variables of the ranks.
+        time_limit_s: for measuring the links.
+    """
+
+    hostfile: Path | None = None
+    num_ranks: int = 2
+    launcher: str = "pdsh"
+    config: Path | None = None
+    overrides: Sequence[str] = ()
+    checkpoints: Path | None = None
+    write_mib: int = 64
+    json: Path | None = None
+    write_env: Path | None = None
+    time_limit_s: int = 150
+
+
+def examine(options: Options) -> int:
+    """Examine, print the report to standard output. Returns: 0 fine, 1 problems.
+
+    Raises:
+        ConfigError: hostfile, configuration, a variable or a file cannot be used.
+    """
+    hosts = read_hostfile(options.hostfile).hosts if options.hostfile else ()
+    spares = read_hostfile(options.hostfile).spares if options.hostfile else ()
+    grid, checkpoints = _layout(options, hosts)
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise ConfigError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
+    everyone = (*hosts, *spares)
+    names = tuple(host.name for host in everyone) or (ALONE,)
+    _say(f"asking {len(names)} hosts, each writes {options.write_mib} MiB to {checkpoints}")
+    answers = ask_all(names, Reach(alone=not hosts), Path.cwd(), checkpoints, options.write_mib)
+    survey = Survey(
+        hosts=names,
+        slots={host.name: host.slots for host in everyone} or {ALONE: grid.world_size},
+        facts=answers.facts,
+        silent=answers.silent,
+        clocks=answers.clocks,
+        seen=answers.seen,
+    )
+    survey, handed = _variables(options, hosts, survey)
+    survey = _links(options, hosts, grid, survey, handed)
+    found = findings(survey)
+    print(report(survey, found), end="", flush=True)
+    code = int(any(finding.level == PROBLEM for finding in found))
+    if options.json is not None:
+        _write(options.json, options, survey, found, code)
+    return code
+
+
+def _layout(options: Options, hosts: Sequence[Host]) -> tuple[Grid, Path]:
+    """The grid of the ranks and the folder of the checkpoints. Without a configuration every host is a stage."""
+    world_size = sum(host.slots for host in hosts) or options.num_ranks
+    folder = Path("runs")
+    if options.config is not None:
+        config = load_config(str(options.config), list(options.overrides))
+        folder = Path(config.folder)
+        grid = grid_for(config, world_size)
+    elif hosts and len({host.slots for host in hosts}) == 1:
+        grid = Grid(len(hosts), hosts[0].slots, 1)
+    else:
+        grid = Grid(world_size, 1, 1)
+    return grid, options.checkpoints or folder
+
+
+def _variables(options: Options, hosts: Sequence[Host], survey: Survey) -> tuple[Survey, HandedOn]:
+    """What ranks will get; writes it down where that is wanted."""
+    facts = survey.facts.values()
+    route = common_route(facts) if hosts and needs_interface(facts) else None
+    if options.write_env is None:
+        handed = read_deepspeed_env(Path.cwd()) if hosts else HandedOn(_interfaces_of_this_shell())
+        mended = False
+    else:
+        first = hosts[0].name if hosts else None
+        names, handed = write_variables(options.write_env, first, route)
+        _say(f"{options.write_env} hands on {', '.join(names)}")
+        mended = route is not None
+    interface = handed.variables.get(INTERFACE_NAMES[0])
+    return dataclasses.replace(survey, interface=interface, mended=mended, other=handed.findings), handed
+
+
+def _interfaces_of_this_shell() -> dict[str, str]:
+    return {name: os.environ[name] for name in INTERFACE_NAMES if name in os.environ}
+
+
+def _links(options: Options, hosts: Sequence[Host], grid: Grid, survey: Survey, handed: HandedOn) -> Survey:
+    working = [host.name for host in hosts] or [ALONE]
+    silent = [name for name in working if name not in survey.facts]
+    if silent:
+        return dataclasses.replace(survey, links_problem=f"{', '.join(silent)} did not answer")
+    if grid.world_size < 2:
+        return survey
+    variables = dict(handed.variables)
+    route = common_route(survey.facts.values())
+    if hosts and needs_interface(survey.facts.values()) and survey.interface is None and route:
+        _say(f"a host takes its own name for itself: measuring with GLOO_SOCKET_IFNAME={route}")
+        variables |= dict.fromkeys(INTERFACE_NAMES, route)
+    first = survey.facts[working[0]]
+    plan = Plan(
+        grid=grid,
+        hosts=tuple(hosts),
+        launcher=options.launcher,
+        master=working[0] if hosts else "127.0.0.1",
+        port=first.free_port if hosts else free_port(),
+        variables=variables,
+        limit_s=options.time_limit_s,
+    )
+    _say(f"measuring links between {grid.world_size} ranks ({grid})")
+    try:
+        return dataclasses.replace(survey, links=measure_links(plan))
+    except TransportError as error:
+        return dataclasses.replace(survey, links_problem=str(error))
+
+
+def _write(path: Path, options: Options, survey: Survey, found: Sequence[Finding], code: int) -> None:
+    links: Links | None = survey.links
+    body = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "doctor_host": platform.node(),
+        "python": sys.executable,
+        "launcher": options.launcher if options.hostfile else "local",
+        "hosts": list(survey.hosts),
+        "slots": survey.slots,
+        "facts": {host: fact.to_json() for host, fact in survey.facts.items()},
+        "silent": survey.silent,
+        "clocks": {host: dataclasses.asdict(clock) for host, clock in survey.clocks.items()},
+        "seen": survey.seen,
+        "interface": survey.interface,
+        "links": links and dataclasses.asdict(links),
+        "findings": [dataclasses.asdict(finding) for finding in found],
+        "exit_code": code,
+    }
+    try:
+        path.write_text(json.dumps(body, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json {path} cannot be written: {error.strerror or error}") from error
+
+
+def _say(text: str) -> None:
+    print(f"doctor: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,145 @@
+"""Starts the link probe on all ranks through a launcher, and reads what they say."""
+
+import base64
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagdist.cluster.doctor import link_probe
+from stagdist.cluster.doctor.asking import ROOT
+from stagdist.cluster.doctor.facts import Links
+from stagdist.cluster.doctor.variables import launcher_environment
+from stagdist.cluster.exports import is_plain, write_private
+from stagdist.cluster.hostfile import Host, hostfile_text
+from stagdist.cluster.remote import Finished, on_all, run_here, run_on
+from stagdist.errors import ConfigError, TransportError
+from stagdist.parallel.grid import Grid
+
+LAUNCHERS = ("pdsh", "openmpi", "torchrun")
+PROBE = "stagdist.cluster.doctor.link_probe"
+GRACE_S = 30.0
+"""Seconds that launcher and Python need around the probe's own limit."""
+
+_PIECE = re.compile(rf"{link_probe.MARK} (\d+)/(\d+) ([A-Za-z0-9+/=]+) END")
+_ERROR = re.compile(rf"{link_probe.ERROR_MARK} (rank .*?) END")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to measure.
+
+    Attributes:
+        grid: of all ranks.
+        hosts: in the order of their ranks; empty for this machine alone.
+        launcher: one of LAUNCHERS; without hosts DeepSpeed's local one is used.
+        master: address of rank 0.
+        port: of rank 0.
+        variables: for the ranks; no secrets, plain.
+        largest_mib: size of the large messages, in MiB.
+        step_s: limit of each step.
+        limit_s: limit of all.
+    """
+
+    grid: Grid
+    hosts: tuple[Host, ...]
+    launcher: str
+    master: str
+    port: int
+    variables: Mapping[str, str]
+    largest_mib: int = 16
+    step_s: float = 30.0
+    limit_s: int = 150
+
+
+def measure_links(plan: Plan) -> Links:
+    """Run the ranks and bring back what they measured.
+
+    Raises:
+        ConfigError: a path or variable cannot be given to a launcher.
+        TransportError: they did not get there; says what the first of them said.
+    """
+    for path in (str(ROOT), sys.executable):
+        if not is_plain(path):
+            raise ConfigError(f"{path!r} holds characters that a shell on the hosts could run or split; rename it")
+    with tempfile.TemporaryDirectory(prefix="stagdist-doctor-") as name:
+        if plan.launcher == "torchrun" and plan.hosts:
+            outputs = _torchrun(plan)
+        else:
+            outputs = [_deepspeed(plan, Path(name))]
+    return read_output("\n".join(one.stdout + one.stderr for one in outputs), outputs)
+
+
+def probe_words(plan: Plan) -> list[str]:
+    """Module and arguments of the probe."""
+    grid = [str(size) for size in (plan.grid.pipe, plan.grid.data, plan.grid.tensor)]
+    limits = ["--largest-mib", str(plan.largest_mib), "--timeout-s", f"{plan.step_s:g}", "--limit-s", str(plan.limit_s)]
+    return [PROBE, "--grid", *grid, *limits]
+
+
+def deepspeed_words(plan: Plan, hostfile: Path) -> list[str]:
+    """DeepSpeed's command line."""
+    words = [sys.executable, "-m", "deepspeed.launcher.runner", "--module", "--no_local_rank"]
+    words += ["--master_port", str(plan.port)]
+    if not plan.hosts:
+        # A file that is not there: DeepSpeed must not take one that it finds at its usual place.
+        words += ["--hostfile", str(hostfile), "--num_accelerators", str(plan.grid.world_size)]
+    else:
+        words += ["--hostfile", str(hostfile), "--force_multi", "--launcher", plan.launcher]
+        words += ["--master_addr", plan.master]
+        if plan.launcher == "openmpi" and os.geteuid() == 0:
+            words += ["--launcher_args=--allow-run-as-root"]
+    return [*words, *probe_words(plan)]
+
+
+def _deepspeed(plan: Plan, scratch: Path) -> Finished:
+    hostfile = scratch / "hostfile"
+    environment = launcher_environment()
+    variables = dict(plan.variables)
+    if plan.hosts:
+        hostfile.write_text(hostfile_text(plan.hosts))
+        variables |= {"MASTER_ADDR": plan.master, "MASTER_PORT": str(plan.port)}
+    exported = scratch / "deepspeed_env"
+    write_private(exported, "".join(f"{name}={value}\n" for name, value in variables.items()))
+    programs = f"{Path(sys.executable).parent}:{environment.get('PATH', os.defpath)}"  # mpirun may lie beside Python
+    own = environment | {"DS_ENV_FILE": str(exported), "PATH": programs}
+    return run_here(deepspeed_words(plan, hostfile), plan.limit_s + GRACE_S, folder=ROOT, only=own)
+
+
+def _torchrun(plan: Plan) -> list[Finished]:
+    def start(host: str) -> Finished:
+        number = next(index for index, one in enumerate(plan.hosts) if one.name == host)
+        words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(plan.hosts))]
+        words += ["--node-rank", str(number), "--nproc-per-node", str(plan.hosts[number].slots)]
+        words += ["--master-addr", plan.master, "--master-port", str(plan.port), "-m", *probe_words(plan)]
+        return run_on(host, words, plan.limit_s + GRACE_S, folder=ROOT, environment=plan.variables)
+
+    return list(on_all([host.name for host in plan.hosts], start).values())
+
+
+def read_output(text: str, outputs: Sequence[Finished]) -> Links:
+    """The result among everything that launcher and ranks wrote.
+
+    Raises:
+        TransportError: it is not there.
+    """
+    found = _PIECE.findall(text)
+    parts = {int(index): part for index, _, part in found}
+    if found and sorted(parts) == list(range(int(found[0][1]))):
+        return Links.from_json(json.loads(base64.b64decode("".join(parts[index] for index in sorted(parts)))))
+    errors = _ERROR.findall(text)
+    if errors:
+        first = sorted(errors, key=_is_echo)[0]
+        raise TransportError(f"{len(errors)} ranks failed, the first: {first}")
+    if any(one.code is None for one in outputs):
+        raise TransportError("the ranks did not find each other in time")
+    raise TransportError(f"the launcher failed: {next((one.reason for one in outputs if not one.ok), 'no answer')}")
+
+
+def _is_echo(error: str) -> bool:
+    """Whether a rank only tells that another one left."""
+    return "Connection closed by peer" in error or "reset by peer" in error

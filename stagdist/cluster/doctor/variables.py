@@ -1,0 +1,140 @@
+"""The environment that ranks will get: what stands in `.deepspeed_env`, and what should."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagdist.cluster.doctor.facts import NOTE, PROBLEM, Finding, HostFacts
+from stagdist.cluster.exports import (
+    DEEPSPEED_ENV,
+    PREFIXES,
+    is_plain,
+    is_secret,
+    wanted,
+    write_deepspeed_env,
+)
+from stagdist.errors import ConfigError
+
+PRIVATE_NAME = ".stagdist_private_env"
+INTERFACE_NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+ROW = "environment"
+WRITE = "write it with launch/doctor.py --write-env"
+
+_DEEPSPEED_TAKES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
+"""Beginnings of the variables that DeepSpeed hands on by itself."""
+
+_LINE = re.compile(r"\s*(?P<name>[A-Za-z_][A-Za-z0-9_]*)\s*=(?P<value>.*)")
+
+
+@dataclass(frozen=True)
+class HandedOn:
+    """What DeepSpeed will hand on to the ranks.
+
+    Attributes:
+        variables: those that nothing speaks against.
+        findings: what is wrong with the rest, or with there being none.
+    """
+
+    variables: dict[str, str]
+    findings: tuple[Finding, ...] = ()
+
+
+def read_deepspeed_env(folder: Path, environment: Mapping[str, str] = os.environ) -> HandedOn:
+    """Read the files that DeepSpeed reads when it is started in `folder`: the one at home, then the one there."""
+    name = environment.get("DS_ENV_FILE", DEEPSPEED_ENV)
+    paths = dict.fromkeys(place / name for place in (Path(environment.get("HOME", "/")), folder))
+    variables: dict[str, str] = {}
+    findings: list[Finding] = []
+    read = [path for path in paths if path.is_file()]
+    for path in read:
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+            problem = _wrong(line, f"{path}, line {number}")
+            if problem is None:
+                match = _LINE.fullmatch(line)
+                assert match is not None
+                variables[match["name"]] = match["value"].strip()
+            else:
+                findings.append(problem)
+    left = _left_behind(environment) if not read else []
+    if left:
+        what = f"there is no {DEEPSPEED_ENV}, so ranks on other hosts will not see {', '.join(left)}"
+        findings.append(Finding(NOTE, ROW, (), what, WRITE))
+    return HandedOn(variables, tuple(findings))
+
+
+def _wrong(line: str, where: str) -> Finding | None:
+    match = _LINE.fullmatch(line)
+    if match is None:
+        return Finding(PROBLEM, ROW, (), f"{where} is not NAME=VALUE, and DeepSpeed would fail on it", WRITE)
+    if not is_plain(match["value"].strip()):
+        what = f"{where}: {match['name']} holds characters that a shell on the hosts would split or run"
+        return Finding(PROBLEM, ROW, (), what, WRITE)
+    if is_secret(match["name"]):
+        what = f"{where}: {match['name']} would stand in the process lists of all hosts"
+        return Finding(PROBLEM, ROW, (), what, WRITE)
+    return None
+
+
+def _left_behind(environment: Mapping[str, str]) -> list[str]:
+    return [
+        name
+        for name in wanted(environment)
+        if (name.startswith(PREFIXES) or is_secret(name)) and not name.startswith(_DEEPSPEED_TAKES)
+    ]
+
+
+def common_route(facts: Iterable[HostFacts]) -> str | None:
+    """The interface towards the other hosts, where it has the same name everywhere."""
+    routes = {fact.route for fact in facts}
+    return routes.pop() if len(routes) == 1 else None
+
+
+def needs_interface(facts: Iterable[HostFacts]) -> list[str]:
+    """Names (their own) of hosts on which gloo would listen where nobody else can reach it."""
+    return [fact.hostname for fact in facts if fact.own_interface in (None, "lo")]
+
+
+def write_variables(path: Path, first_host: str | None, interface: str | None) -> tuple[list[str], HandedOn]:
+    """Generate the file from this shell's variables.
+
+    Args:
+        path: of the file; the private one is written beside it where it is needed.
+        first_host: name of the host of rank 0; None for this machine alone.
+        interface: for gloo and nccl, where they would find a wrong one; what the shell says counts more.
+
+    Returns: the names handed on, and what ranks will get.
+
+    Raises:
+        ConfigError: something cannot be handed on or written.
+    """
+    environment = dict(os.environ)
+    if first_host is not None:
+        environment["MASTER_ADDR"] = first_host
+        environment.setdefault("MASTER_PORT", "29500")
+    if interface is not None:
+        for name in INTERFACE_NAMES:
+            environment.setdefault(name, interface)
+    names = write_deepspeed_env(path, path.with_name(PRIVATE_NAME), environment)
+    written = read_deepspeed_env(path.parent, {"DS_ENV_FILE": path.name, "HOME": str(path.parent)})
+    return names, written
+
+
+def launcher_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables for DeepSpeed's launcher: without those that it would hand on although they are no plain text.
+
+    Raises:
+        ConfigError: Python's own are among those.
+    """
+    kept = {}
+    for name, value in environment.items():
+        if name.startswith(_DEEPSPEED_TAKES) and (is_secret(name) or not is_plain(value)):
+            if name.startswith("PYTHON"):
+                raise ConfigError(
+                    f"{name} holds characters that a shell on the hosts could run or split: {value[:80]!r}; unset it, "
+                    "or give it only letters, digits and @+=:,./_-"
+                )
+            continue
+        kept[name] = value
+    return kept
