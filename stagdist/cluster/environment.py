@@ -1,9 +1,11 @@
 """What launchers tell a process through its environment, brought to one form."""
 
 import os
+import re
 import socket
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from stagdist.cluster.exports import load_private
 from stagdist.errors import ConfigError
@@ -41,26 +43,27 @@ _OPEN_MPI = {
     "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
     "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
 }
+_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+_MASTER_REMEDY = {
+    "Open MPI": "write .deepspeed_env with launch/doctor.py --write-env, MASTER_ADDR and MASTER_PORT set in the shell",
+    "srun": "export MASTER_ADDR=<first host> before srun, as launch/slurm/pretrain.sbatch does",
+}
 
 
 def join_launcher(environment: MutableMapping[str, str] = os.environ) -> World:
     """Read RANK, WORLD_SIZE and LOCAL_RANK, and complete the environment for torch.distributed.
 
-    Open MPI's names are copied, so that MPI itself is never started: a rank stuck in its finalisation would keep a
-    failed job alive. Without any launcher the process is a world of one on a free port. Variables of a private file
-    (see `exports`) are read first.
+    The names of Open MPI and of Slurm's srun are copied; MPI itself is never started, because a rank stuck in its
+    finalisation would keep a failed job alive. Without any launcher the process is a world of one on a free port.
+    Variables of a private file (see `exports`) are read first. Where the own host name means a loopback address, the
+    interface that gloo listens on is named.
 
     Raises:
         ConfigError: the variables contradict each other, or the private file cannot be used.
     """
     load_private(environment)
-    if "RANK" not in environment and _OPEN_MPI["RANK"] in environment:
-        environment.update({ours: environment[theirs] for ours, theirs in _OPEN_MPI.items() if theirs in environment})
-        if "MASTER_ADDR" not in environment:
-            raise ConfigError(
-                "Open MPI started this process, but MASTER_ADDR is not set; put MASTER_ADDR=<first host> and "
-                "MASTER_PORT=<free port> into .deepspeed_env, or pass --master_addr to deepspeed"
-            )
+    if "RANK" not in environment:
+        _translate(environment)
     if "RANK" not in environment:
         environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     environment.setdefault("MASTER_PORT", "29500")
@@ -75,7 +78,79 @@ def join_launcher(environment: MutableMapping[str, str] = os.environ) -> World:
         ) from None
     if not 0 <= world.rank < world.size:
         raise ConfigError(f"RANK {world.rank} is not below WORLD_SIZE {world.size}; check the launcher's environment")
+    if world.size > world.local_size:
+        name_interface(environment)
     return world
+
+
+def _translate(environment: MutableMapping[str, str]) -> None:
+    """Give the variables of Open MPI and srun their usual names."""
+    # A batch script of Slurm has SLURM_PROCID too, but only srun starts steps: without one nobody else would come.
+    in_batch_script = "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment
+    for launcher, names in (("Open MPI", _OPEN_MPI), ("srun", {} if in_batch_script else _SLURM)):
+        if names and names["RANK"] in environment:
+            environment.update({ours: environment[theirs] for ours, theirs in names.items() if theirs in environment})
+            if launcher == "srun":
+                environment.setdefault("LOCAL_WORLD_SIZE", _tasks_here(environment))
+            if "MASTER_ADDR" not in environment:
+                raise ConfigError(
+                    f"{launcher} started this process, but MASTER_ADDR is not set; {_MASTER_REMEDY[launcher]}"
+                )
+            return
+
+
+def _tasks_here(environment: MutableMapping[str, str]) -> str:
+    """Tasks of this step on this host, from a list such as `8(x3),4`: eight on each of three hosts, then four."""
+    text = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", "1"))
+    counts: list[str] = []
+    for entry in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry)
+        if match is None:
+            raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}; expected something like 8(x3),4")
+        counts += [match[1]] * int(match[2] or 1)
+    host = environment.get("SLURM_NODEID", "0")
+    return counts[int(host)] if host.isdigit() and int(host) < len(counts) else counts[0]
+
+
+def name_interface(environment: MutableMapping[str, str], routes: Path = Path("/proc/net/route")) -> None:
+    """Set GLOO_SOCKET_IFNAME, unless it is, on a host whose own name means a loopback address.
+
+    Gloo tells the others to find it where its host name points. Debian's installer points it at 127.0.1.1.
+
+    Raises:
+        ConfigError: which interface the other hosts are on cannot be told.
+    """
+    first = environment.get("MASTER_ADDR", "localhost")
+    alone = first == "localhost" or first.startswith("127.")
+    if alone or "GLOO_SOCKET_IFNAME" in environment or not _is_loopback(socket.gethostname()):
+        return
+    interfaces = _interfaces(first, routes)
+    if len(interfaces) != 1:
+        raise ConfigError(
+            f"the host name {socket.gethostname()} means a loopback address, and of the interfaces "
+            f"{', '.join(sorted(interfaces)) or '(none)'} none can be told to lead to the other hosts; set "
+            "GLOO_SOCKET_IFNAME to the right one"
+        )
+    environment["GLOO_SOCKET_IFNAME"] = interfaces.pop()
+
+
+def _interfaces(first: str, routes: Path) -> set[str]:
+    """The interface that leads to the first host; all there are, if its name means a loopback address here."""
+    network = [line.split() for line in routes.read_text().splitlines()[1:]]
+    # Addresses are hexadecimal, lowest byte first.
+    known = [(row[0], int(row[1], 16), int(row[7], 16)) for row in network]
+    if _is_loopback(first):
+        return {name for name, _, _ in known}
+    wanted = int.from_bytes(socket.inet_aton(socket.gethostbyname(first)), "little")
+    fitting = [(bin(mask).count("1"), name) for name, destination, mask in known if wanted & mask == destination]
+    return {name for bits, name in fitting if bits == max(fitting)[0]}
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return socket.gethostbyname(host).startswith("127.")
+    except OSError:
+        return True  # gloo, too, takes loopback where the name means nothing
 
 
 def _free_port() -> str:
