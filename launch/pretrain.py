@@ -63,7 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
     from stagdist.config_loading import load_config
     from stagdist.parallel.grid import grid_for
     from stagdist.telemetry.logging import setup_logging
+    from stagdist.telemetry.pulse import Pulse
 
+    pulse = Pulse.from_environment()
     world = join_launcher()
     world.share_cores()
     setup_logging(world.rank, None)
@@ -80,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_before_start(config)
     setup_logging(world.rank, config.folder)
-    outcome = pretrain(config, grid, device, STARTED_AT, trust_pickle=arguments.trust_pickle)
+    outcome = pretrain(config, grid, device, STARTED_AT, pulse, trust_pickle=arguments.trust_pickle)
     if world.rank == 0:
         done = "finished" if outcome.finished else "stopped, the same command goes on from here"
         print(f"{config.folder}: {done} at step {outcome.state.step} of {config.training.steps}", file=sys.stderr)

@@ -1,10 +1,8 @@
 """From a model directory to a stage on this rank: what fits, which grid, which weights."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,8 +17,9 @@ from stagdist.decode.stage import Stage
 from stagdist.decode.topology import HeadLayout, Limits, Topology, topology_for
 from stagdist.decode.transport import Transport
 from stagdist.decode.weights import Device, Shard, WeightLoader
-from stagdist.errors import ConfigError, TransportError
+from stagdist.errors import ConfigError
 from stagdist.parallel.grid import Grid
+from stagdist.parallel.rendezvous import join_world
 from stagdist.telemetry.spans import SpanRecorder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -136,18 +135,7 @@ def joined_world(placement: Placement, device: str) -> Iterator[Transport | None
         yield None
         return
     options = placement.options
-    limit = timedelta(seconds=options.timeout_s)
-    try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=max(START_S, options.timeout_s))))
-        backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        raise TransportError(
-            f"the processes did not meet at {where} before step 0: {reason}; is the port free, and did every process "
-            "start?"
-        ) from error
+    join_world(device, options.timeout_s, start_timeout_s=max(START_S, options.timeout_s))
     transport = Transport(placement.grid, device, options.timeout_s, hand_off_delay_s=options.hand_off_delay_s)
     yield transport
     # After an error the process ends, which tells the others; taking groups down could wait for a rank that is gone.

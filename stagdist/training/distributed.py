@@ -10,17 +10,23 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import Groups, build_groups, set_default_timeout
+from stagdist.parallel.rendezvous import join_world
 
 
 def start_distributed(grid: Grid, device: str, timeout_s: float) -> Groups:
-    """Join the world named by the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...) and build all groups."""
+    """Join the world named by the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...) and build all groups.
+
+    Raises:
+        TransportError: the ranks did not meet.
+    """
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # The op exists for CPUs alone, needs a compiler, and costs a minute of compilation on every node.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     set_default_timeout(timeout_s)
-    backend = "nccl" if device == "cuda" else "gloo"
-    deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False)
+    join_world(device, timeout_s)
+    # DeepSpeed finds the world that exists.
+    deepspeed.init_distributed(dist.get_backend(), timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False)
     groups = build_groups(grid, timeout_s)
     _check_rank_order(grid)
     return groups

@@ -19,6 +19,7 @@ from stagdist.config import RunConfig
 from stagdist.model.megatron import TensorParallel
 from stagdist.model.stagformer import fill_parameters
 from stagdist.parallel.groups import Groups
+from stagdist.telemetry.pulse import Phase, Pulse
 from stagdist.training.deepspeed_config import deepspeed_config
 from stagdist.training.exchange import Exchange, hand_off_kinds
 from stagdist.training.optimizer import build_optimizer
@@ -31,6 +32,17 @@ Gate = Callable[[bool], bool]
 
 COMPUTE = (schedule.ForwardPass, schedule.BackwardPass)
 UPDATE = (schedule.ReduceTiedGrads, schedule.ReduceGrads, schedule.OptimizerStep)
+
+PHASES = {
+    schedule.LoadMicroBatch: Phase.LOAD,
+    schedule.ForwardPass: Phase.FORWARD,
+    schedule.BackwardPass: Phase.BACKWARD,
+    schedule.RecvActivation: Phase.RECEIVE,
+    schedule.RecvGrad: Phase.RECEIVE,
+    schedule.SendActivation: Phase.SEND,
+    schedule.SendGrad: Phase.SEND,
+} | dict.fromkeys(UPDATE, Phase.UPDATE)
+"""What a rank is seen to do from outside while it runs an instruction."""
 
 
 @dataclass
@@ -53,11 +65,12 @@ class StepTimes:
 class SectionEngine(PipelineEngine):
     """DeepSpeed's 1F1B over sections.
 
-    Set `gate` before training. `times` describes the latest step. On a GPU, compute is timed by events on the
-    stream, so the clock does not make the device wait inside a step.
+    Set `gate` before training; `pulse` tells a watcher what this rank does. `times` describes the latest step. On a
+    GPU, compute is timed by events on the stream, so the clock does not make the device wait inside a step.
     """
 
     gate: Gate
+    pulse: Pulse
     times: StepTimes
     exchange: Exchange
 
@@ -151,6 +164,7 @@ class SectionEngine(PipelineEngine):
         for step in steps:
             for instruction in step:
                 kind, run = type(instruction), MethodType(self._INSTRUCTION_MAP[type(instruction)], self)
+                self.pulse.beat(PHASES[kind])
                 if kind in UPDATE and not times.pipeline_s:
                     clock.finish()
                     times.pipeline_s = time.perf_counter() - started
@@ -244,6 +258,7 @@ def wrap_module(module: SectionPipeline, config: RunConfig, groups: Groups) -> S
             config_class=DeepSpeedConfig(settings, module.mpu()),
         )
     engine.gate = lambda finite: finite
+    engine.pulse = Pulse()
     kinds = hand_off_kinds(config, next(module.parameters()).dtype)
     engine.exchange = Exchange(groups.grid, kinds, engine.device, config.parallel.timeout_s)
     return engine

@@ -21,6 +21,7 @@ from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import Groups
 from stagdist.telemetry.metrics import last_values
 from stagdist.telemetry.plot import plot_loss
+from stagdist.telemetry.pulse import Phase, Pulse
 from stagdist.training.agreement import Agreement, StopSignals, shared
 from stagdist.training.distributed import start_distributed, stop_distributed
 from stagdist.training.engine import SectionEngine, build_engine
@@ -58,11 +59,14 @@ def split_sizes(config: RunConfig) -> tuple[int, int, int]:
     return config.num_samples, held_out if has_validation else 0, held_out if has_test else 0
 
 
-def pretrain(config: RunConfig, grid: Grid, device: str, started_at: float, *, trust_pickle: bool = False) -> Outcome:
+def pretrain(
+    config: RunConfig, grid: Grid, device: str, started_at: float, pulse: Pulse, *, trust_pickle: bool = False
+) -> Outcome:
     """Train, evaluate, export. Called on every rank with the same configuration.
 
     Args:
         started_at: `time.monotonic` when the process began, for the wall-clock limit.
+        pulse: signs of life for a supervisor.
         trust_pickle: resume from a checkpoint although its files can run any program.
     """
     signals = StopSignals()
@@ -84,6 +88,7 @@ def pretrain(config: RunConfig, grid: Grid, device: str, started_at: float, *, t
         vocab_size=config.model.vocab_size,
     )
     engine = build_engine(config, groups)
+    engine.pulse = pulse
     state = TrainingState(0, 0, config.num_samples, (grid.pipe, grid.data, grid.tensor), data_identity=identity)
     if checkpoint is not None:
         with on_this_grid(checkpoint, config, groups, trust_pickle=trust_pickle) as fitting:
@@ -138,6 +143,7 @@ class _Run:
 
     def finish(self, outcome: Outcome, started_at: float) -> None:
         """Test split, model directory, loss curve and summary."""
+        self.engine.pulse.beat(Phase.EXPORT)
         folder = Path(self.config.folder)
         test = self._held_out(self.splits.test)
         if test is not None:

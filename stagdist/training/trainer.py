@@ -15,6 +15,7 @@ from stagdist.data.loader import Loader
 from stagdist.errors import TrainingError, TransportError
 from stagdist.parallel.groups import Groups
 from stagdist.telemetry.logging import ONLY_IN_FILE
+from stagdist.telemetry.pulse import Phase
 from stagdist.telemetry.spans import bubble_share
 from stagdist.training.agreement import Agreed, Agreement, Writing, shared
 from stagdist.training.engine import MicroBatches, SectionEngine
@@ -88,9 +89,11 @@ class Trainer:
     def _run(self, state: TrainingState) -> Outcome:
         saved_step, loss = state.step, None
         self._reporter.start(state.step)
+        self._engine.pulse.beat(Phase.STEP, state.step)
         while state.step < self._config.training.steps:
             loss = self._step(state)
             state = self._advance(state)
+            self._engine.pulse.beat(Phase.STEP, state.step)
             if self._agreed.writing is not Writing.RUNNING:
                 self._finish_save(state.step)
             self._check_bad_steps(state)
@@ -205,6 +208,7 @@ class Trainer:
             self._reporter.held_out("validation", step, self._validation.score(self._engine))
 
     def _save(self, state: TrainingState) -> None:
+        self._engine.pulse.beat(Phase.SAVE)
         with self._reporter.paused(), self._peers(state.step):
             self._reporter.flush()
             # At the end nothing runs beside the write, so there is no need for a copy.

@@ -1,0 +1,300 @@
+"""One per rank, between launcher and script: starts it, keeps its output, tells the supervisor how it is, and ends it.
+
+The script runs as a child in a process group of its own that the kernel kills when the agent dies. The agent ends it
+when the supervisor says so, when the supervisor is gone, or when it has not been heard for the lease.
+Started as `python -m stagdist.cluster.agent --job FILE` by any launcher. Imports no framework.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import select
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from stagdist.cluster.environment import World, join_launcher
+from stagdist.cluster.job import LONGEST_LINE, Job, decode, encode, read_job
+from stagdist.errors import ConfigError, TransportError
+from stagdist.telemetry.pulse import DUMP_SIGNAL, PULSE_FILE, prepare_pulse, read_pulse
+
+TICK_S = 0.1
+REPORT_S = 1.0
+TAIL_LINES = 60
+LONGEST_SHOWN = 400
+"""Characters of an output line that go to the supervisor; the file has all."""
+
+OUTBOX_BYTES = 1 << 20
+DRAIN_S = 2.0
+"""Seconds for output that is still on its way after the script's end; something it left behind may hold the pipe."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> Callable[[], None]:
+    """What a child calls before it becomes another program, so that the kernel kills it when we die."""
+    libc, parent = ctypes.CDLL(None, use_errno=True), os.getpid()
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return prepare
+
+
+def host_name() -> str:
+    """Name of this host, for people."""
+    return socket.gethostname().partition(".")[0]
+
+
+class Output:
+    """What the script writes: all of it to a file, the latest lines in memory.
+
+    Attributes:
+        tail: latest lines.
+    """
+
+    def __init__(self, stream: IO[bytes], path: Path):
+        self.stream, self.tail = stream, deque[str](maxlen=TAIL_LINES)
+        os.set_blocking(stream.fileno(), False)
+        self._rest = b""
+        self._file: IO[bytes] | None = path.open("ab", buffering=0)
+
+    def read(self) -> list[str] | None:
+        """New whole lines, shortened; None at the end of the stream."""
+        try:
+            data = os.read(self.stream.fileno(), LONGEST_LINE)
+        except BlockingIOError:
+            return []
+        if self._file is not None:
+            try:
+                self._file.write(data)
+            except OSError:  # a full disk must not end a run that can go on
+                self._file = None
+        ended = not data
+        *lines, self._rest = (self._rest + (b"\n" if ended and self._rest else data)).split(b"\n")
+        if len(self._rest) > LONGEST_LINE:
+            lines, self._rest = [*lines, self._rest], b""
+        # A progress bar writes over its line; what stands at its end counts.
+        shown = [line.rpartition(b"\r")[2].decode(errors="replace")[:LONGEST_SHOWN] for line in lines]
+        self.tail.extend(line for line in shown if line.strip())
+        return None if ended and not shown else shown
+
+
+class Agent:
+    """Runs one rank.
+
+    Args:
+        job: what to run.
+        world: place of this rank.
+    """
+
+    def __init__(self, job: Job, world: World):
+        self._job, self._world = job, world
+        self._selector = selectors.DefaultSelector()
+        self._scratch = Path(tempfile.mkdtemp(prefix="stagdist-agent-"))
+        self._pulse = self._scratch / "pulse"
+        self._outbox, self._inbox = bytearray(), b""
+        self._heard = self._reported = time.monotonic()
+        self._told_step, self._kill_at = -2, None  # type: tuple[int, float | None]
+        self._ended_by_us = False
+
+    def run(self) -> int:
+        """Until the script has ended. Returns: its exit code, 128 + signal after a signal.
+
+        Raises:
+            TransportError: the supervisor cannot be reached.
+        """
+        try:
+            self._socket = self._connect()
+            self._start()
+            signal.signal(signal.SIGTERM, lambda *_: self._signal(signal.SIGTERM))
+            signal.signal(signal.SIGINT, lambda *_: self._signal(signal.SIGINT))
+            while self._child.poll() is None:
+                self._turn()
+            return self._conclude()
+        finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _connect(self) -> socket.socket:
+        job = self._job
+        try:
+            connection = socket.create_connection((job.address, job.port), timeout=job.lease_s)
+        except OSError as error:
+            raise TransportError(
+                f"rank {self._world.rank} on {host_name()} cannot reach the supervisor at {job.address}:{job.port}: "
+                f"{error}; give launch/run.py an address that all hosts can reach with --address"
+            ) from error
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setblocking(False)
+        self._selector.register(connection, selectors.EVENT_READ, self._listen)
+        return connection
+
+    def _start(self) -> None:
+        job, rank = self._job, self._world.rank
+        prepare_pulse(self._pulse)
+        environment = os.environ | dict(job.environment) | {PULSE_FILE: str(self._pulse), "PYTHONUNBUFFERED": "1"}
+        self._child = subprocess.Popen(
+            [sys.executable, *job.command],
+            cwd=job.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent(),
+        )
+        assert self._child.stdout is not None
+        self._output = Output(self._child.stdout, Path(job.logs) / f"rank_{rank:05d}.{host_name()}.log")
+        self._selector.register(self._child.stdout, selectors.EVENT_READ, self._collect)
+        self._selector.register(os.pidfd_open(self._child.pid), selectors.EVENT_READ, lambda: None)
+        self._tell("hello", token=job.token, attempt=job.attempt, host=host_name(), pid=os.getpid())
+
+    def _turn(self) -> None:
+        for key, _ in self._selector.select(TICK_S):
+            key.data()
+        now = time.monotonic()
+        self._report(now)
+        self._flush()
+        if now - self._heard > self._job.lease_s and self._kill_at is None:
+            self._say(f"no word from the supervisor for {self._job.lease_s:.0f} s: this rank ends")
+            self._end()
+        if self._kill_at is not None and now > self._kill_at:
+            self._end()
+
+    def _report(self, now: float) -> None:
+        sign = read_pulse(self._pulse)
+        if sign.step == self._told_step and now - self._reported < REPORT_S:
+            return
+        self._told_step, self._reported = sign.step, now
+        self._tell("state", **{**vars(sign), "phase": int(sign.phase)}, process=self._process())
+
+    def _process(self) -> str:
+        """State letter of the script's process: T is stopped, D stuck in the kernel, R running, S waiting."""
+        try:
+            return Path(f"/proc/{self._child.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return "?"
+
+    def _collect(self) -> None:
+        lines = self._output.read()
+        if lines is None:
+            self._selector.unregister(self._output.stream)
+        elif self._world.rank == 0 and len(self._outbox) < OUTBOX_BYTES:
+            for line in lines:
+                self._tell("line", text=line)
+
+    def _listen(self) -> None:
+        try:
+            data = self._socket.recv(LONGEST_LINE)
+        except OSError:
+            data = b""
+        if not data:
+            self._selector.unregister(self._socket)
+            self._heard = float("inf")
+            self._say("the supervisor is gone: this rank saves and ends")
+            self._stop()
+            return
+        self._heard = time.monotonic()
+        *lines, self._inbox = (self._inbox + data).split(b"\n")
+        for line in lines:
+            self._obey(decode(line)["kind"])
+
+    def _obey(self, kind: str) -> None:
+        actions: dict[str, Callable[[], None]] = {
+            "ping": lambda: None,
+            "stop": self._stop,
+            "end": self._end,
+            "dump": self._dump,
+        }
+        actions[kind]()
+
+    def _stop(self) -> None:
+        """Ask the script for its orderly end; it has `stop_s` seconds."""
+        if self._kill_at is None:
+            self._kill_at = time.monotonic() + self._job.stop_s
+            self._signal(signal.SIGTERM)
+
+    def _end(self) -> None:
+        self._ended_by_us = True
+        self._kill_at = float("inf")
+        self._kill_group()
+
+    def _dump(self) -> None:
+        """Python stacks of the script; a stopped process is let go for it."""
+        before = len(self._output.tail)
+        self._output.tail.clear()
+        if read_pulse(self._pulse).count:  # else nothing handles the signal yet, and it would kill
+            self._signal(DUMP_SIGNAL)
+            self._signal(signal.SIGCONT)
+            deadline = time.monotonic() + 1.0
+            while time.monotonic() < deadline:
+                if select.select([self._output.stream], [], [], 0.1)[0] and self._output.read() is None:
+                    break
+        self._tell("stack", lines=list(self._output.tail) or [f"no stack; {before} lines of output before"])
+
+    def _signal(self, number: int) -> None:
+        """To the script alone: what it started, such as readers of data, must live until it has ended in order."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._child.pid, number)
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
+
+    def _conclude(self) -> int:
+        """The script is gone: end what it left behind, tell how it was."""
+        code = self._child.returncode
+        self._kill_group()
+        deadline = time.monotonic() + DRAIN_S
+        while time.monotonic() < deadline and (lines := self._output.read()) is not None:
+            if not lines:
+                select.select([self._output.stream], [], [], TICK_S)
+        self._report(float("inf"))
+        self._tell("exit", code=code, tail=list(self._output.tail), ended=self._ended_by_us)
+        with contextlib.suppress(OSError):
+            self._socket.settimeout(DRAIN_S)
+            self._socket.sendall(bytes(self._outbox))
+        return code if code >= 0 else 128 - code
+
+    def _tell(self, kind: str, **content: Any) -> None:
+        self._outbox += encode({"kind": kind, "rank": self._world.rank, **content})
+
+    def _flush(self) -> None:
+        if self._heard == float("inf"):
+            self._outbox.clear()
+            return
+        with contextlib.suppress(OSError):  # a broken connection shows when reading
+            del self._outbox[: self._socket.send(self._outbox)]
+
+    def _say(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            print(f"agent of rank {self._world.rank} on {host_name()}: {text}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Exit code: the script's; 2 when it could not be started."""
+    parser = argparse.ArgumentParser(prog="agent", description=__doc__)
+    parser.add_argument("--job", required=True, metavar="FILE", help="written by the supervisor")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    try:
+        return Agent(read_job(arguments.job), join_launcher()).run()
+    except (ConfigError, TransportError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

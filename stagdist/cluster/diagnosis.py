@@ -1,0 +1,154 @@
+"""What is wrong with a supervised attempt, from what its ranks have told. Pure: no clock, no process."""
+
+import re
+import signal
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from stagdist.cluster.control import RankView
+
+FaultKind = Literal["exit", "stuck", "silent", "missing", "launcher"]
+
+MENDED_BY_A_PERSON = 2
+"""Exit code of a script that says: trying again will not help."""
+
+_LOST_PEER = (
+    "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL error", "did not meet",
+    "another rank ended", "the transfer failed",
+)  # fmt: skip
+"""What a rank says when another one is gone; such errors are consequences."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long silence is normal, seconds.
+
+    Attributes:
+        hang_s: without a sign of life in the middle of work.
+        slow_s: while starting, saving, exporting.
+        host_s: without a message of an agent.
+    """
+
+    hang_s: float
+    slow_s: float
+    host_s: float
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why an attempt cannot go on.
+
+    Attributes:
+        kind: `exit`: a rank ended; `stuck`: it gives no sign of life; `silent`: nothing is heard of its host or agent;
+            `missing`: it never came; `launcher`: the launcher ended first.
+        rank: the first to blame; None where no rank is.
+        host: its host.
+        says: one line for people.
+        code: exit code of the rank or launcher.
+        step: optimizer steps that were done.
+        own: the script ended by an error of its own, not by a signal or for want of a peer.
+        silent: ranks of which nothing was heard, for `silent`.
+    """
+
+    kind: FaultKind
+    rank: int | None
+    host: str
+    says: str
+    code: int | None = None
+    step: int = -1
+    own: bool = False
+    silent: tuple[int, ...] = ()
+
+    @property
+    def same_again(self) -> tuple[object, ...]:
+        """Equal for two faults that look the same, whatever numbers their text holds."""
+        return (self.kind, self.rank, self.step, self.code, re.sub(r"[\d.]+", "#", self.says))
+
+
+def steps_done(ranks: Mapping[int, RankView]) -> int:
+    """Optimizer steps that all were seen to begin after; -1 while unknown."""
+    return max((view.step for view in ranks.values()), default=-1)
+
+
+def find_exit(ranks: Mapping[int, RankView]) -> Fault | None:
+    """The first error of ranks that have ended: one that is no consequence of another, and the earliest."""
+    failed = [view for view in ranks.values() if view.exit_code not in (None, 0) and not view.ended_by_us]
+    if not failed:
+        return None
+    first = min(failed, key=lambda view: (is_consequence(view), view.exited_at))
+    stopped = _most_stuck([view for view in ranks.values() if view.exit_code is None and view.process in "TtD"])
+    if is_consequence(first) and stopped is not None:
+        return _stuck(stopped, 0.0, steps_done(ranks))
+    says = f"rank {first.rank} on {first.host} {how_it_ended(first)}"
+    own = (first.exit_code or 0) > 0 and not is_consequence(first)
+    return Fault("exit", first.rank, first.host, says, first.exit_code, steps_done(ranks), own)
+
+
+def is_consequence(view: RankView) -> bool:
+    """Whether a rank ended because of another one: it lost its peer, or the launcher ended it."""
+    if view.exit_code is not None and view.exit_code < 0:
+        return view.exit_code == -signal.SIGTERM
+    return any(sign in error_line(view.tail) for sign in _LOST_PEER)
+
+
+def error_line(tail: Sequence[str]) -> str:
+    """The line that says what went wrong: the last that begins with `error:`, else the last of all."""
+    errors = [line for line in tail if line.startswith("error: ")]
+    return (errors or list(tail) or ["it wrote nothing"])[-1].strip().removeprefix("error: ")
+
+
+def how_it_ended(view: RankView) -> str:
+    """A rank's end in words."""
+    assert view.exit_code is not None, "it has ended"
+    if view.exit_code < 0:
+        return f"was killed by {signal.Signals(-view.exit_code).name}"
+    return f"ended with code {view.exit_code}: {error_line(view.tail)}"
+
+
+def find_silence(ranks: Mapping[int, RankView], now: float, limits: Limits) -> Fault | None:
+    """A rank that is stuck, or a host of which nothing is heard."""
+    running = [view for view in ranks.values() if view.exit_code is None]
+    unheard = [view for view in running if now - view.heard_at > limits.host_s]
+    if unheard:
+        view = unheard[0]
+        numbers = ", ".join(str(view.rank) for view in unheard)
+        says = f"nothing was heard from rank {numbers} on {view.host} for {limits.host_s:.0f} s"
+        silent = tuple(view.rank for view in unheard)
+        return Fault("silent", view.rank, view.host, says, step=steps_done(ranks), silent=silent)
+    late = [
+        view
+        for view in running
+        if view.count and view.silent_s(now) > (limits.slow_s if view.phase.slow else limits.hang_s)
+    ]
+    if not late:
+        return None
+    # Those that wait for the stuck one fall silent as well, some of them earlier.
+    candidates = [view for view in running if view.count and view.silent_s(now) > min(2.0, limits.hang_s / 2)]
+    worst = _most_stuck(candidates)
+    assert worst is not None, "who is late is a candidate"
+    return _stuck(worst, worst.silent_s(now), steps_done(ranks))
+
+
+def _most_stuck(views: Collection[RankView]) -> RankView | None:
+    def blame(view: RankView) -> tuple[bool, bool, float]:
+        return view.process in "TtD", not view.phase.waits, view.age_s - view.heard_at
+
+    return max(views, key=blame, default=None)
+
+
+def _stuck(view: RankView, silent_s: float, step: int) -> Fault:
+    state = {"T": "stopped", "t": "stopped by a debugger", "D": "stuck in the kernel", "R": "computing"}
+    how = state.get(view.process, "waiting")
+    silence = f", silent for {silent_s:.0f} s" if silent_s else ""
+    says = f"rank {view.rank} on {view.host} is stuck in phase {view.phase.name.lower()} ({how}{silence})"
+    return Fault("stuck", view.rank, view.host, says, step=step)
+
+
+def find_missing(ranks: Mapping[int, RankView], world_size: int, limits: Limits, waited_s: float) -> Fault | None:
+    """Ranks that never came."""
+    missing = [rank for rank in range(world_size) if rank not in ranks]
+    if not missing or waited_s <= limits.slow_s:
+        return None
+    named = ", ".join(map(str, missing[:8])) + (" and more" if len(missing) > 8 else "")
+    return Fault("missing", missing[0], "", f"rank {named} did not start within {limits.slow_s:.0f} s")

@@ -1,0 +1,69 @@
+"""Which hosts the next attempt runs on after some have died. Pure."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from stagdist.cluster.hostfile import Host
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Hosts at work and in reserve.
+
+    Attributes:
+        hosts: in the order of their ranks.
+        spares: not used so far.
+        lost: given up.
+    """
+
+    hosts: tuple[Host, ...]
+    spares: tuple[Host, ...] = ()
+    lost: tuple[Host, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return sum(host.slots for host in self.hosts)
+
+
+def with_spares(placement: Placement, dead: Collection[str], answers: Callable[[str], bool]) -> Placement | None:
+    """Put a spare in the place of every dead host; it must answer and have as many slots.
+
+    Returns: None when there are not enough spares.
+    """
+    hosts, spares, lost = list(placement.hosts), list(placement.spares), list(placement.lost)
+    for index, host in enumerate(hosts):
+        if host.name not in dead:
+            continue
+        spare = next((spare for spare in spares if spare.slots >= host.slots and answers(spare.name)), None)
+        if spare is None:
+            return None
+        spares.remove(spare)
+        hosts[index] = Host(spare.name, host.slots)
+        lost.append(host)
+    return Placement(tuple(hosts), tuple(spares), tuple(lost))
+
+
+def with_fewer(placement: Placement, dead: Collection[str], fits: Callable[[int], bool]) -> Placement | None:
+    """Go on with what lives: the largest number of ranks that fits, taken from the front.
+
+    Args:
+        fits: whether the run's grid exists on so many ranks.
+
+    Returns: None when no number fits.
+    """
+    living = [host for host in placement.hosts if host.name not in dead]
+    world = next((size for size in range(sum(host.slots for host in living), 0, -1) if fits(size)), None)
+    if world is None:
+        return None
+    lost = tuple(host for host in placement.hosts if host.name in dead)
+    return Placement(_first(living, world), placement.spares, placement.lost + lost)
+
+
+def _first(hosts: Sequence[Host], slots: int) -> tuple[Host, ...]:
+    taken = []
+    for host in hosts:
+        if slots:
+            taken.append(Host(host.name, min(slots, host.slots)))
+            slots -= taken[-1].slots
+    return tuple(taken)

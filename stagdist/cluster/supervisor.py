@@ -1,0 +1,323 @@
+"""Keeps a run going: starts it, sees death and silence, ends what is left, and starts it again where that can help."""
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import random
+import secrets
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagdist.cluster.attempt import Attempt, Outcome, Plan, sweep
+from stagdist.cluster.diagnosis import MENDED_BY_A_PERSON, Fault, Limits
+from stagdist.cluster.history import History
+from stagdist.cluster.hostfile import Host
+from stagdist.cluster.launchers import Launch, Launcher, address_of, reachable_address
+from stagdist.cluster.placement import Placement, with_fewer, with_spares
+from stagdist.cluster.remote import on_all, run_on
+from stagdist.errors import ConfigError, StagdistError
+
+LOG = logging.getLogger(__name__)
+
+PORTS = range(20000, 32000)
+"""Of the ranks' meeting place: below those that systems give away by themselves."""
+
+LONGEST_PAUSE_S = 60.0
+PROBE_S = 2.0
+"""Between two questions whether a host is back."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is supervised.
+
+    Attributes:
+        command: script and its arguments.
+        launcher: that starts the ranks.
+        placement: hosts and spares.
+        folder: of the run: logs and run.json go there; all hosts see it.
+        environment: variables for the ranks.
+        address: of this machine for the agents; None: the one that the first host can reach.
+        max_restarts: after which the supervisor gives up.
+        limits: of silence.
+        lease_s: without word from the supervisor a rank ends after this time.
+        stop_s: for an orderly end.
+        host_wait_s: how long a host that died, and cannot be replaced, is waited for.
+        fits: whether the run exists on so many ranks, for going on with fewer; None: it may not.
+    """
+
+    command: tuple[str, ...]
+    launcher: Launcher
+    placement: Placement
+    folder: Path
+    environment: Mapping[str, str]
+    address: str | None
+    max_restarts: int
+    limits: Limits
+    lease_s: float
+    stop_s: float
+    host_wait_s: float
+    fits: Callable[[int], bool] | None
+
+
+class GaveUpError(StagdistError):
+    """The run cannot go on; the text says why, in one line."""
+
+
+class Supervisor:
+    """Runs attempt after attempt.
+
+    Args:
+        options: what and how.
+        on_line: gets the output of rank 0.
+    """
+
+    def __init__(self, options: Options, on_line: Callable[[str], None]):
+        self._options, self._on_line = options, on_line
+        self._placement = options.placement
+        self._history = History(options.folder / "run.json", options.command)
+        self._job = hashlib.sha256(str(options.folder.resolve()).encode()).hexdigest()[:12]
+        self._stop_signal = 0
+        self._number = self._earlier_attempts()
+        self._first_known: int | None = None
+        self._fault: Fault | None = None
+        self._last_fault: Fault | None = None
+        self._progressed = False
+
+    async def run(self) -> int:
+        """Until the run has ended. Returns: exit code; 128 + signal after a signal.
+
+        Raises:
+            GaveUpError: the run cannot go on.
+            ConfigError: another supervisor is at work on it.
+        """
+        self._stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
+        with only_one(self._options.folder / "supervisor.lock"):
+            try:
+                return await self._go_on()
+            except GaveUpError as reason:
+                self._history.note("stop", reason=str(reason), code=1)
+                raise
+
+    def _on_signal(self, number: int) -> None:
+        LOG.warning("%s: the ranks are asked to save and end", signal.Signals(number).name)
+        self._stop_signal = number
+        self._stop.set()
+
+    async def _go_on(self) -> int:
+        await self._replace_dead(await self._clear_earlier(), 0.0)
+        restarts, pause_s = 0, 1.0
+        while True:
+            outcome = await self._attempt()
+            self._note_end(outcome)
+            if self._stop.is_set():
+                return self._stopped(outcome)
+            if outcome.fault is None:
+                self._history.note("finish", attempt=self._number, code=0)
+                LOG.info("all ranks have ended in order")
+                return 0
+            self._check_hope(outcome.fault, restarts)
+            restarts += 1
+            pause_s = 1.0 if self._progressed else min(2 * pause_s, LONGEST_PAUSE_S)
+            await self._replace_dead(outcome.dead, outcome.last_heard)
+            await self._wait(pause_s if restarts > 1 else 0.0)
+            if self._stop.is_set():
+                return self._stopped(outcome)
+
+    async def _attempt(self) -> Outcome:
+        self._number += 1
+        self._first_known, self._progressed = None, False
+        plan = self._plan()
+        hosts = [f"{host.name}:{host.slots}" for host in plan.launch.hosts]
+        port = plan.launch.master_port
+        self._history.note("start", attempt=self._number, hosts=hosts, launcher=plan.launcher, port=port)
+        LOG.info("attempt %d with %s on %s", self._number, plan.launcher, ", ".join(hosts))
+        return await Attempt(plan, self._on_line, self._on_step).run(self._stop)
+
+    def _plan(self) -> Plan:
+        options = self._options
+        hosts = self._placement.hosts
+        local = options.launcher == "local"
+        logs = options.folder / "logs" / f"attempt_{self._number:03d}"
+        launch = Launch(
+            hosts=hosts,
+            master_address="127.0.0.1" if local else address_of(hosts),
+            master_port=random.choice(PORTS),
+            job=logs / "job.json",
+            hostfile=logs / "hostfile",
+            environment_file=logs / "deepspeed_env",
+            mark=f"{self._job}.{secrets.token_hex(4)}",
+            folder=Path.cwd(),
+            as_root=os.geteuid() == 0,
+        )
+        address = options.address or ("127.0.0.1" if local else self._own_address(hosts))
+        return Plan(
+            self._number, options.launcher, launch, options.command, options.environment, address, logs,
+            options.limits, options.lease_s, options.stop_s,
+        )  # fmt: skip
+
+    @staticmethod
+    def _own_address(hosts: tuple[Host, ...]) -> str:
+        """The address that most of the hosts can reach: towards another machine if there is one."""
+        found = [reachable_address(host.name) for host in hosts]
+        return next((address for address in found if not address.startswith("127.")), found[0])
+
+    def _on_step(self, step: int) -> None:
+        if self._first_known is None:
+            self._first_known = step
+            lost = max(0, self._fault.step - step) if self._fault is not None else 0
+            self._history.note("resume", attempt=self._number, step=step, lost_steps=lost)
+            self._fault = None
+            LOG.info("attempt %d begins at step %d%s", self._number, step, f", {lost} steps were lost" if lost else "")
+        elif not self._progressed:
+            self._progressed = True
+            self._history.note("step", attempt=self._number, step=step)
+
+    def _note_end(self, outcome: Outcome) -> None:
+        fault = outcome.fault
+        if fault is not None:
+            view = outcome.ranks.get(-1 if fault.rank is None else fault.rank)
+            self._history.note(
+                "fault",
+                attempt=self._number,
+                kind=fault.kind,
+                rank=fault.rank,
+                host=fault.host,
+                says=fault.says,
+                step=fault.step,
+                noticed=outcome.noticed,
+                stack=list(view.stack) if view else [],
+            )
+            LOG.warning("%s", fault.says)
+            for line in view.stack if view else ():
+                LOG.warning("    %s", line)
+        facts = {"swept": outcome.ended, "left": outcome.left, "dead": dict(outcome.dead)}
+        self._history.note("ended", attempt=self._number, **facts)
+
+    def _check_hope(self, fault: Fault, restarts: int) -> None:
+        """Give up where another attempt would only end like this one.
+
+        Raises:
+            GaveUpError: with the first error.
+        """
+        first = f"first error: {fault.says}"
+        logs = f"output of the ranks: {self._options.folder / 'logs' / f'attempt_{self._number:03d}'}"
+        if fault.kind == "exit" and fault.code == MENDED_BY_A_PERSON:
+            raise GaveUpError(f"{first}; starting again would not help. {logs}")
+        before = self._last_fault
+        if before is not None and fault.own and before.same_again == fault.same_again:
+            raise GaveUpError(f"{first}; the same as the time before, after the same step. {logs}")
+        if restarts >= self._options.max_restarts:
+            raise GaveUpError(f"{first}; --max-restarts {self._options.max_restarts} is reached. {logs}")
+        self._last_fault = self._fault = fault
+
+    async def _replace_dead(self, dead: Mapping[str, str], last_heard: float) -> None:
+        """Find hosts for the next attempt.
+
+        Args:
+            dead: hosts that did not answer, with the reason.
+            last_heard: monotonic seconds, when their ranks were alive.
+
+        Raises:
+            GaveUpError: a host is gone and nothing can take its place.
+        """
+        if not dead:
+            return
+        reasons = "; ".join(f"{host}: {reason}" for host, reason in dead.items())
+        LOG.warning("hosts that do not answer: %s", reasons)
+        # Its ranks may be alive behind a cut link: they end when their lease does, and must not write beside new ones.
+        await self._wait(last_heard + self._options.lease_s + PROBE_S - time.monotonic())
+        gone = await self._still_gone(dead)
+        new = with_spares(self._placement, gone, self._answers)
+        how = "a spare takes the place"
+        if new is None and self._options.fits is not None:
+            new, how = with_fewer(self._placement, gone, self._options.fits), "fewer replicas go on instead"
+        if new is None:
+            await self._wait_for_hosts(gone, reasons)
+        elif gone:
+            self._placement = new
+            hosts = [f"{host.name}:{host.slots}" for host in new.hosts]
+            self._history.note("replace", lost=sorted(gone), how=how, hosts=hosts)
+            LOG.warning("%s of %s: now on %s", how, ", ".join(sorted(gone)), ", ".join(hosts))
+        if set(dead) - gone or new is None:
+            await self._clear_earlier()  # what a host that is back may still run
+
+    async def _still_gone(self, hosts: Iterable[str]) -> set[str]:
+        answers = await asyncio.to_thread(on_all, hosts, self._answers)
+        return {host for host, answered in answers.items() if not answered}
+
+    async def _wait_for_hosts(self, dead: set[str], reasons: str) -> None:
+        wait_s = self._options.host_wait_s
+        LOG.warning("waiting up to %.0f s for %s", wait_s, ", ".join(sorted(dead)))
+        deadline = time.monotonic() + wait_s
+        while dead and time.monotonic() < deadline and not self._stop.is_set():
+            await self._wait(PROBE_S)
+            dead = await self._still_gone(dead)
+        if dead and not self._stop.is_set():
+            raise GaveUpError(
+                f"{', '.join(sorted(dead))} did not come back within {wait_s:.0f} s ({reasons}), and no spare is left: "
+                "list one in the hostfile (#spare name slots=N), or allow fewer replicas with --min-data-parallel"
+            )
+        self._history.note("hosts_back")
+
+    def _answers(self, host: str) -> bool:
+        return self._options.launcher == "local" or run_on(host, ["true"], 5.0).ok
+
+    async def _wait(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), max(0.0, seconds))
+
+    async def _clear_earlier(self) -> Mapping[str, str]:
+        """End what an earlier supervisor of this run may have left, for it might go on writing.
+
+        Returns: hosts that did not answer, with the reason.
+
+        Raises:
+            GaveUpError: something cannot be ended.
+        """
+        ended, left, dead = await asyncio.to_thread(
+            sweep, self._options.launcher, self._placement.hosts, self._job, Path.cwd()
+        )
+        if ended:
+            self._history.note("cleared", ended=ended)
+            LOG.warning("%d processes that an earlier start had left were ended", ended)
+        if left:
+            raise GaveUpError(f"{left} processes of an earlier start cannot be ended: look for {self._job} in /proc")
+        return dead
+
+    def _stopped(self, outcome: Outcome) -> int:
+        code = 128 + self._stop_signal
+        how = "in order" if outcome.fault is None else f"not in order: {outcome.fault.says}"
+        name = signal.Signals(self._stop_signal).name
+        self._history.note("stop", reason=f"{name}; the ranks ended {how}", code=code)
+        LOG.info("%s: the ranks have ended %s", name, how)
+        return code
+
+    def _earlier_attempts(self) -> int:
+        names = (self._options.folder / "logs").glob("attempt_*")
+        return max((int(path.name.removeprefix("attempt_")) for path in names if path.name[8:].isdigit()), default=0)
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{path}: another supervisor is at work on this run; stop it first") from None
+        yield

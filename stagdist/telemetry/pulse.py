@@ -1,0 +1,117 @@
+"""Signs of life of one rank: the step and the phase it is in, in a small file that a watcher on the host reads.
+
+Writing costs about a microsecond and never fails for want of a reader. A rank that is killed or frozen leaves the
+last sign as it was; how old it is tells the watcher more than any message could.
+"""
+
+import faulthandler
+import mmap
+import os
+import signal
+import struct
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+PULSE_FILE = "STAGDIST_PULSE"
+"""Variable that names the file; without it signs of life go nowhere."""
+
+DUMP_SIGNAL = signal.SIGUSR2
+"""Makes a rank with a pulse write the Python stacks of all its threads to standard error."""
+
+_FORM = struct.Struct("=qqqqq")  # count, first step, step, phase, time in ns
+
+
+class Phase(IntEnum):
+    """What a rank is busy with."""
+
+    START = 0
+    LOAD = 1
+    FORWARD = 2
+    BACKWARD = 3
+    RECEIVE = 4
+    SEND = 5
+    UPDATE = 6
+    STEP = 7
+    EVALUATE = 8
+    SAVE = 9
+    EXPORT = 10
+
+    @property
+    def waits(self) -> bool:
+        """Whether a rank in this phase may be kept waiting by another one."""
+        return self in (Phase.RECEIVE, Phase.SEND, Phase.UPDATE)
+
+    @property
+    def slow(self) -> bool:
+        """Whether minutes without a sign are normal."""
+        return self in (Phase.START, Phase.SAVE, Phase.EXPORT)
+
+
+@dataclass(frozen=True)
+class Sign:
+    """The latest sign of life of a rank.
+
+    Attributes:
+        count: signs so far; 0: the rank has not said anything yet.
+        first_step: optimizer steps that were done when training began or was resumed; -1 before.
+        step: optimizer steps done; -1 before training.
+        phase: what it began last.
+        age_s: seconds since then.
+    """
+
+    count: int
+    first_step: int
+    step: int
+    phase: Phase
+    age_s: float
+
+
+class Pulse:
+    """Gives signs of life.
+
+    Args:
+        path: file for them; None: nobody watches.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._memory: mmap.mmap | None = None
+        self._count = 0
+        self._first_step = self._step = -1
+        if path is not None:
+            with path.open("r+b") as stream:
+                self._memory = mmap.mmap(stream.fileno(), _FORM.size)
+            faulthandler.register(DUMP_SIGNAL, file=sys.stderr, all_threads=True, chain=False)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Pulse":
+        """The pulse that the watcher of this process asks for, if there is one."""
+        name = environment.get(PULSE_FILE)
+        pulse = cls(None if name is None else Path(name))
+        pulse.beat(Phase.START)
+        return pulse
+
+    def beat(self, phase: Phase, step: int | None = None) -> None:
+        """Say what begins now, and how many steps are done where that has changed."""
+        if self._memory is None:
+            return
+        self._count += 1
+        if step is not None:
+            self._step = step
+            self._first_step = step if self._first_step < 0 else self._first_step
+        values = (self._count, self._first_step, self._step, int(phase), time.monotonic_ns())
+        _FORM.pack_into(self._memory, 0, *values)
+
+
+def prepare_pulse(path: Path) -> None:
+    """Make the file of a pulse, for the watcher to read from."""
+    path.write_bytes(_FORM.pack(0, -1, -1, int(Phase.START), time.monotonic_ns()))
+
+
+def read_pulse(path: Path) -> Sign:
+    """The latest sign of life. Both processes must be on one host, whose monotonic clock they share."""
+    count, first_step, step, phase, then_ns = _FORM.unpack(path.read_bytes()[: _FORM.size])
+    return Sign(count, first_step, step, Phase(phase), (time.monotonic_ns() - then_ns) / 1e9)
