@@ -26,7 +26,7 @@ from typing import IO, Any
 from stagdist.cluster.environment import World, join_launcher
 from stagdist.cluster.job import LONGEST_LINE, Job, decode, encode, read_job
 from stagdist.errors import ConfigError, TransportError
-from stagdist.telemetry.pulse import DUMP_SIGNAL, PULSE_FILE, prepare_pulse, read_pulse
+from stagdist.telemetry.pulse import DUMP_SIGNAL, PULSE_FILE, PulseReader
 
 TICK_S = 0.1
 REPORT_S = 1.0
@@ -104,7 +104,8 @@ class Agent:
         self._job, self._world = job, world
         self._selector = selectors.DefaultSelector()
         self._scratch = Path(tempfile.mkdtemp(prefix="stagdist-agent-"))
-        self._pulse = self._scratch / "pulse"
+        self._pulse_file = self._scratch / "pulse"
+        self._pulse = PulseReader(self._pulse_file)
         self._outbox, self._inbox = bytearray(), b""
         self._heard = self._reported = time.monotonic()
         self._told_step, self._kill_at = -2, None  # type: tuple[int, float | None]
@@ -143,8 +144,7 @@ class Agent:
 
     def _start(self) -> None:
         job, rank = self._job, self._world.rank
-        prepare_pulse(self._pulse)
-        environment = os.environ | dict(job.environment) | {PULSE_FILE: str(self._pulse), "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | dict(job.environment) | {PULSE_FILE: str(self._pulse_file), "PYTHONUNBUFFERED": "1"}
         self._child = subprocess.Popen(
             [sys.executable, *job.command],
             cwd=job.folder,
@@ -174,7 +174,7 @@ class Agent:
             self._end()
 
     def _report(self, now: float) -> None:
-        sign = read_pulse(self._pulse)
+        sign = self._pulse.read()
         if sign.step == self._told_step and now - self._reported < REPORT_S:
             return
         self._told_step, self._reported = sign.step, now
@@ -235,13 +235,13 @@ class Agent:
         """Python stacks of the script; a stopped process is let go for it."""
         before = len(self._output.tail)
         self._output.tail.clear()
-        if read_pulse(self._pulse).count:  # else nothing handles the signal yet, and it would kill
+        if self._pulse.read().count:  # else nothing handles the signal yet, and it would kill
             self._signal(DUMP_SIGNAL)
             self._signal(signal.SIGCONT)
-            deadline = time.monotonic() + 1.0
-            while time.monotonic() < deadline:
-                if select.select([self._output.stream], [], [], 0.1)[0] and self._output.read() is None:
-                    break
+            wait_s = 1.0
+            while select.select([self._output.stream], [], [], wait_s)[0] and self._output.read() is not None:
+                wait_s = 0.1  # the stacks come in one go
+            self._signal(signal.SIGSTOP)
         self._tell("stack", lines=list(self._output.tail) or [f"no stack; {before} lines of output before"])
 
     def _signal(self, number: int) -> None:

@@ -22,7 +22,7 @@ PULSE_FILE = "STAGDIST_PULSE"
 DUMP_SIGNAL = signal.SIGUSR2
 """Makes a rank with a pulse write the Python stacks of all its threads to standard error."""
 
-_FORM = struct.Struct("=qqqqq")  # count, first step, step, phase, time in ns
+_FORM = struct.Struct("=qqqqqq")  # count, first step, step, phase, time in ns, count again
 
 
 class Phase(IntEnum):
@@ -102,16 +102,26 @@ class Pulse:
         if step is not None:
             self._step = step
             self._first_step = step if self._first_step < 0 else self._first_step
-        values = (self._count, self._first_step, self._step, int(phase), time.monotonic_ns())
-        _FORM.pack_into(self._memory, 0, *values)
+        values = (self._count, self._first_step, self._step, int(phase), time.monotonic_ns(), self._count)
+        self._memory[: _FORM.size] = _FORM.pack(*values)
 
 
-def prepare_pulse(path: Path) -> None:
-    """Make the file of a pulse, for the watcher to read from."""
-    path.write_bytes(_FORM.pack(0, -1, -1, int(Phase.START), time.monotonic_ns()))
+class PulseReader:
+    """The watcher's side; on the host of the rank, whose monotonic clock it shares.
 
+    Args:
+        path: file to make.
+    """
 
-def read_pulse(path: Path) -> Sign:
-    """The latest sign of life. Both processes must be on one host, whose monotonic clock they share."""
-    count, first_step, step, phase, then_ns = _FORM.unpack(path.read_bytes()[: _FORM.size])
-    return Sign(count, first_step, step, Phase(phase), (time.monotonic_ns() - then_ns) / 1e9)
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._latest = (0, -1, -1, int(Phase.START), time.monotonic_ns(), 0)
+        path.write_bytes(_FORM.pack(*self._latest))
+
+    def read(self) -> Sign:
+        """The latest whole sign of life."""
+        values = _FORM.unpack(self._path.read_bytes())
+        if values[0] == values[-1]:  # else it is being written right now
+            self._latest = values
+        count, first_step, step, phase, then_ns, _ = self._latest
+        return Sign(count, first_step, step, Phase(phase), (time.monotonic_ns() - then_ns) / 1e9)
