@@ -1,20 +1,24 @@
-"""The hosts of the lab tests."""
+"""The hosts of the lab tests, and what local runs compute, which launches over hosts must equal."""
 
-import os
-from collections.abc import Iterator
+import sysconfig
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from stagdist.data.prepare import prepare
+from stagdist.data.tokenizer import byte_tokenizer
 from tests.lab.hosts import Lab
+from tests.lab.launching import GRIDS, run_config
 from tests.lab.wiring import obstacle, sweep
+from tests.launch.runs import launch, losses
 
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """Two hosts; `lab.add_host()` brings up more. Test folders are shared between them.
 
-    Put the marker `lab` on every test that uses it, and `clean_lab` where it disturbs what others need.
+    Put the marker `lab` on every test that uses it; take `clean_lab` where a test disturbs what others need.
     """
     if problem := obstacle():
         pytest.skip(problem)
@@ -31,12 +35,25 @@ def clean_lab(lab: Lab) -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="session")
-def whole_matrix() -> bool:
-    """Whether LAB=all asks for every launcher on every grid."""
-    return os.environ.get("LAB") == "all"
+def lab_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of a byte corpus made from files of the standard library."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    prefix = tmp_path_factory.mktemp("corpus") / "stdlib"
+    prepare([str(path) for path in sorted(library.glob("*.py"))[:40]], str(prefix), byte_tokenizer())
+    return prefix
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder that all hosts see."""
-    return tmp_path
+@pytest.fixture(scope="session")
+def local_losses(tmp_path_factory: pytest.TempPathFactory, lab_corpus: Path) -> Callable[[str], dict[int, float]]:
+    """Losses by step of a grid, run once by `deepspeed --num_accelerators` on this machine."""
+    known: dict[str, dict[int, float]] = {}
+
+    def of(grid: str) -> dict[int, float]:
+        if grid not in known:
+            folder = tmp_path_factory.mktemp(f"local-{grid}")
+            run = launch(folder, run_config(lab_corpus, grid), ranks=2 * GRIDS[grid].slots)
+            assert run.wait() == 0, run.text()
+            known[grid] = losses(folder, "run")
+        return known[grid]
+
+    return of
