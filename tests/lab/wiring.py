@@ -191,6 +191,7 @@ def take_down(record: Record) -> None:
 
     Raises:
         TimeoutError: something in the hosts cannot be ended.
+        RuntimeError: a namespace or the small disk cannot be removed.
     """
     for process in record.hosts.values():
         process.kill()
@@ -203,7 +204,10 @@ def take_down(record: Record) -> None:
                 os.kill(int(pid), signal.SIGKILL)
         time.sleep(0.02)
     for space in record.namespaces:
-        must("ip", "netns", "del", space)
+        with contextlib.suppress(RuntimeError):  # somebody else may be taking the lab down just now
+            must("ip", "netns", "del", space)
+    if left := record.namespaces:
+        raise RuntimeError(f"lab {record.name}: the network namespaces {', '.join(left)} cannot be removed")
     while (record.folder / "disk").is_mount():
         must("umount", str(record.folder / "disk"))
     shutil.rmtree(record.folder, ignore_errors=True)

@@ -1,0 +1,125 @@
+"""Supervised runs in the lab: started as a person would, disturbed, and looked at from outside."""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stagdist.cluster.hostfile import Host, hostfile_text
+from stagdist.cluster.marks import MARK
+from stagdist.telemetry.pulse import PULSE_FILE
+from tests.lab.hosts import Lab
+from tests.lab.inside import Call, HostProcess
+from tests.lab.launching import BIN, VARIABLES
+from tests.launch.runs import PRETRAIN, ROOT, losses, write_config
+
+RUN = ROOT / "launch" / "run.py"
+HANG_TIMEOUT_S = 8.0
+HOST_TIMEOUT_S = 8.0
+
+
+@dataclass
+class Supervised:
+    """One supervised run.
+
+    Attributes:
+        lab: where.
+        folder: shared by the hosts; the run is `folder/runs/run`.
+        launcher: pdsh, openmpi or torchrun.
+        slots: per host.
+        spares: hosts in reserve.
+        options: of launch/run.py, besides the usual ones.
+        script: in place of launch/pretrain.py.
+    """
+
+    lab: Lab
+    folder: Path
+    launcher: str = "pdsh"
+    hosts: Sequence[str] = ("node1", "node2")
+    slots: int = 1
+    spares: Sequence[str] = ()
+    options: Sequence[str] = ()
+    script: Path = PRETRAIN
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.folder / "runs" / "run"
+
+    @property
+    def call(self) -> Call:
+        """The latest start."""
+        return self.calls[-1]
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Start the supervisor on the first host."""
+        path = write_config(self.folder, config)
+        hostfile = self.folder / "hostfile"
+        spares = "".join(f"#spare {host} slots={self.slots}\n" for host in self.spares)
+        hostfile.write_text(hostfile_text(Host(host, self.slots) for host in self.hosts) + spares)
+        words = [sys.executable, str(RUN), "--hostfile", str(hostfile), "--launcher", self.launcher]
+        words += ["--hang-timeout-s", f"{HANG_TIMEOUT_S:g}", "--host-timeout-s", f"{HOST_TIMEOUT_S:g}"]
+        words += [*self.options, "--", str(self.script), "--config", str(path)]
+        shell = {**VARIABLES, "PATH": f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin"}
+        self.calls.append(self.lab.popen(self.hosts[0], words, env=shell, cwd=self.folder))
+
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The history so far, of one kind or all."""
+        try:
+            events: list[dict[str, Any]] = json.loads((self.run / "run.json").read_text())["events"]
+        except FileNotFoundError:
+            return []
+        return [event for event in events if kind in (None, event["event"])]
+
+    def losses(self) -> dict[int, float]:
+        """Training losses by step."""
+        return losses(self.folder, "run")
+
+    def wait_for_step(self, step: int, timeout_s: float = 120.0) -> None:
+        """Return when a step has been logged in the run's file."""
+        self.wait_until(lambda: max(self.losses(), default=0) >= step, f"step {step}", timeout_s)
+
+    def wait_for_event(self, kind: str, number: int = 1, timeout_s: float = 120.0) -> dict[str, Any]:
+        """The event of this kind with this number, counted from 1, once it has happened."""
+        self.wait_until(lambda: len(self.events(kind)) >= number, f"event {kind}", timeout_s)
+        return self.events(kind)[number - 1]
+
+    def wait_until(self, condition: Any, what: str, timeout_s: float) -> None:
+        """Return when something is so; fail with the output when it takes too long or the run has ended."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if self.call.poll() is not None and not condition():
+                raise AssertionError(f"the run ended before {what}:\n{self.call.text()}")
+            assert time.monotonic() < deadline, f"no {what} in {timeout_s:.0f} s:\n{self.call.text()}"
+            time.sleep(0.05)
+
+    def scripts(self) -> dict[int, HostProcess]:
+        """The training processes by rank: what agents have started, not what these have."""
+        found = [one for one in self.lab.processes() if PULSE_FILE in one.environment and one.rank is not None]
+        pids = {one.identity.pid for one in found}
+        return {one.rank: one for one in found if one.parent_outside not in pids and one.rank is not None}
+
+    def signal_script(self, rank: int, number: int) -> None:
+        """Send a signal to a training process."""
+        self.scripts()[rank].signal(number)
+
+    def signal_supervisor(self, number: int) -> None:
+        """Send a signal to the supervisor alone."""
+        self.lab.signal(self.call, number)
+
+    def orphans(self, patience_s: float = 0.0) -> list[HostProcess]:
+        """Processes of the job that are left on the hosts after `patience_s` at most."""
+        deadline = time.monotonic() + patience_s
+        while left := [one for one in self.lab.processes() if MARK in one.environment]:
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.1)
+        return left
+
+
+KILL, STOP, TERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM
