@@ -62,8 +62,8 @@ class Fault:
 
     @property
     def same_again(self) -> tuple[object, ...]:
-        """Equal for two faults that look the same, whatever numbers their text holds."""
-        return (self.kind, self.rank, self.step, self.code, re.sub(r"[\d.]+", "#", self.says))
+        """Equal for two faults that look the same, whatever rank was first and whatever numbers their text holds."""
+        return (self.kind, self.step, self.code, re.sub(r"[\d.]+", "#", self.says.partition(": ")[2]))
 
 
 def steps_done(ranks: Mapping[int, RankView]) -> int:

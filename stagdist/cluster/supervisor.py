@@ -141,7 +141,14 @@ class Supervisor:
         port = plan.launch.master_port
         self._history.note("start", attempt=self._number, hosts=hosts, launcher=plan.launcher, port=port)
         LOG.info("attempt %d with %s on %s", self._number, plan.launcher, ", ".join(hosts))
-        return await Attempt(plan, self._on_line, self._on_step).run(self._stop)
+        try:
+            return await Attempt(plan, self._on_line, self._on_step).run(self._stop)
+        except OSError as error:  # no space for the files of an attempt, no launcher, no free address
+            first = f"first error: {self._fault.says}; then " if self._fault is not None else ""
+            where = f"{error.filename}: " if error.filename else ""
+            raise GaveUpError(
+                f"{first}attempt {self._number} could not start: {where}{error.strerror or error}"
+            ) from error
 
     def _plan(self) -> Plan:
         options = self._options

@@ -4,7 +4,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Supervised:
         spares: hosts in reserve.
         options: of launch/run.py, besides the usual ones.
         script: in place of launch/pretrain.py.
+        variables: of the shell, besides the usual ones.
     """
 
     lab: Lab
@@ -44,6 +45,7 @@ class Supervised:
     spares: Sequence[str] = ()
     options: Sequence[str] = ()
     script: Path = PRETRAIN
+    variables: Mapping[str, str] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
 
     @property
@@ -65,7 +67,7 @@ class Supervised:
         words = [sys.executable, str(RUN), "--hostfile", str(hostfile), "--launcher", self.launcher]
         words += ["--hang-timeout-s", f"{HANG_TIMEOUT_S:g}", "--host-timeout-s", f"{HOST_TIMEOUT_S:g}"]
         words += [*self.options, "--", str(self.script), "--config", str(path)]
-        shell = {**VARIABLES, "PATH": f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin"}
+        shell = {**VARIABLES, **self.variables, "PATH": f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin"}
         self.calls.append(self.lab.popen(self.hosts[0], words, env=shell, cwd=self.folder))
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:

@@ -1,0 +1,70 @@
+"""Command lines of the supervisor's launchers hold nothing that a shell on the hosts could run."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from stagdist.cluster.hostfile import Host
+from stagdist.cluster.launchers import (
+    Launch,
+    Launcher,
+    check_paths,
+    commands,
+    environment_file,
+    launcher_environment,
+)
+from stagdist.errors import ConfigError
+
+LAUNCH = Launch(
+    hosts=(Host("a", 2), Host("b", 1)),
+    master_address="10.0.0.1",
+    master_port=20001,
+    job=Path("/run/job.json"),
+    hostfile=Path("/run/hostfile"),
+    environment_file=Path("/run/env"),
+    mark="m.1",
+    folder=Path("/work"),
+)
+DEEPSPEED: list[Launcher] = ["pdsh", "openmpi"]
+
+
+@pytest.mark.parametrize("launcher", DEEPSPEED)
+def test_deepspeed_starts_one_agent_per_slot_also_on_a_single_host(launcher: Launcher) -> None:
+    (words,) = commands(launcher, LAUNCH)
+    assert {"--force_multi", "/run/hostfile", launcher, "10.0.0.1", "20001"} <= set(words)
+    assert words[-4:] == ["--module", "stagdist.cluster.agent", "--job", "/run/job.json"]
+
+
+def test_torchrun_is_started_on_every_host_with_its_own_number_of_ranks() -> None:
+    lines = [words[-1] for words in commands("torchrun", LAUNCH)]
+    for node, (line, slots) in enumerate(zip(lines, (2, 1), strict=True)):
+        words = shlex.split(line)
+        assert words[words.index("--nproc-per-node") + 1] == str(slots)
+        assert words[words.index("--node-rank") + 1] == str(node)
+        assert "STAGDIST_JOB=m.1" in words
+
+
+@pytest.mark.parametrize("launcher", DEEPSPEED)
+@pytest.mark.parametrize("name", ["PYTHONPATH", "NCCL_DEBUG", "UCX_X", "MLFLOW_X", "MV2_X"])
+def test_variables_that_deepspeed_would_hand_on_unquoted_are_kept_from_it(launcher: Launcher, name: str) -> None:
+    environment = launcher_environment(launcher, LAUNCH, {name: "$(touch hit)", "HOME": "a b", "NCCL_IB": "1"})
+    assert name not in environment
+    assert environment["HOME"] == "a b" and environment["NCCL_IB"] == "1"
+    assert environment["STAGDIST_JOB"] == "m.1" and environment["DS_ENV_FILE"] == "/run/env"
+
+
+def test_the_file_for_deepspeed_holds_what_python_needs_and_nothing_secret() -> None:
+    shell = {"PATH": "/bin", "PYTHONPATH": "/x", "WANDB_API_KEY": "k", "HF_TOKEN": "t", "NCCL_DEBUG": "INFO"}
+    lines = environment_file(LAUNCH, shell).splitlines()
+    assert sorted(lines) == [
+        "MASTER_ADDR=10.0.0.1", "MASTER_PORT=20001", "PATH=/bin", "PYTHONPATH=/x", "STAGDIST_JOB=m.1",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="PYTHONPATH"):
+        environment_file(LAUNCH, {"PYTHONPATH": "`id`"})
+
+
+@pytest.mark.parametrize("path", ["/runs/a b", "/runs/$(id)", "/runs/a;b", "/runs/a'b"])
+def test_paths_that_a_shell_would_split_or_run_are_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match="shell"):
+        check_paths("/fine", path)

@@ -1,0 +1,33 @@
+"""Processes of a job are found by their mark and ended, those of others are not."""
+
+import os
+import subprocess
+import sys
+import time
+
+from stagdist.cluster.marks import MARK, end_marked, marked
+
+
+def sleeper(mark: str | None) -> "subprocess.Popen[bytes]":
+    environment = dict(os.environ) if mark is None else {**os.environ, MARK: mark}
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=environment)
+
+
+def test_every_process_of_a_job_ends_and_no_other() -> None:
+    job = f"test{os.getpid()}"
+    processes = [sleeper(mark) for mark in (f"{job}.1", f"{job}.2", f"{job}0.1", None)]
+    try:
+        deadline = time.monotonic() + 10
+        while len(marked(job)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert {one.pid for one in marked(job)} == {processes[0].pid, processes[1].pid}
+        assert [one.pid for one in marked(f"{job}.2")] == [processes[1].pid]
+        ended, left = end_marked(job)
+        assert {one.pid for one in ended} == {processes[0].pid, processes[1].pid} and left == []
+        assert [process.wait(10) for process in processes[:2]] == [-9, -9]
+        assert [process.poll() for process in processes[2:]] == [None, None]
+        assert end_marked(job) == ([], [])
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

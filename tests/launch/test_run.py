@@ -1,0 +1,208 @@
+"""The supervisor on one machine, through the real launcher, over small scripts that live, fail and hang as told."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from stagdist.cluster.marks import MARK
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = ROOT / "launch" / "run.py"
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+from stagdist.telemetry.pulse import Phase, Pulse
+pulse, rank, folder = Pulse.from_environment(), os.environ["RANK"], Path(sys.argv[-1])
+number = len(list(folder.glob(f"start-{rank}-*")))
+(folder / f"start-{rank}-{number}").touch()
+def steps(first, last):
+    for step in range(first, last + 1):
+        pulse.beat(Phase.STEP, step)
+        time.sleep(0.05)
+"""
+
+
+class Run:
+    """A supervised script in a folder."""
+
+    def __init__(self, folder: Path, body: str, *options: str):
+        self.folder = folder
+        script = folder / "script.py"
+        script.write_text(SCRIPT + body)
+        words = [sys.executable, str(RUN), "--folder", str(folder / "run"), *options, "--", str(script), str(folder)]
+        environment = {
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+        self.process = subprocess.Popen(
+            words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def end(self, timeout_s: float = 90) -> tuple[int, str, str]:
+        """Exit code, output, errors."""
+        try:
+            out, err = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            out, err = self.process.communicate()
+            raise AssertionError(f"still running after {timeout_s} s:\n{out}\n{err}") from None
+        return self.process.returncode, out, err
+
+    def wait_for(self, name: str) -> None:
+        """Until a file of the script is there."""
+        deadline = time.monotonic() + 60
+        while not (self.folder / name).exists():
+            assert self.process.poll() is None and time.monotonic() < deadline, f"no {name}: {self.end(1)}"
+            time.sleep(0.05)
+
+    def events(self) -> list[dict[str, Any]]:
+        """The history."""
+        events: list[dict[str, Any]] = json.loads((self.folder / "run" / "run.json").read_text())["events"]
+        return events
+
+    def left(self, patience_s: float = 0.0) -> list[psutil.Process]:
+        """Processes of the job that still run."""
+        deadline = time.monotonic() + patience_s
+        while left := [one for one in psutil.process_iter() if self._is_ours(one)]:
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.1)
+        return left
+
+    def _is_ours(self, one: psutil.Process) -> bool:
+        try:
+            return MARK in one.environ() and str(self.folder) in " ".join(one.cmdline())
+        except psutil.Error:
+            return False
+
+
+def test_a_script_that_ends_in_order_is_shown_and_kept(tmp_path: Path) -> None:
+    run = Run(tmp_path, "print('rank', rank, 'says hello'); steps(0, 3)")
+    code, out, err = run.end()
+    assert code == 0, err
+    assert out.splitlines() == ["rank 0 says hello"], "rank 0 is shown"
+    (log,) = (tmp_path / "run/logs/attempt_001").glob("rank_00001.*.log")
+    assert log.read_text() == "rank 1 says hello\n", "every rank is kept"
+    assert [event["event"] for event in run.events()][-1] == "finish"
+    assert not run.left() and not list((tmp_path / "run/logs").rglob("job.json"))
+
+
+def test_a_rank_that_dies_is_started_again_with_its_peers(tmp_path: Path) -> None:
+    body = """
+if number == 0:
+    steps(0, 4)
+    if rank == "1": os.kill(os.getpid(), 9)
+    time.sleep(60)
+steps(2, 6)
+"""
+    run = Run(tmp_path, body)
+    code, _, err = run.end()
+    assert code == 0, err
+    assert "rank 1 on" in err and "was killed by SIGKILL" in err
+    faults = [event for event in run.events() if event["event"] == "fault"]
+    resumes = [event for event in run.events() if event["event"] == "resume"]
+    assert [(fault["kind"], fault["rank"], fault["step"]) for fault in faults] == [("exit", 1, 4)]
+    assert [(resume["step"], resume["lost_steps"]) for resume in resumes] == [(0, 0), (2, 2)]
+
+
+def test_a_stuck_rank_is_named_with_its_stack(tmp_path: Path) -> None:
+    body = """
+def deep_inside():
+    time.sleep(60)
+if number == 0:
+    steps(0, 2)
+    if rank == "1":
+        pulse.beat(Phase.FORWARD)
+        deep_inside()
+    pulse.beat(Phase.RECEIVE)
+    time.sleep(60)
+"""
+    run = Run(tmp_path, body, "--hang-timeout-s", "3")
+    code, _, err = run.end()
+    assert code == 0, err
+    (fault,) = [event for event in run.events() if event["event"] == "fault"]
+    assert (fault["kind"], fault["rank"]) == ("stuck", 1) and "in phase forward" in fault["says"]
+    assert any("deep_inside" in line for line in fault["stack"])
+
+
+@pytest.mark.parametrize(
+    ("body", "attempts", "complaint"),
+    [
+        ("print('error: the corpus is gone', file=sys.stderr); sys.exit(2)", 1, "starting again would not help"),
+        ("print('error: no space, 0.%s GB' % number); sys.exit(1)", 2, "the same as the time before"),
+        ("steps(number, number + 1); os.kill(os.getpid(), 9)", 2, "--max-restarts 1 is reached"),
+    ],
+)
+def test_a_run_without_hope_is_given_up_with_its_first_error(
+    tmp_path: Path, body: str, attempts: int, complaint: str
+) -> None:
+    run = Run(tmp_path, body, "--max-restarts", "1" if "max" in complaint else "5")
+    code, _, err = run.end()
+    assert code == 1 and len(list(tmp_path.glob("start-0-*"))) == attempts
+    last = err.splitlines()[-1]
+    assert last.startswith("error: first error: rank") and complaint in last, err
+    assert not run.left()
+
+
+def test_sigterm_makes_the_ranks_end_in_order(tmp_path: Path) -> None:
+    body = """
+import signal
+signal.signal(signal.SIGTERM, lambda *_: ((folder / f"saved-{rank}").touch(), sys.exit(0)))
+(folder / f"ready-{rank}").touch()
+while True: steps(0, 1)
+"""
+    run = Run(tmp_path, body)
+    run.wait_for("ready-0")
+    run.wait_for("ready-1")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end()[0] == 128 + signal.SIGTERM
+    assert (tmp_path / "saved-0").exists() and (tmp_path / "saved-1").exists() and not run.left()
+
+
+def test_a_supervisor_that_is_killed_leaves_nothing_and_a_second_one_is_refused(tmp_path: Path) -> None:
+    body = """
+import signal
+signal.signal(signal.SIGTERM, lambda *_: ((folder / f"asked-{rank}").touch(), time.sleep(1), os._exit(0)))
+(folder / f"ready-{rank}").touch()
+while True: steps(0, 1)
+"""
+    run = Run(tmp_path, body)
+    run.wait_for("ready-0")
+    run.wait_for("ready-1")
+    second = Run(tmp_path, body)
+    code, _, err = second.end()
+    assert code == 2 and "another supervisor is at work" in err.splitlines()[-1]
+    run.process.kill()
+    run.end()
+    assert run.left(15) == []
+    assert (tmp_path / "asked-0").exists() and (tmp_path / "asked-1").exists(), "they were asked to save"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "nothing to run"),
+        (["--", "nowhere.py"], "nowhere.py is no script"),
+        (["--hostfile", "hosts", "--", "launch/pretrain.py", "--config", "configs/quickstart.yaml"], "$(touch hit)"),
+        (["--launcher", "pdsh", "--", "launch/pretrain.py"], "--launcher belongs to --hostfile"),
+        (["--", "launch/pretrain.py", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--num-ranks", "3", "--", "launch/pretrain.py", "--config", "configs/quickstart.yaml"], "3"),
+        (["--", "launch/generate.py"], "--folder"),
+        (["--hang-timeout-s", "nan", "--", "launch/pretrain.py"], "--hang-timeout-s"),
+    ],
+)
+def test_a_wrong_command_is_refused_before_anything_starts(tmp_path: Path, words: list[str], complaint: str) -> None:
+    (tmp_path / "hosts").write_text("$(touch hit) slots=2\n")
+    words = [str(tmp_path / word) if word == "hosts" else word for word in words]
+    done = subprocess.run([sys.executable, str(RUN), *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and complaint in done.stderr.splitlines()[-1], done.stderr
+    assert not (ROOT / "hit").exists()
