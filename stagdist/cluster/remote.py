@@ -5,9 +5,9 @@ import os
 import shlex
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,9 +21,11 @@ SSH_FAILED = 255
 CONNECT_S = 5
 """Seconds that a host has to answer."""
 
+AT_ONCE = 32
+"""Connections that are opened at the same time."""
+
 _KEEP_ALIVE_S = 5
 _GRACE_S = 3.0
-_AT_ONCE = 32
 
 Result = TypeVar("Result")
 
@@ -179,8 +181,31 @@ def _kill(process: "subprocess.Popen[str]") -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def on_all(hosts: Iterable[str], action: Callable[[str], Result]) -> dict[str, Result]:
-    """Do something for every host at the same time; results in the order of the hosts."""
+def on_all(hosts: Iterable[str], action: Callable[[str], Result], at_once: int = AT_ONCE) -> dict[str, Result]:
+    """Do something for every host at the same time; results in the order of the hosts.
+
+    An interruption does not wait for hosts that are silent: what they were asked ends by its own time limit.
+
+    Raises:
+        BaseException: the first of what the actions raised.
+    """
     names = list(hosts)
-    with ThreadPoolExecutor(max_workers=max(1, min(_AT_ONCE, len(names)))) as pool:
-        return dict(zip(names, pool.map(action, names), strict=True))
+    places = threading.Semaphore(at_once)
+    results: dict[str, Result] = {}
+    raised: list[BaseException] = []
+
+    def work(host: str) -> None:
+        with places:
+            try:
+                results[host] = action(host)
+            except BaseException as error:
+                raised.append(error)
+
+    threads = [threading.Thread(target=work, args=(host,), daemon=True) for host in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if raised:
+        raise raised[0]
+    return {host: results[host] for host in names}

@@ -85,3 +85,31 @@ def test_all_hosts_are_asked_at_the_same_time_and_keep_their_order() -> None:
     results = on_all([f"n{index}" for index in range(8)], slowly)
     assert results == {f"n{index}": f"N{index}" for index in range(8)}
     assert time.monotonic() - started < 1.5
+
+
+def test_what_goes_wrong_for_one_host_is_raised_and_few_are_asked_at_once() -> None:
+    running: list[str] = []
+    most = 0
+
+    def count(host: str) -> None:
+        nonlocal most
+        running.append(host)
+        most = max(most, len(running))
+        time.sleep(0.02)
+        running.remove(host)
+        if host == "n3":
+            raise ConfigError("n3 is wrong")
+
+    with pytest.raises(ConfigError, match="n3"):
+        on_all([f"n{index}" for index in range(6)], count, at_once=2)
+    assert most == 2
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        run_here(["true"], 1, folder=tmp_path / "nowhere")
+
+
+def test_variables_are_added_or_replace_all() -> None:
+    assert "PATH=" in run_here(["env"], 5, environment={"V": "1"}).stdout
+    assert run_here(["/usr/bin/env"], 5, only={"V": "1"}).stdout == "V=1\n"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from stagdist.cluster.doctor.facts import Clock, HostFacts
 from stagdist.cluster.doctor.host_probe import MARK
@@ -28,7 +28,8 @@ EXAMINE_S = 90.0
 
 CLOCK_S = 15.0
 CLOCK_ROUNDS = 8
-_CLOCK = "import sys, time\nfor _ in sys.stdin:\n    print(repr(time.time()), flush=True)"
+_CLOCK_MARK = "STAGDIST-CLOCK "
+_CLOCK = f"import sys, time\nfor _ in sys.stdin:\n    print('{_CLOCK_MARK}%r' % time.time(), flush=True)"
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,18 @@ class Reach:
                 sent = time.time()
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.write("\n")  # type: ignore[union-attr]
-                answer = process.stdout.readline()  # type: ignore[union-attr]
+                answer = _marked_line(process.stdout)  # type: ignore[arg-type]
                 received = time.time()
-                if not answer:
+                if answer is None:
                     break
                 samples.append((sent, float(answer), received))
         return clock_from(samples)
+
+
+def _marked_line(stream: IO[str]) -> str | None:
+    """What follows the next mark; a login script may print other lines. None at the end."""
+    line = next((line for line in stream if line.startswith(_CLOCK_MARK)), None)
+    return None if line is None else line.removeprefix(_CLOCK_MARK)
 
 
 def clock_from(samples: Sequence[tuple[float, float, float]]) -> Clock | None:

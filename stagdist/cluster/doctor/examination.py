@@ -20,8 +20,10 @@ from stagdist.cluster.doctor.variables import (
     INTERFACE_NAMES,
     HandedOn,
     common_route,
+    master_address,
     needs_interface,
     read_deepspeed_env,
+    stale_master,
     write_variables,
 )
 from stagdist.cluster.hostfile import Host, read_hostfile
@@ -112,17 +114,19 @@ def _layout(options: Options, hosts: Sequence[Host]) -> tuple[Grid, Path]:
 def _variables(options: Options, hosts: Sequence[Host], survey: Survey) -> tuple[Survey, HandedOn]:
     """What ranks will get; writes it down where that is wanted."""
     facts = survey.facts.values()
+    names = [host.name for host in hosts]
     route = common_route(facts) if hosts and needs_interface(facts) else None
     if options.write_env is None:
         handed = read_deepspeed_env(Path.cwd()) if hosts else HandedOn(_interfaces_of_this_shell())
         mended = False
     else:
-        first = hosts[0].name if hosts else None
-        names, handed = write_variables(options.write_env, first, route)
-        _say(f"{options.write_env} hands on {', '.join(names)}")
+        master = master_address(names, survey.facts) if hosts else None
+        written, handed = write_variables(options.write_env, master, route)
+        _say(f"{options.write_env} hands on {', '.join(written)}")
         mended = route is not None
     interface = handed.variables.get(INTERFACE_NAMES[0])
-    return dataclasses.replace(survey, interface=interface, mended=mended, other=handed.findings), handed
+    other = (*handed.findings, *(stale_master(handed.variables, names, survey.facts) if hosts else ()))
+    return dataclasses.replace(survey, interface=interface, mended=mended, other=other), handed
 
 
 def _interfaces_of_this_shell() -> dict[str, str]:
@@ -146,7 +150,7 @@ def _links(options: Options, hosts: Sequence[Host], grid: Grid, survey: Survey, 
         grid=grid,
         hosts=tuple(hosts),
         launcher=options.launcher,
-        master=working[0] if hosts else "127.0.0.1",
+        master=master_address(working, survey.facts) if hosts else "127.0.0.1",
         port=first.free_port if hosts else free_port(),
         variables=variables,
         limit_s=options.time_limit_s,

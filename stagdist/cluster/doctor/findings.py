@@ -16,6 +16,9 @@ SHM_MIB = 1024
 
 FREE_DISK_MIB = 10 * 1024
 SLOW_DISK_MB_S = 30.0
+FAST_DISK_MB_S = 200.0
+"""From here on nobody asks why another host is faster."""
+
 SLOWER = 3.0
 """How many times slower than the others a disk may be."""
 
@@ -36,6 +39,11 @@ def _answers(survey: Survey) -> Iterator[Finding]:
     for host, reason in survey.silent.items():
         what, _, remedy = reason.partition("; ")
         yield Finding(PROBLEM, "answers", (host,), what, remedy or f"try `ssh {host} true`")
+    for name, count in Counter(fact.hostname for fact in survey.facts.values()).items():
+        if count > 1:
+            same = _where(survey, lambda fact, name=name: fact.hostname == name)  # type: ignore[misc]
+            what = f"all call themselves {name}: one machine listed twice, or clones"
+            yield Finding(NOTE, "answers", same, what, "give each its own name; mpirun tells hosts apart by it")
     gone = _where(survey, lambda fact: not fact.folder)
     if gone:
         what = "the folder from which you start does not exist there, and launchers change to it"
@@ -184,7 +192,11 @@ def _storage(survey: Survey) -> Iterator[Finding]:
     if not well:
         return
     usual = statistics.median(storage.write_mb_s for storage in well.values())
-    slow = tuple(host for host, storage in well.items() if storage.write_mb_s < max(usual / SLOWER, SLOW_DISK_MB_S))
+    slow = tuple(
+        host
+        for host, storage in well.items()
+        if storage.write_mb_s < max(min(usual / SLOWER, FAST_DISK_MB_S), SLOW_DISK_MB_S)
+    )
     if slow:
         what = f"writes {min(well[host].write_mb_s for host in slow):.0f} MB/s (usual here: {usual:.0f})"
         yield Finding(NOTE, "write speed", slow, what, "every save will wait for it")

@@ -191,9 +191,16 @@ class Meter:
 
 
 def measure(grid: Grid, world: World, largest_bytes: int, timeout_s: float) -> Links | None:
-    """Join the ranks and measure; rank 0 gets the whole."""
+    """Join the ranks and measure; rank 0 gets the whole.
+
+    Raises:
+        ConfigError: there are fewer devices than ranks on this host.
+        TransportError: the ranks did not meet.
+    """
     import torch
     import torch.distributed as dist
+
+    from stagdist.parallel.rendezvous import join_world
 
     timeout = timedelta(seconds=timeout_s)
     cuda = torch.cuda.is_available()
@@ -205,7 +212,7 @@ def measure(grid: Grid, world: World, largest_bytes: int, timeout_s: float) -> L
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    join_world(device.type, timeout_s)
     try:
         meter = Meter(grid, world.rank, device, largest_bytes)
         name = torch.cuda.get_device_name(device) if cuda else "cpu"

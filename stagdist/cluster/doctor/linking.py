@@ -98,7 +98,7 @@ def deepspeed_words(plan: Plan, hostfile: Path) -> list[str]:
 
 def _deepspeed(plan: Plan, scratch: Path) -> Finished:
     hostfile = scratch / "hostfile"
-    environment = launcher_environment()
+    environment = launcher_environment() if plan.hosts else dict(os.environ)
     variables = dict(plan.variables)
     if plan.hosts:
         hostfile.write_text(hostfile_text(plan.hosts))
@@ -118,7 +118,7 @@ def _torchrun(plan: Plan) -> list[Finished]:
         words += ["--master-addr", plan.master, "--master-port", str(plan.port), "-m", *probe_words(plan)]
         return run_on(host, words, plan.limit_s + GRACE_S, folder=ROOT, environment=plan.variables)
 
-    return list(on_all([host.name for host in plan.hosts], start).values())
+    return list(on_all([host.name for host in plan.hosts], start, at_once=len(plan.hosts)).values())
 
 
 def read_output(text: str, outputs: Sequence[Finished]) -> Links:

@@ -174,5 +174,6 @@ def report(survey: Survey, found: Sequence[Finding]) -> str:
     if found:
         parts.append("".join(f"{finding}\n" for finding in found))
     problems = sum(finding.level == PROBLEM for finding in found)
-    parts.append(f"verdict: {f'{problems} problems, mend them before a long run' if problems else 'fine'}\n")
+    count = "1 problem" if problems == 1 else f"{problems} problems"
+    parts.append(f"verdict: {f'{count} to mend before a long run' if problems else 'fine'}\n")
     return "\n".join(parts)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,12 +96,34 @@ def needs_interface(facts: Iterable[HostFacts]) -> list[str]:
     return [fact.hostname for fact in facts if fact.own_interface in (None, "lo")]
 
 
-def write_variables(path: Path, first_host: str | None, interface: str | None) -> tuple[list[str], HandedOn]:
+def master_address(hosts: Sequence[str], facts: Mapping[str, HostFacts]) -> str:
+    """What ranks call the first host: its name, or its address where the name means something else to itself."""
+    first = hosts[0]
+    own = facts[first].addresses.get(first) if first in facts else None
+    if own is not None and own.startswith("127."):
+        for host in hosts[1:]:
+            seen = facts[host].addresses.get(first) if host in facts else None
+            if seen is not None and not seen.startswith("127."):
+                return seen
+    return first
+
+
+def stale_master(variables: Mapping[str, str], hosts: Sequence[str], facts: Mapping[str, HostFacts]) -> list[Finding]:
+    """Whether the file speaks of another first host than the hostfile; Open MPI's ranks would go there."""
+    told = variables.get("MASTER_ADDR")
+    right = {hosts[0]} | {fact.addresses.get(hosts[0]) for fact in facts.values()}
+    if told is None or told in right:
+        return []
+    what = f"{DEEPSPEED_ENV} says MASTER_ADDR={told}, but the first host is {hosts[0]}"
+    return [Finding(PROBLEM, ROW, (), what, WRITE)]
+
+
+def write_variables(path: Path, master: str | None, interface: str | None) -> tuple[list[str], HandedOn]:
     """Generate the file from this shell's variables.
 
     Args:
         path: of the file; the private one is written beside it where it is needed.
-        first_host: name of the host of rank 0; None for this machine alone.
+        master: address of rank 0; None for this machine alone.
         interface: for gloo and nccl, where they would find a wrong one; what the shell says counts more.
 
     Returns: the names handed on, and what ranks will get.
@@ -110,8 +132,8 @@ def write_variables(path: Path, first_host: str | None, interface: str | None) -
         ConfigError: something cannot be handed on or written.
     """
     environment = dict(os.environ)
-    if first_host is not None:
-        environment["MASTER_ADDR"] = first_host
+    if master is not None:
+        environment["MASTER_ADDR"] = master
         environment.setdefault("MASTER_PORT", "29500")
     if interface is not None:
         for name in INTERFACE_NAMES:

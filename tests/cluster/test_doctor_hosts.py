@@ -1,0 +1,151 @@
+"""What a host tells of itself, and how it is asked."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stagdist.cluster.doctor import host_probe, names, storage
+from stagdist.cluster.doctor.asking import Reach, ask_all
+from stagdist.cluster.doctor.facts import HostFacts
+from stagdist.errors import TransportError
+from tests.cluster.doctor_cases import facts
+
+
+def executable(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def pretended_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An `ssh` that runs its last word here; `dead` does not answer, `noisy` greets first, `broken` has no Python."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    executable(
+        folder / "ssh",
+        f"""#!/bin/bash
+host="${{@: -2:1}}"; line="${{@: -1}}"
+case $host in
+  dead) echo "ssh: connect to host dead port 22: No route to host" >&2; exit 255;;
+  noisy) echo "Welcome to noisy!";;
+  broken) line="${{line//{sys.executable}//nowhere/python}}";;
+  bare) line="${{line/cd -- /cd -- /nowhere}}";;
+esac
+exec /bin/sh -c "$line"
+""",
+    )
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return tmp_path
+
+
+def test_facts_survive_json() -> None:
+    healthy = facts()
+    assert HostFacts.from_json(json.loads(json.dumps(healthy.to_json()))) == healthy
+    assert HostFacts.from_json(json.loads(json.dumps(facts(storage=None).to_json()))) == facts(storage=None)
+
+
+def test_hosts_are_examined_and_leave_nothing_behind(pretended_hosts: Path) -> None:
+    kept = pretended_hosts / "new" / "checkpoints"
+    answers = ask_all(["node1", "noisy", "dead", "broken", "bare"], Reach(), pretended_hosts, kept, 8)
+    assert list(answers.facts) == ["node1", "noisy"]
+    told = answers.facts["noisy"]
+    assert told.hostname == socket.gethostname() and told.packages["torch"]
+    assert told.folder and told.code == answers.facts["node1"].code
+    assert told.storage is not None and told.storage.write_mb_s > 0 and not told.storage.problem
+    assert answers.seen == {host: {"node1": True, "noisy": True} for host in ("node1", "noisy")}
+    assert abs(answers.clocks["node1"].offset_s) <= answers.clocks["node1"].error_s + 0.001
+    assert "No route to host" in answers.silent["dead"] and "try `ssh dead true`" in answers.silent["dead"]
+    assert "same paths on every host" in answers.silent["broken"]
+    assert "same paths on every host" in answers.silent["bare"]
+    assert not (pretended_hosts / "new").exists()
+
+
+def test_a_greeting_alone_is_no_clock(pretended_hosts: Path) -> None:
+    assert Reach().clock("dead") is None
+    assert Reach().clock("noisy") is not None
+
+
+def test_an_examination_that_fails_says_how_to_see_it(pretended_hosts: Path) -> None:
+    with pytest.raises(TransportError, match="its examination failed .*KeyError.*run `"):
+        Reach().ask("node1", {"action": "nonsense"})
+
+
+def test_a_folder_that_is_there_stays_with_what_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "step_00000001").mkdir()
+    kept = storage.write(tmp_path, "t", "node1", "secret", 4)
+    assert (kept.problem, kept.created) == ("", ())
+    assert storage.read(tmp_path, "t", ["node1"]) == {"node1": "secret"}
+    storage.clean(tmp_path, "t", list(kept.created))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_a_file_that_does_not_appear_is_waited_for_and_then_told(tmp_path: Path) -> None:
+    storage.write(tmp_path, "t", "node1", "secret", 4)
+    started = time.monotonic()
+    assert storage.read(tmp_path, "t", ["node1", "node2"], patience_s=0.5) == {"node1": "secret", "node2": None}
+    assert 0.5 <= time.monotonic() - started < 3
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    kept = storage.write(tmp_path / "file" / "runs", "t", "node1", "secret", 4)
+    assert "Not a directory" in kept.problem
+
+
+def test_a_change_of_any_source_file_changes_the_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.py").write_text("1")
+    before = host_probe.fingerprint(tmp_path)
+    (tmp_path / "a" / "x.txt").write_text("1")
+    assert host_probe.fingerprint(tmp_path) == before
+    (tmp_path / "a" / "x.py").write_text("2")
+    changed = host_probe.fingerprint(tmp_path)
+    (tmp_path / "a" / "x.py").rename(tmp_path / "a" / "y.py")
+    assert len({before, changed, host_probe.fingerprint(tmp_path)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("script", "devices", "driver"),
+    [
+        ("echo '570.1, 81559, 81000, NVIDIA H100, 80GB'; echo '570.1, 81559, 7, NVIDIA H100, 80GB'", 2, "570.1"),
+        ("echo '580.2, [N/A], [N/A], NVIDIA GB10'", 1, "580.2"),
+        ("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18", 0, "failed: Failed to initi"),
+        ("exit 9", 0, "failed: exit code 9"),
+    ],
+)
+def test_devices_come_from_nvidia_smi(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, devices: int, driver: str
+) -> None:
+    executable(tmp_path / "nvidia-smi", f"#!/bin/sh\n{script}\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found, version = host_probe.gpus()
+    assert len(found) == devices and version is not None and version.startswith(driver)
+    if devices == 2:
+        assert [(one.name, one.free_mib) for one in found] == [("NVIDIA H100, 80GB", 81000), ("NVIDIA H100, 80GB", 7)]
+
+
+def test_memory_is_read_in_mib() -> None:
+    assert host_probe.memory_mib("MemTotal:  2097152 kB\nMemFree: 1 kB\nMemAvailable:  1048576 kB\n") == (2048, 1024)
+
+
+def test_names_addresses_and_routes_of_this_machine() -> None:
+    known = names.interfaces()
+    assert "127.0.0.1" in known["lo"]
+    assert names.address_of("localhost") in ("127.0.0.1", "::1")
+    assert names.address_of("no-such-host.invalid") is None
+    assert names.route_to("127.0.0.1", known) == "lo"
+    assert names.route_to(None, known) is None
+    with socket.socket() as listener:
+        listener.bind(("", names.free_port()))
+
+
+def test_the_probe_imports_no_framework() -> None:
+    code = f"import sys, {host_probe.__name__}; print([n for n in ('torch', 'deepspeed', 'numpy') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")

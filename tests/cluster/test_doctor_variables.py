@@ -1,0 +1,109 @@
+"""What ranks will get of the environment: read as DeepSpeed reads it, refused where a shell could run it."""
+
+from pathlib import Path
+
+import pytest
+
+from stagdist.cluster.doctor.facts import NOTE, PROBLEM
+from stagdist.cluster.doctor.variables import (
+    PRIVATE_NAME,
+    common_route,
+    launcher_environment,
+    master_address,
+    read_deepspeed_env,
+    stale_master,
+    write_variables,
+)
+from stagdist.cluster.exports import PRIVATE_FILE, load_private
+from stagdist.errors import ConfigError
+from tests.cluster.doctor_cases import facts
+
+
+def test_the_file_in_the_folder_overrules_the_one_at_home(tmp_path: Path) -> None:
+    home, folder = tmp_path / "home", tmp_path / "folder"
+    for place, text in ((home, "NCCL_DEBUG=INFO\nHF_HOME=/a\n"), (folder, "HF_HOME=/b\n")):
+        place.mkdir()
+        (place / ".deepspeed_env").write_text(text)
+    handed = read_deepspeed_env(folder, {"HOME": str(home)})
+    assert (handed.variables, handed.findings) == ({"NCCL_DEBUG": "INFO", "HF_HOME": "/b"}, ())
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("", "DeepSpeed would fail on it"),
+        ("# a comment", "DeepSpeed would fail on it"),
+        ("export A=1", "DeepSpeed would fail on it"),
+        ("HF_HOME=$(touch /tmp/x)", "would split or run"),
+        ("HF_HOME=a b", "would split or run"),
+        ("X;touch=1", "DeepSpeed would fail on it"),
+        ("WANDB_API_KEY=0123", "process lists of all hosts"),
+    ],
+)
+def test_a_line_that_harms_is_a_problem_and_is_not_handed_on(tmp_path: Path, line: str, complaint: str) -> None:
+    (tmp_path / ".deepspeed_env").write_text(f"A=1\n{line}\nB=2\n")
+    handed = read_deepspeed_env(tmp_path, {"HOME": str(tmp_path)})
+    assert handed.variables == {"A": "1", "B": "2"}
+    (found,) = handed.findings
+    assert found.level == PROBLEM and "line 2" in found.what and complaint in found.what
+    assert "0123" not in str(found)
+
+
+def test_without_a_file_the_variables_that_stay_behind_are_noted(tmp_path: Path) -> None:
+    shell = {"HOME": str(tmp_path), "PATH": "/bin", "NCCL_DEBUG": "INFO", "HF_HOME": "/a", "WANDB_API_KEY": "k"}
+    (found,) = read_deepspeed_env(tmp_path, shell).findings
+    # DeepSpeed hands on NCCL's by itself.
+    assert found.level == NOTE and found.what.endswith("will not see HF_HOME, WANDB_API_KEY")
+    assert read_deepspeed_env(tmp_path, {"HOME": str(tmp_path), "PATH": "/bin"}).findings == ()
+
+
+def test_the_written_file_is_read_back_and_secrets_lie_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123")
+    monkeypatch.setenv("HF_HOME", "/a folder")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    names, handed = write_variables(tmp_path / ".deepspeed_env", "node1", "eth0")
+    assert {"WANDB_API_KEY", "HF_HOME", "GLOO_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT"} <= set(names)
+    assert handed.findings == () and "0123" not in (tmp_path / ".deepspeed_env").read_text()
+    assert handed.variables["MASTER_ADDR"] == "node1"
+    assert handed.variables["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert handed.variables["NCCL_SOCKET_IFNAME"] == "ib0"  # what the shell says counts more
+    there = dict(handed.variables)
+    assert there[PRIVATE_FILE] == str(tmp_path / PRIVATE_NAME)
+    load_private(there)
+    assert (there["WANDB_API_KEY"], there["HF_HOME"]) == ("0123", "/a folder")
+
+
+def test_both_files_are_kept_out_of_git() -> None:
+    ignored = (Path(__file__).parents[2] / ".gitignore").read_text().split()
+    assert {".deepspeed_env", PRIVATE_NAME} <= set(ignored)
+
+
+def test_the_first_host_is_called_as_the_others_reach_it() -> None:
+    healthy = {f"node{number}": facts(number) for number in (1, 2)}
+    assert master_address(["node1", "node2"], healthy) == "node1"
+    own = {"node1": "127.0.1.1", "node2": "10.0.0.2"}
+    assert master_address(["node1", "node2"], healthy | {"node1": facts(1, addresses=own)}) == "10.0.0.1"
+
+
+def test_a_file_that_names_another_first_host_is_a_problem() -> None:
+    known = {"node1": facts(1), "node2": facts(2)}
+    for told in ({}, {"MASTER_ADDR": "node1"}, {"MASTER_ADDR": "10.0.0.1"}):
+        assert stale_master(told, ["node1", "node2"], known) == []
+    (found,) = stale_master({"MASTER_ADDR": "node9"}, ["node1", "node2"], known)
+    assert found.level == PROBLEM and "node9" in found.what
+
+
+def test_the_interface_is_common_only_where_all_call_it_alike() -> None:
+    assert common_route([facts(1), facts(2)]) == "eth0"
+    assert common_route([facts(1), facts(2, route="ens1")]) is None
+    assert common_route([facts(1, route=None), facts(2, route=None)]) is None
+
+
+def test_nothing_of_this_shell_becomes_a_command_through_the_launcher() -> None:
+    shell = {"PATH": "/bin", "NCCL_X": "$(id)", "MLFLOW_TRACKING_TOKEN": "t", "UCX_TLS": "tcp", "PS1": "$(x)"}
+    assert launcher_environment(shell) == {"PATH": "/bin", "UCX_TLS": "tcp", "PS1": "$(x)"}
+    with pytest.raises(ConfigError, match="PYTHONPATH"):
+        launcher_environment({"PYTHONPATH": "/a;touch x"})
