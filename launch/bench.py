@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Benchmarks: `python launch/bench.py train --json FILE`, `deepspeed --num_accelerators 2 launch/bench.py decode`.
 
-`train` and `memory` start their own processes on this machine; `decode` runs on those that a launcher started.
+`decode` runs on the processes that a launcher started; the others start their own on this machine.
 """
 
 import argparse
@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 BENCHMARKS = {
     "train": "speed of training: pipeline against one process, its bound and torch.distributed.pipelining",
     "memory": "memory of training: the dry run's plan against the peak of real ranks",
+    "save": "what saving costs training: waiting for the disk against writing beside the training",
+    "conversions": "memory of every verb of tools/convert_checkpoint.py on checkpoints of 2 GB",
     "decode": "speed of decoding: staggered sections against the sequential baseline, rivals and the bound",
 }
 LAUNCHED = "decode"
@@ -26,6 +28,8 @@ examples:
   python launch/bench.py train --one-process --config configs/pythia-410m-staggered.yaml \\
       --set training.precision=bf16 --json runs/gpu.json
   python launch/bench.py memory --json benchmarks/memory.json
+  python launch/bench.py save --json benchmarks/save.json
+  python launch/bench.py conversions --json benchmarks/conversion-memory.json
   deepspeed --num_accelerators 2 launch/bench.py decode --json benchmarks/decode.json --timeline runs/decode.png
   deepspeed --num_accelerators 2 launch/bench.py decode --sweep contexts=64,256,1024 delays_ms=0,2,5,10
 """

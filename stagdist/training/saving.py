@@ -108,6 +108,7 @@ class Saver:
         self._checkpoints = Path(config.folder) / "checkpoints"
         self._copies = HostCopies()
         self._under_way: _Save | None = None
+        self._pruning: threading.Thread | None = None
 
     @property
     def under_way(self) -> bool:
@@ -161,8 +162,7 @@ class Saver:
             dist.all_gather_object(gathered, records, group=self._groups.control)
             everything = {file: record for part in gathered for file, record in part.items()}
             self._on_every_rank(lambda: _finish(save.staged, save.final, everything))
-        if dist.get_rank() == 0:
-            _prune(self._checkpoints, self._config.checkpoint.keep_last, save.final)
+        self._prune(save)
         total_s, beside = time.perf_counter() - save.started, ""
         if isinstance(save.written, BackgroundWrite):
             beside = f", beside the training but for {save.paused_s:.2f} s"
@@ -173,6 +173,20 @@ class Saver:
         save, self._under_way = self._under_way, None
         if save is not None and isinstance(save.written, BackgroundWrite):
             save.written.give_up(GIVE_UP_S)
+        if self._pruning is not None:
+            self._pruning.join(GIVE_UP_S)
+
+    def _prune(self, save: _Save) -> None:
+        """Remove old checkpoints, which takes a file system a while: beside the training, where the save was."""
+        if dist.get_rank() != 0:
+            return
+        if self._pruning is not None:
+            self._pruning.join()
+        arguments = self._checkpoints, self._config.checkpoint.keep_last, save.final
+        self._pruning = threading.Thread(target=_prune, args=arguments, name="checkpoint-pruner", daemon=True)
+        self._pruning.start()
+        if not isinstance(save.written, BackgroundWrite):
+            self._pruning.join()
 
     def _wait_for_earlier(self, step: int) -> None:
         if self._under_way is None:

@@ -1,0 +1,231 @@
+"""What the ranks of the tests of saving do: save beside the training, with and without faults, and report."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch.distributed as dist
+from torch import Tensor
+
+from stagdist.checkpoint.training_directory import COMPLETE, FileRecord, TrainingState, damage, read_complete
+from stagdist.config import RunConfig
+from stagdist.errors import CheckpointError
+from stagdist.parallel.groups import Groups
+from stagdist.training import file_writing
+from stagdist.training.agreement import Writing
+from stagdist.training.engine import SectionEngine, build_engine
+from stagdist.training.host_copies import HostCopies
+from stagdist.training.saving import Saver, save_checkpoint
+from tests.training.parity_cases import LEARNING_RATES, Case
+from tests.training.parity_worker import micro_batches
+from tests.training.worlds import World
+
+TIMEOUT_S = 60.0
+BROKEN_RANK = 1
+
+
+@dataclass
+class SavingReport:
+    """What one rank saw.
+
+    Attributes:
+        error: of the save that was meant to fail, as text.
+        votes: that this rank gave, in order.
+        listed: entries of the checkpoints folder, sorted.
+        most_at_once: files that were written at the same time.
+        seconds: of the calls, by name.
+        log: messages of `stagdist.training.saving`.
+    """
+
+    error: str = ""
+    votes: list[Writing] = field(default_factory=list)
+    listed: list[str] = field(default_factory=list)
+    most_at_once: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+
+
+class Rank:
+    """An engine of one case, trained one round, and its saver."""
+
+    def __init__(self, case: Case, groups: Groups, folder: Path):
+        self.case, self.groups = case, groups
+        self.config: RunConfig = case.config().model_copy(update={"runs_directory": str(folder)})
+        self.engine: SectionEngine = build_engine(self.config, groups)
+        self.saver, self.report = Saver(self.engine, groups, self.config), SavingReport()
+        self.train()
+
+    def train(self) -> None:
+        """The steps of the case."""
+        for rate, (tokens, labels) in zip(LEARNING_RATES, self.case.batches(), strict=True):
+            self.engine.set_learning_rate(rate)
+            self.engine.train_batch(micro_batches(self.case, self.groups, tokens, labels))
+
+    def state(self, step: int) -> TrainingState:
+        """A position in the run; only the step matters."""
+        grid = self.groups.grid
+        return TrainingState(step, 8 * step, 800, (grid.pipe, grid.data, grid.tensor))
+
+    def timed(self, name: str, action: Callable[[], object]) -> None:
+        """Run and keep the seconds."""
+        started = time.perf_counter()
+        action()
+        self.report.seconds[name] = time.perf_counter() - started
+
+    def failing(self, action: Callable[[], object]) -> None:
+        """Run what must fail on every rank."""
+        try:
+            action()
+        except CheckpointError as error:
+            assert error.everywhere
+            self.report.error = str(error)
+
+    def look(self) -> SavingReport:
+        """The report, with what is on the disk now."""
+        self.saver.close()
+        dist.barrier(group=self.groups.control)
+        checkpoints = Path(self.config.folder) / "checkpoints"
+        self.report.listed = sorted(path.name for path in checkpoints.iterdir())
+        for path in checkpoints.glob("step_*"):
+            records = read_complete(path)
+            assert damage(path, sorted(records), records) is None, f"{path / COMPLETE} does not match its files"
+        dist.barrier(group=self.groups.control)
+        return self.report
+
+
+def run_scenarios(payload: tuple[list[Case], Path]) -> dict[str, SavingReport]:
+    """Every scenario on a case's grid in one world; reports by the scenario's name. `payload`: cases, shared folder."""
+    cases, folder = payload
+    world, reports = World(TIMEOUT_S), {}
+    for case in cases:
+        groups = world.groups(case.grid)
+        for name, scenario in SCENARIOS.items():
+            rank = Rank(case, groups, folder / case.name.replace(" ", "-") / name.replace(" ", "-"))
+            with _logged(rank.report.log):
+                scenario(rank)
+            reports[f"{case.name}: {name}"] = rank.look()
+    return reports
+
+
+def same_content(rank: Rank) -> None:
+    """A synchronous save beside an asynchronous one of the same moment, twice; training goes on meanwhile."""
+    for step in (1, 2):
+        twin = rank.config.model_copy(update={"name": f"{rank.config.name}-synchronous"})
+        save_checkpoint(rank.engine, rank.groups, twin, rank.state(step))
+        with _slow(rank.report, 0.3):
+            rank.saver.save(rank.state(step))
+            rank.report.votes.append(rank.saver.vote())
+            rank.train()  # changes every tensor in place
+            rank.saver.finish()
+
+
+def one_at_a_time(rank: Rank) -> None:
+    """A save that comes while the files of another one are written."""
+    with _slow(rank.report, 0.4):
+        rank.timed("first", lambda: rank.saver.save(rank.state(1)))
+        rank.timed("second", lambda: rank.saver.save(rank.state(2)))
+        rank.timed("finish", rank.saver.finish)
+
+
+def waited_for(rank: Rank) -> None:
+    """`wait` and `asynchronous: false` leave nothing under way."""
+    rank.saver.save(rank.state(1), wait=True)
+    assert not rank.saver.under_way
+    checkpoint = rank.config.checkpoint.model_copy(update={"asynchronous": False})
+    Saver(rank.engine, rank.groups, rank.config.model_copy(update={"checkpoint": checkpoint})).save(rank.state(2))
+
+
+def _with_broken_writer(error: Exception) -> Callable[[Rank], None]:
+    def scenario(rank: Rank) -> None:
+        rank.saver.save(rank.state(1), wait=True)
+
+        def broken(content: object, path: Path, given_up: threading.Event) -> FileRecord:
+            raise error
+
+        if dist.get_rank() == BROKEN_RANK:
+            with patch.object(file_writing, "write_file", broken):
+                rank.saver.save(rank.state(2))
+                _wait_until(lambda: rank.saver.vote() is Writing.FAILED)
+        else:
+            with _slow(rank.report, 60.0):  # must be given up, not waited for
+                rank.saver.save(rank.state(2))
+                _wait_until(lambda: rank.report.most_at_once == 1)
+        rank.report.votes.append(rank.saver.vote())
+        dist.barrier(group=rank.groups.control)
+        rank.timed("finish", lambda: rank.failing(rank.saver.finish))
+
+    return scenario
+
+
+def no_memory(rank: Rank) -> None:
+    """The copy to host memory fails on one rank."""
+
+    def full(copies: HostCopies, tensor: Tensor, key: object) -> Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    rank.saver.save(rank.state(1), wait=True)
+    if dist.get_rank() == BROKEN_RANK:
+        with patch.object(HostCopies, "_copy", full):
+            rank.failing(lambda: rank.saver.save(rank.state(2)))
+    else:
+        rank.failing(lambda: rank.saver.save(rank.state(2)))
+
+
+SCENARIOS: dict[str, Callable[[Rank], None]] = {
+    "same content": same_content,
+    "one at a time": one_at_a_time,
+    "waited for": waited_for,
+    "disk full": _with_broken_writer(OSError(28, "No space left on device")),
+    "writer broke": _with_broken_writer(ZeroDivisionError("planted")),
+    "no memory": no_memory,
+}
+
+
+@contextmanager
+def _slow(report: SavingReport, seconds: float) -> Iterator[None]:
+    """Every file takes at least `seconds` in the background, unless it is given up; counts how many are written."""
+    original, lock, now = file_writing.write_file, threading.Lock(), [0]
+
+    def slow(content: object, path: Path, given_up: threading.Event) -> FileRecord:
+        with lock:
+            now[0] += 1
+            report.most_at_once = max(report.most_at_once, now[0])
+        try:
+            given_up.wait(seconds)
+            return original(content, path, given_up)
+        finally:
+            with lock:
+                now[0] -= 1
+
+    with patch.object(file_writing, "write_file", slow):
+        yield
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@contextmanager
+def _logged(lines: list[str]) -> Iterator[None]:
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, handler = logging.getLogger("stagdist.training.saving"), Keep()
+    logger.addHandler(handler)
+    level: Any = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
