@@ -8,6 +8,7 @@ import pytest
 
 from stagdist.data.prepare import prepare
 from stagdist.data.tokenizer import byte_tokenizer
+from tests.lab.faults import supervised_config
 from tests.lab.hosts import Lab
 from tests.lab.launching import GRIDS, run_config
 from tests.lab.wiring import obstacle, sweep
@@ -34,6 +35,12 @@ def clean_lab(lab: Lab) -> Iterator[Lab]:
     lab.reset()
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that all hosts see, for the test alone."""
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def lab_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prefix of a byte corpus made from files of the standard library."""
@@ -52,6 +59,22 @@ def local_losses(tmp_path_factory: pytest.TempPathFactory, lab_corpus: Path) -> 
         if grid not in known:
             folder = tmp_path_factory.mktemp(f"local-{grid}")
             run = launch(folder, run_config(lab_corpus, grid), ranks=2 * GRIDS[grid].slots)
+            assert run.wait() == 0, run.text()
+            known[grid] = losses(folder, "run")
+        return known[grid]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def supervised_losses(tmp_path_factory: pytest.TempPathFactory, lab_corpus: Path) -> Callable[[str], dict[int, float]]:
+    """The same of the longer runs that are disturbed."""
+    known: dict[str, dict[int, float]] = {}
+
+    def of(grid: str) -> dict[int, float]:
+        if grid not in known:
+            folder = tmp_path_factory.mktemp(f"undisturbed-{grid}")
+            run = launch(folder, supervised_config(lab_corpus, grid), ranks=2 * GRIDS[grid].slots)
             assert run.wait() == 0, run.text()
             known[grid] = losses(folder, "run")
         return known[grid]
