@@ -10,6 +10,8 @@ from stagdist.cluster.control import RankView
 
 FaultKind = Literal["exit", "stuck", "silent", "missing", "launcher"]
 
+_ERROR = "error: "
+
 MENDED_BY_A_PERSON = 2
 """Exit code of a script that says: trying again will not help."""
 
@@ -76,7 +78,7 @@ def find_exit(ranks: Mapping[int, RankView]) -> Fault | None:
     failed = [view for view in ranks.values() if view.exit_code not in (None, 0) and not view.ended_by_us]
     if not failed:
         return None
-    first = min(failed, key=lambda view: (is_consequence(view), view.exited_at))
+    first = min(failed, key=lambda view: (is_consequence(view), not _explains(view), view.exited_at))
     stopped = _most_stuck([view for view in ranks.values() if view.exit_code is None and view.process in "TtD"])
     if is_consequence(first) and stopped is not None:
         return _stuck(stopped, 0.0, steps_done(ranks))
@@ -92,10 +94,15 @@ def is_consequence(view: RankView) -> bool:
     return any(sign in error_line(view.tail) for sign in _LOST_PEER)
 
 
+def _explains(view: RankView) -> bool:
+    """Whether it says why it ended: of an error that all ranks meet, one of them speaks."""
+    return (view.exit_code or 0) < 0 or any(line.startswith(_ERROR) for line in view.tail)
+
+
 def error_line(tail: Sequence[str]) -> str:
     """The line that says what went wrong: the last that begins with `error:`, else the last of all."""
-    errors = [line for line in tail if line.startswith("error: ")]
-    return (errors or list(tail) or ["it wrote nothing"])[-1].strip().removeprefix("error: ")
+    errors = [line for line in tail if line.startswith(_ERROR)]
+    return (errors or list(tail) or ["it wrote nothing"])[-1].strip().removeprefix(_ERROR)
 
 
 def how_it_ended(view: RankView) -> str:

@@ -45,6 +45,12 @@ def test_of_two_errors_of_their_own_the_earlier_is_the_first() -> None:
     assert fault is not None and fault.says == "rank 1 on node1 ended with code 1: a" and fault.own
 
 
+def test_of_an_error_that_all_meet_the_rank_that_speaks_is_shown() -> None:
+    ranks = by_rank(ended(0, 1, 100.5, ("error: not finite",)), ended(1, 1, 100.0, ("[W1123] socket warning",)))
+    fault = find_exit(ranks)
+    assert fault is not None and fault.rank == 0 and "not finite" in fault.says
+
+
 def test_ranks_that_we_or_the_launcher_ended_are_no_first_error() -> None:
     assert find_exit(by_rank(ended(0, -9, 100.0, by_us=True))) is None
     fault = find_exit(by_rank(ended(0, -signal.SIGTERM, 100.0), ended(1, 1, 100.5, ("error: x",))))

@@ -1,0 +1,69 @@
+"""Supervised runs over several hosts: a handful of faults, what can be seen of secrets, and who listens where.
+
+All faults under all launchers: `make faults`.
+"""
+
+import ipaddress
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.lab.faults import FAULTS, Drill, problems, supervised_config
+from tests.lab.hosts import Lab
+from tests.lab.supervised import Supervised
+
+pytestmark = pytest.mark.lab
+NAMED = {fault.name: fault for fault in FAULTS}
+SECRET = "s3cret-value-that-nobody-may-see"
+NASTY = "it's a $(touch /var/tmp/stagdist-hit) `touch /var/tmp/stagdist-hit`; touch /var/tmp/stagdist-hit"
+
+LocalLosses = Callable[[str], dict[int, float]]
+
+
+@pytest.mark.parametrize(
+    ("fault", "launcher"),
+    [("kill_rank_1", "pdsh"), ("power_off_spare", "torchrun"), ("sigkill_supervisor", "openmpi")],
+)
+def test_a_run_survives_or_ends_in_order(
+    clean_lab: Lab,
+    lab_corpus: Path,
+    supervised_losses: LocalLosses,
+    tmp_path: Path,
+    fault: str,
+    launcher: str,
+) -> None:
+    reference = {grid: supervised_losses(grid) for grid in ("pipe2",)}
+    entry = Drill(clean_lab, NAMED[fault], launcher, tmp_path, lab_corpus, reference).measure()
+    assert problems(NAMED[fault], entry) == [], entry
+
+
+def test_secrets_are_seen_nowhere_values_run_nothing_and_sockets_listen_where_they_must(
+    clean_lab: Lab, lab_corpus: Path, tmp_path: Path
+) -> None:
+    variables = {"WANDB_API_KEY": SECRET, "WANDB_NOTES": NASTY, "PYTHONDONTWRITEBYTECODE": "1", "NCCL_NASTY": NASTY}
+    run = Supervised(clean_lab, tmp_path, options=("--max-restarts", "0"), variables=variables)
+    run.start(supervised_config(lab_corpus, "pipe2"))
+    run.wait_for_step(5)
+    for script in run.scripts().values():
+        assert script.environment["WANDB_API_KEY"] == SECRET, "it reaches the ranks"
+        assert script.environment["WANDB_NOTES"] == NASTY and script.environment["NCCL_NASTY"] == NASTY
+    for process in clean_lab.processes():
+        assert SECRET not in " ".join(process.command)
+    for host in clean_lab.hosts:
+        for address in listening(clean_lab, host):
+            assert address.is_loopback or str(address) == clean_lab.address(host), f"{host} listens on {address}"
+    assert run.call.wait(120) == 0, run.call.text()
+    assert not Path("/var/tmp/stagdist-hit").exists()
+    readable = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert readable == [], "what held it is gone"
+    assert SECRET not in run.call.text()
+
+
+def listening(lab: Lab, host: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """Addresses on which programs of a host wait for connections, its ssh server apart."""
+    code, text = lab.run(host, ["ss", "-Hltn"])
+    assert code == 0, text
+    places = [line.split()[3].rpartition(":") for line in text.splitlines() if line.startswith("LISTEN")]
+    addresses = [(place.strip("[]").partition("%")[0].replace("*", "0.0.0.0"), port) for place, _, port in places]
+    return [ipaddress.ip_address(address) for address, port in addresses if port != "22"]
