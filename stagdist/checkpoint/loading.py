@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from stagdist.checkpoint.model_directory import read_model_config, read_tensors
+from stagdist.checkpoint.reading import ModelReader
 from stagdist.model.megatron import TensorParallel
 from stagdist.model.stagformer import StagFormer, canonical_slice
+from stagdist.parallel.layout import model_parameters
 
 
 def load_model(directory: str | Path, parallel: TensorParallel) -> StagFormer:
@@ -15,11 +16,10 @@ def load_model(directory: str | Path, parallel: TensorParallel) -> StagFormer:
     Raises:
         CheckpointError: the directory is incomplete or of another shape, naming the tensor.
     """
-    config = read_model_config(directory)
-    model = StagFormer(config, parallel)
-    readers = {spec.name: (spec, read) for spec, read in read_tensors(directory, config)}
-    specs = {name: spec for name, (spec, _) in readers.items()}
+    reader = ModelReader(directory)
+    model = StagFormer(reader.model, parallel)
+    specs = {spec.name: spec for spec in model_parameters(reader.model)}
     with torch.no_grad():
         for name, parameter in model.canonical_parameters().items():
-            parameter.copy_(canonical_slice(specs, name, lambda spec: readers[spec.name][1](), parallel))
+            parameter.copy_(canonical_slice(specs, name, reader.whole, parallel))
     return model.eval()

@@ -7,9 +7,8 @@ the end.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -223,29 +222,6 @@ class ModelDirectoryWriter:
 
 def _write_json(path: Path, body: dict[str, Any]) -> None:
     path.write_text(json.dumps(body, indent=2) + "\n")
-
-
-def read_tensors(directory: str | Path, model: ModelConfig) -> Iterator[tuple[ParameterSpec, Callable[[], Tensor]]]:
-    """Every parameter with a function that reads it; files are memory-mapped.
-
-    Raises:
-        CheckpointError: a file or tensor is missing or has another shape, by name.
-    """
-    folder = Path(directory)
-    files = dict(weight_map(folder))
-    for spec in model_parameters(model):
-        name = stored_name(spec.name, model)
-        if name not in files:
-            raise CheckpointError(f"{folder} lacks the tensor {name}")
-        yield spec, partial(_read, folder / files[name], name, spec)
-
-
-def _read(path: Path, name: str, spec: ParameterSpec) -> Tensor:
-    with safe_open(path, framework="pt") as stream:
-        tensor = stream.get_tensor(name)
-    if tuple(tensor.shape) != spec.shape:
-        raise CheckpointError(f"{name} in {path} has shape {list(tensor.shape)}, config.json asks {list(spec.shape)}")
-    return tensor
 
 
 def weight_map(folder: Path) -> list[tuple[str, str]]:

@@ -46,6 +46,10 @@ class ModelReader:
         part: Tensor = view[(slice(None),) * dim + (slice(start, stop),)]
         return part
 
+    def whole(self, spec: ParameterSpec) -> Tensor:
+        """All of one parameter, in the dtype of the file."""
+        return self.read(spec, 0, 0, spec.shape[0])
+
     def _slice(self, name: str) -> Any:
         return self._open(self._where[name], name).get_slice(name)
 

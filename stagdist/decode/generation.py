@@ -21,7 +21,6 @@ from stagdist.decode.loading import (
     Placement,
     build_stage,
     joined_world,
-    open_model,
     place_model,
 )
 from stagdist.decode.operations import operate
@@ -97,7 +96,7 @@ def prepare(task: Task, place: Place) -> Prepared:
         DataError: it has no tokenizer.
         ConfigError: the grid, the device or a file does not fit.
     """
-    reader = open_model(task.model)
+    reader = ModelReader(task.model)
     placement = place_model(reader.model, task.engine, place.world_size)
     device = _device(task.device, place.local_rank)
     tokenizer = load_tokenizer(task.model)

@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from stagdist.checkpoint.reading import ModelReader, ReadSlice
+from stagdist.checkpoint.reading import ReadSlice
 from stagdist.config import ModelConfig
 from stagdist.decode.readout import Readout
 from stagdist.decode.section import Lap
@@ -172,12 +171,3 @@ def build_stage(
         graphs = transport is None and device.startswith("cuda") and recorder is None
     sections = StageSections(model, topology, weights, placement.limits, where, transport, lap)
     return Stage(sections, placement.limits, readout, transport, recorder=recorder, graphs=graphs)
-
-
-def open_model(directory: str | Path) -> ModelReader:
-    """A model directory, checked whole: every tensor is there with its shape.
-
-    Raises:
-        CheckpointError: it is incomplete or of another shape, naming the tensor.
-    """
-    return ModelReader(directory)
