@@ -29,10 +29,10 @@ KEYS: dict[str, Any] = {
         "hidden_size": 384,
         "intermediate_size": 1024,
         "num_attention_heads": 6,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 128,
         "section_layers": [3, 2],
     },
-    "training": {"steps": 100, "global_batch_size": 8, "micro_batch_size": 2},
+    "training": {"steps": 100, "global_batch_size": 2, "micro_batch_size": 1},
     "checkpoint": {"keep_last": 2},
 }
 LINE = "{:<42} {:>9.3f}   {:.3f} to {:.3f}"
@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="save this run instead; its data is not read")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of --config")
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks (default: the fewest)")
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="measured rounds (default: 10)")
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps after each save (default: 10)")
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="measured rounds (default: 20)")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps after each save (default: 4)")
     parser.add_argument("--folder", metavar="DIR", help="where checkpoints go (default: a temporary folder)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
 
