@@ -14,13 +14,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CORPUS ?=
 PYTEST_ARGS ?=
+FAULTS ?=
+LAUNCHERS ?=
 
 # The first interpreter found that stagdist runs on; PYTHON=/path/to/python chooses another.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for candidate in python3 python3.12 python3.11; do \
 	"$$candidate" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$candidate"; break; }; done)
 
-.PHONY: help install quickstart test lint reshard-matrix lab clean
+.PHONY: help install quickstart test lint reshard-matrix lab faults clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -68,6 +70,11 @@ reshard-matrix: export OMP_NUM_THREADS := 1
 reshard-matrix: $(STAMP) ## Train on every grid, convert to every other, compare losses
 	mkdir -p benchmarks
 	$(BIN)/python -m tests.training.reshard_matrix --output benchmarks/reshard-matrix.json
+
+faults: export OMP_NUM_THREADS := 1
+faults: $(STAMP) ## Plant every fault under every launcher in the lab (root; FAULTS="..." LAUNCHERS="..." narrow it)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.lab.fault_report $(if $(FAULTS),--faults $(FAULTS)) \
+		$(if $(LAUNCHERS),--launchers $(LAUNCHERS)) --output benchmarks/faults.json
 
 lab: $(STAMP) ## Bring up two hosts on this machine (root), and tell how to use them
 	@$(BIN)/python -m tests.lab.hosts up

@@ -27,7 +27,7 @@ def soak(lab: Lab, base: Path, corpus: Path, reference: Mapping[int, float], num
     run.start(supervised_config(corpus, "pipe2", SOAK_STEPS))
     faults: list[dict[str, Any]] = []
     for index in range(number):
-        resumed = run.wait_for_event("step", len(run.events("start")))["step"]
+        resumed = run.wait_for_event("step", max(1, len(run.events("start"))))["step"]
         run.wait_for_step(resumed + draw.randrange(5, 2 * INTERVAL))
         kind = draw.choice(KINDS)
         planted, saved = time.time(), newest_saved(run)
