@@ -44,7 +44,9 @@ def test_a_large_result_comes_through_launchers_that_prefix_mix_and_reorder_line
     ("text", "outputs", "complaint"),
     [
         (link_probe.pieces(links(200))[0], DONE, "the launcher failed: no answer"),
-        ("", [Finished(None, "", "", 180.0)], "did not find each other in time"),
+        ("", [Finished(None, "", "", 180.0)], "did not end within the time limit"),
+        ("[launch.py] Process 7 exits with return code = -14\n", DONE, "did not end within the time limit"),
+        ("prterun noticed that process rank 1 exited on signal 14 (Alarm clock).\n", DONE, "within the time limit"),
         ("", [Finished(127, "", "bash: pdsh: not found\n", 1.0)], "pdsh: not found"),
         (
             "n2: STAGDIST-LINKS-ERROR rank 3 on n2: RuntimeError: Connection closed by peer END\n"

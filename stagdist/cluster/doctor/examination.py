@@ -26,7 +26,7 @@ from stagdist.cluster.doctor.variables import (
     stale_master,
     write_variables,
 )
-from stagdist.cluster.hostfile import Host, read_hostfile
+from stagdist.cluster.hostfile import Host, Hostfile, read_hostfile
 from stagdist.config_loading import load_config
 from stagdist.errors import ConfigError, TransportError
 from stagdist.parallel.grid import Grid, grid_for
@@ -69,8 +69,8 @@ def examine(options: Options) -> int:
     Raises:
         ConfigError: hostfile, configuration, a variable or a file cannot be used.
     """
-    hosts = read_hostfile(options.hostfile).hosts if options.hostfile else ()
-    spares = read_hostfile(options.hostfile).spares if options.hostfile else ()
+    known = read_hostfile(options.hostfile) if options.hostfile else Hostfile(())
+    hosts, spares = known.hosts, known.spares
     grid, checkpoints = _layout(options, hosts)
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise ConfigError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")

@@ -190,8 +190,15 @@ class Meter:
         return Reduction(axis, tuple(ranks), latency_s, size / shortest, correct)
 
 
-def measure(grid: Grid, world: World, largest_bytes: int, timeout_s: float) -> Links | None:
+def measure(grid: Grid, world: World, largest_bytes: int, timeout_s: float, start_s: float = 60.0) -> Links | None:
     """Join the ranks and measure; rank 0 gets the whole.
+
+    Args:
+        grid: of all ranks.
+        world: place of this one.
+        largest_bytes: of a message.
+        timeout_s: of every step.
+        start_s: for all ranks to come; hosts may load Python from one slow disk.
 
     Raises:
         ConfigError: there are fewer devices than ranks on this host.
@@ -212,7 +219,7 @@ def measure(grid: Grid, world: World, largest_bytes: int, timeout_s: float) -> L
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    join_world(device.type, timeout_s)
+    join_world(device.type, timeout_s, start_timeout_s=start_s)
     try:
         meter = Meter(grid, world.rank, device, largest_bytes)
         name = torch.cuda.get_device_name(device) if cuda else "cpu"
@@ -256,7 +263,8 @@ def main() -> int:
     try:
         world = join_launcher()
         world.share_cores()
-        links = measure(Grid(*arguments.grid), world, arguments.largest_mib << 20, arguments.timeout_s)
+        largest, limit_s = arguments.largest_mib << 20, arguments.limit_s
+        links = measure(Grid(*arguments.grid), world, largest, arguments.timeout_s, 0.6 * limit_s)
     except Exception as error:
         reason = " ".join(str(error).split())[:400]
         print(

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,8 @@ GRACE_S = 30.0
 
 _PIECE = re.compile(rf"{link_probe.MARK} (\d+)/(\d+) ([A-Za-z0-9+/=]+) END")
 _ERROR = re.compile(rf"{link_probe.ERROR_MARK} (rank .*?) END")
+_ALARM = re.compile(rf"return code = -{signal.SIGALRM:d}\b|[Ss]ignal {signal.SIGALRM:d}\b")
+"""What launchers say of a rank that its own time limit ended."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,10 @@ def read_output(text: str, outputs: Sequence[Finished]) -> Links:
     if errors:
         first = sorted(errors, key=_is_echo)[0]
         raise TransportError(f"{len(errors)} ranks failed, the first: {first}")
-    if any(one.code is None for one in outputs):
-        raise TransportError("the ranks did not find each other in time")
+    if any(one.code is None for one in outputs) or _ALARM.search(text):
+        raise TransportError(
+            "the ranks did not end within the time limit; a network that swallows packets, or too short"
+        )
     raise TransportError(f"the launcher failed: {next((one.reason for one in outputs if not one.ok), 'no answer')}")
 
 
