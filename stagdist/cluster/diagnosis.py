@@ -12,6 +12,9 @@ FaultKind = Literal["exit", "stuck", "silent", "missing", "launcher"]
 
 _ERROR = "error: "
 
+MISSED_S = 3.0
+"""Seconds without a message, of which agents send one each second, that make a rank suspect when another lost its peer."""
+
 MENDED_BY_A_PERSON = 2
 """Exit code of a script that says: trying again will not help."""
 
@@ -73,7 +76,7 @@ def steps_done(ranks: Mapping[int, RankView]) -> int:
     return max((view.step for view in ranks.values()), default=-1)
 
 
-def find_exit(ranks: Mapping[int, RankView]) -> Fault | None:
+def find_exit(ranks: Mapping[int, RankView], now: float) -> Fault | None:
     """The first error of ranks that have ended: one that is no consequence of another, and the earliest."""
     failed = [view for view in ranks.values() if view.exit_code not in (None, 0) and not view.ended_by_us]
     if not failed:
@@ -82,6 +85,8 @@ def find_exit(ranks: Mapping[int, RankView]) -> Fault | None:
     stopped = _most_stuck([view for view in ranks.values() if view.exit_code is None and view.process in "TtD"])
     if is_consequence(first) and stopped is not None:
         return _stuck(stopped, 0.0, steps_done(ranks))
+    if is_consequence(first) and (gone := _unheard(ranks, now, MISSED_S)):
+        return _silent(gone, now, steps_done(ranks))
     says = f"rank {first.rank} on {first.host} {how_it_ended(first)}"
     own = (first.exit_code or 0) > 0 and not is_consequence(first)
     return Fault("exit", first.rank, first.host, says, first.exit_code, steps_done(ranks), own)
@@ -115,14 +120,9 @@ def how_it_ended(view: RankView) -> str:
 
 def find_silence(ranks: Mapping[int, RankView], now: float, limits: Limits) -> Fault | None:
     """A rank that is stuck, or a host of which nothing is heard."""
+    if gone := _unheard(ranks, now, limits.host_s):
+        return _silent(gone, now, steps_done(ranks))
     running = [view for view in ranks.values() if view.exit_code is None]
-    unheard = [view for view in running if now - view.heard_at > limits.host_s]
-    if unheard:
-        view = unheard[0]
-        numbers = ", ".join(str(view.rank) for view in unheard)
-        says = f"nothing was heard from rank {numbers} on {view.host} for {limits.host_s:.0f} s"
-        silent = tuple(view.rank for view in unheard)
-        return Fault("silent", view.rank, view.host, says, step=steps_done(ranks), silent=silent)
     late = [
         view
         for view in running
@@ -135,6 +135,17 @@ def find_silence(ranks: Mapping[int, RankView], now: float, limits: Limits) -> F
     worst = _most_stuck(candidates)
     assert worst is not None, "who is late is a candidate"
     return _stuck(worst, worst.silent_s(now), steps_done(ranks))
+
+
+def _unheard(ranks: Mapping[int, RankView], now: float, limit_s: float) -> list[RankView]:
+    return [view for view in ranks.values() if view.exit_code is None and now - view.heard_at > limit_s]
+
+
+def _silent(views: Sequence[RankView], now: float, step: int) -> Fault:
+    ranks = tuple(view.rank for view in views)
+    silence_s = now - max(view.heard_at for view in views)
+    says = f"nothing was heard from rank {', '.join(map(str, ranks))} on {views[0].host} for {silence_s:.0f} s"
+    return Fault("silent", ranks[0], views[0].host, says, step=step, silent=ranks)
 
 
 def _most_stuck(views: Collection[RankView]) -> RankView | None:

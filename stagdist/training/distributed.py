@@ -26,7 +26,9 @@ def start_distributed(grid: Grid, device: str, timeout_s: float) -> Groups:
     set_default_timeout(timeout_s)
     join_world(device, timeout_s)
     # DeepSpeed finds the world that exists.
-    deepspeed.init_distributed(dist.get_backend(), timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist.get_backend(), timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False
+    )
     groups = build_groups(grid, timeout_s)
     _check_rank_order(grid)
     return groups
