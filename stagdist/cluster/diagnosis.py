@@ -13,7 +13,7 @@ FaultKind = Literal["exit", "stuck", "silent", "missing", "launcher"]
 _ERROR = "error: "
 
 MISSED_S = 3.0
-"""Seconds without a message, of which agents send one each second, that make a rank suspect when another lost its peer."""
+"""Seconds without a message that make a rank suspect when another lost its peer; agents send one each second."""
 
 MENDED_BY_A_PERSON = 2
 """Exit code of a script that says: trying again will not help."""
