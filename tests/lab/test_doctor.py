@@ -1,0 +1,114 @@
+"""The doctor on real hosts: a healthy lab passes, and each planted fault is found on its host."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.hosts import Lab
+from tests.lab.wiring import ROOT
+
+pytestmark = pytest.mark.lab
+DOCTOR = [sys.executable, str(ROOT / "launch" / "doctor.py")]
+VARIABLES = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+BOTH = "node1 slots=1\nnode2 slots=1\n"
+
+
+def doctor(
+    lab: Lab, folder: Path, *words: str, hostfile: str = BOTH, variables: dict[str, str] | None = None
+) -> tuple[int, str, dict[str, Any]]:
+    """Run it on node1: exit code, output, and the JSON (empty where it came to none)."""
+    (folder / "hostfile").write_text(hostfile)
+    result = folder / "doctor.json"
+    result.unlink(missing_ok=True)
+    command = [*DOCTOR, "--hostfile", "hostfile", "--json", str(result), "--checkpoints", "kept", "--write-mib", "8"]
+    code, text = lab.run("node1", [*command, *words], cwd=folder, env=VARIABLES | (variables or {}), timeout_s=240)
+    return code, text, json.loads(result.read_text()) if result.exists() else {}
+
+
+def problems(body: dict[str, Any], row: str) -> list[Sequence[str]]:
+    return [one["hosts"] for one in body["findings"] if (one["level"], one["row"]) == ("problem", row)]
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "torchrun"])
+def test_a_healthy_lab_passes_with_every_launcher(clean_lab: Lab, tmp_path: Path, launcher: str) -> None:
+    words = ["--launcher", launcher, "--write-env"]
+    code, text, body = doctor(clean_lab, tmp_path, *words, hostfile=BOTH.replace("slots=1", "slots=2"))
+    assert (code, body["exit_code"]) == (0, 0), text
+    assert text.rstrip().endswith("verdict: fine")
+    assert body["seen"] == {host: {"node1": True, "node2": True} for host in ("node1", "node2")}
+    assert {fact["route"] for fact in body["facts"].values()} == {"eth0"}
+    assert all(abs(clock["offset_s"]) <= clock["error_s"] + 0.05 for clock in body["clocks"].values())
+    measured = body["links"]
+    assert measured["hosts"] == ["node1", "node1", "node2", "node2"] and measured["grid"] == [2, 2, 1]
+    assert sorted(one["ranks"] for one in measured["boundaries"]) == [[0, 2], [1, 3]]
+    assert sorted((one["axis"], one["ranks"]) for one in measured["reductions"]) == [
+        ("all", [0, 1, 2, 3]), ("data", [0, 1]), ("data", [2, 3]),
+    ]  # fmt: skip
+    assert all(one["correct"] for one in measured["reductions"])
+    assert not (tmp_path / "kept").exists() and clean_lab.processes() == []
+
+
+def test_a_host_without_power_is_a_finding_within_seconds(clean_lab: Lab, tmp_path: Path) -> None:
+    clean_lab.power_off("node2")
+    code, text, body = doctor(clean_lab, tmp_path)
+    assert code == 1 and problems(body, "answers") == [["node2"]], text
+    assert "links were not measured: node2 did not answer" in text
+    assert list(body["facts"]) == ["node1"]
+
+
+def test_names_that_mean_loopback_are_found_and_mended_by_the_written_file(clean_lab: Lab, tmp_path: Path) -> None:
+    clean_lab.name_hosts(loopback=True)
+    code, text, body = doctor(clean_lab, tmp_path)
+    assert code == 1 and problems(body, "interface") == [["node1"], ["node2"]], text
+    assert "GLOO_SOCKET_IFNAME=eth0" in text and len(body["links"]["boundaries"]) == 1
+
+    secret = {"WANDB_API_KEY": "hunter2", "GREETING": "$(touch owned)", "HF_HOME": "$(touch owned)"}
+    code, text, body = doctor(clean_lab, tmp_path, "--write-env", variables=secret)
+    assert code == 0 and "hunter2" not in text, text
+    lines = (tmp_path / ".deepspeed_env").read_text().splitlines()
+    assert {"GLOO_SOCKET_IFNAME=eth0", "NCCL_SOCKET_IFNAME=eth0", "MASTER_ADDR=10.77.0.1"} <= set(lines)
+    assert not any("owned" in line or "hunter2" in line for line in lines)
+
+    code, text, body = doctor(clean_lab, tmp_path)  # in a shell without them, reading the file
+    assert (code, body["interface"]) == (0, "eth0"), text
+    assert not list(tmp_path.rglob("owned"))
+
+
+def test_checkpoints_that_are_not_shared_are_found_from_both_sides(clean_lab: Lab, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    assert clean_lab.run("node2", ["mount", "-t", "tmpfs", "tmpfs", str(kept)])[0] == 0
+    try:
+        code, text, body = doctor(clean_lab, tmp_path)
+        assert code == 1 and problems(body, "shared") == [["node1", "node2"]], text
+        assert body["seen"]["node1"] == {"node1": True, "node2": False}
+        assert body["facts"]["node2"]["storage"]["kind"] == "tmpfs"
+        assert clean_lab.run("node2", ["ls", "-A", str(kept)]) == (0, "")
+    finally:
+        clean_lab.run("node2", ["umount", str(kept)])
+    assert list(kept.iterdir()) == []
+
+
+def test_shell_characters_in_hostfile_and_variables_run_nothing(clean_lab: Lab, tmp_path: Path) -> None:
+    for line in ("$(touch${IFS}owned) slots=1", "node2;touch${IFS}owned slots=1", "-oProxyCommand=touch slots=1"):
+        code, text, _ = doctor(clean_lab, tmp_path, hostfile=f"node1 slots=1\n{line}\n")
+        assert code == 2 and "refused" in text, text
+    (tmp_path / ".deepspeed_env").write_text("HF_HOME=$(touch owned)\nTZ=`touch owned`\n")
+    harmful = {"NCCL_DEBUG_FILE": "$(touch owned)", "UCX_TLS": "tcp;touch owned"}
+    code, text, body = doctor(clean_lab, tmp_path, variables=harmful)
+    assert code == 1 and len(problems(body, "environment")) == 2, text
+    assert body["links"] is not None
+    for place in (tmp_path, ROOT, clean_lab.folder / "home"):
+        assert not (place / "owned").exists()
+
+
+def test_a_working_folder_that_a_host_lacks_is_a_problem(clean_lab: Lab, tmp_path: Path) -> None:
+    # /run is every host's own.
+    clean_lab.run("node1", "mkdir -p /run/only-here && echo 'node1 slots=1\nnode2 slots=1' > /run/only-here/hostfile")
+    words = ["--hostfile", "hostfile", "--checkpoints", str(tmp_path), "--write-mib", "4"]
+    code, text = clean_lab.run("node1", [*DOCTOR, *words], cwd=Path("/run/only-here"), env=VARIABLES, timeout_s=240)
+    assert code == 1 and "node2: the folder from which you start does not exist there" in text, text
