@@ -229,7 +229,7 @@ def supervised_config(corpus: Path, grid: str, steps: int = STEPS) -> dict[str, 
 
 def times(events: list[dict[str, Any]], planted: float, stopped: float) -> dict[str, Any]:
     """What the history says of a fault planted at a time: seconds, steps."""
-    after = [event for event in events if event["time"] >= planted - 0.5]
+    after = [event for event in events if event["time"] >= planted]
     fault = next((event for event in after if event["event"] == "fault"), None)
     resumes = [event for event in after if event["event"] == "resume"]
     step = next(
