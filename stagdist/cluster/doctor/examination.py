@@ -76,7 +76,8 @@ def examine(options: Options) -> int:
         raise ConfigError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
     everyone = (*hosts, *spares)
     names = tuple(host.name for host in everyone) or (ALONE,)
-    _say(f"asking {len(names)} hosts, each writes {options.write_mib} MiB to {checkpoints}")
+    whom = names[0] if len(names) == 1 else f"{len(names)} hosts"
+    _say(f"asking {whom}, writing {options.write_mib} MiB to {checkpoints}")
     answers = ask_all(names, Reach(alone=not hosts), Path.cwd(), checkpoints, options.write_mib)
     survey = Survey(
         hosts=names,
