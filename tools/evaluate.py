@@ -21,7 +21,7 @@ examples:
     python tools/evaluate.py perplexity --model runs/quickstart --text book.txt --window 512 --stride 128
   a model too large for one device, the text divided among the rest:
     torchrun --nproc-per-node 8 tools/evaluate.py perplexity --model DIR --text book.txt --tensor-parallel-size 4
-  tasks of lm-evaluation-harness (pip install -e '.[eval]'), its own or from files:
+  tasks of lm-evaluation-harness (pip install -c constraints.txt -e '.[eval]'), its own or from files:
     python tools/evaluate.py harness --model DIR --tasks hellaswag,arc_easy --json results.json
     python tools/evaluate.py harness --model DIR --tasks local_mc --include-path tasks/ --limit 100
 """

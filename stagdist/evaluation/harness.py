@@ -24,7 +24,7 @@ def require_harness() -> None:
     if missing:
         raise ConfigError(
             f"lm-evaluation-harness needs {' and '.join(missing)}, not installed here; install the extra: "
-            "pip install 'stagdist[eval]', in a checkout pip install -e '.[eval]'"
+            "pip install 'stagdist[eval]', in a checkout pip install -c constraints.txt -e '.[eval]'"
         )
 
 
