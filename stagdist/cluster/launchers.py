@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stagdist.cluster.exports import EARLY_NAMES, is_plain
+from stagdist.cluster.exports import EARLY_NAMES, is_plain, is_secret
 from stagdist.cluster.hostfile import Host
 from stagdist.cluster.marks import MARK
 from stagdist.cluster.remote import ssh_words
@@ -83,11 +83,11 @@ def _torchrun_line(launch: Launch, node: int, agent: list[str]) -> str:
 
 
 def launcher_environment(launcher: Launcher, launch: Launch, environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables for the launcher's own process: nothing in them can become a command on a host."""
+    """Variables for the launcher's own process: nothing in them can become a command on a host, or a secret be seen."""
     kept = {
         name: value
         for name, value in environment.items()
-        if is_plain(value) or not name.startswith(_EXPORTED_UNASKED) or launcher == "local"
+        if not name.startswith(_EXPORTED_UNASKED) or (is_plain(value) and not is_secret(name)) or launcher == "local"
     }
     kept[MARK] = launch.mark
     if launcher in ("pdsh", "openmpi"):
@@ -101,7 +101,11 @@ def environment_file(launch: Launch, environment: Mapping[str, str]) -> str:
     Raises:
         ConfigError: a variable that Python needs to start is not plain.
     """
-    early = {name: value for name, value in environment.items() if name in EARLY_NAMES or name.startswith("PYTHON")}
+    early = {
+        name: value
+        for name, value in environment.items()
+        if name in EARLY_NAMES or (name.startswith("PYTHON") and not is_secret(name))
+    }
     for name, value in early.items():
         if not is_plain(value):
             raise ConfigError(f"{name} holds characters that a shell on the hosts could run or split: {value[:80]!r}")

@@ -68,3 +68,13 @@ def test_the_file_for_deepspeed_holds_what_python_needs_and_nothing_secret() -> 
 def test_paths_that_a_shell_would_split_or_run_are_refused(path: str) -> None:
     with pytest.raises(ConfigError, match="shell"):
         check_paths("/fine", path)
+
+
+@pytest.mark.parametrize("launcher", DEEPSPEED)
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_TOKEN", "NCCL_SECRET", "PYTHON_KEYRING_PASSWORD"])
+def test_a_secret_that_deepspeed_would_export_by_itself_is_kept_from_its_command_line(
+    launcher: Launcher, name: str
+) -> None:
+    environment = {name: "plain-but-secret", "PATH": "/usr/bin"}
+    assert name not in launcher_environment(launcher, LAUNCH, environment)
+    assert "plain-but-secret" not in environment_file(LAUNCH, environment)
