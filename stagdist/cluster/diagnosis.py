@@ -20,7 +20,7 @@ MENDED_BY_A_PERSON = 2
 
 _LOST_PEER = (
     "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL error", "did not meet",
-    "another rank ended", "the transfer failed",
+    "another rank ended", "the transfer failed", "collective operation timeout",
 )  # fmt: skip
 """What a rank says when another one is gone; such errors are consequences."""
 
@@ -94,6 +94,8 @@ def find_exit(ranks: Mapping[int, RankView], now: float) -> Fault | None:
 
 def is_consequence(view: RankView) -> bool:
     """Whether a rank ended because of another one: it lost its peer, or the launcher ended it."""
+    if view.exit_code == -signal.SIGABRT:  # NCCL's watchdog complains above the frames of its own stack
+        return any(sign in line for line in view.tail for sign in _LOST_PEER)
     if view.exit_code is not None and view.exit_code < 0:
         return view.exit_code == -signal.SIGTERM
     return any(sign in error_line(view.tail) for sign in _LOST_PEER)

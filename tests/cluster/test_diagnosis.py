@@ -110,3 +110,15 @@ def test_the_same_error_again_is_recognised_whatever_its_numbers() -> None:
     other = find_exit(by_rank(ended(0, 1, 2.0, ("error: no such file",))), 100.0)
     assert first is not None and again is not None and other is not None
     assert first.same_again == again.same_again != other.same_again
+
+
+def test_a_rank_that_its_watchdog_aborts_for_want_of_a_frozen_peer_is_not_to_blame() -> None:
+    watchdog = (
+        "[rank0]:[E] Watchdog caught collective operation timeout: WorkNCCL(OpType=RECV) ran for 10023 ms before "
+        "timing out.",
+        "frame #8: clone + 0x43 (0x7f)",
+    )
+    ranks = by_rank(ended(0, -signal.SIGABRT, 100.0, watchdog), running(1, process="T"))
+    fault = find_exit(ranks, 100.0)
+    assert fault is not None and (fault.kind, fault.rank) == ("stuck", 1)
+    assert (fault := find_exit(by_rank(ended(0, -signal.SIGABRT, 100.0, ("double free",))), 100.0)) and fault.rank == 0
