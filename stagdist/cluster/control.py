@@ -9,13 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stagdist.cluster.job import LONGEST_LINE, decode, encode
+from stagdist.cluster.job import decode, encode
 from stagdist.telemetry.pulse import Phase
 
 HELLO_S = 10.0
 """Seconds in which a connection must have shown the job's token."""
 
 PING_S = 1.0
+
+LONGEST_MESSAGE = 1 << 20
+"""Bytes: a rank's last words may be 60 lines of 400 characters that take twelve bytes each. A longer message would end
+the connection, and with it the rank."""
 
 
 @dataclass
@@ -91,7 +95,7 @@ class ControlServer:
     async def start(self, address: str) -> int:
         """Listen on one address of this host and no other. Returns: the port."""
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self._server = await asyncio.start_server(self._serve, address, 0, family=family, limit=LONGEST_LINE)
+        self._server = await asyncio.start_server(self._serve, address, 0, family=family, limit=LONGEST_MESSAGE)
         self._pinging = asyncio.create_task(self._ping())
         return int(self._server.sockets[0].getsockname()[1])
 

@@ -10,7 +10,7 @@ from stagdist.cluster.exports import write_private
 from stagdist.errors import ConfigError
 
 LONGEST_LINE = 1 << 16
-"""Bytes of the longest message."""
+"""Bytes that are read at once, and of a line of output that is kept whole."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,29 @@
+"""What agents tell arrives whole, whatever a script wrote."""
+
+import asyncio
+import json
+
+from stagdist.cluster.agent import LONGEST_SHOWN, TAIL_LINES
+from stagdist.cluster.control import ControlServer
+from stagdist.cluster.job import encode
+
+
+def test_the_longest_last_words_arrive() -> None:
+    tail = ["\U0001f600" * LONGEST_SHOWN] * TAIL_LINES  # twelve bytes a character in JSON
+
+    async def talk() -> int | None:
+        server = ControlServer("token", 1, print)
+        _, writer = await asyncio.open_connection("127.0.0.1", await server.start("127.0.0.1"))
+        writer.write(encode({"kind": "hello", "token": "token", "attempt": 1, "rank": 0, "host": "a"}))
+        writer.write(encode({"kind": "exit", "code": 7, "tail": tail, "ended": False}))
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            if 0 in server.ranks and server.ranks[0].exit_code is not None:
+                break
+        code = server.ranks[0].exit_code
+        await server.stop()
+        writer.close()
+        return code
+
+    assert len(json.dumps(tail)) > 1 << 16
+    assert asyncio.run(talk()) == 7
