@@ -218,7 +218,8 @@ class Attempt:
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            await asyncio.to_thread(process.wait)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel; it dies when it comes back
+                await asyncio.to_thread(process.wait, FAREWELL_S)
         ended, left, dead = await asyncio.to_thread(
             sweep, self._plan.launcher, self._plan.launch.hosts, self._plan.launch.mark, self._plan.launch.folder
         )
@@ -250,6 +251,11 @@ def sweep(launcher: Launcher, hosts: tuple[Host, ...], mark: str, folder: Path) 
         if not done.ok:
             dead[host] = done.reason
             continue
-        told = json.loads(done.stdout)
+        try:
+            # What a login script of the host prints comes first.
+            told = json.loads((done.stdout.splitlines() or [""])[-1])
+        except ValueError:
+            dead[host] = f"its answer makes no sense: {done.stdout.strip()[-80:]!r}"
+            continue
         ended, left = ended + len(told["ended"]), left + len(told["left"])
     return ended, left, dead
