@@ -48,6 +48,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     if parsed.num_ranks is not None and parsed.hostfile is not None:
         parser.error("--num-ranks belongs to this machine alone; with --hostfile the slots count")
+    if parsed.set and parsed.config is None:
+        parser.error("--set changes the configuration of --config FILE; give that too")
     for name in ("num_ranks", "write_mib", "time_limit"):
         value = getattr(parsed, name)
         if value is not None and value < 1:

@@ -48,6 +48,8 @@ def test_this_machine_alone_is_examined_and_everything_is_written(tmp_path: Path
         (["--launcher", "mpich"], "invalid choice: 'mpich'"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--json", "no/folder.json"], "there is no folder no"),
+        (["--write-env", "no/env"], "--write-env no/env: there is no folder no"),
+        (["--set", "name=x"], "--set changes the configuration of --config FILE"),
         (["--config", str(ROOT / "configs" / "quickstart.yaml"), "--num-ranks", "3"], "3"),
     ],
 )

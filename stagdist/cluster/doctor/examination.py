@@ -72,8 +72,9 @@ def examine(options: Options) -> int:
     known = read_hostfile(options.hostfile) if options.hostfile else Hostfile(())
     hosts, spares = known.hosts, known.spares
     grid, checkpoints = _layout(options, hosts)
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
+    for name, path in (("--json", options.json), ("--write-env", options.write_env)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{name} {path}: there is no folder {path.parent}; make it first")
     everyone = (*hosts, *spares)
     names = tuple(host.name for host in everyone) or (ALONE,)
     whom = names[0] if len(names) == 1 else f"{len(names)} hosts"
