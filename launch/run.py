@@ -192,26 +192,22 @@ def _fits(config: "RunConfig", min_data_parallel: int | None) -> Callable[[int],
 def main() -> int:
     """Exit code: see --help."""
     arguments = parse_arguments()
+    from stagdist.cluster.screen import Screen
+
+    out, err = Screen(sys.stdout.fileno()), Screen(sys.stderr.fileno())
     logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s supervisor: %(message)s", datefmt="%H:%M:%S"
+        level=logging.INFO, stream=err, format="%(asctime)s supervisor: %(message)s", datefmt="%H:%M:%S"
     )
     from stagdist.cluster.supervisor import Supervisor
 
     try:
-        return asyncio.run(Supervisor(options_of(arguments), _show).run())
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return asyncio.run(Supervisor(options_of(arguments), lambda line: out.write(f"{line}\n")).run())
     except StagdistError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-
-
-def _show(line: str) -> None:
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:  # nobody reads; the run goes on, its files have everything
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        err.write(f"error: {error}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    finally:
+        out.close()
+        err.close()
 
 
 if __name__ == "__main__":
