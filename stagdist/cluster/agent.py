@@ -26,7 +26,7 @@ from typing import IO, Any
 from stagdist.cluster.environment import World, join_launcher
 from stagdist.cluster.job import LONGEST_LINE, Job, decode, encode, read_job
 from stagdist.errors import ConfigError, TransportError
-from stagdist.telemetry.pulse import DUMP_SIGNAL, PULSE_FILE, PulseReader
+from stagdist.telemetry.pulse import DUMP_SIGNAL, PULSE_FILE, PulseReader, stack_lines
 
 TICK_S = 0.1
 REPORT_S = 1.0
@@ -239,10 +239,13 @@ class Agent:
             self._signal(DUMP_SIGNAL)
             self._signal(signal.SIGCONT)
             wait_s = 1.0
-            while select.select([self._output.stream], [], [], wait_s)[0] and self._output.read() is not None:
+            deadline = time.monotonic() + DRAIN_S  # another thread of the script may go on writing for ever
+            while time.monotonic() < deadline and select.select([self._output.stream], [], [], wait_s)[0]:
+                if self._output.read() is None:
+                    break
                 wait_s = 0.1  # the stacks come in one go
             self._signal(signal.SIGSTOP)
-        self._tell("stack", lines=list(self._output.tail) or [f"no stack; {before} lines of output before"])
+        self._tell("stack", lines=stack_lines(self._output.tail) or [f"no stack; {before} lines of output before"])
 
     def _signal(self, number: int) -> None:
         """To the script alone: what it started, such as readers of data, must live until it has ended in order."""
@@ -266,6 +269,10 @@ class Agent:
         with contextlib.suppress(OSError):
             self._socket.settimeout(DRAIN_S)
             self._socket.sendall(bytes(self._outbox))
+            # Closing with a ping unread would reset the connection, and could take the last words with it.
+            self._socket.shutdown(socket.SHUT_WR)
+            while self._socket.recv(LONGEST_LINE):
+                pass
         return code if code >= 0 else 128 - code
 
     def _tell(self, kind: str, **content: Any) -> None:

@@ -206,3 +206,34 @@ def test_a_wrong_command_is_refused_before_anything_starts(tmp_path: Path, words
     done = subprocess.run([sys.executable, str(RUN), *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and complaint in done.stderr.splitlines()[-1], done.stderr
     assert not (ROOT / "hit").exists()
+
+
+def test_output_that_nobody_takes_does_not_end_the_run(tmp_path: Path) -> None:
+    body = """
+steps(0, 1)
+if rank == "0": print(("x" * 300 + "\\n") * 2000, flush=True)
+for step in range(10): time.sleep(0.5); pulse.beat(Phase.STEP, step)
+(folder / f"through-{rank}").touch()
+"""
+    run = Run(tmp_path, body, "--max-restarts", "0", "--host-timeout-s", "2")
+    for rank in "01":
+        run.wait_for(f"through-{rank}")  # meanwhile its output is not read
+    code, _, err = run.end()
+    assert code == 0, err
+    assert not [event for event in run.events() if event["event"] == "fault"]
+
+
+def test_a_stuck_rank_that_writes_all_the_time_is_ended_too(tmp_path: Path) -> None:
+    body = """
+if number == 0:
+    steps(0, 2)
+    pulse.beat(Phase.FORWARD if rank == "1" else Phase.RECEIVE)
+    while True:
+        print("still here", flush=True)
+        time.sleep(0.05)
+"""
+    run = Run(tmp_path, body, "--hang-timeout-s", "3")
+    code, _, err = run.end()
+    assert code == 0, err
+    (fault,) = [event for event in run.events() if event["event"] == "fault"]
+    assert (fault["kind"], fault["rank"]) == ("stuck", 1) and any("script.py" in line for line in fault["stack"])
