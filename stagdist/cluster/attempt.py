@@ -163,8 +163,10 @@ class Attempt:
         ranks, limits, size = self._server.ranks, self._plan.limits, self._plan.launch.world_size
         started, stopping_since, launcher_gone = time.monotonic(), None, None
         while True:
+            before = time.monotonic()
             await asyncio.sleep(WATCH_S)
             now = time.monotonic()
+            self._server.forgive(now - before - WATCH_S)
             self._follow_steps()
             if len(ranks) == size and all(view.exit_code == 0 for view in ranks.values()):
                 return None

@@ -17,6 +17,9 @@ HELLO_S = 10.0
 
 PING_S = 1.0
 
+LATE_S = 1.0
+"""Seconds that this process may sleep too long before it takes itself for stopped (Ctrl-Z, a suspended machine)."""
+
 LONGEST_MESSAGE = 1 << 20
 """Bytes: a rank's last words may be 60 lines of 400 characters that take twelve bytes each. A longer message would end
 the connection, and with it the rank."""
@@ -112,6 +115,12 @@ class ControlServer:
         for number, writer in list(self._writers.items()):
             if rank in (None, number) and not writer.is_closing():
                 writer.write(encode({"kind": kind}))
+
+    def forgive(self, late_s: float) -> None:
+        """Time in which this process itself was stopped is nobody's silence."""
+        if late_s > LATE_S:
+            for view in self.ranks.values():
+                view.heard_at += late_s
 
     async def _ping(self) -> None:
         while True:

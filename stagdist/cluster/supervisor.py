@@ -89,6 +89,7 @@ class Supervisor:
         self._first_known: int | None = None
         self._fault: Fault | None = None
         self._last_fault: Fault | None = None
+        self._reached = -1
         self._progressed = False
 
     async def run(self) -> int:
@@ -99,13 +100,14 @@ class Supervisor:
             ConfigError: another supervisor is at work on it.
         """
         self._stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell that starts it in the background
+                asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
         with only_one(self._options.folder / "supervisor.lock"):
             try:
                 return await self._go_on()
-            except GaveUpError as reason:
-                self._history.note("stop", reason=str(reason), code=1)
+            except StagdistError as reason:
+                self._history.note("stop", reason=str(reason), code=2 if isinstance(reason, ConfigError) else 1)
                 raise
 
     def _on_signal(self, number: int) -> None:
@@ -114,7 +116,8 @@ class Supervisor:
         self._stop.set()
 
     async def _go_on(self) -> int:
-        await self._replace_dead(await self._clear_earlier(), 0.0)
+        # What an earlier supervisor left on a host that does not answer may live for its lease from now on.
+        await self._replace_dead(await self._clear_earlier(), time.monotonic())
         restarts, pause_s = 0, 1.0
         while True:
             outcome = await self._attempt()
@@ -181,7 +184,8 @@ class Supervisor:
     def _on_step(self, step: int) -> None:
         if self._first_known is None:
             self._first_known = step
-            lost = max(0, self._fault.step - step) if self._fault is not None else 0
+            lost = max(0, self._reached - step) if self._fault is not None else 0
+            self._reached = step
             self._history.note("resume", attempt=self._number, step=step, lost_steps=lost)
             self._fault = None
             LOG.info("attempt %d begins at step %d%s", self._number, step, f", {lost} steps were lost" if lost else "")
@@ -226,6 +230,8 @@ class Supervisor:
         if restarts >= self._options.max_restarts:
             raise GaveUpError(f"{first}; --max-restarts {self._options.max_restarts} is reached. {logs}")
         self._last_fault = self._fault = fault
+        # An attempt that fails before it trains knows of no step.
+        self._reached = max(self._reached, fault.step)
 
     async def _replace_dead(self, dead: Mapping[str, str], last_heard: float) -> None:
         """Find hosts for the next attempt.
@@ -286,14 +292,20 @@ class Supervisor:
     async def _clear_earlier(self) -> Mapping[str, str]:
         """End what an earlier supervisor of this run may have left, for it might go on writing.
 
-        Returns: hosts that did not answer, with the reason.
+        Returns: hosts at work that did not answer, with the reason.
 
         Raises:
             GaveUpError: something cannot be ended.
         """
-        ended, left, dead = await asyncio.to_thread(
-            sweep, self._options.launcher, self._placement.hosts, self._job, Path.cwd()
+        for secret in (self._options.folder / "logs").glob("attempt_*/job.json"):
+            with contextlib.suppress(OSError):
+                secret.unlink()
+        hosts = self._placement.hosts
+        # An earlier supervisor may have put a spare to work.
+        ended, left, silent = await asyncio.to_thread(
+            sweep, self._options.launcher, hosts + self._placement.spares, self._job, Path.cwd()
         )
+        dead = {host.name: silent[host.name] for host in hosts if host.name in silent}
         if ended:
             self._history.note("cleared", ended=ended)
             LOG.warning("%d processes that an earlier start had left were ended", ended)
