@@ -11,7 +11,7 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -23,6 +23,7 @@ DUMP_SIGNAL = signal.SIGUSR2
 """Makes a rank with a pulse write the Python stacks of all its threads to standard error."""
 
 _FORM = struct.Struct("=qqqqqq")  # count, first step, step, phase, time in ns, count again
+_OF_A_STACK = ("Thread 0x", "Current thread 0x", '  File "', "  <no Python frame>", "  ...")
 
 
 class Phase(IntEnum):
@@ -104,6 +105,11 @@ class Pulse:
             self._first_step = step if self._first_step < 0 else self._first_step
         values = (self._count, self._first_step, self._step, int(phase), time.monotonic_ns(), self._count)
         self._memory[: _FORM.size] = _FORM.pack(*values)
+
+
+def stack_lines(lines: Iterable[str]) -> list[str]:
+    """What DUMP_SIGNAL wrote, without other output: a rank that is let go for it may print meanwhile."""
+    return [line for line in lines if line.startswith(_OF_A_STACK)]
 
 
 class PulseReader:

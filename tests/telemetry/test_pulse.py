@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from stagdist.telemetry.pulse import DUMP_SIGNAL, PULSE_FILE, Phase, Pulse, PulseReader
+from stagdist.telemetry.pulse import DUMP_SIGNAL, PULSE_FILE, Phase, Pulse, PulseReader, stack_lines
 
 WRITER = """
 import sys, time
@@ -70,6 +70,8 @@ def test_a_rank_with_a_pulse_shows_its_stacks_on_a_signal_and_goes_on(tmp_path: 
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == "done\n" and reader.read().count
         process.send_signal(DUMP_SIGNAL)
-        assert "most recent call first" in process.stderr.readline()
+        stack = [process.stderr.readline().rstrip("\n") for _ in range(2)]
+        assert "most recent call first" in stack[0] and 'File "<string>", line 11' in stack[1]
         assert process.poll() is None
         process.send_signal(signal.SIGKILL)
+    assert stack_lines(["step 7/9  loss 2.3", *stack, "saved", "File a.txt"]) == stack
