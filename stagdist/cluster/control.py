@@ -119,8 +119,9 @@ class ControlServer:
     def forgive(self, late_s: float) -> None:
         """Time in which this process itself was stopped is nobody's silence."""
         if late_s > LATE_S:
+            now = time.monotonic()
             for view in self.ranks.values():
-                view.heard_at += late_s
+                view.heard_at = min(view.heard_at + late_s, now)
 
     async def _ping(self) -> None:
         while True:

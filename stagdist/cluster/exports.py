@@ -13,7 +13,9 @@ import stat
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
+from stagdist.cluster.marks import MARK
 from stagdist.errors import ConfigError
+from stagdist.telemetry.pulse import PULSE_FILE
 
 PRIVATE_FILE = "STAGDIST_PRIVATE_ENV"
 """Variable that names the private file."""
@@ -38,8 +40,9 @@ PREFIXES = (
 """Beginnings of variables handed on. DeepSpeed adds those of PYTHON, NCCL and the like by itself, without care; the
 same names in the generated file replace them."""
 
-NEVER = frozenset({"CUDA_VISIBLE_DEVICES", "DS_ENV_FILE", "PYTHONSTARTUP", PRIVATE_FILE})
-"""Variables that mean something on this host or to this process alone."""
+NEVER = frozenset({"CUDA_VISIBLE_DEVICES", "DS_ENV_FILE", "PYTHONSTARTUP", PRIVATE_FILE, MARK, PULSE_FILE})
+"""Variables that mean something on this host or to this process alone; a supervisor inside a supervised job must not
+mark its ranks with the mark of the outer one."""
 
 _SECRET = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE_KEY)S?$")
 _PROXIES = re.compile(r"(https?|all|ftp)_proxy", re.IGNORECASE)

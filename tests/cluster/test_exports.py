@@ -96,3 +96,7 @@ def test_the_private_file_gives_way_to_what_is_set(tmp_path: Path) -> None:
     environment = {PRIVATE_FILE: str(path), "HF_TOKEN": "set"}
     load_private(environment)
     assert environment["WANDB_NAME"] == "a b" and environment["HF_TOKEN"] == "set"
+
+
+def test_the_mark_and_the_pulse_of_an_outer_job_are_not_handed_on() -> None:
+    assert wanted({"STAGDIST_JOB": "outer.1", "STAGDIST_PULSE": "/tmp/pulse", "STAGDIST_X": "1"}) == {"STAGDIST_X": "1"}
