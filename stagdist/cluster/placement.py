@@ -26,6 +26,12 @@ class Placement:
         return sum(host.slots for host in self.hosts)
 
 
+def useless_spares(placement: Placement) -> list[Host]:
+    """Spares with fewer slots than any host has."""
+    fewest = min(host.slots for host in placement.hosts)
+    return [spare for spare in placement.spares if spare.slots < fewest]
+
+
 def with_spares(placement: Placement, dead: Collection[str], answers: Callable[[str], bool]) -> Placement | None:
     """Put a spare in the place of every dead host; it must answer and have as many slots.
 

@@ -20,7 +20,7 @@ from stagdist.cluster.diagnosis import MENDED_BY_A_PERSON, Fault, Limits
 from stagdist.cluster.history import History
 from stagdist.cluster.hostfile import Host
 from stagdist.cluster.launchers import Launch, Launcher, address_of, reachable_address
-from stagdist.cluster.placement import Placement, with_fewer, with_spares
+from stagdist.cluster.placement import Placement, useless_spares, with_fewer, with_spares
 from stagdist.cluster.remote import on_all, run_on
 from stagdist.errors import ConfigError, StagdistError
 
@@ -90,15 +90,17 @@ class Supervisor:
         self._fault: Fault | None = None
         self._last_fault: Fault | None = None
         self._reached = -1
-        self._progressed = False
+        self._progressed = self._at_work = False
 
     async def run(self) -> int:
         """Until the run has ended. Returns: exit code; 128 + signal after a signal.
 
         Raises:
             GaveUpError: the run cannot go on.
-            ConfigError: another supervisor is at work on it.
+            ConfigError: another supervisor is at work on it, or its folder cannot be written.
         """
+        for spare in useless_spares(self._options.placement):
+            LOG.warning("spare %s has %d slots, fewer than any host: it will never be used", spare.name, spare.slots)
         self._stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell that starts it in the background
@@ -111,13 +113,16 @@ class Supervisor:
                 raise
 
     def _on_signal(self, number: int) -> None:
-        LOG.warning("%s: the ranks are asked to save and end", signal.Signals(number).name)
+        what = "the ranks are asked to save and end" if self._at_work else "no ranks are at work; ending"
+        LOG.warning("%s: %s", signal.Signals(number).name, what)
         self._stop_signal = number
         self._stop.set()
 
     async def _go_on(self) -> int:
         # What an earlier supervisor left on a host that does not answer may live for its lease from now on.
         await self._replace_dead(await self._clear_earlier(), time.monotonic())
+        if self._stop.is_set():
+            return self._stopped(None)
         restarts, pause_s = 0, 1.0
         while True:
             outcome = await self._attempt()
@@ -144,6 +149,7 @@ class Supervisor:
         port = plan.launch.master_port
         self._history.note("start", attempt=self._number, hosts=hosts, launcher=plan.launcher, port=port)
         LOG.info("attempt %d with %s on %s", self._number, plan.launcher, ", ".join(hosts))
+        self._at_work = True
         try:
             return await Attempt(plan, self._on_line, self._on_step).run(self._stop)
         except OSError as error:  # no space for the files of an attempt, no launcher, no free address
@@ -152,6 +158,8 @@ class Supervisor:
             raise GaveUpError(
                 f"{first}attempt {self._number} could not start: {where}{error.strerror or error}"
             ) from error
+        finally:
+            self._at_work = False
 
     def _plan(self) -> Plan:
         options = self._options
@@ -256,6 +264,8 @@ class Supervisor:
             new, how = with_fewer(self._placement, gone, self._options.fits), "fewer replicas go on instead"
         if new is None:
             await self._wait_for_hosts(gone, reasons)
+            if self._stop.is_set():
+                return
         elif gone:
             self._placement = new
             hosts = [f"{host.name}:{host.slots}" for host in new.hosts]
@@ -275,7 +285,9 @@ class Supervisor:
         while dead and time.monotonic() < deadline and not self._stop.is_set():
             await self._wait(PROBE_S)
             dead = await self._still_gone(dead)
-        if dead and not self._stop.is_set():
+        if self._stop.is_set():
+            return
+        if dead:
             raise GaveUpError(
                 f"{', '.join(sorted(dead))} did not come back within {wait_s:.0f} s ({reasons}), and no spare is left: "
                 "list one in the hostfile (#spare name slots=N), or allow fewer replicas with --min-data-parallel"
@@ -313,12 +325,16 @@ class Supervisor:
             raise GaveUpError(f"{left} processes of an earlier start cannot be ended: look for {self._job} in /proc")
         return dead
 
-    def _stopped(self, outcome: Outcome) -> int:
+    def _stopped(self, outcome: Outcome | None) -> int:
         code = 128 + self._stop_signal
-        how = "in order" if outcome.fault is None else f"not in order: {outcome.fault.says}"
+        how = "the ranks have ended in order"
+        if outcome is None:
+            how = "before any rank was started"
+        elif outcome.fault is not None:
+            how = f"the ranks have ended, but not in order: {outcome.fault.says}"
         name = signal.Signals(self._stop_signal).name
-        self._history.note("stop", reason=f"{name}; the ranks ended {how}", code=code)
-        LOG.info("%s: the ranks have ended %s", name, how)
+        self._history.note("stop", reason=f"{name}; {how}", code=code)
+        LOG.info("%s: %s", name, how)
         return code
 
     def _earlier_attempts(self) -> int:
@@ -331,10 +347,16 @@ def only_one(path: Path) -> Iterator[None]:
     """Hold a lock that ends with this process.
 
     Raises:
-        ConfigError: another process has it.
+        ConfigError: another process has it, or the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a")
+    except OSError as error:
+        raise ConfigError(
+            f"folder {path.parent} cannot be written: {error.strerror}; choose another runs_directory or --folder"
+        ) from error
+    with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

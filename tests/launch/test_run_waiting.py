@@ -1,0 +1,76 @@
+"""The supervisor before any rank was started: while it waits for a host, and where it cannot start."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+RUN = Path(__file__).resolve().parents[2] / "launch" / "run.py"
+
+
+def test_a_signal_ends_the_wait_for_a_host_that_never_answered(tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_text("nobody.invalid slots=1\n")
+    (tmp_path / "script.py").write_text("")
+    words = [
+        "--hostfile",
+        "hostfile",
+        "--folder",
+        "run",
+        "--host-wait-s",
+        "200",
+        "--host-timeout-s",
+        "1",
+        "--",
+        "script.py",
+    ]
+    with subprocess.Popen(
+        [sys.executable, str(RUN), *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        try:
+            said = ""
+            while "waiting up to 200 s for nobody.invalid" not in said:
+                line = process.stderr.readline()
+                assert line, said
+                said += line
+            process.send_signal(signal.SIGINT)
+            _, rest = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signal.SIGINT, rest
+    assert "SIGINT: no ranks are at work; ending" in rest and "SIGINT: before any rank was started" in rest
+    assert "attempt" not in rest and "error" not in rest
+    events = json.loads((tmp_path / "run" / "run.json").read_text())["events"]
+    assert [event["event"] for event in events] == ["stop"] and events[0]["code"] == 130
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("")
+    (tmp_path / "file").write_text("")
+    words = ["--folder", "file/run", "--", "script.py"]
+    done = subprocess.run([sys.executable, str(RUN), *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    problem = f"error: folder {tmp_path}/file/run cannot be written: Not a directory; "
+    assert done.stderr == problem + "choose another runs_directory or --folder\n"
+
+
+def test_a_spare_that_can_replace_no_host_is_told(tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_text("nobody.invalid slots=2\n#spare small slots=1\n#spare big slots=2\n")
+    (tmp_path / "script.py").write_text("")
+    words = [
+        "--hostfile",
+        "hostfile",
+        "--folder",
+        "run",
+        "--host-wait-s",
+        "0",
+        "--host-timeout-s",
+        "1",
+        "--",
+        "script.py",
+    ]
+    done = subprocess.run([sys.executable, str(RUN), *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "nobody.invalid did not come back within 0 s" in done.stderr
+    assert "spare small has 1 slots, fewer than any host: it will never be used" in done.stderr
+    assert "spare big has" not in done.stderr
