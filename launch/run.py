@@ -155,7 +155,10 @@ def options_of(arguments: argparse.Namespace) -> "Options":
     if config is None and (arguments.folder is None or arguments.min_data_parallel is not None):
         raise ConfigError("scripts other than pretrain.py need --folder, and have no --min-data-parallel")
     if config is not None:
-        grid_for(config, placement.world_size)
+        data = grid_for(config, placement.world_size).data
+        fewest = arguments.min_data_parallel or 1
+        if fewest > data:
+            raise ConfigError(f"--min-data-parallel {fewest} is more than the run has: data {data}")
     folder = Path(arguments.folder or config.folder).resolve()  # type: ignore[union-attr]
     check_paths(folder, Path.cwd(), sys.executable)
     environment = {name: value for name, value in wanted(os.environ).items() if not name.startswith("MASTER_")}

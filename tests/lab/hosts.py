@@ -337,8 +337,9 @@ def up(num_hosts: int, slots: int) -> str:
     )
     enter.chmod(0o700)
     return f"""\
-Lab {lab.name} is up: {", ".join(lab.hosts)} ({SUBNET}.1 to {SUBNET}.{num_hosts}), {slots} slots each.
-  enter a host    {enter} node1        (a login shell in the repository, .venv on PATH)
+Lab {lab.name} is up: {", ".join(lab.hosts)} ({SUBNET}.1 to {SUBNET}.{num_hosts}), slots={slots} each.
+  enter a host    {enter} node1        (a login shell in the repository, .venv on PATH;
+                  one command there: {enter} node1 "bash -lc 'COMMAND'")
   hostfile        {hostfile}
   small disk      {lab.disk}   ({DISK_BYTES >> 20} MiB)
   a first run     deepspeed --hostfile {hostfile} --master_addr {lab.address("node1")} launch/pretrain.py --config ...

@@ -55,6 +55,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert done.stderr == problem + "choose another runs_directory or --folder\n"
 
 
+def test_more_replicas_than_the_run_has_are_refused(tmp_path: Path) -> None:
+    config = RUN.parents[1] / "configs" / "quickstart.yaml"
+    words = ["--min-data-parallel", "2", "--", str(RUN.parent / "pretrain.py"), "--config", str(config)]
+    done = subprocess.run([sys.executable, str(RUN), *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr == "error: --min-data-parallel 2 is more than the run has: data 1\n"
+
+
 def test_a_spare_that_can_replace_no_host_is_told(tmp_path: Path) -> None:
     (tmp_path / "hostfile").write_text("nobody.invalid slots=2\n#spare small slots=1\n#spare big slots=2\n")
     (tmp_path / "script.py").write_text("")
