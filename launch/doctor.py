@@ -25,7 +25,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     from stagdist.cluster.doctor.linking import LAUNCHERS
 
     parser = argparse.ArgumentParser(
-        prog="doctor.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="doctor.py",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--hostfile", type=Path, metavar="FILE", help="hosts; without it this machine alone")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from stagdist.cluster.supervisor import Options
     from stagdist.config import RunConfig
 
+SHORTEST_HOST_TIMEOUT_S = 3.0
+
 EPILOG = """\
 examples:
   python launch/run.py --num-ranks 2 -- launch/pretrain.py --config configs/quickstart.yaml
@@ -42,6 +44,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -51,7 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--num-ranks", type=int, metavar="N", help="ranks on this machine, without a hostfile (default 2)")
     add("--launcher", choices=("pdsh", "openmpi", "torchrun"), help="how ranks are started on hosts (default pdsh)")
-    add("--max-restarts", type=int, default=3, metavar="N", help="give up after so many restarts (default 3)")
+    add("--max-restarts", type=int, default=3, metavar="N", help="in a row without a new checkpoint (default 3)")
     add("--min-data-parallel", type=int, metavar="N", help="go on with fewer replicas, N at least, when a host is gone")
     add("--hang-timeout-s", type=float, default=300.0, metavar="S", help="silence of a working rank (default 300)")
     add(
@@ -97,6 +100,8 @@ def _check_numbers(parser: argparse.ArgumentParser, parsed: argparse.Namespace) 
     for name in ("num_ranks", "min_data_parallel"):
         if getattr(parsed, name) is not None and getattr(parsed, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if parsed.host_timeout_s < SHORTEST_HOST_TIMEOUT_S:
+        parser.error(f"--host-timeout-s must be at least {SHORTEST_HOST_TIMEOUT_S:g}: hosts report once a second")
     if parsed.max_restarts < 0 or not 0 <= parsed.host_wait_s < float("inf"):
         parser.error("--max-restarts and --host-wait-s must not be negative")
 

@@ -175,9 +175,9 @@ class Attempt:
                     return None
                 stopping_since = stopping_since or now
                 self._server.tell("stop")  # again and again: a rank may come late
-            if find_exit(ranks, now) is not None:
+            if find_exit(ranks, now, size) is not None:
                 await asyncio.sleep(FIRST_ERROR_S)
-                return find_exit(ranks, time.monotonic())
+                return find_exit(ranks, time.monotonic(), size)
             fault = find_silence(ranks, now, limits) or find_missing(ranks, size, limits, now - started)
             if fault is None and all(process.poll() is not None for process in self._processes):
                 launcher_gone = launcher_gone or now

@@ -38,6 +38,7 @@ class RankView:
         count: signs of life so far; 0: the script gives none (yet).
         age_s: of the last sign of life when it was told.
         process: state letter of its process.
+        stopped_at: monotonic seconds, when it was first seen stopped; None while it is not.
         heard_at: monotonic seconds, of the last message.
         exit_code: of the script, negative after a signal; None while it runs.
         exited_at: monotonic seconds.
@@ -54,6 +55,7 @@ class RankView:
     count: int = 0
     age_s: float = 0.0
     process: str = "?"
+    stopped_at: float | None = None
     heard_at: float = 0.0
     exit_code: int | None = None
     exited_at: float = 0.0
@@ -73,6 +75,7 @@ class RankView:
                 self.first_step, self.step = int(message["first_step"]), int(message["step"])
                 self.phase, self.count = Phase(message["phase"]), int(message["count"])
                 self.age_s, self.process = float(message["age_s"]), str(message["process"])
+                self.stopped_at = (self.stopped_at or now) if self.process == "T" else None
             case "exit":
                 self.exit_code, self.exited_at = int(message["code"]), now
                 self.ended_by_us, self.tail = bool(message["ended"]), tuple(map(str, message["tail"]))

@@ -76,7 +76,7 @@ def steps_done(ranks: Mapping[int, RankView]) -> int:
     return max((view.step for view in ranks.values()), default=-1)
 
 
-def find_exit(ranks: Mapping[int, RankView], now: float) -> Fault | None:
+def find_exit(ranks: Mapping[int, RankView], now: float, world_size: int) -> Fault | None:
     """The first error of ranks that have ended: one that is no consequence of another, and the earliest."""
     failed = [view for view in ranks.values() if view.exit_code not in (None, 0) and not view.ended_by_us]
     if not failed:
@@ -88,6 +88,8 @@ def find_exit(ranks: Mapping[int, RankView], now: float) -> Fault | None:
     if is_consequence(first) and (gone := _unheard(ranks, now, MISSED_S)):
         return _silent(gone, now, steps_done(ranks))
     says = f"rank {first.rank} on {first.host} {how_it_ended(first)}"
+    if is_consequence(first) and (missing := _missing(ranks, world_size)):
+        return Fault("missing", missing[0], "", f"rank {_listed(missing)} never came; {says}")
     own = (first.exit_code or 0) > 0 and not is_consequence(first)
     return Fault("exit", first.rank, first.host, says, first.exit_code, steps_done(ranks), own)
 
@@ -116,7 +118,8 @@ def how_it_ended(view: RankView) -> str:
     """A rank's end in words."""
     assert view.exit_code is not None, "it has ended"
     if view.exit_code < 0:
-        return f"was killed by {signal.Signals(-view.exit_code).name}"
+        named = {number.value: number.name for number in signal.Signals}
+        return f"was killed by {named.get(-view.exit_code, f'signal {-view.exit_code}')}"
     return f"ended with code {view.exit_code}: {error_line(view.tail)}"
 
 
@@ -128,7 +131,7 @@ def find_silence(ranks: Mapping[int, RankView], now: float, limits: Limits) -> F
     late = [
         view
         for view in running
-        if view.count and view.silent_s(now) > (limits.slow_s if view.phase.slow else limits.hang_s)
+        if view.count and (_is_late(view, now, limits) or now - (view.stopped_at or now) > limits.hang_s)
     ]
     if not late:
         return None
@@ -137,6 +140,10 @@ def find_silence(ranks: Mapping[int, RankView], now: float, limits: Limits) -> F
     worst = _most_stuck(candidates)
     assert worst is not None, "who is late is a candidate"
     return _stuck(worst, worst.silent_s(now), steps_done(ranks))
+
+
+def _is_late(view: RankView, now: float, limits: Limits) -> bool:
+    return view.silent_s(now) > (limits.slow_s if view.phase.slow else limits.hang_s)
 
 
 def _unheard(ranks: Mapping[int, RankView], now: float, limit_s: float) -> list[RankView]:
@@ -167,8 +174,15 @@ def _stuck(view: RankView, silent_s: float, step: int) -> Fault:
 
 def find_missing(ranks: Mapping[int, RankView], world_size: int, limits: Limits, waited_s: float) -> Fault | None:
     """Ranks that never came."""
-    missing = [rank for rank in range(world_size) if rank not in ranks]
+    missing = _missing(ranks, world_size)
     if not missing or waited_s <= limits.slow_s:
         return None
-    named = ", ".join(map(str, missing[:8])) + (" and more" if len(missing) > 8 else "")
-    return Fault("missing", missing[0], "", f"rank {named} did not start within {limits.slow_s:.0f} s")
+    return Fault("missing", missing[0], "", f"rank {_listed(missing)} did not start within {limits.slow_s:.0f} s")
+
+
+def _missing(ranks: Mapping[int, RankView], world_size: int) -> list[int]:
+    return [rank for rank in range(world_size) if rank not in ranks]
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (" and more" if len(ranks) > 8 else "")

@@ -1,5 +1,6 @@
 """The command lines of launchers: how one attempt's agents come to run on every host. Pure, except for names."""
 
+import os
 import shlex
 import socket
 import sys
@@ -17,7 +18,7 @@ from stagdist.errors import ConfigError
 Launcher = Literal["local", "pdsh", "openmpi", "torchrun"]
 
 _AGENT = "stagdist.cluster.agent"
-_EXPORTED_UNASKED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
+EXPORTED_UNASKED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
 """Beginnings of variables that DeepSpeed puts into the command line of the hosts by itself."""
 
 
@@ -58,16 +59,29 @@ def commands(launcher: Launcher, launch: Launch) -> list[list[str]]:
     agent = ["--job", str(launch.job)]
     if launcher == "torchrun":
         return [ssh_words(host.name, _torchrun_line(launch, node, agent)) for node, host in enumerate(launch.hosts)]
-    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    port = ["--master_port", str(launch.master_port)]
+    words = deepspeed_words(
+        launcher, launch.world_size, launch.hostfile, launch.master_address, launch.master_port, launch.as_root
+    )
+    return [[*words, "--module", _AGENT, *agent]]
+
+
+def deepspeed_words(
+    launcher: str, world_size: int, hostfile: Path, master_address: str, master_port: int, as_root: bool
+) -> list[str]:
+    """DeepSpeed's launcher with its options; module or script follow.
+
+    Args:
+        launcher: `local`, `pdsh` or `openmpi`.
+        world_size: ranks on this machine, for `local`.
+        hostfile: of the hosts; not used by `local`.
+        as_root: Open MPI wants to be told.
+    """
+    words = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(master_port)]
     if launcher == "local":
-        place = ["--hostfile", "/dev/null/none", "--num_accelerators", str(launch.world_size)]
-    else:
-        place = ["--hostfile", str(launch.hostfile), "--launcher", launcher, "--force_multi"]
-        place += ["--master_addr", launch.master_address]
-    if launcher == "openmpi" and launch.as_root:
-        place += ["--launcher_args=--allow-run-as-root"]
-    return [[*deepspeed, *place, *port, "--module", _AGENT, *agent]]
+        # A file that cannot be there: DeepSpeed must not take one that it finds at its usual place.
+        return [*words, "--hostfile", "/dev/null/none", "--num_accelerators", str(world_size)]
+    words += ["--hostfile", str(hostfile), "--launcher", launcher, "--force_multi", "--master_addr", master_address]
+    return [*words, "--launcher_args=--allow-run-as-root"] if launcher == "openmpi" and as_root else words
 
 
 def _torchrun_line(launch: Launch, node: int, agent: list[str]) -> str:
@@ -83,16 +97,36 @@ def _torchrun_line(launch: Launch, node: int, agent: list[str]) -> str:
 
 
 def launcher_environment(launcher: Launcher, launch: Launch, environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables for the launcher's own process: nothing in them can become a command on a host, or a secret be seen."""
-    kept = {
-        name: value
-        for name, value in environment.items()
-        if not name.startswith(_EXPORTED_UNASKED) or (is_plain(value) and not is_secret(name)) or launcher == "local"
-    }
+    """Variables for the launcher's own process.
+
+    Raises:
+        ConfigError: see `for_deepspeed`.
+    """
+    kept = for_deepspeed(environment) if launcher in ("pdsh", "openmpi") else dict(environment)
     kept[MARK] = launch.mark
     if launcher in ("pdsh", "openmpi"):
         kept["DS_ENV_FILE"] = str(launch.environment_file)
     return kept
+
+
+def for_deepspeed(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables without those that DeepSpeed would put into command lines although they are secret or no plain text.
+
+    PATH begins with the folder of this Python: mpirun may lie there.
+
+    Raises:
+        ConfigError: Python's own, which it needs to start, are among those.
+    """
+    kept = {}
+    for name, value in environment.items():
+        if not name.startswith(EXPORTED_UNASKED) or (is_plain(value) and not is_secret(name)):
+            kept[name] = value
+        elif name.startswith("PYTHON") and not is_secret(name):
+            raise ConfigError(
+                f"{name} holds characters that a shell on the hosts could run or split: {value[:80]!r}; unset it, or "
+                "give it only letters, digits and @+=:,./_-"
+            )
+    return kept | {"PATH": f"{Path(sys.executable).parent}:{environment.get('PATH', os.defpath)}"}
 
 
 def environment_file(launch: Launch, environment: Mapping[str, str]) -> str:

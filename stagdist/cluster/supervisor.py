@@ -45,7 +45,7 @@ class Options:
         folder: of the run: logs and run.json go there; all hosts see it.
         environment: variables for the ranks.
         address: of this machine for the agents; None: the one that the first host can reach.
-        max_restarts: after which the supervisor gives up.
+        max_restarts: in a row without a new checkpoint, after which the supervisor gives up.
         limits: of silence.
         lease_s: without word from the supervisor a rank ends after this time.
         stop_s: for an orderly end.
@@ -89,7 +89,8 @@ class Supervisor:
         self._first_known: int | None = None
         self._fault: Fault | None = None
         self._last_fault: Fault | None = None
-        self._reached = -1
+        self._reached = self._resumed = -1
+        self._restarts = 0
         self._progressed = self._at_work = False
 
     async def run(self) -> int:
@@ -123,7 +124,7 @@ class Supervisor:
         await self._replace_dead(await self._clear_earlier(), time.monotonic())
         if self._stop.is_set():
             return self._stopped(None)
-        restarts, pause_s = 0, 1.0
+        pause_s = 1.0
         while True:
             outcome = await self._attempt()
             self._note_end(outcome)
@@ -133,11 +134,11 @@ class Supervisor:
                 self._history.note("finish", attempt=self._number, code=0)
                 LOG.info("all ranks have ended in order")
                 return 0
-            self._check_hope(outcome.fault, restarts)
-            restarts += 1
+            self._check_hope(outcome.fault)
+            self._restarts += 1
             pause_s = 1.0 if self._progressed else min(2 * pause_s, LONGEST_PAUSE_S)
             await self._replace_dead(outcome.dead, outcome.last_heard)
-            await self._wait(pause_s if restarts > 1 else 0.0)
+            await self._wait(pause_s if self._restarts > 1 else 0.0)
             if self._stop.is_set():
                 return self._stopped(outcome)
 
@@ -192,6 +193,8 @@ class Supervisor:
     def _on_step(self, step: int) -> None:
         if self._first_known is None:
             self._first_known = step
+            if step > self._resumed:  # a checkpoint that no attempt before began from
+                self._resumed, self._restarts = step, 0
             lost = max(0, self._reached - step) if self._fault is not None else 0
             self._reached = step
             self._history.note("resume", attempt=self._number, step=step, lost_steps=lost)
@@ -222,7 +225,7 @@ class Supervisor:
         facts = {"swept": outcome.ended, "left": outcome.left, "dead": dict(outcome.dead)}
         self._history.note("ended", attempt=self._number, **facts)
 
-    def _check_hope(self, fault: Fault, restarts: int) -> None:
+    def _check_hope(self, fault: Fault) -> None:
         """Give up where another attempt would only end like this one.
 
         Raises:
@@ -235,8 +238,10 @@ class Supervisor:
         before = self._last_fault
         if before is not None and fault.own and before.same_again == fault.same_again:
             raise GaveUpError(f"{first}; the same as the time before, after the same step. {logs}")
-        if restarts >= self._options.max_restarts:
-            raise GaveUpError(f"{first}; --max-restarts {self._options.max_restarts} is reached. {logs}")
+        if self._restarts >= self._options.max_restarts:
+            raise GaveUpError(
+                f"{first}; --max-restarts {self._options.max_restarts} is reached without a new checkpoint. {logs}"
+            )
         self._last_fault = self._fault = fault
         # An attempt that fails before it trains knows of no step.
         self._reached = max(self._reached, fault.step)
@@ -359,6 +364,10 @@ def only_one(path: Path) -> Iterator[None]:
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ConfigError(f"{path}: another supervisor is at work on this run; stop it first") from None
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be locked: {error.strerror}; mount its file system with locks, or choose a --folder"
+            ) from error
         yield

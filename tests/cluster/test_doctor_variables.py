@@ -8,14 +8,12 @@ from stagdist.cluster.doctor.facts import NOTE, PROBLEM
 from stagdist.cluster.doctor.variables import (
     PRIVATE_NAME,
     common_route,
-    launcher_environment,
     master_address,
     read_deepspeed_env,
     stale_master,
     write_variables,
 )
 from stagdist.cluster.exports import PRIVATE_FILE, load_private
-from stagdist.errors import ConfigError
 from tests.cluster.doctor_cases import facts
 
 
@@ -100,10 +98,3 @@ def test_the_interface_is_common_only_where_all_call_it_alike() -> None:
     assert common_route([facts(1), facts(2)]) == "eth0"
     assert common_route([facts(1), facts(2, route="ens1")]) is None
     assert common_route([facts(1, route=None), facts(2, route=None)]) is None
-
-
-def test_nothing_of_this_shell_becomes_a_command_through_the_launcher() -> None:
-    shell = {"PATH": "/bin", "NCCL_X": "$(id)", "MLFLOW_TRACKING_TOKEN": "t", "UCX_TLS": "tcp", "PS1": "$(x)"}
-    assert launcher_environment(shell) == {"PATH": "/bin", "UCX_TLS": "tcp", "PS1": "$(x)"}
-    with pytest.raises(ConfigError, match="PYTHONPATH"):
-        launcher_environment({"PYTHONPATH": "/a;touch x"})

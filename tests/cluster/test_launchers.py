@@ -1,6 +1,7 @@
 """Command lines of the supervisor's launchers hold nothing that a shell on the hosts could run."""
 
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from stagdist.cluster.launchers import (
     check_paths,
     commands,
     environment_file,
+    for_deepspeed,
     launcher_environment,
 )
 from stagdist.errors import ConfigError
@@ -46,7 +48,7 @@ def test_torchrun_is_started_on_every_host_with_its_own_number_of_ranks() -> Non
 
 
 @pytest.mark.parametrize("launcher", DEEPSPEED)
-@pytest.mark.parametrize("name", ["PYTHONPATH", "NCCL_DEBUG", "UCX_X", "MLFLOW_X", "MV2_X"])
+@pytest.mark.parametrize("name", ["NCCL_DEBUG", "UCX_X", "MLFLOW_X", "MV2_X"])
 def test_variables_that_deepspeed_would_hand_on_unquoted_are_kept_from_it(launcher: Launcher, name: str) -> None:
     environment = launcher_environment(launcher, LAUNCH, {name: "$(touch hit)", "HOME": "a b", "NCCL_IB": "1"})
     assert name not in environment
@@ -78,3 +80,9 @@ def test_a_secret_that_deepspeed_would_export_by_itself_is_kept_from_its_command
     environment = {name: "plain-but-secret", "PATH": "/usr/bin"}
     assert name not in launcher_environment(launcher, LAUNCH, environment)
     assert "plain-but-secret" not in environment_file(LAUNCH, environment)
+
+
+def test_python_variables_that_are_not_plain_are_refused_and_mpirun_beside_python_is_found() -> None:
+    with pytest.raises(ConfigError, match="PYTHONPATH"):
+        for_deepspeed({"PYTHONPATH": "/a;touch x"})
+    assert for_deepspeed({"PATH": "/bin"})["PATH"] == f"{Path(sys.executable).parent}:/bin"

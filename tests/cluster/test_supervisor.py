@@ -12,7 +12,7 @@ from stagdist.cluster.control import ControlServer, RankView
 from stagdist.cluster.diagnosis import Fault, Limits, find_silence
 from stagdist.cluster.hostfile import Host
 from stagdist.cluster.placement import Placement
-from stagdist.cluster.supervisor import Options, Supervisor
+from stagdist.cluster.supervisor import GaveUpError, Options, Supervisor
 
 LIMITS = Limits(hang_s=10.0, slow_s=100.0, host_s=10.0)
 
@@ -43,8 +43,8 @@ def test_an_earlier_start_is_cleared_from_spares_too_and_its_secrets_are_removed
 def test_steps_lost_are_counted_from_the_last_training_also_after_an_attempt_that_never_trained(tmp_path: Path) -> None:
     one = made(tmp_path)
     one._on_step(30)
-    one._check_hope(Fault("exit", 0, "a", "rank 0 on a was killed", -9, step=33), 0)
-    one._check_hope(Fault("launcher", None, "", "the launcher ended", 1, step=-1), 1)
+    one._check_hope(Fault("exit", 0, "a", "rank 0 on a was killed", -9, step=33))
+    one._check_hope(Fault("launcher", None, "", "the launcher ended", 1, step=-1))
     one._first_known = None
     one._on_step(30)
     assert one._history._body["events"][-1]["lost_steps"] == 3
@@ -56,3 +56,15 @@ def test_time_in_which_the_supervisor_was_stopped_is_nobodys_silence() -> None:
     assert find_silence(server.ranks, now, LIMITS) is not None
     server.forgive(12.0)
     assert find_silence(server.ranks, now, LIMITS) is None
+
+
+def test_restarts_count_in_a_row_without_a_new_checkpoint(tmp_path: Path) -> None:
+    one = made(tmp_path)
+    for resumed, restarts in ((0, 0), (10, 0), (10, 1), (10, 2), (20, 0)):
+        one._first_known = None
+        one._on_step(resumed)
+        assert one._restarts == restarts
+        one._restarts += 1
+    one._restarts = 9
+    with pytest.raises(GaveUpError, match="--max-restarts 9"):
+        one._check_hope(Fault("exit", 0, "a", "was killed", -9))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from stagdist.cluster.hostfile import Host, hostfile_text
-from stagdist.cluster.marks import MARK
 from stagdist.telemetry.pulse import PULSE_FILE
 from tests.lab.hosts import Lab
 from tests.lab.inside import Call, HostProcess
@@ -115,9 +114,9 @@ class Supervised:
         self.lab.signal(self.call, number)
 
     def orphans(self, patience_s: float = 0.0) -> list[HostProcess]:
-        """Processes of the job that are left on the hosts after `patience_s` at most."""
+        """What still runs on the hosts, whoever started it, after `patience_s` at most."""
         deadline = time.monotonic() + patience_s
-        while left := [one for one in self.lab.processes() if MARK in one.environment]:
+        while left := self.lab.processes():
             if time.monotonic() >= deadline:
                 break
             time.sleep(0.1)

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stagdist.cluster import launchers
 from stagdist.cluster.doctor import link_probe
 from stagdist.cluster.doctor.asking import ROOT
 from stagdist.cluster.doctor.facts import Links
-from stagdist.cluster.doctor.variables import launcher_environment
-from stagdist.cluster.exports import is_plain, write_private
+from stagdist.cluster.exports import write_private
 from stagdist.cluster.hostfile import Host, hostfile_text
 from stagdist.cluster.remote import Finished, on_all, run_here, run_on
-from stagdist.errors import ConfigError, TransportError
+from stagdist.errors import TransportError
 from stagdist.parallel.grid import Grid
 
 LAUNCHERS = ("pdsh", "openmpi", "torchrun")
@@ -66,9 +66,7 @@ def measure_links(plan: Plan) -> Links:
         ConfigError: a path or variable cannot be given to a launcher.
         TransportError: they did not get there; says what the first of them said.
     """
-    for path in (str(ROOT), sys.executable):
-        if not is_plain(path):
-            raise ConfigError(f"{path!r} holds characters that a shell on the hosts could run or split; rename it")
+    launchers.check_paths(ROOT, sys.executable)
     with tempfile.TemporaryDirectory(prefix="stagdist-doctor-") as name:
         if plan.launcher == "torchrun" and plan.hosts:
             outputs = _torchrun(plan)
@@ -86,30 +84,23 @@ def probe_words(plan: Plan) -> list[str]:
 
 def deepspeed_words(plan: Plan, hostfile: Path) -> list[str]:
     """DeepSpeed's command line."""
-    words = [sys.executable, "-m", "deepspeed.launcher.runner", "--module", "--no_local_rank"]
-    words += ["--master_port", str(plan.port)]
-    if not plan.hosts:
-        # A file that is not there: DeepSpeed must not take one that it finds at its usual place.
-        words += ["--hostfile", str(hostfile), "--num_accelerators", str(plan.grid.world_size)]
-    else:
-        words += ["--hostfile", str(hostfile), "--force_multi", "--launcher", plan.launcher]
-        words += ["--master_addr", plan.master]
-        if plan.launcher == "openmpi" and os.geteuid() == 0:
-            words += ["--launcher_args=--allow-run-as-root"]
-    return [*words, *probe_words(plan)]
+    launcher = plan.launcher if plan.hosts else "local"
+    words = launchers.deepspeed_words(
+        launcher, plan.grid.world_size, hostfile, plan.master, plan.port, os.geteuid() == 0
+    )
+    return [*words, "--module", "--no_local_rank", *probe_words(plan)]
 
 
 def _deepspeed(plan: Plan, scratch: Path) -> Finished:
     hostfile = scratch / "hostfile"
-    environment = launcher_environment() if plan.hosts else dict(os.environ)
+    environment = launchers.for_deepspeed(os.environ) if plan.hosts else dict(os.environ)
     variables = dict(plan.variables)
     if plan.hosts:
         hostfile.write_text(hostfile_text(plan.hosts))
         variables |= {"MASTER_ADDR": plan.master, "MASTER_PORT": str(plan.port)}
     exported = scratch / "deepspeed_env"
     write_private(exported, "".join(f"{name}={value}\n" for name, value in variables.items()))
-    programs = f"{Path(sys.executable).parent}:{environment.get('PATH', os.defpath)}"  # mpirun may lie beside Python
-    own = environment | {"DS_ENV_FILE": str(exported), "PATH": programs}
+    own = environment | {"DS_ENV_FILE": str(exported)}
     return run_here(deepspeed_words(plan, hostfile), plan.limit_s + GRACE_S, folder=ROOT, only=own)
 
 

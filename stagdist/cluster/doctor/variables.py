@@ -15,15 +15,12 @@ from stagdist.cluster.exports import (
     wanted,
     write_deepspeed_env,
 )
-from stagdist.errors import ConfigError
+from stagdist.cluster.launchers import EXPORTED_UNASKED
 
 PRIVATE_NAME = ".stagdist_private_env"
 INTERFACE_NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 ROW = "environment"
 WRITE = "write it with launch/doctor.py --write-env"
-
-_DEEPSPEED_TAKES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
-"""Beginnings of the variables that DeepSpeed hands on by itself."""
 
 _LINE = re.compile(r"\s*(?P<name>[A-Za-z_][A-Za-z0-9_]*)\s*=(?P<value>.*)")
 
@@ -81,7 +78,7 @@ def _left_behind(environment: Mapping[str, str]) -> list[str]:
     return [
         name
         for name in wanted(environment)
-        if (name.startswith(PREFIXES) or is_secret(name)) and not name.startswith(_DEEPSPEED_TAKES)
+        if (name.startswith(PREFIXES) or is_secret(name)) and not name.startswith(EXPORTED_UNASKED)
     ]
 
 
@@ -141,22 +138,3 @@ def write_variables(path: Path, master: str | None, interface: str | None) -> tu
     names = write_deepspeed_env(path, path.with_name(PRIVATE_NAME), environment)
     written = read_deepspeed_env(path.parent, {"DS_ENV_FILE": path.name, "HOME": str(path.parent)})
     return names, written
-
-
-def launcher_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Variables for DeepSpeed's launcher: without those that it would hand on although they are no plain text.
-
-    Raises:
-        ConfigError: Python's own are among those.
-    """
-    kept = {}
-    for name, value in environment.items():
-        if name.startswith(_DEEPSPEED_TAKES) and (is_secret(name) or not is_plain(value)):
-            if name.startswith("PYTHON"):
-                raise ConfigError(
-                    f"{name} holds characters that a shell on the hosts could run or split: {value[:80]!r}; unset it, "
-                    "or give it only letters, digits and @+=:,./_-"
-                )
-            continue
-        kept[name] = value
-    return kept
