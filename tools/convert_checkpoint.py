@@ -168,7 +168,7 @@ def verify(arguments: argparse.Namespace) -> int:
     """Compare two models."""
     from stagdist.checkpoint.proof import TEXT
     from stagdist.checkpoint.verification import verify as compare
-    from stagdist.evaluation.perplexity import read_text
+    from stagdist.evaluation.bits_per_byte import read_text
 
     text = TEXT if arguments.text is None else read_text(arguments.text)
     verdict = compare(

@@ -160,13 +160,14 @@ def _rank() -> int:
 def _progress(silent: bool) -> Callable[[int, int], None]:
     from tqdm import tqdm
 
-    bar = tqdm(unit="window", disable=silent, leave=False)
+    bars: list[Any] = []  # made when there is something to show: an error before that stands on a line of its own
 
     def report(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
+        if not bars:
+            bars.append(tqdm(total=total, unit="window", disable=silent, leave=False))
+        bars[0].update(done - bars[0].n)
         if done == total:
-            bar.close()
+            bars[0].close()
 
     return report
 

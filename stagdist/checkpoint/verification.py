@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from stagdist.checkpoint.proof import TEXT, plain_logits, reader, text_ids
-from stagdist.checkpoint.sources import open_weights, source_tokenizer
+from stagdist.checkpoint.sources import WeightSource, open_weights, source_tokenizer
+from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import CheckpointError
 
 
@@ -39,7 +40,7 @@ def verify(
 
     Args:
         text: what to read; its beginning is used.
-        tokenizer: where the tokenizer is, unless the first says it.
+        tokenizer: where the tokenizer is; None for that of the first, else of the second.
 
     Raises:
         CheckpointError: one cannot be read, or the vocabularies differ.
@@ -51,7 +52,7 @@ def verify(
             "logits cannot be compared"
         )
     shorter = min((one.model, other.model), key=lambda model: model.max_position_embeddings)
-    input_ids = text_ids(source_tokenizer(one, tokenizer), shorter, text)
+    input_ids = text_ids(_tokenizer(one, other, tokenizer), shorter, text)
     with torch.no_grad():
         left, right = (plain_logits(source.model, reader(source), input_ids) for source in (one, other))
     return Verdict(
@@ -60,3 +61,13 @@ def verify(
         largest_logit=float(left.abs().max()),
         equal_choices=float((left.argmax(-1) == right.argmax(-1)).float().mean()),
     )
+
+
+def _tokenizer(one: WeightSource, other: WeightSource, given: str | None) -> Tokenizer:
+    """As given, else that of the first that has one."""
+    try:
+        return source_tokenizer(one, given)
+    except CheckpointError:
+        if given is not None:
+            raise
+        return source_tokenizer(other, None)

@@ -315,9 +315,16 @@ def _known_end(added_tokens: list[dict[str, Any]]) -> str | None:
     return next((name for name in _KNOWN_ENDS if name in names), None)
 
 
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.spm")
+"""One of these is in every directory from which transformers loads a tokenizer."""
+
+
 def _load_with_transformers(path: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
+    if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
+        # What transformers says then is about packages that are not installed.
+        raise DataError(f"{path} holds no tokenizer.json nor any other tokenizer")
     try:
         # Without a word about code from the directory, transformers would ask whether to run it and read the answer
         # from standard input, where prompts may be.

@@ -10,6 +10,7 @@ token but those of the first window has at least `L - R` tokens before it. That 
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +25,20 @@ TokenNats = Callable[[Tensor, Tensor], Tensor]
 
 PAD_ID = 0
 """Fills the end of the last window; causal models never look at it and its loss is left out."""
+
+
+def read_text(path: str | Path) -> str:
+    """A whole text file, line ends as they are.
+
+    Raises:
+        DataError: it is missing or not UTF-8.
+    """
+    try:
+        return Path(path).read_bytes().decode()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 at byte {error.start}; convert it first") from error
 
 
 def score_text(

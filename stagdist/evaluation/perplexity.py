@@ -18,7 +18,7 @@ from torch import Tensor
 from stagdist.checkpoint.sources import WeightSource, open_weights, source_tokenizer
 from stagdist.config import ModelConfig
 from stagdist.errors import ConfigError, DataError
-from stagdist.evaluation.bits_per_byte import count_windows, score_text
+from stagdist.evaluation.bits_per_byte import count_windows, read_text, score_text
 from stagdist.model.megatron import TensorParallel, token_nats
 from stagdist.model.stagformer import StagFormer, canonical_slice
 from stagdist.parallel.grid import Grid
@@ -117,20 +117,6 @@ def score_file(
             batch_size=scoring.batch_size, part=part,
         )  # fmt: skip
         return Scored(_sum(score, groups), window, stride)
-
-
-def read_text(path: str | Path) -> str:
-    """A whole text file, line ends as they are.
-
-    Raises:
-        DataError: it is missing or not UTF-8.
-    """
-    try:
-        return Path(path).read_bytes().decode()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 at byte {error.start}; convert it first") from error
 
 
 def load_weights(source: WeightSource, parallel: TensorParallel) -> StagFormer:
