@@ -35,7 +35,10 @@ _AUTO_MAP = {
 }
 _INDEX = "model.safetensors.index.json"
 CHECKSUMS = "checksums.json"
-"""sha256 of every tensor's bytes, by stored name: what was written, so that a swapped tensor is seen."""
+"""sha256 of every tensor's bytes, by stored name, and the model's shape: what was written, so that a swapped tensor
+or a changed key is seen."""
+_NOT_OF_THE_FUNCTION = ("architectures", "auto_map", "torch_dtype", "bos_token_id", "eos_token_id")
+"""Keys of `config.json` that do not change what the weights compute."""
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _STAGFORMER_KEYS = (
     "section_layers",
@@ -114,7 +117,7 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     """The shape of the model in a directory; a Llama without our keys is one section.
 
     Raises:
-        CheckpointError: `config.json` is missing, damaged or of another architecture.
+        CheckpointError: `config.json` is missing, damaged, of another architecture or contradicts itself.
     """
     path = Path(directory) / "config.json"
     try:
@@ -124,6 +127,7 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     if body.get("model_type") not in ("stagformer", "llama"):
         raise CheckpointError(f"{path} says model_type {body.get('model_type')!r}; stagformer and llama are read")
     rope = body.get("rope_parameters") or {}
+    _refuse_contradictions(body, rope, path)
     keys = {key: body[key] for key in ModelConfig.model_fields if key in body}
     keys["rope_theta"] = rope.get("rope_theta", body.get("rope_theta", 10000.0))
     if rope.get("rope_type", "default") != "default":
@@ -134,6 +138,22 @@ def read_model_config(directory: str | Path) -> ModelConfig:
         return ModelConfig(**keys)
     except (ConfigError, ValueError) as error:
         raise CheckpointError(f"{path} does not describe a model that can be built: {error}") from error
+
+
+def _refuse_contradictions(body: dict[str, Any], rope: dict[str, Any], path: Path) -> None:
+    """Both spellings of one thing must say the same: programs differ in which they read."""
+    theta = (body.get("rope_theta"), rope.get("rope_theta"))
+    if None not in theta and theta[0] != theta[1]:
+        raise CheckpointError(
+            f"{path} says rope_theta {theta[0]} and in rope_parameters {theta[1]}; remove the wrong one"
+        )
+    layers, sections = body.get("num_hidden_layers"), body.get("section_layers")
+    if layers is not None and isinstance(sections, list) and all(isinstance(n, int) for n in sections):
+        if sum(sections) != layers:
+            raise CheckpointError(
+                f"{path} says num_hidden_layers {layers} and section_layers {sections}, which are {sum(sections)}; "
+                "mend the wrong one"
+            )
 
 
 class ModelDirectoryWriter:
@@ -188,11 +208,13 @@ class ModelDirectoryWriter:
     def commit(self) -> None:
         """Write what describes the tensors and give the folder its name."""
         assert self._file is None and len(self._checksums) == sum(map(len, self._shards)), "tensors are missing"
-        _write_json(self.folder / CHECKSUMS, {"sha256": self._checksums})
+        body = config_json(self.model, self.dtype, self.end_of_document)
+        shape = {key: value for key, value in body.items() if key not in _NOT_OF_THE_FUNCTION}
+        _write_json(self.folder / CHECKSUMS, {"config": shape, "sha256": self._checksums})
         if len(self._shards) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": self._index}
             _write_json(self.folder / _INDEX, index)
-        _write_json(self.folder / "config.json", config_json(self.model, self.dtype, self.end_of_document))
+        _write_json(self.folder / "config.json", body)
         _write_json(self.folder / "generation_config.json", generation_config_json(self.end_of_document))
         for name in CODE_FILES if self.model.staggered else ():
             shutil.copyfile(_CODE_FOLDER / name, self.folder / name)

@@ -76,9 +76,11 @@ def refusal(path: Path, error: Exception) -> str:
             foreign = get_unsafe_globals_in_checkpoint(path)
         except Exception:  # a file made to harm may break any parser
             foreign = []
-    what = f"would run {', '.join(sorted(foreign)[:4])}" if foreign else "is no plain tensor file"
+    # Torch begins with advice to load the file without restrictions; its reason comes after that.
+    reason = str(error).split("WeightsUnpickler error: ")[-1].splitlines()[0]
+    what = f"would run {', '.join(sorted(foreign)[:4])}" if foreign else f"is no plain tensor file ({reason})"
     return (
         f"{path} {what} while it is loaded, which no checkpoint of stagdist does. Only if you trust who made it, give "
         "--trust-pickle to this command, or once to python tools/convert_checkpoint.py reshard, which writes a clean "
-        f"copy ({str(error).splitlines()[0]})"
+        "copy"
     )

@@ -22,6 +22,7 @@ from stagdist.parallel.layout import ParameterSpec, model_parameters
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TAMPERED = f"take the directory from where it came again, or remove {CHECKSUMS} if the change was meant"
 
 
 class WeightSource(Protocol):
@@ -136,7 +137,9 @@ class ModelSource:
         self.model = self._reader.model
         self.dtype = self._declared_dtype()
         path = directory / CHECKSUMS
-        self._checksums: dict[str, str] = read_json(path).get("sha256", {}) if path.is_file() else {}
+        record = read_json(path) if path.is_file() else {}
+        self._checksums: dict[str, str] = record.get("sha256", {})
+        self._written_config: dict[str, Any] = record.get("config", {})
 
     @property
     def end_of_document(self) -> int | None:
@@ -154,19 +157,24 @@ class ModelSource:
         return self._reader.whole(spec)
 
     def check(self, report: Callable[[str], None] = lambda name: None) -> None:
-        """Compare type and content of every tensor with what the directory says.
+        """Compare `config.json` and type and content of every tensor with what the directory says was written.
 
         Raises:
             CheckpointError: by name.
         """
+        for key, written in self._written_config.items():
+            if self._body.get(key) != written:
+                raise CheckpointError(
+                    f"{self.directory}/config.json says {key} {self._body.get(key)!r}, the weights were written for "
+                    f"{written!r} ({CHECKSUMS}); {_TAMPERED}"
+                )
         for spec in model_parameters(self.model):
             name, tensor = stored_name(spec.name, self.model), self.weight(spec)
             if tensor.dtype != self.dtype:
                 raise CheckpointError(f"{name} in {self.directory} is {tensor.dtype}, config.json says {self.dtype}")
             if self._checksums and tensor_sha256(tensor) != self._checksums.get(name):
                 raise CheckpointError(
-                    f"{name} in {self.directory} has other values than were written ({CHECKSUMS}); take the directory "
-                    f"from where it came again, or remove {CHECKSUMS} if the change was meant"
+                    f"{name} in {self.directory} has other values than were written ({CHECKSUMS}); {_TAMPERED}"
                 )
             report(name)
 

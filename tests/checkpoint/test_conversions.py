@@ -135,6 +135,16 @@ def test_verify_tells_models_apart(tmp_path: Path) -> None:
     assert (verdict.largest_difference, verdict.equal_choices, verdict.tokens) == (0.0, 1.0, 32)
 
 
+def test_verify_takes_the_tokenizer_of_the_one_that_has_it(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        model_directory(tmp_path / name, {})
+    for file in (tmp_path / "a").glob("tokenizer*"):
+        file.unlink()
+    assert verify(tmp_path / "a", tmp_path / "b").largest_difference == 0
+    with pytest.raises(CheckpointError, match=r"a holds no tokenizer\.json nor any other tokenizer; name it with"):
+        verify(tmp_path / "a", tmp_path / "a")
+
+
 # --- tampering ----------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +186,24 @@ def other_config(folder: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 32}))
 
 
+def other_rule(folder: Path) -> None:
+    """The same shapes, another function."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stagger": 2}))
+
+
+def other_layers(folder: Path) -> None:
+    """The number of layers contradicts the sections."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 7}))
+
+
+def two_bases(folder: Path) -> None:
+    """The base of the rotary angles stands there twice, differently."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": 5.0}))
+
+
 @pytest.mark.parametrize(
     ("tamper", "complaint"),
     [
@@ -185,6 +213,9 @@ def other_config(folder: Path) -> None:
         (drop_shard, r"model\.safetensors"),
         (truncate, r"lacks the tensor|cannot be read"),
         (other_config, r"gate_proj\.weight in .* has shape \[24, 16\]"),
+        (other_rule, r"config\.json says stagger 2, the weights were written for 1 \(checksums\.json\)"),
+        (other_layers, r"config\.json says num_hidden_layers 7 and section_layers \[\d, \d\], which are \d"),
+        (two_bases, r"config\.json says rope_theta 5\.0 and in rope_parameters 5000\.0"),
     ],
 )
 def test_a_model_directory_that_was_tampered_with_is_refused(
@@ -242,7 +273,7 @@ def test_a_checkpoint_from_a_stranger_runs_no_code_unless_trusted(tmp_path: Path
     content = torch.load(path)
     torch.save(content | {"client": Bomb(tmp_path / "ran")}, path)
     complete(folder)
-    with pytest.raises(CheckpointError, match=r"mp_rank_00.* would run .*--trust-pickle"):
+    with pytest.raises(CheckpointError, match=r"mp_rank_00.* would run .*--trust-pickle.* clean copy$"):
         export(tmp_path / "run", tmp_path / "model", OPTIONS)
     assert not (tmp_path / "ran").exists() and not (tmp_path / "model").exists()
     clean = reshard(tmp_path / "run", tmp_path / "clean", Grid(1, 1, 1), Options(trust_pickle=True)).directory

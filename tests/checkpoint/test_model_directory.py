@@ -114,7 +114,7 @@ def test_wrong_directories_are_refused_by_name(tmp_path: Path) -> None:
         read_model_config(tmp_path / "absent")
     for change, complaint in (
         ({"hidden_size": 20}, r"embedding\.weight|shape"),
-        ({"section_layers": [2, 3]}, r"lacks the tensor sections\.1\.layers\.2"),
+        ({"section_layers": [2, 3], "num_hidden_layers": 5}, r"lacks the tensor sections\.1\.layers\.2"),
         ({"model_type": "gpt2"}, "gpt2"),
         ({"num_attention_heads": 3}, "multiple"),
     ):
