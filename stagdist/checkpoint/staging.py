@@ -1,8 +1,9 @@
 """What all conversions share: options, a hidden place to write in, the proof by logits."""
 
+import errno
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,28 @@ def require_free(destination: Path, kind: str, options: Options) -> None:
 
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
-    """A folder of the final name inside a hidden one beside it; removed when the conversion fails."""
+    """A folder of the final name inside a hidden one beside it; removed when the conversion fails, with all folders
+    that were made for it.
+
+    Raises:
+        CheckpointError: the disk is full.
+    """
     hidden = final.parent / f".converting-{final.name}"
+    made = [folder for folder in hidden.parents if not folder.exists()]
     shutil.rmtree(hidden, ignore_errors=True)
-    (hidden / final.name).mkdir(parents=True)
     try:
+        (hidden / final.name).mkdir(parents=True)
         yield hidden / final.name
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(hidden).free
+        raise CheckpointError(
+            f"{final} could not be written: {error.strerror}, {free / 1e9:.1f} GB were left; free space, or choose a "
+            "destination on another disk"
+        ) from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):  # it is not empty: the conversion is there
+                folder.rmdir()

@@ -1,5 +1,6 @@
 """Conversions keep every value, prove it, and refuse what was tampered with."""
 
+import errno
 import json
 import pickle
 import shutil
@@ -299,6 +300,18 @@ def test_a_conversion_that_cannot_prove_itself_leaves_nothing(tmp_path: Path, mo
         reshard(tmp_path / "run", tmp_path / "other", Grid(2, 1, 1), OPTIONS)
     assert [path.name for path in tmp_path.rglob("step_*")] == ["step_00000007"]
     assert not (tmp_path / "model").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training_checkpoint(tmp_path / "run", {}, (1, 1, 1))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"step_\d+ could not be written: No space left .* another disk"):
+        reshard(tmp_path / "run", tmp_path / "new" / "moved", Grid(2, 1, 1), OPTIONS)
+    assert not (tmp_path / "new").exists()
 
 
 def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
