@@ -70,8 +70,10 @@ def merge(sources: Sequence[str | Path], destination: str | Path, options: Optio
     """The average of several checkpoints or model directories of one model, as a model directory.
 
     Raises:
-        CheckpointError: the models differ, by key; else as `export`.
+        CheckpointError: there is only one; the models differ, by key; else as `export`.
     """
+    if len(sources) < 2:
+        raise CheckpointError(f"merge needs two sources at least, {sources[0]} is one; export copies a single one")
     opened = [open_weights(source, trust_pickle=options.trust_pickle) for source in sources]
     for other in opened[1:]:
         changed = differences(opened[0].model, other.model)

@@ -4,6 +4,9 @@ Every rank's files are made one after the other from whole parameters, so the gr
 not matter. DeepSpeed's engine loads the result as its own.
 """
 
+import errno
+import os
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,6 +41,10 @@ from stagdist.model.initialization import local_slice
 from stagdist.parallel.grid import Grid
 
 
+NEARLY_FULL_BYTES = 1 << 27
+"""A write that failed on a disk with less than this left is taken for one that found no space."""
+
+
 class TrainingWriter:
     """Writes DeepSpeed's files of a grid into a folder.
 
@@ -70,8 +77,10 @@ class TrainingWriter:
     def _save(self, content: Any, name: str) -> None:
         try:
             torch.save(content, self._folder / name)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(f"{self._folder / name} could not be written: {str(error).splitlines()[0]}") from error
+        except RuntimeError as error:  # what torch makes of a failed write, without its reason
+            full = shutil.disk_usage(self._folder).free < NEARLY_FULL_BYTES
+            reason = errno.ENOSPC if full else errno.EIO
+            raise OSError(reason, os.strerror(reason), str(self._folder / name)) from error
 
     def _write_layer(self, layer: PipelineLayer, tensor_rank: int) -> None:
         specs = {stored.key: stored.spec for stored in layer_parameters(self._model, layer)}

@@ -127,6 +127,8 @@ def test_merging_averages(tmp_path: Path) -> None:
     model_directory(tmp_path / "wider", {"intermediate_size": 32})
     with pytest.raises(CheckpointError, match="intermediate_size 24 and 32"):
         merge([folders[0], tmp_path / "wider"], tmp_path / "no", OPTIONS)
+    with pytest.raises(CheckpointError, match="merge needs two sources"):
+        merge(folders[:1], tmp_path / "no", OPTIONS)
 
 
 def test_verify_tells_models_apart(tmp_path: Path) -> None:
