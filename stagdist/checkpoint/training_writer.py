@@ -40,7 +40,6 @@ from stagdist.config import RunConfig
 from stagdist.model.initialization import local_slice
 from stagdist.parallel.grid import Grid
 
-
 NEARLY_FULL_BYTES = 1 << 27
 """A write that failed on a disk with less than this left is taken for one that found no space."""
 
