@@ -82,7 +82,7 @@ def markdown(body: Mapping[str, Any]) -> str:
         cells = ["" if entry[column] is None else str(entry[column]) for column in COLUMNS]
         lines.append("| " + " | ".join(cells) + " |")
     if body["soak"]:
-        shown = {key: value for key, value in body["soak"].items() if key != "each"}
+        shown = {key: value for key, value in body["soak"].items() if key not in ("each", "hung_how")}
         lines += ["", "## Soak", "", *(f"- {key}: {json.dumps(value)}" for key, value in shown.items())]
     return "\n".join(lines) + "\n"
 
@@ -141,7 +141,11 @@ def main() -> int:
             report.save()
     entries = report.body["entries"]
     print(f"{sum(entry['ok'] for entry in entries)} of {len(entries)} entries are as expected: {arguments.output}")
-    return 0 if all(entry["ok"] for entry in entries) else 1
+    found = report.body["soak"]
+    sound = found is None or (
+        found["losses_equal"] and not (found["hung"] or found["orphans"] or found["checkpoints_lost"])
+    )
+    return 0 if all(entry["ok"] for entry in entries) and sound else 1
 
 
 if __name__ == "__main__":
