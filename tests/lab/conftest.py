@@ -3,6 +3,7 @@
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,9 @@ from tests.lab.hosts import Lab
 from tests.lab.launching import GRIDS, run_config
 from tests.lab.wiring import obstacle, sweep
 from tests.launch.runs import launch, losses
+
+Losses = Callable[[str], dict[int, float]]
+"""Losses by step of the run on a grid, by its name."""
 
 
 @pytest.fixture(scope="session")
@@ -51,30 +55,24 @@ def lab_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def local_losses(tmp_path_factory: pytest.TempPathFactory, lab_corpus: Path) -> Callable[[str], dict[int, float]]:
+def local_losses(tmp_path_factory: pytest.TempPathFactory, lab_corpus: Path) -> Losses:
     """Losses by step of a grid, run once by `deepspeed --num_accelerators` on this machine."""
-    known: dict[str, dict[int, float]] = {}
-
-    def of(grid: str) -> dict[int, float]:
-        if grid not in known:
-            folder = tmp_path_factory.mktemp(f"local-{grid}")
-            run = launch(folder, run_config(lab_corpus, grid), ranks=2 * GRIDS[grid].slots)
-            assert run.wait() == 0, run.text()
-            known[grid] = losses(folder, "run")
-        return known[grid]
-
-    return of
+    return _run_once(tmp_path_factory, lambda grid: run_config(lab_corpus, grid))
 
 
 @pytest.fixture(scope="session")
-def supervised_losses(tmp_path_factory: pytest.TempPathFactory, lab_corpus: Path) -> Callable[[str], dict[int, float]]:
+def supervised_losses(tmp_path_factory: pytest.TempPathFactory, lab_corpus: Path) -> Losses:
     """The same of the longer runs that are disturbed."""
+    return _run_once(tmp_path_factory, lambda grid: supervised_config(lab_corpus, grid))
+
+
+def _run_once(folders: pytest.TempPathFactory, config_of: Callable[[str], dict[str, Any]]) -> Losses:
     known: dict[str, dict[int, float]] = {}
 
     def of(grid: str) -> dict[int, float]:
         if grid not in known:
-            folder = tmp_path_factory.mktemp(f"undisturbed-{grid}")
-            run = launch(folder, supervised_config(lab_corpus, grid), ranks=2 * GRIDS[grid].slots)
+            folder = folders.mktemp(f"local-{grid}")
+            run = launch(folder, config_of(grid), ranks=2 * GRIDS[grid].slots)
             assert run.wait() == 0, run.text()
             known[grid] = losses(folder, "run")
         return known[grid]

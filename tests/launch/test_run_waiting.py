@@ -7,23 +7,13 @@ import sys
 from pathlib import Path
 
 RUN = Path(__file__).resolve().parents[2] / "launch" / "run.py"
+ON_HOSTS = ("--hostfile", "hostfile", "--folder", "run", "--host-timeout-s", "3")
 
 
 def test_a_signal_ends_the_wait_for_a_host_that_never_answered(tmp_path: Path) -> None:
     (tmp_path / "hostfile").write_text("nobody.invalid slots=1\n")
     (tmp_path / "script.py").write_text("")
-    words = [
-        "--hostfile",
-        "hostfile",
-        "--folder",
-        "run",
-        "--host-wait-s",
-        "200",
-        "--host-timeout-s",
-        "1",
-        "--",
-        "script.py",
-    ]
+    words = [*ON_HOSTS, "--host-wait-s", "200", "--", "script.py"]
     with subprocess.Popen(
         [sys.executable, str(RUN), *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -65,18 +55,7 @@ def test_more_replicas_than_the_run_has_are_refused(tmp_path: Path) -> None:
 def test_a_spare_that_can_replace_no_host_is_told(tmp_path: Path) -> None:
     (tmp_path / "hostfile").write_text("nobody.invalid slots=2\n#spare small slots=1\n#spare big slots=2\n")
     (tmp_path / "script.py").write_text("")
-    words = [
-        "--hostfile",
-        "hostfile",
-        "--folder",
-        "run",
-        "--host-wait-s",
-        "0",
-        "--host-timeout-s",
-        "1",
-        "--",
-        "script.py",
-    ]
+    words = [*ON_HOSTS, "--host-wait-s", "0", "--", "script.py"]
     done = subprocess.run([sys.executable, str(RUN), *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "nobody.invalid did not come back within 0 s" in done.stderr
     assert "spare small has 1 slots, fewer than any host: it will never be used" in done.stderr
