@@ -17,6 +17,9 @@ STEPS = 150
 INTERVAL = 10
 FAULT_STEP = 33
 LAUNCHERS = ("pdsh", "openmpi", "torchrun")
+ANY = ("pdsh",)
+"""The launcher has no part in the fault: one of them stands for all."""
+
 POISONED = Path(__file__).resolve().parent / "poisoned" / "pretrain.py"
 REBOOT_S = 6.0
 ENDING_S = 30.0
@@ -41,6 +44,7 @@ class Fault:
         on_disk: the run lives on the small disk.
         own_corpus: the run has a copy of the corpus.
         poisoned: the script can be made to see bad losses.
+        launchers: under which the report plants it; one where the launcher has no part in it.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Fault:
     on_disk: bool = False
     own_corpus: bool = False
     poisoned: bool = False
+    launchers: tuple[str, ...] = LAUNCHERS
 
 
 def _kill(rank: int) -> Callable[[Supervised], None]:
@@ -128,17 +133,25 @@ FAULTS = (
     Fault("power_off_reboot", "recover", _reboot),
     Fault("sigterm_supervisor", "stop", lambda run: run.signal_supervisor(TERM), noticed=False),
     Fault("sigkill_supervisor", "stop", lambda run: run.signal_supervisor(KILL), noticed=False),
-    Fault("disk_full", "stop", lambda run: run.lab.fill_disk(20_000), lambda run: run.lab.free_disk(), on_disk=True),
-    Fault("checkpoint_truncated", "recover", truncate_newest, lost_limit=3 * INTERVAL - 1),
-    Fault("loss_not_finite_once", "recover", _poison("once"), poisoned=True),
+    Fault(
+        "disk_full",
+        "stop",
+        lambda run: run.lab.fill_disk(20_000),
+        lambda run: run.lab.free_disk(),
+        on_disk=True,
+        launchers=ANY,
+    ),
+    Fault("checkpoint_truncated", "recover", truncate_newest, lost_limit=3 * INTERVAL - 1, launchers=ANY),
+    Fault("loss_not_finite_once", "recover", _poison("once"), poisoned=True, launchers=ANY),
     Fault(
         "loss_not_finite_always",
         "stop",
         _poison("always"),
         lambda run: (run.folder / "poison").unlink(),
         poisoned=True,
+        launchers=ANY,
     ),
-    Fault("corpus_deleted", "stop", _delete_corpus, _bring_corpus_back, own_corpus=True),
+    Fault("corpus_deleted", "stop", _delete_corpus, _bring_corpus_back, own_corpus=True, launchers=ANY),
 )
 
 
