@@ -139,7 +139,7 @@ if number == 0:
     [
         ("print('error: the corpus is gone', file=sys.stderr); sys.exit(2)", 1, "starting again would not help"),
         ("print('error: no space, 0.%s GB' % number); sys.exit(1)", 2, "the same as the time before"),
-        ("steps(number, number + 1); os.kill(os.getpid(), 9)", 2, "--max-restarts 1 is reached"),
+        ("steps(0, number + 1); os.kill(os.getpid(), 9)", 2, "--max-restarts 1 is reached"),
     ],
 )
 def test_a_run_without_hope_is_given_up_with_its_first_error(
@@ -215,7 +215,7 @@ if rank == "0": print(("x" * 300 + "\\n") * 2000, flush=True)
 for step in range(10): time.sleep(0.5); pulse.beat(Phase.STEP, step)
 (folder / f"through-{rank}").touch()
 """
-    run = Run(tmp_path, body, "--max-restarts", "0", "--host-timeout-s", "2")
+    run = Run(tmp_path, body, "--max-restarts", "0", "--host-timeout-s", "3")
     for rank in "01":
         run.wait_for(f"through-{rank}")  # meanwhile its output is not read
     code, _, err = run.end()
