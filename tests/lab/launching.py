@@ -1,10 +1,13 @@
 """Entry points of `launch/` started on the hosts of a lab, by every launcher, as people type it."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from stagdist.cluster.exports import DEEPSPEED_ENV, write_deepspeed_env
 from stagdist.cluster.hostfile import Host, hostfile_text
@@ -14,6 +17,7 @@ from tests.launch.runs import PRETRAIN, tiny_config, write_config
 from tests.ranks import free_port
 
 BIN = Path(sys.executable).parent
+whole_matrix = pytest.mark.skipif(os.environ.get("LAB") != "all", reason="LAB=all runs every launcher on every grid")
 LAUNCHERS = ("pdsh", "openmpi", "no_ssh", "torchrun")
 VARIABLES = {
     "DS_ACCELERATOR": "cpu",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.lab.hosts import Lab
+from tests.lab.launching import whole_matrix
 from tests.lab.wiring import ROOT
 
 pytestmark = pytest.mark.lab
@@ -33,7 +34,9 @@ def problems(body: dict[str, Any], row: str) -> list[Sequence[str]]:
     return [one["hosts"] for one in body["findings"] if (one["level"], one["row"]) == ("problem", row)]
 
 
-@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher", ["pdsh", *(pytest.param(name, marks=whole_matrix) for name in ("openmpi", "torchrun"))]
+)
 def test_a_healthy_lab_passes_with_every_launcher(clean_lab: Lab, tmp_path: Path, launcher: str) -> None:
     words = ["--launcher", launcher, "--write-env"]
     code, text, body = doctor(clean_lab, tmp_path, *words, hostfile=BOTH.replace("slots=1", "slots=2"))

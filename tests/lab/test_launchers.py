@@ -1,7 +1,6 @@
 """Training and decoding over two hosts, started by every launcher, give what they give on one machine."""
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.lab.hosts import Lab
-from tests.lab.launching import GRIDS, LAUNCHERS, VARIABLES, finish, pretrain, start
+from tests.lab.launching import GRIDS, LAUNCHERS, VARIABLES, finish, pretrain, start, whole_matrix
 from tests.launch.generating import GENERATE, generate, write_model
 from tests.launch.runs import losses
 
 pytestmark = pytest.mark.lab
-whole_matrix = pytest.mark.skipif(os.environ.get("LAB") != "all", reason="LAB=all runs every launcher on every grid")
 
 # A launch takes 10 to 20 seconds: usually each launcher once, torchrun where host names mean loopback.
 USUAL = {("pdsh", "pipe2_data2"), ("openmpi", "pipe2"), ("no_ssh", "pipe2")}
