@@ -53,6 +53,17 @@ def die_with_parent() -> Callable[[], None]:
     return prepare
 
 
+def end_launcher() -> None:
+    """Ask the launcher's process on this host, our parent, to end.
+
+    Behind a cut link nobody else does: Open MPI's daemon waits for a word from its master that never comes.
+    """
+    parent = os.getppid()
+    if parent > 1:  # else it has ended already
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(parent, signal.SIGTERM)
+
+
 def host_name() -> str:
     """Name of this host, for people."""
     return socket.gethostname().partition(".")[0]
@@ -109,7 +120,7 @@ class Agent:
         self._outbox, self._inbox = bytearray(), b""
         self._heard = self._reported = time.monotonic()
         self._told_step, self._kill_at = -2, None  # type: tuple[int, float | None]
-        self._ended_by_us = False
+        self._ended_by_us = self._cut_off = False
 
     def run(self) -> int:
         """Until the script has ended. Returns: its exit code, 128 + signal after a signal.
@@ -124,7 +135,10 @@ class Agent:
             signal.signal(signal.SIGINT, lambda *_: self._signal(signal.SIGINT))
             while self._child.poll() is None:
                 self._turn()
-            return self._conclude()
+            code = self._conclude()
+            if self._cut_off:
+                end_launcher()
+            return code
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -169,6 +183,7 @@ class Agent:
         self._flush()
         if now - self._heard > self._job.lease_s and self._kill_at is None:
             self._say(f"no word from the supervisor for {self._job.lease_s:.0f} s: this rank ends")
+            self._cut_off = True
             self._end()
         if self._kill_at is not None and now > self._kill_at:
             self._end()
