@@ -134,7 +134,7 @@ def config_of(command: list[str]) -> "RunConfig | None":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--set", action="append", default=[])
-    known, _ = parser.parse_known_args(command[1:])
+    known, _ = parser.parse_known_args(command[1:])  # the rest is the script's own affair
     if known.config is None:
         raise ConfigError("pretrain.py needs --config FILE")
     return load_config(known.config, known.set)

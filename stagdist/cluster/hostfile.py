@@ -70,7 +70,8 @@ def read_hostfile(path: str | Path) -> Hostfile:
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"hostfile {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"hostfile {path} cannot be read: {reason}; hostfile.example shows what it holds") from error
     hosts: list[Host] = []
     spares: list[Host] = []
     for number, line in enumerate(text.splitlines(), start=1):

@@ -186,7 +186,7 @@ class Supervisor:
 
     @staticmethod
     def _own_address(hosts: tuple[Host, ...]) -> str:
-        """The address that most of the hosts can reach: towards another machine if there is one."""
+        """The address on the route to another machine if there is one, which all hosts can reach."""
         found = [reachable_address(host.name) for host in hosts]
         return next((address for address in found if not address.startswith("127.")), found[0])
 
