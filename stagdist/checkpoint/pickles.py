@@ -1,13 +1,14 @@
 """DeepSpeed's files read without running what they say: only tensors, plain containers and a few harmless types.
 
 A pickle can run any program when it is loaded. torch's restricted loader refuses everything but a list of types; the
-four below are what DeepSpeed's own files hold besides. Here they come back as plain stand-ins, so that reading a
+few below are what DeepSpeed's own files hold besides. Here they come back as plain stand-ins, so that reading a
 checkpoint needs no DeepSpeed.
 """
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum, EnumType, IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,23 @@ class LossScaler:
     """Stand-in for DeepSpeed's loss scalers: their attributes and nothing else."""
 
 
-DEEPSPEED_TYPES: tuple[tuple[type, str], ...] = (
+def enum_member(enumeration: object, name: object) -> Enum:
+    """What stands in for `getattr` in pickles: early releases of Python 3.11 store an enum's member as one.
+
+    Raises:
+        UnpicklingError: anything else is asked for.
+    """
+    if isinstance(enumeration, EnumType) and name in enumeration.__members__:
+        member: Enum = enumeration.__members__[str(name)]
+        return member
+    raise pickle.UnpicklingError(f"it asks for the attribute {name!r}, which is no member of an enum")
+
+
+ENUM_MEMBER = (enum_member, "builtins.getattr")
+"""Function and the name under which pickles ask for it."""
+
+DEEPSPEED_TYPES: tuple[tuple[Callable[..., object], str], ...] = (
+    ENUM_MEMBER,
     (Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
     (ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),

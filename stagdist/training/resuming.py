@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch.serialization import safe_globals
 
-from stagdist.checkpoint.pickles import refusal
+from stagdist.checkpoint.pickles import ENUM_MEMBER, refusal
 from stagdist.checkpoint.staging import Options
 from stagdist.checkpoint.training_conversions import reshard
 from stagdist.checkpoint.training_directory import (
@@ -245,7 +245,7 @@ class RestrictedReader(TorchCheckpointEngine):
         if self._trust_pickle:
             return torch.load(path, map_location=map_location, weights_only=False)
         try:
-            with safe_globals([fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]):
+            with safe_globals([ENUM_MEMBER, fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]):
                 return torch.load(path, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(refusal(Path(path), error)) from error

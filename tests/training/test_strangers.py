@@ -49,3 +49,27 @@ def test_a_program_in_a_checkpoint_is_refused_by_name_and_does_not_run(tmp_path:
     with pytest.raises(CheckpointError, match=r"mp_rank_00_model_states\.pt would run .*--trust-pickle"):
         RestrictedReader().load(str(path))
     assert not (tmp_path / "ran").exists()
+
+
+class AsEarlyPython311:
+    """Pickles as a member of an enum, or as any attribute, in the way of Python 3.11.2."""
+
+    def __init__(self, *arguments: object):
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return getattr, self.arguments
+
+
+def test_members_of_enums_as_early_python_stores_them_are_read_and_no_other_attribute(tmp_path: Path) -> None:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    path = tmp_path / "states.pt"
+    torch.save({"zero_stage": AsEarlyPython311(ZeroStageEnum, "optimizer_states")}, path)
+    assert RestrictedReader().load(str(path))["zero_stage"] is ZeroStageEnum.optimizer_states
+    assert load_file(path)["zero_stage"] == 1
+    for stranger in (AsEarlyPython311(ZeroStageEnum, "__subclasses__"), AsEarlyPython311({}, "get")):
+        torch.save({"zero_stage": stranger}, path)
+        for read in (load_file, RestrictedReader().load):
+            with pytest.raises(CheckpointError, match="is no plain tensor file"):
+                read(path)  # type: ignore[arg-type, operator]
