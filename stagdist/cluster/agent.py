@@ -1,7 +1,8 @@
 """One per rank, between launcher and script: starts it, keeps its output, tells the supervisor how it is, and ends it.
 
-The script runs as a child in a process group of its own that the kernel kills when the agent dies. The agent ends it
-when the supervisor says so, when the supervisor is gone, or when it has not been heard for the lease.
+The script starts once the supervisor has answered, so none runs of which the supervisor does not know. It runs as a
+child in a process group of its own that the kernel kills when the agent dies. The agent ends it when the supervisor
+says so, when the supervisor is gone, or when it has not been heard for the lease.
 Started as `python -m stagdist.cluster.agent --job FILE` by any launcher. Imports no framework.
 """
 
@@ -126,11 +127,13 @@ class Agent:
         """Until the script has ended. Returns: its exit code, 128 + signal after a signal.
 
         Raises:
-            TransportError: the supervisor cannot be reached.
+            TransportError: the supervisor cannot be reached, or does not want this agent.
         """
         try:
             self._socket = self._connect()
+            self._introduce()
             self._start()
+            self._take(b"")  # what came with the welcome
             signal.signal(signal.SIGTERM, lambda *_: self._signal(signal.SIGTERM))
             signal.signal(signal.SIGINT, lambda *_: self._signal(signal.SIGINT))
             while self._child.poll() is None:
@@ -152,9 +155,30 @@ class Agent:
                 f"{error}; give launch/run.py an address that all hosts can reach with --address"
             ) from error
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setblocking(False)
-        self._selector.register(connection, selectors.EVENT_READ, self._listen)
         return connection
+
+    def _introduce(self) -> None:
+        """Say who we are and wait for the welcome: a late agent of an ended attempt gets none, and starts nothing.
+
+        Raises:
+            TransportError: no welcome within the lease.
+        """
+        job, rank = self._job, self._world.rank
+        self._tell("hello", token=job.token, attempt=job.attempt, host=host_name(), pid=os.getpid())
+        try:
+            self._socket.sendall(bytes(self._outbox))
+            data = self._socket.recv(LONGEST_LINE)
+        except TimeoutError:
+            end_launcher()
+            raise TransportError(f"no word from the supervisor for {job.lease_s:.0f} s: rank {rank} ends") from None
+        except OSError:
+            data = b""
+        if not data:
+            raise TransportError(f"the supervisor ended, or does not expect rank {rank} of attempt {job.attempt} now")
+        self._outbox.clear()
+        self._inbox = data
+        self._socket.setblocking(False)
+        self._selector.register(self._socket, selectors.EVENT_READ, self._listen)
 
     def _start(self) -> None:
         job, rank = self._job, self._world.rank
@@ -173,7 +197,6 @@ class Agent:
         self._output = Output(self._child.stdout, Path(job.logs) / f"rank_{rank:05d}.{host_name()}.log")
         self._selector.register(self._child.stdout, selectors.EVENT_READ, self._collect)
         self._selector.register(os.pidfd_open(self._child.pid), selectors.EVENT_READ, lambda: None)
-        self._tell("hello", token=job.token, attempt=job.attempt, host=host_name(), pid=os.getpid())
 
     def _turn(self) -> None:
         for key, _ in self._selector.select(TICK_S):
@@ -221,6 +244,9 @@ class Agent:
             self._say("the supervisor is gone: this rank saves and ends")
             self._stop()
             return
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
         self._heard = time.monotonic()
         *lines, self._inbox = (self._inbox + data).split(b"\n")
         for line in lines:
@@ -228,6 +254,7 @@ class Agent:
 
     def _obey(self, kind: str) -> None:
         actions: dict[str, Callable[[], None]] = {
+            "welcome": lambda: None,
             "ping": lambda: None,
             "stop": self._stop,
             "end": self._end,

@@ -143,6 +143,7 @@ class ControlServer:
             rank = int(hello["rank"])
             self._writers[rank] = writer
             view = self.ranks[rank] = RankView(rank, str(hello["host"]), heard_at=time.monotonic())
+            writer.write(encode({"kind": "welcome"}))  # only now does its script start
             while line := await reader.readline():
                 message = decode(line)
                 if message["kind"] == "line" and rank == 0:

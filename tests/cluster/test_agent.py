@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from stagdist.cluster.job import Job
+from stagdist.cluster.job import Job, decode, encode
 
 # Starts the agent as a launcher's daemon does, and then waits for a word that never comes.
 DAEMON = """
@@ -18,23 +18,48 @@ time.sleep(60)
 SCRIPT = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
 
 
-def test_a_rank_behind_a_cut_link_ends_with_its_launcher(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and says nothing
-        port = silent.getsockname()[1]
-        command = (str(tmp_path / "script.py"), str(tmp_path / "pid"))
-        job = Job(command, str(tmp_path), {}, "127.0.0.1", port, "token", 1, str(tmp_path), lease_s=2.0)
-        job.write(tmp_path / "job.json")
+class Daemon:
+    """A launcher's daemon with one agent, and a supervisor that may welcome it but says nothing more."""
+
+    def __init__(self, folder: Path, welcome: bool):
+        (folder / "script.py").write_text(SCRIPT)
+        self._welcome, self._folder = welcome, folder
+        self._server = socket.create_server(("127.0.0.1", 0))
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and complaints."""
+        port = self._server.getsockname()[1]
+        command = (str(self._folder / "script.py"), str(self._folder / "pid"))
+        job = Job(command, str(self._folder), {}, "127.0.0.1", port, "token", 1, str(self._folder), lease_s=2.0)
+        job.write(self._folder / "job.json")
         world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        words = [sys.executable, "-c", DAEMON, str(tmp_path / "job.json")]
-        with subprocess.Popen(words, env=os.environ | world, stderr=subprocess.PIPE, text=True) as daemon:
+        words = [sys.executable, "-c", DAEMON, str(self._folder / "job.json")]
+        with self._server, subprocess.Popen(words, env=os.environ | world, stderr=subprocess.PIPE, text=True) as daemon:
             try:
-                assert daemon.wait(30) == -15, "asked to end by its agent"
-                assert daemon.stderr is not None and "no word from the supervisor for 2 s" in daemon.stderr.read()
+                connection, _ = self._server.accept()
+                with connection:
+                    assert decode(connection.recv(1 << 16).partition(b"\n")[0])["token"] == "token"
+                    if self._welcome:
+                        connection.sendall(encode({"kind": "welcome"}))
+                    code = daemon.wait(30)
+                assert daemon.stderr is not None
+                return code, daemon.stderr.read()
             finally:
                 daemon.kill()
+
+
+def test_a_rank_behind_a_cut_link_ends_with_its_launcher(tmp_path: Path) -> None:
+    code, said = Daemon(tmp_path, welcome=True).end()
+    assert code == -15, "asked to end by its agent"
+    assert "no word from the supervisor for 2 s" in said
     script = Path("/proc") / (tmp_path / "pid").read_text()
     deadline = time.monotonic() + 5
     while script.exists() and "\nState:\tZ" not in (script / "status").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_script_does_not_start_before_the_supervisor_knows_of_it(tmp_path: Path) -> None:
+    code, said = Daemon(tmp_path, welcome=False).end()
+    assert code == -15 and "no word from the supervisor for 2 s: rank 0 ends" in said
+    assert not (tmp_path / "pid").exists()

@@ -27,3 +27,19 @@ def test_the_longest_last_words_arrive() -> None:
 
     assert len(json.dumps(tail)) > 1 << 16
     assert asyncio.run(talk()) == 7
+
+
+def test_a_stranger_is_not_welcomed_and_no_late_agent_of_an_ended_attempt() -> None:
+    async def answers() -> list[bytes]:
+        server = ControlServer("token", 2, print)
+        port = await server.start("127.0.0.1")
+        found, open_ones = [], []
+        for token, attempt in (("token", 2), ("token", 1), ("other", 2), ("token", 2)):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(encode({"kind": "hello", "token": token, "attempt": attempt, "rank": 0, "host": "a"}))
+            open_ones.append(writer)  # one that nobody holds is closed
+            found.append(await asyncio.wait_for(reader.readline(), 5))
+        await server.stop()
+        return found
+
+    assert asyncio.run(answers()) == [encode({"kind": "welcome"}), b"", b"", b""], "rank 0 is there once"
