@@ -17,6 +17,7 @@ BENCHMARKS = {
     "memory": "memory of training: the dry run's plan against the peak of real ranks",
     "save": "what saving costs training: waiting for the disk against writing beside the training",
     "conversions": "memory of every verb of tools/convert_checkpoint.py on checkpoints of 2 GB",
+    "recovery": "what an upcycled Llama recovers in further training, against a StagFormer from scratch",
     "decode": "speed of decoding: staggered sections against the sequential baseline, rivals and the bound",
 }
 LAUNCHED = "decode"
@@ -30,6 +31,7 @@ examples:
   python launch/bench.py memory --json benchmarks/memory.json
   python launch/bench.py save --json benchmarks/save.json
   python launch/bench.py conversions --json benchmarks/conversion-memory.json
+  python launch/bench.py recovery --json benchmarks/recovery.json
   deepspeed --num_accelerators 2 launch/bench.py decode --json benchmarks/decode.json --timeline runs/decode.png
   deepspeed --num_accelerators 2 launch/bench.py decode --sweep contexts=64,256,1024 delays_ms=0,2,5,10
 """
