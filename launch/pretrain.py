@@ -15,47 +15,6 @@ STARTED_AT = time.monotonic()
 OTHERS_WAIT_S = 3.0
 """Seconds before a rank that is not the first of its host prints an error of its own."""
 
-EPILOG = """\
-examples:
-  deepspeed --num_accelerators 2 launch/pretrain.py --config configs/quickstart.yaml
-  deepspeed --hostfile hostfile launch/pretrain.py --config configs/pythia-160m-staggered.yaml \\
-      --set training.micro_batch_size=8 --set parallel.tensor_parallel_size=2
-  python launch/pretrain.py --config configs/quickstart.yaml --dry-run --world-size 64
-
-A run goes on by itself from its newest complete checkpoint: type the same command again.
-SIGTERM or SIGUSR1 to any rank makes all ranks save and end in order.
-Every key is explained in docs/configuration.md.
-"""
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line; DeepSpeed's launcher adds --local_rank."""
-    parser = argparse.ArgumentParser(
-        prog="pretrain.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="configuration of the run, YAML")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one key, for example a.b=3; repeatable",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print grid, parameters, memory and every obstacle; start nothing"
-    )
-    parser.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for (with --dry-run)")
-    parser.add_argument(
-        "--trust-pickle",
-        action="store_true",
-        help="resume from a checkpoint although its files can run any program: only if you trust who made it",
-    )
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.world_size is not None and not arguments.dry_run:
-        parser.error("--world-size belongs to --dry-run; a run takes its size from the launcher")
-    return arguments
-
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything that needs no process group, then train."""
@@ -91,21 +50,24 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     """Exit code: 0 done or stopped in order, 1 a failure while running, 2 something to mend first."""
-    arguments = parse_arguments()
+    from stagdist.cluster.command_line import pretrain_arguments
     from stagdist.errors import ConfigError, DataError, StagdistError
 
-    if arguments.dry_run:
-        from stagdist.parallel.dry_run import dry_run
-
-        text, code = dry_run(arguments.config, arguments.set, arguments.world_size)
-        print(text, end="")
-        return code
     try:
+        arguments = pretrain_arguments()
+        if arguments.dry_run:
+            from stagdist.parallel.dry_run import dry_run
+
+            text, code = dry_run(arguments.config, arguments.set, arguments.world_size)
+            print(text, end="")
+            return code
         return run(arguments)
     except StagdistError as error:
         if _speaks(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError | DataError) else 1
+    except SystemExit as end:  # --help
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
         return 130
     except BaseException:

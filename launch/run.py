@@ -124,19 +124,19 @@ def placement_of(arguments: argparse.Namespace) -> "Placement":
 def config_of(command: list[str]) -> "RunConfig | None":
     """The configuration that a pretraining script would read; None for other scripts.
 
+    A script of the user's own that is called pretrain.py takes the options of ours.
+
     Raises:
-        ConfigError: it is wrong.
+        ConfigError: it is wrong, or an option is.
     """
     if Path(command[0]).name != "pretrain.py":
         return None
+    from stagdist.cluster.command_line import pretrain_arguments
     from stagdist.config_loading import load_config
 
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    parser.add_argument("--set", action="append", default=[])
-    known, _ = parser.parse_known_args(command[1:])  # the rest is the script's own affair
-    if known.config is None:
-        raise ConfigError("pretrain.py needs --config FILE")
+    known = pretrain_arguments(command[1:])
+    if known.dry_run:
+        raise ConfigError("--dry-run starts no ranks; run it without the supervisor: python launch/pretrain.py ...")
     return load_config(known.config, known.set)
 
 

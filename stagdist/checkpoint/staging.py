@@ -25,7 +25,6 @@ class Options:
         trust_pickle: see `load_file`.
         overwrite: replace what exists.
         files_checked: the files of a training checkpoint were just compared with their records.
-        logits: a new training checkpoint is also compared by logits, not only tensor by tensor.
         track: shows progress.
     """
 
@@ -33,7 +32,6 @@ class Options:
     trust_pickle: bool = False
     overwrite: bool = False
     files_checked: bool = False
-    logits: bool = True
     track: Track[Any] = untracked
 
 

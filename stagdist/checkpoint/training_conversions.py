@@ -164,7 +164,7 @@ def _write_training(
         grid = Grid(*state.grid)
         TrainingWriter(source, config, grid, staged).write(options.track)
         _prove_training(source, staged, options)
-        if function is not None and options.logits:
+        if function is not None:
             proved = prove_logits(function, TrainingReader(staged), any_text_ids(function, options.tokenizer))
         names = checkpoint_files(staged)
         write_complete(staged, {name: file_record(staged / name, sync=True) for name in names})

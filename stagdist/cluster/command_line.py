@@ -1,6 +1,7 @@
-"""Command lines that every rank parses: what is wrong with one is told once."""
+"""Command lines that every rank parses, and the supervisor before them: what is wrong with one is told once."""
 
 import argparse
+from collections.abc import Sequence
 from typing import NoReturn
 
 from stagdist.errors import ConfigError
@@ -18,3 +19,51 @@ class RanksParser(argparse.ArgumentParser):
         problem = ConfigError(f"{message} (see --help)")
         problem.everywhere = True
         raise problem
+
+
+PRETRAIN_EPILOG = """\
+examples:
+  deepspeed --num_accelerators 2 launch/pretrain.py --config configs/quickstart.yaml
+  deepspeed --hostfile hostfile launch/pretrain.py --config configs/pythia-160m-staggered.yaml \\
+      --set training.micro_batch_size=8 --set parallel.tensor_parallel_size=2
+  python launch/pretrain.py --config configs/quickstart.yaml --dry-run --world-size 64
+
+A run goes on by itself from its newest complete checkpoint: type the same command again.
+SIGTERM or SIGUSR1 to any rank makes all ranks save and end in order.
+Every key is explained in docs/configuration.md.
+"""
+
+
+def pretrain_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line of launch/pretrain.py; DeepSpeed's launcher adds --local_rank.
+
+    Raises:
+        ConfigError: it cannot be understood.
+    """
+    parser = RanksParser(
+        prog="pretrain.py",
+        description="Pretrain a StagFormer: `deepspeed launch/pretrain.py --config configs/x.yaml`.",
+        epilog=PRETRAIN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="configuration of the run, YAML")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key, for example a.b=3; repeatable",
+    )
+    add("--dry-run", action="store_true", help="print grid, parameters, memory and every obstacle; start nothing")
+    add("--world-size", type=int, metavar="N", help="ranks to plan for (with --dry-run)")
+    add(
+        "--trust-pickle",
+        action="store_true",
+        help="resume from a checkpoint although its files can run any program: only if you trust who made it",
+    )
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    if parsed.world_size is not None and not parsed.dry_run:
+        parser.error("--world-size belongs to --dry-run; a run takes its size from the launcher")
+    return parsed

@@ -30,6 +30,9 @@ PORTS = range(20000, 32000)
 """Of the ranks' meeting place: below those that systems give away by themselves."""
 
 LONGEST_PAUSE_S = 60.0
+UNKNOWN_HOST = "Could not resolve hostname"
+"""What OpenSSH says of a name without an address."""
+
 PROBE_S = 2.0
 """Between two questions whether a host is back."""
 
@@ -120,8 +123,10 @@ class Supervisor:
         self._stop.set()
 
     async def _go_on(self) -> int:
+        dead = await self._clear_earlier()
+        _refuse_unknown(dead)
         # What an earlier supervisor left on a host that does not answer may live for its lease from now on.
-        await self._replace_dead(await self._clear_earlier(), time.monotonic())
+        await self._replace_dead(dead, time.monotonic())
         if self._stop.is_set():
             return self._stopped(None)
         pause_s = 1.0
@@ -345,6 +350,20 @@ class Supervisor:
     def _earlier_attempts(self) -> int:
         names = (self._options.folder / "logs").glob("attempt_*")
         return max((int(path.name.removeprefix("attempt_")) for path in names if path.name[8:].isdigit()), default=0)
+
+
+def _refuse_unknown(dead: Mapping[str, str]) -> None:
+    """A host that is off may come back; a name that nobody knows is a slip of the pen.
+
+    Raises:
+        ConfigError: a host has no address, as ssh says.
+    """
+    unknown = [host for host, reason in dead.items() if UNKNOWN_HOST in reason]
+    if unknown:
+        raise ConfigError(
+            f"no address is known for {', '.join(unknown)} ({dead[unknown[0]]}); correct the hostfile, or mend the "
+            "name service"
+        )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from stagdist.cluster.diagnosis import Fault, Limits, find_silence
 from stagdist.cluster.hostfile import Host
 from stagdist.cluster.placement import Placement
 from stagdist.cluster.supervisor import GaveUpError, Options, Supervisor
+from stagdist.errors import ConfigError
 
 LIMITS = Limits(hang_s=10.0, slow_s=100.0, host_s=10.0)
 
@@ -68,3 +69,18 @@ def test_restarts_count_in_a_row_without_a_new_checkpoint(tmp_path: Path) -> Non
     one._restarts = 9
     with pytest.raises(GaveUpError, match="--max-restarts 9"):
         one._check_hope(Fault("exit", 0, "a", "was killed", -9))
+
+
+@pytest.mark.parametrize(
+    ("reason", "refused"),
+    [
+        ("ssh: Could not resolve hostname b: Name or service not known", True),
+        ("ssh: connect to host b port 22: Connection timed out", False),
+    ],
+)
+def test_a_name_that_nobody_knows_is_refused_and_a_host_that_is_off_is_not(reason: str, refused: bool) -> None:
+    if refused:
+        with pytest.raises(ConfigError, match=r"no address is known for b .*correct the hostfile"):
+            supervisor._refuse_unknown({"b": reason})
+    else:
+        supervisor._refuse_unknown({"b": reason})

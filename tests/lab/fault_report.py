@@ -45,7 +45,8 @@ class Report:
         """Add an entry in place of one of the same fault and launcher."""
         place = (entry["fault"], entry["launcher"])
         kept = [other for other in self.body["entries"] if (other["fault"], other["launcher"]) != place]
-        self.body["entries"] = [*kept, dict(entry)]
+        order = [fault.name for fault in FAULTS]
+        self.body["entries"] = sorted([*kept, dict(entry)], key=lambda one: order.index(one["fault"]))
         self.save()
 
     def save(self) -> None:
@@ -101,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.lab.fault_report", description=__doc__)
     names = [fault.name for fault in FAULTS] + ["soak"]
     parser.add_argument("--faults", nargs="*", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--launchers", nargs="*", choices=LAUNCHERS, help="default: all that have a part in the fault")
+    parser.add_argument("--launchers", nargs="*", choices=LAUNCHERS, default=LAUNCHERS, help="default: all")
     parser.add_argument("--soak-faults", type=int, default=30, metavar="N", help="faults of the soak (default 30)")
     parser.add_argument("--seed", type=int, default=0, help="of the soak's draw")
     parser.add_argument("--fresh", action="store_true", help="measure also what the report has already")
@@ -126,7 +127,7 @@ def main() -> int:
             grid: reference(base, corpus, grid, ranks, STEPS) for grid, ranks in (("pipe2", 2), ("pipe2_data2", 4))
         }
         for fault in (fault for fault in FAULTS if fault.name in arguments.faults):
-            for launcher in arguments.launchers or fault.launchers:
+            for launcher in arguments.launchers:
                 if report.has(fault.name, launcher):
                     continue
                 started = time.monotonic()

@@ -17,8 +17,8 @@ STEPS = 150
 INTERVAL = 10
 FAULT_STEP = 33
 LAUNCHERS = ("pdsh", "openmpi", "torchrun")
-ANY = ("pdsh",)
-"""The launcher has no part in the fault: one of them stands for all."""
+NEXT_STEP_S = 30.0
+"""Seconds from noticing to the next step, on an idle machine."""
 
 POISONED = Path(__file__).resolve().parent / "poisoned" / "pretrain.py"
 REBOOT_S = 6.0
@@ -44,7 +44,6 @@ class Fault:
         on_disk: the run lives on the small disk.
         own_corpus: the run has a copy of the corpus.
         poisoned: the script can be made to see bad losses.
-        launchers: under which the report plants it; one where the launcher has no part in it.
     """
 
     name: str
@@ -60,7 +59,6 @@ class Fault:
     on_disk: bool = False
     own_corpus: bool = False
     poisoned: bool = False
-    launchers: tuple[str, ...] = LAUNCHERS
 
 
 def _kill(rank: int) -> Callable[[Supervised], None]:
@@ -139,19 +137,17 @@ FAULTS = (
         lambda run: run.lab.fill_disk(20_000),
         lambda run: run.lab.free_disk(),
         on_disk=True,
-        launchers=ANY,
     ),
-    Fault("checkpoint_truncated", "recover", truncate_newest, lost_limit=3 * INTERVAL - 1, launchers=ANY),
-    Fault("loss_not_finite_once", "recover", _poison("once"), poisoned=True, launchers=ANY),
+    Fault("checkpoint_truncated", "recover", truncate_newest, lost_limit=3 * INTERVAL - 1),
+    Fault("loss_not_finite_once", "recover", _poison("once"), poisoned=True),
     Fault(
         "loss_not_finite_always",
         "stop",
         _poison("always"),
         lambda run: (run.folder / "poison").unlink(),
         poisoned=True,
-        launchers=ANY,
     ),
-    Fault("corpus_deleted", "stop", _delete_corpus, _bring_corpus_back, own_corpus=True, launchers=ANY),
+    Fault("corpus_deleted", "stop", _delete_corpus, _bring_corpus_back, own_corpus=True),
 )
 
 
@@ -228,7 +224,7 @@ class Drill:
         difference = largest_difference(run.losses(), self.reference[fault.grid])
         entry |= {"losses_equal": difference <= fault.tolerance, "largest_difference": difference, "exit_code": code}
         entry |= {"last_line": last_line, "hung": hung}
-        entry["ok"] = not problems(fault, entry)
+        entry["ok"] = not problems(fault, entry) and (entry["next_step_s"] or 0) <= NEXT_STEP_S
         return entry
 
 
@@ -266,7 +262,7 @@ def largest_difference(found: Mapping[int, float], reference: Mapping[int, float
 
 
 def problems(fault: Fault, entry: Mapping[str, Any]) -> list[str]:
-    """What of an entry is not as it must be; empty when all is well."""
+    """What of an entry is not as it must be, also on a busy machine; empty when all is well."""
     found = []
     if entry["hung"] or entry["orphans"]:
         found.append(f"hung {entry['hung']}, orphans {entry['orphans']}")

@@ -196,6 +196,8 @@ while True: steps(0, 1)
         (["--launcher", "pdsh", "--", "launch/pretrain.py"], "--launcher belongs to --hostfile"),
         (["--", "launch/pretrain.py", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--num-ranks", "3", "--", "launch/pretrain.py", "--config", "configs/quickstart.yaml"], "3"),
+        (["--", "launch/pretrain.py", "--config", "configs/quickstart.yaml", "--sett", "a=1"], "--sett"),
+        (["--", "launch/pretrain.py", "--config", "configs/quickstart.yaml", "--dry-run"], "--dry-run"),
         (["--", "launch/generate.py"], "--folder"),
         (["--hang-timeout-s", "nan", "--", "launch/pretrain.py"], "--hang-timeout-s"),
     ],
