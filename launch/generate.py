@@ -107,7 +107,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Check everything that needs no process group, then generate."""
     from stagdist.cluster.environment import join_launcher
     from stagdist.decode.interrupts import Interrupts, leave_to_first_rank
+    from stagdist.telemetry.pulse import Pulse
 
+    pulse = Pulse.from_environment()
     world = join_launcher()
     interrupts = Interrupts() if world.rank == 0 else None
     if interrupts is None:
@@ -132,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
         as_json=arguments.json,
         trace=arguments.trace,
     )
-    return generate(prepare(task, Place(world.rank, world.size, world.local_rank)), interrupts)
+    return generate(prepare(task, Place(world.rank, world.size, world.local_rank)), interrupts, pulse)
 
 
 def _sampling_params(arguments: argparse.Namespace) -> "SamplingParams":

@@ -36,6 +36,7 @@ from stagdist.decode.request import SamplingParams
 from stagdist.decode.stage import Stage
 from stagdist.decode.transport import Transport
 from stagdist.errors import ConfigError, StagdistError, TransportError
+from stagdist.telemetry.pulse import Pulse
 from stagdist.telemetry.spans import SpanRecorder, merge_traces
 
 HEARTBEATS = 3
@@ -109,11 +110,12 @@ def prepare(task: Task, place: Place) -> Prepared:
     return Prepared(task, place, reader, placement, tokenizer, device)
 
 
-def generate(prepared: Prepared, interrupts: Interrupts | None) -> int:
+def generate(prepared: Prepared, interrupts: Interrupts | None, pulse: Pulse) -> int:
     """Build this rank's stage and work until all prompts are answered or rank 0 is interrupted.
 
     Args:
         interrupts: on rank 0.
+        pulse: signs of life for a supervisor.
 
     Returns:
         Exit code: 0 all prompts served, 1 some were not, 130 or 143 interrupted, 141 nobody reads the output.
@@ -124,7 +126,7 @@ def generate(prepared: Prepared, interrupts: Interrupts | None) -> int:
     if prepared.device.startswith("cuda"):
         torch.cuda.set_device(prepared.device)
     try:
-        return _work(prepared, interrupts)
+        return _work(prepared, interrupts, pulse)
     except TransportError:
         # The launcher may have ended the others on the same signal.
         if interrupts is None or interrupts.code is None:
@@ -132,11 +134,12 @@ def generate(prepared: Prepared, interrupts: Interrupts | None) -> int:
         return interrupts.code
 
 
-def _work(prepared: Prepared, interrupts: Interrupts | None) -> int:
+def _work(prepared: Prepared, interrupts: Interrupts | None, pulse: Pulse) -> int:
     task = prepared.task
     with joined_world(prepared.placement, prepared.device) as transport:
         recorder = _recorder(prepared, transport) if task.trace is not None else None
         stage = build_stage(prepared.placement, prepared.reader.read, prepared.device, transport, recorder=recorder)
+        stage.pulse = pulse
         if interrupts is None:
             operate(stage, transport, None)
             code = 0

@@ -17,6 +17,7 @@ from stagdist.decode.request import NUM_PARAM_FIELDS, Request, SamplingParams, d
 from stagdist.decode.sampler import Choice
 from stagdist.decode.stage import Stage
 from stagdist.decode.transport import Transport
+from stagdist.telemetry.pulse import Phase
 
 
 class Owner(Protocol):
@@ -104,6 +105,7 @@ def operate(stage: Stage, transport: Transport | None, owner: Owner | None) -> N
 def _operate(line: _Line, stage: Stage, owner: Owner | None) -> None:
     line.post()
     while True:
+        stage.pulse.beat(Phase.RECEIVE)
         control = line.wait()
         stage.retire(control.retired)
         if control.operation in (Operation.REST, Operation.STOP):

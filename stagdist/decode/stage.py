@@ -16,6 +16,7 @@ from stagdist.decode.schedule import Instruction, Kind
 from stagdist.decode.sections import Call, StageSections
 from stagdist.decode.topology import Limits
 from stagdist.decode.transport import Transport
+from stagdist.telemetry.pulse import Phase, Pulse
 from stagdist.telemetry.spans import SpanRecorder
 
 CATEGORIES = {
@@ -35,9 +36,12 @@ CATEGORIES = {
 }
 """Category of each instruction's span in a trace."""
 
+_WAITS = {Kind.WAIT, Kind.SHARE, Kind.TOKEN}
+"""What a peer can keep waiting."""
+
 
 class Stage:
-    """Executor of the schedule over this rank's sections.
+    """Executor of the schedule over this rank's sections; `pulse` tells a watcher what it does.
 
     Args:
         limits: as the sections were made for; the chunk size may change between prompts.
@@ -63,6 +67,7 @@ class Stage:
         self.recorder = recorder
         self.slots = Slots(limits.num_slots)
         self.host_work: Callable[[], None] = lambda: None
+        self.pulse = Pulse()
         self.step_number = 0
         self._first_step = 0
         self._programs: dict[int, tuple[Instruction, ...]] = {}
@@ -91,6 +96,7 @@ class Stage:
         bounds = schedule.chunk_bounds(length, self.limits.chunk_size)
         for instruction in schedule.prefill(self.topology, self.index, len(bounds)):
             begin, end = bounds[instruction.step] if instruction.kind in _PER_CHUNK else (0, 0)
+            self._beat(instruction.kind)
             with self._span(instruction):
                 match instruction.kind:
                     case Kind.ASK:
@@ -187,6 +193,7 @@ class Stage:
     def _run(self, call: Call, instruction: Instruction, shift: int) -> None:
         """One instruction of a step."""
         kind = instruction.kind
+        self._beat(kind)
         if kind is Kind.BEGIN:
             self._sections.begin(call, instruction.index)
         elif kind is Kind.FINISH:
@@ -206,6 +213,7 @@ class Stage:
     def _run_graph(self, graphs: StepGraphs) -> Call:
         """A step up to the logits as one graph; the choice follows on its own."""
         positions = self.slots.positions()
+        self._beat(Kind.FINISH)
         call = self._sections.bare_call(positions, self.step_number)
         with self._span(Instruction(Kind.FINISH, self.step_number)):
             self.readout.logits = graphs.run(positions)
@@ -275,6 +283,9 @@ class Stage:
     def _link(self) -> Transport:
         assert self._transport is not None, "a hand-off between stages in a world of one"
         return self._transport
+
+    def _beat(self, kind: Kind) -> None:
+        self.pulse.beat(Phase.RECEIVE if kind in _WAITS else Phase.FORWARD)
 
     def _span(self, instruction: Instruction):  # type: ignore[no-untyped-def]
         if self.recorder is None:

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.generating import Running, command, error_lines, running, write_model
+from tests.launch.generating import GENERATE, Running, command, error_lines, running, write_model
+from tests.launch.runs import ROOT
 
 pytestmark = pytest.mark.ranks
 
@@ -116,3 +118,23 @@ def test_a_second_interrupt_ends_a_rank_at_once_that_waits_for_a_frozen_one(mode
         ranks[0].send_signal(signal.SIGINT)
         assert gone_after(ranks[:1], time.monotonic(), 2) < 2
         assert error_lines(run.errors()) == []
+
+
+def test_a_supervisor_names_a_rank_that_is_frozen_while_text_is_generated(model: Path, tmp_path: Path) -> None:
+    supervised = [sys.executable, str(ROOT / "launch" / "run.py"), "--folder", str(tmp_path / "run")]
+    supervised += ["--max-restarts", "0", "--hang-timeout-s", "3", "--", str(GENERATE), "--model", str(model)]
+    words = [*supervised, "--device", "cpu", "--prompt", "abc", "--max-new-tokens", str(ENDLESS), "--ignore-eos"]
+    with running(tmp_path, words) as run:
+        log = tmp_path / "run" / "logs" / "attempt_001"
+        deadline = time.monotonic() + 90
+        while not any(path.stat().st_size for path in log.glob("rank_00000.*.log")):
+            assert run.process.poll() is None and time.monotonic() < deadline, run.errors()
+            time.sleep(0.05)
+        family = psutil.Process(run.process.pid).children(recursive=True)
+        ranks = {one.environ()["RANK"]: one for one in family if one.cmdline()[1:2] == [str(GENERATE)]}
+        frozen = ranks["1"]
+        frozen.send_signal(signal.SIGSTOP)
+        assert run.process.wait(30) == 1
+        last = run.errors().splitlines()[-1]
+        assert re.match(r"error: first error: rank 1 on \S+ is stuck in phase \w+ \(stopped, silent for \d s\)", last)
+        assert gone_after(family, time.monotonic(), 5) < 5
