@@ -4,18 +4,10 @@
 import argparse
 import asyncio
 import logging
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from stagdist.errors import ConfigError, StagdistError
-
-if TYPE_CHECKING:
-    from stagdist.cluster.placement import Placement
-    from stagdist.cluster.supervisor import Options
-    from stagdist.config import RunConfig
 
 SHORTEST_HOST_TIMEOUT_S = 3.0
 
@@ -106,97 +98,6 @@ def _check_numbers(parser: argparse.ArgumentParser, parsed: argparse.Namespace) 
         parser.error("--max-restarts and --host-wait-s must not be negative")
 
 
-def placement_of(arguments: argparse.Namespace) -> "Placement":
-    """Hosts and spares.
-
-    Raises:
-        ConfigError: the hostfile cannot be used.
-    """
-    from stagdist.cluster.hostfile import Host, read_hostfile
-    from stagdist.cluster.placement import Placement
-
-    if arguments.hostfile is None:
-        return Placement((Host("localhost", arguments.num_ranks or 2),))
-    hostfile = read_hostfile(arguments.hostfile)
-    return Placement(hostfile.hosts, hostfile.spares)
-
-
-def config_of(command: list[str]) -> "RunConfig | None":
-    """The configuration that a pretraining script would read; None for other scripts.
-
-    A script of the user's own that is called pretrain.py takes the options of ours.
-
-    Raises:
-        ConfigError: it is wrong, or an option is.
-    """
-    if Path(command[0]).name != "pretrain.py":
-        return None
-    from stagdist.cluster.command_line import pretrain_arguments
-    from stagdist.config_loading import load_config
-
-    known = pretrain_arguments(command[1:])
-    if known.dry_run:
-        raise ConfigError("--dry-run starts no ranks; run it without the supervisor: python launch/pretrain.py ...")
-    return load_config(known.config, known.set)
-
-
-def options_of(arguments: argparse.Namespace) -> "Options":
-    """Everything checked that can be checked before a rank runs.
-
-    Raises:
-        ConfigError: with the remedy.
-    """
-    from stagdist.cluster.diagnosis import Limits
-    from stagdist.cluster.exports import wanted
-    from stagdist.cluster.launchers import check_paths
-    from stagdist.cluster.supervisor import Options
-    from stagdist.parallel.grid import grid_for
-
-    placement, config = placement_of(arguments), config_of(arguments.command)
-    if not Path(arguments.command[0]).is_file():
-        raise ConfigError(
-            f"{arguments.command[0]} is no script; write for example -- launch/pretrain.py --config x.yaml"
-        )
-    if config is None and (arguments.folder is None or arguments.min_data_parallel is not None):
-        raise ConfigError("scripts other than pretrain.py need --folder, and have no --min-data-parallel")
-    if config is not None:
-        data = grid_for(config, placement.world_size).data
-        fewest = arguments.min_data_parallel or 1
-        if fewest > data:
-            raise ConfigError(f"--min-data-parallel {fewest} is more than the run has: data {data}")
-    folder = Path(arguments.folder or config.folder).resolve()  # type: ignore[union-attr]
-    check_paths(folder, Path.cwd(), sys.executable)
-    environment = {name: value for name, value in wanted(os.environ).items() if not name.startswith("MASTER_")}
-    return Options(
-        command=tuple(arguments.command),
-        launcher="local" if arguments.hostfile is None else arguments.launcher or "pdsh",
-        placement=placement,
-        folder=folder,
-        environment=environment,
-        address=arguments.address,
-        max_restarts=arguments.max_restarts,
-        limits=Limits(arguments.hang_timeout_s, arguments.slow_timeout_s, arguments.host_timeout_s),
-        lease_s=1.5 * arguments.host_timeout_s,
-        stop_s=arguments.stop_s,
-        host_wait_s=arguments.host_wait_s,
-        fits=None if config is None else _fits(config, arguments.min_data_parallel),
-    )
-
-
-def _fits(config: "RunConfig", min_data_parallel: int | None) -> Callable[[int], bool] | None:
-    if min_data_parallel is None:
-        return None
-    from stagdist.parallel.grid import grid_for
-
-    def fits(world_size: int) -> bool:
-        try:
-            return grid_for(config, world_size).data >= min_data_parallel
-        except ConfigError:
-            return False
-
-    return fits
-
-
 def main() -> int:
     """Exit code: see --help."""
     arguments = parse_arguments()
@@ -206,6 +107,7 @@ def main() -> int:
     logging.basicConfig(
         level=logging.INFO, stream=err, format="%(asctime)s supervisor: %(message)s", datefmt="%H:%M:%S"
     )
+    from stagdist.cluster.run_options import options_of
     from stagdist.cluster.supervisor import Supervisor
 
     try:
