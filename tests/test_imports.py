@@ -30,7 +30,7 @@ HF_USERS = {"checkpoint", "training", "decode", "evaluation", "cluster", "bench"
 # Where each framework may appear; a folder ends in a slash.
 FENCES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("stagdist/training/", "stagdist/checkpoint/", "launch/"),
-    "megatron": ("stagdist/model/megatron.py", "stagdist/data/", "stagdist/parallel/groups.py"),
+    "megatron": ("stagdist/parallel/megatron_core.py", "stagdist/data/"),
     "transformers": ("stagdist/data/tokenizer.py", "stagdist/checkpoint/", "stagdist/hf/", "stagdist/bench/"),
 }
 # Seconds to import and needed by few commands: only inside the functions that use them.
@@ -198,6 +198,15 @@ def test_reading_a_configuration_imports_no_framework() -> None:
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
 
 
+def test_a_rank_starts_without_the_compiler_and_leaves_it_to_others() -> None:
+    code = (
+        "import sys, torch; compiler = torch.compile; import stagdist.training.pretrain;"
+        "print('torch._inductor.compile_fx' in sys.modules, torch.compile is compiler)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.strip() == "False True", result.stderr
+
+
 # --- the checker itself, on small trees -------------------------------------------------------------------------
 
 
@@ -214,7 +223,7 @@ def check(tmp_path: Path, files: dict[str, str]) -> list[str]:
     ("place", "source"),
     [
         ("stagdist/training/trainer.py", "import deepspeed\nfrom stagdist.model.section import Section"),
-        ("stagdist/model/megatron.py", "from megatron.core import tensor_parallel"),
+        ("stagdist/parallel/megatron_core.py", "from megatron.core import tensor_parallel"),
         ("stagdist/data/corpus.py", "def read():\n    from datasets import load_dataset"),
         ("stagdist/config_loading.py", "from stagdist.config import RunConfig"),
         ("stagdist/checkpoint/export.py", "from stagdist.hf import modeling\nimport transformers"),
@@ -244,8 +253,12 @@ def test_allowed_imports_pass(tmp_path: Path, place: str, source: str) -> None:
         ("stagdist/model/head.py", "from stagdist.hf import modeling", "use hf"),
         ("stagdist/model/section.py", "import deepspeed.pipe", "allowed in stagdist/training/"),
         ("tools/convert.py", "from deepspeed import checkpoint", "allowed in stagdist/training/"),
-        ("stagdist/model/section.py", "from megatron.core import x", "allowed in stagdist/model/megatron.py"),
-        ("stagdist/parallel/grid.py", "def f():\n    import megatron.core", "allowed in stagdist/model/megatron.py"),
+        ("stagdist/model/section.py", "from megatron.core import x", "allowed in stagdist/parallel/megatron_core.py"),
+        (
+            "stagdist/parallel/grid.py",
+            "def f():\n    import megatron.core",
+            "allowed in stagdist/parallel/megatron_core.py",
+        ),
         ("stagdist/decode/x.py", "import importlib\nimportlib.import_module('deepspeed')", "allowed in"),
         ("stagdist/training/x.py", "from transformers import AutoTokenizer", "allowed in stagdist/data/tokenizer.py"),
         ("stagdist/telemetry/x.py", "import wandb", "inside the function"),

@@ -1,4 +1,4 @@
-"""The only door to megatron-core's tensor-parallel layers.
+"""Tensor-parallel layers on those of megatron-core.
 
 Layers here keep their weights unsharded by nothing but the tensor axis, take and give `[B, S, H]`, and leave
 initialisation to `stagdist/model/initialization.py`, so that values do not depend on the grid.
@@ -8,16 +8,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core import ModelParallelConfig
-from megatron.core.tensor_parallel import (
+from torch import Tensor
+
+from stagdist.parallel.megatron_core import (
     ColumnParallelLinear,
+    ModelParallelConfig,
     RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
     vocab_parallel_cross_entropy,
 )
-from torch import Tensor
 
 
 @dataclass(frozen=True)

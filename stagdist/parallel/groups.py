@@ -8,10 +8,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
-from megatron.core import parallel_state
 
 from stagdist.errors import ConfigError
 from stagdist.parallel.grid import Coordinate, Grid
+from stagdist.parallel.megatron_core import parallel_state
 
 
 @dataclass(frozen=True)
