@@ -204,7 +204,7 @@ def test_a_rank_starts_without_the_compiler_and_leaves_it_to_others() -> None:
         "print('torch._inductor.compile_fx' in sys.modules, torch.compile is compiler)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout.strip() == "False True", result.stderr
+    assert result.stdout.splitlines()[-1:] == ["False True"], result.stderr  # DeepSpeed may speak first
 
 
 # --- the checker itself, on small trees -------------------------------------------------------------------------
