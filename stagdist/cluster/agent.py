@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from stagdist.cluster.environment import World, join_launcher
-from stagdist.cluster.job import LONGEST_LINE, Job, decode, encode, read_job
+from stagdist.cluster.job import AGENT_ERROR, LONGEST_LINE, Job, decode, encode, read_job
+from stagdist.cluster.marks import carrying, end_all
+from stagdist.cluster.screen import Screen
 from stagdist.errors import ConfigError, TransportError
 from stagdist.telemetry.pulse import DUMP_SIGNAL, PULSE_FILE, PulseReader, stack_lines
 
@@ -73,15 +75,21 @@ def host_name() -> str:
 class Output:
     """What the script writes: all of it to a file, the latest lines in memory.
 
+    A disk that is full or slow does not hold up anybody.
+
+    Args:
+        stream: of the script.
+        file: open for appending.
+
     Attributes:
         tail: latest lines.
     """
 
-    def __init__(self, stream: IO[bytes], path: Path):
+    def __init__(self, stream: IO[bytes], file: IO[bytes]):
         self.stream, self.tail = stream, deque[str](maxlen=TAIL_LINES)
         os.set_blocking(stream.fileno(), False)
         self._rest = b""
-        self._file: IO[bytes] | None = path.open("ab", buffering=0)
+        self._file, self._kept = file, Screen(file.fileno())
 
     def read(self) -> list[str] | None:
         """New whole lines, shortened; None at the end of the stream."""
@@ -89,11 +97,7 @@ class Output:
             data = os.read(self.stream.fileno(), LONGEST_LINE)
         except BlockingIOError:
             return []
-        if self._file is not None:
-            try:
-                self._file.write(data)
-            except OSError:  # a full disk must not end a run that can go on
-                self._file = None
+        self._kept.put(data)
         ended = not data
         *lines, self._rest = (self._rest + (b"\n" if ended and self._rest else data)).split(b"\n")
         if len(self._rest) > LONGEST_LINE:
@@ -102,6 +106,10 @@ class Output:
         shown = [line.rpartition(b"\r")[2].decode(errors="replace")[:LONGEST_SHOWN] for line in lines]
         self.tail.extend(line for line in shown if line.strip())
         return None if ended and not shown else shown
+
+    def close(self) -> None:
+        """Wait a little until all of it is in the file."""
+        self._kept.close(DRAIN_S)
 
 
 class Agent:
@@ -132,7 +140,11 @@ class Agent:
         try:
             self._socket = self._connect()
             self._introduce()
-            self._start()
+            try:
+                self._start()
+            except OSError as error:
+                self._tell_failure(error)
+                raise
             self._take(b"")  # what came with the welcome
             signal.signal(signal.SIGTERM, lambda *_: self._signal(signal.SIGTERM))
             signal.signal(signal.SIGINT, lambda *_: self._signal(signal.SIGINT))
@@ -182,6 +194,7 @@ class Agent:
 
     def _start(self) -> None:
         job, rank = self._job, self._world.rank
+        log = (Path(job.logs) / f"rank_{rank:05d}.{host_name()}.log").open("ab", buffering=0)
         environment = os.environ | dict(job.environment) | {PULSE_FILE: str(self._pulse_file), "PYTHONUNBUFFERED": "1"}
         self._child = subprocess.Popen(
             [sys.executable, *job.command],
@@ -194,7 +207,7 @@ class Agent:
             preexec_fn=die_with_parent(),
         )
         assert self._child.stdout is not None
-        self._output = Output(self._child.stdout, Path(job.logs) / f"rank_{rank:05d}.{host_name()}.log")
+        self._output = Output(self._child.stdout, log)
         self._selector.register(self._child.stdout, selectors.EVENT_READ, self._collect)
         self._selector.register(os.pidfd_open(self._child.pid), selectors.EVENT_READ, lambda: None)
 
@@ -263,10 +276,11 @@ class Agent:
         actions[kind]()
 
     def _stop(self) -> None:
-        """Ask the script for its orderly end; it has `stop_s` seconds."""
+        """Ask the script for its orderly end, also one that was stopped; it has `stop_s` seconds."""
         if self._kill_at is None:
             self._kill_at = time.monotonic() + self._job.stop_s
             self._signal(signal.SIGTERM)
+            self._signal(signal.SIGCONT)
 
     def _end(self) -> None:
         self._ended_by_us = True
@@ -302,12 +316,25 @@ class Agent:
         """The script is gone: end what it left behind, tell how it was."""
         code = self._child.returncode
         self._kill_group()
+        # What the script started in sessions of their own has its variables all the same.
+        end_all(lambda: carrying(PULSE_FILE, lambda value: value == str(self._pulse_file)), DRAIN_S)
         deadline = time.monotonic() + DRAIN_S
         while time.monotonic() < deadline and (lines := self._output.read()) is not None:
             if not lines:
                 select.select([self._output.stream], [], [], TICK_S)
+        self._output.close()
         self._report(float("inf"))
         self._tell("exit", code=code, tail=list(self._output.tail), ended=self._ended_by_us)
+        self._farewell()
+        return code if code >= 0 else 128 - code
+
+    def _tell_failure(self, error: OSError) -> None:
+        """The script could not be started: the supervisor hears why."""
+        says = f"error: {error.filename or self._job.folder}: {error.strerror or error}"
+        self._tell("exit", code=1, tail=[says], ended=False)
+        self._farewell()
+
+    def _farewell(self) -> None:
         with contextlib.suppress(OSError):
             self._socket.settimeout(DRAIN_S)
             self._socket.sendall(bytes(self._outbox))
@@ -315,7 +342,6 @@ class Agent:
             self._socket.shutdown(socket.SHUT_WR)
             while self._socket.recv(LONGEST_LINE):
                 pass
-        return code if code >= 0 else 128 - code
 
     def _tell(self, kind: str, **content: Any) -> None:
         self._outbox += encode({"kind": kind, "rank": self._world.rank, **content})
@@ -340,8 +366,8 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         return Agent(read_job(arguments.job), join_launcher()).run()
-    except (ConfigError, TransportError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except (ConfigError, TransportError, OSError) as error:
+        print(f"{AGENT_ERROR}{error}", file=sys.stderr, flush=True)
         return 2
 
 

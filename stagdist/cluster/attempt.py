@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import secrets
 import signal
@@ -18,9 +19,11 @@ from stagdist.cluster.control import ControlServer, RankView
 from stagdist.cluster.diagnosis import Fault, Limits, find_exit, find_missing, find_silence, steps_done
 from stagdist.cluster.exports import write_private
 from stagdist.cluster.hostfile import Host, hostfile_text
-from stagdist.cluster.job import Job
+from stagdist.cluster.job import AGENT_ERROR, Job
 from stagdist.cluster.launchers import Launch, Launcher, commands, environment_file, launcher_environment
 from stagdist.cluster.remote import Finished, on_all, run_here, run_on
+
+LOG = logging.getLogger(__name__)
 
 WATCH_S = 0.1
 FIRST_ERROR_S = 0.7
@@ -102,17 +105,20 @@ class Attempt:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._step = -1
 
-    async def run(self, stop: asyncio.Event) -> Outcome:
+    async def run(self, stop: asyncio.Event, hurry: asyncio.Event) -> Outcome:
         """Until all ranks have ended in order or something is wrong; nothing is left afterwards.
 
         Args:
             stop: once set, ranks are asked for their orderly end.
+            hurry: once set, they are ended as they are.
         """
         port = await self._server.start(self._plan.address)
         try:
             self._write_files(port)
             self._start()
-            fault = await self._watch(stop)
+            fault = await self._watch(stop, hurry)
+            if fault is not None:
+                LOG.warning("%s", fault.says)
             if fault is not None and fault.kind == "stuck" and fault.rank is not None:
                 await self._stack_of(fault.rank)
             return await self._end(fault)
@@ -144,7 +150,7 @@ class Attempt:
     def _start(self) -> None:
         plan = self._plan
         environment = launcher_environment(plan.launcher, plan.launch, os.environ)
-        with (plan.logs / "launcher.log").open("ab") as log:
+        with open(self._launcher_log, "ab", opener=_private) as log:
             for words in commands(plan.launcher, plan.launch):
                 self._processes.append(
                     subprocess.Popen(
@@ -159,7 +165,11 @@ class Attempt:
                     )
                 )
 
-    async def _watch(self, stop: asyncio.Event) -> Fault | None:
+    @property
+    def _launcher_log(self) -> Path:
+        return self._plan.logs / "launcher.log"
+
+    async def _watch(self, stop: asyncio.Event, hurry: asyncio.Event) -> Fault | None:
         ranks, limits, size = self._server.ranks, self._plan.limits, self._plan.launch.world_size
         started, stopping_since, launcher_gone = time.monotonic(), None, None
         while True:
@@ -175,10 +185,15 @@ class Attempt:
                     return None
                 stopping_since = stopping_since or now
                 self._server.tell("stop")  # again and again: a rank may come late
+            if hurry.is_set():
+                return Fault("stuck", None, "", "a second signal ended the ranks as they were")
             if find_exit(ranks, now, size) is not None:
                 await asyncio.sleep(FIRST_ERROR_S)
-                return find_exit(ranks, time.monotonic(), size)
+                in_order = stop.is_set() and stopped_before_work(ranks)
+                return None if in_order else find_exit(ranks, time.monotonic(), size)
             fault = find_silence(ranks, now, limits) or find_missing(ranks, size, limits, now - started)
+            if fault is None and len(ranks) < size:
+                fault = self._agent_fault()
             if fault is None and all(process.poll() is not None for process in self._processes):
                 launcher_gone = launcher_gone or now
                 if now - launcher_gone > min(LAUNCHER_S, limits.host_s):
@@ -189,11 +204,21 @@ class Attempt:
                 return Fault("stuck", None, "", f"ranks did not end within {self._plan.stop_s:.0f} s of being asked to")
 
     def _launcher_fault(self) -> Fault:
+        if (known := self._agent_fault()) is not None:
+            return known
         codes = [process.returncode for process in self._processes]
-        lines = (self._plan.logs / "launcher.log").read_text(errors="replace").splitlines()
+        lines = self._launcher_log.read_text(errors="replace").splitlines()
         said = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
         says = f"the launcher ended with code {codes[0]} before its ranks; its last line: {said[:300]}"
         return Fault("launcher", None, "", says, codes[0], steps_done(self._server.ranks))
+
+    def _agent_fault(self) -> Fault | None:
+        """What an agent that does not reach us has told the launcher."""
+        with contextlib.suppress(OSError):
+            for line in self._launcher_log.read_text(errors="replace").splitlines():
+                if AGENT_ERROR in line:
+                    return Fault("launcher", None, "", line.partition(AGENT_ERROR)[2][:500])
+        return None
 
     def _follow_steps(self) -> None:
         first = max((view.first_step for view in self._server.ranks.values()), default=-1)
@@ -232,6 +257,15 @@ class Attempt:
         deadline = time.monotonic() + LAUNCHER_S
         while time.monotonic() < deadline and any(process.poll() is None for process in self._processes):
             await asyncio.sleep(WATCH_S)
+
+
+def stopped_before_work(ranks: Mapping[int, RankView]) -> bool:
+    """Whether all ranks ended by the signal that asked them to, before there was anything to save."""
+    return all(view.exit_code == -signal.SIGTERM and view.first_step < 0 for view in ranks.values())
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def sweep(launcher: Launcher, hosts: tuple[Host, ...], mark: str, folder: Path) -> tuple[int, int, dict[str, str]]:

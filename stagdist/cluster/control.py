@@ -43,6 +43,7 @@ class RankView:
         exit_code: of the script, negative after a signal; None while it runs.
         exited_at: monotonic seconds.
         ended_by_us: the supervisor wanted it to end.
+        lost: its agent is gone without having told how it ended.
         tail: its last lines of output.
         stack: Python stacks, where they were asked for.
     """
@@ -60,6 +61,7 @@ class RankView:
     exit_code: int | None = None
     exited_at: float = 0.0
     ended_by_us: bool = False
+    lost: bool = False
     tail: tuple[str, ...] = ()
     stack: tuple[str, ...] = ()
 
@@ -154,6 +156,7 @@ class ControlServer:
         finally:
             if rank is not None and self._writers.get(rank) is writer:
                 del self._writers[rank]
+                self.ranks[rank].lost = self.ranks[rank].exit_code is None
             writer.close()
             with contextlib.suppress(OSError, asyncio.CancelledError):
                 await writer.wait_closed()

@@ -33,11 +33,13 @@ class Limits:
         hang_s: without a sign of life in the middle of work.
         slow_s: while starting, saving, exporting.
         host_s: without a message of an agent.
+        start_s: before the first sign of life; infinite for scripts that give none.
     """
 
     hang_s: float
     slow_s: float
     host_s: float
+    start_s: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -128,31 +130,33 @@ def find_silence(ranks: Mapping[int, RankView], now: float, limits: Limits) -> F
     if gone := _unheard(ranks, now, limits.host_s):
         return _silent(gone, now, steps_done(ranks))
     running = [view for view in ranks.values() if view.exit_code is None]
-    late = [
-        view
-        for view in running
-        if view.count and (_is_late(view, now, limits) or now - (view.stopped_at or now) > limits.hang_s)
-    ]
-    if not late:
+    if not any(_is_late(view, now, limits) for view in running):
         return None
     # Those that wait for the stuck one fall silent as well, some of them earlier.
-    candidates = [view for view in running if view.count and view.silent_s(now) > min(2.0, limits.hang_s / 2)]
+    candidates = [view for view in running if view.silent_s(now) > min(2.0, limits.hang_s / 2)]
     worst = _most_stuck(candidates)
     assert worst is not None, "who is late is a candidate"
     return _stuck(worst, worst.silent_s(now), steps_done(ranks))
 
 
 def _is_late(view: RankView, now: float, limits: Limits) -> bool:
-    return view.silent_s(now) > (limits.slow_s if view.phase.slow else limits.hang_s)
+    if now - (view.stopped_at or now) > limits.hang_s:
+        return True
+    return view.silent_s(now) > (
+        limits.start_s if not view.count else limits.slow_s if view.phase.slow else limits.hang_s
+    )
 
 
 def _unheard(ranks: Mapping[int, RankView], now: float, limit_s: float) -> list[RankView]:
-    return [view for view in ranks.values() if view.exit_code is None and now - view.heard_at > limit_s]
+    return [view for view in ranks.values() if view.exit_code is None and (view.lost or now - view.heard_at > limit_s)]
 
 
 def _silent(views: Sequence[RankView], now: float, step: int) -> Fault:
     ranks = tuple(view.rank for view in views)
     silence_s = now - max(view.heard_at for view in views)
+    if all(view.lost for view in views):
+        says = f"the agent of rank {', '.join(map(str, ranks))} on {views[0].host} is gone"
+        return Fault("silent", ranks[0], views[0].host, says, step=step, silent=ranks)
     says = f"nothing was heard from rank {', '.join(map(str, ranks))} on {views[0].host} for {silence_s:.0f} s"
     return Fault("silent", ranks[0], views[0].host, says, step=step, silent=ranks)
 

@@ -12,6 +12,9 @@ from stagdist.errors import ConfigError
 LONGEST_LINE = 1 << 16
 """Bytes that are read at once, and of a line of output that is kept whole."""
 
+AGENT_ERROR = "error: agent: "
+"""How an agent begins the line in which it tells why it starts no script; the launcher's output has it."""
+
 
 @dataclass(frozen=True)
 class Job:

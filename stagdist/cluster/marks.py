@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,14 +37,20 @@ class Marked:
 
 def marked(mark: str, proc: Path = Path("/proc")) -> list[Marked]:
     """Living processes of this host whose mark is `mark` or begins with `mark.`, without this process."""
+    return carrying(MARK, lambda own: own == mark or own.startswith(f"{mark}."), proc)
+
+
+def carrying(variable: str, belongs: Callable[[str], bool], proc: Path = Path("/proc")) -> list[Marked]:
+    """Living processes of this host with a variable whose value `belongs`, without this process."""
     found = []
     for folder in proc.iterdir():
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
             continue
         with contextlib.suppress(OSError, ValueError):  # it ended meanwhile, or is not ours
             entries = (folder / "environ").read_bytes().split(b"\0")
-            marks = [entry.partition(b"=")[2].decode() for entry in entries if entry.startswith(f"{MARK}=".encode())]
-            if not any(own == mark or own.startswith(f"{mark}.") for own in marks):
+            start = f"{variable}=".encode()
+            values = [entry.removeprefix(start).decode() for entry in entries if entry.startswith(start)]
+            if not any(map(belongs, values)):
                 continue
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
@@ -53,13 +60,18 @@ def marked(mark: str, proc: Path = Path("/proc")) -> list[Marked]:
 
 
 def end_marked(mark: str, limit_s: float = 5.0) -> tuple[list[Marked], list[Marked]]:
-    """Kill every process of the job, and what they start meanwhile, until none is left.
+    """Kill every process of the job; see `end_all`."""
+    return end_all(lambda: marked(mark), limit_s)
+
+
+def end_all(find: Callable[[], list[Marked]], limit_s: float) -> tuple[list[Marked], list[Marked]]:
+    """Kill every process that `find` finds, and what they start meanwhile, until none is left.
 
     Returns: those that were killed, and those that could not be ended in time.
     """
     ended: dict[tuple[int, int], Marked] = {}
     deadline = time.monotonic() + limit_s
-    while (left := marked(mark)) and time.monotonic() < deadline:
+    while (left := find()) and time.monotonic() < deadline:
         for process in left:
             ended[process.pid, process.born] = process
             with contextlib.suppress(ProcessLookupError, PermissionError):

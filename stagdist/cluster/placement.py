@@ -12,8 +12,8 @@ class Placement:
 
     Attributes:
         hosts: in the order of their ranks.
-        spares: not used so far.
-        lost: given up.
+        spares: not at work; hosts that were lost come last, since they may be back.
+        lost: at work once, and given up.
     """
 
     hosts: tuple[Host, ...]
@@ -47,7 +47,8 @@ def with_spares(placement: Placement, dead: Collection[str], answers: Callable[[
         spares.remove(spare)
         hosts[index] = Host(spare.name, host.slots)
         lost.append(host)
-    return Placement(tuple(hosts), tuple(spares), tuple(lost))
+    back = [host for host in lost[len(placement.lost) :] if host not in spares]
+    return Placement(tuple(hosts), (*spares, *back), tuple(lost))
 
 
 def with_fewer(placement: Placement, dead: Collection[str], fits: Callable[[int], bool]) -> Placement | None:

@@ -1,7 +1,9 @@
 """From the command line of launch/run.py to what the supervisor is told; what can be checked beforehand is."""
 
 import argparse
+import ipaddress
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,9 @@ from stagdist.config import RunConfig
 from stagdist.config_loading import load_config
 from stagdist.errors import ConfigError
 from stagdist.parallel.grid import grid_for
+
+GIVE_SIGNS = ("pretrain.py", "generate.py")
+"""Scripts whose ranks give signs of life: one that gives none is stuck, not merely quiet."""
 
 
 def placement_of(arguments: argparse.Namespace) -> Placement:
@@ -54,6 +59,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         ConfigError: with the remedy.
     """
     placement, config = placement_of(arguments), config_of(arguments.command)
+    script = Path(arguments.command[0]).name
     if not Path(arguments.command[0]).is_file():
         raise ConfigError(
             f"{arguments.command[0]} is no script; write for example -- launch/pretrain.py --config x.yaml"
@@ -65,6 +71,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         fewest = arguments.min_data_parallel or 1
         if fewest > data:
             raise ConfigError(f"--min-data-parallel {fewest} is more than the run has: data {data}")
+    _check_address(arguments.address)
     folder = Path(arguments.folder or config.folder).resolve()  # type: ignore[union-attr]
     check_paths(folder, Path.cwd(), sys.executable)
     environment = {name: value for name, value in wanted(os.environ).items() if not name.startswith("MASTER_")}
@@ -76,12 +83,35 @@ def options_of(arguments: argparse.Namespace) -> Options:
         environment=environment,
         address=arguments.address,
         max_restarts=arguments.max_restarts,
-        limits=Limits(arguments.hang_timeout_s, arguments.slow_timeout_s, arguments.host_timeout_s),
+        limits=Limits(
+            hang_s=arguments.hang_timeout_s,
+            slow_s=arguments.slow_timeout_s,
+            host_s=arguments.host_timeout_s,
+            start_s=arguments.slow_timeout_s if script in GIVE_SIGNS else float("inf"),
+        ),
         lease_s=1.5 * arguments.host_timeout_s,
         stop_s=arguments.stop_s,
         host_wait_s=arguments.host_wait_s,
         fits=None if config is None else _fits(config, arguments.min_data_parallel),
     )
+
+
+def _check_address(address: str | None) -> None:
+    """The agents' meeting place must be one address of this machine.
+
+    Raises:
+        ConfigError: it is none, or means all of them.
+    """
+    if address is None:
+        return
+    try:
+        family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.bind((address, 0))
+        if ipaddress.ip_address(address).is_unspecified:
+            raise ConfigError(f"--address {address} would listen on every interface; name the one that the hosts reach")
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"--address {address} is no address of this machine: {error}") from error
 
 
 def _fits(config: RunConfig, min_data_parallel: int | None) -> Callable[[int], bool] | None:

@@ -1,12 +1,12 @@
-"""What the supervisor shows people, written beside its work: a terminal that is held, a reader that sleeps or a full
-disk behind the output must not keep it from telling the ranks that it is there."""
+"""Output written beside the work: a terminal that is held, a reader that sleeps, a disk that is full or does not answer
+must not keep the supervisor from telling the ranks that it is there, nor an agent from telling how its rank is."""
 
 import os
 import queue
 import threading
 
-CAPACITY = 10_000
-"""Lines that wait at most; later ones are left out, for files hold everything."""
+CAPACITY = 1000
+"""Pieces that wait at most; later ones are left out, and what follows says so."""
 
 
 class Screen:
@@ -18,16 +18,23 @@ class Screen:
 
     def __init__(self, descriptor: int):
         self._descriptor = descriptor
-        self._lines = queue.Queue[str | None](CAPACITY)
+        self._pieces = queue.Queue[bytes | None](CAPACITY)
+        self._left_out = 0
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def write(self, text: str) -> None:
         """Show the text, soon; it is left out where too much waits already."""
+        self.put(text.encode(errors="replace"))
+
+    def put(self, data: bytes) -> None:
+        """The same with bytes."""
+        note = f"[{self._left_out} pieces of output were left out: too much was waiting]\n" if self._left_out else ""
         try:
-            self._lines.put_nowait(text)
+            self._pieces.put_nowait(note.encode() + data)
+            self._left_out = 0
         except queue.Full:
-            return
+            self._left_out += 1
 
     def flush(self) -> None:
         """For logging; text is under way already."""
@@ -35,14 +42,13 @@ class Screen:
     def close(self, timeout_s: float = 2.0) -> None:
         """Wait until everything is shown, `timeout_s` seconds at most."""
         try:
-            self._lines.put(None, timeout=timeout_s)
+            self._pieces.put(None, timeout=timeout_s)
         except queue.Full:
             return
         self._thread.join(timeout_s)
 
     def _work(self) -> None:
-        while (text := self._lines.get()) is not None:
-            data = text.encode(errors="replace")
+        while (data := self._pieces.get()) is not None:
             try:
                 while data:
                     data = data[os.write(self._descriptor, data) :]

@@ -9,8 +9,9 @@ import os
 import random
 import secrets
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +30,15 @@ LOG = logging.getLogger(__name__)
 PORTS = range(20000, 32000)
 """Of the ranks' meeting place: below those that systems give away by themselves."""
 
+LOCK = "supervisor.lock"
+"""File in the run's folder: one supervisor holds it, and every host must see it."""
+
 LONGEST_PAUSE_S = 60.0
 UNKNOWN_HOST = "Could not resolve hostname"
 """What OpenSSH says of a name without an address."""
+
+ONE_SIGNAL_S = 2.0
+"""Seconds in which signals count as one: a closed terminal may send several."""
 
 PROBE_S = 2.0
 """Between two questions whether a host is back."""
@@ -87,7 +94,7 @@ class Supervisor:
         self._placement = options.placement
         self._history = History(options.folder / "run.json", options.command)
         self._job = hashlib.sha256(str(options.folder.resolve()).encode()).hexdigest()[:12]
-        self._stop_signal = 0
+        self._stop_signal, self._asked_at = 0, 0.0
         self._number = self._earlier_attempts()
         self._first_known: int | None = None
         self._fault: Fault | None = None
@@ -105,18 +112,26 @@ class Supervisor:
         """
         for spare in useless_spares(self._options.placement):
             LOG.warning("spare %s has %d slots, fewer than any host: it will never be used", spare.name, spare.slots)
-        self._stop = asyncio.Event()
+        self._stop, self._hurry = asyncio.Event(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell that starts it in the background
                 asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
-        with only_one(self._options.folder / "supervisor.lock"):
+        with only_one(self._options.folder / LOCK):
             try:
                 return await self._go_on()
             except StagdistError as reason:
                 self._history.note("stop", reason=str(reason), code=2 if isinstance(reason, ConfigError) else 1)
                 raise
+            finally:
+                self._history.close()
 
     def _on_signal(self, number: int) -> None:
+        if self._stop.is_set():
+            if time.monotonic() - self._asked_at > ONE_SIGNAL_S:
+                LOG.warning("%s again: the ranks are ended as they are", signal.Signals(number).name)
+                self._hurry.set()
+            return
+        self._asked_at = time.monotonic()
         what = "the ranks are asked to save and end" if self._at_work else "no ranks are at work; ending"
         LOG.warning("%s: %s", signal.Signals(number).name, what)
         self._stop_signal = number
@@ -157,7 +172,7 @@ class Supervisor:
         LOG.info("attempt %d with %s on %s", self._number, plan.launcher, ", ".join(hosts))
         self._at_work = True
         try:
-            return await Attempt(plan, self._on_line, self._on_step).run(self._stop)
+            return await Attempt(plan, self._on_line, self._on_step).run(self._stop, self._hurry)
         except OSError as error:  # no space for the files of an attempt, no launcher, no free address
             first = f"first error: {self._fault.says}; then " if self._fault is not None else ""
             where = f"{error.filename}: " if error.filename else ""
@@ -224,7 +239,6 @@ class Supervisor:
                 noticed=outcome.noticed,
                 stack=list(view.stack) if view else [],
             )
-            LOG.warning("%s", fault.says)
             for line in view.stack if view else ():
                 LOG.warning("    %s", line)
         facts = {"swept": outcome.ended, "left": outcome.left, "dead": dict(outcome.dead)}
@@ -237,15 +251,16 @@ class Supervisor:
             GaveUpError: with the first error.
         """
         first = f"first error: {fault.says}"
+        first += " " if first[-1] in ".?!" else "; "
         logs = f"output of the ranks: {self._options.folder / 'logs' / f'attempt_{self._number:03d}'}"
         if fault.kind == "exit" and fault.code == MENDED_BY_A_PERSON:
-            raise GaveUpError(f"{first}; starting again would not help. {logs}")
+            raise GaveUpError(f"{first}starting again would not help. {logs}")
         before = self._last_fault
         if before is not None and fault.own and before.same_again == fault.same_again:
-            raise GaveUpError(f"{first}; the same as the time before, after the same step. {logs}")
+            raise GaveUpError(f"{first}the same as the time before, after the same step. {logs}")
         if self._restarts >= self._options.max_restarts:
             raise GaveUpError(
-                f"{first}; --max-restarts {self._options.max_restarts} is reached without a new checkpoint. {logs}"
+                f"{first}--max-restarts {self._options.max_restarts} is reached without a new checkpoint. {logs}"
             )
         self._last_fault = self._fault = fault
         # An attempt that fails before it trains knows of no step.
@@ -263,49 +278,55 @@ class Supervisor:
         """
         if not dead:
             return
-        reasons = "; ".join(f"{host}: {reason}" for host, reason in dead.items())
-        LOG.warning("hosts that do not answer: %s", reasons)
+        LOG.warning("hosts that do not answer: %s", _listed(dead))
         # Its ranks may be alive behind a cut link: they end when their lease does, and must not write beside new ones.
         await self._wait(last_heard + self._options.lease_s + PROBE_S - time.monotonic())
-        gone = await self._still_gone(dead)
+        gone = await self._gone_still(dead)
         new = with_spares(self._placement, gone, self._answers)
         how = "a spare takes the place"
         if new is None and self._options.fits is not None:
             new, how = with_fewer(self._placement, gone, self._options.fits), "fewer replicas go on instead"
         if new is None:
-            await self._wait_for_hosts(gone, reasons)
-            if self._stop.is_set():
-                return
+            await self._wait_for_hosts(gone)
         elif gone:
+            rejoined = {host.name for host in new.hosts} & {host.name for host in self._placement.lost}
             self._placement = new
             hosts = [f"{host.name}:{host.slots}" for host in new.hosts]
             self._history.note("replace", lost=sorted(gone), how=how, hosts=hosts)
             LOG.warning("%s of %s: now on %s", how, ", ".join(sorted(gone)), ", ".join(hosts))
-        if set(dead) - gone or new is None:
-            await self._clear_earlier()  # what a host that is back may still run
+            if rejoined:
+                await self._clear_earlier()
 
-    async def _still_gone(self, hosts: Iterable[str]) -> set[str]:
-        answers = await asyncio.to_thread(on_all, hosts, self._answers)
-        return {host for host, answered in answers.items() if not answered}
+    async def _gone_still(self, dead: Mapping[str, str]) -> Mapping[str, str]:
+        """Those that cannot be used yet, with the reason; on the others nothing is left of what they did."""
+        answers = await asyncio.to_thread(on_all, dead, self._answers)
+        gone = {host: dead[host] for host, answered in answers.items() if not answered}
+        if len(gone) < len(dead):
+            # One that answers without being fit for work is no better than one that is silent.
+            gone = dict(await self._clear_earlier()) | gone
+        return gone
 
-    async def _wait_for_hosts(self, dead: set[str], reasons: str) -> None:
+    async def _wait_for_hosts(self, dead: Mapping[str, str]) -> None:
         wait_s = self._options.host_wait_s
         LOG.warning("waiting up to %.0f s for %s", wait_s, ", ".join(sorted(dead)))
         deadline = time.monotonic() + wait_s
         while dead and time.monotonic() < deadline and not self._stop.is_set():
             await self._wait(PROBE_S)
-            dead = await self._still_gone(dead)
+            dead = await self._gone_still(dead)
         if self._stop.is_set():
             return
         if dead:
             raise GaveUpError(
-                f"{', '.join(sorted(dead))} did not come back within {wait_s:.0f} s ({reasons}), and no spare is left: "
-                "list one in the hostfile (#spare name slots=N), or allow fewer replicas with --min-data-parallel"
+                f"{', '.join(sorted(dead))} did not come back within {wait_s:.0f} s ({_listed(dead)}), and no spare is "
+                "left: list one in the hostfile (#spare name slots=N), or allow fewer replicas with --min-data-parallel"
             )
         self._history.note("hosts_back")
 
     def _answers(self, host: str) -> bool:
-        return self._options.launcher == "local" or run_on(host, ["true"], 5.0).ok
+        """Whether a host can be used: it answers, and sees this folder, the run's folder and our Python."""
+        lock = str(self._options.folder / LOCK)
+        fit = ["test", "-e", lock, "-a", "-x", sys.executable]
+        return self._options.launcher == "local" or run_on(host, fit, 5.0, folder=Path.cwd()).ok
 
     async def _wait(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -350,6 +371,10 @@ class Supervisor:
     def _earlier_attempts(self) -> int:
         names = (self._options.folder / "logs").glob("attempt_*")
         return max((int(path.name.removeprefix("attempt_")) for path in names if path.name[8:].isdigit()), default=0)
+
+
+def _listed(dead: Mapping[str, str]) -> str:
+    return "; ".join(f"{host}: {reason}" for host, reason in sorted(dead.items()))
 
 
 def _refuse_unknown(dead: Mapping[str, str]) -> None:

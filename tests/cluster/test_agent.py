@@ -41,11 +41,20 @@ class Daemon:
                     assert decode(connection.recv(1 << 16).partition(b"\n")[0])["token"] == "token"
                     if self._welcome:
                         connection.sendall(encode({"kind": "welcome"}))
+                        self._keep_alive(connection)
                     code = daemon.wait(30)
                 assert daemon.stderr is not None
                 return code, daemon.stderr.read()
             finally:
                 daemon.kill()
+
+    def _keep_alive(self, connection: socket.socket) -> None:
+        """Until the script runs; then silence."""
+        deadline = time.monotonic() + 30
+        while not ((self._folder / "pid").exists() and (self._folder / "pid").read_text()):
+            assert time.monotonic() < deadline, "no script"
+            connection.sendall(encode({"kind": "ping"}))
+            time.sleep(0.1)
 
 
 def test_a_rank_behind_a_cut_link_ends_with_its_launcher(tmp_path: Path) -> None:

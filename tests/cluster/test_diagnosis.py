@@ -138,3 +138,22 @@ def test_a_rank_that_its_watchdog_aborts_for_want_of_a_frozen_peer_is_not_to_bla
     assert (
         fault := find_exit(by_rank(ended(0, -signal.SIGABRT, 100.0, ("double free",))), 100.0, 2)
     ) and fault.rank == 0
+
+
+def test_a_rank_that_never_gave_a_sign_is_stuck_where_its_script_gives_signs() -> None:
+    limits = Limits(hang_s=10.0, slow_s=100.0, host_s=20.0, start_s=50.0)
+    frozen = by_rank(running(0, count=0, phase=Phase.START, age_s=60.0, process="T"), running(1, count=0, age_s=59.0))
+    fault = find_silence(frozen, 100.0, limits)
+    assert fault is not None and (fault.kind, fault.rank) == ("stuck", 0) and "phase start (stopped" in fault.says
+    assert find_silence(frozen, 100.0, LIMITS) is None, "other scripts may be quiet"
+    frozen[0].stopped_at = 89.0
+    assert find_silence(frozen, 100.0, LIMITS) is not None, "but not stopped for longer than a hang"
+
+
+def test_an_agent_that_is_gone_is_to_blame_for_the_peer_that_lost_it() -> None:
+    lost = running(1, heard_at=99.8)
+    lost.lost = True
+    fault = find_exit(by_rank(ended(0, 1, 99.9, LOST), lost), 100.0, 2)
+    assert fault is not None and fault.says == "the agent of rank 1 on node1 is gone"
+    fault = find_silence(by_rank(running(0), lost), 100.0, LIMITS)
+    assert fault is not None and (fault.kind, fault.rank) == ("silent", 1)

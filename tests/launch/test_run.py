@@ -1,5 +1,6 @@
 """The supervisor on one machine, through the real launcher, over small scripts that live, fail and hang as told."""
 
+import contextlib
 import json
 import os
 import signal
@@ -77,6 +78,20 @@ class Run:
                 break
             time.sleep(0.1)
         return left
+
+    def agents(self) -> list[psutil.Process]:
+        """The agents of the job."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        return [one for one in family if one.cmdline()[1:4] == ["-u", "-m", "stagdist.cluster.agent"]]
+
+    def sleepers(self) -> list[psutil.Process]:
+        """What scripts have put to sleep in this folder."""
+        found = []
+        for one in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if one.name() == "sleep" and one.cwd() == str(self.folder):
+                    found.append(one)
+        return found
 
     def _is_ours(self, one: psutil.Process) -> bool:
         try:
@@ -187,6 +202,61 @@ while True: steps(0, 1)
     assert (tmp_path / "asked-0").exists() and (tmp_path / "asked-1").exists(), "they were asked to save"
 
 
+def test_an_agent_that_is_killed_is_named_and_not_its_peer(tmp_path: Path) -> None:
+    body = """
+(folder / f"ready-{rank}").touch()
+if number: steps(1, 2); sys.exit(0)
+while True: steps(0, 1)
+"""
+    run = Run(tmp_path, body)
+    run.wait_for("ready-0")
+    run.wait_for("ready-1")
+    (agent,) = [one for one in run.agents() if one.environ().get("RANK") == "1"]
+    agent.kill()
+    code, _, err = run.end()
+    assert code == 0, err
+    (fault,) = [event for event in run.events() if event["event"] == "fault"]
+    assert (fault["rank"], fault["says"].partition(" on ")[0]) == (1, "the agent of rank 1")
+
+
+def test_what_a_script_left_in_a_session_of_its_own_ends_with_a_killed_supervisor(tmp_path: Path) -> None:
+    body = """
+import subprocess
+subprocess.Popen(["sleep", f"{600 + int(rank)}"], cwd=folder, start_new_session=True)
+(folder / f"ready-{rank}").touch()
+while True: steps(0, 1)
+"""
+    run = Run(tmp_path, body)
+    run.wait_for("ready-0")
+    run.wait_for("ready-1")
+    assert len(run.sleepers()) == 2
+    run.process.kill()
+    run.end()
+    assert run.left(15) == [] and run.sleepers() == []
+
+
+def test_a_signal_before_the_script_can_hear_it_is_an_end_in_order_and_a_second_one_is_final(tmp_path: Path) -> None:
+    early, deaf = tmp_path / "early", tmp_path / "deaf"
+    early.mkdir()
+    deaf.mkdir()
+    run = Run(early, "(folder / f'ready-{rank}').touch(); time.sleep(60)")
+    run.wait_for("ready-0")
+    run.wait_for("ready-1")
+    run.process.send_signal(signal.SIGTERM)
+    code, _, err = run.end()
+    assert code == 143 and err.splitlines()[-1].endswith("SIGTERM: the ranks have ended in order"), err
+    body = "import signal; signal.signal(signal.SIGTERM, lambda *_: (folder / f'asked-{rank}').touch())\n"
+    run = Run(deaf, body + "(folder / f'ready-{rank}').touch()\nwhile True: steps(0, 1)")
+    run.wait_for("ready-0")
+    run.process.send_signal(signal.SIGTERM)
+    run.wait_for("asked-0")
+    time.sleep(2.5)
+    run.process.send_signal(signal.SIGTERM)
+    code, _, err = run.end(20)
+    assert code == 143 and "a second signal ended the ranks as they were" in err, err
+    assert not run.left()
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -199,6 +269,11 @@ while True: steps(0, 1)
         (["--", "launch/pretrain.py", "--config", "configs/quickstart.yaml", "--sett", "a=1"], "--sett"),
         (["--", "launch/pretrain.py", "--config", "configs/quickstart.yaml", "--dry-run"], "--dry-run"),
         (["--", "launch/generate.py"], "--folder"),
+        (
+            ["--address", "0.0.0.0", "--", "launch/pretrain.py", "--config", "configs/quickstart.yaml"],
+            "every interface",
+        ),
+        (["--address", "192.0.2.1", "--", "launch/pretrain.py", "--config", "configs/quickstart.yaml"], "192.0.2.1"),
         (["--hang-timeout-s", "nan", "--", "launch/pretrain.py"], "--hang-timeout-s"),
     ],
 )

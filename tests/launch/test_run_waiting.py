@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 RUN = Path(__file__).resolve().parents[2] / "launch" / "run.py"
+# 127.0.0.9 is this machine, where nobody lets us in without a question.
 ON_HOSTS = ("--hostfile", "hostfile", "--folder", "run", "--host-timeout-s", "3")
 
 
 def test_a_signal_ends_the_wait_for_a_host_that_never_answered(tmp_path: Path) -> None:
-    (tmp_path / "hostfile").write_text("nobody.invalid slots=1\n")
+    (tmp_path / "hostfile").write_text("127.0.0.9 slots=1\n")
     (tmp_path / "script.py").write_text("")
     words = [*ON_HOSTS, "--host-wait-s", "200", "--", "script.py"]
     with subprocess.Popen(
@@ -20,7 +21,7 @@ def test_a_signal_ends_the_wait_for_a_host_that_never_answered(tmp_path: Path) -
         assert process.stderr is not None
         try:
             said = ""
-            while "waiting up to 200 s for nobody.invalid" not in said:
+            while "waiting up to 200 s for 127.0.0.9" not in said:
                 line = process.stderr.readline()
                 assert line, said
                 said += line
@@ -53,10 +54,18 @@ def test_more_replicas_than_the_run_has_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_spare_that_can_replace_no_host_is_told(tmp_path: Path) -> None:
-    (tmp_path / "hostfile").write_text("nobody.invalid slots=2\n#spare small slots=1\n#spare big slots=2\n")
+    (tmp_path / "hostfile").write_text("127.0.0.9 slots=2\n#spare small slots=1\n#spare big slots=2\n")
     (tmp_path / "script.py").write_text("")
     words = [*ON_HOSTS, "--host-wait-s", "0", "--", "script.py"]
     done = subprocess.run([sys.executable, str(RUN), *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "nobody.invalid did not come back within 0 s" in done.stderr
+    assert done.returncode == 1 and "127.0.0.9 did not come back within 0 s" in done.stderr
     assert "spare small has 1 slots, fewer than any host: it will never be used" in done.stderr
     assert "spare big has" not in done.stderr
+
+
+def test_a_host_that_nobody_knows_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_text("nobody.invalid slots=1\n#spare other slots=1\n")
+    (tmp_path / "script.py").write_text("")
+    words = [*ON_HOSTS, "--", "script.py"]
+    done = subprocess.run([sys.executable, str(RUN), *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "no address is known for nobody.invalid" in done.stderr.splitlines()[-1]
