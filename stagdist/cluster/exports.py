@@ -3,7 +3,7 @@
 DeepSpeed's launcher hands on few variables by itself and writes them into the command line of the remote shell,
 between double quotes at best. So only plain values are handed on in this way. What is secret, or holds a character
 that a shell could take for more than itself, travels in a private file that only its owner can read; the command
-line holds that file's path.
+line holds that file's path. A name tells whether ranks need a variable, name and value whether it may be seen.
 """
 
 import os
@@ -29,35 +29,83 @@ NAMES = frozenset({
 })  # fmt: skip
 """Variables handed on by their name. Open MPI's ranks learn MASTER_ADDR in no other way."""
 
-EARLY_NAMES = frozenset({"PATH", "LD_LIBRARY_PATH", "LD_PRELOAD"})
-"""Needed before Python runs, so no file of ours can bring them; names that begin with PYTHON are of this kind too."""
+EARLY_NAMES = frozenset({"PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME", "PYTHONPATH"})
+"""Needed before Python runs, so no file of ours can bring them; see `is_early` for the rest of PYTHON's."""
 
 PREFIXES = (
     "CUDA_", "CUBLAS", "DEEPSPEED_", "DS_", "FI_", "GLOO_", "HF_", "KMP_", "MEGATRON_", "MKL_", "MLFLOW", "MPLBACKEND",
     "MV2", "NCCL", "NVIDIA_", "NVTE_", "OMP_", "PYTHON", "PYTORCH_", "STAGDIST_", "TOKENIZERS_", "TORCH", "TRITON_",
     "UCX", "WANDB_",
 )  # fmt: skip
-"""Beginnings of variables handed on. DeepSpeed adds those of PYTHON, NCCL and the like by itself, without care; the
-same names in the generated file replace them."""
+"""Beginnings of variables handed on."""
+
+EXPORTED_UNASKED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
+"""Beginnings of variables that DeepSpeed puts into the command line of the hosts by itself, without care; the same
+names in the generated file replace them, with nothing where the private file brings the value."""
 
 NEVER = frozenset({"CUDA_VISIBLE_DEVICES", "DS_ENV_FILE", "PYTHONSTARTUP", PRIVATE_FILE, MARK, PULSE_FILE})
 """Variables that mean something on this host or to this process alone; a supervisor inside a supervised job must not
 mark its ranks with the mark of the outer one."""
 
-_SECRET = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE_KEY)S?$")
+_CREDENTIAL = re.compile(
+    r"(API_?KEY|(ACCESS|ACCOUNT|PRIVATE|SECRET|STORAGE)_?KEY|ACCESS_KEY_ID|STORAGE_CONNECTION_STRING|CREDENTIAL|PASSWD"
+    r"|PASSWORD|SECRET|TOKEN)S?$"
+)
+_NOT_TO_BE_SEEN = re.compile(r"(_KEY|AUTH|CONNECTION_STRING|PASSPHRASE)S?$|_(PASS|PWD)$")
+_PASSWORD_IN_URL = re.compile(r"://([^/@]+|[^/@]*:(?!\d{1,5}/)[^@]*)@")
+"""A user, or a user and a password, in which databases allow a slash; no port before a path that holds an @."""
+
 _PROXIES = re.compile(r"(https?|all|ftp)_proxy", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN = re.compile(r"[\w@+=:,./-]*", re.ASCII)
 
 
-def is_secret(name: str) -> bool:
-    """Whether a variable's value must not be seen: keys, tokens, passwords; proxies, which may hold a password."""
-    return bool(_SECRET.search(name.upper()) or _PROXIES.fullmatch(name))
+def is_credential(name: str) -> bool:
+    """Whether ranks need a variable to be let in somewhere: keys, tokens, passwords; proxies, which may hold one.
+
+    The number of a key counts as one, for it is of no use without it.
+    """
+    return bool(_CREDENTIAL.search(name.upper()) or _PROXIES.fullmatch(name))
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Whether a value must not be seen, for what its variable is called or for a password in a URL.
+
+    More than credentials: what ranks have no need of, such as a passphrase, is hidden where something else hands it on.
+    """
+    if not value:
+        return False
+    return bool(is_credential(name) or _NOT_TO_BE_SEEN.search(name.upper()) or _PASSWORD_IN_URL.search(value))
 
 
 def is_plain(value: str) -> bool:
     """Whether every shell and launcher takes the text for itself; no per cent signs, which pdsh replaces."""
     return bool(_PLAIN.fullmatch(value))
+
+
+def may_be_shown(name: str, value: str) -> bool:
+    """Whether a variable may stand on a command line."""
+    return is_plain(value) and not is_secret(name, value)
+
+
+def is_early(name: str, value: str) -> bool:
+    """Whether Python needs a variable to start; secrets of its tools, such as keyring's, are for later."""
+    return name in EARLY_NAMES or (name.startswith("PYTHON") and not is_secret(name, value))
+
+
+def check_early(name: str, value: str) -> None:
+    """What Python needs to start has to stand on the command line.
+
+    Raises:
+        ConfigError: it must not.
+    """
+    if is_secret(name, value):
+        raise ConfigError(f"{name} holds a URL with a password, which all users of the hosts would see; take it out")
+    if not is_plain(value):
+        raise ConfigError(
+            f"{name} holds characters that a shell on the hosts could run or split: {value[:80]!r}; give it only "
+            "letters, digits and @+=:,./_- or unset it"
+        )
 
 
 def wanted(environment: Mapping[str, str]) -> dict[str, str]:
@@ -68,7 +116,7 @@ def wanted(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in sorted(environment.items())
         if name not in NEVER
         and _NAME.fullmatch(name)
-        and (name in names or name.startswith(PREFIXES) or is_secret(name))
+        and (name in names or name.startswith(PREFIXES) or is_credential(name))
     }
 
 
@@ -76,18 +124,14 @@ def split_private(variables: Mapping[str, str]) -> tuple[dict[str, str], dict[st
     """Divide into what may stand on a command line and what travels in the private file.
 
     Raises:
-        ConfigError: a variable that Python needs to start is not plain.
+        ConfigError: a variable that Python needs to start may not.
     """
     public: dict[str, str] = {}
     private: dict[str, str] = {}
     for name, value in variables.items():
-        plain = is_plain(value)
-        if not plain and (name in EARLY_NAMES or name.startswith("PYTHON")):
-            raise ConfigError(
-                f"{name} holds characters that a shell on the hosts could run or split: {value[:80]!r}; give it only "
-                "letters, digits and @+=:,./_- or unset it"
-            )
-        (public if plain and not is_secret(name) else private)[name] = value
+        if is_early(name, value):
+            check_early(name, value)
+        (public if may_be_shown(name, value) else private)[name] = value
     return public, private
 
 
@@ -115,6 +159,7 @@ def write_deepspeed_env(path: Path, private: Path, environment: Mapping[str, str
     """
     variables = wanted(environment)
     public, hidden = split_private(variables)
+    public |= {name: "" for name in hidden if name.startswith(EXPORTED_UNASKED)}
     if hidden:
         public[PRIVATE_FILE] = str(private.resolve())
         if not is_plain(public[PRIVATE_FILE]):
@@ -129,7 +174,7 @@ def write_deepspeed_env(path: Path, private: Path, environment: Mapping[str, str
 
 
 def load_private(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Read the private file that the environment names, if any, into the environment; what is set already stays.
+    """Read the private file that the environment names, if any, into the environment; what has a value already stays.
 
     Raises:
         ConfigError: it is missing, damaged, or others can read it.
@@ -153,4 +198,5 @@ def load_private(environment: MutableMapping[str, str] = os.environ) -> None:
         key, found, value = word.partition("=")
         if not found or not _NAME.fullmatch(key):
             raise ConfigError(f"{PRIVATE_FILE} {name} is damaged: it holds more than NAME=VALUE lines; {remedy}")
-        environment.setdefault(key, value)
+        if not environment.get(key):  # an empty one may stand for it on the command line
+            environment[key] = value

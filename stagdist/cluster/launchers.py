@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stagdist.cluster.exports import EARLY_NAMES, is_plain, is_secret
+from stagdist.cluster.exports import EXPORTED_UNASKED, check_early, is_early, is_plain, is_secret, may_be_shown
 from stagdist.cluster.hostfile import Host
 from stagdist.cluster.marks import MARK
 from stagdist.cluster.remote import ssh_words
@@ -18,8 +18,6 @@ from stagdist.errors import ConfigError
 Launcher = Literal["local", "pdsh", "openmpi", "torchrun"]
 
 _AGENT = "stagdist.cluster.agent"
-EXPORTED_UNASKED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
-"""Beginnings of variables that DeepSpeed puts into the command line of the hosts by itself."""
 
 
 @dataclass(frozen=True)
@@ -102,30 +100,32 @@ def launcher_environment(launcher: Launcher, launch: Launch, environment: Mappin
     Raises:
         ConfigError: see `for_deepspeed`.
     """
-    kept = for_deepspeed(environment) if launcher in ("pdsh", "openmpi") else dict(environment)
-    kept[MARK] = launch.mark
     if launcher in ("pdsh", "openmpi"):
-        kept["DS_ENV_FILE"] = str(launch.environment_file)
-    return kept
+        return for_deepspeed(environment) | {MARK: launch.mark, "DS_ENV_FILE": str(launch.environment_file)}
+    kept = for_deepspeed_here(environment) if launcher == "local" else dict(environment)
+    return kept | {MARK: launch.mark}
+
+
+def for_deepspeed_here(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables without the secret ones that DeepSpeed would log when it starts ranks on this machine: all of NCCL."""
+    return {name: value for name, value in environment.items() if "NCCL" not in name or not is_secret(name, value)}
 
 
 def for_deepspeed(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables without those that DeepSpeed would put into command lines although they are secret or no plain text.
 
-    PATH begins with the folder of this Python: mpirun may lie there.
+    Ranks get those by the job's private file. PATH begins with the folder of this Python: mpirun may lie there.
 
     Raises:
         ConfigError: Python's own, which it needs to start, are among those.
     """
     kept = {}
     for name, value in environment.items():
-        if not name.startswith(EXPORTED_UNASKED) or (is_plain(value) and not is_secret(name)):
+        unasked = name.startswith(EXPORTED_UNASKED)
+        if unasked and is_early(name, value):
+            check_early(name, value)
+        if not unasked or may_be_shown(name, value):
             kept[name] = value
-        elif name.startswith("PYTHON") and not is_secret(name):
-            raise ConfigError(
-                f"{name} holds characters that a shell on the hosts could run or split: {value[:80]!r}; unset it, or "
-                "give it only letters, digits and @+=:,./_-"
-            )
     return kept | {"PATH": f"{Path(sys.executable).parent}:{environment.get('PATH', os.defpath)}"}
 
 
@@ -133,18 +133,13 @@ def environment_file(launch: Launch, environment: Mapping[str, str]) -> str:
     """Text of the file that DeepSpeed reads: what must be there before an agent reads its job.
 
     Raises:
-        ConfigError: a variable that Python needs to start is not plain.
+        ConfigError: a variable that Python needs to start is not plain, or holds a password.
     """
-    early = {
-        name: value
-        for name, value in environment.items()
-        if name in EARLY_NAMES or (name.startswith("PYTHON") and not is_secret(name))
-    }
+    early = {name: value for name, value in environment.items() if is_early(name, value)}
     for name, value in early.items():
-        if not is_plain(value):
-            raise ConfigError(f"{name} holds characters that a shell on the hosts could run or split: {value[:80]!r}")
+        check_early(name, value)
     early |= {MARK: launch.mark, "MASTER_ADDR": launch.master_address, "MASTER_PORT": str(launch.master_port)}
-    if "DS_ACCELERATOR" in environment and is_plain(environment["DS_ACCELERATOR"]):
+    if "DS_ACCELERATOR" in environment and may_be_shown("DS_ACCELERATOR", environment["DS_ACCELERATOR"]):
         early["DS_ACCELERATOR"] = environment["DS_ACCELERATOR"]
     return "".join(f"{name}={value}\n" for name, value in early.items())
 

@@ -13,7 +13,7 @@ from stagdist.cluster.doctor.variables import (
     stale_master,
     write_variables,
 )
-from stagdist.cluster.exports import PRIVATE_FILE, load_private
+from stagdist.cluster.exports import PRIVATE_FILE, load_private, write_deepspeed_env
 from tests.cluster.doctor_cases import facts
 
 
@@ -36,6 +36,9 @@ def test_the_file_in_the_folder_overrules_the_one_at_home(tmp_path: Path) -> Non
         ("HF_HOME=a b", "would split or run"),
         ("X;touch=1", "DeepSpeed would fail on it"),
         ("WANDB_API_KEY=0123", "process lists of all hosts"),
+        ("AWS_ACCESS_KEY_ID=0123", "process lists of all hosts"),
+        ("MLFLOW_TRACKING_URI=https://u:0123@mlflow", "process lists of all hosts"),
+        ("HF_ENDPOINT = https://0123@hub ", "process lists of all hosts"),
     ],
 )
 def test_a_line_that_harms_is_a_problem_and_is_not_handed_on(tmp_path: Path, line: str, complaint: str) -> None:
@@ -45,6 +48,23 @@ def test_a_line_that_harms_is_a_problem_and_is_not_handed_on(tmp_path: Path, lin
     (found,) = handed.findings
     assert found.level == PROBLEM and "line 2" in found.what and complaint in found.what
     assert "0123" not in str(found)
+
+
+def test_a_line_with_a_url_without_a_password_is_handed_on(tmp_path: Path) -> None:
+    (tmp_path / ".deepspeed_env").write_text("HF_ENDPOINT=https://hub:80/a@b\nMLFLOW_TRACKING_PASSWORD=\n")
+    handed = read_deepspeed_env(tmp_path, {"HOME": str(tmp_path)})
+    assert handed.variables == {"HF_ENDPOINT": "https://hub:80/a@b", "MLFLOW_TRACKING_PASSWORD": ""}
+    assert handed.findings == ()
+
+
+def test_what_deepspeed_would_show_by_itself_is_noted_until_the_file_replaces_it(tmp_path: Path) -> None:
+    shell = {"HOME": str(tmp_path), "MLFLOW_TRACKING_URI": "https://u:0123@h", "NCCL_X": "a b", "UCX_TLS": "tcp"}
+    for text, noted in (("A=1\n", "MLFLOW_TRACKING_URI, NCCL_X"), ("MLFLOW_TRACKING_URI=\n", "NCCL_X")):
+        (tmp_path / ".deepspeed_env").write_text(text)
+        (found,) = read_deepspeed_env(tmp_path, shell).findings
+        assert found.level == NOTE and found.what.endswith(f" {noted}") and "0123" not in str(found)
+    write_deepspeed_env(tmp_path / ".deepspeed_env", tmp_path / PRIVATE_NAME, shell)
+    assert read_deepspeed_env(tmp_path, shell).findings == ()
 
 
 def test_without_a_file_the_variables_that_stay_behind_are_noted(tmp_path: Path) -> None:
@@ -59,6 +79,7 @@ def test_the_written_file_is_read_back_and_secrets_lie_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://u:0123@wandb")
     monkeypatch.setenv("HF_HOME", "/a folder")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
@@ -72,6 +93,7 @@ def test_the_written_file_is_read_back_and_secrets_lie_beside_it(
     assert there[PRIVATE_FILE] == str(tmp_path / PRIVATE_NAME)
     load_private(there)
     assert (there["WANDB_API_KEY"], there["HF_HOME"]) == ("0123", "/a folder")
+    assert there["WANDB_BASE_URL"] == "https://u:0123@wandb"
 
 
 def test_both_files_are_kept_out_of_git() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from stagdist.cluster.exports import wanted
 from stagdist.cluster.hostfile import Host
 from stagdist.cluster.launchers import (
     Launch,
@@ -29,6 +30,7 @@ LAUNCH = Launch(
     folder=Path("/work"),
 )
 DEEPSPEED: list[Launcher] = ["pdsh", "openmpi"]
+WITH_PASSWORD = "https://u:PaSsW0rd@mlflow:5000"
 
 
 @pytest.mark.parametrize("launcher", DEEPSPEED)
@@ -80,6 +82,43 @@ def test_a_secret_that_deepspeed_would_export_by_itself_is_kept_from_its_command
     environment = {name: "plain-but-secret", "PATH": "/usr/bin"}
     assert name not in launcher_environment(launcher, LAUNCH, environment)
     assert "plain-but-secret" not in environment_file(LAUNCH, environment)
+
+
+@pytest.mark.parametrize("launcher", DEEPSPEED)
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_URI", "NCCL_X", "UCX_X", "MV2_X", "PYTHON_X"])
+def test_a_url_with_a_password_is_kept_from_deepspeeds_command_line(launcher: Launcher, name: str) -> None:
+    environment = {name: WITH_PASSWORD, "DS_ACCELERATOR": WITH_PASSWORD, "PATH": "/usr/bin"}
+    assert name not in launcher_environment(launcher, LAUNCH, environment)
+    assert "PaSsW0rd" not in environment_file(LAUNCH, environment)
+    assert wanted(environment)[name] == WITH_PASSWORD, "the job's private file brings it"
+
+
+@pytest.mark.parametrize("launcher", DEEPSPEED)
+def test_a_url_without_a_password_is_left_to_deepspeed(launcher: Launcher) -> None:
+    environment = {"MLFLOW_TRACKING_URI": "https://mlflow:5000/a@b"}
+    assert launcher_environment(launcher, LAUNCH, environment)["MLFLOW_TRACKING_URI"] == "https://mlflow:5000/a@b"
+
+
+@pytest.mark.parametrize("name", ["NCCL_X", "TORCH_NCCL_X", "NCCL_SECRET"])
+def test_deepspeeds_local_launcher_gets_nothing_secret_that_it_would_log(name: str) -> None:
+    environment = {name: WITH_PASSWORD, "NCCL_DEBUG": "INFO", "HF_ENDPOINT": WITH_PASSWORD}
+    kept = launcher_environment("local", LAUNCH, environment)
+    assert name not in kept and kept["NCCL_DEBUG"] == "INFO" and kept["HF_ENDPOINT"] == WITH_PASSWORD
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "torchrun", "local"])
+def test_no_value_of_the_shell_stands_in_the_launchers_words(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", WITH_PASSWORD)
+    assert "PaSsW0rd" not in str(commands(launcher, LAUNCH))
+
+
+@pytest.mark.parametrize("name", ["PYTHONPATH", "PATH"])
+def test_a_password_on_a_path_is_refused_without_being_shown(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} holds a URL with a password") as caught:
+        environment_file(LAUNCH, {name: f"/x:{WITH_PASSWORD}"})
+    assert "PaSsW0rd" not in str(caught.value)
 
 
 def test_python_variables_that_are_not_plain_are_refused_and_mpirun_beside_python_is_found() -> None:

@@ -93,7 +93,7 @@ def deepspeed_words(plan: Plan, hostfile: Path) -> list[str]:
 
 def _deepspeed(plan: Plan, scratch: Path) -> Finished:
     hostfile = scratch / "hostfile"
-    environment = launchers.for_deepspeed(os.environ) if plan.hosts else dict(os.environ)
+    environment = (launchers.for_deepspeed if plan.hosts else launchers.for_deepspeed_here)(os.environ)
     variables = dict(plan.variables)
     if plan.hosts:
         hostfile.write_text(hostfile_text(plan.hosts))

@@ -9,13 +9,15 @@ from pathlib import Path
 from stagdist.cluster.doctor.facts import NOTE, PROBLEM, Finding, HostFacts
 from stagdist.cluster.exports import (
     DEEPSPEED_ENV,
+    EXPORTED_UNASKED,
     PREFIXES,
+    is_credential,
     is_plain,
     is_secret,
+    may_be_shown,
     wanted,
     write_deepspeed_env,
 )
-from stagdist.cluster.launchers import EXPORTED_UNASKED
 
 PRIVATE_NAME = ".stagdist_private_env"
 INTERFACE_NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -58,6 +60,10 @@ def read_deepspeed_env(folder: Path, environment: Mapping[str, str] = os.environ
     if left:
         what = f"there is no {DEEPSPEED_ENV}, so ranks on other hosts will not see {', '.join(left)}"
         findings.append(Finding(NOTE, ROW, (), what, WRITE))
+    if shown := _shown(environment, variables):
+        what = "DeepSpeed by itself writes what is secret or a shell could run into the command lines of all hosts: "
+        what += ", ".join(shown)
+        findings.append(Finding(NOTE, ROW, (), what, WRITE))
     return HandedOn(variables, tuple(findings))
 
 
@@ -68,7 +74,7 @@ def _wrong(line: str, where: str) -> Finding | None:
     if not is_plain(match["value"].strip()):
         what = f"{where}: {match['name']} holds characters that a shell on the hosts would split or run"
         return Finding(PROBLEM, ROW, (), what, WRITE)
-    if is_secret(match["name"]):
+    if is_secret(match["name"], match["value"].strip()):
         what = f"{where}: {match['name']} would stand in the process lists of all hosts"
         return Finding(PROBLEM, ROW, (), what, WRITE)
     return None
@@ -78,7 +84,16 @@ def _left_behind(environment: Mapping[str, str]) -> list[str]:
     return [
         name
         for name in wanted(environment)
-        if (name.startswith(PREFIXES) or is_secret(name)) and not name.startswith(EXPORTED_UNASKED)
+        if (name.startswith(PREFIXES) or is_credential(name)) and not name.startswith(EXPORTED_UNASKED)
+    ]
+
+
+def _shown(environment: Mapping[str, str], replaced: Mapping[str, str]) -> list[str]:
+    """Variables of the shell that DeepSpeed hands on by itself, although they may not stand on a command line."""
+    return [
+        name
+        for name, value in wanted(environment).items()
+        if name.startswith(EXPORTED_UNASKED) and name not in replaced and not may_be_shown(name, value)
     ]
 
 
