@@ -248,7 +248,12 @@ class Attempt:
             with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel; it dies when it comes back
                 await asyncio.to_thread(process.wait, FAREWELL_S)
         ended, left, dead = await asyncio.to_thread(
-            sweep, self._plan.launcher, self._plan.launch.hosts, self._plan.launch.mark, self._plan.launch.folder
+            sweep,
+            self._plan.launcher,
+            self._plan.launch.hosts,
+            self._plan.launch.mark,
+            self._plan.launch.folder,
+            self._plan.logs,
         )
         heard = [view.heard_at for view in ranks.values() if view.exit_code is None]
         return Outcome(fault, dict(ranks), noticed, ended, left, dead, max(heard, default=0.0))
@@ -268,12 +273,18 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def sweep(launcher: Launcher, hosts: tuple[Host, ...], mark: str, folder: Path) -> tuple[int, int, dict[str, str]]:
+def sweep(
+    launcher: Launcher, hosts: tuple[Host, ...], mark: str, folder: Path, needs: Path
+) -> tuple[int, int, dict[str, str]]:
     """End every process of the job on every host.
 
-    Returns: how many were ended, how many are left, and the hosts that did not answer with the reason.
+    Args:
+        folder: to work in.
+        needs: what every host must see.
+
+    Returns: how many were ended, how many are left, and the hosts that cannot be used with the reason.
     """
-    words = [sys.executable, "-m", "stagdist.cluster.marks", mark, "--end"]
+    words = [sys.executable, "-m", "stagdist.cluster.marks", mark, "--end", "--needs", str(needs)]
 
     def on(host: str) -> Finished:
         return (

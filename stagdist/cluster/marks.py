@@ -17,6 +17,10 @@ from pathlib import Path
 MARK = "STAGDIST_JOB"
 """Variable that marks every process of a supervised job, as `folder's hash.job`."""
 
+NOT_THERE = "is not there: the file system that all hosts share is not mounted"
+APPEARS_S = 3.0
+"""Seconds in which a network file system shows what another host has just made."""
+
 _PAUSE_S = 0.05
 
 
@@ -82,12 +86,22 @@ def end_all(find: Callable[[], list[Marked]], limit_s: float) -> tuple[list[Mark
 
 
 def main() -> int:
-    """`python -m stagdist.cluster.marks MARK [--end]`: JSON with the processes `ended` and `left`."""
+    """`python -m stagdist.cluster.marks MARK [--end]`: JSON with the processes `ended` and `left`.
+
+    Exit code: 0, or 3 where this host does not see what it needs.
+    """
     parser = argparse.ArgumentParser(prog="marks", description=__doc__)
     parser.add_argument("mark", help="mark of a job")
     parser.add_argument("--end", action="store_true", help="kill them; otherwise they are listed alone")
+    parser.add_argument("--needs", type=Path, metavar="PATH", help="that must be there if the host is to be used")
     arguments = parser.parse_args()
     ended, left = end_marked(arguments.mark) if arguments.end else ([], marked(arguments.mark))
+    deadline = time.monotonic() + APPEARS_S
+    while arguments.needs is not None and not arguments.needs.exists():
+        if time.monotonic() > deadline:
+            print(f"{arguments.needs} {NOT_THERE}", file=sys.stderr)
+            return 3
+        time.sleep(_PAUSE_S)
     print(json.dumps({"ended": [vars(process) for process in ended], "left": [vars(process) for process in left]}))
     return 0
 

@@ -21,6 +21,7 @@ from stagdist.cluster.diagnosis import MENDED_BY_A_PERSON, Fault, Limits
 from stagdist.cluster.history import History
 from stagdist.cluster.hostfile import Host
 from stagdist.cluster.launchers import Launch, Launcher, address_of, reachable_address
+from stagdist.cluster.marks import NOT_THERE
 from stagdist.cluster.placement import Placement, useless_spares, with_fewer, with_spares
 from stagdist.cluster.remote import on_all, run_on
 from stagdist.errors import ConfigError, StagdistError
@@ -95,6 +96,7 @@ class Supervisor:
         self._history = History(options.folder / "run.json", options.command)
         self._job = hashlib.sha256(str(options.folder.resolve()).encode()).hexdigest()[:12]
         self._stop_signal, self._asked_at = 0, 0.0
+        self._lock = options.folder / LOCK
         self._number = self._earlier_attempts()
         self._first_known: int | None = None
         self._fault: Fault | None = None
@@ -116,7 +118,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell that starts it in the background
                 asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
-        with only_one(self._options.folder / LOCK):
+        with only_one(self._lock):
             try:
                 return await self._go_on()
             except StagdistError as reason:
@@ -139,7 +141,7 @@ class Supervisor:
 
     async def _go_on(self) -> int:
         dead = await self._clear_earlier()
-        _refuse_unknown(dead)
+        _refuse_unfit(dead)
         # What an earlier supervisor left on a host that does not answer may live for its lease from now on.
         await self._replace_dead(dead, time.monotonic())
         if self._stop.is_set():
@@ -324,8 +326,7 @@ class Supervisor:
 
     def _answers(self, host: str) -> bool:
         """Whether a host can be used: it answers, and sees this folder, the run's folder and our Python."""
-        lock = str(self._options.folder / LOCK)
-        fit = ["test", "-e", lock, "-a", "-x", sys.executable]
+        fit = ["test", "-e", str(self._lock), "-a", "-x", sys.executable]
         return self._options.launcher == "local" or run_on(host, fit, 5.0, folder=Path.cwd()).ok
 
     async def _wait(self, seconds: float) -> None:
@@ -346,7 +347,7 @@ class Supervisor:
         hosts = self._placement.hosts
         # An earlier supervisor may have put a spare to work.
         ended, left, silent = await asyncio.to_thread(
-            sweep, self._options.launcher, hosts + self._placement.spares, self._job, Path.cwd()
+            sweep, self._options.launcher, hosts + self._placement.spares, self._job, Path.cwd(), self._lock
         )
         dead = {host.name: silent[host.name] for host in hosts if host.name in silent}
         if ended:
@@ -377,12 +378,17 @@ def _listed(dead: Mapping[str, str]) -> str:
     return "; ".join(f"{host}: {reason}" for host, reason in sorted(dead.items()))
 
 
-def _refuse_unknown(dead: Mapping[str, str]) -> None:
-    """A host that is off may come back; a name that nobody knows is a slip of the pen.
+def _refuse_unfit(dead: Mapping[str, str]) -> None:
+    """A host that is off may come back; a name that nobody knows is a slip of the pen, a folder of its own likewise.
 
     Raises:
-        ConfigError: a host has no address, as ssh says.
+        ConfigError: a host has no address, as ssh says, or does not see the run's folder.
     """
+    apart = [host for host, reason in dead.items() if NOT_THERE in reason]
+    if apart:
+        raise ConfigError(
+            f"{', '.join(apart)}: {dead[apart[0]]}; choose a runs_directory or --folder that all hosts see"
+        )
     unknown = [host for host, reason in dead.items() if UNKNOWN_HOST in reason]
     if unknown:
         raise ConfigError(

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from stagdist.cluster.marks import MARK, end_marked, marked
 
@@ -31,3 +32,20 @@ def test_every_process_of_a_job_ends_and_no_other() -> None:
         for process in processes:
             process.kill()
             process.wait()
+
+
+def test_a_host_that_does_not_see_what_it_needs_is_told_with_its_leftovers_ended(tmp_path: Path) -> None:
+    job = f"needs{os.getpid()}"
+    process = sleeper(job)
+    try:
+        deadline = time.monotonic() + 10
+        while not marked(job) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        words = [sys.executable, "-m", "stagdist.cluster.marks", job, "--end", "--needs"]
+        done = subprocess.run([*words, str(tmp_path / "away")], capture_output=True, text=True)
+        assert done.returncode == 3 and f"{tmp_path / 'away'} is not there" in done.stderr and done.stdout == ""
+        assert process.wait(10) == -9
+        assert subprocess.run([*words, str(tmp_path)], capture_output=True).returncode == 0
+    finally:
+        process.kill()
+        process.wait()

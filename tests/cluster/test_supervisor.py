@@ -75,12 +75,15 @@ def test_restarts_count_in_a_row_without_a_new_checkpoint(tmp_path: Path) -> Non
     ("reason", "refused"),
     [
         ("ssh: Could not resolve hostname b: Name or service not known", True),
+        ("/runs/x/supervisor.lock is not there: the file system that all hosts share is not mounted", True),
         ("ssh: connect to host b port 22: Connection timed out", False),
     ],
 )
-def test_a_name_that_nobody_knows_is_refused_and_a_host_that_is_off_is_not(reason: str, refused: bool) -> None:
+def test_an_unknown_name_and_a_folder_of_its_own_are_refused_and_a_host_that_is_off_is_not(
+    reason: str, refused: bool
+) -> None:
     if refused:
-        with pytest.raises(ConfigError, match=r"no address is known for b .*correct the hostfile"):
-            supervisor._refuse_unknown({"b": reason})
+        with pytest.raises(ConfigError, match=r"no address is known for b .*correct the hostfile|b: .*all hosts see"):
+            supervisor._refuse_unfit({"b": reason})
     else:
-        supervisor._refuse_unknown({"b": reason})
+        supervisor._refuse_unfit({"b": reason})

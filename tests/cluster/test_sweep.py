@@ -20,5 +20,5 @@ def test_what_a_shell_says_before_the_answer_is_no_answer(
     monkeypatch: pytest.MonkeyPatch, stdout: str, expected: tuple[int, int, list[str]]
 ) -> None:
     monkeypatch.setattr(attempt, "run_on", lambda *words, **options: Finished(0, stdout, "", 0.1))
-    ended, left, dead = attempt.sweep("pdsh", (Host("node1", 1),), "mark", Path.cwd())
+    ended, left, dead = attempt.sweep("pdsh", (Host("node1", 1),), "mark", Path.cwd(), Path.cwd())
     assert (ended, left, list(dead)) == expected

@@ -26,7 +26,7 @@ def test_a_signal_ends_the_wait_for_a_host_that_never_answered(tmp_path: Path) -
                 assert line, said
                 said += line
             process.send_signal(signal.SIGINT)
-            _, rest = process.communicate(timeout=30)
+            _, rest = process.communicate(timeout=90)
         finally:
             process.kill()
     assert process.returncode == 128 + signal.SIGINT, rest
