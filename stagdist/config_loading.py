@@ -58,6 +58,15 @@ def validate(keys: Mapping[str, Any]) -> tuple[RunConfig | None, list[str]]:
     return config, contradictions
 
 
+def validate_model(keys: Mapping[str, Any]) -> tuple[ModelConfig | None, list[str]]:
+    """As `validate`, for the shape of a model alone; problems name keys as a run's configuration does."""
+    contradictions: list[str] = []
+    try:
+        return ModelConfig.model_validate(dict(keys), context=contradictions), contradictions
+    except ValidationError as error:
+        return None, [_in_plain_words(one | {"loc": ("model", *one["loc"])}) for one in error.errors()]
+
+
 def refusal(path: str | Path, problems: Sequence[str]) -> str:
     """One message that names the file and every problem."""
     if len(problems) == 1:

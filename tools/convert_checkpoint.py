@@ -108,8 +108,16 @@ def _add_options(made: dict[str, argparse.ArgumentParser]) -> None:
     made["verify"].add_argument("--json", action="store_true", help="print JSON")
     made["verify"].add_argument("--text", metavar="FILE", help="text to compare on (default: a built-in passage)")
     made["verify"].add_argument(
-        "--tolerance", type=float, default=1e-5, metavar="X", help="largest difference to accept (default: 1e-5)"
+        "--tolerance", type=_tolerance, default=1e-5, metavar="X", help="largest difference to accept (default: 1e-5)"
     )
+
+
+def _tolerance(text: str) -> float:
+    """A difference that can be: not negative, not NaN."""
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is no difference; give 0 or more")
+    return value
 
 
 def show(items: Sequence[Any], what: str) -> Iterable[Any]:
@@ -167,6 +175,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 def verify(arguments: argparse.Namespace) -> int:
     """Compare two models."""
     from stagdist.checkpoint.proof import TEXT
+    from stagdist.checkpoint.training_source import untracked
     from stagdist.checkpoint.verification import verify as compare
     from stagdist.evaluation.bits_per_byte import read_text
 
@@ -177,6 +186,7 @@ def verify(arguments: argparse.Namespace) -> int:
         text=text,
         tokenizer=arguments.tokenizer,
         trust_pickle=arguments.trust_pickle,
+        track=untracked if arguments.quiet else show,
     )
     same = verdict.largest_difference <= arguments.tolerance
     if arguments.json:

@@ -4,6 +4,7 @@ Each writes under a hidden name, proves the result, and only then gives it its n
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from torch import Tensor
 from stagdist.checkpoint.model_directory import ModelDirectoryWriter
 from stagdist.checkpoint.proof import text_ids
 from stagdist.checkpoint.sources import ModelSource, WeightSource, open_training, open_weights, source_tokenizer
-from stagdist.checkpoint.staging import Options, Proof, prove_logits, require_free, staged_folder
-from stagdist.checkpoint.training_directory import publish
+from stagdist.checkpoint.staging import Options, Proof, prove_logits, put_in_place, require_free, staged_folder
+from stagdist.checkpoint.training_reader import TrainingReader
 from stagdist.config import ModelConfig
 from stagdist.config_loading import differences
 from stagdist.data.tokenizer import Tokenizer
@@ -41,6 +42,7 @@ def export(source: str | Path, destination: str | Path, options: Options) -> Pro
     Raises:
         CheckpointError: source or destination will not do, or the proof failed; nothing is left behind.
     """
+    require_free(Path(destination), "model", options)
     reader = open_training(source, trust_pickle=options.trust_pickle)
     return write_model(reader, reader.model, reader.weight, Path(destination), options)
 
@@ -51,6 +53,7 @@ def split(source: str | Path, destination: str | Path, options: Options) -> Proo
     Raises:
         CheckpointError: the sections of the source share nothing; else as `export`.
     """
+    require_free(Path(destination), "model", options)
     weights = open_weights(source, trust_pickle=options.trust_pickle)
     if not weights.model.share_section_weights:
         raise CheckpointError(f"{weights.directory}: its sections share no weights, there is nothing to split")
@@ -70,10 +73,11 @@ def merge(sources: Sequence[str | Path], destination: str | Path, options: Optio
     """The average of several checkpoints or model directories of one model, as a model directory.
 
     Raises:
-        CheckpointError: there is only one; the models differ, by key; else as `export`.
+        CheckpointError: there is only one; the models differ, by key, or types or tokenizers do; else as `export`.
     """
     if len(sources) < 2:
         raise CheckpointError(f"merge needs two sources at least, {sources[0]} is one; export copies a single one")
+    require_free(Path(destination), "model", options)
     opened = [open_weights(source, trust_pickle=options.trust_pickle) for source in sources]
     for other in opened[1:]:
         changed = differences(opened[0].model, other.model)
@@ -82,6 +86,12 @@ def merge(sources: Sequence[str | Path], destination: str | Path, options: Optio
                 f"{other.directory} is another model than {opened[0].directory}: "
                 + ", ".join(f"{key} {old!r} and {new!r}" for key, (old, new) in changed.items())
             )
+        if other.dtype != opened[0].dtype:
+            raise CheckpointError(
+                f"{other.directory} is {other.dtype}, {opened[0].directory} {opened[0].dtype}; merge models of one type"
+            )
+    if options.tokenizer is None:
+        _require_one_tokenizer(opened)
 
     def average(spec: ParameterSpec) -> Tensor:
         total = torch.zeros(spec.shape)
@@ -89,7 +99,22 @@ def merge(sources: Sequence[str | Path], destination: str | Path, options: Optio
             total += one.weight(spec).float()
         return (total / len(opened)).to(opened[0].dtype)
 
-    return write_model(opened[0], opened[0].model, average, Path(destination), options, keeps_function=False)
+    equal_to = f"equal to the mean of {len(opened)} in fp32, rounded once"
+    return write_model(opened[0], opened[0].model, average, Path(destination), options, equal_to=equal_to)
+
+
+def _require_one_tokenizer(opened: Sequence[WeightSource]) -> None:
+    """Sources that have a tokenizer must have the same; where the first has none, writing will say so."""
+    known: list[tuple[WeightSource, str]] = []
+    for one in opened:
+        with suppress(CheckpointError):
+            known.append((one, source_tokenizer(one, None).fingerprint))
+    for one, fingerprint in known:
+        if fingerprint != known[0][1]:
+            raise CheckpointError(
+                f"{one.directory} has another tokenizer than {known[0][0].directory}; models of one tokenizer can be "
+                "merged, or name the one to go with the result with --tokenizer"
+            )
 
 
 def write_model(
@@ -100,38 +125,49 @@ def write_model(
     options: Options,
     *,
     keeps_function: bool = True,
+    equal_to: str | None = None,
 ) -> Proof:
     """Write, read back, compare, publish.
 
     Args:
         weight: whole parameter of the new model.
-        keeps_function: the logits must be those of the source; otherwise those of `weight`.
+        keeps_function: the logits must be those of the source; otherwise, and with `equal_to`, those of `weight`.
+        equal_to: what the tensors are proved to be, for a person, where they are not the source's.
 
     Raises:
         CheckpointError: as `export`.
     """
     require_free(destination, "model", options)
-    tokenizer = source_tokenizer(source, options.tokenizer)
+    tokenizer = _tokenizer_of(source, options)
     input_ids = text_ids(tokenizer, model)
-    with staged_folder(destination) as staged:
-        _fill(staged, model, source.dtype, weight, tokenizer, options)
+    keeps_function = keeps_function and equal_to is None
+    with staged_folder(destination, "model", options) as staged:
+        tokens = source.tokens if isinstance(source, ModelSource) and options.tokenizer is None else None
+        with ModelDirectoryWriter(staged, model, source.dtype, tokenizer.end_of_document, tokens) as writer:
+            for spec in options.track(model_parameters(model), "writing"):
+                writer.add(spec.name, weight(spec))
+            tokenizer.save(writer.folder)
         written = ModelSource(staged)
         for spec in options.track(model_parameters(model), "checking"):
             if not torch.equal(written.weight(spec), weight(spec)):
                 raise CheckpointError(f"{spec.name} was not written as it was read")
-        checked = f"{len(model_parameters(model))} tensors are bit-equal"
+        proved = "bit-equal" if keeps_function else equal_to or "equal to their rules"
+        checked = f"{len(model_parameters(model))} tensors are {proved}"
         expected = source if keeps_function else _InMemory(staged, model, source.dtype, weight)
         checked += prove_logits(expected, written, input_ids)
-        if destination.exists():  # in one step, and removed with the hidden folder
-            destination.rename(staged.parent / "replaced")
-        publish(staged, destination)
+        put_in_place(staged, destination.resolve())
     return Proof(destination, checked)
 
 
-def _fill(
-    staged: Path, model: ModelConfig, dtype: torch.dtype, weight: Weight, tokenizer: Tokenizer, options: Options
-) -> None:
-    with ModelDirectoryWriter(staged, model, dtype, tokenizer.end_of_document) as writer:
-        for spec in options.track(model_parameters(model), "writing"):
-            writer.add(spec.name, weight(spec))
-        tokenizer.save(writer.folder)
+def _tokenizer_of(source: WeightSource, options: Options) -> Tokenizer:
+    """The tokenizer to go with the weights, which must be the one they were trained with unless another is named."""
+    tokenizer = source_tokenizer(source, options.tokenizer)
+    if options.tokenizer is not None or not isinstance(source, TrainingReader):
+        return tokenizer
+    before, now = source.state.tokenizer, tokenizer.fingerprint
+    if before not in ("", now):
+        raise CheckpointError(
+            f"{source.directory} was trained with another tokenizer than {source.config.data.tokenizer} holds now: "
+            f"its sha256 was {before[:12]}, is {now[:12]}; restore it, or name one with --tokenizer"
+        )
+    return tokenizer

@@ -18,10 +18,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stagdist.checkpoint.llama_names import llama_name
+from stagdist.checkpoint.model_config import DTYPES
 from stagdist.checkpoint.safetensors_writer import SafetensorsWriter
+from stagdist.checkpoint.text_tokens import GENERATION, TOKEN_KEYS, TextTokens, tokens_of
 from stagdist.checkpoint.training_directory import sync_path
+from stagdist.checkpoint.written_record import CHECKSUMS
 from stagdist.config import ModelConfig
-from stagdist.errors import CheckpointError, ConfigError
+from stagdist.errors import CheckpointError
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
 MAX_SHARD_BYTES = 4 * 10**9
@@ -34,12 +37,9 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_stagformer.StagFormerForCausalLM",
 }
 _INDEX = "model.safetensors.index.json"
-CHECKSUMS = "checksums.json"
-"""sha256 of every tensor's bytes, by stored name, and the model's shape: what was written, so that a swapped tensor
-or a changed key is seen."""
-_NOT_OF_THE_FUNCTION = ("architectures", "auto_map", "torch_dtype", "bos_token_id", "eos_token_id")
+_NOT_OF_THE_FUNCTION = ("architectures", "auto_map", "torch_dtype", *TOKEN_KEYS)
 """Keys of `config.json` that do not change what the weights compute."""
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _STAGFORMER_KEYS = (
     "section_layers",
     "connection",
@@ -70,8 +70,10 @@ def shard_plan(specs: Iterable[ParameterSpec], element_bytes: int, limit: int) -
     return shards
 
 
-def config_json(model: ModelConfig, dtype: torch.dtype, end_of_document: int) -> dict[str, Any]:
-    """The content of `config.json`."""
+def config_json(
+    model: ModelConfig, dtype: torch.dtype, end_of_document: int, tokens: TextTokens | None = None
+) -> dict[str, Any]:
+    """The content of `config.json`; `tokens` replace the end of a document."""
     body: dict[str, Any] = {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
@@ -88,8 +90,7 @@ def config_json(model: ModelConfig, dtype: torch.dtype, end_of_document: int) ->
         "attention_bias": False,
         "mlp_bias": False,
         "torch_dtype": _DTYPE_NAMES[dtype],
-        "bos_token_id": None,
-        "eos_token_id": end_of_document,
+        **(tokens or tokens_of(end_of_document)).config,
     }
     keys = _STAGFORMER_KEYS if model.staggered else ("section_layers", "connection")
     extra = {key: getattr(model, key) for key in keys}
@@ -108,65 +109,28 @@ def _rope_keys(model: ModelConfig) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta, **(scaling or {})}}
 
 
-def generation_config_json(end_of_document: int) -> dict[str, Any]:
-    """The content of `generation_config.json`: rows of a batch that have ended are filled up with the same token."""
-    return {"eos_token_id": end_of_document, "pad_token_id": end_of_document}
-
-
-def read_model_config(directory: str | Path) -> ModelConfig:
-    """The shape of the model in a directory; a Llama without our keys is one section.
-
-    Raises:
-        CheckpointError: `config.json` is missing, damaged, of another architecture or contradicts itself.
-    """
-    path = Path(directory) / "config.json"
-    try:
-        body = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); is {directory} a model directory?") from error
-    if body.get("model_type") not in ("stagformer", "llama"):
-        raise CheckpointError(f"{path} says model_type {body.get('model_type')!r}; stagformer and llama are read")
-    rope = body.get("rope_parameters") or {}
-    _refuse_contradictions(body, rope, path)
-    keys = {key: body[key] for key in ModelConfig.model_fields if key in body}
-    keys["rope_theta"] = rope.get("rope_theta", body.get("rope_theta", 10000.0))
-    if rope.get("rope_type", "default") != "default":
-        keys["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    keys.setdefault("section_layers", [body.get("num_hidden_layers")])
-    keys.setdefault("connection", "staggered" if body["model_type"] == "stagformer" else "sequential")
-    try:
-        return ModelConfig(**keys)
-    except (ConfigError, ValueError) as error:
-        raise CheckpointError(f"{path} does not describe a model that can be built: {error}") from error
-
-
-def _refuse_contradictions(body: dict[str, Any], rope: dict[str, Any], path: Path) -> None:
-    """Both spellings of one thing must say the same: programs differ in which they read."""
-    theta = (body.get("rope_theta"), rope.get("rope_theta"))
-    if None not in theta and theta[0] != theta[1]:
-        raise CheckpointError(
-            f"{path} says rope_theta {theta[0]} and in rope_parameters {theta[1]}; remove the wrong one"
-        )
-    layers, sections = body.get("num_hidden_layers"), body.get("section_layers")
-    if layers is not None and isinstance(sections, list) and all(isinstance(n, int) for n in sections):
-        if sum(sections) != layers:
-            raise CheckpointError(
-                f"{path} says num_hidden_layers {layers} and section_layers {sections}, which are {sum(sections)}; "
-                "mend the wrong one"
-            )
-
-
 class ModelDirectoryWriter:
     """Takes whole tensors in the order of `model_parameters` and leaves a finished directory.
 
     As a context manager an error inside leaves nothing behind; an existing directory is replaced at the end.
     Everything that the file system refuses is an OSError.
+
+    Args:
+        end_of_document: the tokenizer's.
+        tokens: of the directory that this one is made of, where it states them: they are written instead.
     """
 
-    def __init__(self, directory: str | Path, model: ModelConfig, dtype: torch.dtype, end_of_document: int):
+    def __init__(
+        self,
+        directory: str | Path,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        end_of_document: int,
+        tokens: TextTokens | None = None,
+    ):
         self.final = Path(directory)
         self.folder = self.final.with_name(f".{self.final.name}.part")
-        self.model, self.dtype, self.end_of_document = model, dtype, end_of_document
+        self.model, self.dtype, self.end_of_document, self.tokens = model, dtype, end_of_document, tokens
         element = torch.empty((), dtype=dtype).element_size()
         self._shards = shard_plan(model_parameters(model), element, MAX_SHARD_BYTES)
         self._file: SafetensorsWriter | None = None
@@ -208,14 +172,15 @@ class ModelDirectoryWriter:
     def commit(self) -> None:
         """Write what describes the tensors and give the folder its name."""
         assert self._file is None and len(self._checksums) == sum(map(len, self._shards)), "tensors are missing"
-        body = config_json(self.model, self.dtype, self.end_of_document)
+        body = config_json(self.model, self.dtype, self.end_of_document, self.tokens)
         shape = {key: value for key, value in body.items() if key not in _NOT_OF_THE_FUNCTION}
-        _write_json(self.folder / CHECKSUMS, {"config": shape, "sha256": self._checksums})
+        record = {"config": shape, "dtype": _DTYPE_NAMES[self.dtype], "sha256": self._checksums}
+        _write_json(self.folder / CHECKSUMS, record)
         if len(self._shards) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": self._index}
             _write_json(self.folder / _INDEX, index)
         _write_json(self.folder / "config.json", body)
-        _write_json(self.folder / "generation_config.json", generation_config_json(self.end_of_document))
+        _write_json(self.folder / GENERATION, (self.tokens or tokens_of(self.end_of_document)).generation)
         for name in CODE_FILES if self.model.staggered else ():
             shutil.copyfile(_CODE_FOLDER / name, self.folder / name)
         for path in self.folder.iterdir():
@@ -250,14 +215,28 @@ def weight_map(folder: Path) -> list[tuple[str, str]]:
     """Name of every stored tensor with the name of its file.
 
     Raises:
-        CheckpointError: there are no weights, or they cannot be read.
+        CheckpointError: there are no weights, they cannot be read, or there are two of them.
     """
-    index = folder / _INDEX
-    path = index if index.is_file() else folder / "model.safetensors"
+    index, single = folder / _INDEX, folder / "model.safetensors"
+    if index.is_file() and single.is_file():
+        raise CheckpointError(
+            f"{folder} holds {single.name} and {index.name}, which programs read differently; remove the wrong one"
+        )
+    path = index if index.is_file() else single
     try:
         if path == index:
-            return list(json.loads(index.read_text())["weight_map"].items())
+            return _checked_index(json.loads(index.read_text())["weight_map"])
         with safe_open(path, framework="pt") as stream:
             return [(name, path.name) for name in stream.keys()]  # noqa: SIM118 - not a dict
     except Exception as error:  # the library raises bare exceptions for damaged files
         raise CheckpointError(f"the weights in {path} cannot be read: {error}") from error
+
+
+def _checked_index(where: Any) -> list[tuple[str, str]]:
+    """The entries of an index, which name files of the folder itself."""
+    if not isinstance(where, dict):
+        raise ValueError("weight_map is no object")
+    for name, file in where.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"weight_map has {name} in {file!r}, which is no file of the directory")
+    return list(where.items())

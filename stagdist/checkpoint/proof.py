@@ -1,7 +1,7 @@
 """Proof that two sets of weights are the same model: tensor by tensor, and by logits on real text.
 
-The logits come from a plain forward pass that shares no code with the model and reads one parameter at a time, so a
-model larger than the memory can be checked.
+The logits come from a plain forward pass that shares nothing with the model but the formula of the rotary angles, and
+reads one parameter at a time, so a model larger than the memory can be checked.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,8 @@
 """What all conversions share: options, a hidden place to write in, the proof by logits."""
 
 import errno
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from stagdist.checkpoint.proof import largest_difference
 from stagdist.checkpoint.sources import Found, WeightSource, find
+from stagdist.checkpoint.training_directory import sync_path
 from stagdist.checkpoint.training_source import Track, untracked
 from stagdist.errors import CheckpointError
 
@@ -67,8 +70,12 @@ def require_free(destination: Path, kind: str, options: Options) -> None:
         kind: of what will be written, as in `Found`.
 
     Raises:
-        CheckpointError: it exists.
+        CheckpointError: it exists, or cannot be made where it is to be.
     """
+    destination = destination.resolve()
+    require_makeable(destination)
+    if Path.cwd().is_relative_to(destination):
+        raise CheckpointError(f"{destination} is or holds the current folder; choose another destination")
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return
     if not options.overwrite:
@@ -82,30 +89,127 @@ def require_free(destination: Path, kind: str, options: Options) -> None:
         raise CheckpointError(f"{destination} will not be overwritten: it is no {wanted}; choose another destination")
 
 
-@contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
-    """A folder of the final name inside a hidden one beside it; removed when the conversion fails, with all folders
-    that were made for it.
+def require_makeable(destination: Path) -> None:
+    """A folder can be made there.
 
     Raises:
-        CheckpointError: the disk is full.
+        CheckpointError: it cannot, as far as can be told beforehand.
     """
+    destination = destination.resolve()
+    nearest = next(folder for folder in (*destination.parents, destination) if os.path.exists(folder))
+    usable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    if not usable or not destination.name:
+        reason = "is no folder that can be written to" if destination.name else "is the root of the file system"
+        raise CheckpointError(f"{destination} cannot be made: {nearest} {reason}; choose another destination")
+
+
+@contextmanager
+def exclusive(lock: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file, which goes afterwards; that of a killed process is free to take.
+
+    Args:
+        busy: what another process that holds it is doing.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise CheckpointError(f"{busy}; wait for its end, or end it") from error
+        except OSError:
+            os.close(descriptor)
+            raise
+        with suppress(FileNotFoundError):  # its holder has removed it since it was opened
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def staged_folder(destination: Path, kind: str, options: Options) -> Iterator[Path]:
+    """A folder of the destination's name inside a hidden one beside it; removed when the conversion fails, with all
+    folders that were made for it. One conversion at a time writes a destination.
+
+    Args:
+        kind, options: see `require_free`.
+
+    Raises:
+        CheckpointError: the destination will not do, another conversion is writing it, or the disk is full.
+    """
+    final = destination.resolve()
+    require_makeable(final)
     hidden = final.parent / f".converting-{final.name}"
     made = [folder for folder in hidden.parents if not folder.exists()]
-    shutil.rmtree(hidden, ignore_errors=True)
     try:
-        (hidden / final.name).mkdir(parents=True)
-        yield hidden / final.name
+        _make(final.parent, destination)
+        lock = final.parent / f".converting-{final.name}.lock"
+        with exclusive(lock, f"another conversion is writing {destination}"):
+            recover(final)
+            require_free(final, kind, options)
+            shutil.rmtree(hidden, ignore_errors=True)
+            try:
+                _make(hidden / final.name, destination)
+                yield hidden / final.name
+            finally:
+                shutil.rmtree(hidden, ignore_errors=True)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = shutil.disk_usage(hidden).free
+        free = shutil.disk_usage(next(folder for folder in hidden.parents if folder.exists())).free
         raise CheckpointError(
-            f"{final} could not be written: {error.strerror}, {free / 1e9:.1f} GB were left; free space, or choose a "
-            "destination on another disk"
+            f"{destination} could not be written: {error.strerror}, {free / 1e9:.1f} GB were left; free space, or "
+            "choose a destination on another disk"
         ) from error
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
         for folder in made:
             with suppress(OSError):  # it is not empty: the conversion is there
                 folder.rmdir()
+
+
+def _make(folder: Path, destination: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CheckpointError(
+            f"{destination} cannot be made: {error.filename}: {error.strerror}; choose another destination"
+        ) from error
+
+
+def put_in_place(staged: Path, final: Path) -> None:
+    """Give a finished folder its name. What it replaces lies beside it until that is done, see `recover`."""
+    aside = _aside(final)
+    if final.exists():
+        final.rename(aside)
+    try:
+        staged.rename(final)
+    except OSError:
+        recover(final)
+        raise
+    sync_path(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover(final: Path) -> None:
+    """After a replacement that was cut short: the old folder gets its name back, or goes where the new one is there."""
+    aside = _aside(final)
+    if not aside.is_dir():
+        return
+    if final.exists():
+        shutil.rmtree(aside)
+    else:
+        aside.rename(final)
+
+
+def _aside(final: Path) -> Path:
+    return final.parent / f".replaced-{final.name}"

@@ -11,16 +11,24 @@ import torch
 from stagdist.checkpoint.imported import ImportedModel
 from stagdist.checkpoint.proof import any_text_ids
 from stagdist.checkpoint.sources import STEP_FOLDER, ModelSource, WeightSource, open_model, open_training
-from stagdist.checkpoint.staging import Options, Proof, prove_logits, require_free, staged_folder
+from stagdist.checkpoint.staging import (
+    Options,
+    Proof,
+    prove_logits,
+    put_in_place,
+    require_makeable,
+    staged_folder,
+)
+from stagdist.checkpoint.training_comparison import require_same
 from stagdist.checkpoint.training_directory import (
-    COMPLETE,
     CONFIG,
+    STATE,
     TrainingState,
     candidates,
     checkpoint_files,
     checkpoint_name,
+    expected_files,
     file_record,
-    publish,
     write_complete,
 )
 from stagdist.checkpoint.training_reader import TrainingReader
@@ -46,6 +54,7 @@ def reshard(
         CheckpointError: source or destination will not do, or the proof failed; nothing is left behind.
         ConfigError: the batch or the model does not fit the grid.
     """
+    require_makeable(Path(destination))
     reader = open_training(source, trust_pickle=options.trust_pickle, files_checked=options.files_checked)
     config = on_grid(reader.config if config is None else config, grid)
     state = replace(reader.state, grid=(grid.pipe, grid.data, grid.tensor))
@@ -68,6 +77,7 @@ def import_model(
     Raises:
         CheckpointError, ConfigError: as `reshard`; the configuration is of another model, by key.
     """
+    require_makeable(Path(destination))
     weights = open_model(source)
     config = _import_config(weights, Path(destination), grid, config_file, options)
     state = TrainingState(0, 0, 0, (grid.pipe, grid.data, grid.tensor))
@@ -78,9 +88,9 @@ def import_model(
             f"{final.parent} holds {others[0].name}, which a run would go on from; choose another run"
         )
     imported = ImportedModel(weights, config)
-    same = weights if DTYPES[config.training.precision] == weights.dtype else None
-    logits = _write_training(imported, config, state, final, same, options)
-    rounded = "" if same is not None else f", rounded to {config.training.precision}"
+    exact = DTYPES[config.training.precision] in (weights.dtype, torch.float32)  # fp32 holds what the others hold
+    logits = _write_training(imported, config, state, final, weights if exact else None, options)
+    rounded = "" if exact else f", rounded to {config.training.precision}"
     return Proof(final, f"{len(model_parameters(weights.model))} tensors are bit-equal{rounded}{logits}")
 
 
@@ -127,7 +137,9 @@ def _import_config(
             raise ConfigError(f"{config_file}: training.precision is fp16; import for fp32 or bf16")
         return on_grid(config, grid)
     if weights.dtype not in precisions:
-        raise CheckpointError(f"{weights.directory} is {weights.dtype}; give --config with the precision to train in")
+        raise CheckpointError(
+            f"{weights.directory} is {weights.dtype}; give --config with training.precision fp32 or bf16"
+        )
     name = destination.parent.parent.name if STEP_FOLDER.fullmatch(destination.name) else destination.name
     keys = {
         "name": name or "imported",
@@ -156,37 +168,19 @@ def _write_training(
 
     Returns: what the logits proved, for a person.
     """
-    require_free(final, "training", options)
-    proved = ""
-    with staged_folder(final) as staged:
+    proved, grid = "", Grid(*state.grid)
+    with staged_folder(final, "training", options) as staged:
         (staged / CONFIG).write_text(dump_config(config))
         state.write(staged)
-        grid = Grid(*state.grid)
-        TrainingWriter(source, config, grid, staged).write(options.track)
-        _prove_training(source, staged, options)
+        records = {name: file_record(staged / name, sync=True) for name in (CONFIG, STATE)}
+        records |= TrainingWriter(source, config, grid, staged).write(options.track)
+        written = TrainingReader(staged)
+        require_same(written, source, options.track)
         if function is not None:
-            proved = prove_logits(function, TrainingReader(staged), any_text_ids(function, options.tokenizer))
-        names = checkpoint_files(staged)
-        write_complete(staged, {name: file_record(staged / name, sync=True) for name in names})
-        if final.exists():  # it loses its marker first: a removal that is cut short must not look whole
-            (final / COMPLETE).unlink(missing_ok=True)
-        publish(staged, final)
+            proved = prove_logits(function, written, any_text_ids(function, options.tokenizer))
+        found = {*checkpoint_files(staged), *records}
+        if odd := sorted(found ^ expected_files(config, state.grid)):
+            raise CheckpointError(f"{final}: {odd[0]} should not have been written, or is missing; convert it again")
+        write_complete(staged, records)
+        put_in_place(staged, final.resolve())
     return proved
-
-
-def _prove_training(source: TrainingSource, staged: Path, options: Options) -> None:
-    """Every value of every rank, copies included, against where it came from."""
-    written = TrainingReader(staged)
-    written.check_layout()
-    for spec in options.track(list(written.specs()), "checking"):
-        if not torch.equal(written.weight(spec), source.weight(spec)):
-            raise CheckpointError(f"{spec.name} was not written as it was read")
-        for kind in KINDS:
-            expected = source.optimizer_value(spec, kind)
-            for place in written.places[spec.name]:
-                if not torch.equal(written.optimizer_value(spec, kind, place.stage), expected):
-                    raise CheckpointError(
-                        f"{kind} of {spec.name} on stage {place.stage} was not written as it was read"
-                    )
-    if not torch.equal(written.steps(), source.steps()):
-        raise CheckpointError("the optimizer's step was not written as it was read")

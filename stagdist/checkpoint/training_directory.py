@@ -1,8 +1,8 @@
 """Training checkpoints as directories: complete or not, newest first, finished atomically.
 
 DeepSpeed writes the files; this module decides when a directory counts. A checkpoint is complete if and only if its
-`complete.json`, written last, matches the size and sha256 of every file. Directories are written under a hidden
-name and renamed, so a killed run leaves nothing that looks whole. No torch, no processes.
+`complete.json`, written last, matches the size and sha256 of every file that its model and grid have. Directories are
+written under a hidden name and renamed, so a killed run leaves nothing that looks whole. No torch, no processes.
 """
 
 import hashlib
@@ -15,6 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stagdist.checkpoint.stage_layout import tensor_files
+from stagdist.config import RunConfig
+from stagdist.config_loading import load_config
 from stagdist.errors import CheckpointError
 
 COMPLETE = "complete.json"
@@ -46,6 +49,7 @@ class TrainingState:
         grid: sizes of (pipe, data, tensor) that wrote the checkpoint.
         bad_steps: steps skipped because something was not finite.
         data_identity: of the training corpora and the tokenizer.
+        tokenizer: its fingerprint; empty where no run has seen one.
         format_version: of this file.
     """
 
@@ -55,6 +59,7 @@ class TrainingState:
     grid: tuple[int, int, int]
     bad_steps: int = 0
     data_identity: str = ""
+    tokenizer: str = ""
     format_version: int = 1
 
     def write(self, directory: Path) -> None:
@@ -70,9 +75,15 @@ def read_state(directory: Path) -> TrainingState:
     """
     try:
         values = json.loads((directory / STATE).read_text())
-        return TrainingState(**{**values, "grid": tuple(values["grid"])})
+        state = TrainingState(**{**values, "grid": tuple(values["grid"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{directory / STATE} cannot be read: {error}") from error
+    counts = (state.step, state.consumed_samples, state.num_samples, state.bad_steps)
+    if len(state.grid) != 3 or not all(type(size) is int and size > 0 for size in state.grid):
+        raise CheckpointError(f"{directory / STATE}: grid is {list(state.grid)}; three sizes of 1 or more are needed")
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise CheckpointError(f"{directory / STATE}: its counts are {list(counts)}; numbers of 0 or more are needed")
+    return state
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,44 @@ def damage(directory: Path, names: Iterable[str], records: Mapping[str, FileReco
         if file_record(path).sha256 != records[name].sha256:
             return f"{name} has other content than was written"
     return None
+
+
+def expected_files(config: RunConfig, grid: tuple[int, int, int]) -> set[str]:
+    """Every file of a checkpoint but `complete.json`."""
+    return {*tensor_files(config.model, grid, bf16=config.training.precision == "bf16"), CONFIG, STATE}
+
+
+def coverage_damage(directory: Path, records: Mapping[str, FileRecord]) -> str | None:
+    """Why the records are not those of all files that model and grid have; None when they are.
+
+    Raises:
+        CheckpointError: `state.json` is damaged.
+        ConfigError: `config.yaml` is what was written, but is no configuration now.
+    """
+    if unrecorded := [name for name in (CONFIG, STATE) if name not in records]:
+        return f"{COMPLETE} has no record of {unrecorded[0]}"
+    reason = damage(directory, (CONFIG, STATE), records)
+    if reason is not None:
+        return reason
+    expected = expected_files(load_config(directory / CONFIG), read_state(directory).grid)
+    if unrecorded := sorted(expected - set(records)):
+        return f"{COMPLETE} has no record of {unrecorded[0]}"
+    if unknown := sorted(set(records) - expected):
+        return f"{COMPLETE} has a record of {unknown[0]}, which model and grid do not have"
+    return None
+
+
+def checkpoint_damage(directory: Path) -> str | None:
+    """First reason why a directory is not a complete checkpoint; None when it is one.
+
+    Raises:
+        ConfigError: as `coverage_damage`.
+    """
+    try:
+        records = read_complete(directory)
+        return coverage_damage(directory, records) or damage(directory, sorted(records), records)
+    except CheckpointError as error:
+        return str(error)
 
 
 def candidates(checkpoints: Path) -> list[Path]:

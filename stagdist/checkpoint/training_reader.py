@@ -6,12 +6,14 @@ Files are memory-mapped, so only the parameter at hand is ever held.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stagdist.checkpoint.file_structure import same, structure_problem
 from stagdist.checkpoint.pickles import load_file
 from stagdist.checkpoint.stage_layout import (
     FlatGroup,
@@ -24,8 +26,8 @@ from stagdist.checkpoint.stage_layout import (
     pipeline_layers,
     stored_specs,
 )
-from stagdist.checkpoint.training_directory import CONFIG, TrainingState, damage, read_complete, read_state
-from stagdist.checkpoint.training_source import DTYPES, MASTER, Counters
+from stagdist.checkpoint.training_directory import CONFIG, TrainingState, checkpoint_damage, read_state
+from stagdist.checkpoint.training_source import DTYPES, KINDS, MASTER, Counters
 from stagdist.config import ModelConfig, RunConfig
 from stagdist.config_loading import load_config
 from stagdist.errors import CheckpointError
@@ -78,20 +80,29 @@ class TrainingReader:
         return self.dtype == torch.bfloat16
 
     def check_files(self) -> None:
-        """Compare every file with its record.
+        """Compare every file that model and grid have with its record.
 
         Raises:
-            CheckpointError: a file is missing or was changed, by name.
+            CheckpointError: a file or its record is missing, or it was changed, by name.
         """
-        records = read_complete(self.directory)
-        reason = damage(self.directory, sorted(records), records)
+        reason = checkpoint_damage(self.directory)
         if reason is not None:
             raise CheckpointError(f"{self.directory}: {reason}")
 
     def file(self, name: str) -> Any:
-        """Content of one of DeepSpeed's files, opened once."""
+        """Content of one of DeepSpeed's files, opened once.
+
+        Raises:
+            CheckpointError: it cannot be read, or is not built as DeepSpeed builds it.
+        """
         if name not in self._files:
-            self._files[name] = load_file(self.directory / name, trust_pickle=self._trust_pickle)
+            content = load_file(self.directory / name, trust_pickle=self._trust_pickle)
+            problem = structure_problem(name, content)
+            if problem is not None:
+                raise CheckpointError(
+                    f"{self.directory / name} {problem}; take the checkpoint from where it came again"
+                )
+            self._files[name] = content
         return self._files[name]
 
     def model_states(self, stage: int = 0, tensor_rank: int = 0) -> dict[str, Any]:
@@ -128,6 +139,26 @@ class TrainingReader:
         shape = spec.local_shape(self.state.grid[2])
         slices = [self._assemble(place, kind, rank).reshape(shape) for rank in ranks]
         return self._join(spec, slices, f"{kind} of {spec.name}")
+
+    def weight_copies(self, spec: ParameterSpec) -> Iterator[tuple[str, Tensor]]:
+        """Every copy of a parameter, with where it lies: what is not split has one on each tensor rank."""
+        if spec.shard_dim is not None:
+            yield "", self.weight(spec)
+            return
+        for rank in range(self.state.grid[2]):
+            yield f" on tensor rank {rank}", self._layer_tensor(self._stored[spec.name], rank)
+
+    def optimizer_copies(self, spec: ParameterSpec, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Every copy of an optimizer's value, with where it lies: on each stage that has it, else as above."""
+        for place in self.places[spec.name]:
+            if spec.shard_dim is not None:
+                yield f" on stage {place.stage}", self.optimizer_value(spec, kind, place.stage)
+                continue
+            for rank in range(self.state.grid[2]):
+                yield (
+                    f" on stage {place.stage}, tensor rank {rank}",
+                    self._assemble(place, kind, rank).reshape(spec.shape),
+                )
 
     def steps(self, stage: int = 0) -> Tensor:
         """Updates that Adam has done, a scalar."""
@@ -171,7 +202,8 @@ class TrainingReader:
         """Compare names, shapes, types and sizes of everything stored with what the model asks for.
 
         The weights must be the rounded fp32 copies, on every stage that has one: a partition that was cut at another
-        place than this module believes would show here.
+        place than this module believes would show here. Copies on later stages must have the moments of the first,
+        and all ranks the same step, counters and settings, since one of them stands for all.
 
         Raises:
             CheckpointError: by name, where a file holds something else.
@@ -190,6 +222,50 @@ class TrainingReader:
                 if not torch.equal(master.to(self.dtype), weight):
                     where = f"{stored.spec.name} on stage {place.stage}"
                     raise CheckpointError(f"{self.directory}: the optimizer's fp32 copy of {where} is not its weight")
+            self._check_copies(stored.spec)
+        self._check_ranks()
+
+    def _check_copies(self, spec: ParameterSpec) -> None:
+        first, *others = self.places[spec.name]
+        for kind in KINDS if others else ():
+            expected = self.optimizer_value(spec, kind, first.stage)
+            for place in others:
+                if not torch.equal(self.optimizer_value(spec, kind, place.stage), expected):
+                    raise CheckpointError(
+                        f"{self.directory}: {kind} of {spec.name} on stage {place.stage} is not that of stage "
+                        f"{first.stage}"
+                    )
+
+    def _check_ranks(self) -> None:
+        """What every rank says alike."""
+        pipe, data, tensor = self.state.grid
+        model_states, states = self.model_states(), self._common(0, 0, 0)
+        for stage, rank in product(range(pipe), range(tensor)):
+            found = self.model_states(stage, rank)
+            for key in ("global_steps", "global_samples", "skipped_steps"):
+                if found[key] != model_states[key]:
+                    name = model_states_file(stage, rank, tensor)
+                    raise CheckpointError(
+                        f"{self.directory / name} says {key} {found[key]}, rank 0 {model_states[key]}; they must agree"
+                    )
+        for stage, replica, rank in product(range(pipe), range(data), range(tensor)):
+            for key, value in self._common(stage, replica, rank).items():
+                if not same(value, states[key]):
+                    name = optimizer_file(stage, replica, rank, tensor, bf16=self.bf16)
+                    raise CheckpointError(f"{self.directory / name}: its {key} is not that of rank 0; they must agree")
+
+    def _common(self, stage: int, data_rank: int, tensor_rank: int) -> dict[str, Any]:
+        """What an optimizer's file says besides the values of its own parameters."""
+        states = self.optimizer_states(stage, data_rank, tensor_rank)
+        base = self._base_state(stage, data_rank, tensor_rank)
+        scaler = states.get("loss_scaler")
+        return {
+            "step": [base[group]["step"].float() for group in (0, 1)],
+            "param_groups": states["base_optimizer_state"]["param_groups"],
+            "clip_grad": states["clip_grad"],
+            "loss_scaler": None if scaler is None else vars(scaler),
+            "dynamic_loss_scale": states.get("dynamic_loss_scale"),
+        }
 
     def _check_order(self, stage: int, tensor_rank: int) -> None:
         name = model_states_file(stage, tensor_rank, self.state.grid[2])

@@ -27,6 +27,7 @@ from stagdist.checkpoint.stage_layout import (
     optimizer_file,
     pipeline_layers,
 )
+from stagdist.checkpoint.training_directory import FileRecord, file_record
 from stagdist.checkpoint.training_source import (
     DTYPES,
     KINDS,
@@ -61,9 +62,13 @@ class TrainingWriter:
         self._counters = source.counters()
         self._scratch = Scratch(folder)
         self._types = _deepspeed()
+        self._records: dict[str, FileRecord] = {}
 
-    def write(self, track: Track[Any] = untracked) -> None:
-        """Write all files."""
+    def write(self, track: Track[Any] = untracked) -> dict[str, FileRecord]:
+        """Write all files, which are on the disk then.
+
+        Returns: size and hash of each as it was right after it was written.
+        """
         ranks = range(self._grid.tensor)
         layers = [layer for layer in pipeline_layers(self._model) if layer.first]
         jobs: list[Callable[[], None]] = [partial(self._write_layer, layer, rank) for layer in layers for rank in ranks]
@@ -72,10 +77,12 @@ class TrainingWriter:
                 jobs += [partial(self._write_model_states, stage, rank), partial(self._write_optimizer, stage, rank)]
         for job in track(jobs, "writing"):
             job()
+        return self._records
 
     def _save(self, content: Any, name: str) -> None:
         try:
             torch.save(content, self._folder / name)
+            self._records[name] = file_record(self._folder / name, sync=True)
         except RuntimeError as error:  # what torch makes of a failed write, without its reason
             full = shutil.disk_usage(self._folder).free < NEARLY_FULL_BYTES
             reason = errno.ENOSPC if full else errno.EIO

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from stagdist.checkpoint.model_directory import read_model_config
+from stagdist.checkpoint.model_config import model_of, read_body
+from stagdist.checkpoint.written_record import read_record
 from stagdist.errors import CheckpointError
 
 
@@ -16,13 +17,16 @@ def load_with_transformers(directory: str | Path, dtype: torch.dtype | str = "au
         dtype: of the weights; `auto` for that of the files.
 
     Raises:
-        CheckpointError: the directory is none, or does not load.
+        CheckpointError: the directory is none, is not as it was written, or does not load.
     """
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     from stagdist.hf.modeling_stagformer import StagFormerForCausalLM
 
-    kind = StagFormerForCausalLM if read_model_config(directory).staggered else LlamaForCausalLM
+    body = read_body(directory)
+    shape = model_of(body, Path(directory) / "config.json")
+    read_record(Path(directory)).check_config(body, shape)
+    kind = StagFormerForCausalLM if shape.staggered else LlamaForCausalLM
     try:
         model = kind.from_pretrained(str(directory), dtype=dtype, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(

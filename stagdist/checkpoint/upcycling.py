@@ -10,6 +10,7 @@ through cross-attention that a Llama does not have. What it is given:
 - the null vector: zero.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from stagdist.checkpoint.model_conversions import write_model
 from stagdist.checkpoint.sources import WeightSource, open_weights
 from stagdist.checkpoint.staging import Options, Proof
 from stagdist.config import ModelConfig
+from stagdist.config_loading import validate_model
 from stagdist.errors import CheckpointError, ConfigError
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
@@ -46,7 +48,10 @@ def upcycle(
 
     Raises:
         CheckpointError: the source is a StagFormer already, or the layers do not add up; else as `export`.
+        ConfigError: the scale is no finite number.
     """
+    if not math.isfinite(output_scale):
+        raise ConfigError(f"--output-scale is {output_scale}; give a finite number, 0 for silent cross-attention")
     llama = open_weights(source, trust_pickle=options.trust_pickle)
     model = upcycled_config(llama, section_layers)
     initial = UpcycledWeights(llama, model, output_scale)
@@ -61,16 +66,16 @@ def upcycled_config(llama: WeightSource, section_layers: Sequence[int]) -> Model
     """
     if llama.model.staggered:
         raise CheckpointError(f"{llama.directory} is a StagFormer already; upcycle takes a Llama or a sequential run")
-    if len(section_layers) < 2 or sum(section_layers) != llama.model.num_layers:
+    if len(section_layers) < 2 or min(section_layers) < 1 or sum(section_layers) != llama.model.num_layers:
         raise CheckpointError(
             f"{llama.directory} has {llama.model.num_layers} layers; --section-layers {list(section_layers)} must be "
-            "two numbers or more that add up to them"
+            "two numbers or more, each at least 1, that add up to them"
         )
     keys = llama.model.model_dump() | {"connection": "staggered", "section_layers": tuple(section_layers)}
-    try:
-        return ModelConfig.model_validate(keys)
-    except ValueError as error:
-        raise ConfigError(f"{llama.directory} cannot become a StagFormer: {error}") from error
+    model, problems = validate_model(keys)
+    if model is None or problems:
+        raise ConfigError(f"{llama.directory} cannot become a StagFormer: {'; '.join(problems)}")
+    return model
 
 
 class UpcycledWeights:

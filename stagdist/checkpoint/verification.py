@@ -1,14 +1,20 @@
 """Whether two directories hold the same model: by logits on real text."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from stagdist.checkpoint.proof import TEXT, plain_logits, reader, text_ids
+from stagdist.checkpoint.proof import TEXT, Read, plain_logits, reader, text_ids
 from stagdist.checkpoint.sources import WeightSource, open_weights, source_tokenizer
+from stagdist.checkpoint.training_source import Track, untracked
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import CheckpointError
+from stagdist.parallel.layout import model_parameters
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,14 @@ def verify(
     text: str = TEXT,
     tokenizer: str | None = None,
     trust_pickle: bool = False,
+    track: Track[Any] = untracked,
 ) -> Verdict:
     """Run both on the same tokens, in fp32.
 
     Args:
         text: what to read; its beginning is used.
         tokenizer: where the tokenizer is; None for that of the first, else of the second.
+        track: shows progress, by parameters that were read.
 
     Raises:
         CheckpointError: one cannot be read, or the vocabularies differ.
@@ -53,14 +61,35 @@ def verify(
         )
     shorter = min((one.model, other.model), key=lambda model: model.max_position_embeddings)
     input_ids = text_ids(_tokenizer(one, other, tokenizer), shorter, text)
-    with torch.no_grad():
-        left, right = (plain_logits(source.model, reader(source), input_ids) for source in (one, other))
+    left, right = (_logits(source, input_ids, track) for source in (one, other))
     return Verdict(
         tokens=input_ids.shape[1],
         largest_difference=float((left - right).abs().max()),
         largest_logit=float(left.abs().max()),
         equal_choices=float((left.argmax(-1) == right.argmax(-1)).float().mean()),
     )
+
+
+def _logits(source: WeightSource, input_ids: Tensor, track: Track[Any]) -> Tensor:
+    with torch.no_grad(), _shown(source, track) as read:
+        return plain_logits(source.model, read, input_ids)
+
+
+@contextmanager
+def _shown(source: WeightSource, track: Track[Any]) -> Iterator[Read]:
+    """Reads parameters and moves the progress on at the first reading of each."""
+    read, seen = reader(source), set[str]()
+    steps = iter(track([spec.name for spec in model_parameters(source.model)], f"computing {source.directory.name}"))
+
+    def shown(name: str) -> Tensor:
+        if name not in seen:
+            seen.add(name)
+            next(steps, None)
+        return read(name)
+
+    yield shown
+    for _ in steps:  # ends the bar
+        pass
 
 
 def _tokenizer(one: WeightSource, other: WeightSource, given: str | None) -> Tokenizer:

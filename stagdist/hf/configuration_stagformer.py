@@ -5,6 +5,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 _ROPE_TYPES = ("default", "llama3")
+_ROPE_THETA = 10000.0
+_ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _ONLY = {"connection": "staggered", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 
@@ -21,7 +23,7 @@ class StagFormerConfig(PretrainedConfig):
         cross_attention_key_value_heads: key/value heads of cross-attention; None for `num_key_value_heads`.
         share_section_weights: equal sections share self-attention and MLP; cross-attention stays their own.
         combine_sections: the head reads a learned combination of all section outputs, not the last one.
-        rope_theta, rope_scaling: the older spelling of `rope_parameters`, which wins where both are given.
+        rope_theta, rope_scaling: the older spelling of `rope_parameters`; where both are given they must agree.
         kwargs: what every configuration of transformers has.
 
     The other arguments are those of a Llama.
@@ -43,7 +45,7 @@ class StagFormerConfig(PretrainedConfig):
         head_dim: int | None = None,
         max_position_embeddings: int = 2048,
         rms_norm_eps: float = 1e-5,
-        rope_theta: float = 10000.0,
+        rope_theta: float | None = None,
         rope_scaling: dict[str, Any] | None = None,
         rope_parameters: dict[str, Any] | None = None,
         tie_word_embeddings: bool = False,
@@ -98,9 +100,32 @@ class StagFormerConfig(PretrainedConfig):
                 raise ValueError(f"{self.num_attention_heads} attention heads cannot share {heads} key/value heads")
 
 
-def _rope(theta: float, scaling: dict[str, Any] | None, parameters: dict[str, Any] | None) -> dict[str, Any]:
+def _rope(theta: float | None, scaling: dict[str, Any] | None, parameters: dict[str, Any] | None) -> dict[str, Any]:
     """Both spellings as one dictionary with `rope_theta` and `rope_type`."""
-    merged = {"rope_theta": theta, "rope_type": "default", **(scaling or {}), **(parameters or {})}
-    if merged["rope_type"] not in _ROPE_TYPES:
-        raise ValueError(f"rope_type {merged['rope_type']!r} is not one of {', '.join(_ROPE_TYPES)}")
-    return merged
+    given = {"rope_parameters": parameters, "rope_scaling": scaling}
+    found = [_one_rope(name, rope, theta) for name, rope in given.items() if rope]
+    if len(found) == 2 and found[0] != found[1]:
+        raise ValueError(f"rope_parameters {parameters} and rope_scaling {scaling} disagree; give one of them")
+    return found[0] if found else {"rope_theta": _ROPE_THETA if theta is None else theta, "rope_type": "default"}
+
+
+def _one_rope(name: str, rope: dict[str, Any], theta: float | None) -> dict[str, Any]:
+    """One spelling with its type, base and, where its type has them, scaling keys."""
+    if not isinstance(rope, dict):
+        raise ValueError(f"{name} is {rope!r}; it must be a dictionary")
+    kinds = [rope[key] for key in ("rope_type", "type") if key in rope] or ["default"]
+    if kinds[0] != kinds[-1]:
+        raise ValueError(f"{name} has rope_type {kinds[0]!r} and type {kinds[1]!r}; give one of them")
+    if kinds[0] not in _ROPE_TYPES:
+        raise ValueError(f"rope_type {kinds[0]!r} is not one of {', '.join(_ROPE_TYPES)}")
+    base = rope.get("rope_theta")
+    if None not in (base, theta) and base != theta:
+        raise ValueError(f"rope_theta is {theta} and in {name} {base}; give one of them")
+    base = _ROPE_THETA if base is None and theta is None else theta if base is None else base
+    made = {"rope_theta": base, "rope_type": kinds[0]}
+    if kinds[0] == "default":
+        return made
+    absent = [key for key in _ROPE_SCALING if key not in rope]
+    if absent:
+        raise ValueError(f"{name} has rope_type {kinds[0]!r} but no {absent[0]}")
+    return made | {key: rope[key] for key in _ROPE_SCALING}

@@ -10,6 +10,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -73,6 +74,7 @@ class SectionEngine(PipelineEngine):
     pulse: Pulse
     times: StepTimes
     exchange: Exchange
+    control: dist.ProcessGroup
 
     def _train_schedule(self) -> TrainSchedule:
         return TrainSchedule(self.micro_batches, self.num_stages, self.stage_id)
@@ -261,6 +263,7 @@ def wrap_module(module: SectionPipeline, config: RunConfig, groups: Groups) -> S
     engine.pulse = Pulse()
     kinds = hand_off_kinds(config, next(module.parameters()).dtype)
     engine.exchange = Exchange(groups.grid, kinds, engine.device, config.parallel.timeout_s)
+    engine.control = groups.control
     return engine
 
 

@@ -1,5 +1,7 @@
-"""The end of a run: the trained weights as a model directory."""
+"""The end of a run: the trained weights as a model directory, read back before it gets its name."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -7,9 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagdist.checkpoint.model_directory import ModelDirectoryWriter
+from stagdist.checkpoint.safetensors_writer import tensor_sha256
+from stagdist.checkpoint.sources import ModelSource
+from stagdist.checkpoint.staging import Options, put_in_place, staged_folder
 from stagdist.config import ModelConfig
 from stagdist.data.tokenizer import Tokenizer
-from stagdist.errors import CheckpointError
+from stagdist.errors import CheckpointError, StagdistError
 from stagdist.parallel.groups import Groups
 from stagdist.parallel.layout import ParameterSpec, model_parameters, stage_layout
 from stagdist.training.agreement import on_every_rank
@@ -19,42 +24,97 @@ from stagdist.training.pipeline import SectionPipeline
 def export_model(
     module: SectionPipeline, groups: Groups, model: ModelConfig, tokenizer: Tokenizer, directory: Path
 ) -> None:
-    """Gather the weights tensor by tensor to rank 0, which writes them. Called on every rank.
+    """Gather the weights tensor by tensor to rank 0, which writes them aside, reads them back, and only then gives
+    them their name. Called on every rank.
+
+    The model directory of an earlier end of the run is replaced; nothing else is.
 
     Raises:
-        CheckpointError: on every rank, when rank 0 could not write; nothing is left behind.
+        CheckpointError: on every rank, when rank 0 could not write, or read back something else; nothing is left
+            behind, and what was there before stays.
     """
     parameters = {name: parameter.detach() for name, parameter in module.canonical_parameters().items()}
     dtype = next(iter(parameters.values())).dtype
-    writer = ModelDirectoryWriter(directory, model, dtype, tokenizer.end_of_document)
-    failure: OSError | None = None
-    writes = dist.get_rank() == 0
+    with ExitStack() as held:
+        export: _Export | None = None
 
-    def failed(reason: str) -> CheckpointError:
-        writer.discard()
-        return CheckpointError(
-            f"the model directory was not written, {reason}; the last checkpoint is whole: make room and start the "
-            "same command again"
-        )
+        def begin() -> None:
+            nonlocal export
+            if dist.get_rank() == 0:
+                staged = held.enter_context(staged_folder(directory, "model", Options(overwrite=True)))
+                export = held.enter_context(_Export(directory, staged, model, dtype, tokenizer))
 
-    on_every_rank(groups.control, lambda: writer.open() if writes else None, failed)
-    for spec in model_parameters(model):
-        # Gathered to the end even when a write has failed: the other ranks are sending.
-        tensor = _gather(spec, parameters, groups, model)
-        if writes and failure is None:
-            try:
-                writer.add(spec.name, tensor)
-            except OSError as error:
-                failure = error
+        on_every_rank(groups.control, _told(begin), _failed)
+        for spec in model_parameters(model):
+            # Gathered to the end even when a write has failed: the other ranks are sending.
+            tensor = _gather(spec, parameters, groups, model)
+            if export is not None:
+                export.add(spec, tensor)
+        on_every_rank(groups.control, _told(lambda: None if export is None else export.finish()), _failed)
 
-    def finish() -> None:
-        if failure is not None:
-            raise failure
-        if writes:
-            tokenizer.save(writer.folder)
-            writer.commit()
 
-    on_every_rank(groups.control, finish, failed)
+def _failed(reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"the model directory was not written, {reason}; the last checkpoint is whole: mend that or make room, and "
+        "start the same command again"
+    )
+
+
+def _told(action: Callable[[], None]) -> Callable[[], None]:
+    """The same action with what a person can mend as an OSError, which the ranks share."""
+
+    def run() -> None:
+        try:
+            action()
+        except StagdistError as error:
+            raise OSError(str(error)) from error
+
+    return run
+
+
+class _Export:
+    """The model directory as rank 0 writes it: keeps the first failure, and what every tensor must be read back as."""
+
+    def __init__(self, final: Path, staged: Path, model: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer):
+        self._final, self._staged, self._model, self._tokenizer = final, staged, model, tokenizer
+        self._writer = ModelDirectoryWriter(staged, model, dtype, tokenizer.end_of_document)
+        self._given: dict[str, str] = {}
+        self._failure: OSError | None = None
+
+    def __enter__(self) -> "_Export":
+        self._writer.open()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.discard()
+
+    def add(self, spec: ParameterSpec, tensor: Tensor) -> None:
+        """Write the next parameter unless an earlier one has failed."""
+        if self._failure is not None:
+            return
+        self._given[spec.name] = tensor_sha256(tensor)
+        try:
+            self._writer.add(spec.name, tensor)
+        except OSError as error:
+            self._failure = error
+
+    def finish(self) -> None:
+        """Complete the directory, compare every tensor in it with what the ranks gave, and give it its name.
+
+        Raises:
+            OSError, CheckpointError: it could not be written, or holds something else.
+        """
+        if self._failure is not None:
+            raise self._failure
+        self._tokenizer.save(self._writer.folder)
+        self._writer.commit()
+        written = ModelSource(self._staged)
+        for spec in model_parameters(self._model):
+            if tensor_sha256(written.weight(spec)) != self._given[spec.name]:
+                raise CheckpointError(
+                    f"{spec.name} is read back from {self._final} with other values than were written"
+                )
+        put_in_place(self._staged, self._final.resolve())
 
 
 def _gather(spec: ParameterSpec, parameters: dict[str, Tensor], groups: Groups, model: ModelConfig) -> Tensor:

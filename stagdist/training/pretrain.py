@@ -89,11 +89,12 @@ def pretrain(
     )
     engine = build_engine(config, groups)
     engine.pulse = pulse
-    state = TrainingState(0, 0, config.num_samples, (grid.pipe, grid.data, grid.tensor), data_identity=identity)
+    sizes, fingerprint = (grid.pipe, grid.data, grid.tensor), tokenizer.fingerprint
+    state = TrainingState(0, 0, config.num_samples, sizes, data_identity=identity, tokenizer=fingerprint)
     if checkpoint is not None:
         with on_this_grid(checkpoint, config, groups, trust_pickle=trust_pickle) as fitting:
             loaded = load_checkpoint(engine, fitting, config, trust_pickle=trust_pickle)
-        state = begun(loaded, config, identity)
+        state = begun(loaded, config, identity, fingerprint)
         LOG.info("resumed from %s after %.1f s", checkpoint, time.monotonic() - started_at)
     reporter = Reporter(config, grid, rank=rank, device=device, resumed_step=None if checkpoint is None else state.step)
     run = _Run(config, groups, engine, tokenizer, splits, reporter)

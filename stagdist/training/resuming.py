@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,21 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch.serialization import safe_globals
 
 from stagdist.checkpoint.pickles import ENUM_MEMBER, refusal
-from stagdist.checkpoint.staging import Options
+from stagdist.checkpoint.stage_layout import tensor_files
+from stagdist.checkpoint.staging import Options, exclusive
 from stagdist.checkpoint.training_conversions import reshard
 from stagdist.checkpoint.training_directory import (
     COMPLETE,
     CONFIG,
     TrainingState,
     candidates,
+    coverage_damage,
     damage,
     read_complete,
     read_state,
     withdraw,
 )
+from stagdist.checkpoint.training_reader import TrainingReader
 from stagdist.config import RunConfig
 from stagdist.config_loading import differences, load_config
 from stagdist.errors import CheckpointError, ConfigError, StagdistError
@@ -44,6 +47,9 @@ LOG = logging.getLogger(__name__)
 
 _MAY_CHANGE = ("num_samples", "cache_directory", "tokenizer", "validation_corpora", "test_corpora")
 """Keys of `data` that leave the training samples as they are; tokenizer and corpora are compared by content."""
+
+_LOCK = ".for-a-grid.lock"
+"""Held beside the checkpoints by the run that converts one."""
 
 _MEETING_S = 0.5
 """Seconds between two meetings of the ranks while one of them works and the others wait."""
@@ -82,9 +88,12 @@ def _shared_damage(path: Path, groups: Groups) -> str | None:
             reason: str | None = f"it has no {COMPLETE}: its writing was cut short, or it was found damaged before"
         else:
             records = read_complete(path)
-            reason = damage(path, sorted(records)[dist.get_rank() :: dist.get_world_size()], records)
+            mine = sorted(records)[dist.get_rank() :: dist.get_world_size()]
+            reason = coverage_damage(path, records) or damage(path, mine, records)
     except CheckpointError as error:
         reason = str(error)
+    except ConfigError as error:
+        raise shared(ConfigError(f"{path}: {error}")) from error
     reasons: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(reasons, reason, group=groups.control)
     return next((found for found in reasons if found is not None), None)
@@ -176,6 +185,8 @@ def on_this_grid(checkpoint: Path, config: RunConfig, groups: Groups, *, trust_p
     """
     state, grid = read_state(checkpoint), groups.grid
     if state.grid == (grid.pipe, grid.data, grid.tensor):
+        if dist.get_rank() == 0:
+            _remove_leftovers(checkpoint.parent)
         yield checkpoint
         return
     hidden = checkpoint.parent / f".for-{grid.pipe}x{grid.data}x{grid.tensor}"
@@ -186,20 +197,48 @@ def on_this_grid(checkpoint: Path, config: RunConfig, groups: Groups, *, trust_p
     )  # fmt: skip
     started = time.perf_counter()
 
+    held = ExitStack()
+
     def convert() -> None:
-        shutil.rmtree(hidden, ignore_errors=True)
+        held.enter_context(_converting(checkpoint.parent))
         options = Options(files_checked=True, trust_pickle=trust_pickle)
         proof = reshard(checkpoint, hidden / checkpoint.name, grid, options, config=config)
         LOG.info("converted it in %.1f s: %s", time.perf_counter() - started, proof.checked)
 
+    with held:  # also when loading fails, the copy goes
+        try:
+            _while_others_wait(convert, groups)
+        except StagdistError as error:
+            raise shared(CheckpointError(f"{checkpoint} could not be brought to this grid: {error}")) from error
+        yield hidden / checkpoint.name
+        dist.barrier(group=groups.control)
+
+
+@contextmanager
+def _converting(checkpoints: Path) -> Iterator[None]:
+    """Nobody else makes copies for a grid there; none is left before, and none after."""
+    with exclusive(checkpoints / _LOCK, f"another run is converting a checkpoint in {checkpoints}"):
+        _remove_copies(checkpoints)
+        try:
+            yield
+        finally:
+            _remove_copies(checkpoints)
+
+
+def _remove_copies(checkpoints: Path) -> None:
+    for copy in checkpoints.glob(".for-*x*x*"):
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+def _remove_leftovers(checkpoints: Path) -> None:
+    """Copies of a run that was killed go, also when nothing has to be converted now; those in use stay."""
+    if not any(checkpoints.glob(".for-*")):
+        return
     try:
-        _while_others_wait(convert, groups)
-    except StagdistError as error:
-        raise shared(CheckpointError(f"{checkpoint} could not be brought to this grid: {error}")) from error
-    yield hidden / checkpoint.name
-    dist.barrier(group=groups.control)
-    if dist.get_rank() == 0:
-        shutil.rmtree(hidden, ignore_errors=True)
+        with _converting(checkpoints):
+            LOG.info("removed copies for another grid that a killed run had left in %s", checkpoints)
+    except (CheckpointError, OSError) as error:
+        LOG.warning("copies for another grid are left in %s: %s", checkpoints, error)
 
 
 def _while_others_wait(action: Callable[[], None], groups: Groups) -> None:
@@ -256,8 +295,11 @@ def load_checkpoint(
     """Fill the engine from a checkpoint that was found complete and is of this grid; `trust_pickle`: see `load_file`.
 
     Raises:
-        CheckpointError: DeepSpeed finds nothing in it, or a file could run a program and is not trusted.
+        CheckpointError: on every rank: DeepSpeed finds nothing in it, or a file could run a program and is not
+            trusted, or is not what DeepSpeed writes.
     """
+    if not trust_pickle:
+        _check_readable(checkpoint, engine)
     engine.checkpoint_engine = RestrictedReader(trust_pickle=trust_pickle)
     # DeepSpeed prints, and broadcasts tied parameters, which torch would warn of.
     with redirect_stdout(io.StringIO()), torch.no_grad():
@@ -271,11 +313,32 @@ def load_checkpoint(
     return read_state(checkpoint)
 
 
-def begun(state: TrainingState, config: RunConfig, data_identity: str) -> TrainingState:
+def _check_readable(checkpoint: Path, engine: SectionEngine) -> None:
+    """Every rank opens a share of the files before DeepSpeed loads them together: there one refusal is a hang.
+
+    Raises:
+        CheckpointError: on every rank, by the first file that will not do.
+    """
+    problem: str | None = None
+    try:
+        reader = TrainingReader(checkpoint)
+        names = sorted(tensor_files(reader.model, reader.state.grid, bf16=reader.bf16))
+        for name in names[dist.get_rank() :: dist.get_world_size()]:
+            reader.file(name)
+    except StagdistError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem, group=engine.control)
+    first = next((found for found in problems if found is not None), None)
+    if first is not None:
+        raise shared(CheckpointError(first))
+
+
+def begun(state: TrainingState, config: RunConfig, data_identity: str, tokenizer: str = "") -> TrainingState:
     """The state to go on with: an imported checkpoint takes the samples of this run."""
     if not _imported(state):
         return state
-    return replace(state, num_samples=config.num_samples, data_identity=data_identity)
+    return replace(state, num_samples=config.num_samples, data_identity=data_identity, tokenizer=tokenizer)
 
 
 def _apply_settings(engine: SectionEngine, config: RunConfig) -> None:

@@ -179,6 +179,7 @@ class Trainer:
             grid=(grid.pipe, grid.data, grid.tensor),
             bad_steps=state.bad_steps + bool(self._agreed.bad_ranks),
             data_identity=state.data_identity,
+            tokenizer=state.tokenizer,
         )
 
     def _check_bad_steps(self, state: TrainingState) -> None:

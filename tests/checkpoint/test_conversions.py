@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from stagdist.checkpoint import staging, training_conversions
+from stagdist.checkpoint import staging, training_comparison, training_conversions
 from stagdist.checkpoint.inspection import as_table, inspect
 from stagdist.checkpoint.loading import load_model
 from stagdist.checkpoint.model_conversions import export, merge, split
@@ -297,7 +297,10 @@ def test_a_conversion_that_cannot_prove_itself_leaves_nothing(tmp_path: Path, mo
     monkeypatch.setattr(staging, "largest_difference", lambda *_: 1e-9)
     with pytest.raises(CheckpointError, match="logits .* differ"):
         export(tmp_path / "run", tmp_path / "model", OPTIONS)
-    monkeypatch.setattr(training_conversions.TrainingReader, "steps", lambda *_: torch.rand(()))
+    monkeypatch.setattr(training_comparison.TrainingReader, "steps", lambda *_: torch.tensor(5.0))
+    reader = open_training(tmp_path / "run")
+    monkeypatch.setattr(training_conversions, "open_training", lambda *_, **__: reader)
+    monkeypatch.setattr(type(reader), "steps", lambda self: torch.tensor(6.0 if self is reader else 5.0))
     with pytest.raises(CheckpointError, match="step was not written"):
         reshard(tmp_path / "run", tmp_path / "other", Grid(2, 1, 1), OPTIONS)
     assert [path.name for path in tmp_path.rglob("step_*")] == ["step_00000007"]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from stagdist.checkpoint import model_directory
 from stagdist.checkpoint.loading import load_model
-from stagdist.checkpoint.model_directory import CODE_FILES, ModelDirectoryWriter, read_model_config
+from stagdist.checkpoint.model_config import read_model_config
+from stagdist.checkpoint.model_directory import CODE_FILES, ModelDirectoryWriter
 from stagdist.config import ModelConfig
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.model.megatron import TensorParallel

@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from stagdist.checkpoint import model_directory
 from stagdist.checkpoint.loading import load_model
-from stagdist.checkpoint.model_directory import ModelDirectoryWriter, read_model_config, shard_plan
+from stagdist.checkpoint.model_config import read_model_config
+from stagdist.checkpoint.model_directory import ModelDirectoryWriter, shard_plan
+from stagdist.checkpoint.reading import ModelReader
+from stagdist.checkpoint.text_tokens import TextTokens, read_text_tokens
 from stagdist.config import ModelConfig
 from stagdist.errors import CheckpointError
 from stagdist.model.megatron import TensorParallel
@@ -121,3 +124,18 @@ def test_wrong_directories_are_refused_by_name(tmp_path: Path) -> None:
         (tmp_path / "model" / "config.json").write_text(json.dumps(body | change))
         with single_process() as groups, pytest.raises(CheckpointError, match=complaint):
             load_model(tmp_path / "model", TensorParallel(groups.tensor))
+
+
+def test_the_tokens_of_the_directory_that_it_is_made_of_go_along(tmp_path: Path) -> None:
+    model = ModelConfig(**SHAPE)
+    parameters = reference.random_parameters(model, seed=3)
+    tokens = TextTokens(
+        {"bos_token_id": 1, "eos_token_id": [2, 3]}, {"eos_token_id": [2, 3], "temperature": 0.6, "pad_token_id": 4}
+    )
+    with ModelDirectoryWriter(tmp_path / "model", model, torch.float32, 0, tokens) as writer:
+        for spec in model_parameters(model):
+            writer.add(spec.name, parameters[spec.name])
+    assert read_text_tokens(tmp_path / "model") == tokens
+    (tmp_path / "model" / "generation_config.json").unlink()
+    assert read_text_tokens(tmp_path / "model") == TextTokens(tokens.config, tokens.config)
+    ModelReader(tmp_path / "model")

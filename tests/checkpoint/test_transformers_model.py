@@ -30,3 +30,11 @@ def test_a_directory_that_does_not_load_is_named(tmp_path: Path) -> None:
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"transformers cannot load .*model"):
         load_with_transformers(tmp_path / "model")
+
+
+def test_a_directory_whose_configuration_was_changed_is_not_loaded(tmp_path: Path) -> None:
+    write(tmp_path / "model", shape("tied"))
+    path = tmp_path / "model" / "config.json"
+    path.write_text(path.read_text().replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 0.5'))
+    with pytest.raises(CheckpointError, match=r"rms_norm_eps 0\.5, the weights were written for"):
+        load_with_transformers(tmp_path / "model")

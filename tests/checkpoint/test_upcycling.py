@@ -1,5 +1,6 @@
 """A Llama becomes a StagFormer by stated rules."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from stagdist.checkpoint.model_conversions import export
 from stagdist.checkpoint.sources import open_model
 from stagdist.checkpoint.staging import Options
 from stagdist.checkpoint.upcycling import upcycle
-from stagdist.errors import CheckpointError
+from stagdist.errors import CheckpointError, ConfigError
 from tests.checkpoint.synthetic import model_directory, training_checkpoint
 from tests.checkpoint.test_llama_import import save_llama
 
@@ -60,7 +61,13 @@ def test_a_llama_of_transformers_and_a_sequential_run_are_taken(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("model", "layers", "complaint"),
-    [(LLAMA, [2, 3], "has 4 layers"), (LLAMA, [4], "two numbers or more"), ({}, [2, 2], "StagFormer already")],
+    [
+        (LLAMA, [2, 3], "has 4 layers"),
+        (LLAMA, [4], "two numbers or more"),
+        (LLAMA, [4, 0], "each at least 1"),
+        (LLAMA, [5, -1], "each at least 1"),
+        ({}, [2, 2], "StagFormer already"),
+    ],
 )
 def test_what_cannot_be_upcycled_is_refused(
     tmp_path: Path, model: dict[str, Any], layers: list[int], complaint: str
@@ -71,3 +78,23 @@ def test_what_cannot_be_upcycled_is_refused(
     with pytest.raises(CheckpointError, match="model directory"):
         export(source, tmp_path / "new", Options())
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_no_number_is_refused(tmp_path: Path, scale: float) -> None:
+    source = model_directory(tmp_path / "source", LLAMA)
+    with pytest.raises(ConfigError, match=f"--output-scale is {scale}"):
+        upcycle(source, tmp_path / "new", [2, 2], Options(), output_scale=scale)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_tokens_of_a_llama_go_along(tmp_path: Path) -> None:
+    source = model_directory(tmp_path / "source", LLAMA)
+    tokens = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 4}
+    body = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(body | tokens))
+    (source / "generation_config.json").write_text(json.dumps(tokens | {"temperature": 0.6}))
+    folder = upcycle(source, tmp_path / "new", [2, 2], Options(), output_scale=0.0).directory
+    body = json.loads((folder / "config.json").read_text())
+    assert {key: body[key] for key in tokens} == tokens
+    assert json.loads((folder / "generation_config.json").read_text()) == tokens | {"temperature": 0.6}

@@ -191,8 +191,12 @@ def test_a_new_model_starts_by_the_rule() -> None:
 
 def test_both_spellings_of_rotary_parameters_are_read() -> None:
     old = StagFormerConfig(**BASE | {"rope_scaling": LLAMA3, "rope_theta": 7.0})
-    new = StagFormerConfig(**{**BASE, "rope_theta": 3.0, "rope_parameters": LLAMA3 | {"rope_theta": 7.0}})
-    assert old.rope_parameters == new.rope_parameters == LLAMA3 | {"rope_theta": 7.0}
+    bare = {key: value for key, value in BASE.items() if key != "rope_theta"}
+    new = StagFormerConfig(**bare | {"rope_parameters": LLAMA3 | {"rope_theta": 7.0}})
+    oldest = {"type" if key == "rope_type" else key: value for key, value in LLAMA3.items()}
+    untyped = StagFormerConfig(**bare | {"rope_parameters": oldest | {"rope_theta": 7.0}})
+    assert old.rope_parameters == new.rope_parameters == untyped.rope_parameters == LLAMA3 | {"rope_theta": 7.0}
+    assert StagFormerConfig(**BASE | {"rope_scaling": {"type": "default"}}).rope_parameters["rope_type"] == "default"
     assert StagFormerConfig(**BASE).rope_parameters == {"rope_theta": 100.0, "rope_type": "default"}
 
 
@@ -203,6 +207,12 @@ def test_both_spellings_of_rotary_parameters_are_read() -> None:
         ({"attention_bias": True}, "attention_bias False"),
         ({"hidden_act": "gelu"}, "hidden_act 'silu'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"rope_parameters": {"type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3}, "disagree"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, r"rope_theta is 100\.0 and .* 7\.0"),
+        ({"rope_parameters": {"rope_type": "default", "type": "llama3"}}, "type 'llama3'; give one"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "no low_freq_factor"),
+        ({"rope_parameters": "llama3"}, "must be a dictionary"),
         ({"section_layers": [2, 1], "share_section_weights": True}, "needs equal sections"),
         ({"section_layers": []}, "at least one layer"),
         ({"stagger": -1}, "cannot look ahead"),

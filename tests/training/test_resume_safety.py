@@ -1,0 +1,168 @@
+"""What a run refuses to go on from, what it cleans up, and what it proves at its end: on all ranks alike."""
+
+import shutil
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from stagdist.checkpoint.staging import exclusive
+from stagdist.checkpoint.training_directory import checkpoint_name, read_complete, write_complete
+from stagdist.data.tokenizer import load_tokenizer
+from stagdist.errors import StagdistError
+from stagdist.parallel.groups import Groups
+from stagdist.training import export
+from stagdist.training.engine import build_engine
+from stagdist.training.resuming import load_checkpoint, newest_complete, on_this_grid
+from tests.checkpoint.synthetic import complete, file_contents, run_config, training_checkpoint
+from tests.ranks import run_ranks
+from tests.training.parity_cases import Case
+from tests.training.worlds import World
+
+pytestmark = pytest.mark.ranks
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.target,)
+
+
+def _told(action: Callable[[], object]) -> str:
+    """What a person is told; an error that not all ranks raise is marked."""
+    try:
+        return f"done: {action()}"
+    except StagdistError as error:
+        return str(error) if error.everywhere else f"on this rank only: {error}"
+
+
+def _load(folder: Path, groups: Groups) -> object:
+    engine: Any = SimpleNamespace(control=groups.control)  # it is refused before the engine is asked
+    return load_checkpoint(engine, folder, run_config({}))
+
+
+def _fail_inside(checkpoint: Path, groups: Groups) -> None:
+    with on_this_grid(checkpoint, run_config({}), groups) as fitting:
+        assert fitting.parent.name == ".for-2x1x1" and fitting.is_dir()
+        raise ArithmeticError
+
+
+def _hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob(".*"))
+
+
+def scenarios(folder: Path) -> dict[str, Any]:
+    """Everything in one world of two stages."""
+    groups = World(120.0).groups((2, 1, 1))
+    found: dict[str, Any] = {
+        name: _told(partial(_load, folder / name / "checkpoints" / checkpoint_name(7), groups))
+        for name in ("bomb", "empty")
+    }
+    found["unrecorded"] = _told(lambda: newest_complete(folder / "unrecorded" / "checkpoints", groups))
+    other = folder / "other" / "checkpoints" / checkpoint_name(7)
+    with pytest.raises(ArithmeticError):
+        _fail_inside(other, groups)
+    groups_barrier(groups)
+    found["after a failure"] = _hidden(other.parent)
+    groups_barrier(groups)
+    if groups.place.pipe == 0:
+        with exclusive(other.parent / ".for-a-grid.lock", "busy"):
+            found["busy"] = _told(lambda: _fail_inside(other, groups))
+    else:
+        found["busy"] = _told(lambda: _fail_inside(other, groups))
+    fits = folder / "fits" / "checkpoints" / checkpoint_name(7)
+    with on_this_grid(fits, run_config({}), groups) as fitting:
+        assert fitting == fits
+    groups_barrier(groups)
+    found["leftover"] = _hidden(fits.parent)
+    return found | _exports(folder, groups)
+
+
+def groups_barrier(groups: Groups) -> None:
+    """Wait for each other."""
+    torch.distributed.barrier(group=groups.control)
+
+
+def _exports(folder: Path, groups: Groups) -> dict[str, Any]:
+    config = Case("stages", {}, (2, 1, 1)).config()
+    engine, tokenizer = build_engine(config, groups), load_tokenizer("bytes")
+
+    def leave(directory: Path) -> str:
+        said = _told(lambda: export.export_model(engine.module, groups, config.model, tokenizer, directory))
+        groups_barrier(groups)
+        return said
+
+    found: dict[str, Any] = {"export": leave(folder / "models" / "model")}
+    before = file_contents(folder / "models" / "model")
+    with patch.object(export.ModelSource, "weight", lambda _, spec: torch.zeros(spec.shape)):
+        found["export read back wrong"] = leave(folder / "models" / "model")
+    found["export over something else"] = leave(folder / "models" / "thesis")
+    found["kept"] = file_contents(folder / "models" / "model") == before and _hidden(folder / "models") == []
+    return found
+
+
+def _edit_state(folder: Path, rank: int, change: Callable[[Any], Any]) -> None:
+    path = folder / f"mp_rank_{rank:02d}_model_states.pt"
+    torch.save(change(torch.load(path)), path)
+    complete(folder)
+
+
+@cache
+def launched(folder: Path) -> list[dict[str, Any]]:
+    """What both ranks saw."""
+    _edit_state(training_checkpoint(folder / "bomb", {}, (2, 1, 1)), 1, lambda one: one | {"x": Bomb(folder / "ran")})
+    _edit_state(training_checkpoint(folder / "empty", {}, (2, 1, 1)), 0, lambda _: {})
+    unrecorded = training_checkpoint(folder / "unrecorded", {}, (2, 1, 1))
+    records = read_complete(unrecorded)
+    del records["mp_rank_01_model_states.pt"]
+    write_complete(unrecorded, records)
+    training_checkpoint(folder / "other", {}, (1, 1, 1))
+    fits = training_checkpoint(folder / "fits", {}, (2, 1, 1))
+    for checkpoints in (fits.parent, folder / "other" / "checkpoints"):
+        shutil.copytree(fits, checkpoints / ".for-8x8x8" / fits.name)
+    (folder / "models" / "thesis").mkdir(parents=True)
+    (folder / "models" / "thesis" / "chapter.txt").write_text("years of work")
+    return run_ranks("tests.training.test_resume_safety:scenarios", 2, folder, timeout_s=150)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of the one launch."""
+    return launched(tmp_path_factory.mktemp("safety"))
+
+
+def told(reports: list[dict[str, Any]], scenario: str) -> str:
+    """What both ranks say alike."""
+    assert reports[0][scenario] == reports[1][scenario]
+    return str(reports[0][scenario])
+
+
+def test_a_file_that_will_not_do_is_refused_on_all_ranks_before_they_load_together(
+    reports: list[dict[str, Any]],
+) -> None:
+    assert "mp_rank_01_model_states.pt would run pathlib.Path" in told(reports, "bomb")
+    assert "--trust-pickle" in told(reports, "bomb")
+    assert "mp_rank_00_model_states.pt lacks two dictionaries of shapes" in told(reports, "empty")
+    assert told(reports, "unrecorded").startswith("none of the 1 checkpoints in ")
+
+
+def test_copies_for_a_grid_go_whatever_happens(reports: list[dict[str, Any]]) -> None:
+    assert told(reports, "after a failure") == "[]"
+    assert "another run is converting a checkpoint in " in told(reports, "busy")
+    assert told(reports, "leftover") == "[]"
+
+
+def test_the_model_of_a_run_is_read_back_and_replaces_only_its_like(reports: list[dict[str, Any]]) -> None:
+    assert told(reports, "export") == "done: None"
+    assert "is read back from" in told(reports, "export read back wrong")
+    assert "thesis will not be overwritten" in told(reports, "export over something else")
+    assert told(reports, "kept") == "True"
