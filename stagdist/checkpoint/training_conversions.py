@@ -178,8 +178,8 @@ def _write_training(
         require_same(written, source, options.track)
         if function is not None:
             proved = prove_logits(function, written, any_text_ids(function, options.tokenizer))
-        found = {*checkpoint_files(staged), *records}
-        if odd := sorted(found ^ expected_files(config, state.grid)):
+        expected = expected_files(config, state.grid)
+        if odd := sorted((expected ^ set(checkpoint_files(staged))) | (expected ^ set(records))):
             raise CheckpointError(f"{final}: {odd[0]} should not have been written, or is missing; convert it again")
         write_complete(staged, records)
         put_in_place(staged, final.resolve())
