@@ -16,13 +16,18 @@ CORPUS ?=
 PYTEST_ARGS ?=
 FAULTS ?=
 LAUNCHERS ?=
+FRESH ?=
+HOSTS ?=
+SLOTS ?=
+SPARES ?=
+SHARED ?=
 
 # The first interpreter found that stagdist runs on; PYTHON=/path/to/python chooses another.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for candidate in python3 python3.12 python3.11; do \
 	"$$candidate" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$candidate"; break; }; done)
 
-.PHONY: help install quickstart test lint reshard-matrix lab faults clean
+.PHONY: help install quickstart test lint reshard-matrix lab lab-matrix faults clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -58,11 +63,11 @@ lint: $(STAMP) ## Ruff and mypy
 	$(BIN)/mypy
 
 # One thread per process: several ranks share the cores, and sums keep one order. No test may reach for the network.
-test: export OMP_NUM_THREADS := 1
-test: export HF_HUB_OFFLINE := 1
-test: export TOKENIZERS_PARALLELISM := false
-test: export WANDB_MODE := offline
-test: export MPLBACKEND := Agg
+test lab-matrix: export OMP_NUM_THREADS := 1
+test lab-matrix: export HF_HUB_OFFLINE := 1
+test lab-matrix: export TOKENIZERS_PARALLELISM := false
+test lab-matrix: export WANDB_MODE := offline
+test lab-matrix: export MPLBACKEND := Agg
 test: lint ## Lint and the whole test suite (PYTEST_ARGS="-k name" narrows it)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -74,10 +79,14 @@ reshard-matrix: $(STAMP) ## Train on every grid, convert to every other, compare
 faults: export OMP_NUM_THREADS := 1
 faults: $(STAMP) ## Plant every fault under every launcher in the lab (root; FAULTS="..." LAUNCHERS="..." narrow it)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.lab.fault_report $(if $(FAULTS),--faults $(FAULTS)) \
-		$(if $(LAUNCHERS),--launchers $(LAUNCHERS)) --output benchmarks/faults.json
+		$(if $(LAUNCHERS),--launchers $(LAUNCHERS)) $(if $(FRESH),--fresh) --output benchmarks/faults.json
 
-lab: $(STAMP) ## Bring up two hosts on this machine (root), and tell how to use them
-	@$(BIN)/python -m tests.lab.hosts up
+lab: $(STAMP) ## Bring up two hosts on this machine (root; HOSTS= SLOTS= SPARES= SHARED=), and tell how to use them
+	@$(BIN)/python -m tests.lab.hosts up $(if $(HOSTS),--hosts $(HOSTS)) $(if $(SLOTS),--slots $(SLOTS)) \
+		$(if $(SPARES),--spares $(SPARES)) $(if $(SHARED),--shared $(SHARED))
+
+lab-matrix: $(STAMP) ## The tests of several hosts with every launcher on every grid (root; `make test` runs a part)
+	PATH="$(CURDIR)/$(BIN):$$PATH" LAB=all $(BIN)/python -m pytest tests/lab $(PYTEST_ARGS)
 
 clean: ## Remove .venv and caches; runs/ is kept
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -9,7 +9,7 @@ import pytest
 
 from stagdist.data.prepare import prepare
 from stagdist.data.tokenizer import byte_tokenizer
-from tests.lab.faults import supervised_config
+from tests.lab.drill import supervised_config
 from tests.lab.hosts import Lab
 from tests.lab.launching import GRIDS, run_config
 from tests.lab.wiring import obstacle, sweep

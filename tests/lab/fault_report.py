@@ -2,39 +2,67 @@
 
 import argparse
 import json
-import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stagdist.bench.conditions import conditions
+from stagdist.bench.conditions import commit, conditions
 from stagdist.data.prepare import prepare
 from stagdist.data.tokenizer import byte_tokenizer
-from tests.lab.faults import FAULTS, INTERVAL, LAUNCHERS, STEPS, Drill, supervised_config
+from tests.lab.drill import INTERVAL, NEXT_STEP_S, STEPS, Drill, supervised_config
+from tests.lab.faults import FAULTS, LAUNCHERS, Fault
 from tests.lab.hosts import Lab
-from tests.lab.soak import SOAK_STEPS, soak
+from tests.lab.soak import STEPS_PER_FAULT, is_sound, soak
 from tests.lab.supervised import HANG_TIMEOUT_S, HOST_TIMEOUT_S
 from tests.lab.wiring import obstacle, sweep
 from tests.launch.runs import launch, losses
 
-COLUMNS = (
-    "fault", "launcher", "expected", "noticed_s", "next_step_s", "lost_steps", "orphans", "losses_equal", "stopped_s",
-    "exit_code",
-)  # fmt: skip
+SOAK = "soak"
+NAMES = [fault.name for fault in FAULTS]
+RANKS = {"pipe2": 2, "pipe2_data2": 4}
+SETTING = {
+    "benchmark": "faults",
+    "hang_timeout_s": HANG_TIMEOUT_S,
+    "host_timeout_s": HOST_TIMEOUT_S,
+    "steps": STEPS,
+    "checkpoint_interval_steps": INTERVAL,
+}
+MEASURED = ("noticed_s", "next_step_s", "lost_steps", "newest_complete", "resumed_step", "orphans", "losses_equal",
+            "stopped_s", "exit_code")  # fmt: skip
+COLUMNS = ("fault", "launcher", "expected", *MEASURED, "wall_s")
+LONGEST_TEXT = 2000
 
 
 class Report:
-    """The file that grows entry by entry, so that a stopped report goes on where it was."""
+    """The file that grows entry by entry, so that a stopped report goes on where it was.
 
-    def __init__(self, path: Path, fresh: bool):
+    Args:
+        path: JSON; the table goes beside it. One that was measured in another setting is begun anew.
+    """
+
+    def __init__(self, path: Path):
         self._path = path
-        self.body: dict[str, Any] = {"entries": [], "soak": None}
-        if path.exists() and not fresh:
-            self.body = json.loads(path.read_text())
+        self.body: dict[str, Any] = {"entries": [], SOAK: None, "preparing_s": 0.0}
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if SETTING.items() <= known.items():
+            self.body |= known
+
+    def forget(self, faults: Collection[str], launchers: Collection[str]) -> None:
+        """Drop entries, the soak too where it is among them, so that they are measured anew."""
+        self.body["entries"] = [
+            entry
+            for entry in self.body["entries"]
+            if entry["fault"] not in faults or entry["launcher"] not in launchers
+        ]
+        if SOAK in faults:
+            self.body[SOAK] = None
+        if not self.body["entries"] and self.body[SOAK] is None:
+            self.body["preparing_s"] = 0.0
+        self.save()
 
     def has(self, fault: str, launcher: str) -> bool:
         """Whether this entry is there already, and was well."""
@@ -45,21 +73,19 @@ class Report:
         """Add an entry in place of one of the same fault and launcher."""
         place = (entry["fault"], entry["launcher"])
         kept = [other for other in self.body["entries"] if (other["fault"], other["launcher"]) != place]
-        order = [fault.name for fault in FAULTS]
-        self.body["entries"] = sorted([*kept, dict(entry)], key=lambda one: order.index(one["fault"]))
+        entries = [one for one in [*kept, dict(entry)] if one["fault"] in NAMES]
+        entries.sort(key=lambda one: (NAMES.index(one["fault"]), LAUNCHERS.index(one["launcher"])))
+        self.body["entries"] = entries
         self.save()
 
     def save(self) -> None:
         """Write JSON and table."""
-        self.body |= conditions(None, 0) | {
-            "benchmark": "faults",
-            "hang_timeout_s": HANG_TIMEOUT_S,
-            "host_timeout_s": HOST_TIMEOUT_S,
-            "steps": STEPS,
-            "checkpoint_interval_steps": INTERVAL,
-        }
-        self._path.write_text(json.dumps(self.body, indent=1) + "\n")
-        self._path.with_suffix(".md").write_text(markdown(self.body))
+        body = self.body
+        measured = [*body["entries"], *([body[SOAK]] if body[SOAK] else [])]
+        wall_s = body["preparing_s"] + sum(one["wall_s"] for one in measured)
+        body |= conditions(None, 0) | SETTING | {"wall_s": round(wall_s, 1)}
+        self._path.write_text(json.dumps(body, indent=1) + "\n")
+        self._path.with_suffix(".md").write_text(markdown(body))
 
 
 def markdown(body: Mapping[str, Any]) -> str:
@@ -69,12 +95,14 @@ def markdown(body: Mapping[str, Any]) -> str:
         "",
         "Made by `make faults`: a supervised run over hosts in network namespaces of one machine "
         f"({body['hardware']}), {body['steps']} steps, a checkpoint every {body['checkpoint_interval_steps']} steps, "
-        f"`--hang-timeout-s {body['hang_timeout_s']:g}`, `--host-timeout-s {body['host_timeout_s']:g}`.",
+        f"`--hang-timeout-s {body['hang_timeout_s']:g}`, `--host-timeout-s {body['host_timeout_s']:g}` (15 where a "
+        f"link comes back). The whole took {body['wall_s'] / 60:.0f} minutes.{commits(body)}",
         "",
         "`noticed_s` counts from the fault, `next_step_s` from noticing, `stopped_s` from the fault to the end of the "
-        "supervisor. A run that stopped was started again by the same command after its cause had been mended; "
-        "`losses_equal` compares all its losses with those of an undisturbed run, bit by bit (within 1e-5 with fewer "
-        "replicas).",
+        "supervisor. `newest_complete` is the step of the newest whole checkpoint when the fault was planted, "
+        "`resumed_step` the one from which the run went on, never before it: a save in flight may be whole by then. A "
+        "run that stopped was started again by the same command after its cause had been mended; `losses_equal` "
+        "compares all its losses with those of an undisturbed run, bit by bit (within 1e-5 with fewer replicas).",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
@@ -82,10 +110,32 @@ def markdown(body: Mapping[str, Any]) -> str:
     for entry in body["entries"]:
         cells = ["" if entry[column] is None else str(entry[column]) for column in COLUMNS]
         lines.append("| " + " | ".join(cells) + " |")
-    if body["soak"]:
-        shown = {key: value for key, value in body["soak"].items() if key not in ("each", "hung_how")}
+    if failed := [entry for entry in body["entries"] if not entry["ok"]]:
+        lines += ["", "## Not as expected", ""]
+        lines += [f"- {one['fault']}, {one['launcher']}: {first_line('; '.join(one['problems']))}" for one in failed]
+    if body[SOAK]:
+        shown = {key: value for key, value in body[SOAK].items() if key not in ("each", "hung_how")}
         lines += ["", "## Soak", "", *(f"- {key}: {json.dumps(value)}" for key, value in shown.items())]
     return "\n".join(lines) + "\n"
+
+
+def commits(body: Mapping[str, Any]) -> str:
+    """A sentence on what code the entries were measured with, where it was not the same for all."""
+    entries: dict[str, list[str]] = {}
+    for entry in body["entries"]:
+        entries.setdefault(str(entry["commit"]), []).append(f"{entry['fault']} ({entry['launcher']})")
+    if body[SOAK]:
+        entries.setdefault(str(body[SOAK]["commit"]), []).append("the soak")
+    if len(entries) < 2:
+        return ""
+    most, *others = sorted(entries, key=lambda one: -len(entries[one]))
+    told = "; ".join(f"`{one[:8]}`: {', '.join(entries[one])}" for one in others)
+    return f" Measured with commit `{most[:8]}`, except {told}."
+
+
+def first_line(text: str) -> str:
+    """Of a text that may be a whole output."""
+    return next(iter(text.splitlines()), "")
 
 
 def reference(base: Path, corpus: Path, grid: str, ranks: int, steps: int) -> dict[int, float]:
@@ -97,17 +147,55 @@ def reference(base: Path, corpus: Path, grid: str, ranks: int, steps: int) -> di
     return losses(folder, "run")
 
 
+def measured(fault: Fault, launcher: str, base: Path, corpus: Path, references: Any) -> dict[str, Any]:
+    """An entry, also where something went wrong that nobody has thought of: the report goes on."""
+    started = time.monotonic()
+    entry: dict[str, Any] = {"fault": fault.name, "launcher": launcher, "expected": fault.expected}
+    try:
+        with Lab(2, shared=[base]) as lab:
+            entry = Drill(lab, fault, launcher, base, corpus, references).measure()
+        if (entry["next_step_s"] or 0) > NEXT_STEP_S:
+            entry["problems"].append(f"next step after {entry['next_step_s']} s")
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        entry |= dict.fromkeys(MEASURED) | {"problems": [text[:LONGEST_TEXT]]}
+    entry |= {"ok": not entry["problems"], "commit": commit(), "wall_s": round(time.monotonic() - started, 1)}
+    print(f"{'ok  ' if entry['ok'] else 'FAIL'} {entry['wall_s']:4.0f} s {entry}", flush=True)
+    return entry
+
+
+def measured_soak(base: Path, corpus: Path, number: int, seed: int) -> dict[str, Any]:
+    """The summary of the soak."""
+    started = time.monotonic()
+    undisturbed = reference(base, corpus, "pipe2", RANKS["pipe2"], STEPS_PER_FAULT * number)
+    with Lab(2, shared=[base]) as lab:
+        found = soak(lab, base, corpus, undisturbed, number, seed)
+    return found | {"commit": commit(), "wall_s": round(time.monotonic() - started, 1)}
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.lab.fault_report", description=__doc__)
-    names = [fault.name for fault in FAULTS] + ["soak"]
+    names = [*NAMES, SOAK]
     parser.add_argument("--faults", nargs="*", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--launchers", nargs="*", choices=LAUNCHERS, default=LAUNCHERS, help="default: all")
     parser.add_argument("--soak-faults", type=int, default=30, metavar="N", help="faults of the soak (default 30)")
     parser.add_argument("--seed", type=int, default=0, help="of the soak's draw")
-    parser.add_argument("--fresh", action="store_true", help="measure also what the report has already")
+    parser.add_argument("--fresh", action="store_true", help="measure anew what the report has of these already")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/faults.json"), metavar="FILE")
     return parser.parse_args()
+
+
+def measure_missing(report: Report, wanted: Iterable[tuple[Fault, str]], base: Path, corpus: Path) -> None:
+    """Every entry that the report lacks, and what it is compared with."""
+    missing = [(fault, launcher) for fault, launcher in wanted if not report.has(fault.name, launcher)]
+    started = time.monotonic()
+    references = {
+        grid: reference(base, corpus, grid, RANKS[grid], STEPS) for grid in {fault.grid for fault, _ in missing}
+    }
+    report.body["preparing_s"] += round(time.monotonic() - started, 1)
+    for fault, launcher in missing:
+        report.put(measured(fault, launcher, base, corpus, references))
 
 
 def main() -> int:
@@ -117,40 +205,24 @@ def main() -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     sweep()
-    report = Report(arguments.output, arguments.fresh)
+    report = Report(arguments.output)
+    if arguments.fresh:
+        report.forget(arguments.faults, arguments.launchers)
+    wanted = [(fault, one) for fault in FAULTS if fault.name in arguments.faults for one in arguments.launchers]
     with tempfile.TemporaryDirectory(prefix="stagdist-faults-") as name:
         base = Path(name)
         library = Path(sysconfig.get_paths()["stdlib"])
         corpus = base / "stdlib"
         prepare([str(path) for path in sorted(library.glob("*.py"))[:40]], str(corpus), byte_tokenizer())
-        references = {
-            grid: reference(base, corpus, grid, ranks, STEPS) for grid, ranks in (("pipe2", 2), ("pipe2_data2", 4))
-        }
-        for fault in (fault for fault in FAULTS if fault.name in arguments.faults):
-            for launcher in arguments.launchers:
-                if report.has(fault.name, launcher):
-                    continue
-                started = time.monotonic()
-                with Lab(2, shared=[base]) as lab:
-                    entry = Drill(lab, fault, launcher, base, corpus, references).measure()
-                print(f"{'ok  ' if entry['ok'] else 'FAIL'} {time.monotonic() - started:4.0f} s {entry}", flush=True)
-                report.put(entry)
-        if "soak" in arguments.faults and (report.body["soak"] is None or arguments.fresh):
-            undisturbed = reference(base, corpus, "pipe2", 2, SOAK_STEPS)
-            with Lab(2, shared=[base]) as lab:
-                report.body["soak"] = soak(lab, base, corpus, undisturbed, arguments.soak_faults, arguments.seed)
+        measure_missing(report, wanted, base, corpus)
+        found = report.body[SOAK]
+        if SOAK in arguments.faults and (found is None or not is_sound(found)):
+            report.body[SOAK] = measured_soak(base, corpus, arguments.soak_faults, arguments.seed)
             report.save()
-    entries = report.body["entries"]
+    entries, found = report.body["entries"], report.body[SOAK]
     print(f"{sum(entry['ok'] for entry in entries)} of {len(entries)} entries are as expected: {arguments.output}")
-    found = report.body["soak"]
-    sound = found is None or (
-        found["losses_equal"] and not (found["hung"] or found["orphans"] or found["checkpoints_lost"])
-    )
-    return 0 if all(entry["ok"] for entry in entries) and sound else 1
+    return 0 if all(entry["ok"] for entry in entries) and (found is None or is_sound(found)) else 1
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except subprocess.SubprocessError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())

@@ -23,6 +23,7 @@ class HostProcess:
         command: its words.
         environment: variables it was started with.
         identity: the same process seen from outside the host.
+        parent_outside: number of the parent, seen from outside.
     """
 
     host: str
@@ -30,16 +31,12 @@ class HostProcess:
     command: tuple[str, ...]
     environment: dict[str, str]
     identity: ProcessId
+    parent_outside: int
 
     @property
     def rank(self) -> int | None:
         """Global rank, if a launcher gave it one."""
         return next((int(self.environment[name]) for name in RANK_VARIABLES if name in self.environment), None)
-
-    @property
-    def parent_outside(self) -> int:
-        """Number of the parent, seen from outside."""
-        return int(stat_fields(self.identity.pid)[1])
 
     @property
     def state(self) -> str:
@@ -79,7 +76,8 @@ def _read(host: str, entry: Path) -> HostProcess | None:
     variables = entry.joinpath("environ").read_bytes().decode(errors="replace").split("\0")
     environment = dict(one.split("=", 1) for one in variables if "=" in one)
     numbers = next(line for line in entry.joinpath("status").read_text().splitlines() if line.startswith("NSpid:"))
-    return HostProcess(host, int(numbers.split()[-1]), command, environment, identity)
+    parent = int(stat_fields(identity.pid)[1])
+    return HostProcess(host, int(numbers.split()[-1]), command, environment, identity, parent)
 
 
 def _is_ssh_server(process: HostProcess) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import struct
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -90,6 +91,25 @@ class Supervised:
         self.wait_until(lambda: len(self.events(kind)) >= number, f"event {kind}", timeout_s)
         return self.events(kind)[number - 1]
 
+    def wait_until_it_trains(self) -> int:
+        """The first step that the newest attempt has done, once it has."""
+        self.wait_until(lambda: self._first_step() is not None, "step of the newest attempt", 120.0)
+        step = self._first_step()
+        assert step is not None
+        return step
+
+    def _first_step(self) -> int | None:
+        known = None
+        for event in self.events():
+            if event["event"] in ("start", "step"):
+                known = event.get("step")  # a start has none
+        return known
+
+    def newest_checkpoint(self) -> int:
+        """Step of the newest checkpoint whose files have the sizes that its marker tells; 0 without one."""
+        markers = (self.run / "checkpoints").glob("step_*/complete.json")
+        return max((int(one.parent.name.removeprefix("step_")) for one in markers if _is_whole(one)), default=0)
+
     def wait_until(self, condition: Any, what: str, timeout_s: float) -> None:
         """Return when something is so; fail with the output when it takes too long or the run has ended."""
         deadline = time.monotonic() + timeout_s
@@ -105,9 +125,20 @@ class Supervised:
         pids = {one.identity.pid for one in found}
         return {one.rank: one for one in found if one.parent_outside not in pids and one.rank is not None}
 
+    def wait_for_script(self, rank: int, timeout_s: float = 60.0) -> HostProcess:
+        """The training process of a rank, once it is there."""
+        found: dict[int, HostProcess] = {}
+
+        def there() -> bool:
+            found.update(self.scripts())
+            return rank in found
+
+        self.wait_until(there, f"process of rank {rank}", timeout_s)
+        return found[rank]
+
     def signal_script(self, rank: int, number: int) -> None:
-        """Send a signal to a training process."""
-        self.scripts()[rank].signal(number)
+        """Send a signal to a training process, once it is there."""
+        self.wait_for_script(rank).signal(number)
 
     def signal_supervisor(self, number: int) -> None:
         """Send a signal to the supervisor alone."""
@@ -121,6 +152,20 @@ class Supervised:
                 break
             time.sleep(0.1)
         return left
+
+
+def _is_whole(marker: Path) -> bool:
+    try:
+        files = json.loads(marker.read_text())["files"]
+        return all((marker.parent / name).stat().st_size == record["size"] for name, record in files.items())
+    except FileNotFoundError:  # it was pruned meanwhile, or a file is missing
+        return False
+
+
+def signs_of_life(script: HostProcess) -> int:
+    """How many a training process has given so far: the first number of the file that its agent reads."""
+    path = Path(f"/proc/{script.identity.pid}/root{script.environment[PULSE_FILE]}")
+    return int(struct.unpack_from("=q", path.read_bytes())[0])
 
 
 KILL, STOP, TERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.faults import FAULTS, Drill, problems, supervised_config
+from tests.lab.drill import Drill, problems, supervised_config
+from tests.lab.faults import FAULTS
 from tests.lab.hosts import Lab
-from tests.lab.supervised import Supervised
+from tests.lab.supervised import TERM, Supervised
 
 pytestmark = pytest.mark.lab
 NAMED = {fault.name: fault for fault in FAULTS}
@@ -43,17 +44,23 @@ def test_secrets_are_seen_nowhere_values_run_nothing_and_sockets_listen_where_th
 ) -> None:
     variables = {"WANDB_API_KEY": SECRET, "WANDB_NOTES": NASTY, "PYTHONDONTWRITEBYTECODE": "1", "NCCL_NASTY": NASTY}
     run = Supervised(clean_lab, tmp_path, options=("--max-restarts", "0"), variables=variables)
-    run.start(supervised_config(lab_corpus, "pipe2"))
+    run.start(supervised_config(lab_corpus, "pipe2", steps=3000))
     run.wait_for_step(5)
-    for script in run.scripts().values():
+    scripts = run.scripts()
+    assert sorted(scripts) == [0, 1]
+    for script in scripts.values():
         assert script.environment["WANDB_API_KEY"] == SECRET, "it reaches the ranks"
         assert script.environment["WANDB_NOTES"] == NASTY and script.environment["NCCL_NASTY"] == NASTY
     for process in clean_lab.processes():
         assert SECRET not in " ".join(process.command)
     for host in clean_lab.hosts:
-        for address in listening(clean_lab, host):
+        addresses = listening(clean_lab, host)
+        assert addresses or host not in run.hosts, f"nothing listens on {host}, where ranks run"
+        for address in addresses:
             assert address.is_loopback or str(address) == clean_lab.address(host), f"{host} listens on {address}"
-    assert run.call.wait(120) == 0, run.call.text()
+    assert run.call.poll() is None and sorted(run.scripts()) == [0, 1], "it was looked at while it ran"
+    run.signal_supervisor(TERM)
+    assert run.call.wait(120) == 128 + TERM, run.call.text()
     assert not Path("/var/tmp/stagdist-hit").exists()
     readable = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     assert readable == [], "what held it is gone"
