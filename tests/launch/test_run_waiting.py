@@ -16,7 +16,11 @@ def test_a_signal_ends_the_wait_for_a_host_that_never_answered(tmp_path: Path) -
     (tmp_path / "script.py").write_text("")
     words = [*ON_HOSTS, "--host-wait-s", "200", "--", "script.py"]
     with subprocess.Popen(
-        [sys.executable, str(RUN), *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(RUN), *words],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     ) as process:
         assert process.stderr is not None
         try:
