@@ -1,6 +1,7 @@
 """Signs of life reach a watcher in another process, whole and with their age."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,7 +72,8 @@ def test_a_rank_with_a_pulse_shows_its_stacks_on_a_signal_and_goes_on(tmp_path: 
         assert process.stdout.readline() == "done\n" and reader.read().count
         process.send_signal(DUMP_SIGNAL)
         stack = [process.stderr.readline().rstrip("\n") for _ in range(2)]
-        assert "most recent call first" in stack[0] and 'File "<string>", line 11' in stack[1]
+        # It may not have come from the line that prints to the one that sleeps.
+        assert "most recent call first" in stack[0] and re.match(r'  File "<string>", line 1[01] in', stack[1]), stack
         assert process.poll() is None
         process.send_signal(signal.SIGKILL)
     assert stack_lines(["step 7/9  loss 2.3", *stack, "saved", "File a.txt"]) == stack
