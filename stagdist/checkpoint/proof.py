@@ -50,17 +50,22 @@ def text_ids(tokenizer: Tokenizer, model: ModelConfig, text: str = TEXT) -> Tens
 
 
 def any_text_ids(source: WeightSource, tokenizer: str | None) -> Tensor:
-    """Tokens of the text; where the source has no tokenizer, its bytes: any tokens show that two models are one.
-
-    Shapes: int64 [1, S].
-    """
+    """Tokens of the text; where the source has no tokenizer, any. Shapes: int64 [1, S]."""
     try:
         return text_ids(source_tokenizer(source, tokenizer), source.model)
     except CheckpointError:
         if tokenizer is not None:
             raise
-    length = min(MAX_TOKENS, source.model.max_position_embeddings)
-    return torch.tensor([[byte % source.model.vocab_size for byte in TEXT.encode()[:length]]])
+    return any_ids(source.model)
+
+
+def any_ids(model: ModelConfig) -> Tensor:
+    """Tokens that need no tokenizer, the bytes of the text: any tokens show that two models are one.
+
+    Shapes: int64 [1, S].
+    """
+    length = min(MAX_TOKENS, model.max_position_embeddings)
+    return torch.tensor([[byte % model.vocab_size for byte in TEXT.encode()[:length]]])
 
 
 def reader(source: WeightSource) -> Read:

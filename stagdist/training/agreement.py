@@ -3,18 +3,22 @@
 import signal
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from enum import IntEnum
 from types import FrameType
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from stagdist.config import CheckpointConfig, TrainingConfig
-from stagdist.errors import StagdistError
+from stagdist.errors import CheckpointError, StagdistError
 
 Result = TypeVar("Result")
+
+_MEETING_S = 0.5
+"""Seconds between two meetings of the ranks while one of them works and the others wait."""
 
 
 class Writing(IntEnum):
@@ -124,14 +128,43 @@ def on_every_rank(
     try:
         result = action()
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        failure = f"rank {dist.get_rank()}: {where}{error.strerror or error}"
+        failure = f"rank {dist.get_rank()}: {_said(error)}"
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure, group=control)
     first = next((found for found in failures if found is not None), None)
     if first is not None:
         raise shared(explain(first))
     return cast(Result, result)  # set, since the action did not fail
+
+
+def while_others_wait(control: dist.ProcessGroup, action: Callable[[], None]) -> None:
+    """Rank 0 acts, however long it takes: the ranks meet all the while, so no collective runs into its limit.
+
+    Raises:
+        CheckpointError: on every rank, with what a person can mend.
+    """
+    outcome: list[Any] = [None]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(action) if dist.get_rank() == 0 else None
+        while outcome[0] is None:
+            if running is not None:
+                wait([running], timeout=_MEETING_S)
+                if running.done():
+                    error = running.exception()
+                    if error is not None and not isinstance(error, StagdistError | OSError):
+                        raise error
+                    outcome[0] = "" if error is None else _said(error)
+            dist.broadcast_object_list(outcome, src=0, group=control)
+    if outcome[0]:
+        raise CheckpointError(outcome[0])
+
+
+def _said(error: BaseException) -> str:
+    """What happened, in a person's words."""
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
 
 
 def shared(error: StagdistError) -> StagdistError:

@@ -1,12 +1,14 @@
 """Start of the process groups for training, with DeepSpeed on board."""
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor
 
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import Groups, build_groups, set_default_timeout
@@ -46,6 +48,30 @@ def _check_rank_order(grid: Grid) -> None:
         assert (theirs.pipe, theirs.data, theirs.model) == (ours.pipe, ours.data, ours.tensor), (
             f"rank {rank}: ours {ours}, DeepSpeed's {theirs}"
         )
+
+
+def bring_to_first(
+    control: dist.ProcessGroup, owner: int, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """A rank's tensor on rank 0's CPU, over the control group; called on every rank.
+
+    Args:
+        owner: global rank that has it and gives it as `tensor`; the others may give None.
+
+    Returns:
+        The tensor on rank 0; on its owner too, an empty one elsewhere.
+    """
+    if dist.get_rank() == owner:
+        assert tensor is not None
+        found = tensor.cpu().contiguous()
+        if owner != 0:
+            dist.send(found, 0, group=control)
+        return found
+    if dist.get_rank() == 0:
+        found = torch.empty(tuple(shape), dtype=dtype)
+        dist.recv(found, owner, group=control)
+        return found
+    return torch.empty(0)
 
 
 def stop_distributed() -> None:

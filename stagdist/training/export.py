@@ -1,5 +1,6 @@
-"""The end of a run: the trained weights as a model directory, read back before it gets its name."""
+"""The end of a run: the trained weights as a model directory, proved before it gets its name."""
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,31 +10,43 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagdist.checkpoint.model_directory import ModelDirectoryWriter
+from stagdist.checkpoint.proof import any_ids, plain_logits, reader, text_ids
 from stagdist.checkpoint.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.sources import ModelSource
 from stagdist.checkpoint.staging import Options, put_in_place, staged_folder
-from stagdist.config import ModelConfig
+from stagdist.config import ModelConfig, RunConfig
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import CheckpointError, StagdistError
 from stagdist.parallel.groups import Groups
 from stagdist.parallel.layout import ParameterSpec, model_parameters, stage_layout
-from stagdist.training.agreement import on_every_rank
-from stagdist.training.pipeline import SectionPipeline
+from stagdist.training.agreement import on_every_rank, shared, while_others_wait
+from stagdist.training.distributed import bring_to_first
+from stagdist.training.engine import SectionEngine
+from stagdist.training.engine_logits import engine_logits
+
+LOG = logging.getLogger(__name__)
+
+LOGIT_LIMITS = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
+"""What the precision of training may make of logits, as a share of their size; of another model all of it is off."""
 
 
 def export_model(
-    module: SectionPipeline, groups: Groups, model: ModelConfig, tokenizer: Tokenizer, directory: Path
+    engine: SectionEngine, groups: Groups, config: RunConfig, tokenizer: Tokenizer, directory: Path
 ) -> None:
-    """Gather the weights tensor by tensor to rank 0, which writes them aside, reads them back, and only then gives
-    them their name. Called on every rank.
+    """Gather the weights tensor by tensor to rank 0, which writes them aside, proves them, and only then gives them
+    their name. Called on every rank.
+
+    Proved are every tensor, read back, and the logits: those of the written directory by a plain forward pass are
+    those of the engine that trained it, on some real text, as far as the engine's precision goes.
 
     The model directory of an earlier end of the run is replaced; nothing else is.
 
     Raises:
-        CheckpointError: on every rank, when rank 0 could not write, or read back something else; nothing is left
-            behind, and what was there before stays.
+        CheckpointError: on every rank, when rank 0 could not write, or the directory holds something else; nothing is
+            left behind, and what was there before stays.
     """
-    parameters = {name: parameter.detach() for name, parameter in module.canonical_parameters().items()}
+    model = config.model
+    parameters = {name: parameter.detach() for name, parameter in engine.module.canonical_parameters().items()}
     dtype = next(iter(parameters.values())).dtype
     with ExitStack() as held:
         export: _Export | None = None
@@ -50,7 +63,20 @@ def export_model(
             tensor = _gather(spec, parameters, groups, model)
             if export is not None:
                 export.add(spec, tensor)
-        on_every_rank(groups.control, _told(lambda: None if export is None else export.finish()), _failed)
+        input_ids = _proof_ids(tokenizer, model)[:, : config.sequence_length]
+        logits = engine_logits(engine, groups, config, input_ids)
+        try:
+            while_others_wait(groups.control, lambda: None if export is None else export.finish(input_ids, logits))
+        except CheckpointError as error:
+            raise shared(_failed(f"rank 0: {error}")) from error
+
+
+def _proof_ids(tokenizer: Tokenizer, model: ModelConfig) -> Tensor:
+    """Some real text; bytes where the tokenizer knows no word of it. Shapes: int64 [1, S]."""
+    try:
+        return text_ids(tokenizer, model)
+    except CheckpointError:
+        return any_ids(model)
 
 
 def _failed(reason: str) -> CheckpointError:
@@ -98,11 +124,14 @@ class _Export:
         except OSError as error:
             self._failure = error
 
-    def finish(self) -> None:
-        """Complete the directory, compare every tensor in it with what the ranks gave, and give it its name.
+    def finish(self, input_ids: Tensor, logits: Tensor) -> None:
+        """Complete the directory, compare it with what the ranks gave, and give it its name.
+
+        Args:
+            logits: the engine's for `input_ids`.
 
         Raises:
-            OSError, CheckpointError: it could not be written, or holds something else.
+            OSError, CheckpointError: it could not be written, or is another model.
         """
         if self._failure is not None:
             raise self._failure
@@ -114,7 +143,23 @@ class _Export:
                 raise CheckpointError(
                     f"{spec.name} is read back from {self._final} with other values than were written"
                 )
+        difference = relative_difference(plain_logits(self._model, reader(written), input_ids), logits)
+        limit = LOGIT_LIMITS[written.dtype]
+        if not difference <= limit:
+            raise CheckpointError(
+                f"{self._final} is not the model that was trained: on {input_ids.shape[1]} tokens of text its logits "
+                f"are off by {difference:.2g} of their size, more than the {limit:g} of rounding"
+            )
+        LOG.info(
+            "%s: %d tensors read back; on %d tokens of text its logits differ from the training's by %.1e of their "
+            "size", self._final, len(self._given), input_ids.shape[1], difference,
+        )  # fmt: skip
         put_in_place(self._staged, self._final.resolve())
+
+
+def relative_difference(expected: Tensor, found: Tensor) -> float:
+    """Root mean square of the difference over that of `expected`; not finite where a value is not."""
+    return float((expected - found).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))
 
 
 def _gather(spec: ParameterSpec, parameters: dict[str, Tensor], groups: Groups, model: ModelConfig) -> Tensor:
@@ -126,27 +171,12 @@ def _gather(spec: ParameterSpec, parameters: dict[str, Tensor], groups: Groups, 
     slices = []
     for tensor_rank in range(1 if spec.shard_dim is None else groups.grid.tensor):
         owner = groups.grid.rank(owning_stage(spec, model, groups.grid.pipe), 0, tensor_rank)
-        slices.append(_fetch(owner, spec, parameters, groups, dtype))
+        mine = parameters[spec.name] if dist.get_rank() == owner else None
+        slices.append(bring_to_first(groups.control, owner, mine, spec.local_shape(groups.grid.tensor), dtype))
     if dist.get_rank() != 0:
         return torch.empty(0)
     whole = slices[0] if spec.shard_dim is None else torch.cat(slices, dim=spec.shard_dim)
     return whole[: spec.shape[0]] if spec.vocabulary else whole
-
-
-def _fetch(
-    owner: int, spec: ParameterSpec, parameters: dict[str, Tensor], groups: Groups, dtype: torch.dtype
-) -> Tensor:
-    """One rank's slice, brought to rank 0 over the control group."""
-    if dist.get_rank() == owner:
-        tensor = parameters[spec.name].cpu().contiguous()
-        if owner != 0:
-            dist.send(tensor, 0, group=groups.control)
-        return tensor
-    if dist.get_rank() == 0:
-        tensor = torch.empty(spec.local_shape(groups.grid.tensor), dtype=dtype)
-        dist.recv(tensor, owner, group=groups.control)
-        return tensor
-    return torch.empty(0)
 
 
 def owning_stage(spec: ParameterSpec, model: ModelConfig, pipe_size: int) -> int:

@@ -149,7 +149,7 @@ class _Run:
         test = self._held_out(self.splits.test)
         if test is not None:
             self.reporter.held_out("test", outcome.state.step, test.score(self.engine))
-        export_model(self.engine.module, self.groups, self.config.model, self.tokenizer, folder / "model")
+        export_model(self.engine, self.groups, self.config, self.tokenizer, folder / "model")
         if dist.get_rank() == 0:
             self.reporter.flush()
             plot_loss(folder / "metrics.jsonl", folder / "loss.png", self.config.name)

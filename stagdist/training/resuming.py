@@ -5,8 +5,7 @@ import logging
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +39,7 @@ from stagdist.config import RunConfig
 from stagdist.config_loading import differences, load_config
 from stagdist.errors import CheckpointError, ConfigError, StagdistError
 from stagdist.parallel.groups import Groups
-from stagdist.training.agreement import shared
+from stagdist.training.agreement import shared, while_others_wait
 from stagdist.training.engine import SectionEngine
 
 LOG = logging.getLogger(__name__)
@@ -50,9 +49,6 @@ _MAY_CHANGE = ("num_samples", "cache_directory", "tokenizer", "validation_corpor
 
 _LOCK = ".for-a-grid.lock"
 """Held beside the checkpoints by the run that converts one."""
-
-_MEETING_S = 0.5
-"""Seconds between two meetings of the ranks while one of them works and the others wait."""
 
 
 def newest_complete(checkpoints: Path, groups: Groups) -> Path | None:
@@ -207,7 +203,7 @@ def on_this_grid(checkpoint: Path, config: RunConfig, groups: Groups, *, trust_p
 
     with held:  # also when loading fails, the copy goes
         try:
-            _while_others_wait(convert, groups)
+            while_others_wait(groups.control, convert)
         except StagdistError as error:
             raise shared(CheckpointError(f"{checkpoint} could not be brought to this grid: {error}")) from error
         yield hidden / checkpoint.name
@@ -239,28 +235,6 @@ def _remove_leftovers(checkpoints: Path) -> None:
             LOG.info("removed copies for another grid that a killed run had left in %s", checkpoints)
     except (CheckpointError, OSError) as error:
         LOG.warning("copies for another grid are left in %s: %s", checkpoints, error)
-
-
-def _while_others_wait(action: Callable[[], None], groups: Groups) -> None:
-    """Rank 0 acts, however long it takes: the ranks meet all the while, so no collective runs into its limit.
-
-    Raises:
-        CheckpointError: on every rank, with what a person can mend.
-    """
-    outcome: list[Any] = [None]
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(action) if dist.get_rank() == 0 else None
-        while outcome[0] is None:
-            if running is not None:
-                wait([running], timeout=_MEETING_S)
-                if running.done():
-                    error = running.exception()
-                    if error is not None and not isinstance(error, StagdistError | OSError):
-                        raise error
-                    outcome[0] = "" if error is None else str(error)
-            dist.broadcast_object_list(outcome, src=0, group=groups.control)
-    if outcome[0]:
-        raise CheckpointError(outcome[0])
 
 
 class RestrictedReader(TorchCheckpointEngine):

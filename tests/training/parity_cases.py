@@ -81,6 +81,10 @@ class Case:
         tokens = torch.randint(self.model_keys["vocab_size"], size, generator=generator)
         return [(step[:, :-1], step[:, 1:].contiguous()) for step in tokens]
 
+    def text(self) -> Tensor:
+        """Tokens to ask for the logits of, shorter than a sequence; [1, S]."""
+        return self.batches()[0][0][:1, : SEQUENCE - 3]
+
 
 def _grids() -> list[Case]:
     sizes = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]

@@ -11,6 +11,7 @@ from torch import Tensor
 from stagdist.parallel.grid import Coordinate
 from stagdist.parallel.groups import Groups
 from stagdist.training.engine import SectionEngine, build_module, wrap_module
+from stagdist.training.engine_logits import engine_logits
 from stagdist.training.pipeline import SectionPipeline
 from tests.reference.sharding import cut
 from tests.training.faults import damage, planted, replica
@@ -32,6 +33,7 @@ class RankReport:
         gradients: of every step, averaged over replicas and before clipping, this rank's part.
         weights: after the last step.
         finite: what the gate was told at every step.
+        logits: of `case.text()` after the last step, on rank 0.
     """
 
     place: Coordinate
@@ -41,6 +43,7 @@ class RankReport:
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     finite: list[bool] = field(default_factory=list)
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def run_cases(cases: list[Case]) -> dict[str, RankReport]:
@@ -79,6 +82,7 @@ def _run(case: Case, groups: Groups) -> RankReport:
         report.losses.append(float(loss))
         report.norms.append(engine.gradient_norm())
     report.weights = _values(module)
+    report.logits = engine_logits(engine, groups, config, case.text())
     return report
 
 

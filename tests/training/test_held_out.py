@@ -18,7 +18,7 @@ from stagdist.data.loader import BatchPlan, Loader
 from stagdist.data.prepare import prepare
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.model.megatron import TensorParallel
-from stagdist.parallel.groups import Groups, single_process
+from stagdist.parallel.groups import single_process
 from stagdist.telemetry.score import TextScore
 from stagdist.training.engine import SectionEngine, build_engine
 from stagdist.training.evaluation import HeldOut
@@ -87,7 +87,7 @@ def score_on_grids(task: Task) -> dict[tuple[int, int, int], TextScore]:
         held_out = HeldOut(splits.test, plan, NUM_BATCHES, byte_tokenizer().token_bytes())
         scores[grid] = held_out.score(engine)
         assert held_out.score(engine) == scores[grid], "the same model scores the same sequences alike"
-        _leave_model(engine, groups, config, task.model_directory(grid))
+        export_model(engine, groups, config, byte_tokenizer(), task.model_directory(grid))
     return scores
 
 
@@ -97,10 +97,6 @@ def _train(engine: SectionEngine, splits: Splits, plan: BatchPlan) -> None:
     for step in range(STEPS):
         engine.train_batch(loader.step(step * GLOBAL_BATCH))
     loader.close()
-
-
-def _leave_model(engine: SectionEngine, groups: Groups, config: RunConfig, directory: Path) -> None:
-    export_model(engine.module, groups, config.model, byte_tokenizer(), directory)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from stagdist.training.export import relative_difference
+from tests.reference.stagformer import forward
 from tests.training.comparison import mismatches, reports, whole
 from tests.training.parity_cases import BF16_CASES, CASES, Case, label
 
@@ -21,6 +23,15 @@ def test_losses_gradients_norms_and_weights_equal_the_reference(case: Case) -> N
 @pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.name)
 def test_bf16_stays_near_the_reference(case: Case) -> None:
     assert mismatches(case) == []
+
+
+@pytest.mark.parametrize("case", CASES + BF16_CASES, ids=lambda case: case.name)
+def test_the_trained_engine_gives_the_logits_of_the_reference_on_its_weights(case: Case) -> None:
+    ranks = reports(case)
+    weights = whole([(rank.place, rank.weights) for rank in ranks], case.model_keys["vocab_size"])
+    expected = forward(weights, case.model_keys, case.text())
+    assert ranks[0].logits.shape == expected.shape and all(not rank.logits.numel() for rank in ranks[1:])
+    assert relative_difference(expected, ranks[0].logits) <= (1e-6 if case.precision == "fp32" else 0.02)
 
 
 @pytest.mark.parametrize("case", SPREAD, ids=lambda case: case.name)

@@ -1,7 +1,9 @@
 """What a run refuses to go on from, what it cleans up, and what it proves at its end: on all ranks alike."""
 
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from stagdist.checkpoint.training_directory import checkpoint_name, read_complet
 from stagdist.data.tokenizer import load_tokenizer
 from stagdist.errors import StagdistError
 from stagdist.parallel.groups import Groups
+from stagdist.parallel.layout import ParameterSpec
 from stagdist.training import export
 from stagdist.training.engine import build_engine
 from stagdist.training.resuming import load_checkpoint, newest_complete, on_this_grid
@@ -97,7 +100,7 @@ def _exports(folder: Path, groups: Groups) -> dict[str, Any]:
     engine, tokenizer = build_engine(config, groups), load_tokenizer("bytes")
 
     def leave(directory: Path) -> str:
-        said = _told(lambda: export.export_model(engine.module, groups, config.model, tokenizer, directory))
+        said = _told(lambda: export.export_model(engine, groups, config, tokenizer, directory))
         groups_barrier(groups)
         return said
 
@@ -105,9 +108,19 @@ def _exports(folder: Path, groups: Groups) -> dict[str, Any]:
     before = file_contents(folder / "models" / "model")
     with patch.object(export.ModelSource, "weight", lambda _, spec: torch.zeros(spec.shape)):
         found["export read back wrong"] = leave(folder / "models" / "model")
+    gather = export._gather
+    with patch.object(export, "_gather", lambda spec, *rest: gather(_queries_as_keys(spec), *rest)):
+        found["export under wrong names"] = leave(folder / "models" / "model")
     found["export over something else"] = leave(folder / "models" / "thesis")
     found["kept"] = file_contents(folder / "models" / "model") == before and _hidden(folder / "models") == []
     return found
+
+
+def _queries_as_keys(spec: ParameterSpec) -> ParameterSpec:
+    """Each of two parameters of one shape under the name of the other."""
+    other = {"q_proj": "k_proj", "k_proj": "q_proj"}
+    name = re.sub(r"(self_attention\.)([qk]_proj)", lambda found: found[1] + other[found[2]], spec.name)
+    return replace(spec, name=name)
 
 
 def _edit_state(folder: Path, rank: int, change: Callable[[Any], Any]) -> None:
@@ -164,5 +177,6 @@ def test_copies_for_a_grid_go_whatever_happens(reports: list[dict[str, Any]]) ->
 def test_the_model_of_a_run_is_read_back_and_replaces_only_its_like(reports: list[dict[str, Any]]) -> None:
     assert told(reports, "export") == "done: None"
     assert "is read back from" in told(reports, "export read back wrong")
+    assert "model is not the model that was trained" in told(reports, "export under wrong names")
     assert "thesis will not be overwritten" in told(reports, "export over something else")
     assert told(reports, "kept") == "True"
