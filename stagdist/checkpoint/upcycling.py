@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stagdist.checkpoint.model_conversions import write_model
 from stagdist.checkpoint.sources import WeightSource, open_weights
-from stagdist.checkpoint.staging import Options, Proof
+from stagdist.checkpoint.staging import Options, Proof, require_free
 from stagdist.config import ModelConfig
 from stagdist.config_loading import validate_model
 from stagdist.errors import CheckpointError, ConfigError
@@ -52,6 +52,7 @@ def upcycle(
     """
     if not math.isfinite(output_scale):
         raise ConfigError(f"--output-scale is {output_scale}; give a finite number, 0 for silent cross-attention")
+    require_free(Path(destination), "model", options)
     llama = open_weights(source, trust_pickle=options.trust_pickle)
     model = upcycled_config(llama, section_layers)
     initial = UpcycledWeights(llama, model, output_scale)

@@ -50,6 +50,12 @@ def test_a_checkpoint_goes_through_the_verbs(tmp_path: Path) -> None:
     assert refused.returncode == 2 and refused.stderr.startswith("error: ") and "Traceback" not in refused.stderr
 
 
+@pytest.mark.parametrize("tolerance", ["-1", "nan"])
+def test_a_tolerance_that_is_no_difference_is_refused(tolerance: str, tmp_path: Path) -> None:
+    refused = run("verify", tmp_path, tmp_path, "--tolerance", tolerance)
+    assert refused.returncode == 2 and f"{tolerance} is no difference; give 0 or more" in refused.stderr
+
+
 def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     size = {"hidden_size": 256, "intermediate_size": 1024, "section_layers": [4, 4]}
     training_checkpoint(tmp_path / "run", size, (1, 1, 1))

@@ -98,3 +98,11 @@ def test_the_tokens_of_a_llama_go_along(tmp_path: Path) -> None:
     body = json.loads((folder / "config.json").read_text())
     assert {key: body[key] for key in tokens} == tokens
     assert json.loads((folder / "generation_config.json").read_text()) == tokens | {"temperature": 0.6}
+
+
+def test_a_destination_that_exists_is_refused_before_the_source_is_read(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "chapter.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="exists; choose another destination"):
+        upcycle(tmp_path / "nothing here", taken, [2, 2], Options(), output_scale=0.0)
