@@ -20,6 +20,7 @@ from stagdist.data.tokenizer import load_tokenizer
 from stagdist.model.megatron import TensorParallel
 from stagdist.parallel.grid import grid_for
 from stagdist.parallel.groups import Groups, device_type
+from stagdist.telemetry.pulse import Pulse
 from stagdist.training.deepspeed_config import num_micro_batches
 from stagdist.training.distributed import start_distributed
 from stagdist.training.engine import build_engine
@@ -64,7 +65,7 @@ class Site:
         self._contestants: dict[str, Callable[[], Reading]] = {}
         self.resumed = checkpoint is not None
         if checkpoint is not None:
-            with on_this_grid(checkpoint, self._config, self.groups) as fitting:
+            with on_this_grid(checkpoint, self._config, self.groups, Pulse()) as fitting:
                 load_checkpoint(build_engine(self._config, self.groups), fitting, self._config)
         self._carried = hand_off_kinds(self._config, torch.float32)[0].shape
         self.started_s = time.perf_counter() - started

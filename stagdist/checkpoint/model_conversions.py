@@ -154,7 +154,7 @@ def write_model(
         proved = "bit-equal" if keeps_function else equal_to or "equal to their rules"
         checked = f"{len(model_parameters(model))} tensors are {proved}"
         expected = source if keeps_function else _InMemory(staged, model, source.dtype, weight)
-        checked += prove_logits(expected, written, input_ids)
+        checked += prove_logits(expected, written, input_ids, options.track)
         put_in_place(staged, destination.resolve())
     return Proof(destination, checked)
 

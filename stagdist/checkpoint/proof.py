@@ -4,13 +4,16 @@ The logits come from a plain forward pass that shares nothing with the model but
 reads one parameter at a time, so a model larger than the memory can be checked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stagdist.checkpoint.sources import WeightSource, source_tokenizer
+from stagdist.checkpoint.training_source import Track, untracked
 from stagdist.config import ModelConfig
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import CheckpointError
@@ -72,6 +75,23 @@ def reader(source: WeightSource) -> Read:
     """Parameters of a source in fp32, by name."""
     specs = {spec.name: spec for spec in model_parameters(source.model)}
     return lambda name: source.weight(specs[name])
+
+
+@contextmanager
+def shown_reader(source: WeightSource, track: Track[Any]) -> Iterator[Read]:
+    """Reads parameters and moves the progress on at the first reading of each."""
+    read, seen = reader(source), set[str]()
+    steps = iter(track([spec.name for spec in model_parameters(source.model)], f"computing {source.directory.name}"))
+
+    def shown(name: str) -> Tensor:
+        if name not in seen:
+            seen.add(name)
+            next(steps, None)
+        return read(name)
+
+    yield shown
+    for _ in steps:  # ends the bar
+        pass
 
 
 def plain_logits(model: ModelConfig, read: Read, input_ids: Tensor) -> Tensor:
@@ -165,7 +185,12 @@ def _rotate(heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return heads * rotary[0] + torch.cat((-second, first), dim=-1) * rotary[1]
 
 
-def largest_difference(first: WeightSource, second: WeightSource, input_ids: Tensor) -> float:
-    """Largest difference of the logits of two models on the same tokens."""
-    one, other = (plain_logits(source.model, reader(source), input_ids) for source in (first, second))
-    return float((one - other).abs().max())
+def largest_difference(
+    first: WeightSource, second: WeightSource, input_ids: Tensor, track: Track[Any] = untracked
+) -> float:
+    """Largest difference of the logits of two models on the same tokens; `track` shows progress."""
+    logits = []
+    for source in (first, second):
+        with shown_reader(source, track) as read:
+            logits.append(plain_logits(source.model, read, input_ids))
+    return float((logits[0] - logits[1]).abs().max())

@@ -51,13 +51,13 @@ class Proof:
     checked: str
 
 
-def prove_logits(source: WeightSource, written: WeightSource, input_ids: Tensor) -> str:
-    """Compare two models on the same tokens; returns what that proved, for a person.
+def prove_logits(source: WeightSource, written: WeightSource, input_ids: Tensor, track: Track[Any]) -> str:
+    """Compare two models on the same tokens; returns what that proved, for a person. `track` shows progress.
 
     Raises:
         CheckpointError: a logit differs in a bit.
     """
-    difference = largest_difference(source, written, input_ids)
+    difference = largest_difference(source, written, input_ids, track)
     if difference != 0.0:
         raise CheckpointError(f"the logits on {input_ids.shape[1]} tokens of text differ by {difference:.3g}")
     return f", so are the logits on {input_ids.shape[1]} tokens of text"

@@ -177,7 +177,7 @@ def _write_training(
         written = TrainingReader(staged)
         require_same(written, source, options.track)
         if function is not None:
-            proved = prove_logits(function, written, any_text_ids(function, options.tokenizer))
+            proved = prove_logits(function, written, any_text_ids(function, options.tokenizer), options.track)
         expected = expected_files(config, state.grid)
         if odd := sorted((expected ^ set(checkpoint_files(staged))) | (expected ^ set(records))):
             raise CheckpointError(f"{final}: {odd[0]} should not have been written, or is missing; convert it again")

@@ -1,7 +1,5 @@
 """Whether two directories hold the same model: by logits on real text."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.proof import TEXT, Read, plain_logits, reader, text_ids
+from stagdist.checkpoint.proof import TEXT, plain_logits, shown_reader, text_ids
 from stagdist.checkpoint.sources import WeightSource, open_weights, source_tokenizer
 from stagdist.checkpoint.training_source import Track, untracked
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import CheckpointError
-from stagdist.parallel.layout import model_parameters
 
 
 @dataclass(frozen=True)
@@ -71,25 +68,8 @@ def verify(
 
 
 def _logits(source: WeightSource, input_ids: Tensor, track: Track[Any]) -> Tensor:
-    with torch.no_grad(), _shown(source, track) as read:
+    with torch.no_grad(), shown_reader(source, track) as read:
         return plain_logits(source.model, read, input_ids)
-
-
-@contextmanager
-def _shown(source: WeightSource, track: Track[Any]) -> Iterator[Read]:
-    """Reads parameters and moves the progress on at the first reading of each."""
-    read, seen = reader(source), set[str]()
-    steps = iter(track([spec.name for spec in model_parameters(source.model)], f"computing {source.directory.name}"))
-
-    def shown(name: str) -> Tensor:
-        if name not in seen:
-            seen.add(name)
-            next(steps, None)
-        return read(name)
-
-    yield shown
-    for _ in steps:  # ends the bar
-        pass
 
 
 def _tokenizer(one: WeightSource, other: WeightSource, given: str | None) -> Tokenizer:

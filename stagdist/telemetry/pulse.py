@@ -11,16 +11,19 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import TypeVar
 
 PULSE_FILE = "STAGDIST_PULSE"
 """Variable that names the file; without it signs of life go nowhere."""
 
 DUMP_SIGNAL = signal.SIGUSR2
 """Makes a rank with a pulse write the Python stacks of all its threads to standard error."""
+
+Item = TypeVar("Item")
 
 _FORM = struct.Struct("=qqqqqq")  # count, first step, step, phase, time in ns, count again
 _OF_A_STACK = ("Thread 0x", "Current thread 0x", '  File "', "  <no Python frame>", "  ...")
@@ -105,6 +108,17 @@ class Pulse:
             self._first_step = step if self._first_step < 0 else self._first_step
         values = (self._count, self._first_step, self._step, int(phase), time.monotonic_ns(), self._count)
         self._memory[: _FORM.size] = _FORM.pack(*values)
+
+
+def beating(pulse: Pulse, phase: Phase) -> Callable[[Sequence[Item], str], Iterator[Item]]:
+    """What walks through a sequence and gives a sign of life at each item: (items, what is done) -> items."""
+
+    def walk(items: Sequence[Item], what: str) -> Iterator[Item]:
+        for item in items:
+            pulse.beat(phase)
+            yield item
+
+    return walk
 
 
 def stack_lines(lines: Iterable[str]) -> list[str]:

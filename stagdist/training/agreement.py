@@ -137,8 +137,11 @@ def on_every_rank(
     return cast(Result, result)  # set, since the action did not fail
 
 
-def while_others_wait(control: dist.ProcessGroup, action: Callable[[], None]) -> None:
+def while_others_wait(control: dist.ProcessGroup, action: Callable[[], None], beat: Callable[[], None]) -> None:
     """Rank 0 acts, however long it takes: the ranks meet all the while, so no collective runs into its limit.
+
+    Args:
+        beat: gives a sign of life; called where a rank waits. The action gives its own, as it gets on.
 
     Raises:
         CheckpointError: on every rank, with what a person can mend.
@@ -147,7 +150,9 @@ def while_others_wait(control: dist.ProcessGroup, action: Callable[[], None]) ->
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(action) if dist.get_rank() == 0 else None
         while outcome[0] is None:
-            if running is not None:
+            if running is None:
+                beat()
+            else:
                 wait([running], timeout=_MEETING_S)
                 if running.done():
                     error = running.exception()

@@ -4,21 +4,24 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from stagdist.checkpoint.model_directory import ModelDirectoryWriter
-from stagdist.checkpoint.proof import any_ids, plain_logits, reader, text_ids
+from stagdist.checkpoint.proof import any_ids, plain_logits, shown_reader, text_ids
 from stagdist.checkpoint.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.sources import ModelSource
 from stagdist.checkpoint.staging import Options, put_in_place, staged_folder
+from stagdist.checkpoint.training_source import Track
 from stagdist.config import ModelConfig, RunConfig
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import CheckpointError, StagdistError
 from stagdist.parallel.groups import Groups
 from stagdist.parallel.layout import ParameterSpec, model_parameters, stage_layout
+from stagdist.telemetry.pulse import Phase, beating
 from stagdist.training.agreement import on_every_rank, shared, while_others_wait
 from stagdist.training.distributed import bring_to_first
 from stagdist.training.engine import SectionEngine
@@ -48,6 +51,8 @@ def export_model(
     model = config.model
     parameters = {name: parameter.detach() for name, parameter in engine.module.canonical_parameters().items()}
     dtype = next(iter(parameters.values())).dtype
+    track = beating(engine.pulse, Phase.EXPORT)
+    engine.pulse.beat(Phase.EXPORT)
     with ExitStack() as held:
         export: _Export | None = None
 
@@ -58,15 +63,20 @@ def export_model(
                 export = held.enter_context(_Export(directory, staged, model, dtype, tokenizer))
 
         on_every_rank(groups.control, _told(begin), _failed)
-        for spec in model_parameters(model):
+        for spec in track(model_parameters(model), "gathering"):
             # Gathered to the end even when a write has failed: the other ranks are sending.
             tensor = _gather(spec, parameters, groups, model)
             if export is not None:
                 export.add(spec, tensor)
         input_ids = _proof_ids(tokenizer, model)[:, : config.sequence_length]
         logits = engine_logits(engine, groups, config, input_ids)
+        engine.pulse.beat(Phase.EXPORT)
         try:
-            while_others_wait(groups.control, lambda: None if export is None else export.finish(input_ids, logits))
+            while_others_wait(
+                groups.control,
+                lambda: None if export is None else export.finish(input_ids, logits, track),
+                lambda: engine.pulse.beat(Phase.EXPORT),
+            )
         except CheckpointError as error:
             raise shared(_failed(f"rank 0: {error}")) from error
 
@@ -124,11 +134,12 @@ class _Export:
         except OSError as error:
             self._failure = error
 
-    def finish(self, input_ids: Tensor, logits: Tensor) -> None:
+    def finish(self, input_ids: Tensor, logits: Tensor, track: Track[Any]) -> None:
         """Complete the directory, compare it with what the ranks gave, and give it its name.
 
         Args:
             logits: the engine's for `input_ids`.
+            track: walks through the parameters.
 
         Raises:
             OSError, CheckpointError: it could not be written, or is another model.
@@ -138,13 +149,14 @@ class _Export:
         self._tokenizer.save(self._writer.folder)
         self._writer.commit()
         written = ModelSource(self._staged)
-        for spec in model_parameters(self._model):
+        for spec in track(model_parameters(self._model), "checking"):
             if tensor_sha256(written.weight(spec)) != self._given[spec.name]:
                 raise CheckpointError(
                     f"{spec.name} is read back from {self._final} with other values than were written"
                 )
-        difference = relative_difference(plain_logits(self._model, reader(written), input_ids), logits)
-        limit = LOGIT_LIMITS[written.dtype]
+        with shown_reader(written, track) as read:
+            difference = relative_difference(plain_logits(written.model, read, input_ids), logits)
+        limit = logit_limit(written.dtype)
         if not difference <= limit:
             raise CheckpointError(
                 f"{self._final} is not the model that was trained: on {input_ids.shape[1]} tokens of text its logits "
@@ -155,6 +167,12 @@ class _Export:
             "size", self._final, len(self._given), input_ids.shape[1], difference,
         )  # fmt: skip
         put_in_place(self._staged, self._final.resolve())
+
+
+def logit_limit(dtype: torch.dtype) -> float:
+    """How far the engine's logits may be off, for weights of a type; matrices of fp32 may be multiplied in less."""
+    reduced = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return LOGIT_LIMITS[torch.float16 if reduced else dtype]
 
 
 def relative_difference(expected: Tensor, found: Tensor) -> float:

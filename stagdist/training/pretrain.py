@@ -21,12 +21,13 @@ from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import Groups
 from stagdist.telemetry.metrics import last_values
 from stagdist.telemetry.plot import plot_loss
-from stagdist.telemetry.pulse import Phase, Pulse
+from stagdist.telemetry.pulse import Pulse
 from stagdist.training.agreement import Agreement, StopSignals, shared
 from stagdist.training.distributed import start_distributed, stop_distributed
 from stagdist.training.engine import SectionEngine, build_engine
 from stagdist.training.evaluation import HeldOut
 from stagdist.training.export import export_model
+from stagdist.training.peers import naming_lost_peers
 from stagdist.training.reporting import Reporter
 from stagdist.training.resuming import begun, load_checkpoint, newest_complete, on_this_grid, resumed_config
 from stagdist.training.trainer import Outcome, Trainer
@@ -92,7 +93,10 @@ def pretrain(
     sizes, fingerprint = (grid.pipe, grid.data, grid.tensor), tokenizer.fingerprint
     state = TrainingState(0, 0, config.num_samples, sizes, data_identity=identity, tokenizer=fingerprint)
     if checkpoint is not None:
-        with on_this_grid(checkpoint, config, groups, trust_pickle=trust_pickle) as fitting:
+        with (
+            naming_lost_peers(groups, config.parallel.timeout_s, "resuming"),
+            on_this_grid(checkpoint, config, groups, pulse, trust_pickle=trust_pickle) as fitting,
+        ):
             loaded = load_checkpoint(engine, fitting, config, trust_pickle=trust_pickle)
         state = begun(loaded, config, identity, fingerprint)
         LOG.info("resumed from %s after %.1f s", checkpoint, time.monotonic() - started_at)
@@ -143,16 +147,17 @@ class _Run:
             loader.close()
 
     def finish(self, outcome: Outcome, started_at: float) -> None:
-        """Test split, model directory, loss curve and summary."""
-        self.engine.pulse.beat(Phase.EXPORT)
+        """Test split, loss curve, model directory and summary."""
         folder = Path(self.config.folder)
-        test = self._held_out(self.splits.test)
-        if test is not None:
-            self.reporter.held_out("test", outcome.state.step, test.score(self.engine))
-        export_model(self.engine, self.groups, self.config, self.tokenizer, folder / "model")
+        with naming_lost_peers(self.groups, self.config.parallel.timeout_s, "end of the run"):
+            test = self._held_out(self.splits.test)
+            if test is not None:
+                self.reporter.held_out("test", outcome.state.step, test.score(self.engine))
+            if dist.get_rank() == 0:
+                self.reporter.flush()
+                plot_loss(folder / "metrics.jsonl", folder / "loss.png", self.config.name)
+            export_model(self.engine, self.groups, self.config, self.tokenizer, folder / "model")
         if dist.get_rank() == 0:
-            self.reporter.flush()
-            plot_loss(folder / "metrics.jsonl", folder / "loss.png", self.config.name)
             summary = self._summary(outcome, started_at)
             (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
             LOG.info("wrote %s", folder / "model")

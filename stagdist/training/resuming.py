@@ -39,6 +39,7 @@ from stagdist.config import RunConfig
 from stagdist.config_loading import differences, load_config
 from stagdist.errors import CheckpointError, ConfigError, StagdistError
 from stagdist.parallel.groups import Groups
+from stagdist.telemetry.pulse import Phase, Pulse, beating
 from stagdist.training.agreement import shared, while_others_wait
 from stagdist.training.engine import SectionEngine
 
@@ -170,10 +171,13 @@ def _precision_problem(before: RunConfig, config: RunConfig) -> str | None:
 
 
 @contextmanager
-def on_this_grid(checkpoint: Path, config: RunConfig, groups: Groups, *, trust_pickle: bool = False) -> Iterator[Path]:
+def on_this_grid(
+    checkpoint: Path, config: RunConfig, groups: Groups, pulse: Pulse, *, trust_pickle: bool = False
+) -> Iterator[Path]:
     """The checkpoint as this run's grid needs it: itself, or a copy that rank 0 makes and that goes after loading.
 
     Args:
+        pulse: signs of life while it is converted.
         trust_pickle: see `load_file`.
 
     Raises:
@@ -197,13 +201,13 @@ def on_this_grid(checkpoint: Path, config: RunConfig, groups: Groups, *, trust_p
 
     def convert() -> None:
         held.enter_context(_converting(checkpoint.parent))
-        options = Options(files_checked=True, trust_pickle=trust_pickle)
+        options = Options(files_checked=True, trust_pickle=trust_pickle, track=beating(pulse, Phase.START))
         proof = reshard(checkpoint, hidden / checkpoint.name, grid, options, config=config)
         LOG.info("converted it in %.1f s: %s", time.perf_counter() - started, proof.checked)
 
     with held:  # also when loading fails, the copy goes
         try:
-            while_others_wait(groups.control, convert)
+            while_others_wait(groups.control, convert, lambda: pulse.beat(Phase.START))
         except StagdistError as error:
             raise shared(CheckpointError(f"{checkpoint} could not be brought to this grid: {error}")) from error
         yield hidden / checkpoint.name

@@ -2,8 +2,7 @@
 
 import logging
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -12,22 +11,19 @@ import torch.distributed as dist
 from stagdist.checkpoint.training_directory import TrainingState
 from stagdist.config import RunConfig
 from stagdist.data.loader import Loader
-from stagdist.errors import TrainingError, TransportError
+from stagdist.errors import TrainingError
 from stagdist.parallel.groups import Groups
-from stagdist.telemetry.logging import ONLY_IN_FILE
 from stagdist.telemetry.pulse import Phase
 from stagdist.telemetry.spans import bubble_share
 from stagdist.training.agreement import Agreed, Agreement, Writing, shared
 from stagdist.training.engine import MicroBatches, SectionEngine
 from stagdist.training.evaluation import HeldOut
 from stagdist.training.optimizer import learning_rate
+from stagdist.training.peers import naming_lost_peers
 from stagdist.training.reporting import Reporter, StepRecord
 from stagdist.training.saving import Saver
 
 LOG = logging.getLogger(__name__)
-
-_SIGNS_OF_A_LOST_PEER = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL error")
-"""What gloo's and nccl's errors contain when a peer is gone or silent."""
 
 
 @dataclass(frozen=True)
@@ -140,28 +136,8 @@ class Trainer:
         batches, device = self._loader.step(state.consumed_samples), self._engine.device
         return ((ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)) for ids, labels in batches)
 
-    @contextmanager
-    def _peers(self, step: int) -> Iterator[None]:
-        """Give what torch says of a peer that ended or froze a name, a place and a remedy.
-
-        Raises:
-            TransportError: in place of the RuntimeError; its stack trace goes to the log file.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            if isinstance(error, TransportError):
-                says = str(error)
-            elif any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PEER):
-                timeout_s = self._config.parallel.timeout_s
-                says = f"another rank ended, or did not answer within parallel.timeout_s = {timeout_s:.0f} s"
-            else:
-                raise
-            LOG.info("step %d", step, exc_info=True, extra=ONLY_IN_FILE)
-            raise TransportError(
-                f"stage {self._groups.place.pipe}, rank {dist.get_rank()}, step {step}: {says}. Start the same command "
-                "again: the run resumes from its newest checkpoint"
-            ) from error
+    def _peers(self, step: int) -> AbstractContextManager[None]:
+        return naming_lost_peers(self._groups, self._config.parallel.timeout_s, f"step {step}")
 
     def _bubble(self) -> float:
         """Share of the pipelined phase in which a stage does not compute, mean over the ranks."""

@@ -10,6 +10,7 @@ from stagdist.checkpoint.training_directory import TrainingState
 from stagdist.config import RunConfig
 from stagdist.parallel.grid import Coordinate
 from stagdist.parallel.groups import Groups
+from stagdist.telemetry.pulse import Pulse
 from stagdist.training.engine import SectionEngine, build_engine
 from stagdist.training.resuming import load_checkpoint, newest_complete, on_this_grid
 from stagdist.training.saving import save_checkpoint
@@ -88,7 +89,7 @@ def _resume(leg: Leg, groups: Groups) -> LegReport:
     engine = build_engine(other, groups)
     checkpoint = newest_complete(Path(config.folder) / "checkpoints", groups)
     assert checkpoint is not None
-    with on_this_grid(checkpoint, config, groups) as fitting:
+    with on_this_grid(checkpoint, config, groups, Pulse()) as fitting:
         state = load_checkpoint(engine, fitting, config)
     parameters = _parameters(engine)
     return LegReport(groups.place, parameters, _train(engine, leg, groups, state.step), state.step)

@@ -2,8 +2,10 @@
 
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +15,18 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from stagdist.checkpoint import model_directory
 from stagdist.checkpoint.staging import exclusive
 from stagdist.checkpoint.training_directory import checkpoint_name, read_complete, write_complete
 from stagdist.data.tokenizer import load_tokenizer
-from stagdist.errors import StagdistError
+from stagdist.errors import StagdistError, TransportError
 from stagdist.parallel.groups import Groups
-from stagdist.parallel.layout import ParameterSpec
+from stagdist.parallel.layout import ParameterSpec, model_parameters
+from stagdist.telemetry.pulse import Phase, Pulse
 from stagdist.training import export
+from stagdist.training.agreement import while_others_wait
 from stagdist.training.engine import build_engine
+from stagdist.training.peers import naming_lost_peers
 from stagdist.training.resuming import load_checkpoint, newest_complete, on_this_grid
 from tests.checkpoint.synthetic import complete, file_contents, run_config, training_checkpoint
 from tests.ranks import run_ranks
@@ -53,8 +59,20 @@ def _load(folder: Path, groups: Groups) -> object:
     return load_checkpoint(engine, folder, run_config({}))
 
 
-def _fail_inside(checkpoint: Path, groups: Groups) -> None:
-    with on_this_grid(checkpoint, run_config({}), groups) as fitting:
+class Watched(Pulse):
+    """Keeps the signs of life that it is asked to give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phases: list[Phase] = []
+
+    def beat(self, phase: Phase, step: int | None = None) -> None:
+        """Keep one."""
+        self.phases.append(phase)
+
+
+def _fail_inside(checkpoint: Path, groups: Groups, pulse: Pulse) -> None:
+    with on_this_grid(checkpoint, run_config({}), groups, pulse) as fitting:
         assert fitting.parent.name == ".for-2x1x1" and fitting.is_dir()
         raise ArithmeticError
 
@@ -72,22 +90,35 @@ def scenarios(folder: Path) -> dict[str, Any]:
     }
     found["unrecorded"] = _told(lambda: newest_complete(folder / "unrecorded" / "checkpoints", groups))
     other = folder / "other" / "checkpoints" / checkpoint_name(7)
+    pulse = Watched()
     with pytest.raises(ArithmeticError):
-        _fail_inside(other, groups)
+        _fail_inside(other, groups, pulse)
+    found["signs while converting"] = set(pulse.phases)
     groups_barrier(groups)
     found["after a failure"] = _hidden(other.parent)
     groups_barrier(groups)
     if groups.place.pipe == 0:
         with exclusive(other.parent / ".for-a-grid.lock", "busy"):
-            found["busy"] = _told(lambda: _fail_inside(other, groups))
+            found["busy"] = _told(lambda: _fail_inside(other, groups, Pulse()))
     else:
-        found["busy"] = _told(lambda: _fail_inside(other, groups))
+        found["busy"] = _told(lambda: _fail_inside(other, groups, Pulse()))
     fits = folder / "fits" / "checkpoints" / checkpoint_name(7)
-    with on_this_grid(fits, run_config({}), groups) as fitting:
+    with on_this_grid(fits, run_config({}), groups, Pulse()) as fitting:
         assert fitting == fits
     groups_barrier(groups)
     found["leftover"] = _hidden(fits.parent)
-    return found | _exports(folder, groups)
+    return found | _exports(folder, groups) | {"lost": _lose_the_other(groups)}
+
+
+def _lose_the_other(groups: Groups) -> str:
+    """Rank 1 does not answer while rank 0 works."""
+    limit_s = 3.0
+    control = torch.distributed.new_group(timeout=timedelta(seconds=limit_s), backend="gloo")
+    if groups.place.pipe:
+        return "silent"
+    with pytest.raises(TransportError) as told, naming_lost_peers(groups, limit_s, "resuming"):
+        while_others_wait(control, lambda: time.sleep(1), lambda: None)
+    return str(told.value)
 
 
 def groups_barrier(groups: Groups) -> None:
@@ -104,13 +135,19 @@ def _exports(folder: Path, groups: Groups) -> dict[str, Any]:
         groups_barrier(groups)
         return said
 
-    found: dict[str, Any] = {"export": leave(folder / "models" / "model")}
+    engine.pulse = pulse = Watched()
+    found: dict[str, Any] = {"export": leave(folder / "models" / "model"), "signs": pulse.phases}
+    engine.pulse = Pulse()
     before = file_contents(folder / "models" / "model")
     with patch.object(export.ModelSource, "weight", lambda _, spec: torch.zeros(spec.shape)):
         found["export read back wrong"] = leave(folder / "models" / "model")
     gather = export._gather
     with patch.object(export, "_gather", lambda spec, *rest: gather(_queries_as_keys(spec), *rest)):
         found["export under wrong names"] = leave(folder / "models" / "model")
+    theta = config.model.model_copy(update={"rope_theta": 77.0})
+    write = model_directory.config_json
+    with patch.object(model_directory, "config_json", lambda _, *rest: write(theta, *rest)):
+        found["export with another theta"] = leave(folder / "models" / "model")
     found["export over something else"] = leave(folder / "models" / "thesis")
     found["kept"] = file_contents(folder / "models" / "model") == before and _hidden(folder / "models") == []
     return found
@@ -174,9 +211,25 @@ def test_copies_for_a_grid_go_whatever_happens(reports: list[dict[str, Any]]) ->
     assert told(reports, "leftover") == "[]"
 
 
+def test_who_is_silent_while_another_works_is_told_of_in_a_line(reports: list[dict[str, Any]]) -> None:
+    assert reports[1]["lost"] == "silent"
+    said = reports[0]["lost"]
+    assert said.startswith("stage 0, rank 0, resuming: another rank ended") and "\n" not in said
+
+
+def test_long_work_of_one_rank_gives_signs_of_life_on_all(reports: list[dict[str, Any]]) -> None:
+    parameters = len(model_parameters(Case("stages", {}, (2, 1, 1)).config().model))
+    for report in reports:
+        assert report["signs while converting"] == {Phase.START}
+        # Those of the engine's forward pass lie between; what follows it must not be taken for that.
+        assert report["signs"][-1] is Phase.EXPORT and report["signs"].count(Phase.EXPORT) > parameters + 2
+    assert reports[0]["signs"].count(Phase.EXPORT) > 3 * parameters, "while it gathers, checks and computes"
+
+
 def test_the_model_of_a_run_is_read_back_and_replaces_only_its_like(reports: list[dict[str, Any]]) -> None:
     assert told(reports, "export") == "done: None"
     assert "is read back from" in told(reports, "export read back wrong")
     assert "model is not the model that was trained" in told(reports, "export under wrong names")
+    assert "model is not the model that was trained" in told(reports, "export with another theta")
     assert "thesis will not be overwritten" in told(reports, "export over something else")
     assert told(reports, "kept") == "True"
