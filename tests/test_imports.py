@@ -198,10 +198,12 @@ def test_reading_a_configuration_imports_no_framework() -> None:
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
 
 
-def test_a_rank_starts_without_the_compiler_and_leaves_it_to_others() -> None:
+def test_a_rank_starts_without_compiler_and_trackers_and_leaves_them_to_others() -> None:
     code = (
         "import sys, torch; compiler = torch.compile; import stagdist.training.pretrain;"
-        "print('torch._inductor.compile_fx' in sys.modules, torch.compile is compiler)"
+        "heavy = {'torch._inductor.compile_fx', 'wandb', 'tensorboard'} & set(sys.modules);"
+        "import wandb; from torch.utils.tensorboard import SummaryWriter;"
+        "print(heavy or False, torch.compile is compiler)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.splitlines()[-1:] == ["False True"], result.stderr  # DeepSpeed may speak first

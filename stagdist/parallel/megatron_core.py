@@ -1,9 +1,11 @@
 """The only door to megatron-core outside of data: what is used of it, imported without what is not.
 
 Some of its modules decorate fused functions with `torch.compile` when they are imported. We call none of them, but the
-decorator alone loads torch's compiler: a third of the time that a rank needs to start.
+decorator alone loads torch's compiler: a third of the time that a rank needs to start. Others look whether wandb and
+tensorboard are there by importing them, an eighth of what is left.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +28,19 @@ def _without_compiler() -> Iterator[None]:
         torch.compile = compiler
 
 
-with _without_compiler(), warnings.catch_warnings():
+@contextmanager
+def _without_trackers() -> Iterator[None]:
+    """Inside, what has not been imported before cannot be, which megatron-core takes for not installed."""
+    names = [name for name in ("wandb", "tensorboard") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]  # None makes an import fail
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
+with _without_compiler(), _without_trackers(), warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of optional GPU packages
     from megatron.core import ModelParallelConfig, parallel_state
     from megatron.core.tensor_parallel import (

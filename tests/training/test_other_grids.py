@@ -24,7 +24,7 @@ MODELS = [
     Case("shared, tied and combined", EVERYTHING, CENTRE),
     Case("sequential, tied, bf16", VARIANTS["sequential, tied"], CENTRE, precision="bf16"),
 ]
-OTHER_GRIDS = [(1, 1, 1), (2, 2, 1), (1, 2, 2)]
+OTHER_GRIDS = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (1, 2, 2)]
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 
 
