@@ -8,7 +8,6 @@ The whole matrix takes about a quarter of an hour on two cores; `make test` runs
 import argparse
 import json
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from stagdist.bench.conditions import commit
 from tests.ranks import run_ranks
 from tests.reference.variants import VARIANTS
 from tests.training.comparison import whole
@@ -46,10 +46,6 @@ def models() -> list[Case]:
         "sequential": VARIANTS["sequential"],
         "sequential, tied": VARIANTS["sequential, tied"],
     }
-    found = [Case(name, model, (1, 1, 1)) for name, model in keys.items()]
-    found += [
-        Case(f"{name}, bf16", keys[name], (1, 1, 1), precision="bf16") for name in keys if name != "sequential, tied"
-    ]
     three = {
         "separate": {},
         "combined": {"combine_sections": True},
@@ -57,7 +53,9 @@ def models() -> list[Case]:
         "tied": VARIANTS["tied"],
         "sequential": VARIANTS["sequential"],
     }
-    return found + [Case(f"three sections, {name}", model | THREE, (1, 1, 1)) for name, model in three.items()]
+    keys |= {f"three sections, {name}": model | THREE for name, model in three.items()}
+    found = [Case(name, model, (1, 1, 1)) for name, model in keys.items()]
+    return found + [replace(case, name=f"{case.name}, bf16", precision="bf16") for case in found]
 
 
 def journeys() -> list[Journey]:
@@ -123,8 +121,7 @@ def run(chosen: Iterable[Journey], runs: Path) -> list[dict[str, Any]]:
 
 
 def _conditions() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {"commit": commit, "torch": torch.__version__, "machine": platform.machine(), "steps": STEPS}
+    return {"commit": commit(), "torch": torch.__version__, "machine": platform.machine(), "steps": STEPS}
 
 
 def main() -> int:
