@@ -89,7 +89,10 @@ def _add_options(made: dict[str, argparse.ArgumentParser]) -> None:
         ):
             made[verb].add_argument(f"--{axis}", type=int, default=1, metavar="N", help=f"{meaning} (default: 1)")
     made["import"].add_argument(
-        "--config", metavar="FILE", help="configuration of the run to come: its precision and optimizer are used"
+        "--config",
+        metavar="FILE",
+        help="configuration of the run to come: its precision and optimizer are used, its data.tokenizer must be that "
+        "of SOURCE or of --tokenizer",
     )
     made["upcycle"].add_argument(
         "--section-layers", type=int, nargs="+", required=True, metavar="N", help="layers of each section"

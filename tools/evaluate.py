@@ -12,15 +12,18 @@ from typing import Any
 
 from stagdist.cluster.environment import join_launcher
 from stagdist.data.command_line import run_tool
-from stagdist.errors import ConfigError
+from stagdist.errors import ConfigError, StagdistError
+
+OTHERS_WAIT_S = 3.0
+"""Seconds before a rank that is not the first prints an error of its own."""
 
 EXAMPLES = """\
 examples:
   python tools/evaluate.py perplexity --model runs/quickstart/model --text book.txt --json score.json
   the newest checkpoint of a run, every token with at least 384 of 512 tokens before it:
     python tools/evaluate.py perplexity --model runs/quickstart --text book.txt --window 512 --stride 128
-  a model too large for one device, the text divided among the rest:
-    torchrun --nproc-per-node 8 tools/evaluate.py perplexity --model DIR --text book.txt --tensor-parallel-size 4
+  a model too large for one device, the text divided among the rest (torchrun does as well):
+    deepspeed --num_accelerators 8 tools/evaluate.py perplexity --model DIR --text book.txt --tensor-parallel-size 4
   tasks of lm-evaluation-harness (pip install -c constraints.txt -e '.[eval]'), its own or from files:
     python tools/evaluate.py harness --model DIR --tasks hellaswag,arc_easy --json results.json
     python tools/evaluate.py harness --model DIR --tasks local_mc --include-path tasks/ --limit 100
@@ -177,13 +180,15 @@ def main() -> int:
     arguments = parse()
 
     def action() -> None:
-        join_launcher().share_cores()  # before torch is imported
         try:
+            join_launcher().share_cores()  # before torch is imported
             run(arguments)
-        except ConfigError:
-            if _rank() == 0:
-                raise
-            sys.exit(2)  # what was typed is wrong on every rank; one of them says so
+        except (StagdistError, OSError):
+            # The first rank speaks at once. The others wait: normally the launcher ends them before their turn, and
+            # what they alone have met is still told.
+            if _rank() > 0:
+                time.sleep(OTHERS_WAIT_S)
+            raise
 
     return run_tool(action)
 

@@ -54,7 +54,7 @@ class Site:
         self._identity = training_identity(config.data, tokenizer)
         checkpoint = newest_complete(Path(config.folder) / "checkpoints", self.groups)
         if checkpoint is not None:
-            self._config = resumed_config(self._config, checkpoint, self._identity)
+            self._config = resumed_config(self._config, checkpoint, self._identity, tokenizer.fingerprint)
         self._data = build_splits(
             config.data,
             sequence_length=config.sequence_length,

@@ -10,7 +10,14 @@ import torch
 
 from stagdist.checkpoint.imported import ImportedModel
 from stagdist.checkpoint.proof import any_text_ids
-from stagdist.checkpoint.sources import STEP_FOLDER, ModelSource, WeightSource, open_model, open_training
+from stagdist.checkpoint.sources import (
+    STEP_FOLDER,
+    ModelSource,
+    WeightSource,
+    open_model,
+    open_training,
+    source_tokenizer,
+)
 from stagdist.checkpoint.staging import (
     Options,
     Proof,
@@ -36,7 +43,8 @@ from stagdist.checkpoint.training_source import DTYPES, KINDS, TrainingSource
 from stagdist.checkpoint.training_writer import TrainingWriter
 from stagdist.config import RunConfig, require_world
 from stagdist.config_loading import differences, dump_config, load_config, validate
-from stagdist.errors import CheckpointError, ConfigError
+from stagdist.data.tokenizer import BYTES, Tokenizer, holds_tokenizer, load_tokenizer
+from stagdist.errors import CheckpointError, ConfigError, DataError
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.layout import model_parameters
 
@@ -72,15 +80,20 @@ def import_model(
     """Model directory to a training checkpoint at step 0 that `pretrain` begins from.
 
     Args:
-        config_file: configuration of the run to come; its precision and optimizer are used.
+        config_file: configuration of the run to come; its precision, optimizer and tokenizer are used.
 
     Raises:
-        CheckpointError, ConfigError: as `reshard`; the configuration is of another model, by key.
+        CheckpointError, ConfigError: as `reshard`; the configuration is of another model, by key, or names another
+            tokenizer than the directory or the options do.
     """
     require_makeable(Path(destination))
     weights = open_model(source)
     config = _import_config(weights, Path(destination), grid, config_file, options)
-    state = TrainingState(0, 0, 0, (grid.pipe, grid.data, grid.tensor))
+    tokenizer = _import_tokenizer(weights, options)
+    if config_file is not None and tokenizer is not None:
+        _require_tokenizer(config_file, config.data.tokenizer, weights, tokenizer, options)
+    fingerprint = "" if tokenizer is None else tokenizer.fingerprint
+    state = TrainingState(0, 0, 0, (grid.pipe, grid.data, grid.tensor), tokenizer=fingerprint)
     final = training_destination(Path(destination), 0)
     others = [path for path in candidates(final.parent) if path != final]
     if others:
@@ -144,13 +157,52 @@ def _import_config(
     keys = {
         "name": name or "imported",
         "model": weights.model.model_dump(mode="json"),
-        "data": {"tokenizer": options.tokenizer or str(weights.directory.resolve())},
+        "data": {"tokenizer": _tokenizer_place(weights, options)},
         "training": {"steps": 1, "global_batch_size": grid.data, "precision": precisions[weights.dtype]},
     }
     made, problems = validate(keys)
     if made is None or problems:
         raise ConfigError(f"{weights.directory}: {'; '.join(problems)}")
     return on_grid(made, grid)
+
+
+def _tokenizer_place(weights: ModelSource, options: Options) -> str:
+    """Where the tokenizer of an imported model lies, from whichever folder the checkpoint is read."""
+    return BYTES if options.tokenizer == BYTES else str(Path(options.tokenizer or weights.directory).resolve())
+
+
+def _import_tokenizer(weights: ModelSource, options: Options) -> Tokenizer | None:
+    """The tokenizer of an imported model: as given, else that of the directory; None where that has none."""
+    if options.tokenizer is None and not holds_tokenizer(weights.directory):
+        return None
+    return source_tokenizer(weights, options.tokenizer)
+
+
+def _require_tokenizer(
+    config_file: str, named: str, weights: ModelSource, tokenizer: Tokenizer, options: Options
+) -> None:
+    """The run to come must make token ids as the tokenizer does that is recorded with the weights.
+
+    Args:
+        named: data.tokenizer of the configuration.
+
+    Raises:
+        ConfigError: it is another one, or cannot be loaded.
+    """
+    remedy = f"set data.tokenizer to {_tokenizer_place(weights, options)} in {config_file}"
+    try:
+        now = load_tokenizer(named).fingerprint
+    except DataError as error:
+        raise ConfigError(f"{config_file}: data.tokenizer cannot be loaded: {error}; {remedy}") from error
+    if now == tokenizer.fingerprint:
+        return
+    given = options.tokenizer is not None
+    whose = f"--tokenizer {options.tokenizer}" if given else f"that of {weights.directory}"
+    other = "" if given else f", or give --tokenizer {named} if another vocabulary is meant"
+    raise ConfigError(
+        f"{config_file}: data.tokenizer {named} is another tokenizer than {whose} (sha256 {now[:12]}, there "
+        f"{tokenizer.fingerprint[:12]}); {remedy}{other}"
+    )
 
 
 def _write_training(

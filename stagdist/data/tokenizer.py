@@ -319,10 +319,15 @@ _TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", 
 """One of these is in every directory from which transformers loads a tokenizer."""
 
 
+def holds_tokenizer(directory: Path) -> bool:
+    """Whether files of a tokenizer lie in a directory, whether they can be loaded or not."""
+    return any(file for pattern in _TOKENIZER_FILES for file in directory.glob(pattern))
+
+
 def _load_with_transformers(path: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
+    if not holds_tokenizer(path):
         # What transformers says then is about packages that are not installed.
         raise DataError(f"{path} holds no tokenizer.json nor any other tokenizer")
     try:

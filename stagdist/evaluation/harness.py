@@ -64,9 +64,10 @@ def run_tasks(
         num_fewshot: examples before each document; None as the task says.
 
     Raises:
-        ConfigError: the harness is not installed, or does not know a task.
+        ConfigError: a setting cannot work, the harness is not installed, or it does not know a task.
         CheckpointError: the model cannot be loaded.
     """
+    _check_settings(tasks, include_path, limit, num_fewshot, batch_size)
     require_harness()
     directory = harness_directory(model)
     if device == "auto":
@@ -91,6 +92,26 @@ def run_tasks(
         model=runner, tasks=list(tasks), task_manager=known, limit=limit, num_fewshot=num_fewshot, log_samples=False
     )
     return results
+
+
+def _check_settings(
+    tasks: Sequence[str], include_path: str | None, limit: float | None, num_fewshot: int | None, batch_size: int
+) -> None:
+    """Refuse what the harness would stumble over or pass over.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if not tasks:
+        raise ConfigError("--tasks names no task; give names as A,B, see `lm_eval ls tasks`")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ConfigError(f"--include-path {include_path} is no folder; give the one that holds the task files")
+    if limit is not None and not 0 < limit < float("inf"):
+        raise ConfigError(f"--limit is {limit:g}; it must be above 0 (documents per task, below 1 a share of them)")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ConfigError(f"--num-fewshot is {num_fewshot}; it must be at least 0")
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size is {batch_size}; it must be at least 1")
 
 
 def results_table(results: dict[str, Any]) -> str:

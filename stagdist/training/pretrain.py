@@ -80,7 +80,7 @@ def pretrain(
         if config.checkpoint.resume == "never":
             problem = f"{checkpoint} exists and checkpoint.resume is never; choose another name for the run"
             raise shared(ConfigError(problem))
-        config = resumed_config(config, checkpoint, identity)
+        config = resumed_config(config, checkpoint, identity, tokenizer.fingerprint)
     splits = build_splits(
         config.data,
         sequence_length=config.sequence_length,

@@ -96,17 +96,20 @@ def _shared_damage(path: Path, groups: Groups) -> str | None:
     return next((found for found in reasons if found is not None), None)
 
 
-def resumed_config(config: RunConfig, checkpoint: Path, data_identity: str) -> RunConfig:
+def resumed_config(config: RunConfig, checkpoint: Path, data_identity: str, tokenizer: str) -> RunConfig:
     """The configuration to go on with: that of the new start, with the sample order of the checkpoint.
 
-    An imported checkpoint, which has seen no samples, goes with any.
+    An imported checkpoint, which has seen no samples, goes with any of its tokenizer.
+
+    Args:
+        tokenizer: fingerprint of this run's.
 
     Raises:
-        ConfigError: the checkpoint is of another model or precision, or of other samples; on every rank.
+        ConfigError: the checkpoint is of another model, precision or tokenizer, or of other samples; on every rank.
     """
     before, state = load_config(checkpoint / CONFIG), read_state(checkpoint)
     problem = _model_problem(before, config) or (
-        _precision_problem(before, config)
+        _precision_problem(before, config) or _tokenizer_problem(state, config, tokenizer)
         if _imported(state)
         else _samples_problem(before, config, state, data_identity)
     )
@@ -167,6 +170,18 @@ def _precision_problem(before: RunConfig, config: RunConfig) -> str | None:
     return (
         f"was imported for training.precision {old}, this run has {new}; import it again with --config and the "
         "configuration of this run"
+    )
+
+
+def _tokenizer_problem(state: TrainingState, config: RunConfig, tokenizer: str) -> str | None:
+    """Why an imported model would misread the ids of this run; where no tokenizer was recorded, nothing is compared."""
+    if state.tokenizer in ("", tokenizer):
+        return None
+    named = config.data.tokenizer
+    return (
+        f"was imported with another tokenizer than data.tokenizer {named} holds: its sha256 is "
+        f"{state.tokenizer[:12]}, that of {named} {tokenizer[:12]}; set data.tokenizer to the one of the import, or "
+        f"import the model again with --tokenizer {named}"
     )
 
 

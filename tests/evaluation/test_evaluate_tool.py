@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+from stagdist.checkpoint.model_conversions import export
 from stagdist.checkpoint.model_directory import ModelDirectoryWriter
+from stagdist.checkpoint.staging import Options
 from stagdist.config import ModelConfig
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.errors import CheckpointError
 from stagdist.evaluation import harness
 from stagdist.evaluation.perplexity import Scoring, score_file
 from stagdist.parallel.layout import model_parameters
-from tests.ranks import run_ranks
+from tests.checkpoint.synthetic import model_directory, training_checkpoint
+from tests.ranks import ROOT, free_port, run_ranks
 from tests.reference import stagformer as reference
 from tests.reference.variants import BASE, VARIANTS
 from tools.evaluate import main
@@ -139,6 +144,67 @@ def test_what_cannot_work_is_one_line_and_code_2(
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and complaint in captured.err
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("launcher", "arguments", "complaint"),
+    [
+        (("deepspeed", "--num_accelerators", "2", "--master_port"), ("--model", "absent"), "absent is no directory"),
+        (("torchrun", "--nproc-per-node", "2", "--master-port"), ("--window", "17"), "--window is 17; the model knows"),
+    ],
+    ids=["deepspeed", "torchrun"],
+)
+def test_of_several_ranks_one_tells_what_is_wrong(
+    place: Path, launcher: tuple[str, ...], arguments: tuple[str, ...], complaint: str
+) -> None:
+    common = ("perplexity", "--model", "model", "--text", "text.txt", "--quiet", "--device", "cpu")
+    ended = call(*launcher, str(free_port()), str(ROOT / "tools" / "evaluate.py"), *common, *arguments)
+    assert ended.returncode != 0
+    told = [line for line in (ended.stdout + ended.stderr).splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and complaint in told[0], ended.stdout + ended.stderr
+    assert 'evaluate.py", line' not in ended.stderr, "a stack of the tool"
+
+
+def test_a_run_its_checkpoint_and_its_export_have_one_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_bytes(TEXT.encode())
+    checkpoint = training_checkpoint(tmp_path / "run", {}, (2, 1, 2))
+    export(tmp_path / "run", tmp_path / "exported", Options())
+    scores = []
+    for model in ("run", str(checkpoint.relative_to(tmp_path)), "exported"):
+        common = ("--model", model, "--text", "text.txt", "--json", "score.json", "--quiet", "--device", "cpu")
+        assert evaluate(monkeypatch, "perplexity", *common) == 0
+        result = json.loads((tmp_path / "score.json").read_text())
+        assert result["model"] == model and result["window"] == 32
+        scores.append((result["bits_per_byte"], result["perplexity"], result["tokens"], result["bytes"]))
+    assert scores[0][2] == len(TEXT.encode()) - 1 and scores[0][0] > 1.0
+    assert scores == [scores[0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--tasks", ""), "--tasks names no task"),
+        (("--tasks", ","), "--tasks names no task"),
+        (("--include-path", "absent"), "--include-path absent is no folder"),
+        (("--batch-size", "0"), "--batch-size is 0; it must be at least 1"),
+        (("--limit", "0"), "--limit is 0; it must be above 0"),
+        (("--limit", "nan"), "--limit is nan"),
+        (("--num-fewshot", "-1"), "--num-fewshot is -1"),
+    ],
+)
+def test_what_cannot_work_with_the_harness_is_one_line_and_code_2(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    complaint: str,
+) -> None:
+    assert evaluate(monkeypatch, "harness", "--model", "model", "--tasks", "local_mc", *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and complaint in captured.err
+
+
 def test_without_the_harness_the_extra_is_named(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,20 +235,50 @@ metric_list: [{{metric: acc}}]
 """
 
 
-def test_a_task_of_a_file_runs(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a task that needs no network."""
     for module in harness.PACKAGES:
         pytest.importorskip(module, reason="needs the extra `eval`")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = [{"question": "ab", "choices": ["c", "dd"], "answer": answer} for answer in (0, 1, 1, 1)]
-    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (place / "local_mc.yaml").write_text(TASK.format(file=place / "rows.jsonl"))
-    common = ("--model", "model", "--include-path", str(place), "--json", "out.json", "--device", "cpu")
-    assert evaluate(monkeypatch, "harness", "--tasks", "local_mc", *common) == 0
-    accuracy = json.loads((place / "out.json").read_text())["results"]["local_mc"]["acc,none"]
-    assert accuracy in (0.25, 0.75)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "local_mc.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("connection", ["staggered", "sequential"])
+def test_a_task_of_a_file_runs_also_by_the_command_of_the_harness(
+    tmp_path: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], connection: str
+) -> None:
+    model_directory(tmp_path / "run" / "model", {"connection": connection})
+    monkeypatch.chdir(tmp_path)
+    ours = ("--model", "run", "--include-path", str(tasks), "--json", "out.json", "--device", "cpu")
+    assert evaluate(monkeypatch, "harness", "--tasks", "local_mc", *ours) == 0
+    scores = json.loads((tmp_path / "out.json").read_text())["results"]["local_mc"]
+    assert scores["acc,none"] in (0.25, 0.75)
     assert "local_mc" in capsys.readouterr().out
-    assert evaluate(monkeypatch, "harness", "--tasks", "no_such_task", *common) == 2
+    assert evaluate(monkeypatch, "harness", "--tasks", "no_such_task", *ours) == 2
     assert "knows no task no_such_task" in capsys.readouterr().err
+
+    ended = call(
+        "lm_eval", "run", "--model", "hf", "--model_args", "pretrained=run/model,trust_remote_code=True",
+        "--include_path", str(tasks), "--tasks", "local_mc", "--device", "cpu", "--batch_size", "8",
+        "--output_path", "theirs",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (written,) = tmp_path.glob("theirs/**/results_*.json")
+    theirs = json.loads(written.read_text())["results"]["local_mc"]
+    assert {key: theirs[key] for key in scores} == scores
+
+
+def call(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command of this environment, started by nobody's launcher."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if key not in ranks}
+    folder = Path(sys.executable).parent
+    environment = kept | {"PATH": f"{folder}{os.pathsep}{kept['PATH']}"}
+    return subprocess.run(
+        [str(folder / command), *arguments], capture_output=True, text=True, env=environment, timeout=300
+    )

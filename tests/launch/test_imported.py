@@ -1,5 +1,6 @@
 """A run that begins from an imported model directory."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,10 @@ from safetensors.torch import load_file
 
 from stagdist.checkpoint.staging import Options
 from stagdist.checkpoint.training_conversions import import_model
+from stagdist.config_loading import load_config
+from stagdist.data.tokenizer import train_bpe
 from stagdist.parallel.grid import Grid
+from stagdist.training.resuming import resumed_config
 from tests.checkpoint.synthetic import model_directory
 from tests.launch.runs import launch, losses, tiny_config
 
@@ -36,3 +40,33 @@ def test_a_run_begins_from_an_imported_model_on_its_own_data_and_grid(corpus: Pa
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=1e-6)
     assert any(not torch.equal(after[name], tensor) for name, tensor in before.items()), "it was not trained"
+
+
+def test_a_run_with_another_tokenizer_than_the_import_is_refused_once_until_that_is_said(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """The vocabularies are equally large, so nothing else would show that the ids mean something else."""
+    config = tiny_config(corpus, "tuned", training={"steps": 1}, checkpoint={"interval_steps": 0})
+    source = model_directory(tmp_path / "source", config["model"] | {"num_key_value_heads": 2, "rope_theta": 10000.0})
+    train_bpe(["no merge of two"], 257).save(source)
+    imported = import_model(source, tmp_path / "runs" / "tuned", Grid(2, 1, 1), None, Options()).directory
+    run = launch(tmp_path, config)
+    assert run.wait() == 2, run.text()
+    told = [line for line in run.text().splitlines() if "error: " in line]
+    assert len(told) == 1 and "was imported with another tokenizer than data.tokenizer bytes holds" in told[0], told
+    assert "import the model again with --tokenizer bytes" in told[0] and "Traceback" not in run.text()
+
+    shutil.rmtree(imported)
+    import_model(source, tmp_path / "runs" / "tuned", Grid(2, 1, 1), None, Options(tokenizer="bytes"))
+    again = launch(tmp_path, config)
+    assert again.wait() == 0, again.text()
+    assert sorted(losses(tmp_path, "tuned")) == [1]
+
+
+def test_a_checkpoint_that_was_imported_without_a_tokenizer_goes_with_any(tmp_path: Path) -> None:
+    source = model_directory(tmp_path / "source", {})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    imported = import_model(source, tmp_path / "run", Grid(1, 1, 1), None, Options()).directory
+    config = load_config(imported / "config.yaml")
+    assert resumed_config(config, imported, "some data", "some tokenizer") == config

@@ -1,0 +1,101 @@
+"""An imported checkpoint knows the tokenizer of its model, and goes on with no other."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stagdist.checkpoint.model_conversions import export
+from stagdist.checkpoint.sources import open_training
+from stagdist.checkpoint.staging import Options, Proof
+from stagdist.checkpoint.training_conversions import import_model
+from stagdist.config_loading import dump_config
+from stagdist.data.tokenizer import load_tokenizer, train_bpe
+from stagdist.errors import CheckpointError, ConfigError
+from stagdist.parallel.grid import Grid
+from tests.checkpoint.synthetic import model_directory, run_config
+
+Import = Callable[..., Proof]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A model directory with a tokenizer of its own."""
+    folder = model_directory(tmp_path / "source", {"vocab_size": 300})
+    train_bpe(["to be or not to be " * 20], 270).save(folder)
+    return folder
+
+
+def bring(source: Path, tokenizer: str | Path | None, given: str | Path | None = None) -> Path:
+    """Import for a run whose configuration names a tokenizer; None for no configuration."""
+    config: Any = None
+    if tokenizer is not None:
+        config = source.parent / "run.yaml"
+        run = run_config({"vocab_size": 300})
+        data = run.data.model_copy(update={"tokenizer": str(tokenizer)})
+        config.write_text(dump_config(run.model_copy(update={"data": data})))
+    options = Options(tokenizer=None if given is None else str(given))
+    return import_model(
+        source, source.parent / "run", Grid(1, 1, 1), config if config is None else str(config), options
+    ).directory
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["no configuration", "a configuration that names it"])
+def test_the_tokenizer_of_the_directory_is_recorded_and_exported(source: Path, tmp_path: Path, named: bool) -> None:
+    reader = open_training(bring(source, source if named else None))
+    expected = load_tokenizer(source).fingerprint
+    assert reader.state.tokenizer == expected and reader.config.data.tokenizer == str(source)
+    export(tmp_path / "run", tmp_path / "again", Options())
+    assert load_tokenizer(tmp_path / "again").fingerprint == expected
+
+
+def test_a_configuration_with_another_tokenizer_is_refused_with_the_remedy(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"run\.yaml: data\.tokenizer bytes is another tokenizer than that of"
+    ) as told:
+        bring(source, "bytes")
+    assert f"set data.tokenizer to {source} in" in str(told.value) and "--tokenizer bytes if" in str(told.value)
+    with pytest.raises(
+        ConfigError, match=r"data\.tokenizer cannot be loaded: .*absent does not exist.*; set data\.tok"
+    ):
+        bring(source, tmp_path / "absent")
+    with pytest.raises(
+        ConfigError, match=r"another tokenizer than --tokenizer bytes \(.*; set data\.tokenizer to bytes"
+    ):
+        bring(source, source, given="bytes")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_vocabulary_that_is_meant_is_recorded_instead(source: Path, tmp_path: Path) -> None:
+    reader = open_training(bring(source, "bytes", given="bytes"))
+    assert reader.state.tokenizer == load_tokenizer("bytes").fingerprint
+    export(tmp_path / "run", tmp_path / "again", Options())
+    assert load_tokenizer(tmp_path / "again").is_bytes
+
+
+def test_a_given_tokenizer_is_found_from_any_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_tokenizer("bytes").save(tmp_path / "given")
+    monkeypatch.chdir(tmp_path)
+    assert open_training(bring(source, None, given="given")).config.data.tokenizer == str(tmp_path / "given")
+
+
+def test_a_directory_without_a_tokenizer_records_none(source: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    assert open_training(bring(source, "bytes")).state.tokenizer == ""
+
+
+def test_a_tokenizer_of_the_directory_that_cannot_be_read_is_not_passed_over(source: Path) -> None:
+    (source / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"cannot read the tokenizer .*tokenizer\.json.*--tokenizer"):
+        bring(source, None)
+
+
+def test_a_run_with_another_tokenizer_cannot_be_exported_as_the_model_it_was(source: Path, tmp_path: Path) -> None:
+    bring(source, None)
+    load_tokenizer("bytes").save(source)
+    with pytest.raises(CheckpointError, match="was trained with another tokenizer"):
+        export(tmp_path / "run", tmp_path / "again", Options())
