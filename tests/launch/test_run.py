@@ -248,8 +248,10 @@ def test_a_signal_before_the_script_can_hear_it_is_an_end_in_order_and_a_second_
     body = "import signal; signal.signal(signal.SIGTERM, lambda *_: (folder / f'asked-{rank}').touch())\n"
     run = Run(deaf, body + "(folder / f'ready-{rank}').touch()\nwhile True: steps(0, 1)")
     run.wait_for("ready-0")
+    run.wait_for("ready-1")
     run.process.send_signal(signal.SIGTERM)
     run.wait_for("asked-0")
+    run.wait_for("asked-1")
     time.sleep(2.5)
     run.process.send_signal(signal.SIGTERM)
     code, _, err = run.end(20)
