@@ -171,6 +171,7 @@ def test_fp16_is_refused_on_a_cpu(small: Path) -> None:
         ("name: a\nname: b\n", "key name is given twice, in line 1 and in line 2"),
         ("model:\n  vocab_size: 1\n  vocab_size: 2\n", "key vocab_size is given twice, in line 2 and in line 3"),
         ("name: [a\n", "not valid YAML"),
+        pytest.param("name: " + "[" * 100_000, "nested too deeply", id="nested"),
         ("- a\n", "must hold keys"),
         ("", "must hold keys"),
     ],
