@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stagdist.checkpoint.model_directory import stored_name
 from stagdist.checkpoint.reading import ModelReader
+from stagdist.checkpoint.replacing import aside, nameless
 from stagdist.checkpoint.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.text_tokens import TextTokens, read_text_tokens
 from stagdist.checkpoint.training_directory import COMPLETE, STATE, candidates, checkpoint_damage
@@ -68,15 +69,18 @@ def find(path: str | Path) -> Found:
     is told when it is opened.
 
     Raises:
-        CheckpointError: nothing of ours is there.
+        CheckpointError: nothing of ours is there, or what is meant lost its name when a conversion was killed.
     """
     folder = Path(path)
     if not folder.is_dir():
+        _refuse_cut_short([name for name in nameless(folder.parent) if name == folder])
         raise CheckpointError(f"{folder} is no directory; give a run's folder, a checkpoint or a model directory")
     if (folder / STATE).is_file() or (folder / COMPLETE).is_file():
         return Found("training", folder)
     checkpoints = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     found = candidates(checkpoints)
+    newest = _step(found[0]) if found else -1
+    _refuse_cut_short([name for name in nameless(checkpoints) if _step(name) > newest])
     claiming = [checkpoint for checkpoint in found if (checkpoint / COMPLETE).is_file()]
     whole = _first_whole(claiming)
     if whole is not None or claiming:
@@ -86,6 +90,21 @@ def find(path: str | Path) -> Found:
     if (folder / "config.json").is_file():
         return Found("model", folder)
     raise CheckpointError(f"{folder} holds neither checkpoints nor a model directory (there is no config.json)")
+
+
+def _step(path: Path) -> int:
+    """Of a checkpoint by its name; -1 of anything else."""
+    match = STEP_FOLDER.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def _refuse_cut_short(names: list[Path]) -> None:
+    """A checkpoint that only lacks its name must not be passed over for an older one."""
+    if names:
+        raise CheckpointError(
+            f"{names[-1]} lies in {aside(names[-1]).name} since a conversion that was replacing it was killed; start "
+            "that again, or rename the folder"
+        )
 
 
 def _first_whole(checkpoints: list[Path]) -> Found | None:
