@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -10,14 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.model_directory import stored_name
+from stagdist.checkpoint.model_directory import CODE_FILES, stored_name
 from stagdist.checkpoint.reading import ModelReader
 from stagdist.checkpoint.replacing import aside, nameless
 from stagdist.checkpoint.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.text_tokens import TextTokens, read_text_tokens
 from stagdist.checkpoint.training_directory import COMPLETE, STATE, candidates, checkpoint_damage
 from stagdist.checkpoint.training_reader import TrainingReader
-from stagdist.checkpoint.written_record import CHECKSUMS, TAMPERED
+from stagdist.checkpoint.written_record import CHECKSUMS, TAMPERED, read_record
 from stagdist.config import ModelConfig
 from stagdist.data.tokenizer import Tokenizer, load_tokenizer
 from stagdist.errors import CheckpointError, ConfigError, DataError
@@ -26,6 +26,10 @@ from stagdist.parallel.layout import ParameterSpec, model_parameters
 LOG = logging.getLogger(__name__)
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
+
+
+class ChangedTokenizerError(CheckpointError):
+    """The tokenizer in a model directory is not the one that was written: another must not quietly take its place."""
 
 
 class WeightSource(Protocol):
@@ -198,6 +202,10 @@ class ModelSource:
         """A whole parameter."""
         return self._reader.whole(spec)
 
+    def changed_files(self) -> Iterator[str]:
+        """See `WrittenRecord`."""
+        return self._reader.record.changed_files()
+
     def check(self, report: Callable[[str], None] = lambda name: None) -> None:
         """Compare the content of every tensor with what the directory says was written.
 
@@ -214,13 +222,26 @@ class ModelSource:
             report(name)
 
 
+def check_tokenizer(directory: Path) -> None:
+    """Compare a model directory's tokenizer, where there is one, with what was written.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    if (directory / "tokenizer.json").is_file():
+        for problem in read_record(directory).changed_files(but=CODE_FILES):
+            raise ChangedTokenizerError(f"{directory}: {problem}; --tokenizer names another")
+
+
 def source_tokenizer(source: WeightSource, given: str | None) -> Tokenizer:
     """The tokenizer of a source: as given, else beside a model's weights, else that of the run's configuration.
 
     Raises:
-        CheckpointError: there is none, with the option that names one.
+        CheckpointError: there is none, with the option that names one, or it is not the one that was written.
     """
     place = given or (source.config.data.tokenizer if isinstance(source, TrainingReader) else str(source.directory))
+    if given is None:
+        check_tokenizer(Path(place))
     try:
         return load_tokenizer(place)
     except DataError as error:

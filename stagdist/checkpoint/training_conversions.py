@@ -10,7 +10,14 @@ import torch
 
 from stagdist.checkpoint.imported import ImportedModel
 from stagdist.checkpoint.proof import any_text_ids
-from stagdist.checkpoint.sources import STEP_FOLDER, ModelSource, WeightSource, open_model, open_training
+from stagdist.checkpoint.sources import (
+    STEP_FOLDER,
+    ModelSource,
+    WeightSource,
+    check_tokenizer,
+    open_model,
+    open_training,
+)
 from stagdist.checkpoint.staging import (
     Options,
     Proof,
@@ -79,6 +86,8 @@ def import_model(
     """
     require_makeable(Path(destination))
     weights = open_model(source)
+    if options.tokenizer is None:
+        check_tokenizer(weights.directory)  # the run to come will read it there
     config = _import_config(weights, Path(destination), grid, config_file, options)
     state = TrainingState(0, 0, 0, (grid.pipe, grid.data, grid.tensor))
     final = training_destination(Path(destination), 0)

@@ -365,6 +365,9 @@ def test_merging_says_what_was_proved_and_wants_one_type_and_tokenizer(tmp_path:
     body = json.loads(path.read_text())
     body["normalizer"] = {"type": "Lowercase"}
     path.write_text(json.dumps(body))
+    sums = json.loads((other / "checksums.json").read_text())
+    del sums["files"]["tokenizer.json"]  # the change was meant
+    (other / "checksums.json").write_text(json.dumps(sums))
     with pytest.raises(CheckpointError, match="has another tokenizer than"):
         merge([one, other], tmp_path / "no", OPTIONS)
     merge([one, other], tmp_path / "named", Options(tokenizer="bytes"))
