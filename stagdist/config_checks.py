@@ -20,6 +20,12 @@ def model_problems(model: ModelConfig) -> list[str]:
             f"model.hidden_size {model.hidden_size} is not a multiple of model.num_attention_heads {heads}; "
             "change one of them or set model.head_dim"
         )
+    elif model.hidden_size % heads and not model.staggered:
+        problems.append(
+            f"model.hidden_size {model.hidden_size} is not a multiple of model.num_attention_heads {heads}; a "
+            "sequential model is exported as a Llama, and transformers loads none without that, whatever "
+            "model.head_dim is: change one of them"
+        )
     if model.head_width % 2:
         problems.append(f"the head width {model.head_width} is odd, but rotary embeddings turn pairs")
     for key, value in (

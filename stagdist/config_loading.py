@@ -118,6 +118,8 @@ def _parse_yaml(text: str, origin: str) -> Any:
         return yaml.load(text, _StrictLoader)  # it is a SafeLoader
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{origin}: lists or mappings are nested too deeply to be read") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -131,6 +131,14 @@ def test_a_wrong_value_is_refused_in_plain_words(small: Path, override: str, wor
     assert "\n" not in message, "a single problem is told in one line"
 
 
+def test_heads_that_transformers_refuses_in_a_llama_are_refused_before_it_is_trained(small: Path) -> None:
+    heads = ("model.num_attention_heads=3", "model.num_key_value_heads=3", "model.head_dim=8")
+    load_config(small, heads)  # a StagFormer brings its own code along
+    message = refused(small, *heads, "model.connection=sequential")
+    assert "model.hidden_size 32 is not a multiple of model.num_attention_heads 3; a sequential model" in message
+    assert "change one of them" in message and "\n" not in message
+
+
 def test_a_missing_key_is_named_with_its_meaning(tmp_path: Path) -> None:
     path = tmp_path / "none.yaml"
     path.write_text("name: none\ntraining: {steps: 1}\n")
@@ -171,6 +179,7 @@ def test_fp16_is_refused_on_a_cpu(small: Path) -> None:
         ("name: a\nname: b\n", "key name is given twice, in line 1 and in line 2"),
         ("model:\n  vocab_size: 1\n  vocab_size: 2\n", "key vocab_size is given twice, in line 2 and in line 3"),
         ("name: [a\n", "not valid YAML"),
+        pytest.param("name: " + "[" * 100_000, "nested too deeply", id="nested"),
         ("- a\n", "must hold keys"),
         ("", "must hold keys"),
     ],

@@ -1,5 +1,6 @@
 """What a directory holds, whether or not it is whole: for people and, as JSON, for programs."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.model_directory import weight_map
+from stagdist.checkpoint.model_config import read_body
+from stagdist.checkpoint.model_directory import CODE_FILES, weight_map
 from stagdist.checkpoint.sources import Found, ModelSource, WeightSource, find, open_training
 from stagdist.checkpoint.stage_layout import tensor_files
+from stagdist.checkpoint.text_tokens import GENERATION
 from stagdist.checkpoint.training_directory import COMPLETE, CONFIG, STATE, damage, read_complete
 from stagdist.checkpoint.training_reader import TrainingReader
 from stagdist.checkpoint.training_source import Track, untracked
+from stagdist.checkpoint.written_record import CHECKSUMS
 from stagdist.errors import StagdistError
 from stagdist.parallel.layout import model_parameters
 
-_MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "checksums.json")
+_MODEL_FILES = ("config.json", GENERATION, "tokenizer.json", "tokenizer_config.json", CHECKSUMS)
+_OUR_KEYS = ("connection", "section_layers")
+"""Keys that a Llama's `config.json` has only where we wrote it."""
 _KINDS = {"training": "training checkpoint", "model": "model directory"}
 _KNOWN_ENDINGS = (".safetensors", ".py", ".json", ".jinja", ".md", ".model", ".txt")
 
@@ -107,7 +113,7 @@ def _open_checkpoint(found: Found, report: Inspection, trust_pickle: bool) -> We
 
 
 def _open_directory(found: Found, report: Inspection) -> WeightSource | None:
-    report.problems += [f"{name} is missing" for name in _MODEL_FILES[:1] if name not in report.files]
+    report.problems += [f"{name} is missing" for name in _expected(found.directory) if name not in report.files]
     try:
         used = {file for _, file in weight_map(found.directory)}
         for name in report.files:
@@ -115,11 +121,23 @@ def _open_directory(found: Found, report: Inspection) -> WeightSource | None:
             if odd or not name.endswith(_KNOWN_ENDINGS):
                 report.problems.append(f"{name} does not belong here")
         source = ModelSource(found.directory)
+        report.problems += [problem for problem in source.changed_files() if problem not in report.problems]
         source.check()
     except StagdistError as error:
         report.problems.append(str(error))
         return None
     return source
+
+
+def _expected(directory: Path) -> tuple[str, ...]:
+    """Files beside the weights: of a directory of ours all that are written, of another's only its configuration."""
+    body: dict[str, Any] = {}
+    with suppress(StagdistError):  # told when it is opened
+        body = read_body(directory)
+    staggered = body.get("model_type") == "stagformer"
+    if not staggered and not (directory / CHECKSUMS).is_file() and not any(key in body for key in _OUR_KEYS):
+        return _MODEL_FILES[:1]
+    return (*_MODEL_FILES, *CODE_FILES) if staggered else _MODEL_FILES
 
 
 def _describe(source: WeightSource, report: Inspection, track: Track[Any]) -> None:

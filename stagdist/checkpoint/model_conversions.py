@@ -4,7 +4,6 @@ Each writes under a hidden name, proves the result, and only then gives it its n
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,14 @@ from torch import Tensor
 
 from stagdist.checkpoint.model_directory import ModelDirectoryWriter
 from stagdist.checkpoint.proof import text_ids
-from stagdist.checkpoint.sources import ModelSource, WeightSource, open_training, open_weights, source_tokenizer
+from stagdist.checkpoint.sources import (
+    ChangedTokenizerError,
+    ModelSource,
+    WeightSource,
+    open_training,
+    open_weights,
+    source_tokenizer,
+)
 from stagdist.checkpoint.staging import Options, Proof, prove_logits, put_in_place, require_free, staged_folder
 from stagdist.checkpoint.training_reader import TrainingReader
 from stagdist.config import ModelConfig
@@ -107,8 +113,12 @@ def _require_one_tokenizer(opened: Sequence[WeightSource]) -> None:
     """Sources that have a tokenizer must have the same; where the first has none, writing will say so."""
     known: list[tuple[WeightSource, str]] = []
     for one in opened:
-        with suppress(CheckpointError):
+        try:
             known.append((one, source_tokenizer(one, None).fingerprint))
+        except ChangedTokenizerError:
+            raise
+        except CheckpointError:  # it has none
+            continue
     for one, fingerprint in known:
         if fingerprint != known[0][1]:
             raise CheckpointError(

@@ -21,7 +21,7 @@ from stagdist.checkpoint.llama_names import llama_name
 from stagdist.checkpoint.model_config import DTYPES
 from stagdist.checkpoint.safetensors_writer import SafetensorsWriter
 from stagdist.checkpoint.text_tokens import GENERATION, TOKEN_KEYS, TextTokens, tokens_of
-from stagdist.checkpoint.training_directory import sync_path
+from stagdist.checkpoint.training_directory import file_record, sync_path
 from stagdist.checkpoint.written_record import CHECKSUMS
 from stagdist.config import ModelConfig
 from stagdist.errors import CheckpointError
@@ -113,7 +113,8 @@ class ModelDirectoryWriter:
     """Takes whole tensors in the order of `model_parameters` and leaves a finished directory.
 
     As a context manager an error inside leaves nothing behind; an existing directory is replaced at the end.
-    Everything that the file system refuses is an OSError.
+    Everything that the file system refuses is an OSError. What others put into `folder` before the end, the tokenizer
+    for one, is recorded in `checksums.json`.
 
     Args:
         end_of_document: the tokenizer's.
@@ -174,15 +175,15 @@ class ModelDirectoryWriter:
         assert self._file is None and len(self._checksums) == sum(map(len, self._shards)), "tensors are missing"
         body = config_json(self.model, self.dtype, self.end_of_document, self.tokens)
         shape = {key: value for key, value in body.items() if key not in _NOT_OF_THE_FUNCTION}
-        record = {"config": shape, "dtype": _DTYPE_NAMES[self.dtype], "sha256": self._checksums}
+        for name in CODE_FILES if self.model.staggered else ():
+            shutil.copyfile(_CODE_FOLDER / name, self.folder / name)
+        record = {"config": shape, "dtype": _DTYPE_NAMES[self.dtype], "sha256": self._checksums, "files": self._sums()}
         _write_json(self.folder / CHECKSUMS, record)
         if len(self._shards) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": self._index}
             _write_json(self.folder / _INDEX, index)
         _write_json(self.folder / "config.json", body)
         _write_json(self.folder / GENERATION, (self.tokens or tokens_of(self.end_of_document)).generation)
-        for name in CODE_FILES if self.model.staggered else ():
-            shutil.copyfile(_CODE_FOLDER / name, self.folder / name)
         for path in self.folder.iterdir():
             if path.is_file():
                 sync_path(path)
@@ -193,6 +194,12 @@ class ModelDirectoryWriter:
         self.folder.rename(self.final)
         shutil.rmtree(replaced, ignore_errors=True)
         sync_path(self.final.parent)
+
+    def _sums(self) -> dict[str, str]:
+        """sha256 of what lies beside the weights by now: the tokenizer and the code."""
+        weights = set(self._index.values())
+        small = sorted(path for path in self.folder.iterdir() if path.is_file() and path.name not in weights)
+        return {path.name: file_record(path).sha256 for path in small}
 
     def __enter__(self) -> "ModelDirectoryWriter":
         self.open()

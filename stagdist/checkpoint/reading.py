@@ -25,6 +25,9 @@ _ROWS = 4096
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of weights by their name in a safetensors file."""
 
+_MAX_HEADER_BYTES = 100_000_000
+"""Of a safetensors file; its library reads no larger one."""
+
 SINGLE_FILE = "model.safetensors"
 """Name of the weights where one file holds them all."""
 
@@ -151,11 +154,11 @@ def _first_cut_tensor(path: Path) -> str | None:
         with path.open("rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")
             room = path.stat().st_size - 8 - header_bytes
-            if room < 0:
+            if room < 0 or header_bytes > _MAX_HEADER_BYTES:
                 return None
             header = json.loads(stream.read(header_bytes))
         ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+        cut = [name for name, end in ends.items() if end > room]
+        return min(cut, key=ends.__getitem__) if cut else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return None
-    cut = [name for name, end in ends.items() if end > room]
-    return min(cut, key=ends.__getitem__) if cut else None

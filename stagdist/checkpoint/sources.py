@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -10,13 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.model_directory import stored_name
+from stagdist.checkpoint.model_directory import CODE_FILES, stored_name
 from stagdist.checkpoint.reading import ModelReader
+from stagdist.checkpoint.replacing import aside, nameless
 from stagdist.checkpoint.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.text_tokens import TextTokens, read_text_tokens
 from stagdist.checkpoint.training_directory import COMPLETE, STATE, candidates, checkpoint_damage
 from stagdist.checkpoint.training_reader import TrainingReader
-from stagdist.checkpoint.written_record import CHECKSUMS, TAMPERED
+from stagdist.checkpoint.written_record import CHECKSUMS, TAMPERED, read_record
 from stagdist.config import ModelConfig
 from stagdist.data.tokenizer import Tokenizer, load_tokenizer
 from stagdist.errors import CheckpointError, ConfigError, DataError
@@ -25,6 +26,10 @@ from stagdist.parallel.layout import ParameterSpec, model_parameters
 LOG = logging.getLogger(__name__)
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
+
+
+class ChangedTokenizerError(CheckpointError):
+    """The tokenizer in a model directory is not the one that was written: another must not quietly take its place."""
 
 
 class WeightSource(Protocol):
@@ -68,15 +73,18 @@ def find(path: str | Path) -> Found:
     is told when it is opened.
 
     Raises:
-        CheckpointError: nothing of ours is there.
+        CheckpointError: nothing of ours is there, or what is meant lost its name when a conversion was killed.
     """
     folder = Path(path)
     if not folder.is_dir():
+        _refuse_cut_short([name for name in nameless(folder.parent) if name == folder])
         raise CheckpointError(f"{folder} is no directory; give a run's folder, a checkpoint or a model directory")
     if (folder / STATE).is_file() or (folder / COMPLETE).is_file():
         return Found("training", folder)
     checkpoints = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     found = candidates(checkpoints)
+    newest = _step(found[0]) if found else -1
+    _refuse_cut_short([name for name in nameless(checkpoints) if _step(name) > newest])
     claiming = [checkpoint for checkpoint in found if (checkpoint / COMPLETE).is_file()]
     whole = _first_whole(claiming)
     if whole is not None or claiming:
@@ -86,6 +94,21 @@ def find(path: str | Path) -> Found:
     if (folder / "config.json").is_file():
         return Found("model", folder)
     raise CheckpointError(f"{folder} holds neither checkpoints nor a model directory (there is no config.json)")
+
+
+def _step(path: Path) -> int:
+    """Of a checkpoint by its name; -1 of anything else."""
+    match = STEP_FOLDER.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def _refuse_cut_short(names: list[Path]) -> None:
+    """A checkpoint that only lacks its name must not be passed over for an older one."""
+    if names:
+        raise CheckpointError(
+            f"{names[-1]} lies in {aside(names[-1]).name} since a conversion that was replacing it was killed; start "
+            "that again, or rename the folder"
+        )
 
 
 def _first_whole(checkpoints: list[Path]) -> Found | None:
@@ -179,6 +202,10 @@ class ModelSource:
         """A whole parameter."""
         return self._reader.whole(spec)
 
+    def changed_files(self) -> Iterator[str]:
+        """See `WrittenRecord`."""
+        return self._reader.record.changed_files()
+
     def check(self, report: Callable[[str], None] = lambda name: None) -> None:
         """Compare the content of every tensor with what the directory says was written.
 
@@ -195,13 +222,26 @@ class ModelSource:
             report(name)
 
 
+def check_tokenizer(directory: Path) -> None:
+    """Compare a model directory's tokenizer, where there is one, with what was written.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    if (directory / "tokenizer.json").is_file():
+        for problem in read_record(directory).changed_files(but=CODE_FILES):
+            raise ChangedTokenizerError(f"{directory}: {problem}; --tokenizer names another")
+
+
 def source_tokenizer(source: WeightSource, given: str | None) -> Tokenizer:
     """The tokenizer of a source: as given, else beside a model's weights, else that of the run's configuration.
 
     Raises:
-        CheckpointError: there is none, with the option that names one.
+        CheckpointError: there is none, with the option that names one, or it is not the one that was written.
     """
     place = given or (source.config.data.tokenizer if isinstance(source, TrainingReader) else str(source.directory))
+    if given is None:
+        check_tokenizer(Path(place))
     try:
         return load_tokenizer(place)
     except DataError as error:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from stagdist.checkpoint.proof import largest_difference
+from stagdist.checkpoint.replacing import aside, nameless, recover
 from stagdist.checkpoint.sources import Found, WeightSource, find
 from stagdist.checkpoint.training_directory import sync_path
 from stagdist.checkpoint.training_source import Track, untracked
@@ -151,8 +152,7 @@ def staged_folder(destination: Path, kind: str, options: Options) -> Iterator[Pa
     made = [folder for folder in hidden.parents if not folder.exists()]
     try:
         _make(final.parent, destination)
-        lock = final.parent / f".converting-{final.name}.lock"
-        with exclusive(lock, f"another conversion is writing {destination}"):
+        with _writing(final, destination):
             recover(final)
             require_free(final, kind, options)
             shutil.rmtree(hidden, ignore_errors=True)
@@ -175,6 +175,13 @@ def staged_folder(destination: Path, kind: str, options: Options) -> Iterator[Pa
                 folder.rmdir()
 
 
+@contextmanager
+def _writing(final: Path, told: Path) -> Iterator[None]:
+    """Nobody else writes a destination meanwhile; `told` is its name for a person."""
+    with exclusive(final.parent / f".converting-{final.name}.lock", f"another conversion is writing {told}"):
+        yield
+
+
 def _make(folder: Path, destination: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,28 +195,26 @@ def _make(folder: Path, destination: Path) -> None:
 
 def put_in_place(staged: Path, final: Path) -> None:
     """Give a finished folder its name. What it replaces lies beside it until that is done, see `recover`."""
-    aside = _aside(final)
+    old = aside(final)
     if final.exists():
-        final.rename(aside)
+        final.rename(old)
     try:
         staged.rename(final)
     except OSError:
         recover(final)
         raise
     sync_path(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def recover(final: Path) -> None:
-    """After a replacement that was cut short: the old folder gets its name back, or goes where the new one is there."""
-    aside = _aside(final)
-    if not aside.is_dir():
-        return
-    if final.exists():
-        shutil.rmtree(aside)
-    else:
-        aside.rename(final)
+def put_back(folder: Path) -> list[Path]:
+    """Give every folder its name back whose replacement a kill cut short; returns those.
 
-
-def _aside(final: Path) -> Path:
-    return final.parent / f".replaced-{final.name}"
+    Raises:
+        CheckpointError: a conversion is replacing one now.
+    """
+    found = nameless(folder.resolve())
+    for final in found:
+        with _writing(final, final):
+            recover(final)
+    return found

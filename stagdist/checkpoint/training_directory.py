@@ -76,14 +76,23 @@ def read_state(directory: Path) -> TrainingState:
     try:
         values = json.loads((directory / STATE).read_text())
         state = TrainingState(**{**values, "grid": tuple(values["grid"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{directory / STATE} cannot be read: {error}") from error
+    _check_state(state, directory / STATE)
+    return state
+
+
+def _check_state(state: TrainingState, path: Path) -> None:
     counts = (state.step, state.consumed_samples, state.num_samples, state.bad_steps)
     if len(state.grid) != 3 or not all(type(size) is int and size > 0 for size in state.grid):
-        raise CheckpointError(f"{directory / STATE}: grid is {list(state.grid)}; three sizes of 1 or more are needed")
+        raise CheckpointError(f"{path}: grid is {list(state.grid)}; three sizes of 1 or more are needed")
     if not all(type(count) is int and count >= 0 for count in counts):
-        raise CheckpointError(f"{directory / STATE}: its counts are {list(counts)}; numbers of 0 or more are needed")
-    return state
+        raise CheckpointError(f"{path}: its counts are {list(counts)}; numbers of 0 or more are needed")
+    for key in ("data_identity", "tokenizer"):
+        if not isinstance(getattr(state, key), str):
+            raise CheckpointError(f"{path}: {key} is {getattr(state, key)!r}; a text is needed")
+    if state.format_version != 1:
+        raise CheckpointError(f"{path}: format_version is {state.format_version!r}; this release reads 1")
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,7 @@ def read_complete(directory: Path) -> dict[str, FileRecord]:
     try:
         body: dict[str, Any] = json.loads((directory / COMPLETE).read_text())
         return {name: FileRecord(**record) for name, record in body["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory} is not a complete checkpoint: {COMPLETE}: {error}") from error
 
 

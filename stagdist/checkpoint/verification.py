@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stagdist.checkpoint.proof import TEXT, plain_logits, shown_reader, text_ids
-from stagdist.checkpoint.sources import WeightSource, open_weights, source_tokenizer
+from stagdist.checkpoint.sources import ChangedTokenizerError, WeightSource, open_weights, source_tokenizer
 from stagdist.checkpoint.training_source import Track, untracked
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import CheckpointError
@@ -76,6 +76,8 @@ def _tokenizer(one: WeightSource, other: WeightSource, given: str | None) -> Tok
     """As given, else that of the first that has one."""
     try:
         return source_tokenizer(one, given)
+    except ChangedTokenizerError:
+        raise
     except CheckpointError:
         if given is not None:
             raise

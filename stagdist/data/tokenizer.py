@@ -276,11 +276,13 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 def _load_json(path: Path) -> Tokenizer:
     try:
         json_text = path.read_text(encoding="utf-8")
-        added = json.loads(json_text).get("added_tokens", [])
-    except (OSError, ValueError, AttributeError) as error:
+        known = _known_end(json.loads(json_text).get("added_tokens", []))
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"cannot read the tokenizer {path}: {error}") from error
     config = _read_config(path.parent / _CONFIG_FILE)
-    end_token = _end_token(config) or _known_end(added)
+    end_token = _end_token(config) or known
+    if end_token is not None and not isinstance(end_token, str):
+        raise DataError(f"{path.parent / _CONFIG_FILE}: eos_token is {end_token!r}; it must be the text of a token")
     if end_token is None:
         raise DataError(
             f"nothing says which token ends a document in {path}: put a {_CONFIG_FILE} with `eos_token` beside it"
@@ -298,7 +300,7 @@ def _read_config(path: Path) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     if not isinstance(config, dict):
         raise DataError(f"{path} does not hold a JSON object")

@@ -21,7 +21,7 @@ from torch.serialization import safe_globals
 
 from stagdist.checkpoint.pickles import ENUM_MEMBER, refusal
 from stagdist.checkpoint.stage_layout import tensor_files
-from stagdist.checkpoint.staging import Options, exclusive
+from stagdist.checkpoint.staging import Options, exclusive, put_back
 from stagdist.checkpoint.training_conversions import reshard
 from stagdist.checkpoint.training_directory import (
     COMPLETE,
@@ -58,8 +58,10 @@ def newest_complete(checkpoints: Path, groups: Groups) -> Path | None:
     Every rank checks a share of the files. Damaged ones are passed over with a warning and lose their marker.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is whole: starting over would be a silent loss.
+        CheckpointError: there are checkpoints, but none is whole: starting over would be a silent loss; or a conversion
+            is replacing one now.
     """
+    _put_back(checkpoints, groups)
     chosen: list[list[Path]] = [candidates(checkpoints) if dist.get_rank() == 0 else []]
     dist.broadcast_object_list(chosen, src=0, group=groups.control)
     for path in chosen[0]:
@@ -77,6 +79,19 @@ def newest_complete(checkpoints: Path, groups: Groups) -> Path | None:
             )
         )
     return None
+
+
+def _put_back(checkpoints: Path, groups: Groups) -> None:
+    """A checkpoint that lost its name to a killed conversion has it again; rank 0 renames."""
+
+    def rename() -> None:
+        for path in put_back(checkpoints):
+            LOG.warning("%s has its name back: a conversion was killed while it replaced it", path)
+
+    try:
+        while_others_wait(groups.control, rename, lambda: None)  # a matter of moments
+    except CheckpointError as error:
+        raise shared(error) from error
 
 
 def _shared_damage(path: Path, groups: Groups) -> str | None:

@@ -13,7 +13,7 @@ from stagdist.checkpoint import staging, training_directory
 from stagdist.checkpoint.inspection import inspect
 from stagdist.checkpoint.model_conversions import export, merge
 from stagdist.checkpoint.sources import find, open_training
-from stagdist.checkpoint.staging import Options, staged_folder
+from stagdist.checkpoint.staging import Options, exclusive, put_back, staged_folder
 from stagdist.checkpoint.training_conversions import import_model, reshard
 from stagdist.checkpoint.training_directory import read_complete, read_state, write_complete
 from stagdist.checkpoint.training_writer import TrainingWriter
@@ -113,6 +113,8 @@ def test_a_kill_while_the_old_one_is_replaced_loses_nothing(
             convert(OVERWRITE)
     aside = final.parent / f".replaced-{final.name}"
     assert not final.exists() and file_contents(aside) == before
+    with pytest.raises(CheckpointError, match=rf"{final.name} lies in {aside.name} since a conversion .* killed"):
+        find(final if kind == "model" else tmp_path / "other")
     with pytest.raises(CheckpointError, match="exists"):
         convert(OPTIONS)
     assert file_contents(final) == before and not aside.exists()
@@ -122,6 +124,33 @@ def test_a_kill_while_the_old_one_is_replaced_loses_nothing(
     assert file_contents(aside) == before and file_contents(final) != before
     convert(OVERWRITE)
     assert not list(final.parent.glob(".*"))
+
+
+def test_only_a_newer_checkpoint_that_lost_its_name_stops_a_reader(tmp_path: Path) -> None:
+    newer = training_checkpoint(tmp_path / "run", {}, (1, 1, 1))
+    for step, stops in ((3, False), (9, True), (100_000_000, True)):
+        left = newer.with_name(f".replaced-step_{step:08d}")
+        shutil.copytree(newer, left)
+        if stops:
+            with pytest.raises(CheckpointError, match=rf"step_{step:08d} lies in {left.name}.*; start that again"):
+                find(tmp_path / "run")
+        else:
+            assert find(tmp_path / "run").directory == newer
+        shutil.rmtree(left)
+
+
+def test_what_a_running_conversion_replaces_is_not_put_back(tmp_path: Path) -> None:
+    (tmp_path / ".replaced-a").mkdir()
+    (tmp_path / ".replaced-b").mkdir()
+    (tmp_path / "b").mkdir()
+    with (
+        exclusive(tmp_path / ".converting-a.lock", "busy"),
+        pytest.raises(CheckpointError, match=r"another conversion is writing .*a; wait for its end"),
+    ):
+        put_back(tmp_path)
+    assert put_back(tmp_path) == [tmp_path / "a"] and put_back(tmp_path) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".replaced-b", "a", "b"]
+    assert put_back(tmp_path / "absent") == []
 
 
 def test_a_destination_that_cannot_be_made_is_named_before_anything_is_read(tmp_path: Path) -> None:
@@ -336,6 +365,9 @@ def test_merging_says_what_was_proved_and_wants_one_type_and_tokenizer(tmp_path:
     body = json.loads(path.read_text())
     body["normalizer"] = {"type": "Lowercase"}
     path.write_text(json.dumps(body))
+    sums = json.loads((other / "checksums.json").read_text())
+    del sums["files"]["tokenizer.json"]  # the change was meant
+    (other / "checksums.json").write_text(json.dumps(sums))
     with pytest.raises(CheckpointError, match="has another tokenizer than"):
         merge([one, other], tmp_path / "no", OPTIONS)
     merge([one, other], tmp_path / "named", Options(tokenizer="bytes"))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stagdist.checkpoint.model_directory import ModelDirectoryWriter
+from stagdist.checkpoint import reading
+from stagdist.checkpoint.model_directory import ModelDirectoryWriter, weight_map
 from stagdist.checkpoint.reading import ModelReader
 from stagdist.config import ModelConfig
 from stagdist.errors import CheckpointError
@@ -149,6 +150,37 @@ def test_a_truncated_file_is_named(tmp_path: Path, kept: float) -> None:
     (tmp_path / "model" / FILE).write_bytes(content[: int(kept if kept >= 1 else kept * len(content))])
     with pytest.raises(CheckpointError, match=FILE):
         ModelReader(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[" * 100_000,
+        "[]",
+        '{"a": 5}',
+        '{"a": {"data_offsets": ["a", "b"]}}',
+        '{"a": {"data_offsets": [0, "b"]}, "c": {"data_offsets": [0, 9000]}}',
+        '{"a": {"data_offsets": [0]}}',
+    ],
+    ids=lambda header: header[:40],
+)
+def test_a_header_that_is_none_is_named_in_one_line(tmp_path: Path, header: str) -> None:
+    write(tmp_path / "model", {})
+    (tmp_path / "model" / FILE).write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    with pytest.raises(CheckpointError, match=rf"{FILE} cannot be read") as caught:
+        ModelReader(tmp_path / "model")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_header_larger_than_any_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "model", {})
+    with (tmp_path / "model" / FILE).open("wb") as stream:
+        stream.write((200_000_000).to_bytes(8, "little"))
+        stream.truncate(200_000_100)  # takes no space on the disk
+    monkeypatch.setattr(reading.json, "loads", lambda text: pytest.fail(f"{len(text)} bytes were read"))
+    assert reading._first_cut_tensor(tmp_path / "model" / FILE) is None
+    with pytest.raises(CheckpointError, match=rf"{FILE} cannot be read: .*header"):
+        weight_map(tmp_path / "model")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,7 +63,13 @@ def test_every_kind_of_damage_is_named(tmp_path: Path, name: str) -> None:
     assert reason(tmp_path / checkpoint_name(1)) == f"{name} is missing"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": {"x": {"size": 1}}}', '{"files": 3}'])
+NESTED = "[" * 100_000
+"""Deeper than a reader can follow."""
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", NESTED, '{"files": {"x": {"size": 1}}}', '{"files": 3}'], ids=lambda text: text[:30]
+)
 def test_a_damaged_marker_is_no_checkpoint(tmp_path: Path, content: str) -> None:
     directory = make(tmp_path, 1)
     (directory / COMPLETE).write_text(content)
@@ -114,6 +121,32 @@ def test_publishing_replaces_an_incomplete_namesake(tmp_path: Path) -> None:
 
 def test_a_state_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     directory = make(tmp_path, 1)
-    (directory / "state.json").write_text(json.dumps({"step": 1}))
-    with pytest.raises(CheckpointError, match=r"state\.json"):
+    for content in (json.dumps({"step": 1}), "[]", NESTED):
+        (directory / "state.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"state\.json cannot be read"):
+            read_state(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"tokenizer": 5}, "tokenizer is 5; a text is needed"),
+        ({"tokenizer": None}, "tokenizer is None; a text is needed"),
+        ({"data_identity": ["x"]}, r"data_identity is \['x'\]; a text is needed"),
+        ({"step": "1"}, "its counts are"),
+        ({"bad_steps": True}, "its counts are"),
+        ({"grid": 5}, "cannot be read"),
+        ({"format_version": 2}, "format_version is 2; this release reads 1"),
+        ({"format_version": "x"}, "format_version is 'x'"),
+    ],
+    ids=str,
+)
+def test_a_state_with_something_of_a_wrong_kind_is_named(
+    tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    directory = make(tmp_path, 1)
+    path = directory / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=rf"state\.json:? .*{complaint}") as caught:
         read_state(directory)
+    assert "\n" not in str(caught.value)

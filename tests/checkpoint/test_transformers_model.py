@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig
 
 from stagdist.checkpoint import transformers_model
 from stagdist.checkpoint.model_config import read_model_config
 from stagdist.checkpoint.transformers_model import load_with_transformers
+from stagdist.config import ModelConfig
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.errors import CheckpointError
 from tests.checkpoint.test_exported_code import shape, write
@@ -31,6 +33,21 @@ def test_a_directory_loads_and_code_in_it_is_never_run(tmp_path: Path, variant: 
     with torch.no_grad():
         expected = reference.forward(parameters, model, ids)
         torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_heads_that_do_not_divide_the_width_load_in_a_stagformer_but_not_in_a_llama(tmp_path: Path) -> None:
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 6}
+    with pytest.raises(Exception, match="not a multiple of the number of attention"):
+        LlamaConfig(hidden_size=16, num_attention_heads=3, head_dim=6)
+    model = ModelConfig(**shape("tied").model_dump() | heads)
+    parameters = write(tmp_path / "model", model)
+    loaded, _ = load_with_transformers(tmp_path / "model", torch.float32)
+    ids = torch.tensor([list(b"to be")])
+    with torch.no_grad():
+        expected = reference.forward(parameters, model, ids)
+        torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="a sequential model is exported as a Llama"):
+        ModelConfig(**model.model_dump() | {"connection": "sequential"})
 
 
 def test_a_directory_that_does_not_load_is_named(tmp_path: Path) -> None:

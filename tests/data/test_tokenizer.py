@@ -131,6 +131,26 @@ def test_sentencepiece_like_tokens_count_their_bytes_and_others_are_refused() ->
         Tokenizer(words.to_str(), "</s>").token_bytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "[" * 100_000),
+        ("tokenizer.json", '{"added_tokens": 5}'),
+        ("tokenizer.json", '{"added_tokens": [5]}'),
+        ("tokenizer.json", '{"added_tokens": [{"content": ["x"]}]}'),
+        ("tokenizer_config.json", "[" * 100_000),
+        ("tokenizer_config.json", '{"eos_token": 5}'),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_file_of_another_make_is_named_in_one_line(bpe: Tokenizer, tmp_path: Path, name: str, content: str) -> None:
+    bpe.save(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=name.replace(".", r"\.")) as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_tokenizers_that_cannot_work_are_refused_with_the_remedy(bpe: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist; give `bytes`"):
         load_tokenizer(tmp_path / "nowhere")

@@ -4,6 +4,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
@@ -89,6 +90,7 @@ def scenarios(folder: Path) -> dict[str, Any]:
         for name in ("bomb", "empty")
     }
     found["unrecorded"] = _told(lambda: newest_complete(folder / "unrecorded" / "checkpoints", groups))
+    found |= _nameless(folder / "nameless" / "checkpoints", groups)
     other = folder / "other" / "checkpoints" / checkpoint_name(7)
     pulse = Watched()
     with pytest.raises(ArithmeticError):
@@ -119,6 +121,20 @@ def _lose_the_other(groups: Groups) -> str:
     with pytest.raises(TransportError) as told, naming_lost_peers(groups, limit_s, "resuming"):
         while_others_wait(control, lambda: time.sleep(1), lambda: None)
     return str(told.value)
+
+
+def _nameless(checkpoints: Path, groups: Groups) -> dict[str, Any]:
+    """While a conversion replaces the newest checkpoint, and after it was killed in between."""
+    lock = checkpoints / f".converting-{checkpoint_name(9)}.lock"
+    found: dict[str, Any] = {}
+    with ExitStack() as held:
+        if groups.place.pipe == 0:
+            held.enter_context(exclusive(lock, "busy"))
+        found["while it is replaced"] = _told(lambda: newest_complete(checkpoints, groups))
+    groups_barrier(groups)
+    found["after a kill"] = _told(lambda: newest_complete(checkpoints, groups))
+    groups_barrier(groups)
+    return found | {"left": _hidden(checkpoints)}
 
 
 def groups_barrier(groups: Groups) -> None:
@@ -175,6 +191,8 @@ def launched(folder: Path) -> list[dict[str, Any]]:
     records = read_complete(unrecorded)
     del records["mp_rank_01_model_states.pt"]
     write_complete(unrecorded, records)
+    newest = training_checkpoint(folder / "nameless", {}, (2, 1, 1))
+    shutil.copytree(newest, newest.with_name(f".replaced-{checkpoint_name(9)}"))
     training_checkpoint(folder / "other", {}, (1, 1, 1))
     fits = training_checkpoint(folder / "fits", {}, (2, 1, 1))
     for checkpoints in (fits.parent, folder / "other" / "checkpoints"):
@@ -203,6 +221,17 @@ def test_a_file_that_will_not_do_is_refused_on_all_ranks_before_they_load_togeth
     assert "--trust-pickle" in told(reports, "bomb")
     assert "mp_rank_00_model_states.pt lacks two dictionaries of shapes" in told(reports, "empty")
     assert told(reports, "unrecorded").startswith("none of the 1 checkpoints in ")
+
+
+def test_a_checkpoint_that_lost_its_name_to_a_killed_conversion_is_gone_on_from(
+    reports: list[dict[str, Any]],
+) -> None:
+    assert "another conversion is writing" in told(reports, "while it is replaced")
+    assert "on this rank only" not in told(reports, "while it is replaced")
+    assert told(reports, "after a kill").startswith("done: ") and told(reports, "after a kill").endswith(
+        "step_00000009"
+    )
+    assert told(reports, "left") == "[]"
 
 
 def test_copies_for_a_grid_go_whatever_happens(reports: list[dict[str, Any]]) -> None:
