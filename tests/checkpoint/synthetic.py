@@ -20,7 +20,7 @@ from stagdist.checkpoint.training_source import DTYPES, MASTER, Counters
 from stagdist.checkpoint.training_writer import TrainingWriter
 from stagdist.config import ModelConfig, RunConfig
 from stagdist.config_loading import dump_config
-from stagdist.data.tokenizer import load_tokenizer
+from stagdist.data.tokenizer import Tokenizer, load_tokenizer
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 from tests.reference.stagformer import random_parameters
@@ -104,11 +104,17 @@ def complete(folder: Path) -> None:
     write_complete(folder, {name: file_record(folder / name) for name in checkpoint_files(folder)})
 
 
-def model_directory(folder: Path, model: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 3) -> Path:
-    """A model directory of random weights with the bytes tokenizer."""
+def model_directory(
+    folder: Path,
+    model: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    seed: int = 3,
+    tokenizer: Tokenizer | None = None,
+) -> Path:
+    """A model directory of random weights, with the bytes tokenizer unless another is given."""
     config = run_config(model).model
     parameters = random_parameters(config, seed, perturb=True)
-    tokenizer = load_tokenizer("bytes")
+    tokenizer = tokenizer or load_tokenizer("bytes")
     with ModelDirectoryWriter(folder, config, dtype, tokenizer.end_of_document) as writer:
         for spec in model_parameters(config):
             writer.add(spec.name, parameters[spec.name])

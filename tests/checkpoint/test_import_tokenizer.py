@@ -10,6 +10,7 @@ from stagdist.checkpoint.model_conversions import export
 from stagdist.checkpoint.sources import open_training
 from stagdist.checkpoint.staging import Options, Proof
 from stagdist.checkpoint.training_conversions import import_model
+from stagdist.checkpoint.written_record import CHECKSUMS
 from stagdist.config_loading import dump_config
 from stagdist.data.tokenizer import load_tokenizer, train_bpe
 from stagdist.errors import CheckpointError, ConfigError
@@ -22,9 +23,8 @@ Import = Callable[..., Proof]
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A model directory with a tokenizer of its own."""
-    folder = model_directory(tmp_path / "source", {"vocab_size": 300})
-    train_bpe(["to be or not to be " * 20], 270).save(folder)
-    return folder
+    tokenizer = train_bpe(["to be or not to be " * 20], 270)
+    return model_directory(tmp_path / "source", {"vocab_size": 300}, tokenizer=tokenizer)
 
 
 def bring(source: Path, tokenizer: str | Path | None, given: str | Path | None = None) -> Path:
@@ -89,12 +89,14 @@ def test_a_directory_without_a_tokenizer_records_none(source: Path) -> None:
 
 
 def test_a_tokenizer_of_the_directory_that_cannot_be_read_is_not_passed_over(source: Path) -> None:
+    (source / CHECKSUMS).unlink()  # as in a directory from elsewhere
     (source / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"cannot read the tokenizer .*tokenizer\.json.*--tokenizer"):
         bring(source, None)
 
 
 def test_a_run_with_another_tokenizer_cannot_be_exported_as_the_model_it_was(source: Path, tmp_path: Path) -> None:
+    (source / CHECKSUMS).unlink()
     bring(source, None)
     load_tokenizer("bytes").save(source)
     with pytest.raises(CheckpointError, match="was trained with another tokenizer"):
