@@ -40,8 +40,9 @@ DESCRIPTIONS = {
     "merge": "The average of several checkpoints or model directories of one model, as a model directory.",
     "inspect": "What a directory holds: kind, step, model, grid, sizes, statistics of every tensor, missing or odd "
     "files. Exit code 1 if something is wrong.",
-    "verify": "Whether two directories hold the same model: largest difference of their logits on real text, in fp32. "
-    "Exit code 1 if it is above --tolerance.",
+    "verify": "Whether two directories hold the same model: largest difference of their logits on real text, in fp32, "
+    "and what their configurations say. Exit code 1 if the difference is above --tolerance, or if a key differs that "
+    "changes the function and that the text is too short to show.",
 }
 
 
@@ -110,6 +111,9 @@ def _add_options(made: dict[str, argparse.ArgumentParser]) -> None:
     made["inspect"].add_argument("--json", action="store_true", help="print JSON")
     made["verify"].add_argument("--json", action="store_true", help="print JSON")
     made["verify"].add_argument("--text", metavar="FILE", help="text to compare on (default: a built-in passage)")
+    made["verify"].add_argument(
+        "--tokens", type=int, metavar="N", help="tokens of the text to read, up to the context (default: 128 at most)"
+    )
     made["verify"].add_argument(
         "--tolerance", type=_tolerance, default=1e-5, metavar="X", help="largest difference to accept (default: 1e-5)"
     )
@@ -187,11 +191,12 @@ def verify(arguments: argparse.Namespace) -> int:
         arguments.first,
         arguments.second,
         text=text,
+        tokens=arguments.tokens,
         tokenizer=arguments.tokenizer,
         trust_pickle=arguments.trust_pickle,
         track=untracked if arguments.quiet else show,
     )
-    same = verdict.largest_difference <= arguments.tolerance
+    same = verdict.same(arguments.tolerance)
     if arguments.json:
         print(json.dumps(asdict(verdict) | {"tolerance": arguments.tolerance, "same": same}, indent=2))
     else:
@@ -200,6 +205,8 @@ def verify(arguments: argparse.Namespace) -> int:
             f"{verdict.tokens} tokens of text (largest logit {verdict.largest_logit:.3g}, tolerance "
             f"{arguments.tolerance:g}); the same first choice at {verdict.equal_choices:.1%} of the positions"
         )
+        for line in verdict.remarks():
+            print(line)
     return 0 if same else 1
 
 

@@ -37,13 +37,13 @@ Read = Callable[[str], Tensor]
 """Whole parameter by canonical name."""
 
 
-def text_ids(tokenizer: Tokenizer, model: ModelConfig, text: str = TEXT) -> Tensor:
-    """Tokens of a text, as many as fit. Shapes: int64 [1, S].
+def text_ids(tokenizer: Tokenizer, model: ModelConfig, text: str = TEXT, limit: int = MAX_TOKENS) -> Tensor:
+    """Tokens of a text, `limit` of them or as many as fit. Shapes: int64 [1, S].
 
     Raises:
         CheckpointError: the tokenizer makes tokens that the model does not have.
     """
-    ids = tokenizer.encode(text)[: min(MAX_TOKENS, model.max_position_embeddings)]
+    ids = tokenizer.encode(text)[: min(limit, model.max_position_embeddings)]
     if not ids or max(ids) >= model.vocab_size:
         raise CheckpointError(
             f"the tokenizer gives {len(ids)} tokens up to {max(ids, default=0)}, the model has {model.vocab_size}; it "

@@ -1,5 +1,6 @@
 """Whether two directories hold the same model: by logits on real text."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stagdist.checkpoint.equivalence import unsettled_keys
 from stagdist.checkpoint.proof import TEXT, plain_logits, shown_reader, text_ids
 from stagdist.checkpoint.sources import ChangedTokenizerError, WeightSource, open_weights, source_tokenizer
 from stagdist.checkpoint.training_source import Track, untracked
+from stagdist.config import ModelConfig
+from stagdist.config_loading import differences
 from stagdist.data.tokenizer import Tokenizer
-from stagdist.errors import CheckpointError
+from stagdist.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,31 @@ class Verdict:
         largest_difference: of any logit.
         largest_logit: of the first model, by size, for comparison.
         equal_choices: share of positions where both rank the same token first.
+        differing_keys: of the two models' configurations, with both values; most do not change the function.
+        unsettled: of those that do, the ones that the text may not show; see `unsettled_keys`.
     """
 
     tokens: int
     largest_difference: float
     largest_logit: float
     equal_choices: float
+    differing_keys: dict[str, tuple[Any, Any]]
+    unsettled: dict[str, int | None]
+
+    def same(self, tolerance: float) -> bool:
+        """Whether the two are one function, as far as can be told."""
+        return self.largest_difference <= tolerance and not self.unsettled
+
+    def remarks(self) -> Iterator[str]:
+        """The keys that differ, one line each, for a person."""
+        for key, (left, right) in self.differing_keys.items():
+            line = f"{key} is {left!r} in the first and {right!r} in the second"
+            if key not in self.unsettled:
+                yield line
+            elif (needed := self.unsettled[key]) is None:
+                yield f"{line}: another function, whatever the logits of one text"
+            else:
+                yield f"{line}: another function, which {self.tokens} tokens may not show; --tokens {needed} reads all"
 
 
 def verify(
@@ -36,19 +59,22 @@ def verify(
     second: str | Path,
     *,
     text: str = TEXT,
+    tokens: int | None = None,
     tokenizer: str | None = None,
     trust_pickle: bool = False,
     track: Track[Any] = untracked,
 ) -> Verdict:
-    """Run both on the same tokens, in fp32.
+    """Run both on the same tokens, in fp32, and compare what their configurations say.
 
     Args:
         text: what to read; its beginning is used.
+        tokens: how many of its tokens, up to the context of both; None for `MAX_TOKENS` or what there is.
         tokenizer: where the tokenizer is; None for that of the first, else of the second.
         track: shows progress, by parameters that were read.
 
     Raises:
         CheckpointError: one cannot be read, or the vocabularies differ.
+        ConfigError: there are not so many tokens in the text or in the context.
     """
     one, other = (open_weights(path, trust_pickle=trust_pickle) for path in (first, second))
     if one.model.vocab_size != other.model.vocab_size:
@@ -57,14 +83,31 @@ def verify(
             "logits cannot be compared"
         )
     shorter = min((one.model, other.model), key=lambda model: model.max_position_embeddings)
-    input_ids = text_ids(_tokenizer(one, other, tokenizer), shorter, text)
+    input_ids = _input_ids(_tokenizer(one, other, tokenizer), shorter, text, tokens)
+    read = input_ids.shape[1]
     left, right = (_logits(source, input_ids, track) for source in (one, other))
     return Verdict(
-        tokens=input_ids.shape[1],
+        tokens=read,
         largest_difference=float((left - right).abs().max()),
         largest_logit=float(left.abs().max()),
         equal_choices=float((left.argmax(-1) == right.argmax(-1)).float().mean()),
+        differing_keys=differences(one.model, other.model),
+        unsettled=unsettled_keys(one.model, other.model, read),
     )
+
+
+def _input_ids(tokenizer: Tokenizer, model: ModelConfig, text: str, tokens: int | None) -> Tensor:
+    """The tokens to read: exactly as many as were asked for."""
+    if tokens is None:
+        return text_ids(tokenizer, model, text)
+    if not 1 <= tokens <= model.max_position_embeddings:
+        raise ConfigError(
+            f"--tokens is {tokens}; the context of both models has {model.max_position_embeddings}, give 1 to that many"
+        )
+    input_ids = text_ids(tokenizer, model, text, tokens)
+    if input_ids.shape[1] < tokens:
+        raise ConfigError(f"the text has {input_ids.shape[1]} tokens, --tokens asks for {tokens}; name a longer --text")
+    return input_ids
 
 
 def _logits(source: WeightSource, input_ids: Tensor, track: Track[Any]) -> Tensor:

@@ -22,7 +22,7 @@ from stagdist.checkpoint.sources import open_model, open_training
 from stagdist.checkpoint.staging import Options
 from stagdist.checkpoint.training_conversions import import_model, reshard
 from stagdist.checkpoint.training_directory import read_state
-from stagdist.checkpoint.training_source import KINDS
+from stagdist.checkpoint.training_source import DTYPES, KINDS
 from stagdist.checkpoint.verification import verify
 from stagdist.config import ModelConfig
 from stagdist.data.tokenizer import load_tokenizer
@@ -72,9 +72,12 @@ def test_resharding_there_and_back_gives_the_same_files(tmp_path: Path, model: d
         assert [name for name in theirs if ours[name] != theirs[name]] == []
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", MODELS, ids=str)
-def test_export_import_export_is_bit_identical_and_computes_the_model(tmp_path: Path, model: dict[str, Any]) -> None:
-    training_checkpoint(tmp_path / "run", model, (2 if len((SHAPE | model)["section_layers"]) == 2 else 3, 1, 2))
+def test_export_import_export_is_bit_identical_and_computes_the_model(
+    tmp_path: Path, model: dict[str, Any], precision: str
+) -> None:
+    training_checkpoint(tmp_path / "run", model, (len((SHAPE | model)["section_layers"]), 1, 2), precision)
     first = export(tmp_path / "run", tmp_path / "first", OPTIONS).directory
     imported = import_model(first, tmp_path / "again", Grid(1, 2, 2), None, OPTIONS).directory
     assert (imported.name, read_state(imported).num_samples) == ("step_00000000", 0)
@@ -85,7 +88,8 @@ def test_export_import_export_is_bit_identical_and_computes_the_model(tmp_path: 
 
     source = open_model(first)
     ids = text_ids(load_tokenizer(first), source.model)
-    parameters = parameters_of(source.model)
+    assert source.dtype == DTYPES[precision]
+    parameters = {name: value.to(source.dtype).float() for name, value in parameters_of(source.model).items()}
     with single_process() as groups, torch.no_grad():
         loaded = load_model(first, TensorParallel(groups.tensor))(ids)
     expected = reference.forward(parameters, source.model, ids)
