@@ -14,8 +14,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from stagdist.checkpoint.inspection import inspect
+from stagdist.checkpoint.model_directory import CODE_FILES
 from stagdist.checkpoint.staging import exclusive
 from stagdist.checkpoint.training_directory import checkpoint_name, read_complete, write_complete
+from stagdist.checkpoint.written_record import read_record
 from stagdist.data.tokenizer import load_tokenizer
 from stagdist.errors import StagdistError
 from stagdist.parallel.groups import Groups
@@ -122,6 +125,8 @@ def _exports(folder: Path, groups: Groups) -> dict[str, Any]:
 
     found: dict[str, Any] = {"export": leave(folder / "models" / "model")}
     before = file_contents(folder / "models" / "model")
+    found["recorded"] = sorted(read_record(folder / "models" / "model").files)
+    found["problems"] = inspect(folder / "models" / "model").problems
     with patch.object(export.ModelSource, "weight", lambda _, spec: torch.zeros(spec.shape)):
         found["export read back wrong"] = leave(folder / "models" / "model")
     gather = export._gather
@@ -205,6 +210,8 @@ def test_copies_for_a_grid_go_whatever_happens(reports: list[dict[str, Any]]) ->
 
 def test_the_model_of_a_run_is_read_back_and_replaces_only_its_like(reports: list[dict[str, Any]]) -> None:
     assert told(reports, "export") == "done: None"
+    assert reports[0]["recorded"] == sorted([*CODE_FILES, "tokenizer.json", "tokenizer_config.json"])
+    assert told(reports, "problems") == "[]"
     assert "is read back from" in told(reports, "export read back wrong")
     assert "model is not the model that was trained" in told(reports, "export under wrong names")
     assert "thesis will not be overwritten" in told(reports, "export over something else")
