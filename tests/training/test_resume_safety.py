@@ -17,8 +17,11 @@ import pytest
 import torch
 
 from stagdist.checkpoint import model_directory
+from stagdist.checkpoint.inspection import inspect
+from stagdist.checkpoint.model_directory import CODE_FILES
 from stagdist.checkpoint.staging import exclusive
 from stagdist.checkpoint.training_directory import checkpoint_name, read_complete, write_complete
+from stagdist.checkpoint.written_record import read_record
 from stagdist.data.tokenizer import load_tokenizer
 from stagdist.errors import StagdistError, TransportError
 from stagdist.parallel.groups import Groups
@@ -155,6 +158,8 @@ def _exports(folder: Path, groups: Groups) -> dict[str, Any]:
     found: dict[str, Any] = {"export": leave(folder / "models" / "model"), "signs": pulse.phases}
     engine.pulse = Pulse()
     before = file_contents(folder / "models" / "model")
+    found["recorded"] = sorted(read_record(folder / "models" / "model").files)
+    found["problems"] = inspect(folder / "models" / "model").problems
     with patch.object(export.ModelSource, "weight", lambda _, spec: torch.zeros(spec.shape)):
         found["export read back wrong"] = leave(folder / "models" / "model")
     gather = export._gather
@@ -257,6 +262,8 @@ def test_long_work_of_one_rank_gives_signs_of_life_on_all(reports: list[dict[str
 
 def test_the_model_of_a_run_is_read_back_and_replaces_only_its_like(reports: list[dict[str, Any]]) -> None:
     assert told(reports, "export") == "done: None"
+    assert reports[0]["recorded"] == sorted([*CODE_FILES, "tokenizer.json", "tokenizer_config.json"])
+    assert told(reports, "problems") == "[]"
     assert "is read back from" in told(reports, "export read back wrong")
     assert "model is not the model that was trained" in told(reports, "export under wrong names")
     assert "model is not the model that was trained" in told(reports, "export with another theta")
