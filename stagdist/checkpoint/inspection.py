@@ -77,8 +77,10 @@ def inspect(path: str | Path, *, trust_pickle: bool = False, track: Track[Any] =
     """
     found = find(path)
     report = Inspection(_KINDS[found.kind], str(found.directory))
-    files = sorted(file for file in found.directory.rglob("*") if file.is_file())
-    report.files = {file.relative_to(found.directory).as_posix(): file.stat().st_size for file in files}
+    files = {file.relative_to(found.directory): file for file in sorted(found.directory.rglob("*")) if file.is_file()}
+    # Hidden ones are of those who carry a directory about: a hub, a version control, a file manager.
+    hidden = [name for name in files if any(part.startswith(".") for part in name.parts)]
+    report.files = {name.as_posix(): file.stat().st_size for name, file in files.items() if name not in hidden}
     report.bytes = sum(report.files.values())
     source = (
         _open_checkpoint(found, report, trust_pickle) if found.kind == "training" else _open_directory(found, report)
@@ -118,7 +120,7 @@ def _open_directory(found: Found, report: Inspection) -> WeightSource | None:
         used = {file for _, file in weight_map(found.directory)}
         for name in report.files:
             odd = name.endswith(".safetensors") and name not in used
-            if odd or not name.endswith(_KNOWN_ENDINGS):
+            if odd or not name.endswith((*_KNOWN_ENDINGS, "LICENSE", "NOTICE")):
                 report.problems.append(f"{name} does not belong here")
         source = ModelSource(found.directory)
         report.problems += [problem for problem in source.changed_files() if problem not in report.problems]

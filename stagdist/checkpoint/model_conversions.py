@@ -21,10 +21,8 @@ from stagdist.checkpoint.sources import (
     source_tokenizer,
 )
 from stagdist.checkpoint.staging import Options, Proof, prove_logits, put_in_place, require_free, staged_folder
-from stagdist.checkpoint.training_reader import TrainingReader
 from stagdist.config import ModelConfig
 from stagdist.config_loading import differences
-from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import CheckpointError
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
@@ -148,7 +146,7 @@ def write_model(
         CheckpointError: as `export`.
     """
     require_free(destination, "model", options)
-    tokenizer = _tokenizer_of(source, options)
+    tokenizer = source_tokenizer(source, options.tokenizer)
     input_ids = text_ids(tokenizer, model)
     keeps_function = keeps_function and equal_to is None
     with staged_folder(destination, "model", options) as staged:
@@ -167,17 +165,3 @@ def write_model(
         checked += prove_logits(expected, written, input_ids, options.track)
         put_in_place(staged, destination.resolve())
     return Proof(destination, checked)
-
-
-def _tokenizer_of(source: WeightSource, options: Options) -> Tokenizer:
-    """The tokenizer to go with the weights, which must be the one they were trained with unless another is named."""
-    tokenizer = source_tokenizer(source, options.tokenizer)
-    if options.tokenizer is not None or not isinstance(source, TrainingReader):
-        return tokenizer
-    before, now = source.state.tokenizer, tokenizer.fingerprint
-    if before not in ("", now):
-        raise CheckpointError(
-            f"{source.directory} was trained with another tokenizer than {source.config.data.tokenizer} holds now: "
-            f"its sha256 was {before[:12]}, is {now[:12]}; restore it, or name one with --tokenizer"
-        )
-    return tokenizer

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stagdist.checkpoint.sources import ChangedTokenizerError, WeightSource, source_tokenizer
+from stagdist.checkpoint.sources import WeightSource, source_tokenizer
 from stagdist.checkpoint.training_source import Track, untracked
 from stagdist.config import ModelConfig
 from stagdist.data.tokenizer import Tokenizer
@@ -53,11 +53,9 @@ def text_ids(tokenizer: Tokenizer, model: ModelConfig, text: str = TEXT, limit: 
 
 
 def any_text_ids(source: WeightSource, tokenizer: str | None) -> Tensor:
-    """Tokens of the text; where the source has no tokenizer, any. Shapes: int64 [1, S]."""
+    """Tokens of the text; where the source has no tokenizer, or another now, any. Shapes: int64 [1, S]."""
     try:
         return text_ids(source_tokenizer(source, tokenizer), source.model)
-    except ChangedTokenizerError:
-        raise
     except CheckpointError:
         if tokenizer is not None:
             raise

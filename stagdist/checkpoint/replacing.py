@@ -25,9 +25,13 @@ def recover(final: Path) -> None:
         old.rename(final)
 
 
-def nameless(folder: Path) -> list[Path]:
-    """The names that are missing in a folder since a replacement was cut short, sorted."""
+def replaced(folder: Path) -> list[Path]:
+    """Names in a folder of which an old bearer is left, sorted."""
     if not folder.is_dir():
         return []
-    named = (path.with_name(path.name.removeprefix(_ASIDE)) for path in folder.glob(f"{_ASIDE}*") if path.is_dir())
-    return sorted(path for path in named if not path.exists())
+    return sorted(path.with_name(path.name.removeprefix(_ASIDE)) for path in folder.glob(f"{_ASIDE}*") if path.is_dir())
+
+
+def nameless(folder: Path) -> list[Path]:
+    """Of those the names that are missing, since a replacement was cut short."""
+    return [name for name in replaced(folder) if not name.exists()]

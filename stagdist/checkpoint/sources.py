@@ -19,7 +19,7 @@ from stagdist.checkpoint.training_directory import COMPLETE, STATE, candidates, 
 from stagdist.checkpoint.training_reader import TrainingReader
 from stagdist.checkpoint.written_record import CHECKSUMS, TAMPERED, read_record
 from stagdist.config import ModelConfig
-from stagdist.data.tokenizer import Tokenizer, load_tokenizer
+from stagdist.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from stagdist.errors import CheckpointError, ConfigError, DataError
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
@@ -83,12 +83,12 @@ def find(path: str | Path) -> Found:
         return Found("training", folder)
     checkpoints = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     found = candidates(checkpoints)
-    newest = _step(found[0]) if found else -1
-    _refuse_cut_short([name for name in nameless(checkpoints) if _step(name) > newest])
     claiming = [checkpoint for checkpoint in found if (checkpoint / COMPLETE).is_file()]
-    whole = _first_whole(claiming)
-    if whole is not None or claiming:
-        return whole or Found("training", claiming[0])
+    chosen = _first_whole(claiming) or (Found("training", claiming[0]) if claiming else None)
+    step = -1 if chosen is None else _step(chosen.directory)
+    _refuse_cut_short([name for name in nameless(checkpoints) if _step(name) > step])
+    if chosen is not None:
+        return chosen
     if found:
         raise CheckpointError(f"none of the {len(found)} checkpoints in {checkpoints} is complete")
     if (folder / "config.json").is_file():
@@ -222,26 +222,49 @@ class ModelSource:
             report(name)
 
 
-def check_tokenizer(directory: Path) -> None:
-    """Compare a model directory's tokenizer, where there is one, with what was written.
+_NAME_ANOTHER = "; --tokenizer names another"
+
+
+def check_tokenizer(place: str | Path, remedy: str = "") -> None:
+    """Compare the tokenizer of a model directory, or a file in one, with what was written there.
+
+    Args:
+        remedy: what else helps, for a person.
 
     Raises:
-        CheckpointError: naming the file.
+        ChangedTokenizerError: naming the file.
     """
-    if (directory / "tokenizer.json").is_file():
-        for problem in read_record(directory).changed_files(but=CODE_FILES):
-            raise ChangedTokenizerError(f"{directory}: {problem}; --tokenizer names another")
+    folder = Path(place).parent if Path(place).is_file() else Path(place)
+    if folder.is_dir() and holds_tokenizer(folder):
+        for problem in read_record(folder).changed_files(but=CODE_FILES):
+            raise ChangedTokenizerError(f"{folder}: {problem}{remedy}")
 
 
 def source_tokenizer(source: WeightSource, given: str | None) -> Tokenizer:
     """The tokenizer of a source: as given, else beside a model's weights, else that of the run's configuration.
 
     Raises:
-        CheckpointError: there is none, with the option that names one, or it is not the one that was written.
+        ChangedTokenizerError: it is not the one that was written, or that the weights were trained with.
+        CheckpointError: there is none, with the option that names one.
     """
-    place = given or (source.config.data.tokenizer if isinstance(source, TrainingReader) else str(source.directory))
-    if given is None:
-        check_tokenizer(Path(place))
+    if given is not None:
+        return _loaded(source, given)
+    if not isinstance(source, TrainingReader):
+        check_tokenizer(source.directory, _NAME_ANOTHER)
+        return _loaded(source, str(source.directory))
+    place = source.config.data.tokenizer
+    check_tokenizer(place, _NAME_ANOTHER)
+    tokenizer = _loaded(source, place)
+    before, now = source.state.tokenizer, tokenizer.fingerprint
+    if before not in ("", now):
+        raise ChangedTokenizerError(
+            f"{source.directory} was trained with another tokenizer than {place} holds now: its sha256 was "
+            f"{before[:12]}, is {now[:12]}; restore it, or name one with --tokenizer"
+        )
+    return tokenizer
+
+
+def _loaded(source: WeightSource, place: str) -> Tokenizer:
     try:
         return load_tokenizer(place)
     except DataError as error:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from stagdist.checkpoint.proof import largest_difference
-from stagdist.checkpoint.replacing import aside, nameless, recover
+from stagdist.checkpoint.replacing import aside, nameless, recover, replaced
 from stagdist.checkpoint.sources import Found, WeightSource, find
 from stagdist.checkpoint.training_directory import sync_path
 from stagdist.checkpoint.training_source import Track, untracked
@@ -210,11 +210,16 @@ def put_in_place(staged: Path, final: Path) -> None:
 def put_back(folder: Path) -> list[Path]:
     """Give every folder its name back whose replacement a kill cut short; returns those.
 
+    What was left of an old one beside the new one goes, so that it cannot take its place one day.
+
     Raises:
         CheckpointError: a conversion is replacing one now.
     """
     found = nameless(folder.resolve())
     for final in found:
         with _writing(final, final):
+            recover(final)
+    for final in set(replaced(folder.resolve())) - set(found):
+        with suppress(CheckpointError), _writing(final, final):
             recover(final)
     return found

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from stagdist.checkpoint.sources import ModelSource
+from stagdist.checkpoint.sources import ModelSource, check_tokenizer
 from stagdist.errors import CheckpointError
 
 _ADAPTER = "adapter_config.json"
@@ -30,6 +30,7 @@ def load_with_transformers(directory: str | Path, dtype: torch.dtype | str = "au
 
     source = ModelSource(Path(directory))
     source.check()
+    check_tokenizer(source.directory)
     if (source.directory / _ADAPTER).exists():
         raise CheckpointError(f"{directory} holds {_ADAPTER}, an adapter to another model; remove it")
     kind: Any = StagFormerForCausalLM if source.model.staggered else LlamaForCausalLM

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from stagdist.errors import TransportError
+from stagdist.errors import StagdistError, TransportError
 from stagdist.parallel.groups import Groups
 from stagdist.telemetry.logging import ONLY_IN_FILE
 
@@ -30,6 +30,8 @@ def naming_lost_peers(groups: Groups, timeout_s: float, doing: str) -> Iterator[
     try:
         yield
     except RuntimeError as error:
+        if isinstance(error, StagdistError) and not isinstance(error, TransportError):
+            raise  # a disk may time out too, and says so itself
         if isinstance(error, TransportError):
             says = str(error)
         elif any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PEER):

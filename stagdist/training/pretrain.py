@@ -147,17 +147,16 @@ class _Run:
             loader.close()
 
     def finish(self, outcome: Outcome, started_at: float) -> None:
-        """Test split, loss curve, model directory and summary."""
+        """Test split, model directory, loss curve and summary."""
         folder = Path(self.config.folder)
         with naming_lost_peers(self.groups, self.config.parallel.timeout_s, "end of the run"):
             test = self._held_out(self.splits.test)
             if test is not None:
                 self.reporter.held_out("test", outcome.state.step, test.score(self.engine))
-            if dist.get_rank() == 0:
-                self.reporter.flush()
-                plot_loss(folder / "metrics.jsonl", folder / "loss.png", self.config.name)
             export_model(self.engine, self.groups, self.config, self.tokenizer, folder / "model")
         if dist.get_rank() == 0:
+            self.reporter.flush()
+            plot_loss(folder / "metrics.jsonl", folder / "loss.png", self.config.name)
             summary = self._summary(outcome, started_at)
             (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
             LOG.info("wrote %s", folder / "model")

@@ -15,7 +15,7 @@ from stagdist.checkpoint.model_conversions import export, merge
 from stagdist.checkpoint.sources import find, open_training
 from stagdist.checkpoint.staging import Options, exclusive, put_back, staged_folder
 from stagdist.checkpoint.training_conversions import import_model, reshard
-from stagdist.checkpoint.training_directory import read_complete, read_state, write_complete
+from stagdist.checkpoint.training_directory import read_complete, read_state, withdraw, write_complete
 from stagdist.checkpoint.training_writer import TrainingWriter
 from stagdist.checkpoint.verification import verify
 from stagdist.config_loading import dump_config
@@ -139,6 +139,15 @@ def test_only_a_newer_checkpoint_that_lost_its_name_stops_a_reader(tmp_path: Pat
         shutil.rmtree(left)
 
 
+def test_a_damaged_checkpoint_does_not_hide_one_that_lost_its_name(tmp_path: Path) -> None:
+    old = training_checkpoint(tmp_path / "run", {}, (1, 1, 1))
+    shutil.copytree(old, old.with_name(".replaced-step_00000008"))
+    damaged = shutil.copytree(old, old.with_name("step_00000009"))
+    withdraw(damaged)
+    with pytest.raises(CheckpointError, match=r"step_00000008 lies in \.replaced-step_00000008"):
+        find(tmp_path / "run")
+
+
 def test_what_a_running_conversion_replaces_is_not_put_back(tmp_path: Path) -> None:
     (tmp_path / ".replaced-a").mkdir()
     (tmp_path / ".replaced-b").mkdir()
@@ -149,7 +158,7 @@ def test_what_a_running_conversion_replaces_is_not_put_back(tmp_path: Path) -> N
     ):
         put_back(tmp_path)
     assert put_back(tmp_path) == [tmp_path / "a"] and put_back(tmp_path) == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".replaced-b", "a", "b"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"], "what was left of an old b goes"
     assert put_back(tmp_path / "absent") == []
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from stagdist.checkpoint.model_conversions import export
+from stagdist.checkpoint.model_conversions import export, merge
 from stagdist.checkpoint.sources import open_training
 from stagdist.checkpoint.staging import Options, Proof
-from stagdist.checkpoint.training_conversions import import_model
+from stagdist.checkpoint.training_conversions import import_model, reshard
+from stagdist.checkpoint.verification import verify
 from stagdist.checkpoint.written_record import CHECKSUMS
 from stagdist.config_loading import dump_config
 from stagdist.data.tokenizer import load_tokenizer, train_bpe
@@ -101,3 +102,9 @@ def test_a_run_with_another_tokenizer_cannot_be_exported_as_the_model_it_was(sou
     load_tokenizer("bytes").save(source)
     with pytest.raises(CheckpointError, match="was trained with another tokenizer"):
         export(tmp_path / "run", tmp_path / "again", Options())
+    with pytest.raises(CheckpointError, match="was trained with another tokenizer"):
+        verify(tmp_path / "run", source)
+    with pytest.raises(CheckpointError, match="was trained with another tokenizer"):
+        merge([source, tmp_path / "run"], tmp_path / "again", Options())
+    # Nothing is read as text: the checkpoint goes to another grid all the same.
+    reshard(tmp_path / "run", tmp_path / "moved", Grid(2, 1, 1), Options())

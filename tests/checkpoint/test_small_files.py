@@ -122,6 +122,16 @@ def test_conversions_do_not_pass_on_a_tokenizer_that_was_changed(
     convert(folder, tmp_path / "result", Options(tokenizer="bytes"))
 
 
+def test_what_hubs_and_version_controls_leave_is_not_odd(tmp_path: Path) -> None:
+    folder = model_directory(tmp_path / "model", SHARED)
+    (folder / ".cache" / "hub").mkdir(parents=True)
+    for name in (".gitattributes", ".cache/hub/model.metadata", "LICENSE", "README.md"):
+        (folder / name).write_text("text")
+    assert inspect(folder).problems == []
+    (folder / "model.bin").write_text("text")
+    assert inspect(folder).problems == ["model.bin does not belong here"]
+
+
 def test_an_imported_run_does_not_export_a_tokenizer_that_was_changed_since(tmp_path: Path) -> None:
     folder = model_directory(tmp_path / "model", {})
     import_model(folder, tmp_path / "run", Grid(1, 1, 1), None, OPTIONS)

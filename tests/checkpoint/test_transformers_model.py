@@ -1,5 +1,6 @@
 """Our own code, never that of a directory, loads a model for evaluation, and all of the model from the directory."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +129,14 @@ def test_a_swapped_tensor_is_seen_by_its_sum(tmp_path: Path) -> None:
     llama(tmp_path / "model", foreign=False)
     rewrite(tmp_path / "model", swap)
     with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.[qk]_proj\.weight in .* has other values"):
+        load_with_transformers(tmp_path / "model")
+
+
+def test_a_changed_tokenizer_is_named(tmp_path: Path) -> None:
+    llama(tmp_path / "model", foreign=False)
+    path = tmp_path / "model" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json has other content than was written"):
         load_with_transformers(tmp_path / "model")
 
 

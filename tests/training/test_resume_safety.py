@@ -23,7 +23,7 @@ from stagdist.checkpoint.staging import exclusive
 from stagdist.checkpoint.training_directory import checkpoint_name, read_complete, write_complete
 from stagdist.checkpoint.written_record import read_record
 from stagdist.data.tokenizer import load_tokenizer
-from stagdist.errors import StagdistError, TransportError
+from stagdist.errors import CheckpointError, StagdistError, TransportError
 from stagdist.parallel.groups import Groups
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 from stagdist.telemetry.pulse import Phase, Pulse
@@ -121,6 +121,8 @@ def _lose_the_other(groups: Groups) -> str:
     control = torch.distributed.new_group(timeout=timedelta(seconds=limit_s), backend="gloo")
     if groups.place.pipe:
         return "silent"
+    with pytest.raises(CheckpointError, match="a disk"), naming_lost_peers(groups, limit_s, "resuming"):
+        raise CheckpointError("a disk: Connection timed out")
     with pytest.raises(TransportError) as told, naming_lost_peers(groups, limit_s, "resuming"):
         while_others_wait(control, lambda: time.sleep(1), lambda: None)
     return str(told.value)
