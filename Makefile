@@ -14,8 +14,6 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CORPUS ?=
 PYTEST_ARGS ?=
-# Tests at a time. Most of them wait for processes to start or to notice a fault, which two cores do beside others.
-WORKERS ?= 2
 FAULTS ?=
 LAUNCHERS ?=
 FRESH ?=
@@ -70,8 +68,8 @@ test lab-matrix: export HF_HUB_OFFLINE := 1
 test lab-matrix: export TOKENIZERS_PARALLELISM := false
 test lab-matrix: export WANDB_MODE := offline
 test lab-matrix: export MPLBACKEND := Agg
-test: lint ## Lint and the whole test suite (PYTEST_ARGS="-k name" narrows it; WORKERS=0 runs one test at a time)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+test: lint ## Lint and the whole test suite (PYTEST_ARGS="-k name" narrows it)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 reshard-matrix: export OMP_NUM_THREADS := 1
 reshard-matrix: $(STAMP) ## Train on every grid, convert to every other, compare losses

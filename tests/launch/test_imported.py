@@ -47,8 +47,8 @@ def test_a_run_with_another_tokenizer_than_the_import_is_refused_once_until_that
 ) -> None:
     """The vocabularies are equally large, so nothing else would show that the ids mean something else."""
     config = tiny_config(corpus, "tuned", training={"steps": 1}, checkpoint={"interval_steps": 0})
-    source = model_directory(tmp_path / "source", config["model"] | {"num_key_value_heads": 2, "rope_theta": 10000.0})
-    train_bpe(["no merge of two"], 257).save(source)
+    keys = config["model"] | {"num_key_value_heads": 2, "rope_theta": 10000.0}
+    source = model_directory(tmp_path / "source", keys, tokenizer=train_bpe(["no merge of two"], 257))
     imported = import_model(source, tmp_path / "runs" / "tuned", Grid(2, 1, 1), None, Options()).directory
     run = launch(tmp_path, config)
     assert run.wait() == 2, run.text()
