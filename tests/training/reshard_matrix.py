@@ -2,7 +2,8 @@
 
     python -m tests.training.reshard_matrix --output benchmarks/reshard-matrix.json
 
-The whole matrix takes about a quarter of an hour on two cores; `make test` runs a star through 2x1x2 instead.
+The whole matrix takes a quarter of an hour on two cores, more beside other work; `make test` runs a star through 2x1x2
+instead.
 """
 
 import argparse
