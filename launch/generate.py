@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from stagdist.decode.request import SamplingParams
     from stagdist.errors import StagdistError
 
-OTHERS_WAIT_S = 3.0
-"""Seconds before a rank that is not the first of its host prints an error that others may have met as well."""
-
 EPILOG = """\
 The number of processes divided by --tensor-parallel-size is the number of pipeline stages; it divides the number of
 sections. All stages work on every token at the same time; started as plain `python`, one process holds all sections.
@@ -190,6 +187,7 @@ def main() -> int:
 
 def _speaks(error: "StagdistError") -> bool:
     """Whether this rank prints an error that other ranks may meet as well."""
+    from stagdist.cluster.environment import OTHERS_WAIT_S
     from stagdist.errors import TransportError
 
     rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from stagdist.errors import StagdistError
 
 STARTED_AT = time.monotonic()
-OTHERS_WAIT_S = 3.0
-"""Seconds before a rank that is not the first of its host prints an error of its own."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -81,6 +79,7 @@ def _speaks(error: "StagdistError") -> bool:
     The first rank of a host speaks at once. The others wait: normally the launcher ends them before their turn, and
     what they alone have met is still told.
     """
+    from stagdist.cluster.environment import OTHERS_WAIT_S
     from stagdist.errors import TransportError
 
     if error.everywhere:

@@ -10,12 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stagdist.cluster.environment import join_launcher
+from stagdist.cluster.environment import OTHERS_WAIT_S, join_launcher
 from stagdist.data.command_line import run_tool
 from stagdist.errors import ConfigError, StagdistError
-
-OTHERS_WAIT_S = 3.0
-"""Seconds before a rank that is not the first prints an error of its own."""
 
 EXAMPLES = """\
 examples:

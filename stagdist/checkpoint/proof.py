@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stagdist.checkpoint.sources import WeightSource, source_tokenizer
-from stagdist.checkpoint.training_source import Track, untracked
+from stagdist.checkpoint.training_source import Track
 from stagdist.config import ModelConfig
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import CheckpointError
@@ -78,7 +78,7 @@ def reader(source: WeightSource) -> Read:
 
 
 @contextmanager
-def shown_reader(source: WeightSource, track: Track[Any]) -> Iterator[Read]:
+def _shown_reader(source: WeightSource, track: Track[Any]) -> Iterator[Read]:
     """Reads parameters and moves the progress on at the first reading of each."""
     read, seen = reader(source), set[str]()
     steps = iter(track([spec.name for spec in model_parameters(source.model)], f"computing {source.directory.name}"))
@@ -185,12 +185,13 @@ def _rotate(heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return heads * rotary[0] + torch.cat((-second, first), dim=-1) * rotary[1]
 
 
-def largest_difference(
-    first: WeightSource, second: WeightSource, input_ids: Tensor, track: Track[Any] = untracked
-) -> float:
-    """Largest difference of the logits of two models on the same tokens; `track` shows progress."""
-    logits = []
-    for source in (first, second):
-        with shown_reader(source, track) as read:
-            logits.append(plain_logits(source.model, read, input_ids))
-    return float((logits[0] - logits[1]).abs().max())
+def source_logits(source: WeightSource, input_ids: Tensor, track: Track[Any]) -> Tensor:
+    """`plain_logits` of a source; `track` shows progress, by parameters that were read."""
+    with torch.no_grad(), _shown_reader(source, track) as read:
+        return plain_logits(source.model, read, input_ids)
+
+
+def largest_difference(first: WeightSource, second: WeightSource, input_ids: Tensor, track: Track[Any]) -> float:
+    """Largest difference of the logits of two models on the same tokens; `track` as above."""
+    one, other = (source_logits(source, input_ids, track) for source in (first, second))
+    return float((one - other).abs().max())

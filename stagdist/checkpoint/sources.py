@@ -29,7 +29,7 @@ STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
 
 class ChangedTokenizerError(CheckpointError):
-    """The tokenizer in a model directory is not the one that was written: another must not quietly take its place."""
+    """It is not the one that was written, or that the weights were trained with: it must not quietly take its place."""
 
 
 class WeightSource(Protocol):
@@ -222,9 +222,6 @@ class ModelSource:
             report(name)
 
 
-_NAME_ANOTHER = "; --tokenizer names another"
-
-
 def check_tokenizer(place: str | Path, remedy: str = "") -> None:
     """Compare the tokenizer of a model directory, or a file in one, with what was written there.
 
@@ -249,13 +246,11 @@ def source_tokenizer(source: WeightSource, given: str | None) -> Tokenizer:
     """
     if given is not None:
         return _loaded(source, given)
-    if not isinstance(source, TrainingReader):
-        check_tokenizer(source.directory, _NAME_ANOTHER)
-        return _loaded(source, str(source.directory))
-    place = source.config.data.tokenizer
-    check_tokenizer(place, _NAME_ANOTHER)
+    place = source.config.data.tokenizer if isinstance(source, TrainingReader) else str(source.directory)
+    check_tokenizer(place, "; --tokenizer names another")
     tokenizer = _loaded(source, place)
-    before, now = source.state.tokenizer, tokenizer.fingerprint
+    now = tokenizer.fingerprint
+    before = source.state.tokenizer if isinstance(source, TrainingReader) else now
     if before not in ("", now):
         raise ChangedTokenizerError(
             f"{source.directory} was trained with another tokenizer than {place} holds now: its sha256 was "

@@ -5,7 +5,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,11 +175,9 @@ def staged_folder(destination: Path, kind: str, options: Options) -> Iterator[Pa
                 folder.rmdir()
 
 
-@contextmanager
-def _writing(final: Path, told: Path) -> Iterator[None]:
+def _writing(final: Path, told: Path) -> AbstractContextManager[None]:
     """Nobody else writes a destination meanwhile; `told` is its name for a person."""
-    with exclusive(final.parent / f".converting-{final.name}.lock", f"another conversion is writing {told}"):
-        yield
+    return exclusive(final.parent / f".converting-{final.name}.lock", f"another conversion is writing {told}")
 
 
 def _make(folder: Path, destination: Path) -> None:

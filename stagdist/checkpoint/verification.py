@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stagdist.checkpoint.equivalence import unsettled_keys
-from stagdist.checkpoint.proof import TEXT, plain_logits, shown_reader, text_ids
+from stagdist.checkpoint.proof import TEXT, source_logits, text_ids
 from stagdist.checkpoint.sources import ChangedTokenizerError, WeightSource, open_weights, source_tokenizer
 from stagdist.checkpoint.training_source import Track, untracked
 from stagdist.config import ModelConfig
@@ -85,7 +84,7 @@ def verify(
     shorter = min((one.model, other.model), key=lambda model: model.max_position_embeddings)
     input_ids = _input_ids(_tokenizer(one, other, tokenizer), shorter, text, tokens)
     read = input_ids.shape[1]
-    left, right = (_logits(source, input_ids, track) for source in (one, other))
+    left, right = (source_logits(source, input_ids, track) for source in (one, other))
     return Verdict(
         tokens=read,
         largest_difference=float((left - right).abs().max()),
@@ -108,11 +107,6 @@ def _input_ids(tokenizer: Tokenizer, model: ModelConfig, text: str, tokens: int 
     if input_ids.shape[1] < tokens:
         raise ConfigError(f"the text has {input_ids.shape[1]} tokens, --tokens asks for {tokens}; name a longer --text")
     return input_ids
-
-
-def _logits(source: WeightSource, input_ids: Tensor, track: Track[Any]) -> Tensor:
-    with torch.no_grad(), shown_reader(source, track) as read:
-        return plain_logits(source.model, read, input_ids)
 
 
 def _tokenizer(one: WeightSource, other: WeightSource, given: str | None) -> Tokenizer:

@@ -10,6 +10,9 @@ from pathlib import Path
 from stagdist.cluster.exports import load_private
 from stagdist.errors import ConfigError
 
+OTHERS_WAIT_S = 3.0
+"""Seconds before a rank that is not the first of its host prints an error that others may have met as well."""
+
 
 @dataclass(frozen=True)
 class World:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagdist.checkpoint.model_directory import ModelDirectoryWriter
-from stagdist.checkpoint.proof import any_ids, plain_logits, shown_reader, text_ids
+from stagdist.checkpoint.proof import any_ids, source_logits, text_ids
 from stagdist.checkpoint.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.sources import ModelSource
 from stagdist.checkpoint.staging import Options, put_in_place, staged_folder
@@ -154,8 +154,7 @@ class _Export:
                 raise CheckpointError(
                     f"{spec.name} is read back from {self._final} with other values than were written"
                 )
-        with shown_reader(written, track) as read:
-            difference = relative_difference(plain_logits(written.model, read, input_ids), logits)
+        difference = relative_difference(source_logits(written, input_ids, track), logits)
         limit = logit_limit(written.dtype)
         if not difference <= limit:
             raise CheckpointError(

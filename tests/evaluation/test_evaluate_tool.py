@@ -109,6 +109,13 @@ def test_ranks_that_split_windows_or_matrices_find_the_same_score(place: Path, t
         assert result == pytest.approx(expected, rel=1e-6)
 
 
+def assert_told_in_one_line(capsys: pytest.CaptureFixture[str], complaint: str) -> None:
+    """One line of error and nothing else."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and complaint in captured.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -139,9 +146,7 @@ def test_what_cannot_work_is_one_line_and_code_2(
         write(place / "small", vocab_size=37)
     defaults = ("--model", "model", "--text", "text.txt", "--quiet", "--device", "cpu")
     assert evaluate(monkeypatch, "perplexity", *defaults, *arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and complaint in captured.err
+    assert_told_in_one_line(capsys, complaint)
 
 
 @pytest.mark.ranks
@@ -200,9 +205,7 @@ def test_what_cannot_work_with_the_harness_is_one_line_and_code_2(
     complaint: str,
 ) -> None:
     assert evaluate(monkeypatch, "harness", "--model", "model", "--tasks", "local_mc", *arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and complaint in captured.err
+    assert_told_in_one_line(capsys, complaint)
 
 
 def test_without_the_harness_the_extra_is_named(
