@@ -30,6 +30,7 @@ from tests.lab.wiring import (
     obstacle,
     plug_in,
     records,
+    running_in,
     start_host,
     sweep,
     take_down,
@@ -135,9 +136,10 @@ class Lab:
     def power_off(self, host: str) -> None:
         """Pull the plug: the link goes down, then everything on the host ends at once, without a word to anyone."""
         self.cut(host)
+        ending = running_in(self._space(host))
         self._parents[host].kill()
         self._parents[host].wait()
-        _wait_until(lambda: not must("ip", "netns", "pids", self._space(host)).split(), f"{host} to go down")
+        _wait_until(lambda: not any(one.alive() for one in ending), f"{host} to go down")
 
     def power_on(self, host: str) -> None:
         """Boot a host again; returns when its ssh server listens."""

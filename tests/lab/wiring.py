@@ -193,24 +193,39 @@ def take_down(record: Record) -> None:
         TimeoutError: something in the hosts cannot be ended.
         RuntimeError: a namespace or the small disk cannot be removed.
     """
+    seen = {one for space in record.namespaces for one in running_in(space)}
     for process in record.hosts.values():
         process.kill()
     deadline = time.monotonic() + TAKE_DOWN_S
-    while pids := [pid for space in record.namespaces for pid in must("ip", "netns", "pids", space).split()]:
+    while left := [one for one in seen if one.alive()]:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"lab {record.name}: processes {', '.join(pids)} did not end in {TAKE_DOWN_S:g} s")
-        for pid in pids:  # of a host that was starting when its lab ended, and so is not in the record
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+            pids = ", ".join(str(one.pid) for one in left)
+            raise TimeoutError(f"lab {record.name}: processes {pids} did not end in {TAKE_DOWN_S:g} s")
+        for one in left:  # also of a host that was starting when its lab ended, and so is not in the record
+            one.kill()
         time.sleep(0.02)
+        seen |= {one for space in record.namespaces for one in running_in(space)}
     for space in record.namespaces:
         with contextlib.suppress(RuntimeError):  # somebody else may be taking the lab down just now
             must("ip", "netns", "del", space)
-    if left := record.namespaces:
-        raise RuntimeError(f"lab {record.name}: the network namespaces {', '.join(left)} cannot be removed")
+    if kept := record.namespaces:
+        raise RuntimeError(f"lab {record.name}: the network namespaces {', '.join(kept)} cannot be removed")
     while (record.folder / "disk").is_mount():
         must("umount", str(record.folder / "disk"))
     shutil.rmtree(record.folder, ignore_errors=True)
+
+
+def running_in(space: str) -> set[ProcessId]:
+    """The processes of a network namespace, process 1 of the host among them.
+
+    A process that is ending has left its namespaces already and is not listed, although it is still there: whoever
+    waits for the end keeps what was listed before and asks `alive`. Process 1 ends as the last of its host.
+    """
+    found = set()
+    for pid in must("ip", "netns", "pids", space).split():
+        with contextlib.suppress(ProcessLookupError):
+            found.add(ProcessId.of(int(pid)))
+    return found
 
 
 def must(*command: str) -> str:
