@@ -4,23 +4,30 @@
 
 The function lives at the top of an importable module, takes the payload and returns anything that pickles. It
 finds its place in the usual variables (RANK, WORLD_SIZE, MASTER_ADDR, ...) and sets up its own process group.
-Importing the frameworks takes seconds per process, so one launch should run many cases.
+
+Importing the frameworks takes seconds of processor time. A server process (`multiprocessing`'s fork server) does it
+once, on the CPU, and ranks are forks of it; ranks with an `env` of their own are fresh processes. Forks share Python's
+hash seed: what hangs on the order of a set is left to the tests that start ranks through a launcher.
 """
 
 import contextlib
 import ctypes
 import faulthandler
 import importlib
+import multiprocessing
 import os
 import pickle
 import random
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Mapping
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +36,8 @@ POLL_S = 0.02
 GRACE_S = 0.3
 LOG_CHARACTERS = 4000
 PR_SET_PDEATHSIG = 1
+PRELOADED = ["stagdist.training.pretrain", "stagdist.decode.engine", "torch._dynamo"]
+"""What the server imports: every framework, and what torch loads with the first optimizer."""
 
 
 class RankError(RuntimeError):
@@ -53,14 +62,17 @@ def run_ranks(
         folder = Path(name)
         (folder / "payload").write_bytes(pickle.dumps((target, payload, timeout_s)))
         variables = _environment(world_size, env or {})
-        ranks: list[subprocess.Popen[bytes]] = []
+        ranks: list[BaseProcess] = []
+        theirs, ours = multiprocessing.Pipe(duplex=False)
         try:
             for rank in range(world_size):
-                ranks.append(_start(folder, rank, variables))
+                ranks.append(_start(folder, rank, variables, theirs, fresh=bool(env)))
             _wait(ranks, folder, time.monotonic() + timeout_s, timeout_s)
             return [pickle.loads(_result(folder, rank).read_bytes()) for rank in range(world_size)]
         finally:
             _end(ranks)
+            theirs.close()
+            ours.close()
 
 
 def free_port() -> int:
@@ -96,22 +108,35 @@ def _environment(world_size: int, extra: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _start(folder: Path, rank: int, variables: dict[str, str]) -> "subprocess.Popen[bytes]":
-    with _log(folder, rank).open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks", str(folder)],
-            env={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+def _start(folder: Path, rank: int, variables: Mapping[str, str], all_done: Connection, *, fresh: bool) -> BaseProcess:
+    place = {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    if fresh:
+        process: BaseProcess = multiprocessing.get_context("spawn").Process(
+            target=_run, args=(folder, rank, place, all_done)
         )
+    else:
+        _start_server(variables)
+        process = multiprocessing.get_context("forkserver").Process(target=_run, args=(folder, rank, place, all_done))
+    process.start()
+    return process
 
 
-def _wait(ranks: list["subprocess.Popen[bytes]"], folder: Path, deadline: float, timeout_s: float) -> None:
+def _start_server(variables: Mapping[str, str]) -> None:
+    """Start the server unless it runs; what the frameworks read from the environment when imported is that of ranks."""
+    kept = dict(os.environ)
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    try:
+        os.environ.update(variables)
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+def _wait(ranks: list[BaseProcess], folder: Path, deadline: float, timeout_s: float) -> None:
     """Return when every rank has left its result; raise as soon as one has failed."""
     while True:
-        ended = [rank for rank, process in enumerate(ranks) if process.poll() is not None]
+        ended = [rank for rank, process in enumerate(ranks) if process.exitcode is not None]
         if ended:
             time.sleep(GRACE_S)  # the first failure and what it pulls down come close together: see them all
             raise _first_failure(ranks, folder)
@@ -127,30 +152,31 @@ def _wait(ranks: list["subprocess.Popen[bytes]"], folder: Path, deadline: float,
         time.sleep(POLL_S)
 
 
-def _first_failure(ranks: list["subprocess.Popen[bytes]"], folder: Path) -> RankError:
+def _first_failure(ranks: list[BaseProcess], folder: Path) -> RankError:
     """The rank whose failure came first. One that died without a word comes before those that could report."""
     reports: list[tuple[float, int, str]] = []
     for rank, process in enumerate(ranks):
         if _failure(folder, rank).exists():
             moment, report = pickle.loads(_failure(folder, rank).read_bytes())
             reports.append((moment, rank, report))
-        elif process.poll() is not None:
-            reports.append((0.0, rank, f"exit code {process.returncode} without result or exception\n"))
+        elif process.exitcode is not None:
+            reports.append((0.0, rank, f"exit code {process.exitcode} without result or exception\n"))
     _, rank, report = min(reports)
     return RankError(
         rank, f"rank {rank} of {len(ranks)} failed:\n{report}output of rank {rank}:\n{_tail(folder, rank)}"
     )
 
 
-def _end(ranks: list["subprocess.Popen[bytes]"]) -> None:
+def _end(ranks: list[BaseProcess]) -> None:
     """End our own processes and what they started; each leads a process group of its own."""
     for process in ranks:
+        assert process.pid is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.kill()  # one that has not come to lead its group yet
     for process in ranks:
-        process.wait()
-        if process.stdin:
-            process.stdin.close()
+        process.join()
+        process.close()
 
 
 def _tail(folder: Path, rank: int) -> str:
@@ -172,8 +198,14 @@ def _failure(folder: Path, rank: int) -> Path:
 # --- the rank ---------------------------------------------------------------------------------------------------
 
 
-def _run(folder: Path, rank: int) -> int:
+def _run(folder: Path, rank: int, variables: Mapping[str, str], all_done: Connection) -> None:
+    os.setsid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no orphans, however the test run ends
+    os.environ.clear()
+    os.environ.update(variables)
+    with _log(folder, rank).open("wb") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
     target, payload, timeout_s = pickle.loads((folder / "payload").read_bytes())
     faulthandler.dump_traceback_later(max(0.8 * timeout_s, timeout_s - 5), exit=False)
     try:
@@ -181,12 +213,12 @@ def _run(folder: Path, rank: int) -> int:
         result = pickle.dumps(getattr(importlib.import_module(module), function)(payload))
     except BaseException:
         _leave(_failure(folder, rank), pickle.dumps((time.time(), traceback.format_exc())))
-        return 1
+        sys.exit(1)
     faulthandler.cancel_dump_traceback_later()
     _leave(_result(folder, rank), result)
     # Stay until the parent has every result: rank 0 serves the store that slower ranks may still ask.
-    sys.stdin.read()
-    return 0
+    with contextlib.suppress(EOFError):
+        all_done.recv()
 
 
 def _leave(path: Path, content: bytes) -> None:
@@ -194,7 +226,3 @@ def _leave(path: Path, content: bytes) -> None:
     aside = path.with_suffix(".part")
     aside.write_bytes(content)
     aside.rename(path)
-
-
-if __name__ == "__main__":
-    sys.exit(_run(Path(sys.argv[1]), int(os.environ["RANK"])))

@@ -4,7 +4,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -20,12 +20,17 @@ from stagdist.config import RunConfig
 from stagdist.model.megatron import TensorParallel
 from stagdist.model.stagformer import fill_parameters
 from stagdist.parallel.groups import Groups
+from stagdist.parallel.lean_imports import without_compiler
 from stagdist.telemetry.pulse import Phase, Pulse
 from stagdist.training.deepspeed_config import deepspeed_config
 from stagdist.training.exchange import Exchange, hand_off_kinds
 from stagdist.training.optimizer import build_optimizer
 from stagdist.training.pipeline import SectionPipeline
 from stagdist.training.schedule import InferenceSchedule, TrainSchedule
+
+with without_compiler(), suppress(ImportError):  # a release without it does not ask for it
+    # The engine imports this optimizer, which nobody chose, to see that ours is another.
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 MicroBatches = Iterator[tuple[Tensor, Tensor]]
 Gate = Callable[[bool], bool]
