@@ -60,15 +60,15 @@ def test_a_rank_killed_while_files_are_written_leaves_the_previous_checkpoint_th
     assert "the save of step 10 waited" in first.text(), first.text()
     assert complete(checkpoints) == ["step_00000005"]
 
+    synchronous = tmp_path / "synchronous"
+    synchronous.mkdir()
     second = launch(tmp_path, config(corpus))
+    undisturbed = launch(synchronous, config(corpus), "checkpoint.asynchronous=false")
     assert second.wait() == 0, second.text()
     assert "resumed from runs/run/checkpoints/step_00000005" in second.text(), second.text()
     assert sorted(losses(tmp_path, "run")) == list(range(1, 21))
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000010", "step_00000015", "step_00000020"]
 
-    synchronous = tmp_path / "synchronous"
-    synchronous.mkdir()
-    undisturbed = launch(synchronous, config(corpus), "checkpoint.asynchronous=false")
     assert undisturbed.wait() == 0, undisturbed.text()
     assert "beside the training" in second.text() and "beside the training" not in undisturbed.text()
     assert losses(tmp_path, "run") == losses(synchronous, "run")

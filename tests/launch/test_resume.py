@@ -99,7 +99,7 @@ def test_wall_clock_limits_save_and_stop(corpus: Path, tmp_path: Path) -> None:
         tmp_path,
         long_run(corpus),
         "training.steps=100000",
-        "training.max_minutes=0.4",
+        "training.max_minutes=0.3",
         "checkpoint.interval_steps=0",
         "checkpoint.interval_minutes=0.02",
         "data.num_samples=900000",
@@ -123,8 +123,6 @@ def test_steps_may_be_raised_up_to_the_samples_of_the_run_and_on_another_grid(co
         (launch(tmp_path, config, *overrides), complaint)
         for overrides, complaint in (
             (["training.steps=13", "data.num_samples=104"], "data.num_samples"),
-            (["model.hidden_size=64"], "model.hidden_size was 32, is 64"),
-            (["data.sequence_length=16"], "data.sequence_length"),
             (["checkpoint.resume=never"], "checkpoint.resume is never"),
         )
     ]  # beside each other: they only read

@@ -36,6 +36,7 @@ class Run:
 
     def __init__(self, folder: Path, body: str, *options: str):
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         script = folder / "script.py"
         script.write_text(SCRIPT + body)
         words = [sys.executable, str(RUN), "--folder", str(folder / "run"), *options, "--", str(script), str(folder)]
@@ -129,43 +130,48 @@ steps(2, 6)
     assert [(resume["step"], resume["lost_steps"]) for resume in resumes] == [(0, 0), (2, 2)]
 
 
-def test_a_stuck_rank_is_named_with_its_stack(tmp_path: Path) -> None:
-    body = """
+STUCK = """
 def deep_inside():
-    time.sleep(60)
+    while True: time.sleep(0.05); WRITE
 if number == 0:
     steps(0, 2)
     if rank == "1":
         pulse.beat(Phase.FORWARD)
         deep_inside()
     pulse.beat(Phase.RECEIVE)
-    time.sleep(60)
+    deep_inside()
 """
-    run = Run(tmp_path, body, "--hang-timeout-s", "3")
-    code, _, err = run.end()
-    assert code == 0, err
-    (fault,) = [event for event in run.events() if event["event"] == "fault"]
-    assert (fault["kind"], fault["rank"]) == ("stuck", 1) and "in phase forward" in fault["says"]
-    assert any("deep_inside" in line for line in fault["stack"])
 
 
-@pytest.mark.parametrize(
-    ("body", "attempts", "complaint"),
-    [
-        ("print('error: the corpus is gone', file=sys.stderr); sys.exit(2)", 1, "starting again would not help"),
-        ("print('error: no space, 0.%s GB' % number); sys.exit(1)", 2, "the same as the time before"),
-        ("steps(0, number + 1); os.kill(os.getpid(), 9)", 2, "--max-restarts 1 is reached"),
-    ],
-)
-def test_a_run_without_hope_is_given_up_with_its_first_error(
-    tmp_path: Path, body: str, attempts: int, complaint: str
-) -> None:
-    run = Run(tmp_path, body, "--max-restarts", "1" if "max" in complaint else "5")
-    code, _, err = run.end()
-    assert code == 1 and len(list(tmp_path.glob("start-0-*"))) == attempts
-    last = err.splitlines()[-1]
-    assert last.startswith("error: first error: rank") and complaint in last, err
-    assert not run.left()
+def test_a_stuck_rank_is_named_with_its_stack_also_one_that_writes_all_the_time(tmp_path: Path) -> None:
+    bodies = {"silent": STUCK.replace("WRITE", ""), "loud": STUCK.replace("WRITE", "print('here', flush=True)")}
+    runs = [Run(tmp_path / name, body, "--hang-timeout-s", "3") for name, body in bodies.items()]
+    for run in runs:
+        code, _, err = run.end()
+        assert code == 0, err
+        (fault,) = [event for event in run.events() if event["event"] == "fault"]
+        assert (fault["kind"], fault["rank"]) == ("stuck", 1) and "in phase forward" in fault["says"]
+        assert any("deep_inside" in line for line in fault["stack"])
+
+
+HOPELESS = [
+    ("print('error: the corpus is gone', file=sys.stderr); sys.exit(2)", 1, "starting again would not help"),
+    ("print('error: no space, 0.%s GB' % number); sys.exit(1)", 2, "the same as the time before"),
+    ("steps(0, number + 1); os.kill(os.getpid(), 9)", 2, "--max-restarts 1 is reached"),
+]
+
+
+def test_a_run_without_hope_is_given_up_with_its_first_error(tmp_path: Path) -> None:
+    runs = [
+        Run(tmp_path / str(number), body, "--max-restarts", "1" if "max" in complaint else "5")
+        for number, (body, _, complaint) in enumerate(HOPELESS)
+    ]
+    for run, (_, attempts, complaint) in zip(runs, HOPELESS, strict=True):
+        code, _, err = run.end()
+        assert code == 1 and len(list(run.folder.glob("start-0-*"))) == attempts
+        last = err.splitlines()[-1]
+        assert last.startswith("error: first error: rank") and complaint in last, err
+        assert not run.left()
 
 
 def test_sigterm_makes_the_ranks_end_in_order(tmp_path: Path) -> None:
@@ -236,27 +242,24 @@ while True: steps(0, 1)
 
 
 def test_a_signal_before_the_script_can_hear_it_is_an_end_in_order_and_a_second_one_is_final(tmp_path: Path) -> None:
-    early, deaf = tmp_path / "early", tmp_path / "deaf"
-    early.mkdir()
-    deaf.mkdir()
-    run = Run(early, "(folder / f'ready-{rank}').touch(); time.sleep(60)")
+    body = "import signal; signal.signal(signal.SIGTERM, lambda *_: (folder / f'asked-{rank}').touch())\n"
+    deaf = Run(tmp_path / "deaf", body + "(folder / f'ready-{rank}').touch()\nwhile True: steps(0, 1)")
+    run = Run(tmp_path / "early", "(folder / f'ready-{rank}').touch(); time.sleep(60)")
     run.wait_for("ready-0")
     run.wait_for("ready-1")
     run.process.send_signal(signal.SIGTERM)
     code, _, err = run.end()
     assert code == 143 and err.splitlines()[-1].endswith("SIGTERM: the ranks have ended in order"), err
-    body = "import signal; signal.signal(signal.SIGTERM, lambda *_: (folder / f'asked-{rank}').touch())\n"
-    run = Run(deaf, body + "(folder / f'ready-{rank}').touch()\nwhile True: steps(0, 1)")
-    run.wait_for("ready-0")
-    run.wait_for("ready-1")
-    run.process.send_signal(signal.SIGTERM)
-    run.wait_for("asked-0")
-    run.wait_for("asked-1")
+    deaf.wait_for("ready-0")
+    deaf.wait_for("ready-1")
+    deaf.process.send_signal(signal.SIGTERM)
+    deaf.wait_for("asked-0")
+    deaf.wait_for("asked-1")
     time.sleep(2.5)
-    run.process.send_signal(signal.SIGTERM)
-    code, _, err = run.end(20)
+    deaf.process.send_signal(signal.SIGTERM)
+    code, _, err = deaf.end(20)
     assert code == 143 and "a second signal ended the ranks as they were" in err, err
-    assert not run.left()
+    assert not deaf.left()
 
 
 @pytest.mark.parametrize(
@@ -300,19 +303,3 @@ for step in range(10): time.sleep(0.5); pulse.beat(Phase.STEP, step)
     code, _, err = run.end()
     assert code == 0, err
     assert not [event for event in run.events() if event["event"] == "fault"]
-
-
-def test_a_stuck_rank_that_writes_all_the_time_is_ended_too(tmp_path: Path) -> None:
-    body = """
-if number == 0:
-    steps(0, 2)
-    pulse.beat(Phase.FORWARD if rank == "1" else Phase.RECEIVE)
-    while True:
-        print("still here", flush=True)
-        time.sleep(0.05)
-"""
-    run = Run(tmp_path, body, "--hang-timeout-s", "3")
-    code, _, err = run.end()
-    assert code == 0, err
-    (fault,) = [event for event in run.events() if event["event"] == "fault"]
-    assert (fault["kind"], fault["rank"]) == ("stuck", 1) and any("script.py" in line for line in fault["stack"])

@@ -17,6 +17,7 @@ from stagdist.training.schedule import TrainSchedule
 from tests.ranks import run_ranks
 
 STAGES, MICRO_BATCHES, NAP_S = 3, 6, 1.0
+TIMEOUT_S, LOST_S = 10.0, 2.0
 SHAPE = (2, 8, 300)
 KINDS = [TensorKind(SHAPE, torch.float32), TensorKind((2, 8), torch.int64)]
 
@@ -42,13 +43,13 @@ def config(**model: Any) -> RunConfig:
 def all_cases(_: None) -> dict[str, Any]:
     """Every check in one world of three stages; what the parent asserts on."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    exchange, plain = (Exchange(Grid(STAGES, 1, 1), kinds, "cpu", 10.0) for kinds in (KINDS, KINDS[:1]))
+    exchange, plain = (Exchange(Grid(STAGES, 1, 1), kinds, "cpu", TIMEOUT_S) for kinds in (KINDS, KINDS[:1]))
     stage = dist.get_rank()
     result: dict[str, Any] = {"first": round_trip(exchange, stage), "second": round_trip(exchange, stage)}
     result["plain"] = round_trip(plain, stage)
     result["wrong_shape"] = wrong_shape(exchange, stage)
     dist.barrier()
-    result["lost_peer"] = lost_peer(exchange, stage)
+    result["lost_peer"] = lost_peer(Exchange(Grid(STAGES, 1, 1), KINDS, "cpu", LOST_S), stage)
     return result
 
 
