@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from stagdist.checkpoint.text_tokens import GENERATION, TOKEN_KEYS, TextTokens, check_tokens
 from stagdist.config import ModelConfig, RopeScaling
 from stagdist.config_loading import validate_model
 from stagdist.errors import CheckpointError
@@ -200,3 +201,19 @@ def declared_dtype(body: Mapping[str, Any], path: Path) -> torch.dtype | None:
     if len(set(names)) == 2:
         raise CheckpointError(f"{path} says dtype {names[0]!r} and torch_dtype {names[1]!r}; remove the wrong one")
     return DTYPES[names[0]] if names else None
+
+
+def read_text_tokens(directory: Path) -> TextTokens | None:
+    """The tokens that a model directory states; None where it does not say how a text ends.
+
+    Raises:
+        CheckpointError: a file is damaged, or holds something that is no token, by the key.
+    """
+    body = read_body(directory)
+    config = {key: body[key] for key in TOKEN_KEYS if key in body}
+    path = directory / GENERATION
+    generation = read_json(path) if path.is_file() else dict(config)
+    check_tokens(config, str(directory / "config.json"))
+    check_tokens(generation, str(path))
+    ends = config.get("eos_token_id") is not None or generation.get("eos_token_id") is not None
+    return TextTokens(config, generation) if ends else None

@@ -21,6 +21,7 @@ from stagdist.checkpoint.sources import (
     source_tokenizer,
 )
 from stagdist.checkpoint.staging import Options, Proof, prove_logits, put_in_place, require_free, staged_folder
+from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.config import ModelConfig
 from stagdist.config_loading import differences
 from stagdist.errors import CheckpointError
@@ -38,6 +39,7 @@ class _InMemory:
     model: ModelConfig
     dtype: torch.dtype
     weight: Weight
+    tokens: TextTokens | None = None
 
 
 def export(source: str | Path, destination: str | Path, options: Options) -> Proof:
@@ -150,7 +152,7 @@ def write_model(
     input_ids = text_ids(tokenizer, model)
     keeps_function = keeps_function and equal_to is None
     with staged_folder(destination, "model", options) as staged:
-        tokens = source.tokens if isinstance(source, ModelSource) and options.tokenizer is None else None
+        tokens = source.tokens if options.tokenizer is None else None
         with ModelDirectoryWriter(staged, model, source.dtype, tokenizer.end_of_document, tokens) as writer:
             for spec in options.track(model_parameters(model), "writing"):
                 writer.add(spec.name, weight(spec))

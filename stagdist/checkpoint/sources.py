@@ -10,11 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stagdist.checkpoint.model_config import read_text_tokens
 from stagdist.checkpoint.model_directory import CODE_FILES, stored_name
 from stagdist.checkpoint.reading import ModelReader
 from stagdist.checkpoint.replacing import aside, nameless
 from stagdist.checkpoint.safetensors_writer import tensor_sha256
-from stagdist.checkpoint.text_tokens import TextTokens, read_text_tokens
+from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.checkpoint.training_directory import COMPLETE, STATE, candidates, checkpoint_damage
 from stagdist.checkpoint.training_reader import TrainingReader
 from stagdist.checkpoint.written_record import CHECKSUMS, TAMPERED, read_record
@@ -46,6 +47,10 @@ class WeightSource(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Their type."""
+
+    @property
+    def tokens(self) -> TextTokens | None:
+        """How their texts begin and end; None where that is said by the tokenizer alone."""
 
     def weight(self, spec: ParameterSpec) -> Tensor:
         """One of `model_parameters`, whole."""

@@ -1,10 +1,13 @@
-"""The tokens that begin, end and fill texts, as a model directory states them: they go along when it is converted."""
+"""The tokens that begin, end and fill texts, as a model directory states them: they go along when it is converted.
 
+No torch: the state of a training checkpoint, which has them too, is read without it.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stagdist.checkpoint.model_config import read_body, read_json
 from stagdist.errors import CheckpointError
 
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -33,24 +36,38 @@ def tokens_of(end_of_document: int) -> TextTokens:
     )
 
 
-def read_text_tokens(directory: Path) -> TextTokens | None:
-    """Those of a model directory; None where it does not say how a text ends.
+def recorded_tokens(record: Any, path: Path) -> TextTokens | None:
+    """Those that `state.json` of a training checkpoint holds; None where it holds none.
+
+    Args:
+        record: what it holds.
+        path: of the file, for errors.
 
     Raises:
-        CheckpointError: a file is damaged, or holds something that is no token, by the key.
+        CheckpointError: it is something else, by the key.
     """
-    body = read_body(directory)
-    config = {key: body[key] for key in TOKEN_KEYS if key in body}
-    path = directory / GENERATION
-    generation = read_json(path) if path.is_file() else dict(config)
-    for name, held in (("config.json", config), (GENERATION, generation)):
-        for key in TOKEN_KEYS:
-            if not _is_token(held.get(key)):
-                raise CheckpointError(
-                    f"{directory / name}: {key} is {held[key]!r}; it must be a token's number, a list of them or null"
-                )
-    ends = config.get("eos_token_id") is not None or generation.get("eos_token_id") is not None
-    return TextTokens(config, generation) if ends else None
+    if record is None:
+        return None
+    if not isinstance(record, dict) or set(record) != {"config", "generation"}:
+        raise CheckpointError(f"{path}: text_tokens is {record!r}; config and generation are needed")
+    for part, held in record.items():
+        if not isinstance(held, dict):
+            raise CheckpointError(f"{path}: text_tokens.{part} is {held!r}; keys with values are needed")
+        check_tokens(held, f"{path}: text_tokens.{part}")
+    if odd := sorted(set(record["config"]) - set(TOKEN_KEYS)):
+        raise CheckpointError(f"{path}: text_tokens.config has {odd[0]}, which is no token")
+    return TextTokens(**record)
+
+
+def check_tokens(held: Mapping[str, Any], where: str) -> None:
+    """Compare the values of `TOKEN_KEYS` with what tokens can be.
+
+    Raises:
+        CheckpointError: one cannot be, by the key.
+    """
+    for key in TOKEN_KEYS:
+        if not _is_token(held.get(key)):
+            raise CheckpointError(f"{where}: {key} is {held[key]!r}; it must be a token's number, a list or null")
 
 
 def _is_token(value: Any) -> bool:

@@ -93,7 +93,9 @@ def import_model(
     if config_file is not None and tokenizer is not None:
         _require_tokenizer(config_file, config.data.tokenizer, weights, tokenizer, options)
     fingerprint = "" if tokenizer is None else tokenizer.fingerprint
-    state = TrainingState(0, 0, 0, (grid.pipe, grid.data, grid.tensor), tokenizer=fingerprint)
+    tokens = weights.tokens if options.tokenizer is None else None
+    sizes = (grid.pipe, grid.data, grid.tensor)
+    state = TrainingState(0, 0, 0, sizes, tokenizer=fingerprint, text_tokens=tokens)
     final = training_destination(Path(destination), 0)
     others = [path for path in candidates(final.parent) if path != final]
     if others:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stagdist.checkpoint.stage_layout import tensor_files
+from stagdist.checkpoint.text_tokens import TextTokens, recorded_tokens
 from stagdist.config import RunConfig
 from stagdist.config_loading import load_config
 from stagdist.errors import CheckpointError
@@ -50,6 +51,8 @@ class TrainingState:
         bad_steps: steps skipped because something was not finite.
         data_identity: of the training corpora and the tokenizer.
         tokenizer: its fingerprint; empty where no run has seen one.
+        text_tokens: as stated by the model directory that was imported; None where the tokenizer's end of document
+            is all there is.
         format_version: of this file.
     """
 
@@ -60,6 +63,7 @@ class TrainingState:
     bad_steps: int = 0
     data_identity: str = ""
     tokenizer: str = ""
+    text_tokens: TextTokens | None = None
     format_version: int = 1
 
     def write(self, directory: Path) -> None:
@@ -75,8 +79,9 @@ def read_state(directory: Path) -> TrainingState:
     """
     try:
         values = json.loads((directory / STATE).read_text())
-        state = TrainingState(**{**values, "grid": tuple(values["grid"])})
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        tokens = recorded_tokens(values.get("text_tokens"), directory / STATE)
+        state = TrainingState(**{**values, "grid": tuple(values["grid"]), "text_tokens": tokens})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory / STATE} cannot be read: {error}") from error
     _check_state(state, directory / STATE)
     return state

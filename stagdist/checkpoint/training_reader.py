@@ -26,6 +26,7 @@ from stagdist.checkpoint.stage_layout import (
     pipeline_layers,
     stored_specs,
 )
+from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.checkpoint.training_directory import CONFIG, TrainingState, checkpoint_damage, read_state
 from stagdist.checkpoint.training_source import DTYPES, KINDS, MASTER, Counters
 from stagdist.config import ModelConfig, RunConfig
@@ -78,6 +79,11 @@ class TrainingReader:
     def bf16(self) -> bool:
         """Whether DeepSpeed's bf16 optimizer wrote it."""
         return self.dtype == torch.bfloat16
+
+    @property
+    def tokens(self) -> TextTokens | None:
+        """Those of the model directory that the run began from, if it did."""
+        return self.state.text_tokens
 
     def check_files(self) -> None:
         """Compare every file that model and grid have with its record.

@@ -15,6 +15,7 @@ from stagdist.checkpoint.proof import any_ids, source_logits, text_ids
 from stagdist.checkpoint.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.sources import ModelSource
 from stagdist.checkpoint.staging import Options, put_in_place, staged_folder
+from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.checkpoint.training_source import Track
 from stagdist.config import ModelConfig, RunConfig
 from stagdist.data.tokenizer import Tokenizer
@@ -34,7 +35,12 @@ LOGIT_LIMITS = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
 
 
 def export_model(
-    engine: SectionEngine, groups: Groups, config: RunConfig, tokenizer: Tokenizer, directory: Path
+    engine: SectionEngine,
+    groups: Groups,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    directory: Path,
+    tokens: TextTokens | None = None,
 ) -> None:
     """Gather the weights tensor by tensor to rank 0, which writes them aside, proves them, and only then gives them
     their name. Called on every rank.
@@ -43,6 +49,9 @@ def export_model(
     those of the engine that trained it, on some real text, as far as the engine's precision goes.
 
     The model directory of an earlier end of the run is replaced; nothing else is.
+
+    Args:
+        tokens: of the model that the run began from, where it stated them.
 
     Raises:
         CheckpointError: on every rank, when rank 0 could not write, or the directory holds something else; nothing is
@@ -60,7 +69,7 @@ def export_model(
             nonlocal export
             if dist.get_rank() == 0:
                 staged = held.enter_context(staged_folder(directory, "model", Options(overwrite=True)))
-                export = held.enter_context(_Export(directory, staged, model, dtype, tokenizer))
+                export = held.enter_context(_Export(directory, staged, model, dtype, tokenizer, tokens))
 
         on_every_rank(groups.control, _told(begin), _failed)
         for spec in track(model_parameters(model), "gathering"):
@@ -111,9 +120,17 @@ def _told(action: Callable[[], None]) -> Callable[[], None]:
 class _Export:
     """The model directory as rank 0 writes it: keeps the first failure, and what every tensor must be read back as."""
 
-    def __init__(self, final: Path, staged: Path, model: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        final: Path,
+        staged: Path,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        tokenizer: Tokenizer,
+        tokens: TextTokens | None,
+    ):
         self._final, self._staged, self._model, self._tokenizer = final, staged, model, tokenizer
-        self._writer = ModelDirectoryWriter(staged, model, dtype, tokenizer.end_of_document)
+        self._writer = ModelDirectoryWriter(staged, model, dtype, tokenizer.end_of_document, tokens)
         self._given: dict[str, str] = {}
         self._failure: OSError | None = None
 

@@ -153,7 +153,8 @@ class _Run:
             test = self._held_out(self.splits.test)
             if test is not None:
                 self.reporter.held_out("test", outcome.state.step, test.score(self.engine))
-            export_model(self.engine, self.groups, self.config, self.tokenizer, folder / "model")
+            tokens = outcome.state.text_tokens
+            export_model(self.engine, self.groups, self.config, self.tokenizer, folder / "model", tokens)
         if dist.get_rank() == 0:
             self.reporter.flush()
             plot_loss(folder / "metrics.jsonl", folder / "loss.png", self.config.name)

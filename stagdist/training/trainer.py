@@ -3,7 +3,7 @@
 import logging
 import signal
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -148,14 +148,12 @@ class Trainer:
 
     def _advance(self, state: TrainingState) -> TrainingState:
         grid = self._groups.grid
-        return TrainingState(
+        return replace(
+            state,
             step=state.step + 1,
             consumed_samples=state.consumed_samples + self._config.training.global_batch_size,
-            num_samples=state.num_samples,
             grid=(grid.pipe, grid.data, grid.tensor),
             bad_steps=state.bad_steps + bool(self._agreed.bad_ranks),
-            data_identity=state.data_identity,
-            tokenizer=state.tokenizer,
         )
 
     def _check_bad_steps(self, state: TrainingState) -> None:

@@ -1,5 +1,7 @@
 """An imported checkpoint knows the tokenizer of its model, and goes on with no other."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,36 @@ def test_the_tokenizer_of_the_directory_is_recorded_and_exported(source: Path, t
     assert reader.state.tokenizer == expected and reader.config.data.tokenizer == str(source)
     export(tmp_path / "run", tmp_path / "again", Options())
     assert load_tokenizer(tmp_path / "again").fingerprint == expected
+
+
+def test_the_tokens_of_the_directory_go_through_a_training_checkpoint(source: Path, tmp_path: Path) -> None:
+    tokens = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 4}
+    state_tokens(source, tokens, tokens | {"temperature": 0.6})
+    bring(source, source)
+    reshard(tmp_path / "run", tmp_path / "split", Grid(2, 1, 1), Options())
+    again = export(tmp_path / "split", tmp_path / "again", Options()).directory
+    assert stated_tokens(again) == (tokens, tokens | {"temperature": 0.6})
+    # They are those of the tokenizer that is left behind.
+    other = export(tmp_path / "run", tmp_path / "other", Options(tokenizer="bytes")).directory
+    assert stated_tokens(other)[1] == {"eos_token_id": 256, "pad_token_id": 256}
+    shutil.rmtree(tmp_path / "run")
+    bring(source, None, given="bytes")
+    bytes_alone = export(tmp_path / "run", tmp_path / "bytes", Options()).directory
+    assert stated_tokens(bytes_alone) == stated_tokens(other)
+
+
+def state_tokens(folder: Path, config: dict[str, Any], generation: dict[str, Any]) -> None:
+    """Let a model directory say how its texts begin and end."""
+    body = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(body | config))
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+
+
+def stated_tokens(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a model directory says about that, in both files."""
+    body = json.loads((folder / "config.json").read_text())
+    generation = json.loads((folder / "generation_config.json").read_text())
+    return {key: value for key, value in body.items() if key.endswith("_token_id")}, generation
 
 
 def test_a_configuration_with_another_tokenizer_is_refused_with_the_remedy(source: Path, tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from stagdist.checkpoint import model_directory
 from stagdist.checkpoint.loading import load_model
-from stagdist.checkpoint.model_config import read_model_config
+from stagdist.checkpoint.model_config import read_model_config, read_text_tokens
 from stagdist.checkpoint.model_directory import ModelDirectoryWriter, shard_plan
 from stagdist.checkpoint.reading import ModelReader
-from stagdist.checkpoint.text_tokens import TextTokens, read_text_tokens
+from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.config import ModelConfig
 from stagdist.errors import CheckpointError
 from stagdist.model.megatron import TensorParallel

@@ -136,6 +136,16 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ({"step": "1"}, "its counts are"),
         ({"bad_steps": True}, "its counts are"),
         ({"grid": 5}, "cannot be read"),
+        ({"text_tokens": [2]}, r"text_tokens is \[2\]; config and generation are needed"),
+        ({"text_tokens": {"config": {}, "generation": 3}}, "text_tokens.generation is 3; keys with values"),
+        (
+            {"text_tokens": {"config": {"hidden_size": 3}, "generation": {}}},
+            "config has hidden_size",
+        ),
+        (
+            {"text_tokens": {"config": {"eos_token_id": "x"}, "generation": {}}},
+            "config: eos_token_id is 'x'",
+        ),
         ({"format_version": 2}, "format_version is 2; this release reads 1"),
         ({"format_version": "x"}, "format_version is 'x'"),
     ],

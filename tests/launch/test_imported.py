@@ -1,5 +1,6 @@
 """A run that begins from an imported model directory."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def test_a_run_begins_from_an_imported_model_on_its_own_data_and_grid(corpus: Pa
         checkpoint={"interval_steps": 0},
     )
     source = model_directory(tmp_path / "source", config["model"] | {"num_key_value_heads": 2, "rope_theta": 10000.0})
+    generation = {"eos_token_id": [3, 256], "pad_token_id": 0, "temperature": 0.6}
+    (source / "generation_config.json").write_text(json.dumps(generation))
     import_model(source, tmp_path / "runs" / "tuned", Grid(1, 1, 1), None, Options())
     run = launch(tmp_path, config)
     assert run.wait() == 0, run.text()
@@ -37,6 +40,7 @@ def test_a_run_begins_from_an_imported_model_on_its_own_data_and_grid(corpus: Pa
     assert sorted(losses(tmp_path, "tuned")) == [1, 2]
     before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "runs/tuned/model"))
     assert before.keys() == after.keys()
+    assert json.loads((tmp_path / "runs/tuned/model/generation_config.json").read_text()) == generation
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=1e-6)
     assert any(not torch.equal(after[name], tensor) for name, tensor in before.items()), "it was not trained"
