@@ -79,7 +79,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="S", help="prompt i, counted from 0, uses S + i (default 0)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     add("--stop-token-id", action="append", type=int, default=[], metavar="ID", help="end with it; repeatable")
-    add("--ignore-eos", action="store_true", help="go on after the end-of-document token")
+    add("--ignore-eos", action="store_true", help="go on after a token that ends texts")
     add("--logprobs", type=int, metavar="N", help="log-probabilities, also of the N likeliest tokens (with --json)")
 
 

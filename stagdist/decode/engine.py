@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from stagdist.data.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ class Engine:
         stage: this rank's share of the model.
         transport: None in a world of one.
         tokenizer: makes text; without it outputs carry token ids only and stop strings are refused.
-        end_of_document: token that ends every request that does not ignore it.
+        end_tokens: tokens any of which ends a request that does not ignore them.
         heartbeat_s: longest silence towards the other ranks while there is nothing to do.
 
     Attributes:
@@ -83,11 +83,11 @@ class Engine:
         transport: Transport | None = None,
         *,
         tokenizer: Tokenizer | None = None,
-        end_of_document: int | None = None,
+        end_tokens: Collection[int] = (),
         heartbeat_s: float = 200.0,
     ):
         self._stage, self._transport, self._tokenizer = stage, transport, tokenizer
-        self._end_of_document, self._heartbeat_s = end_of_document, heartbeat_s
+        self._end_tokens, self._heartbeat_s = frozenset(end_tokens), heartbeat_s
         # Requests, names of requests to cancel, and None when no more come: one queue, so that their order is kept.
         self._inbox: queue.SimpleQueue[tuple[Request, float] | str | None] = queue.SimpleQueue()
         self._wake = threading.Event()
@@ -279,7 +279,7 @@ class Engine:
         if running.first_token_s is None:
             running.first_token_s = now - running.submitted_s
         running.fresh.append((token, _token_logprobs(params, token, logprobs)))
-        if token in params.stop_token_ids or (token == self._end_of_document and not params.ignore_end_of_document):
+        if token in params.stop_token_ids or (token in self._end_tokens and not params.ignore_end_of_document):
             running.finish = FinishReason.STOP
         elif running.received == running.allowed:
             running.finish = FinishReason.LENGTH

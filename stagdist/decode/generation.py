@@ -11,6 +11,7 @@ from typing import BinaryIO
 import torch
 import torch.distributed as dist
 
+from stagdist.checkpoint.model_config import read_text_tokens
 from stagdist.checkpoint.reading import ModelReader
 from stagdist.data.tokenizer import Tokenizer, load_tokenizer
 from stagdist.decode.answers import Answers
@@ -86,6 +87,7 @@ class Prepared:
     reader: ModelReader
     placement: Placement
     tokenizer: Tokenizer
+    end_tokens: frozenset[int]
     device: str
 
 
@@ -107,7 +109,15 @@ def prepare(task: Task, place: Place) -> Prepared:
         raise ConfigError("there are no prompts: give --prompt, --prompts-file or lines on standard input")
     if task.trace is not None:
         _check_trace(task.trace)
-    return Prepared(task, place, reader, placement, tokenizer, device)
+    return Prepared(task, place, reader, placement, tokenizer, _end_tokens(task.model, tokenizer), device)
+
+
+def _end_tokens(model: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """What ends a text: the tokenizer's end of document, and every token by which `transformers` would stop."""
+    stated = read_text_tokens(model)
+    tokens = None if stated is None else stated.generation.get("eos_token_id")
+    several = tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
+    return frozenset([tokenizer.end_of_document, *several])
 
 
 def generate(prepared: Prepared, interrupts: Interrupts | None, pulse: Pulse) -> int:
@@ -159,7 +169,7 @@ class _Server:
             stage,
             transport,
             tokenizer=prepared.tokenizer,
-            end_of_document=prepared.tokenizer.end_of_document,
+            end_tokens=prepared.end_tokens,
             heartbeat_s=prepared.placement.options.timeout_s / HEARTBEATS,
         )
         self._answers = Answers(

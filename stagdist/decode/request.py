@@ -40,7 +40,7 @@ class SamplingParams:
         seed: equal seeds give equal samples, whatever else is decoded at the same time.
         stop: the text ends before the first of these.
         stop_token_ids: the output ends with the first of these.
-        ignore_end_of_document: go on after the end-of-document token.
+        ignore_end_of_document: go on after a token that ends texts.
         logprobs: None gives none; n gives those of each chosen token and of the n likeliest ones, of the model's
             own distribution, before penalty and temperature.
 

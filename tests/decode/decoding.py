@@ -122,8 +122,8 @@ class World:
 def engine_of(case: Case, stage: Stage, transport: Transport | None, heartbeat_s: float = 20.0) -> Engine:
     """The engine of a case, for rank 0."""
     tokenizer: Any = Letters() if case.letters else None
-    end = case.end_of_document
-    return Engine(stage, transport, tokenizer=tokenizer, end_of_document=end, heartbeat_s=heartbeat_s)
+    ends = () if case.end_of_document is None else (case.end_of_document,)
+    return Engine(stage, transport, tokenizer=tokenizer, end_tokens=ends, heartbeat_s=heartbeat_s)
 
 
 def run_cases(cases: list[Case]) -> list[Ran]:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from tests.launch.generating import command, error_lines, generate, running, write_model
 
@@ -149,6 +151,21 @@ def test_stop_texts_and_ids_end_an_answer(model: Path) -> None:
     )  # fmt: skip
     (ended,) = answers(by_id)
     assert ended["token_ids"] == ids[: ids.index(ids[10]) + 1] and ended["finish_reason"] == "stop"
+
+
+def test_an_answer_ends_where_transformers_would_end_it(model: Path, tmp_path: Path) -> None:
+    arguments = ["--prompt", "abc", "--json", "--max-new-tokens", "30", "--temperature", "0"]
+    (whole,) = answers(generate("python", model, *arguments, "--ignore-eos"))
+    ids = whole["token_ids"]
+    stated = shutil.copytree(model, tmp_path / "stated")
+    (stated / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, ids[10]], "do_sample": False}))
+    (ended,) = answers(generate("python", stated, *arguments))
+    assert ended["token_ids"] == ids[: ids.index(ids[10]) + 1] and ended["finish_reason"] == "stop"
+    theirs: Any = AutoModelForCausalLM.from_pretrained(stated, trust_remote_code=True, dtype="auto")
+    prompt = torch.tensor([list(b"abc")])
+    assert theirs.generate(prompt, max_new_tokens=30)[0, 3:].tolist() == ended["token_ids"]
+    (ignored,) = answers(generate("python", stated, *arguments, "--ignore-eos"))
+    assert ignored["token_ids"] == ids
 
 
 def test_stagger_0_runs_and_says_that_its_sections_take_turns(tmp_path: Path) -> None:
