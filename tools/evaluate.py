@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from stagdist.cluster.command_line import RanksParser
 from stagdist.cluster.environment import OTHERS_WAIT_S, join_launcher
 from stagdist.data.command_line import run_tool
 from stagdist.errors import ConfigError, StagdistError
@@ -28,11 +29,15 @@ examples:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
+    """The command line; DeepSpeed's launcher adds --local_rank.
+
+    Raises:
+        ConfigError: it cannot be understood.
+    """
+    parser = RanksParser(
         prog="evaluate.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # of DeepSpeed's launcher
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_perplexity(verbs.add_parser("perplexity", help="how well a model predicts a text file"))
     _add_harness(verbs.add_parser("harness", help="tasks of lm-evaluation-harness"))
@@ -174,7 +179,12 @@ def _progress(silent: bool) -> Callable[[int, int], None]:
 
 def main() -> int:
     """Entry point; returns the exit code."""
-    arguments = parse()
+    try:
+        arguments = parse()
+    except ConfigError as error:
+        if _rank() == 0:  # what was typed is wrong on every rank
+            print(f"error: {error}", file=sys.stderr)
+        return 2
 
     def action() -> None:
         try:

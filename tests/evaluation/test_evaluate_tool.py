@@ -169,6 +169,16 @@ def test_of_several_ranks_one_tells_what_is_wrong(
     assert 'evaluate.py", line' not in ended.stderr, "a stack of the tool"
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_command_line_that_cannot_be_understood_is_told_by_the_first_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    assert evaluate(monkeypatch, "perplexity", "--model", "x", "--text", "y", "--windw", "3") == 2
+    expected = "error: unrecognized arguments: --windw 3 (see --help)\n" if rank == "0" else ""
+    assert capsys.readouterr().err == expected
+
+
 def test_a_run_its_checkpoint_and_its_export_have_one_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_bytes(TEXT.encode())
