@@ -6,7 +6,6 @@ system takes it back when it needs the room.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stagdist.bench.conditions import ROOT, conditions
+from stagdist.bench.results import check_outputs, write_results
 from stagdist.errors import ConfigError, TrainingError
 
 LIMIT_BYTES = 10**9
@@ -108,10 +108,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         TrainingError: a conversion failed.
-        ConfigError: this system does not tell anonymous memory.
+        ConfigError: this system does not tell anonymous memory, or a place for files will not do.
     """
     if not Path("/proc/self/status").is_file():
         raise ConfigError("anonymous memory is read from /proc, which this system does not have; use Linux")
+    check_outputs(arguments)
     shape = SHAPE | TINY if arguments.tiny else SHAPE
     print(LINE.format("conversion", "source", "peak", "seconds"), flush=True)
     peaks = []
@@ -124,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         body = conditions(None, 0) | {"benchmark": "conversions", "precision": "bf16", "model": shape}
         body |= {"limit_bytes": LIMIT_BYTES, "sample_s": SAMPLE_S, "conversions": [asdict(peak) for peak in peaks]}
-        Path(arguments.json).write_text(json.dumps(body, indent=2) + "\n")
+        write_results(arguments.json, body)
     return 0 if all(peak.peak_anonymous_bytes < LIMIT_BYTES for peak in peaks) else 1
 
 

@@ -6,12 +6,10 @@ round. Weights are random: the time of a step does not depend on them.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from stagdist.bench.decode_shapes import baseline, changed, default_splits, pars
 from stagdist.bench.decode_site import DecodeSite
 from stagdist.bench.decode_sweeps import DEFAULT_AXES, Sweeps, check_axes, describe, parse_axis
 from stagdist.bench.decode_table import table
+from stagdist.bench.results import check_outputs, write_results
 from stagdist.bench.timeline import Panel, draw_timeline
 from stagdist.config import ModelConfig
 from stagdist.config_loading import load_config
@@ -88,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     if site.rank == 0:
         print(table(results))
         if arguments.json:
-            _write(Path(arguments.json), json.dumps(results, indent=2) + "\n")
+            write_results(arguments.json, results)
     return 0
 
 
@@ -122,7 +121,7 @@ def settings_from(arguments: argparse.Namespace, processes: int) -> tuple[Settin
     settings = Settings(
         _recut(model, sections), load, options, tuple(splits), heads, arguments.rounds, arguments.prefill
     )  # type: ignore[arg-type]
-    _check_outputs(arguments)
+    check_outputs(arguments)
     axes = _axes(arguments.sweep)
     check_axes(axes, processes, model.num_layers)
     _check_places(settings, axes, processes)
@@ -222,20 +221,6 @@ def _axes(sweep: list[str] | None) -> dict[str, Any]:
     return dict(parse_axis(text) for text in sweep) if sweep else dict(DEFAULT_AXES)
 
 
-def _check_outputs(arguments: argparse.Namespace) -> None:
-    """Results can be written, or minutes of measuring are not begun."""
-    for option in ("json", "trace", "timeline"):
-        if name := getattr(arguments, option):
-            path = Path(name)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"--{option} {path} cannot be written: {error.strerror or error}") from error
-            if path.is_dir() or not os.access(path.parent, os.W_OK):
-                found = "is a folder" if path.is_dir() else "lies in a folder that cannot be written"
-                raise ConfigError(f"--{option} {path} {found}; give the name of a file")
-
-
 def _check_places(settings: Settings, axes: dict[str, Any], processes: int) -> None:
     """Everything that will be built fits, or is refused now."""
     loads = [settings.load]
@@ -265,13 +250,6 @@ def _device(wanted: str) -> str:
     if wanted == "cpu" or not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def _as_text(axis: str, values: tuple[float | None, ...]) -> str:

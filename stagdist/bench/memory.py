@@ -6,14 +6,13 @@ steps on random tokens. Measured are the bytes of tensors at their peak: on CPUs
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from stagdist.bench.conditions import conditions
+from stagdist.bench.results import check_outputs, write_results
 from stagdist.bench.workers import Workers
 from stagdist.config import RunConfig
 from stagdist.config_loading import load_config
@@ -175,11 +174,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print and write; exit code 0 if every prediction holds, 1 if one does not.
 
     Raises:
-        ConfigError: an unknown case, or ranks that do not fit.
+        ConfigError: an unknown case, ranks that do not fit, or a file that could not be written.
         TrainingError: a rank failed.
     """
     if arguments.steps < 2:
         raise ConfigError(f"--steps {arguments.steps}: the optimizer's moments exist from step 2 on, train at least 2")
+    check_outputs(arguments)
     device, gpus, gpu_name = _device(arguments.device)
     written = conditions(gpu_name, gpus) | {"benchmark": "memory", "device": device, "steps": arguments.steps}
     print(TABLE.format("case", "rank", "parameters", "predicted", "measured", "ratio", "reached in"), flush=True)
@@ -196,7 +196,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not recorded:
         raise ConfigError(f"no case fits {gpus} GPUs; pass --device cpu")
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(written | {"cases": recorded}, indent=2) + "\n")
+        write_results(arguments.json, written | {"cases": recorded})
     return 0 if good else 1
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from stagdist.bench.conditions import ROOT, conditions
 from stagdist.bench.figures import spread
+from stagdist.bench.results import check_outputs, write_results
 from stagdist.errors import ConfigError, TrainingError
 
 POINTS = 6
@@ -82,13 +83,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print and write.
 
     Raises:
-        ConfigError: an option makes no sense, or there is no text.
+        ConfigError: an option makes no sense, there is no text, or a place for files will not do.
         TrainingError: a command failed.
     """
     if arguments.seeds < 1 or arguments.baseline_steps < 1:
         raise ConfigError("--seeds and --baseline-steps must be at least 1")
     if arguments.steps < POINTS or arguments.steps % POINTS:
         raise ConfigError(f"--steps must be a multiple of {POINTS}, the number of evaluations")
+    check_outputs(arguments)
     with tempfile.TemporaryDirectory(prefix="stagdist-bench-recovery-", dir=arguments.folder) as folder:
         site = Site(Path(folder), arguments.baseline_steps, arguments.steps)
         site.prepare(arguments.text)
@@ -100,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         body |= {"text": "given with --text" if arguments.text else "source of Python's standard library"}
         body |= {"baseline_steps": arguments.baseline_steps, "steps": arguments.steps, "seeds": arguments.seeds}
         body |= {"tokens_per_step": GLOBAL_BATCH * MODEL["max_position_embeddings"], **results}
-        Path(arguments.json).write_text(json.dumps(body, indent=2) + "\n")
+        write_results(arguments.json, body)
     return 0
 
 

@@ -7,14 +7,13 @@ checkpoint) and the steps that were slower because files were written beside the
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from stagdist.bench.conditions import conditions
 from stagdist.bench.figures import paired_ratios, spread
+from stagdist.bench.results import check_outputs, write_results
 from stagdist.bench.workers import Answer, Workers
 from stagdist.config import RunConfig
 from stagdist.config_loading import load_config
@@ -57,11 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print and write.
 
     Raises:
-        ConfigError: the configuration does not fit the benchmark.
+        ConfigError: the configuration does not fit the benchmark, or a place for files will not do.
         TrainingError: a process failed.
     """
     if arguments.rounds < 1 or arguments.steps < 1:
         raise ConfigError(f"--rounds {arguments.rounds} and --steps {arguments.steps} must be at least 1")
+    check_outputs(arguments)
     with tempfile.TemporaryDirectory(prefix="stagdist-bench-save-", dir=arguments.folder) as folder:
         config = _config(arguments, folder)
         world_size = arguments.world_size or config.pipeline_parallel_size * config.parallel.tensor_parallel_size
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         described = config.model_dump(mode="json", exclude_defaults=True, include={"model", "training", "parallel"})
         written = conditions(gpu_name, world_size if on_cuda else 0) | {"benchmark": "save", "world_size": world_size}
         written |= {"steps": arguments.steps, "config": described, **results}
-        Path(arguments.json).write_text(json.dumps(written, indent=2) + "\n")
+        write_results(arguments.json, written)
     return 0
 
 

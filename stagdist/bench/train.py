@@ -6,7 +6,6 @@ by their losses and gradient norms.
 """
 
 import argparse
-import json
 import sys
 import sysconfig
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 
 from stagdist.bench.conditions import ROOT, conditions
 from stagdist.bench.figures import imbalance, paired_ratios, pipeline_speedup_bound, spread
+from stagdist.bench.results import check_outputs, write_results
 from stagdist.bench.twin import sequential_twin
 from stagdist.bench.workers import Answer, Workers
 from stagdist.config import CorpusConfig, DataConfig, RunConfig
@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"training.precision is {config.training.precision}, but torch's pipelining has no mixed precision; set "
             "training.precision: fp32 or pass --one-process"
         )
+    check_outputs(arguments)
     with tempfile.TemporaryDirectory(prefix="stagdist-bench-") as folder:
         prepared = on_real_text(
             config, Path(folder), arguments.micro_batches, arguments.rounds, "cuda" if gpus else "cpu"
@@ -100,9 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     shown = {name: value for name, value in results.items() if isinstance(value, int | float | str)}
     print("\n".join(f"{name:<34} {_shown(value)}" for name, value in shown.items()))
     if arguments.json:
-        path = Path(arguments.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=2) + "\n")
+        write_results(arguments.json, results)
     return 0
 
 
