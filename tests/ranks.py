@@ -7,13 +7,16 @@ finds its place in the usual variables (RANK, WORLD_SIZE, MASTER_ADDR, ...) and 
 
 Importing the frameworks takes seconds of processor time. A server process (`multiprocessing`'s fork server) does it
 once, on the CPU, and ranks are forks of it; ranks with an `env` of their own are fresh processes. Forks share Python's
-hash seed: what hangs on the order of a set is left to the tests that start ranks through a launcher.
+hash seed, the state of numpy's generator and whatever modules read from the environment when they are imported: what
+hangs on such things is left to the tests that start ranks through a launcher. Variables that Python itself reads when
+it starts have no effect in `env`.
 """
 
 import contextlib
 import ctypes
 import faulthandler
 import importlib
+import io
 import multiprocessing
 import os
 import pickle
@@ -36,8 +39,6 @@ POLL_S = 0.02
 GRACE_S = 0.3
 LOG_CHARACTERS = 4000
 PR_SET_PDEATHSIG = 1
-PRELOADED = ["stagdist.training.pretrain", "stagdist.decode.engine", "torch._dynamo"]
-"""What the server imports: every framework, and what torch loads with the first optimizer."""
 
 
 class RankError(RuntimeError):
@@ -62,11 +63,17 @@ def run_ranks(
         folder = Path(name)
         (folder / "payload").write_bytes(pickle.dumps((target, payload, timeout_s)))
         variables = _environment(world_size, env or {})
-        ranks: list[BaseProcess] = []
+        if not env:
+            _start_server(variables)
+        fork, fresh = multiprocessing.get_context("forkserver").Process, multiprocessing.get_context("spawn").Process
         theirs, ours = multiprocessing.Pipe(duplex=False)
+        ranks: list[BaseProcess] = []
         try:
             for rank in range(world_size):
-                ranks.append(_start(folder, rank, variables, theirs, fresh=bool(env)))
+                place = {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                _log(folder, rank).touch()
+                ranks.append((fresh if env else fork)(target=_run, args=(folder, rank, place, theirs)))
+                _begin(ranks[-1], rank)
             _wait(ranks, folder, time.monotonic() + timeout_s, timeout_s)
             return [pickle.loads(_result(folder, rank).read_bytes()) for rank in range(world_size)]
         finally:
@@ -108,29 +115,26 @@ def _environment(world_size: int, extra: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _start(folder: Path, rank: int, variables: Mapping[str, str], all_done: Connection, *, fresh: bool) -> BaseProcess:
-    place = {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    if fresh:
-        process: BaseProcess = multiprocessing.get_context("spawn").Process(
-            target=_run, args=(folder, rank, place, all_done)
-        )
-    else:
-        _start_server(variables)
-        process = multiprocessing.get_context("forkserver").Process(target=_run, args=(folder, rank, place, all_done))
-    process.start()
-    return process
-
-
 def _start_server(variables: Mapping[str, str]) -> None:
     """Start the server unless it runs; what the frameworks read from the environment when imported is that of ranks."""
-    kept = dict(os.environ)
-    multiprocessing.set_forkserver_preload(PRELOADED)
+    kept = {name: os.environ.get(name) for name in variables}
+    multiprocessing.set_forkserver_preload(["tests.rank_server"])
     try:
         os.environ.update(variables)
         forkserver.ensure_running()
     finally:
-        os.environ.clear()
-        os.environ.update(kept)
+        for name, value in kept.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _begin(process: BaseProcess, rank: int) -> None:
+    try:
+        process.start()
+    except EOFError:
+        raise RankError(rank, f"rank {rank} did not start: the server of which ranks are forks has ended") from None
 
 
 def _wait(ranks: list[BaseProcess], folder: Path, deadline: float, timeout_s: float) -> None:
@@ -169,12 +173,12 @@ def _first_failure(ranks: list[BaseProcess], folder: Path) -> RankError:
 
 def _end(ranks: list[BaseProcess]) -> None:
     """End our own processes and what they started; each leads a process group of its own."""
-    for process in ranks:
-        assert process.pid is not None
+    started = [(process, process.pid) for process in ranks if process.pid is not None]
+    for process, pid in started:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(pid, signal.SIGKILL)
         process.kill()  # one that has not come to lead its group yet
-    for process in ranks:
+    for process, _ in started:
         process.join()
         process.close()
 
@@ -198,14 +202,21 @@ def _failure(folder: Path, rank: int) -> Path:
 # --- the rank ---------------------------------------------------------------------------------------------------
 
 
+def end_with_parent() -> None:
+    """Let this process be killed when its parent ends: ranks with their server, the server with the test run."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _run(folder: Path, rank: int, variables: Mapping[str, str], all_done: Connection) -> None:
     os.setsid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no orphans, however the test run ends
+    end_with_parent()
     os.environ.clear()
     os.environ.update(variables)
     with _log(folder, rank).open("wb") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True)
     target, payload, timeout_s = pickle.loads((folder / "payload").read_bytes())
     faulthandler.dump_traceback_later(max(0.8 * timeout_s, timeout_s - 5), exit=False)
     try:

@@ -2,14 +2,16 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from tests.ranks import RankError, run_ranks
+from tests.ranks import ROOT, RankError, run_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -110,11 +112,40 @@ def test_a_hanging_rank_ends_at_the_limit_with_its_stack_and_its_children(tmp_pa
         assert _gone(int(pid))
 
 
-def test_ranks_learn_their_place_and_see_no_gpu_unless_told() -> None:
-    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "EXTRA"]
-    places = run_ranks("tests.test_ranks:surroundings", 2, names, env={"EXTRA": "yes"})
-    values = [["0", "0", "2", "1", "", "yes"], ["1", "1", "2", "1", "", "yes"]]
-    assert places == [dict(zip(names, row, strict=True)) for row in values]
+@pytest.mark.parametrize("fresh", [False, True], ids=["forks", "fresh processes"])
+def test_ranks_learn_their_place_and_see_no_gpu_unless_told(monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
+    run_ranks("tests.test_ranks:surroundings", 1, [])  # the server has been started with another environment
+    monkeypatch.setenv("EARLIER", "set by the test")
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "EARLIER", "EXTRA"]
+    names = names if fresh else names[:-1]
+    before = dict(os.environ)
+    places = run_ranks("tests.test_ranks:surroundings", 2, names, env={"EXTRA": "yes"} if fresh else None)
+    values = [[rank, rank, "2", "1", "", "set by the test", "yes"] for rank in ("0", "1")]
+    assert places == [dict(zip(names, row[: len(names)], strict=True)) for row in values]
+    assert dict(os.environ) == before
+
+
+OWNER = """
+import sys
+from tests.ranks import run_ranks
+run_ranks("tests.test_ranks:hang_on_rank_1", 2, sys.argv[1], env={"FRESH": "yes"} if sys.argv[2] == "fresh" else None)
+"""
+
+
+@pytest.mark.parametrize("how", ["fork", "fresh"])
+def test_ranks_and_their_server_end_with_a_test_run_that_is_killed(tmp_path: Path, how: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path), how], cwd=ROOT) as owner:
+        try:
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "pids").exists() or not (tmp_path / "pids").read_text():
+                assert owner.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            family = [child.pid for child in psutil.Process(owner.pid).children(recursive=True)]
+        finally:
+            owner.kill()
+    rank, child = map(int, (tmp_path / "pids").read_text().split())
+    os.kill(child, signal.SIGKILL)  # what a rank has started is not its concern
+    assert rank in family and all(_gone(pid) for pid in family if pid != child)
 
 
 def test_a_missing_target_says_so() -> None:

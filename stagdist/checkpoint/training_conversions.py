@@ -93,7 +93,8 @@ def import_model(
     if config_file is not None and tokenizer is not None:
         _require_tokenizer(config_file, config.data.tokenizer, weights, tokenizer, options)
     fingerprint = "" if tokenizer is None else tokenizer.fingerprint
-    tokens = weights.tokens if options.tokenizer is None else None
+    # They are numbers of the directory's own tokenizer.
+    tokens = weights.tokens if options.tokenizer is None and tokenizer is not None else None
     sizes = (grid.pipe, grid.data, grid.tensor)
     state = TrainingState(0, 0, 0, sizes, tokenizer=fingerprint, text_tokens=tokens)
     final = training_destination(Path(destination), 0)
@@ -229,6 +230,8 @@ def _write_training(
         records = {name: file_record(staged / name, sync=True) for name in (CONFIG, STATE)}
         records |= TrainingWriter(source, config, grid, staged).write(options.track)
         written = TrainingReader(staged)
+        if written.state.as_text() != state.as_text() or dump_config(written.config) != dump_config(config):
+            raise CheckpointError(f"{final}: {STATE} or {CONFIG} reads as something else than was written")
         require_same(written, source, options.track)
         if function is not None:
             proved = prove_logits(function, written, any_text_ids(function, options.tokenizer), options.track)

@@ -66,9 +66,16 @@ class TrainingState:
     text_tokens: TextTokens | None = None
     format_version: int = 1
 
+    def as_text(self) -> str:
+        """The content of `state.json`; without `text_tokens` where there are none."""
+        body = asdict(self)
+        if self.text_tokens is None:
+            del body["text_tokens"]
+        return json.dumps(body, indent=2) + "\n"
+
     def write(self, directory: Path) -> None:
         """Store as `state.json`."""
-        (directory / STATE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        (directory / STATE).write_text(self.as_text())
 
 
 def read_state(directory: Path) -> TrainingState:

@@ -95,7 +95,8 @@ def prepare(task: Task, place: Place) -> Prepared:
     """Check everything that can be wrong before any process group exists.
 
     Raises:
-        CheckpointError: the model directory is incomplete or of another shape; names the tensor.
+        CheckpointError: the model directory is incomplete or of another shape; names the tensor. Or the tokens that
+            end texts are no tokens; names the key.
         DataError: it has no tokenizer.
         ConfigError: the grid, the device or a file does not fit.
     """
@@ -103,17 +104,18 @@ def prepare(task: Task, place: Place) -> Prepared:
     placement = place_model(reader.model, task.engine, place.world_size)
     device = _device(task.device, place.local_rank)
     tokenizer = load_tokenizer(task.model)
+    end_tokens = _end_tokens(task.model, tokenizer)
     if task.prompts_file is not None:
         check_prompts_file(task.prompts_file)
     elif not task.prompts and sys.stdin is None and place.rank == 0:
         raise ConfigError("there are no prompts: give --prompt, --prompts-file or lines on standard input")
     if task.trace is not None:
         _check_trace(task.trace)
-    return Prepared(task, place, reader, placement, tokenizer, _end_tokens(task.model, tokenizer), device)
+    return Prepared(task, place, reader, placement, tokenizer, end_tokens, device)
 
 
 def _end_tokens(model: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """What ends a text: the tokenizer's end of document, and every token by which `transformers` would stop."""
+    """What ends a text: the tokenizer's end of document, which ended those of training, and what `transformers` has."""
     stated = read_text_tokens(model)
     tokens = None if stated is None else stated.generation.get("eos_token_id")
     several = tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]

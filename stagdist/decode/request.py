@@ -127,7 +127,7 @@ class FinishReason(StrEnum):
     """Why a request ended."""
 
     STOP = "stop"
-    """A stop string, a stop id or the end of the document."""
+    """A stop string, a stop id or a token that ends texts."""
     LENGTH = "length"
     """All tokens that were asked for, or that the context has room for."""
     ERROR = "error"

@@ -313,6 +313,17 @@ def _everywhere(change: Callable[[Any], Any]) -> Callable[[Path], None]:
     return tamper
 
 
+def _text(name: str, before: str, after: str) -> Callable[[Path], None]:
+    """Change a text file."""
+
+    def tamper(folder: Path) -> None:
+        content = (folder / name).read_text()
+        assert content.count(before) == 1, content
+        (folder / name).write_text(content.replace(before, after))
+
+    return tamper
+
+
 def _settings(content: Any) -> Any:
     return content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"][1]
 
@@ -325,6 +336,8 @@ WRITTEN: list[tuple[Callable[[Path], None], str]] = [
     (lambda folder: edit(folder / "zero_pp_rank_0_mp_rank_01_optim_states.pt", lambda content: content
      ["optimizer_state_dict"]["base_optimizer_state"]["state"][1]["exp_avg"].__setitem__(slice(0, 3), 7.0)),
      "exp_avg of .* on stage 0, tensor rank 1 was not written"),
+    (_text("state.json", '"consumed_samples": 56', '"consumed_samples": 57'), "state.json or config.yaml reads as"),
+    (_text("config.yaml", "project: stagdist", "project: other"), "state.json or config.yaml reads as"),
 ]  # fmt: skip
 
 

@@ -118,7 +118,9 @@ def test_a_given_tokenizer_is_found_from_any_folder(
 def test_a_directory_without_a_tokenizer_records_none(source: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).unlink()
-    assert open_training(bring(source, "bytes")).state.tokenizer == ""
+    reader = open_training(bring(source, "bytes"))
+    assert reader.state.tokenizer == "" and reader.tokens is None, "ids of a tokenizer that nobody knows"
+    assert "text_tokens" not in (reader.directory / "state.json").read_text()
 
 
 def test_a_tokenizer_of_the_directory_that_cannot_be_read_is_not_passed_over(source: Path) -> None:

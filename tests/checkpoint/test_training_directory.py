@@ -63,6 +63,7 @@ def test_every_kind_of_damage_is_named(tmp_path: Path, name: str) -> None:
     assert reason(tmp_path / checkpoint_name(1)) == f"{name} is missing"
 
 
+NESTED_30 = json.loads('{"a":' * 30 + "1" + "}" * 30)
 NESTED = "[" * 100_000
 """Deeper than a reader can follow."""
 
@@ -146,6 +147,8 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             {"text_tokens": {"config": {"eos_token_id": "x"}, "generation": {}}},
             "config: eos_token_id is 'x'",
         ),
+        ({"text_tokens": {"config": {}, "generation": NESTED_30}}, "generation is nested more than 20 levels deep"),
+        ({"text_tokens": list(range(9000))}, r"text_tokens is \[0, 1, 2, 3, 4, 5, \.\.\.\]; config and"),
         ({"format_version": 2}, "format_version is 2; this release reads 1"),
         ({"format_version": "x"}, "format_version is 'x'"),
     ],

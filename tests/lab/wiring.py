@@ -197,14 +197,17 @@ def take_down(record: Record) -> None:
     for process in record.hosts.values():
         process.kill()
     deadline = time.monotonic() + TAKE_DOWN_S
-    while left := [one for one in seen if one.alive()]:
+    while True:
+        seen |= {one for space in record.namespaces for one in running_in(space)}
+        left = [one for one in seen if one.alive()]
+        if not left:
+            break
         if time.monotonic() > deadline:
             pids = ", ".join(str(one.pid) for one in left)
             raise TimeoutError(f"lab {record.name}: processes {pids} did not end in {TAKE_DOWN_S:g} s")
         for one in left:  # also of a host that was starting when its lab ended, and so is not in the record
             one.kill()
         time.sleep(0.02)
-        seen |= {one for space in record.namespaces for one in running_in(space)}
     for space in record.namespaces:
         with contextlib.suppress(RuntimeError):  # somebody else may be taking the lab down just now
             must("ip", "netns", "del", space)

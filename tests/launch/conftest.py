@@ -1,12 +1,14 @@
 """A small real corpus for runs through the launcher."""
 
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from stagdist.data.prepare import prepare
 from stagdist.data.tokenizer import byte_tokenizer
+from tests.launch.runs import Launch
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +19,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = [str(path) for path in sorted(library.glob("*.py"))[:40]]
     prepare(files, str(prefix), byte_tokenizer())
     return prefix
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on() -> Iterator[None]:
+    """End the launches that a failed test has left."""
+    yield
+    while Launch.under_way:
+        run = Launch.under_way.pop()
+        if run.process.poll() is None:
+            run.end()

@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import yaml
@@ -45,8 +45,12 @@ def tiny_config(corpus: Path, name: str, **sections: dict[str, Any]) -> dict[str
 
 @dataclass
 class Launch:
-    """One call of a launcher in a folder, in a process group of its own."""
+    """One call of a launcher in a folder, in a process group of its own.
 
+    Tests in tests/launch end what they have left under way.
+    """
+
+    under_way: ClassVar[list["Launch"]] = []
     folder: Path
     command: list[str]
     process: "subprocess.Popen[str]" = field(init=False)
@@ -58,6 +62,7 @@ class Launch:
                 self.command, cwd=self.folder, stdout=stream, stderr=subprocess.STDOUT, text=True,
                 start_new_session=True, env=_environment(),
             )  # fmt: skip
+        self.under_way.append(self)
 
     def ranks(self) -> list[psutil.Process]:
         """The training processes, by rank."""

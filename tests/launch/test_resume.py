@@ -99,7 +99,7 @@ def test_wall_clock_limits_save_and_stop(corpus: Path, tmp_path: Path) -> None:
         tmp_path,
         long_run(corpus),
         "training.steps=100000",
-        "training.max_minutes=0.3",
+        "training.max_minutes=0.4",
         "checkpoint.interval_steps=0",
         "checkpoint.interval_minutes=0.02",
         "data.num_samples=900000",

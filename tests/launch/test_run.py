@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -32,7 +33,9 @@ def steps(first, last):
 
 
 class Run:
-    """A supervised script in a folder."""
+    """A supervised script in a folder; one that still runs after its test is killed, with all that it started."""
+
+    under_way: ClassVar[list["Run"]] = []
 
     def __init__(self, folder: Path, body: str, *options: str):
         self.folder = folder
@@ -48,6 +51,7 @@ class Run:
         self.process = subprocess.Popen(
             words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
+        self.under_way.append(self)
 
     def end(self, timeout_s: float = 90) -> tuple[int, str, str]:
         """Exit code, output, errors."""
@@ -101,6 +105,17 @@ class Run:
             return False
 
 
+@pytest.fixture(autouse=True)
+def nothing_goes_on() -> Iterator[None]:
+    """End what a failed test has left."""
+    yield
+    while Run.under_way:
+        run = Run.under_way.pop()
+        if run.process.poll() is None:
+            run.process.kill()
+            run.process.communicate()
+
+
 def test_a_script_that_ends_in_order_is_shown_and_kept(tmp_path: Path) -> None:
     run = Run(tmp_path, "print('rank', rank, 'says hello'); steps(0, 3)")
     code, out, err = run.end()
@@ -132,26 +147,31 @@ steps(2, 6)
 
 STUCK = """
 def deep_inside():
-    while True: time.sleep(0.05); WRITE
+    STAND_STILL
+def waiting_for_the_other():
+    time.sleep(60)
 if number == 0:
     steps(0, 2)
     if rank == "1":
         pulse.beat(Phase.FORWARD)
         deep_inside()
     pulse.beat(Phase.RECEIVE)
-    deep_inside()
+    waiting_for_the_other()
 """
+WAYS = {"silent": "time.sleep(60)", "loud": "while True: print('here', flush=True); time.sleep(0.05)"}
 
 
 def test_a_stuck_rank_is_named_with_its_stack_also_one_that_writes_all_the_time(tmp_path: Path) -> None:
-    bodies = {"silent": STUCK.replace("WRITE", ""), "loud": STUCK.replace("WRITE", "print('here', flush=True)")}
-    runs = [Run(tmp_path / name, body, "--hang-timeout-s", "3") for name, body in bodies.items()]
+    runs = [
+        Run(tmp_path / name, STUCK.replace("STAND_STILL", way), "--hang-timeout-s", "4") for name, way in WAYS.items()
+    ]
     for run in runs:
         code, _, err = run.end()
         assert code == 0, err
         (fault,) = [event for event in run.events() if event["event"] == "fault"]
         assert (fault["kind"], fault["rank"]) == ("stuck", 1) and "in phase forward" in fault["says"]
-        assert any("deep_inside" in line for line in fault["stack"])
+        stack = " ".join(fault["stack"])
+        assert "deep_inside" in stack and "waiting_for_the_other" not in stack
 
 
 HOPELESS = [

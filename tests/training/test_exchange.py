@@ -17,7 +17,7 @@ from stagdist.training.schedule import TrainSchedule
 from tests.ranks import run_ranks
 
 STAGES, MICRO_BATCHES, NAP_S = 3, 6, 1.0
-TIMEOUT_S, LOST_S = 10.0, 2.0
+TIMEOUT_S, LOST_S = 10.0, 4.0
 SHAPE = (2, 8, 300)
 KINDS = [TensorKind(SHAPE, torch.float32), TensorKind((2, 8), torch.int64)]
 
