@@ -53,10 +53,10 @@ def recorded_tokens(record: Any, path: Path) -> TextTokens | None:
     if record is None:
         return None
     if not isinstance(record, dict) or set(record) != {"config", "generation"}:
-        raise CheckpointError(f"{path}: text_tokens is {_short(record)}; config and generation are needed")
+        raise CheckpointError(f"{path}: text_tokens is {reprlib.repr(record)}; config and generation are needed")
     for part, held in record.items():
         if not isinstance(held, dict):
-            raise CheckpointError(f"{path}: text_tokens.{part} is {_short(held)}; keys with values are needed")
+            raise CheckpointError(f"{path}: text_tokens.{part} is {reprlib.repr(held)}; keys with values are needed")
         check_tokens(held, f"{path}: text_tokens.{part}")
     if odd := sorted(set(record["config"]) - set(TOKEN_KEYS)):
         raise CheckpointError(f"{path}: text_tokens.config has {odd[0]}, which is no token")
@@ -73,7 +73,9 @@ def check_tokens(held: Mapping[str, Any], where: str) -> None:
         raise CheckpointError(f"{where} is nested more than {MAX_DEPTH} levels deep")
     for key in TOKEN_KEYS:
         if not _is_token(held.get(key)):
-            raise CheckpointError(f"{where}: {key} is {_short(held[key])}; it must be a token's number, a list or null")
+            raise CheckpointError(
+                f"{where}: {key} is {reprlib.repr(held[key])}; it must be a token's number, a list or null"
+            )
 
 
 def _is_token(value: Any) -> bool:
@@ -86,7 +88,3 @@ def _deeper_than(value: Any, limit: int) -> bool:
         return False
     parts = value.values() if isinstance(value, dict) else value
     return limit == 0 or any(_deeper_than(part, limit - 1) for part in parts)
-
-
-_short = reprlib.repr
-"""As `repr`, cut where it is long or deep."""

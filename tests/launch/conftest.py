@@ -8,7 +8,7 @@ import pytest
 
 from stagdist.data.prepare import prepare
 from stagdist.data.tokenizer import byte_tokenizer
-from tests.launch.runs import Launch
+from tests.launch.runs import UNDER_WAY
 
 
 @pytest.fixture(scope="session")
@@ -23,9 +23,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_goes_on() -> Iterator[None]:
-    """End the launches that a failed test has left."""
+    """End what a failed test has left."""
     yield
-    while Launch.under_way:
-        run = Launch.under_way.pop()
-        if run.process.poll() is None:
-            run.end()
+    while UNDER_WAY:
+        process, end = UNDER_WAY.pop()
+        if process.poll() is None:
+            end()
+            process.wait()

@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import psutil
 import yaml
@@ -17,6 +18,8 @@ from tests.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = ROOT / "launch" / "pretrain.py"
+UNDER_WAY: list[tuple["subprocess.Popen[str]", Callable[[], None]]] = []
+"""What tests have started, and what ends it with all that it started; tests in tests/launch leave nothing running."""
 
 
 def tiny_config(corpus: Path, name: str, **sections: dict[str, Any]) -> dict[str, Any]:
@@ -45,12 +48,8 @@ def tiny_config(corpus: Path, name: str, **sections: dict[str, Any]) -> dict[str
 
 @dataclass
 class Launch:
-    """One call of a launcher in a folder, in a process group of its own.
+    """One call of a launcher in a folder, in a process group of its own."""
 
-    Tests in tests/launch end what they have left under way.
-    """
-
-    under_way: ClassVar[list["Launch"]] = []
     folder: Path
     command: list[str]
     process: "subprocess.Popen[str]" = field(init=False)
@@ -62,7 +61,7 @@ class Launch:
                 self.command, cwd=self.folder, stdout=stream, stderr=subprocess.STDOUT, text=True,
                 start_new_session=True, env=_environment(),
             )  # fmt: skip
-        self.under_way.append(self)
+        UNDER_WAY.append((self.process, self.end))
 
     def ranks(self) -> list[psutil.Process]:
         """The training processes, by rank."""

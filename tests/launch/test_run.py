@@ -7,14 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import psutil
 import pytest
 
 from stagdist.cluster.marks import MARK
+from tests.launch.runs import UNDER_WAY
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "launch" / "run.py"
@@ -33,9 +33,7 @@ def steps(first, last):
 
 
 class Run:
-    """A supervised script in a folder; one that still runs after its test is killed, with all that it started."""
-
-    under_way: ClassVar[list["Run"]] = []
+    """A supervised script in a folder."""
 
     def __init__(self, folder: Path, body: str, *options: str):
         self.folder = folder
@@ -51,7 +49,7 @@ class Run:
         self.process = subprocess.Popen(
             words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        self.under_way.append(self)
+        UNDER_WAY.append((self.process, self.process.kill))  # ranks end with their supervisor
 
     def end(self, timeout_s: float = 90) -> tuple[int, str, str]:
         """Exit code, output, errors."""
@@ -103,17 +101,6 @@ class Run:
             return MARK in one.environ() and str(self.folder) in " ".join(one.cmdline())
         except psutil.Error:
             return False
-
-
-@pytest.fixture(autouse=True)
-def nothing_goes_on() -> Iterator[None]:
-    """End what a failed test has left."""
-    yield
-    while Run.under_way:
-        run = Run.under_way.pop()
-        if run.process.poll() is None:
-            run.process.kill()
-            run.process.communicate()
 
 
 def test_a_script_that_ends_in_order_is_shown_and_kept(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
     python -m tests.training.reshard_matrix --output benchmarks/reshard-matrix.json
 
-The whole matrix takes a quarter of an hour on two cores, more beside other work; `make test` runs a star through 2x1x2
+The whole matrix takes about ten minutes on two cores, more beside other work; `make test` runs a star through 2x1x2
 instead.
 """
 
