@@ -24,9 +24,10 @@ def test_every_benchmark_refuses_a_place_that_will_not_do_before_it_measures(
 
 
 @pytest.mark.parametrize("benchmark", ["conversions", "recovery", "save"])
-def test_a_folder_for_runs_must_be_there(benchmark: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([benchmark, "--folder", "nowhere"]) == 2
-    assert capsys.readouterr().err == "error: --folder nowhere is no folder that can be written\n"
+def test_a_folder_for_runs_must_be_there(benchmark: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "nowhere"
+    assert main([benchmark, "--folder", str(missing)]) == 2
+    assert capsys.readouterr().err == f"error: --folder {missing} is no folder that can be written\n"
 
 
 def test_missing_folders_are_made_and_results_replace_older_ones_whole(tmp_path: Path) -> None:
