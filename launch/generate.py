@@ -92,7 +92,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add("--max-context", type=int, metavar="N", help="positions of prompt and answer (default: the model's)")
     add("--prefill-chunk", type=int, default=128, metavar="N", help="prompt positions at a time (default 128)")
     add("--precision", choices=["fp32", "bf16", "fp16", "fp64"], default="fp32", help="of weights and sums (fp32)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto: cuda where there is one")
+    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, or cuda:N for all ranks (auto)")
     add("--recurrent", action="store_true", help="skip section 1 while decoding (two sections with shared weights)")
     add("--timeout", type=float, default=600.0, metavar="S", help="seconds a rank may be silent (default 600)")
     add("--json", action="store_true", help="one JSON object per finished prompt instead of text")

@@ -29,15 +29,15 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.set)
     grid = grid_for(config, world.size)
 
-    from stagdist.parallel.groups import device_type
+    from stagdist.parallel.device import choose_device
 
-    device = device_type(config.parallel.device, config.training.precision, world.local_rank)
+    device = choose_device(config.parallel.device, world.local_rank, option="parallel.device")
     # Spares DeepSpeed its own guess, which on a GPU machine would overrule parallel.device: cpu.
-    os.environ["DS_ACCELERATOR"] = device
+    os.environ["DS_ACCELERATOR"] = device.partition(":")[0]
 
     from stagdist.training.pretrain import check_before_start, pretrain
 
-    check_before_start(config)
+    check_before_start(config, device)
     setup_logging(world.rank, config.folder)
     outcome = pretrain(config, grid, device, STARTED_AT, pulse, trust_pickle=arguments.trust_pickle)
     if world.rank == 0:

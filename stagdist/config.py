@@ -135,8 +135,11 @@ class ParallelConfig(Section):
         None, description="Pipeline stages; divides the number of sections. null: one stage per section."
     )
     tensor_parallel_size: Positive = Field(1, description="Ranks that split every matrix inside a section.")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: CUDA (nccl) where torch sees a device, otherwise CPU (gloo)."
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto: CUDA (nccl) where torch sees a device, otherwise CPU (gloo). cuda:N: this device for every "
+        "rank, for trials of several ranks on one.",
     )
     timeout_s: PositiveFloat = Field(600.0, description="Limit of every collective on every process group, seconds.")
 

@@ -18,8 +18,9 @@ from stagdist.data.corpus import build_splits
 from stagdist.data.loader import BatchPlan, Loader
 from stagdist.data.tokenizer import load_tokenizer
 from stagdist.model.megatron import TensorParallel
+from stagdist.parallel.device import choose_device, on_cuda
 from stagdist.parallel.grid import grid_for
-from stagdist.parallel.groups import Groups, device_type
+from stagdist.parallel.groups import Groups
 from stagdist.telemetry.pulse import Pulse
 from stagdist.training.deepspeed_config import num_micro_batches
 from stagdist.training.distributed import start_distributed
@@ -46,10 +47,10 @@ class Site:
         parallel = config.parallel.model_copy(update={"pipeline_parallel_size": world_size})
         self._config = config.model_copy(update={"parallel": parallel})
         self._grid = grid_for(self._config, world_size)
-        self._device = device_type(config.parallel.device, config.training.precision, int(os.environ["LOCAL_RANK"]))
-        os.environ["DS_ACCELERATOR"] = self._device
+        self._device = choose_device(config.parallel.device, int(os.environ["LOCAL_RANK"]), option="parallel.device")
+        os.environ["DS_ACCELERATOR"] = self._device.partition(":")[0]
         self.groups = start_distributed(self._grid, self._device, config.parallel.timeout_s)
-        self.device_name = torch.cuda.get_device_name() if self._device == "cuda" else None
+        self.device_name = torch.cuda.get_device_name() if on_cuda(self._device) else None
         tokenizer = load_tokenizer(config.data.tokenizer)
         self._identity = training_identity(config.data, tokenizer)
         checkpoint = newest_complete(Path(config.folder) / "checkpoints", self.groups)
@@ -90,13 +91,13 @@ class Site:
         return self._contestants[name]()
 
     def _synchronize(self) -> None:
-        if self._device == "cuda":
+        if on_cuda(self._device):
             torch.cuda.synchronize()
 
     def _loader(self) -> Loader:
         training, place = self._config.training, self.groups.place
         plan = BatchPlan(training.global_batch_size, training.micro_batch_size, place.data, self._grid.data)
-        return Loader(self._data, plan, pin_memory=self._device == "cuda", vocab_size=self._config.model.vocab_size)
+        return Loader(self._data, plan, pin_memory=on_cuda(self._device), vocab_size=self._config.model.vocab_size)
 
     def _build_staggered(self) -> Callable[[], Reading]:
         return EngineContestant(self._config, self.groups, self._loader(), self._synchronize)

@@ -30,6 +30,7 @@ from stagdist.config_loading import load_config
 from stagdist.decode.loading import EngineOptions, joined_world, place_model
 from stagdist.decode.topology import HEAD_LAYOUTS
 from stagdist.errors import ConfigError
+from stagdist.parallel.device import CHOICES, choose_device, on_cuda
 
 DEFAULT_CONFIG = ROOT / "configs" / "bench-decode.yaml"
 RECORDED_RUNS = 3
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", default="last,sharded", metavar="LAYOUTS", help="default: last,sharded")
     parser.add_argument("--prefill", type=int, default=1024, metavar="N", help="prompt of the prefill test, 0: none")
     parser.add_argument("--precision", default="fp32", help="fp32, bf16, fp16 or fp64 (default: fp32)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help=f"{CHOICES} (auto)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each process (default: 1)")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="limit of waits between ranks")
     parser.add_argument(
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     settings, axes = settings_from(arguments, processes)
-    device = _device(arguments.device)
+    device = choose_device(arguments.device, int(os.environ.get("LOCAL_RANK", "0")))
     torch.set_num_threads(arguments.threads)
     start = place_model(
         settings.staggered(settings.splits[0]), settings.options_for(settings.load, settings.heads[0]), processes
@@ -152,7 +153,7 @@ def measure(
         _draw(found, timeline)
     batch = settings.load.batch
     (best,) = (row.result(batch) for row in rows if row.name == "staggered")
-    gpu = torch.cuda.get_device_name() if site.device.startswith("cuda") else None
+    gpu = torch.cuda.get_device_name(site.device) if on_cuda(site.device) else None
     written = conditions(gpu, site.size if gpu else 0) | {
         "benchmark": "decode",
         "processes": site.size,
@@ -242,14 +243,6 @@ def _check_places(settings: Settings, axes: dict[str, Any], processes: int) -> N
 
 def _teller(site: DecodeSite) -> Callable[[str], None]:
     return lambda text: None if site.rank else print(text, file=sys.stderr, flush=True)
-
-
-def _device(wanted: str) -> str:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda, but torch sees no CUDA device; use auto or cpu")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def _as_text(axis: str, values: tuple[float | None, ...]) -> str:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from stagdist.bench.peaks import peak_bytes
 from stagdist.config import RunConfig
+from stagdist.parallel.device import choose_device
 from stagdist.parallel.grid import grid_for
-from stagdist.parallel.groups import Groups, device_type
+from stagdist.parallel.groups import Groups
 from stagdist.training.distributed import start_distributed, stop_distributed
 from stagdist.training.engine import SectionEngine, build_engine
 
@@ -46,8 +47,8 @@ def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     config = RunConfig.model_validate(settings["config"])
-    device = device_type(config.parallel.device)
-    os.environ["DS_ACCELERATOR"] = device
+    device = choose_device(config.parallel.device, option="parallel.device")
+    os.environ["DS_ACCELERATOR"] = device.partition(":")[0]
     with os.fdopen(int(os.environ["STAGDIST_REPLY_FD"]), "w") as replies:
         groups = start_distributed(grid_for(config, int(os.environ["WORLD_SIZE"])), device, config.parallel.timeout_s)
         print(json.dumps("ready"), file=replies, flush=True)

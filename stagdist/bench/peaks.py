@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from stagdist.parallel.device import on_cuda
+
 PHASE = "stagdist phase "
 Phases = Mapping[str, Callable[[], object]]
 """What to run, by name and in order."""
@@ -18,7 +20,7 @@ def peak_bytes(phases: Phases, device: str) -> dict[str, int]:
         phases: run once each; a tensor made in one may live on in the next.
         device: `cpu` counts tensors made since the first phase began, `cuda` all of the current GPU.
     """
-    return _on_cuda(phases) if device == "cuda" else _on_cpu(phases)
+    return _on_cuda(phases) if on_cuda(device) else _on_cpu(phases)
 
 
 def _on_cuda(phases: Phases) -> dict[str, int]:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from stagdist.bench.memory_worker import random_batches
 from stagdist.checkpoint.training_directory import TrainingState
 from stagdist.config import RunConfig
+from stagdist.parallel.device import choose_device
 from stagdist.parallel.grid import grid_for
-from stagdist.parallel.groups import device_type
 from stagdist.training.agreement import Agreed, Agreement, StopSignals, Writing
 from stagdist.training.distributed import start_distributed, stop_distributed
 from stagdist.training.engine import build_engine
@@ -29,8 +29,8 @@ class Site:
     """One rank: the engine, and a saver of either kind."""
 
     def __init__(self, config: RunConfig, world_size: int, steps: int):
-        device = device_type(config.parallel.device)
-        os.environ["DS_ACCELERATOR"] = device
+        device = choose_device(config.parallel.device, option="parallel.device")
+        os.environ["DS_ACCELERATOR"] = device.partition(":")[0]
         self._config, self._steps, self._done = config, steps, 0
         self._groups = start_distributed(grid_for(config, world_size), device, config.parallel.timeout_s)
         self._engine = build_engine(config, self._groups)

@@ -37,6 +37,7 @@ from stagdist.decode.request import SamplingParams
 from stagdist.decode.stage import Stage
 from stagdist.decode.transport import Transport
 from stagdist.errors import ConfigError, StagdistError, TransportError
+from stagdist.parallel.device import choose_device, on_cuda
 from stagdist.telemetry.pulse import Pulse
 from stagdist.telemetry.spans import SpanRecorder, merge_traces
 
@@ -54,7 +55,7 @@ class Task:
         params: sampling parameters of prompts that bring none; prompt i uses seed + i.
         prompts: texts from the command line.
         prompts_file: read when there are no `prompts`; without both, standard input is.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
         as_json: answers are JSON objects, one per line.
         trace: Chrome trace to write; folders that are missing are made.
     """
@@ -102,7 +103,7 @@ def prepare(task: Task, place: Place) -> Prepared:
     """
     reader = ModelReader(task.model)
     placement = place_model(reader.model, task.engine, place.world_size)
-    device = _device(task.device, place.local_rank)
+    device = choose_device(task.device, place.local_rank)
     tokenizer = load_tokenizer(task.model)
     end_tokens = _end_tokens(task.model, tokenizer)
     if task.prompts_file is not None:
@@ -135,8 +136,6 @@ def generate(prepared: Prepared, interrupts: Interrupts | None, pulse: Pulse) ->
     Raises:
         TransportError: a rank is gone; names stage and step.
     """
-    if prepared.device.startswith("cuda"):
-        torch.cuda.set_device(prepared.device)
     try:
         return _work(prepared, interrupts, pulse)
     except TransportError:
@@ -276,20 +275,6 @@ def _prompts(task: Task) -> Iterator[Prompt]:
     return prompts_from_lines(iter(stream.readline, b""), "standard input")
 
 
-def _device(choice: str, local_rank: int) -> str:
-    """`cpu`, or the device of this rank."""
-    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
-        return "cpu"
-    if not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, but torch sees no CUDA device; use auto or cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"local rank {local_rank} has no device of its own, torch sees {torch.cuda.device_count()}; start fewer "
-            "processes on this host, or use --device cpu"
-        )
-    return f"cuda:{local_rank}"
-
-
 def _check_trace(path: Path) -> None:
     if path.is_dir():
         raise ConfigError(f"--trace {path} is a folder; give the name of a file")
@@ -305,7 +290,7 @@ def _recorder(prepared: Prepared, transport: Transport | None) -> SpanRecorder:
     return SpanRecorder(
         rank=prepared.place.rank,
         stage=0 if transport is None else transport.stage,
-        synchronize=torch.cuda.synchronize if prepared.device.startswith("cuda") else None,
+        synchronize=torch.cuda.synchronize if on_cuda(prepared.device) else None,
     )
 
 

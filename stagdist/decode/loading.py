@@ -17,6 +17,7 @@ from stagdist.decode.topology import HeadLayout, Limits, Topology, topology_for
 from stagdist.decode.transport import Transport
 from stagdist.decode.weights import Device, Shard, WeightLoader
 from stagdist.errors import ConfigError
+from stagdist.parallel.device import choose_attention, on_cuda
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.rendezvous import join_world
 from stagdist.telemetry.spans import SpanRecorder
@@ -151,6 +152,7 @@ def build_stage(
     lap: Lap | None = None,
 ) -> Stage:
     """This rank's stage with its slices of the weights."""
+    choose_attention(training=False)
     model, topology, options = placement.model, placement.topology, placement.options
     where = Device(device, DTYPES[options.precision])
     index, rank = (0, 0) if transport is None else (transport.stage, transport.tensor_rank)
@@ -168,6 +170,6 @@ def build_stage(
     )
     graphs = options.graphs
     if graphs is None:
-        graphs = transport is None and device.startswith("cuda") and recorder is None
+        graphs = transport is None and on_cuda(device) and recorder is None
     sections = StageSections(model, topology, weights, placement.limits, where, transport, lap)
     return Stage(sections, placement.limits, readout, transport, recorder=recorder, graphs=graphs)

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,16 +20,17 @@ from stagdist.errors import ConfigError, DataError
 from stagdist.evaluation.bits_per_byte import count_windows, read_text, score_text
 from stagdist.model.megatron import TensorParallel, token_nats
 from stagdist.model.stagformer import StagFormer, canonical_slice
+from stagdist.parallel.device import choose_device
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import (
     Groups,
     build_groups,
     destroy_groups,
-    device_type,
     set_default_timeout,
     single_process,
 )
 from stagdist.parallel.layout import model_parameters
+from stagdist.parallel.rendezvous import join_world
 from stagdist.telemetry.score import TextScore
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,7 +96,7 @@ def score_file(
         raise DataError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {source.model.vocab_size}; it is another's"
         )
-    device = device_type(scoring.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    device = choose_device(scoring.device, int(os.environ.get("LOCAL_RANK", "0")))
     ids = tokenizer.encode(content)
     with world_groups(scoring.tensor_parallel_size, device, scoring.timeout_s) as groups:
         dtype = source.dtype if scoring.dtype is None else DTYPES[scoring.dtype]
@@ -137,10 +137,8 @@ def world_groups(tensor_size: int, device: str, timeout_s: float) -> Iterator[Gr
         with single_process(timeout_s) as groups:
             yield groups
         return
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     set_default_timeout(timeout_s)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+    join_world(device, timeout_s)
     yield build_groups(Grid(1, world_size // tensor_size, tensor_size), timeout_s)
     # After an error the process ends, which tells the others; taking groups down could wait for a rank that is gone.
     destroy_groups()

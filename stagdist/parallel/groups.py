@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
@@ -29,25 +28,6 @@ class Groups:
     place: Coordinate
     tensor: dist.ProcessGroup
     control: dist.ProcessGroup
-
-
-def device_type(choice: str, precision: str = "fp32", local_rank: int = 0) -> str:
-    """`cuda` or `cpu` for `parallel.device`, with what speaks against it on this host.
-
-    Raises:
-        ConfigError: cuda is asked for and torch sees no device; more ranks than devices; fp16 without a device.
-    """
-    device = choice if choice != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("parallel.device is cuda, but torch sees no CUDA device; use auto or cpu")
-    if device == "cuda" and local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"local rank {local_rank} has no device of its own, torch sees {torch.cuda.device_count()}; start fewer "
-            "ranks on this host, or set parallel.device: cpu"
-        )
-    if device == "cpu" and precision == "fp16":
-        raise ConfigError("training.precision fp16 needs a GPU and torch sees none; use bf16 or fp32")
-    return device
 
 
 def set_default_timeout(timeout_s: float) -> None:

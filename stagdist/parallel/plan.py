@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from stagdist.config import RunConfig, world_problems
+from stagdist.parallel.device import on_cuda
 from stagdist.parallel.flops import SectionFlops, section_flops
 from stagdist.parallel.grid import Grid, grid_for
 from stagdist.parallel.layout import (
@@ -120,7 +121,8 @@ def plan(config: RunConfig, world_size: int, device: Device = "cpu", problems: t
         device: counted for where `parallel.device` is auto.
         problems: those of the configuration that are known already.
     """
-    on: Device = device if config.parallel.device == "auto" else config.parallel.device
+    chosen = config.parallel.device
+    on: Device = device if chosen == "auto" else "cuda" if on_cuda(chosen) else "cpu"
     divides = config.model.num_sections % config.pipeline_parallel_size == 0
     found = list(problems) + (world_problems(config, world_size) if divides else []) + _missing_data(config)
     grid = grid_for(config, world_size) if divides and not world_problems(config, world_size) else None

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from stagdist.errors import TransportError
+from stagdist.parallel.device import on_cuda
 
 
 def join_world(
@@ -21,7 +22,7 @@ def join_world(
     """Make the default process group of the world that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, ...).
 
     Args:
-        device: `cpu` (gloo) or `cuda`, with or without an index (nccl on the current device).
+        device: `cpu` (gloo) or `cuda:N` (nccl), which becomes this process's current device.
         timeout_s: of every operation of the group.
         start_timeout_s: for processes to come; `timeout_s` unless given.
 
@@ -29,15 +30,17 @@ def join_world(
         TransportError: they did not meet.
     """
     rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    on_cuda = device.startswith("cuda")
+    on_gpu = on_cuda(device)
+    if on_gpu:
+        torch.cuda.set_device(device)  # before anything is made: collectives of objects use the current device
     try:
         dist.init_process_group(
-            "nccl" if on_cuda else "gloo",
+            "nccl" if on_gpu else "gloo",
             store=_store(environment, timedelta(seconds=start_timeout_s or timeout_s)),
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=timeout_s),
-            device_id=torch.device("cuda", torch.cuda.current_device()) if on_cuda and size > 1 else None,
+            device_id=torch.device(device) if on_gpu and size > 1 else None,
         )
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]

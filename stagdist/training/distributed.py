@@ -10,6 +10,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 
+from stagdist.parallel.device import choose_attention, on_cuda
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import Groups, build_groups, set_default_timeout
 from stagdist.parallel.rendezvous import join_world
@@ -21,11 +22,14 @@ def start_distributed(grid: Grid, device: str, timeout_s: float) -> Groups:
     Raises:
         TransportError: the ranks did not meet.
     """
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # The op exists for CPUs alone, needs a compiler, and costs a minute of compilation on every node.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     set_default_timeout(timeout_s)
+    choose_attention(training=True)
+    if on_cuda(device):
+        # DeepSpeed takes it for the number of the device, and compares it with Open MPI's.
+        for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
+            os.environ[name] = device.partition(":")[2]
     join_world(device, timeout_s)
     # DeepSpeed finds the world that exists.
     deepspeed.init_distributed(

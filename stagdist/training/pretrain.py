@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from stagdist.checkpoint.training_directory import TrainingState
@@ -17,6 +16,7 @@ from stagdist.data.corpus import Splits, build_splits
 from stagdist.data.loader import BatchPlan, Loader
 from stagdist.data.tokenizer import Tokenizer, load_tokenizer
 from stagdist.errors import ConfigError
+from stagdist.parallel.device import on_cuda
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import Groups
 from stagdist.telemetry.metrics import last_values
@@ -35,12 +35,14 @@ from stagdist.training.trainer import Outcome, Trainer
 LOG = logging.getLogger(__name__)
 
 
-def check_before_start(config: RunConfig) -> None:
+def check_before_start(config: RunConfig, device: str) -> None:
     """Everything that can be refused before any process group exists.
 
     Raises:
         ConfigError, DataError: with the remedy.
     """
+    if config.training.precision == "fp16" and not on_cuda(device):
+        raise ConfigError("training.precision fp16 needs a GPU and torch sees none; use bf16 or fp32")
     check_data(
         config.data,
         sequence_length=config.sequence_length,
@@ -137,8 +139,8 @@ class _Run:
 
     def train(self, agreement: Agreement, state: TrainingState) -> Outcome:
         """Run the loop."""
-        on_cuda = torch.device(self.engine.device).type == "cuda"
-        loader = Loader(self.splits.train, self._plan, pin_memory=on_cuda, vocab_size=self.config.model.vocab_size)
+        pin_memory = on_cuda(self.engine.device)
+        loader = Loader(self.splits.train, self._plan, pin_memory=pin_memory, vocab_size=self.config.model.vocab_size)
         try:
             validation = self._held_out(self.splits.validation)
             trainer = Trainer(self.config, self.groups, self.engine, loader, validation, agreement, self.reporter)

@@ -9,6 +9,7 @@ import torch
 
 from stagdist.config import RunConfig
 from stagdist.config_loading import dump_config
+from stagdist.parallel.device import on_cuda
 from stagdist.parallel.flops import flops_per_token
 from stagdist.parallel.grid import Grid
 from stagdist.telemetry.hardware import memory_bytes, peak_flops
@@ -46,7 +47,7 @@ class Reporter:
         self._active = rank == 0
         self.heldout: dict[str, TextScore] = {}
         training = config.training
-        name = torch.cuda.get_device_name() if device == "cuda" else None
+        name = torch.cuda.get_device_name(device) if on_cuda(device) else None
         self.meter = ThroughputMeter(
             flops_per_token=flops_per_token(config.model, config.sequence_length),
             tokens_per_step=training.global_batch_size * config.sequence_length,

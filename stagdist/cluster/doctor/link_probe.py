@@ -217,9 +217,7 @@ def measure(grid: Grid, world: World, largest_bytes: int, timeout_s: float, star
             "fewer slots into the hostfile"
         )
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    join_world(device.type, timeout_s, start_timeout_s=start_s)
+    join_world(str(device), timeout_s, start_timeout_s=start_s)
     try:
         meter = Meter(grid, world.rank, device, largest_bytes)
         name = torch.cuda.get_device_name(device) if cuda else "cpu"
