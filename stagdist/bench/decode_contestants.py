@@ -118,7 +118,7 @@ class EngineContestant:
         before = site.held_bytes()
         self.site, self.model, self.options = site, model, options
         self.placement = place_model(model, options, site.size)
-        self.transport = site.transport(options.tensor_parallel_size, delay_s)
+        self.transport = site.transport(options.tensor_parallel_size, delay_s, combined=model.combine_sections)
         reader = random_reader(SEED)
         self.stage = build_stage(self.placement, reader, site.device, self.transport, recorder=recorder, lap=lap)
         self._before = before
@@ -228,7 +228,7 @@ class PrefillContestant:
         self._prompt_length, self._vocab_size = prompt_length, model.vocab_size
         self.chunk_size = options.chunk_size
         options = replace(options, max_context=prompt_length + 1)
-        self._transport = None if alone else site.transport()
+        self._transport = None if alone else site.transport(combined=model.combine_sections)
         self._stage = None
         if not alone or site.rank == 0:
             placement = place_model(model, options, 1 if alone else site.size)

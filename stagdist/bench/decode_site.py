@@ -34,21 +34,27 @@ class DecodeSite:
     def __init__(self, transport: Transport | None, device: str, threads: int, timeout_s: float):
         self.device, self.threads, self._timeout_s = device, threads, timeout_s
         self.rank, self.size = (0, 1) if transport is None else (transport.rank, transport.grid.world_size)
-        self._transports = {(1, 0.0): transport}
+        self._transports = {} if transport is None else {(1, 0.0, transport.combined): transport}
         self._host = None
         if transport is not None:
             self._host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._others = OtherPrograms(lambda seconds: sum(self.gather(seconds)))
 
-    def transport(self, tensor: int = 1, delay_s: float = 0.0) -> Transport | None:
-        """Communicators of the grid with this tensor axis; made once, by all ranks together."""
+    def transport(self, tensor: int = 1, delay_s: float = 0.0, *, combined: bool = False) -> Transport | None:
+        """Communicators of the grid with this tensor axis; made once, by all ranks together.
+
+        Args:
+            delay_s: artificial delay of hand-offs.
+            combined: section outputs are summed over the stages.
+        """
         if self.size == 1:
             return None
-        if (tensor, delay_s) not in self._transports:
+        key = (tensor, delay_s, combined)
+        if key not in self._transports:
             grid = Grid(self.size // tensor, 1, tensor)
-            made = Transport(grid, self.device, self._timeout_s, hand_off_delay_s=delay_s)
-            self._transports[tensor, delay_s] = made
-        return self._transports[tensor, delay_s]
+            made = Transport(grid, self.device, self._timeout_s, combined=combined, hand_off_delay_s=delay_s)
+            self._transports[key] = made
+        return self._transports[key]
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank, on every rank."""

@@ -136,8 +136,15 @@ def joined_world(placement: Placement, device: str) -> Iterator[Transport | None
         return
     options = placement.options
     join_world(device, options.timeout_s, start_timeout_s=max(START_S, options.timeout_s))
-    transport = Transport(placement.grid, device, options.timeout_s, hand_off_delay_s=options.hand_off_delay_s)
+    transport = Transport(
+        placement.grid,
+        device,
+        options.timeout_s,
+        combined=placement.topology.combined,
+        hand_off_delay_s=options.hand_off_delay_s,
+    )
     yield transport
+    transport.close()
     # After an error the process ends, which tells the others; taking groups down could wait for a rank that is gone.
     dist.destroy_process_group()
 

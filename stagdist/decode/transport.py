@@ -1,12 +1,20 @@
 """Everything that travels between ranks while decoding, over communicators made and used once before the first step.
 
-One communicator per directed edge and tensor rank for hand-offs, one per tensor rank over the stages for combined
-outputs and tokens, one of all ranks for a sharded head, one for tensor parallelism, and one on the host for control.
+| communicator | members | carries | made when |
+|---|---|---|---|
+| edge | two neighbouring stages of one tensor rank | hand-offs | there are several stages |
+| tokens | stages of one tensor rank | what the last stage publishes to the others | there are several stages |
+| lane | stages of one tensor rank | sums of section outputs | sections are combined |
+| world | all ranks | candidates of a sharded head | torch makes it for every process |
+| tensor | tensor ranks of a stage | sums of partial products, candidates | there are several tensor ranks |
+| control | all ranks, gloo | operations, prompts | always |
+| watch | all ranks, gloo | nothing: notices ranks that end | on NCCL |
+
+Point-to-point messages and collectives of one communicator run in order on NCCL, so tokens do not share one with sums.
 """
 
 import itertools
 import queue
-import re
 import threading
 import time
 from collections import deque
@@ -22,28 +30,33 @@ from torch import Tensor
 
 from stagdist.errors import ConfigError, TransportError
 from stagdist.parallel.grid import Grid
+from stagdist.parallel.link import (
+    DeviceWaits,
+    Edge,
+    Inbox,
+    Key,
+    Outbox,
+    PeerWatch,
+    Rules,
+    new_group,
+    rules_of,
+    short_reason,
+)
 
-Key = tuple[str, int]
-"""Name of a hand-off: ("step", number) or ("chunk", number)."""
+TOKEN: Key = ("token", 0)
+"""There is one at a time."""
 
 
-@dataclass
-class _Edge:
-    """One direction between two neighbouring stages."""
-
-    group: dist.ProcessGroup
-    peer: int
-
-
-class _DelayedSends:
+class _DelayedOutbox(Outbox):
     """Sends from a thread of its own after a delay, to measure how much of a slow link is hidden."""
 
-    def __init__(self, edge: _Edge, delay_s: float):
-        self._edge, self._delay_s = edge, delay_s
+    def __init__(self, edge: Edge, delay_s: float):
+        super().__init__(edge)
+        self._delay_s = delay_s
         self._queue: queue.Queue[tuple[float, Tensor, _Sent]] = queue.Queue()
         threading.Thread(target=self._run, daemon=True, name="delayed hand-offs").start()
 
-    def send(self, tensor: Tensor) -> "_Sent":
+    def _start(self, tensor: Tensor) -> Any:
         sent = _Sent()
         self._queue.put((time.perf_counter() + self._delay_s, tensor, sent))
         return sent
@@ -79,85 +92,80 @@ class Transport:
         grid: pipe and tensor sizes; no data axis.
         device: where tensors live.
         timeout_s: limit of every wait.
+        combined: section outputs are summed over the stages.
         hand_off_delay_s: artificial delay of every hand-off of a step.
+        rules: of the backend; None: those of the device's.
 
     Raises:
         TransportError: a peer is gone or silent; names stage, peer and step.
     """
 
-    def __init__(self, grid: Grid, device: str, timeout_s: float, *, hand_off_delay_s: float = 0.0):
+    def __init__(
+        self,
+        grid: Grid,
+        device: str,
+        timeout_s: float,
+        *,
+        combined: bool = False,
+        hand_off_delay_s: float = 0.0,
+        rules: Rules | None = None,
+    ):
         if dist.get_world_size() != grid.world_size or grid.data != 1:
             raise ConfigError(f"the grid {grid} needs {grid.world_size} ranks, {dist.get_world_size()} were started")
         self.grid, self._device, self._timeout_s = grid, device, timeout_s
-        self.rank = dist.get_rank()
+        self.rules = rules_of(device) if rules is None else rules
+        self.rank, self.combined = dist.get_rank(), combined
         place = grid.coordinate(self.rank)
         self.stage, self.tensor_rank = place.pipe, place.tensor
         self.step = 0
         """Number of the present step, for errors."""
-        with self._errors("while the communicators were made"):
-            self._make_groups()
-            self._warm_up()
-        self._inbox: dict[Key, tuple[Any, Tensor]] = {}
-        self._outbox: deque[tuple[Any, Tensor]] = deque()
-        self._asked: tuple[Any, Tensor] | None = None
-        self._published: deque[tuple[Any, Tensor]] = deque()
+        self._lane_ranks = [grid.rank(stage, 0, self.tensor_rank) for stage in range(grid.pipe)]
+        self._hand_off_in: Inbox | None = None
+        self._hand_off_out: Outbox | None = None
+        self._token_in: Inbox | None = None
+        self._token_out: list[Outbox] = []
+        self._lane: dist.ProcessGroup | None = None
+        self._tensor: dist.ProcessGroup | None = None
         self._control: deque[tuple[Any, Tensor]] = deque()
-        delayed = hand_off_delay_s > 0 and self._out is not None
-        self._delayed = _DelayedSends(self._out, hand_off_delay_s) if delayed and self._out else None
+        with self._errors("while the communicators were made"):
+            self._watch = None
+            if not self.rules.wait_blocks:
+                # Rank 0 is the one that waits for the device; the others wait for its control messages.
+                self._watch = PeerWatch(range(1, grid.world_size) if self.rank == 0 else [0])
+            self._waits = DeviceWaits(self.rules, device, timeout_s, self._errors, self._watch)
+            self._make_groups(combined, hand_off_delay_s)
 
     # --- hand-offs ----------------------------------------------------------------------------------------------
 
     def expect(self, key: Key, buffer: Tensor) -> None:
-        """Post the receive of a hand-off; `key` names it for `arrived`."""
-        assert self._in is not None, "the first stage receives nothing"
-        with self._errors("while it asked for a hand-off", self._in.peer):
-            self._inbox[key] = (dist.irecv(buffer, self._in.peer, group=self._in.group), buffer)
+        """Say where the next hand-off goes; `key`, ("step", number) or ("chunk", number), names it for `arrived`."""
+        assert self._hand_off_in is not None, "the first stage receives nothing"
+        self._hand_off_in.expect(key, buffer)
 
     def arrived(self, key: Key) -> Tensor:
-        """Wait for the hand-off `key`."""
-        assert self._in is not None
-        work, buffer = self._inbox.pop(key)
-        with self._errors("while it waited for a hand-off", self._in.peer):
-            work.wait()
-        return buffer
+        """Wait for a hand-off."""
+        assert self._hand_off_in is not None
+        return self._hand_off_in.take(key)[0]
 
-    def send(self, tensor: Tensor, outstanding: int) -> None:
-        """Send to the stage after, without waiting; at most `outstanding` older sends may be on their way.
+    def send(self, tensor: Tensor, in_flight: int) -> None:
+        """Send to the stage after, without waiting; at most `in_flight` older sends may be on their way.
 
         The tensor must not be written again: errors of a send surface when a later one takes its place.
         """
-        assert self._out is not None, "the last stage sends nothing"
-        while len(self._outbox) > outstanding:
-            self._wait_for_oldest_send()
-        tensor = tensor.contiguous()
-        with self._errors("while it sent a hand-off", self._out.peer):
-            if self._delayed is not None:
-                self._outbox.append((self._delayed.send(tensor), tensor))
-            else:
-                self._outbox.append((dist.isend(tensor, self._out.peer, group=self._out.group), tensor))
+        assert self._hand_off_out is not None, "the last stage sends nothing"
+        self._hand_off_out.send(tensor.contiguous(), in_flight=in_flight)
 
     def finish_sends(self) -> None:
         """All hand-offs and tokens have left; errors have surfaced."""
-        while self._outbox:
-            self._wait_for_oldest_send()
-        while self._published:
-            self._wait_for_published()
-
-    def _wait_for_oldest_send(self) -> None:
-        assert self._out is not None
-        work, _ = self._outbox.popleft()
-        with self._errors("while a hand-off was on its way", self._out.peer):
-            work.wait()
-
-    def _wait_for_published(self) -> None:
-        work, _ = self._published.popleft()
-        with self._errors("while a token was on its way"):
-            work.wait()
+        for outbox in (self._hand_off_out, *self._token_out):
+            if outbox is not None:
+                outbox.finish()
 
     # --- the end of a step --------------------------------------------------------------------------------------
 
     def sum_over_stages(self, tensor: Tensor, root: int | None) -> Tensor:
         """Sum over the stages, on stage `root` or on all. Shapes: kept."""
+        assert self._lane is not None, "the communicators were made for sections that are not combined"
         tensor = tensor.contiguous()
         with self._errors("while section outputs were combined"):
             if root is None:
@@ -171,25 +179,22 @@ class Transport:
 
         Sends of their own instead of a broadcast: on gloo a broadcast takes three times as long.
         """
-        while self._published:
-            self._wait_for_published()
-        for peer in self._lane_ranks[:-1]:
-            with self._errors("while it sent the token", peer):
-                self._published.append((dist.isend(tensor, peer, group=self._lane), tensor))
+        for outbox in self._token_out:
+            outbox.send(tensor, in_flight=0)
 
     def ask(self, tensor: Tensor) -> None:
-        """Post the receive of what the last stage publishes next."""
-        peer = self._lane_ranks[-1]
-        with self._errors("while it asked for the token", peer):
-            self._asked = (dist.irecv(tensor, peer, group=self._lane), tensor)
+        """Say where what the last stage publishes next goes."""
+        assert self._token_in is not None, "the last stage asks nobody"
+        self._token_in.expect(TOKEN, tensor)
 
     def published(self) -> Tensor:
         """What the last stage published."""
-        assert self._asked is not None, "the token was not asked for"
-        (work, tensor), self._asked = self._asked, None
-        with self._errors("while it waited for the token", self._lane_ranks[-1]):
-            work.wait()
-        return tensor
+        assert self._token_in is not None
+        return self._token_in.take(TOKEN)[0]
+
+    def wait_for_device(self) -> None:
+        """Return when the device has chosen the token, with the limits of every wait; at once on gloo."""
+        self._waits.wait("while it waited for the token")
 
     def gather(self, tensor: Tensor, *, everywhere: bool) -> Tensor:
         """The tensor of every rank that holds a part of the head.
@@ -202,10 +207,10 @@ class Transport:
         group, size = (dist.group.WORLD, self.grid.world_size) if everywhere else (self._tensor, self.grid.tensor)
         if size == 1:
             return tensor[None]
-        gathered = tensor.new_empty(size, *tensor.shape)
+        gathered = tensor.new_empty(size * len(tensor), *tensor.shape[1:])
         with self._errors("while candidates were gathered"):
-            dist.all_gather(list(gathered), tensor.contiguous(), group=group)
-        return gathered
+            dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
+        return gathered.unflatten(0, (size, -1))
 
     def tensor_sum(self) -> Callable[[Tensor], Tensor] | None:
         """Sum over the tensor ranks, in place; None when there is one."""
@@ -246,41 +251,57 @@ class Transport:
 
     # --- set-up -------------------------------------------------------------------------------------------------
 
-    def _make_groups(self) -> None:
-        grid, limit = self.grid, timedelta(seconds=self._timeout_s)
-        self._in = self._out = None
-        for ranks in grid.pipe_groups():
+    def close(self) -> None:
+        """Part from the ranks that are watched, which do the same."""
+        if self._watch is not None:
+            self._watch.close()
+
+    def _make_groups(self, combined: bool, delay_s: float) -> None:
+        """Make and use every communicator: the first use makes its connections and blocks, so it comes now."""
+        probe = torch.zeros(1, device=self._device)
+        collectives: list[dist.ProcessGroup | None] = [dist.group.WORLD]
+        for ranks in self.grid.pipe_groups() if self.grid.pipe > 1 else []:
             # Every rank makes every group, in one order, as torch wants it.
-            lane = dist.new_group(ranks, timeout=limit)
+            tokens = new_group(ranks, self.rules, self._timeout_s)
+            lane = new_group(ranks, self.rules, self._timeout_s) if combined else None
+            edges = [new_group(pair, self.rules, self._timeout_s) for pair in itertools.pairwise(ranks)]
             if self.rank in ranks:
-                self._lane, self._lane_ranks = lane, ranks
-            for below, above in itertools.pairwise(ranks):
-                edge = dist.new_group([below, above], timeout=limit)
-                if self.rank == below:
-                    self._out = _Edge(edge, above)
-                elif self.rank == above:
-                    self._in = _Edge(edge, below)
-        for ranks in grid.tensor_groups():
-            group = dist.new_group(ranks, timeout=limit)
+                self._lane = lane
+                collectives.append(lane)
+                self._open_edges(tokens, edges, delay_s, probe)
+        for ranks in self.grid.tensor_groups() if self.grid.tensor > 1 else []:
+            group = new_group(ranks, self.rules, self._timeout_s)
             if self.rank in ranks:
                 self._tensor = group
-        self._host = dist.new_group(backend="gloo", timeout=limit)
-
-    def _warm_up(self) -> None:
-        """The first use of a communicator makes its connections and blocks: do it now, stage after stage."""
-        probe = torch.zeros(1, device=self._device)
-        for group in (dist.group.WORLD, self._lane, self._tensor):
-            dist.all_reduce(probe, group=group)
+                collectives.append(group)
+        self._host = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._timeout_s))
+        for made in collectives:
+            if made is not None:
+                dist.all_reduce(probe, group=made)
         dist.all_reduce(torch.zeros(1), group=self._host)
-        if self.stage == self.grid.pipe - 1:
-            for peer in self._lane_ranks[:-1]:
-                dist.send(probe, peer, group=self._lane)
+
+    def _open_edges(
+        self, tokens: dist.ProcessGroup, edges: list[dist.ProcessGroup], delay_s: float, probe: Tensor
+    ) -> None:
+        """The edges of this rank, warmed up stage after stage."""
+        *others, last = self._lane_ranks
+        if self.rank == last:
+            ends = [Edge("the token", tokens, peer, self._errors) for peer in others]
+            self._token_out = [Outbox(end) for end in ends]
+            for end in ends:
+                end.warm_up(probe, sends=True)
         else:
-            dist.recv(probe, self._lane_ranks[-1], group=self._lane)
-        if self._in is not None:
-            dist.recv(probe, self._in.peer, group=self._in.group)
-        if self._out is not None:
-            dist.send(probe, self._out.peer, group=self._out.group)
+            end = Edge("the token", tokens, last, self._errors)
+            self._token_in = Inbox(end, self.rules, self._waits)
+            end.warm_up(probe, sends=False)
+        if self.stage > 0:
+            end = Edge("a hand-off", edges[self.stage - 1], self._lane_ranks[self.stage - 1], self._errors)
+            self._hand_off_in = Inbox(end, self.rules, self._waits)
+            end.warm_up(probe, sends=False)
+        if self.rank != last:
+            end = Edge("a hand-off", edges[self.stage], self._lane_ranks[self.stage + 1], self._errors)
+            self._hand_off_out = _DelayedOutbox(end, delay_s) if delay_s > 0 else Outbox(end)
+            end.warm_up(probe, sends=True)
 
     @contextmanager
     def _errors(self, when: str, peer: int | None = None) -> Iterator[None]:
@@ -290,14 +311,7 @@ class Transport:
             if isinstance(error, TransportError):
                 raise
             whom = "its peers" if peer is None else f"stage {self.grid.coordinate(peer).pipe} (rank {peer})"
-            reason = _short(str(error)) or type(error).__name__
             raise TransportError(
-                f"stage {self.stage} (rank {self.rank}) lost {whom} in step {self.step} {when}: {reason}; a process "
-                f"died, or was silent for {self._timeout_s:g} s (--timeout); see the output of that rank"
+                f"stage {self.stage} (rank {self.rank}) lost {whom} in step {self.step} {when}: {short_reason(error)}; "
+                f"a process died, or was silent for {self._timeout_s:g} s (--timeout); see the output of that rank"
             ) from error
-
-
-def _short(reason: str) -> str:
-    """What gloo says, without the place in its source and its general advice."""
-    first = reason.partition("\n")[0]
-    return re.sub(r"^\[[^]]*\.cc:\d+\] ", "", first).partition(". This is typically")[0]

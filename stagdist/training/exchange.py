@@ -1,18 +1,17 @@
-"""Hand-off between neighbouring stages while training: nobody waits for a send, receives are posted early.
+"""Hand-off between neighbouring stages while training: nobody waits for a send.
 
 DeepSpeed's own hand-off blocks in every send until the peer asks for the data, so that each transfer, and each
 moment in which one stage is late, is waited for by both. Here a stage goes on computing; its data leave as soon as
-they exist and arrive in a buffer that the peer posted one micro-batch ahead.
-
-Every directed edge between two stages has a communicator of its own. Data of one edge arrive in the order in which
-they are sent, and no edge can hold up another: with nccl the operations of one communicator run strictly in order.
+they exist and arrive in a buffer that the peer has ready one micro-batch ahead (`stagdist/parallel/link.py` says when
+the receive itself is posted).
 """
 
 import itertools
-from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,8 +21,10 @@ from torch import Tensor
 from stagdist.config import RunConfig
 from stagdist.errors import TransportError
 from stagdist.parallel.grid import Grid
+from stagdist.parallel.link import DeviceWaits, Edge, Inbox, Outbox, PeerWatch, Rules, new_group, rules_of
 from stagdist.training.pipeline import Carry
 
+MICRO_BATCH = "micro-batch"
 SENDS_IN_FLIGHT = 2
 """Hand-offs of one edge that may be on their way before the sender waits for the oldest."""
 
@@ -50,35 +51,42 @@ def hand_off_kinds(config: RunConfig, dtype: torch.dtype) -> list[TensorKind]:
     return [carried, TensorKind(batch, torch.int64)] if config.model.staggered else [carried]
 
 
-@dataclass(frozen=True)
-class Edge:
-    """One direction between this stage and a neighbour.
+class Arrivals:
+    """The hand-offs of one schedule on their way in, into buffers of their own; one is always expected ahead."""
 
-    Attributes:
-        name: for error messages.
-        peer: global rank of the neighbour.
-        group: communicator of this edge alone.
-    """
+    def __init__(self, inbox: Inbox, kinds: list[TensorKind], device: torch.device | str):
+        self._inbox, self._kinds, self._device = inbox, kinds, device
+        self._expected = self._taken = self._due = 0
 
-    name: str
-    peer: int
-    group: dist.ProcessGroup
+    def expect(self, hand_offs: int) -> None:
+        """Say how many hand-offs the schedule that begins now holds."""
+        self._expected = self._taken = 0
+        self._due = hand_offs
+        self._expect_next()
 
-    def failed(self, error: Exception) -> TransportError:
-        """The error to raise when a transfer failed."""
-        return TransportError(
-            f"{self.name}: the transfer failed; look for the first error of rank {self.peer}, or raise "
-            f"parallel.timeout_s if that rank is merely slow"
-        )
+    def take(self) -> tuple[Tensor, ...]:
+        """The tensors of the next hand-off.
+
+        Raises:
+            TransportError: the transfer failed.
+        """
+        tensors = self._inbox.take((MICRO_BATCH, self._taken))
+        self._taken += 1
+        self._expect_next()
+        return tensors
+
+    def _expect_next(self) -> None:
+        if self._expected < self._due:
+            buffers = [torch.empty(kind.shape, dtype=kind.dtype, device=self._device) for kind in self._kinds]
+            self._inbox.expect((MICRO_BATCH, self._expected), *buffers)
+            self._expected += 1
 
 
-class Outbox:
-    """Sends of one edge."""
+class Departures:
+    """The hand-offs on their way out, checked against what the peer expects."""
 
-    def __init__(self, edge: Edge, kinds: list[TensorKind]):
-        self._edge, self._kinds = edge, kinds
-        # The tensors are kept with the work: they must live until they have left.
-        self._pending: deque[list[tuple[dist.Work, Tensor]]] = deque()
+    def __init__(self, name: str, outbox: Outbox, kinds: list[TensorKind]):
+        self._name, self._outbox, self._kinds = name, outbox, kinds
 
     def send(self, tensors: Sequence[Tensor]) -> None:
         """Start one hand-off; waits only for the one before the last.
@@ -89,80 +97,26 @@ class Outbox:
         found = [TensorKind(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
         if found != self._kinds:
             raise TransportError(
-                f"{self._edge.name}: ready to send {', '.join(map(str, found))}, but the configuration says "
+                f"{self._name}: ready to send {', '.join(map(str, found))}, but the configuration says "
                 f"{', '.join(map(str, self._kinds))}; batches must have the shape training.micro_batch_size x "
                 "data.sequence_length"
             )
-        try:
-            self._pending.append([self._start(tensor.detach().contiguous()) for tensor in tensors])
-        except RuntimeError as error:
-            raise self._edge.failed(error) from error
-        while len(self._pending) > SENDS_IN_FLIGHT:
-            self._wait_oldest()
+        self._outbox.send(*(tensor.detach().contiguous() for tensor in tensors), in_flight=SENDS_IN_FLIGHT)
 
     def finish(self) -> None:
         """Wait until everything has left."""
-        while self._pending:
-            self._wait_oldest()
-
-    def _start(self, tensor: Tensor) -> tuple[dist.Work, Tensor]:
-        work = dist.isend(tensor, self._edge.peer, group=self._edge.group)
-        assert work is not None, "this rank is a member of the edge's group"
-        return work, tensor
-
-    def _wait_oldest(self) -> None:
-        for work, _ in self._pending.popleft():
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise self._edge.failed(error) from error
-
-
-class Inbox:
-    """Receives of one edge; while hand-offs are due, one receive is always posted."""
-
-    def __init__(self, edge: Edge, kinds: list[TensorKind], device: torch.device | str):
-        self._edge, self._kinds, self._device = edge, kinds, device
-        self._due = 0
-        self._posted: list[tuple[dist.Work, Tensor]] = []
-
-    def expect(self, hand_offs: int) -> None:
-        """Say how many hand-offs the schedule that begins now holds."""
-        self._due = hand_offs
-        self._post()
-
-    def take(self) -> list[Tensor]:
-        """The tensors of the next hand-off, in buffers of their own.
-
-        Raises:
-            TransportError: the transfer failed.
-        """
-        received = self._posted
-        try:
-            for work, _ in received:
-                work.wait()
-        except RuntimeError as error:
-            raise self._edge.failed(error) from error
-        self._post()
-        return [tensor for _, tensor in received]
-
-    def _post(self) -> None:
-        self._posted = []
-        if self._due:
-            self._due -= 1
-            self._posted = [self._start(kind) for kind in self._kinds]
-
-    def _start(self, kind: TensorKind) -> tuple[dist.Work, Tensor]:
-        buffer = torch.empty(kind.shape, dtype=kind.dtype, device=self._device)
-        work = dist.irecv(buffer, self._edge.peer, group=self._edge.group)
-        assert work is not None, "this rank is a member of the edge's group"
-        return work, buffer
+        self._outbox.finish()
 
 
 class Exchange:
-    """The boxes of one rank; None where the stage has no such neighbour.
+    """The edges of one rank; None where the stage has no such neighbour.
 
     All ranks build it at the same time.
+
+    Args:
+        grid: sizes of the axes.
+        kinds: what a stage hands to the next.
+        rules: of the backend; None: those of the device's.
 
     Attributes:
         activations_in: memory and tokens from the stage before.
@@ -171,37 +125,53 @@ class Exchange:
         gradients_out: gradient of what was received, to the stage before.
     """
 
-    def __init__(self, grid: Grid, kinds: list[TensorKind], device: torch.device | str, timeout_s: float):
-        self.activations_in: Inbox | None = None
-        self.activations_out: Outbox | None = None
-        self.gradients_in: Inbox | None = None
-        self.gradients_out: Outbox | None = None
-        gradients = kinds[:1]
+    def __init__(
+        self,
+        grid: Grid,
+        kinds: list[TensorKind],
+        device: torch.device | str,
+        timeout_s: float,
+        *,
+        rules: Rules | None = None,
+    ):
+        self.activations_in: Arrivals | None = None
+        self.activations_out: Departures | None = None
+        self.gradients_in: Arrivals | None = None
+        self.gradients_out: Departures | None = None
+        self.kinds, self.rules = kinds, rules_of(device) if rules is None else rules
+        self._device, self._timeout_s = device, timeout_s
+        watches = not self.rules.wait_blocks and dist.get_world_size() > 1
+        self._watch = PeerWatch(_neighbours(grid)) if watches else None
+        self._waits = DeviceWaits(self.rules, device, timeout_s, partial(_failed, "this step"), self._watch)
         for ranks in grid.pipe_groups():
             for stage, (below, above) in enumerate(itertools.pairwise(ranks)):
-                # Every rank makes every group, in one order, as torch wants it.
-                forward, backward = (_new_pair(below, above, device, timeout_s) for _ in range(2))
-                down = Edge(f"activations from stage {stage} to stage {stage + 1}", above, forward)
-                up = Edge(f"gradients from stage {stage + 1} to stage {stage}", below, backward)
-                if dist.get_rank() == below:
-                    self.activations_out = Outbox(down, kinds)
-                    self.gradients_in = Inbox(replace(up, peer=above), gradients, device)
-                elif dist.get_rank() == above:
-                    self.activations_in = Inbox(replace(down, peer=below), kinds, device)
-                    self.gradients_out = Outbox(up, gradients)
+                self._open(stage, below, above)
 
     def begin(self, instructions: Sequence[schedule.PipeInstruction]) -> None:
-        """Open a schedule: post the first receives and remember how many will follow."""
-        kinds = Counter(type(instruction) for instruction in instructions)
-        for box, kind in ((self.activations_in, schedule.RecvActivation), (self.gradients_in, schedule.RecvGrad)):
-            if box is not None:
-                box.expect(kinds[kind])
+        """Open a schedule: say how many hand-offs will come."""
+        counts = Counter(type(instruction) for instruction in instructions)
+        for arrivals, kind in ((self.activations_in, schedule.RecvActivation), (self.gradients_in, schedule.RecvGrad)):
+            if arrivals is not None:
+                arrivals.expect(counts[kind])
 
     def finish(self) -> None:
         """Close a schedule: everything has left, errors have surfaced."""
-        for box in (self.activations_out, self.gradients_out):
-            if box is not None:
-                box.finish()
+        for departures in (self.activations_out, self.gradients_out):
+            if departures is not None:
+                departures.finish()
+
+    def wait_for_device(self, doing: str) -> None:
+        """Return when the device has done everything enqueued so far, with the limit of every wait; at once on gloo.
+
+        Raises:
+            TransportError: a neighbour has ended, or the time is up.
+        """
+        self._waits.wait(doing)
+
+    def close(self) -> None:
+        """Part from the ranks that are watched, which do the same."""
+        if self._watch is not None:
+            self._watch.close()
 
     def send_activations(self, outputs: Carry) -> None:
         """Hand a stage's outputs to the stage after."""
@@ -227,18 +197,50 @@ class Exchange:
         assert self.gradients_in is not None, "the last stage has nobody to receive gradients from"
         return self.gradients_in.take()[0]
 
+    def _open(self, stage: int, below: int, above: int) -> None:
+        """Make the two edges between neighbours. Every rank makes every group, in one order, as torch wants it."""
+        rank, probe = dist.get_rank(), torch.zeros(1, device=self._device)
+        down, up = (new_group((below, above), self.rules, self._timeout_s) for _ in range(2))
+        down_name = f"activations from stage {stage} to stage {stage + 1}"
+        up_name = f"gradients from stage {stage + 1} to stage {stage}"
+        if rank not in (below, above):
+            return
+        peer = above if rank == below else below
+        down_edge = Edge("activations", down, peer, partial(_failed, down_name))
+        up_edge = Edge("gradients", up, peer, partial(_failed, up_name))
+        down_edge.warm_up(probe, sends=rank == below)
+        up_edge.warm_up(probe, sends=rank == above)
+        gradients = self.kinds[:1]
+        if rank == below:
+            self.activations_out = Departures(down_name, Outbox(down_edge), self.kinds)
+            self.gradients_in = Arrivals(Inbox(up_edge, self.rules, self._waits), gradients, self._device)
+        else:
+            self.activations_in = Arrivals(Inbox(down_edge, self.rules, self._waits), self.kinds, self._device)
+            self.gradients_out = Departures(up_name, Outbox(up_edge), gradients)
+
 
 def as_tuple(carry: Carry) -> tuple[Tensor, ...]:
     """What travels between stages, as a tuple with the float tensor first."""
     return carry if isinstance(carry, tuple) else (carry,)
 
 
-def _new_pair(below: int, above: int, device: torch.device | str, timeout_s: float) -> dist.ProcessGroup:
-    """A communicator of two neighbours; its members use it once, because the first use blocks."""
-    group = dist.new_group([below, above], timeout=timedelta(seconds=timeout_s))
-    probe = torch.zeros(1, device=device)
-    if dist.get_rank() == below:
-        dist.send(probe, above, group=group)
-    elif dist.get_rank() == above:
-        dist.recv(probe, below, group=group)
-    return group
+def _neighbours(grid: Grid) -> list[int]:
+    """The ranks that this one watches: its pipeline neighbours, and a ring through all ranks."""
+    rank, size, place = dist.get_rank(), grid.world_size, grid.coordinate(dist.get_rank())
+    stages = (place.pipe - 1, place.pipe + 1)
+    pipe = [grid.rank(stage, place.data, place.tensor) for stage in stages if 0 <= stage < grid.pipe]
+    return sorted({*pipe, (rank - 1) % size, (rank + 1) % size} - {rank})
+
+
+@contextmanager
+def _failed(name: str, doing: str, peer: int | None) -> Iterator[None]:
+    """Name an edge in what torch says of a transfer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, TransportError) or peer is None:
+            raise  # `naming_lost_peers` names the rest
+        raise TransportError(
+            f"{name}: the transfer failed; look for the first error of rank {peer}, or raise "
+            f"parallel.timeout_s if that rank is merely slow"
+        ) from error

@@ -95,16 +95,18 @@ class World:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("gloo")
-        self._transports: dict[tuple[int, float], Transport] = {}
+        self._transports: dict[tuple[int, bool, float], Transport] = {}
 
     def transport(self, placement: Placement) -> Transport | None:
         """Communicators of a case; None in a world of one."""
         if self.size == 1:
             return None
-        key = placement.grid.tensor, placement.options.hand_off_delay_s
+        key = placement.grid.tensor, placement.topology.combined, placement.options.hand_off_delay_s
         if key not in self._transports:
-            delay_s = placement.options.hand_off_delay_s
-            self._transports[key] = Transport(placement.grid, "cpu", TIMEOUT_S, hand_off_delay_s=delay_s)
+            _, combined, delay_s = key
+            self._transports[key] = Transport(
+                placement.grid, "cpu", TIMEOUT_S, combined=combined, hand_off_delay_s=delay_s
+            )
         return self._transports[key]
 
     def stage(self, case: Case) -> tuple[Stage, Transport | None]:

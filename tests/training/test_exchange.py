@@ -120,7 +120,7 @@ def lost_peer(exchange: Exchange, stage: int) -> str:
         return "received"
     if stage == 0:
         assert exchange.activations_out is not None
-        exchange.activations_out._edge.group.abort()
+        exchange.activations_out._outbox._edge.group.abort()
     return ""
 
 

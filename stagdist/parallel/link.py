@@ -1,0 +1,296 @@
+"""Point-to-point traffic between ranks, with one rule for each backend.
+
+Every directed edge between two ranks has a communicator of its own, so that messages of an edge arrive in the order in
+which they are sent and no edge holds up another.
+
+On gloo a receive is posted as soon as the rank knows that the message will come: a message without a posted receive
+costs its sender milliseconds. On NCCL a posted receive is a kernel that spins on the device until the peer sends. What
+is enqueued behind it on the same communicator or hardware queue waits, and so does loading a kernel. Therefore
+**nothing is enqueued on NCCL whose end depends on work that this rank has not launched yet**: a receive is posted where
+it is waited for. `tests/parallel/nccl_rules.py` plays the schedules of decoding and training under these rules.
+"""
+
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stagdist.parallel.device import on_cuda
+
+WATCHDOG_GRACE_S = 60.0
+"""Seconds that NCCL's watchdog leaves to the deadline of the host, which raises an error that names the peer."""
+
+_UNLIMITED = timedelta(days=365)
+_SPIN_S = 0.005
+_NAP_S = 0.0005
+
+Errors = Callable[[str, int | None], AbstractContextManager[None]]
+"""(what this rank was doing, peer or None for all) -> context that turns a RuntimeError of the backend into a
+TransportError with stage, peer, step and remedy."""
+
+
+Key = tuple[str, int]
+"""Name of a message within its edge: what kind it is of, and its number."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a backend does with an operation that cannot end yet.
+
+    Attributes:
+        early_receives: a posted receive costs nothing until its message comes.
+        wait_blocks: `wait` blocks the host and raises. Otherwise it only orders streams on the device.
+    """
+
+    early_receives: bool
+    wait_blocks: bool
+
+
+GLOO = Rules(early_receives=True, wait_blocks=True)
+NCCL = Rules(early_receives=False, wait_blocks=False)
+
+
+def rules_of(device: str | torch.device) -> Rules:
+    """The rules of the backend that serves a device."""
+    return NCCL if on_cuda(device) else GLOO
+
+
+def new_group(ranks: Sequence[int], rules: Rules, timeout_s: float) -> dist.ProcessGroup:
+    """A communicator of these ranks. All ranks of the world call this, in the same order."""
+    grace_s = 0.0 if rules.wait_blocks else WATCHDOG_GRACE_S
+    return dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s + grace_s))
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One end of a directed edge.
+
+    Attributes:
+        what: what travels on it, with an article, for errors.
+        group: communicator that only this edge uses.
+        peer: global rank at the other end.
+        errors: names the edge in errors.
+    """
+
+    what: str
+    group: dist.ProcessGroup
+    peer: int
+    errors: Errors
+
+    def warm_up(self, probe: Tensor, *, sends: bool) -> None:
+        """Use the communicator once. The first use makes connections and blocks until both ends are there."""
+        with self.errors("while the communicators were made", self.peer):
+            (dist.send if sends else dist.recv)(probe, self.peer, group=self.group)
+
+
+class Inbox:
+    """The receiving end of an edge.
+
+    Args:
+        waits: told of receives that the device has not finished.
+    """
+
+    def __init__(self, edge: Edge, rules: Rules, waits: "DeviceWaits"):
+        self._edge, self._rules, self._waits = edge, rules, waits
+        self._expected: deque[tuple[Key, tuple[Tensor, ...]]] = deque()
+        self._posted: dict[Key, tuple[list[dist.Work], tuple[Tensor, ...]]] = {}
+
+    def expect(self, key: Key, *buffers: Tensor) -> None:
+        """Say where the next message goes. Messages arrive in the order of these calls.
+
+        Args:
+            key: names the message for `take`.
+        """
+        self._expected.append((key, buffers))
+        if self._rules.early_receives:
+            self._post_up_to(key)
+
+    def take(self, key: Key) -> tuple[Tensor, ...]:
+        """An expected message, in its buffers. Messages may be taken in another order than they arrive.
+
+        On NCCL work that is enqueued later runs after its arrival.
+
+        Raises:
+            TransportError: the peer is gone or silent (on NCCL `DeviceWaits.wait` raises it).
+        """
+        if key not in self._posted:
+            self._post_up_to(key)
+        works, buffers = self._posted.pop(key)
+        with self._edge.errors(f"while it waited for {self._edge.what}", self._edge.peer):
+            for work in works:
+                work.wait()
+        self._waits.note(works, self._edge)
+        return buffers
+
+    def _post_up_to(self, key: Key) -> None:
+        """Post the receives of all expected messages up to this one: the peer has sent the older ones before."""
+        posted = None
+        while posted != key:
+            posted, buffers = self._expected.popleft()
+            self._posted[posted] = (self._post(buffers), buffers)
+
+    def _post(self, buffers: Iterable[Tensor]) -> list[dist.Work]:
+        with self._edge.errors(f"while it asked for {self._edge.what}", self._edge.peer):
+            works = [dist.irecv(buffer, self._edge.peer, group=self._edge.group) for buffer in buffers]
+        return [work for work in works if work is not None]
+
+
+class Outbox:
+    """The sending end of an edge. Nobody waits for a send until its place among those in flight is needed."""
+
+    def __init__(self, edge: Edge):
+        self._edge = edge
+        # The tensors are kept with the work: they must live until they have left.
+        self._pending: deque[tuple[list[dist.Work], tuple[Tensor, ...]]] = deque()
+
+    def send(self, *tensors: Tensor, in_flight: int) -> None:
+        """Send one message after waiting until at most `in_flight` older ones are on their way.
+
+        The tensors must be contiguous and must not be written again.
+
+        Raises:
+            TransportError: the peer is gone or silent, found by this send or by an older one.
+        """
+        while len(self._pending) > in_flight:
+            self._wait_for_oldest()
+        with self._edge.errors(f"while it sent {self._edge.what}", self._edge.peer):
+            works = [self._start(tensor) for tensor in tensors]
+        self._pending.append((works, tensors))
+
+    def finish(self) -> None:
+        """Wait until everything has left.
+
+        Raises:
+            TransportError: as `send`.
+        """
+        while self._pending:
+            self._wait_for_oldest()
+
+    def _start(self, tensor: Tensor) -> dist.Work:
+        work = dist.isend(tensor, self._edge.peer, group=self._edge.group)
+        assert work is not None, "this rank is a member of the edge's group"
+        return work
+
+    def _wait_for_oldest(self) -> None:
+        works, _ = self._pending.popleft()
+        with self._edge.errors(f"while {self._edge.what} was on its way", self._edge.peer):
+            for work in works:
+                work.wait()
+
+
+class Event(Protocol):
+    """A point in the work of a device."""
+
+    def query(self) -> bool:
+        """Whether the device has passed it."""
+
+
+def record_event(device: str | torch.device) -> Event:
+    """The point that the current stream has reached when everything enqueued so far has run."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(torch.device(device)))
+    return event
+
+
+class DeviceWaits:
+    """The places where the host waits for the device, each with a deadline and an eye on the peers.
+
+    NCCL's `wait` neither blocks nor raises, so a lost peer shows only in work that never ends. On a backend whose
+    `wait` blocks there is nothing to wait for here, and `wait` returns at once.
+
+    Args:
+        timeout_s: limit of every wait.
+        peers: the ranks that are watched; None: no rank is.
+        errors: names what a wait was for when no receive explains it.
+    """
+
+    def __init__(
+        self, rules: Rules, device: str | torch.device, timeout_s: float, errors: Errors, peers: "PeerWatch | None"
+    ):
+        self._rules, self._device, self._timeout_s, self._errors, self._peers = rules, device, timeout_s, errors, peers
+        self._in_flight: deque[tuple[Sequence[dist.Work], Edge]] = deque()
+
+    def note(self, works: Sequence[dist.Work], edge: Edge) -> None:
+        """Remember receives that were enqueued: the oldest that has not ended explains a wait that fails."""
+        if not self._rules.wait_blocks:
+            self._in_flight.append((works, edge))
+
+    def wait(self, doing: str) -> None:
+        """Return when the device has done everything that was enqueued on the current stream.
+
+        Raises:
+            TransportError: a watched peer has ended, or the time is up.
+        """
+        if self._rules.wait_blocks:
+            return
+        event = record_event(self._device)
+        deadline_s = time.monotonic() + self._timeout_s
+        spin_until_s = time.monotonic() + _SPIN_S
+        while not event.query():
+            now_s = time.monotonic()
+            lost = None if self._peers is None else self._peers.lost()
+            if lost is not None or now_s > deadline_s:
+                self._fail(doing, lost)
+            time.sleep(0.0 if now_s < spin_until_s else _NAP_S)
+        self._in_flight.clear()
+
+    def _fail(self, doing: str, lost: "tuple[int, str] | None") -> None:
+        """Blame the peer that has ended, else the one whose message is the oldest that has not come."""
+        peer, reason = lost or (None, f"Timed out waiting {self._timeout_s:g} s for the device")
+        late = [edge for works, edge in self._in_flight if not all(work.is_completed() for work in works)]
+        blamed = [edge for edge in late if peer in (None, edge.peer)]
+        if blamed:
+            errors, peer, doing = blamed[0].errors, blamed[0].peer, f"while it waited for {blamed[0].what}"
+        else:
+            errors = self._errors
+        with errors(doing, peer):
+            raise RuntimeError(reason)
+
+
+class PeerWatch:
+    """Notices on the host when a peer's process ends, within a second. A frozen peer stays unnoticed.
+
+    For each peer a thread waits for a message that only `close` sends. The connection breaks when the process ends.
+
+    Args:
+        ranks: those that this rank watches; each of them watches this one. Every rank of the world builds a watch.
+    """
+
+    def __init__(self, ranks: Iterable[int]):
+        self._group = dist.new_group(backend="gloo", timeout=_UNLIMITED)
+        self._lost: dict[int, str] = {}
+        self._threads = {rank: threading.Thread(target=self._watch, args=(rank,), daemon=True) for rank in ranks}
+        for thread in self._threads.values():
+            thread.start()
+
+    def lost(self) -> tuple[int, str] | None:
+        """The first rank that has ended, and what the backend said; None while all are there."""
+        return next(iter(self._lost.items()), None)
+
+    def close(self) -> None:
+        """Part from all peers, which do the same."""
+        for rank in self._threads:
+            dist.send(torch.zeros(1), rank, group=self._group)
+        for thread in self._threads.values():
+            thread.join()
+
+    def _watch(self, rank: int) -> None:
+        try:
+            dist.recv(torch.zeros(1), rank, group=self._group)
+        except RuntimeError as error:
+            self._lost[rank] = short_reason(error)
+
+
+def short_reason(error: Exception) -> str:
+    """What gloo or NCCL says, without the place in its source and its general advice."""
+    first = str(error).partition("\n")[0]
+    return re.sub(r"^\[[^]]*\.cc:\d+\] ", "", first).partition(". This is typically")[0] or type(error).__name__
