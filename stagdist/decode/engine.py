@@ -203,6 +203,7 @@ class Engine:
     def took(self, control: Control, choice: Choice) -> None:
         """Take the tokens of an operation; their text is made while later stages compute the next one."""
         rows = self._planned.popleft()
+        choice = self._stage.on_host(choice)
         tokens = choice.tokens.tolist()
         logprobs = None if choice.logprobs is None else choice.logprobs.tolist()
         margins = None if choice.margins is None else choice.margins.tolist()

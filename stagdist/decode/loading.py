@@ -3,19 +3,21 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from stagdist.checkpoint.reading import ReadSlice
 from stagdist.config import ModelConfig
+from stagdist.decode.dry_pass import Unconnected, dry_limits, dry_pass
 from stagdist.decode.readout import Readout
 from stagdist.decode.section import Lap
 from stagdist.decode.sections import StageSections
 from stagdist.decode.stage import Stage
 from stagdist.decode.topology import HeadLayout, Limits, Topology, topology_for
 from stagdist.decode.transport import Transport
-from stagdist.decode.weights import Device, Shard, WeightLoader
+from stagdist.decode.weights import Device, Shard, StageWeights, WeightLoader
 from stagdist.errors import ConfigError
 from stagdist.parallel.device import choose_attention, on_cuda
 from stagdist.parallel.grid import Grid
@@ -158,25 +160,46 @@ def build_stage(
     recorder: SpanRecorder | None = None,
     lap: Lap | None = None,
 ) -> Stage:
-    """This rank's stage with its slices of the weights."""
+    """This rank's stage with its slices of the weights.
+
+    On NCCL every kernel is launched once before the ranks depend on each other.
+    """
     choose_attention(training=False)
-    model, topology, options = placement.model, placement.topology, placement.options
+    options = placement.options
     where = Device(device, DTYPES[options.precision])
     index, rank = (0, 0) if transport is None else (transport.stage, transport.tensor_rank)
-    loader = WeightLoader(model, read, Shard(rank, placement.grid.tensor), where)
-    weights = loader.stage(topology, index)
+    loader = WeightLoader(placement.model, read, Shard(rank, placement.grid.tensor), where)
+    weights = loader.stage(placement.topology, index)
+    if transport is not None and not transport.rules.early_receives:
+        alone = Unconnected(placement.grid, transport.stage, transport.tensor_rank)
+        dry_pass(_assemble(placement, weights, where, alone, limits=dry_limits(placement.limits)))
+    graphs = options.graphs
+    if graphs is None:
+        graphs = transport is None and on_cuda(device) and recorder is None
+    return _assemble(placement, weights, where, transport, recorder=recorder, lap=lap, graphs=graphs)
+
+
+def _assemble(
+    placement: Placement,
+    weights: StageWeights,
+    where: Device,
+    transport: Transport | None,
+    *,
+    limits: Limits | None = None,
+    lap: Lap | None = None,
+    **keys: Any,
+) -> Stage:
+    model, topology, options = placement.model, placement.topology, placement.options
+    limits = limits or placement.limits
     readout = Readout(
         model,
         topology,
         weights,
         where,
-        placement.limits.num_slots,
+        limits.num_slots,
         transport,
         want_margins=options.want_margins,
         keep_logits=options.keep_logits,
     )
-    graphs = options.graphs
-    if graphs is None:
-        graphs = transport is None and on_cuda(device) and recorder is None
-    sections = StageSections(model, topology, weights, placement.limits, where, transport, lap)
-    return Stage(sections, placement.limits, readout, transport, recorder=recorder, graphs=graphs)
+    sections = StageSections(model, topology, weights, limits, where, transport, lap)
+    return Stage(sections, limits, readout, transport, **keys)

@@ -149,6 +149,20 @@ class Stage:
         for slot in slots:
             self.readout.retire(slot)
 
+    def on_host(self, choice: Choice) -> Choice:
+        """The choice in host memory. Here rank 0 waits for the device.
+
+        Raises:
+            TransportError: a peer is gone or silent.
+        """
+        self.pulse.beat(Phase.RECEIVE)
+        copied = [None if each is None else _to_host(each) for each in (choice.tokens, choice.logprobs, choice.margins)]
+        if self._transport is not None:
+            self._transport.wait_for_device()
+        elif choice.tokens.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        return Choice(*copied)  # type: ignore[arg-type]  # tokens are there
+
     # --- what it holds ------------------------------------------------------------------------------------------
 
     @property
@@ -294,6 +308,13 @@ class Stage:
         if instruction.kind in (Kind.BEGIN, Kind.FINISH):
             name = f"{name} {instruction.index + 1}"
         return self.recorder.span(name, CATEGORIES[instruction.kind], step=self.step_number)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, there when the device has come to it; on a CPU the tensor itself."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 class _Nothing:

@@ -23,6 +23,7 @@ from stagdist.parallel.groups import Groups
 from stagdist.parallel.lean_imports import without_compiler
 from stagdist.telemetry.pulse import Phase, Pulse
 from stagdist.training.deepspeed_config import deepspeed_config
+from stagdist.training.dry_pass import dry_pass
 from stagdist.training.exchange import Exchange, hand_off_kinds
 from stagdist.training.optimizer import build_optimizer
 from stagdist.training.pipeline import SectionPipeline
@@ -137,7 +138,11 @@ class SectionEngine(PipelineEngine):
         if not self.fp16_enabled():
             # A sum is finite if and only if all its terms are (short of overflow), and far cheaper than a maximum.
             checks += [gradient.sum().float() for gradient in self._accumulated_gradients()]
-        return not checks or bool(torch.isfinite(torch.stack([check.reshape(()) for check in checks])).all())
+        if not checks:
+            return True
+        finite = torch.isfinite(torch.stack([check.reshape(()) for check in checks])).all()
+        self._wait_for_device()
+        return bool(finite)
 
     def _accumulated_gradients(self) -> list[Tensor]:
         """Reduced gradients of this rank before the optimizer takes them.
@@ -160,6 +165,23 @@ class SectionEngine(PipelineEngine):
         schedule.RecvGrad: _exec_recv_grads,
     }
 
+    def train_batch(self, data_iter: MicroBatches | None = None) -> Tensor:
+        """One optimizer step; the mean loss of its micro-batches, which the device has computed."""
+        loss: Tensor = super().train_batch(data_iter)
+        self._wait_for_device()
+        return loss
+
+    def eval_batch(self, *arguments: Any, **options: Any) -> Any:
+        """Loss of one batch without an update, which the device has computed; see DeepSpeed."""
+        loss = super().eval_batch(*arguments, **options)
+        self._wait_for_device()
+        return loss
+
+    def _wait_for_device(self) -> None:
+        """Wait on the host, where it waits anyway: on NCCL this is where lost peers are noticed."""
+        self.pulse.beat(Phase.RECEIVE)
+        self.exchange.wait_for_device("while it waited for other ranks")
+
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
         """DeepSpeed's interpreter of instructions, with the time of each kept by kind."""
         self._reserve_pipe_buffers(pipe_schedule.num_pipe_buffers())
@@ -171,10 +193,10 @@ class SectionEngine(PipelineEngine):
         for step in steps:
             for instruction in step:
                 kind, run = type(instruction), MethodType(self._INSTRUCTION_MAP[type(instruction)], self)
-                self.pulse.beat(PHASES[kind])
                 if kind in UPDATE and not times.pipeline_s:
-                    clock.finish()
+                    self._wait_for_device()
                     times.pipeline_s = time.perf_counter() - started
+                self.pulse.beat(PHASES[kind])
                 begun = time.perf_counter()
                 if kind in COMPUTE:
                     with clock:
@@ -184,7 +206,7 @@ class SectionEngine(PipelineEngine):
                 times.load_s += (time.perf_counter() - begun) * (kind is schedule.LoadMicroBatch)
         self.exchange.finish()
         if not times.pipeline_s:  # an evaluation has no update
-            clock.finish()
+            self._wait_for_device()
             times.pipeline_s = time.perf_counter() - started
         times.compute_s = clock.seconds()
         times.update_s = time.perf_counter() - started - times.pipeline_s
@@ -221,13 +243,8 @@ class ComputeClock:
         if self._on_cuda:
             self._events[-1][1].record()
 
-    def finish(self) -> None:
-        """Wait until everything recorded so far has run."""
-        if self._on_cuda and self._events:
-            self._events[-1][1].synchronize()
-
     def seconds(self) -> float:
-        """Time inside the clock; call after `finish`."""
+        """Time inside the clock; the device must have passed its last event."""
         if self._on_cuda:
             return sum(start.elapsed_time(end) for start, end in self._events) / 1e3
         return self._total_s
@@ -268,6 +285,10 @@ def wrap_module(module: SectionPipeline, config: RunConfig, groups: Groups) -> S
     engine.pulse = Pulse()
     kinds = hand_off_kinds(config, next(module.parameters()).dtype)
     engine.exchange = Exchange(groups.grid, kinds, engine.device, config.parallel.timeout_s)
+    if not engine.exchange.rules.early_receives and groups.grid.pipe > 1:
+        ends = {"first_stage": engine.is_first_stage(), "last_stage": engine.is_last_stage()}
+        with torch.enable_grad():
+            dry_pass(module, config, kinds, engine.device, **ends)
     engine.control = groups.control
     return engine
 

@@ -112,6 +112,7 @@ def pretrain(
         reporter.close()
         signals.restore()
     dist.barrier(group=groups.control)
+    engine.exchange.close()
     stop_distributed()
     return outcome
 

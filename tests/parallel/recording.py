@@ -1,0 +1,257 @@
+"""What one rank of the real code enqueues, written down without any other rank: `torch.distributed` is a recorder.
+
+Tensors live on the CPU and what would be received is zero. Every operation of torch is a launch of a kernel.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.parallel.nccl_rules import (
+    Action,
+    Collective,
+    Drain,
+    Hear,
+    HostWait,
+    Launch,
+    Meet,
+    Receive,
+    Send,
+    StreamWait,
+    Tell,
+)
+
+PRODUCTS = ("mm", "addmm", "bmm", "linear")
+"""Operations whose kernel is chosen by the shape."""
+NO_KERNEL = ("empty", "new_empty", "equal", "lift_fresh", "detach", "_unsafe_view", "_reshape_alias", "resize_")
+
+
+@dataclass(frozen=True)
+class Group:
+    """A communicator: its number, in the order in which all ranks make them, and its members."""
+
+    number: int
+    ranks: tuple[int, ...]
+    gloo: bool = False
+
+    def rank(self) -> int:
+        """Place of this process, as torch says it."""
+        return self.ranks.index(dist.get_rank())
+
+    def size(self) -> int:
+        """Number of members."""
+        return len(self.ranks)
+
+
+@dataclass
+class Mailbox:
+    """Messages between hosts, from a rank that was recorded earlier to those recorded later."""
+
+    letters: dict[tuple[int, int, int], list[Tensor]] = field(default_factory=dict)  # (group, source, target)
+
+    def put(self, group: Group, source: int, target: int, tensor: Tensor) -> None:
+        """Leave a copy."""
+        self.letters.setdefault((group.number, source, target), []).append(tensor.clone())
+
+    def take(self, group: Group, source: int, target: int, number: int) -> Tensor:
+        """The message of this number."""
+        return self.letters[group.number, source, target][number]
+
+
+class Work:
+    """A handle, as torch gives it."""
+
+    def __init__(self, on_wait: Callable[[], None]):
+        self._on_wait = on_wait
+
+    def wait(self, timeout: Any = None) -> bool:
+        """Record what a wait does."""
+        self._on_wait()
+        return True
+
+    def is_completed(self) -> bool:
+        """Never asked of a run that does not fail."""
+        return True
+
+
+class Recorder(TorchDispatchMode):
+    """One rank's program while it is active.
+
+    Args:
+        by_shape: matrix products of another number of rows are other kernels.
+
+    Attributes:
+        program: the actions so far.
+        loaded: names of the kernels so far.
+    """
+
+    def __init__(self, rank: int, size: int, mailbox: Mailbox, *, by_shape: bool = False):
+        super().__init__()
+        self.rank, self.size, self._mailbox, self._by_shape = rank, size, mailbox, by_shape
+        self.program: list[Action] = []
+        self._world = Group(0, tuple(range(size)))
+        self._groups = self._communications = self._meetings = 0
+        self._letters: dict[tuple[int, int, int], int] = {}
+        self.loaded: set[str] = set()
+        self._quiet = False
+
+    # --- compute ------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if self._quiet:
+            pass
+        elif name == "_local_scalar_dense":
+            self.program.append(HostWait())
+        elif not func.is_view and not name.startswith(NO_KERNEL):
+            shapes = [tuple(each.shape) for each in args if isinstance(each, Tensor)]
+            if self._by_shape and any(part in name for part in PRODUCTS):
+                name += str(shapes)
+            elif self._by_shape and "attention" in name:
+                name += f"{shapes[0]}, {len(shapes)} tensors"  # the number of keys chooses no kernel
+            self.launch(name)
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """Tensors inside are the recorder's own."""
+        self._quiet = True
+        try:
+            yield
+        finally:
+            self._quiet = False
+
+    def launch(self, name: str) -> None:
+        """A kernel. Of those in a row, only what is loaded and one more make a difference."""
+        if name not in self.loaded or not self.program or not isinstance(self.program[-1], Launch):
+            self.loaded.add(name)
+            self.program.append(Launch(name))
+
+    # --- torch.distributed --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def recording(self, **patches: Any) -> Iterator["Recorder"]:
+        """Everything inside is this rank's."""
+        names = ("new_group", "isend", "irecv", "send", "recv", "all_reduce", "reduce", "broadcast", "barrier",
+                 "all_gather_into_tensor", "get_rank", "get_world_size")  # fmt: skip
+        environment = {"RANK": str(self.rank), "WORLD_SIZE": str(self.size), "LOCAL_RANK": str(self.rank)}
+        with (
+            mock.patch.multiple(dist, **{name: getattr(self, name) for name in names}),
+            mock.patch.object(torch.cuda, "synchronize", lambda *_: self.program.append(Drain())),
+            mock.patch("stagdist.parallel.link.record_event", lambda device: self._event()),
+            mock.patch("stagdist.parallel.link.PeerWatch", lambda ranks: None),
+            mock.patch("stagdist.decode.transport.PeerWatch", lambda ranks: None),
+            mock.patch.dict(os.environ, environment),
+            self,
+        ):
+            yield self
+
+    def get_rank(self, group: Any = None) -> int:
+        """This rank."""
+        return self.rank
+
+    def get_world_size(self, group: Any = None) -> int:
+        """Number of ranks."""
+        return self.size if group is None else group.size()
+
+    def new_group(self, ranks: Any = None, timeout: Any = None, backend: str | None = None, **_: Any) -> Group:
+        """The next communicator."""
+        self._groups += 1
+        members = range(self.size) if ranks is None else ranks
+        return Group(self._groups, tuple(members), gloo=backend == "gloo")
+
+    def isend(self, tensor: Tensor, dst: int, group: Any = None, **_: Any) -> Work:
+        """A message."""
+        group = group or self._world
+        if group.gloo:
+            with self._quietly():
+                self._mailbox.put(group, self.rank, dst, tensor)
+            self.program.append(Tell(self._letter(group, self.rank, dst)))
+            return Work(lambda: None)
+        return self._communicate(Send(group.number, dst))
+
+    def irecv(self, tensor: Tensor, src: int, group: Any = None, **_: Any) -> Work:
+        """The other side of it."""
+        group = group or self._world
+        if not group.gloo:
+            with self._quietly():
+                tensor.zero_()
+            return self._communicate(Receive(group.number, src))
+        name = self._letter(group, src, self.rank)
+        with self._quietly():
+            tensor.copy_(self._mailbox.take(group, src, self.rank, name[-1]))
+        return Work(lambda: self.program.append(Hear(name)))
+
+    def send(self, tensor: Tensor, dst: int, group: Any = None, **_: Any) -> None:
+        """As `isend`, waited for."""
+        self.isend(tensor, dst, group).wait()
+
+    def recv(self, tensor: Tensor, src: int, group: Any = None, **_: Any) -> None:
+        """As `irecv`, waited for."""
+        self.irecv(tensor, src, group).wait()
+
+    def all_reduce(self, tensor: Tensor, op: Any = None, group: Any = None, **_: Any) -> None:
+        """A collective; over gloo the hosts meet."""
+        self._all(group or self._world)
+
+    def reduce(self, tensor: Tensor, dst: int, op: Any = None, group: Any = None, **_: Any) -> None:
+        """A collective."""
+        self._all(group or self._world)
+
+    def all_gather_into_tensor(self, output: Tensor, tensor: Tensor, group: Any = None, **_: Any) -> None:
+        """A collective; everyone gives what this rank gives."""
+        with self._quietly():
+            output.copy_(tensor.repeat(len(output) // len(tensor), *[1] * (tensor.dim() - 1)))
+        self._all(group or self._world)
+
+    def barrier(self, group: Any = None, **_: Any) -> None:
+        """A collective that the host waits for."""
+        self._all(group or self._world)
+        self.program.append(HostWait())
+
+    def broadcast(self, tensor: Tensor, src: int = 0, group: Any = None, **_: Any) -> None:
+        """A collective; over gloo a message from the source."""
+        group = group or self._world
+        if not group.gloo:
+            self._all(group)
+        elif self.rank == src:
+            for rank in group.ranks:
+                if rank != src:
+                    self.isend(tensor, rank, group)
+        else:
+            self.irecv(tensor, src, group).wait()
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    def _letter(self, group: Group, source: int, target: int) -> tuple[int, int, int, int]:
+        line = (group.number, source, target)
+        number = self._letters.get(line, 0)
+        self._letters[line] = number + 1
+        return (*line, number)
+
+    def _communicate(self, action: Send | Receive | Collective) -> Work:
+        number = self._communications
+        self._communications += 1
+        self.program.append(action)
+        return Work(lambda: self.program.append(StreamWait(number)))
+
+    def _all(self, group: Group) -> None:
+        if group.size() == 1:
+            return
+        if group.gloo:
+            self._meetings += 1
+            self.program.append(Meet((group.number, self._meetings), group.ranks))
+        else:
+            self._communicate(Collective(group.number, group.ranks)).wait()
+
+    def _event(self) -> Any:
+        self.program.append(HostWait())
+        return mock.Mock(query=lambda: True)
