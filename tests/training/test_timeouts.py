@@ -8,6 +8,7 @@ import torch
 from torch.distributed import distributed_c10d as c10d
 
 from stagdist.config import RunConfig
+from stagdist.parallel.groups import WATCHDOG_GRACE_S, set_default_timeout
 from stagdist.training.engine import build_engine
 from tests.ranks import run_ranks
 from tests.training.parity_cases import Case
@@ -43,3 +44,11 @@ def test_every_process_group_has_the_configured_timeout() -> None:
         assert wrong == {}, f"rank {rank}"
         # The world, and the pipe and data axes, are among those that were looked at.
         assert {size for size, _ in timeouts.values()} >= {4, 2}, f"rank {rank}: {timeouts}"
+
+
+def test_the_watchdog_of_nccl_waits_longer_than_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(c10d, name, None)
+    set_default_timeout(TIMEOUT_S)
+    limits = {name: c10d._get_default_timeout(c10d.Backend(name)).total_seconds() for name in ("gloo", "nccl")}
+    assert limits == {"gloo": TIMEOUT_S, "nccl": TIMEOUT_S + WATCHDOG_GRACE_S}

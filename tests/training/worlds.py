@@ -3,7 +3,7 @@
 import os
 
 from stagdist.parallel.grid import Grid
-from stagdist.parallel.groups import Groups, build_groups, destroy_groups
+from stagdist.parallel.groups import Groups, build_groups
 from stagdist.training.distributed import start_distributed
 
 
@@ -20,6 +20,5 @@ class World:
         if self._groups is None:
             self._groups = start_distributed(grid, os.environ["DS_ACCELERATOR"], self._timeout_s)
         elif self._groups.grid != grid:
-            destroy_groups()
             self._groups = build_groups(grid, self._timeout_s)
         return self._groups
