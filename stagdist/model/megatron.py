@@ -53,6 +53,8 @@ class TensorParallel:
             use_cpu_initialization=True,
             perform_initialization=False,
             gradient_accumulation_fusion=False,
+            # The embedding then avoids the backward pass of `torch.nn.functional.embedding`.
+            deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         )
 
 

@@ -10,15 +10,17 @@ from stagdist.training.distributed import start_distributed
 class World:
     """Joins the ranks of this launch, on the device that DS_ACCELERATOR names, when the first grid is asked for."""
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, timeout_s: float, *, deterministic: bool = False) -> None:
+        self._timeout_s, self._deterministic = timeout_s, deterministic
         self._groups: Groups | None = None
 
     def groups(self, sizes: tuple[int, int, int]) -> Groups:
         """Process groups of a grid pipe x data x tensor; those of the grid before are given up."""
         grid = Grid(*sizes)
         if self._groups is None:
-            self._groups = start_distributed(grid, os.environ["DS_ACCELERATOR"], self._timeout_s)
+            self._groups = start_distributed(
+                grid, os.environ["DS_ACCELERATOR"], self._timeout_s, deterministic=self._deterministic
+            )
         elif self._groups.grid != grid:
             self._groups = build_groups(grid, self._timeout_s)
         return self._groups
