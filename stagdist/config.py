@@ -225,6 +225,11 @@ class TrainingConfig(Section):
         "none", description="layer: keep only the input of each layer and recompute it in the backward pass."
     )
     seed: NonNegative = Field(1234, description="Seed of the initialisation.")
+    deterministic: bool = Field(
+        False,
+        description="Use only kernels that give the same bits every time, so that a run on GPUs can be repeated "
+        "exactly on the same grid, GPUs and libraries; slower. CPUs need no such choice. May change on resume.",
+    )
     max_bad_steps: NonNegative = Field(
         3, description="Steps with a loss or gradient that is not finite before the run ends without saving."
     )

@@ -49,7 +49,9 @@ class Site:
         self._grid = grid_for(self._config, world_size)
         self._device = choose_device(config.parallel.device, int(os.environ["LOCAL_RANK"]), option="parallel.device")
         os.environ["DS_ACCELERATOR"] = self._device.partition(":")[0]
-        self.groups = start_distributed(self._grid, self._device, config.parallel.timeout_s)
+        self.groups = start_distributed(
+            self._grid, self._device, config.parallel.timeout_s, deterministic=config.training.deterministic
+        )
         self.device_name = torch.cuda.get_device_name() if on_cuda(self._device) else None
         tokenizer = load_tokenizer(config.data.tokenizer)
         self._identity = training_identity(config.data, tokenizer)

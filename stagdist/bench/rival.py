@@ -45,7 +45,7 @@ class TorchPipelining:
             pipeline_stage,
             num_micro_batches,
             # Scaled here, so that the schedule need not touch every gradient again.
-            loss_fn=lambda output, labels: mean_nats(output, labels) / num_micro_batches,
+            loss_fn=lambda output, labels: mean_nats(output, labels, stage.parallel) / num_micro_batches,
             scale_grads=False,
         )
         self._optimizer = build_optimizer(stage.named_parameters(), config.optimizer)

@@ -30,6 +30,7 @@ class StageModule(nn.Module):
             )
         layout = stage_layout(config.model, num_stages, stage)
         self.first = stage == 0
+        self.parallel = parallel
         self.tied_head = layout.tied_head
         self.embedding = EmbeddingLayer(config.model, parallel)
         self.sections = nn.ModuleList(SectionLayer(config, index, parallel) for index in layout.sections)
@@ -105,4 +106,4 @@ class StageClock:
         if self._stage.head is None:
             output.backward(self._carried)
         else:
-            mean_nats(output, self._labels).backward()
+            mean_nats(output, self._labels, self._stage.parallel).backward()

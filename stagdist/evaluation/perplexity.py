@@ -18,14 +18,14 @@ from stagdist.checkpoint.sources import WeightSource, open_weights, source_token
 from stagdist.config import ModelConfig
 from stagdist.errors import ConfigError, DataError
 from stagdist.evaluation.bits_per_byte import count_windows, read_text, score_text
-from stagdist.model.megatron import TensorParallel, token_nats
+from stagdist.model.cross_entropy import token_nats
+from stagdist.model.megatron import TensorParallel
 from stagdist.model.stagformer import StagFormer, canonical_slice
 from stagdist.parallel.device import choose_device
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import (
     Groups,
     build_groups,
-    destroy_groups,
     set_default_timeout,
     single_process,
 )
@@ -100,14 +100,15 @@ def score_file(
     ids = tokenizer.encode(content)
     with world_groups(scoring.tensor_parallel_size, device, scoring.timeout_s) as groups:
         dtype = source.dtype if scoring.dtype is None else DTYPES[scoring.dtype]
-        runner = load_weights(source, TensorParallel(groups.tensor, dtype)).to(device)
+        parallel = TensorParallel(groups.tensor, dtype)
+        runner = load_weights(source, parallel).to(device)
         part = (groups.place.data, groups.grid.data)
         windows = len(range(part[0], count_windows(len(ids), window, stride), part[1]))
         done = 0
 
         def nats(input_ids: Tensor, labels: Tensor) -> Tensor:
             nonlocal done
-            losses = token_nats(runner(input_ids.to(device)), labels.to(device))
+            losses = token_nats(runner(input_ids.to(device)), labels.to(device), parallel)
             done += len(input_ids)
             report(done, windows)
             return losses
@@ -141,7 +142,6 @@ def world_groups(tensor_size: int, device: str, timeout_s: float) -> Iterator[Gr
     join_world(device, timeout_s)
     yield build_groups(Grid(1, world_size // tensor_size, tensor_size), timeout_s)
     # After an error the process ends, which tells the others; taking groups down could wait for a rank that is gone.
-    destroy_groups()
     dist.destroy_process_group()
 
 

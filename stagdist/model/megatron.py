@@ -17,7 +17,6 @@ from stagdist.parallel.megatron_core import (
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
-    vocab_parallel_cross_entropy,
 )
 
 
@@ -54,6 +53,8 @@ class TensorParallel:
             use_cpu_initialization=True,
             perform_initialization=False,
             gradient_accumulation_fusion=False,
+            # The embedding then avoids the backward pass of `torch.nn.functional.embedding`.
+            deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         )
 
 
@@ -147,11 +148,3 @@ def enter_tensor_parallel(hidden_states: Tensor, parallel: TensorParallel) -> Te
     if parallel.size == 1:
         return hidden_states
     return _ContiguousGradient.apply(copy_to_tensor_model_parallel_region(hidden_states, group=parallel.group))
-
-
-def token_nats(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of every token over the split vocabulary. Overwrites fp32 `logits`.
-
-    Shapes: logits [B, S, V], labels int64 [B, S] -> fp32 [B, S], nats.
-    """
-    return vocab_parallel_cross_entropy(logits.float().contiguous(), labels)

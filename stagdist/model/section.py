@@ -92,7 +92,9 @@ class Section(nn.Module):
         cores = self.core if shared_core is None else shared_core
         assert cores is not None, "a section without layers of its own needs the shared ones"
         recompute = self.checkpoint_layers and torch.is_grad_enabled()
-        run: Callable[..., Any] = partial(checkpoint, run_layer, use_reentrant=False) if recompute else run_layer
+        # No operation of a layer draws random numbers, and saving the generator's state waits for the device.
+        again = partial(checkpoint, run_layer, use_reentrant=False, preserve_rng_state=False)
+        run: Callable[..., Any] = again if recompute else run_layer
         for layer, core in enumerate(cores):
             cross = None if self.cross is None else self.cross[layer]
             hidden_states = run(core, cross, self.parallel, hidden_states, memory, rotary, mask)

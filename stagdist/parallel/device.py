@@ -68,6 +68,19 @@ def choose_attention(*, training: bool) -> None:
     torch.backends.cuda.enable_cudnn_sdp(training)
 
 
+def use_deterministic_kernels() -> None:
+    """Let this process repeat its results exactly; call before CUDA starts.
+
+    torch then refuses cuDNN's attention, whose backward pass it cannot make deterministic, uses the deterministic
+    backward pass of the other attention kernels, and raises where an operation has no deterministic kernel.
+
+    Source: torch.use_deterministic_algorithms; `check_cudnn_deterministic` in PyTorch's
+    aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its first handle is made
+    torch.use_deterministic_algorithms(True)
+
+
 def _set_hardware_queues(environment: MutableMapping[str, str]) -> None:
     """Give every communicator a hardware queue of its own. The driver reads the variable when CUDA starts.
 

@@ -1,7 +1,7 @@
 """Which rank stands where: ranks <-> (pipe, data, tensor), tensor fastest. Pure integers, no torch.
 
-The order is that of DeepSpeed's `PipeModelDataParallelTopology` and of megatron-core's default; both are checked
-against it when the groups are built.
+The order is that of DeepSpeed's `PipeModelDataParallelTopology`, which is checked against it when training starts, and
+of megatron-core's default.
 """
 
 from dataclasses import dataclass

@@ -1,16 +1,23 @@
-"""Process groups: made once, all with a time limit, in one rank order for DeepSpeed and megatron-core."""
+"""Process groups: one for each set of ranks that communicates, all with a time limit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 from stagdist.errors import ConfigError
 from stagdist.parallel.grid import Coordinate, Grid
-from stagdist.parallel.megatron_core import parallel_state
+
+WATCHDOG_GRACE_S = 60.0
+"""Seconds that NCCL's watchdog waits longer than the host.
+
+The watchdog aborts the process. The deadline of the host raises an error that names stage, peer and step, so it must
+come first.
+"""
 
 
 @dataclass(frozen=True)
@@ -22,22 +29,49 @@ class Groups:
         place: coordinate of this rank.
         tensor: ranks that split the same matrices.
         control: all ranks over gloo, for host-side agreements that must not touch the device's queue.
+        by_ranks: the groups that `group_of` has returned, by their sorted global ranks.
     """
 
     grid: Grid
     place: Coordinate
     tensor: dist.ProcessGroup
     control: dist.ProcessGroup
+    by_ranks: dict[tuple[int, ...], dist.ProcessGroup] = field(repr=False)
+
+    @contextmanager
+    def reused(self) -> Iterator[None]:
+        """Inside, `torch.distributed.new_group` returns the existing group of the same ranks, if there is one.
+
+        DeepSpeed asks for six groups or more, several of them of the same ranks. On nccl each would be a communicator
+        with a stream and buffers. Sharing one is safe: all ranks launch DeepSpeed's collectives in the same order.
+        """
+        original = dist.new_group
+        dist.new_group = partial(group_of, by_ranks=self.by_ranks)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            dist.new_group = original
+
+
+def group_of(ranks: Iterable[int], by_ranks: dict[tuple[int, ...], dist.ProcessGroup]) -> dist.ProcessGroup:
+    """The one group of some ranks, made at the first request; called on every rank of the world.
+
+    Returns:
+        The group; on a rank outside of it what `torch.distributed.new_group` returns there.
+    """
+    key = tuple(sorted(ranks))
+    if key not in by_ranks:
+        by_ranks[key] = c10d.new_group(list(key))
+    return by_ranks[key]
 
 
 def set_default_timeout(timeout_s: float) -> None:
-    """Give every group made from now on this limit, also those that DeepSpeed and megatron-core make.
+    """Set the limit of every group made from now on, also of those that DeepSpeed makes.
 
-    Their `new_group` calls pass no limit and would otherwise wait torch's 10 or 30 minutes for a frozen peer.
+    Its `new_group` calls pass no limit and would otherwise wait torch's 10 or 30 minutes for a frozen peer.
     """
-    limit = timedelta(seconds=timeout_s)
-    c10d.default_pg_timeout = limit
-    c10d.default_pg_nccl_timeout = limit
+    c10d.default_pg_timeout = timedelta(seconds=timeout_s)
+    c10d.default_pg_nccl_timeout = timedelta(seconds=timeout_s + WATCHDOG_GRACE_S)
 
 
 def build_groups(grid: Grid, timeout_s: float) -> Groups:
@@ -49,34 +83,12 @@ def build_groups(grid: Grid, timeout_s: float) -> Groups:
     if dist.get_world_size() != grid.world_size:
         raise ConfigError(f"the grid {grid} needs {grid.world_size} ranks, but {dist.get_world_size()} were started")
     rank = dist.get_rank()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=grid.tensor,
-        pipeline_model_parallel_size=grid.pipe,
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=timeout_s / 60,
-    )
-    _check_rank_order(grid, rank)
+    world = dist.group.WORLD
+    assert world is not None, "the default group exists"
+    by_ranks = {tuple(range(grid.world_size)): world}
+    tensor = [group_of(ranks, by_ranks) for ranks in grid.tensor_groups()][rank // grid.tensor]
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-    return Groups(grid, grid.coordinate(rank), parallel_state.get_tensor_model_parallel_group(), control)
-
-
-def _check_rank_order(grid: Grid, rank: int) -> None:
-    """megatron-core must see this rank where our grid sees it."""
-    place = grid.coordinate(rank)
-    expected = {
-        "tensor": (grid.tensor_groups(), parallel_state.get_tensor_model_parallel_group()),
-        "data": (grid.data_groups(), parallel_state.get_data_parallel_group()),
-        "pipe": (grid.pipe_groups(), parallel_state.get_pipeline_model_parallel_group()),
-    }
-    for axis, (groups, group) in expected.items():
-        ours = next(ranks for ranks in groups if rank in ranks)
-        theirs = dist.get_process_group_ranks(group)
-        assert ours == theirs, f"{axis} group of rank {rank} at {place}: ours {ours}, megatron-core's {theirs}"
-
-
-def destroy_groups() -> None:
-    """Forget megatron-core's groups; the default group stays."""
-    parallel_state.destroy_model_parallel()
+    return Groups(grid, grid.coordinate(rank), tensor, control, by_ranks)
 
 
 @contextmanager
@@ -87,5 +99,4 @@ def single_process(timeout_s: float = 600.0) -> Iterator[Groups]:
     try:
         yield build_groups(Grid(1, 1, 1), timeout_s)
     finally:
-        destroy_groups()
         dist.destroy_process_group()

@@ -25,9 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagdist.parallel.device import on_cuda
-
-WATCHDOG_GRACE_S = 60.0
-"""Seconds that NCCL's watchdog leaves to the deadline of the host, which raises an error that names the peer."""
+from stagdist.parallel.groups import WATCHDOG_GRACE_S
 
 _UNLIMITED = timedelta(days=365)
 _SPIN_S = 0.005

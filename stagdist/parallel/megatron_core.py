@@ -6,14 +6,13 @@ from stagdist.parallel.lean_imports import without_compiler, without_trackers
 
 with without_compiler(), without_trackers(), warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of optional GPU packages
-    from megatron.core import ModelParallelConfig, parallel_state
+    from megatron.core import ModelParallelConfig
     from megatron.core.tensor_parallel import (
         ColumnParallelLinear,
         RowParallelLinear,
         VocabParallelEmbedding,
         copy_to_tensor_model_parallel_region,
         set_tensor_model_parallel_attributes,
-        vocab_parallel_cross_entropy,
     )
 
 __all__ = [
@@ -22,7 +21,5 @@ __all__ = [
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "copy_to_tensor_model_parallel_region",
-    "parallel_state",
     "set_tensor_model_parallel_attributes",
-    "vocab_parallel_cross_entropy",
 ]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from stagdist.errors import TransportError
 from stagdist.parallel.device import on_cuda
+from stagdist.parallel.groups import WATCHDOG_GRACE_S
 
 
 def join_world(
@@ -23,7 +24,7 @@ def join_world(
 
     Args:
         device: `cpu` (gloo) or `cuda:N` (nccl), which becomes this process's current device.
-        timeout_s: of every operation of the group.
+        timeout_s: of every operation of the group; NCCL's watchdog waits `WATCHDOG_GRACE_S` longer.
         start_timeout_s: for processes to come; `timeout_s` unless given.
 
     Raises:
@@ -39,7 +40,7 @@ def join_world(
             store=_store(environment, timedelta(seconds=start_timeout_s or timeout_s)),
             rank=rank,
             world_size=size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=timeout_s + (WATCHDOG_GRACE_S if on_gpu else 0.0)),
             device_id=torch.device(device) if on_gpu and size > 1 else None,
         )
     except (OSError, RuntimeError, ValueError) as error:

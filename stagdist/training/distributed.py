@@ -10,14 +10,17 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 
-from stagdist.parallel.device import choose_attention, on_cuda
+from stagdist.parallel.device import choose_attention, on_cuda, use_deterministic_kernels
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import Groups, build_groups, set_default_timeout
 from stagdist.parallel.rendezvous import join_world
 
 
-def start_distributed(grid: Grid, device: str, timeout_s: float) -> Groups:
+def start_distributed(grid: Grid, device: str, timeout_s: float, *, deterministic: bool = False) -> Groups:
     """Join the world named by the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...) and build all groups.
+
+    Args:
+        deterministic: `training.deterministic`.
 
     Raises:
         TransportError: the ranks did not meet.
@@ -26,6 +29,8 @@ def start_distributed(grid: Grid, device: str, timeout_s: float) -> Groups:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     set_default_timeout(timeout_s)
     choose_attention(training=True)
+    if deterministic:
+        use_deterministic_kernels()
     if on_cuda(device):
         # DeepSpeed takes it for the number of the device, and compares it with Open MPI's.
         for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stagdist.config import RunConfig
 from stagdist.training.exchange import TensorKind, as_tuple
-from stagdist.training.pipeline import SectionPipeline, mean_nats
+from stagdist.training.pipeline import SectionPipeline
 
 
 def dry_pass(
@@ -36,6 +36,6 @@ def dry_pass(
         wanted.append(carried)
         inputs = (carried, tokens) if len(kinds) > 1 else carried
     outputs = module(inputs)
-    result = mean_nats(outputs, tokens) if last_stage else as_tuple(outputs)[0]
+    result = module.loss_fn(outputs, tokens) if last_stage else as_tuple(outputs)[0]
     # Not `backward`: its hooks would hand the gradients to the optimizer.
     torch.autograd.grad(result, wanted, torch.ones_like(result), allow_unused=True)

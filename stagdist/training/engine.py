@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import schedule
-from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor
 
 from stagdist.config import RunConfig
@@ -81,6 +81,24 @@ class SectionEngine(PipelineEngine):
     times: StepTimes
     exchange: Exchange
     control: dist.ProcessGroup
+
+    def train_batch(self, data_iter: MicroBatches | None = None) -> Tensor:
+        """Run one optimizer step.
+
+        Returns:
+            Mean loss over the micro-batches and replicas, on every rank. The device has computed it.
+        """
+        loss: Tensor = super().train_batch(data_iter)
+        self._wait_for_device()
+        # DeepSpeed resets this timer only when it prints, which is off: it would keep two CUDA events of every step.
+        self.timers(TRAIN_BATCH_TIMER).reset()
+        return loss
+
+    def eval_batch(self, *arguments: Any, **options: Any) -> Any:
+        """Loss of one batch without an update, which the device has computed; see DeepSpeed."""
+        loss = super().eval_batch(*arguments, **options)
+        self._wait_for_device()
+        return loss
 
     def _train_schedule(self) -> TrainSchedule:
         return TrainSchedule(self.micro_batches, self.num_stages, self.stage_id)
@@ -165,18 +183,6 @@ class SectionEngine(PipelineEngine):
         schedule.RecvGrad: _exec_recv_grads,
     }
 
-    def train_batch(self, data_iter: MicroBatches | None = None) -> Tensor:
-        """One optimizer step; the mean loss of its micro-batches, which the device has computed."""
-        loss: Tensor = super().train_batch(data_iter)
-        self._wait_for_device()
-        return loss
-
-    def eval_batch(self, *arguments: Any, **options: Any) -> Any:
-        """Loss of one batch without an update, which the device has computed; see DeepSpeed."""
-        loss = super().eval_batch(*arguments, **options)
-        self._wait_for_device()
-        return loss
-
     def _wait_for_device(self) -> None:
         """Wait on the host, where it waits anyway: on NCCL this is where lost peers are noticed."""
         self.pulse.beat(Phase.RECEIVE)
@@ -258,7 +264,7 @@ def build_engine(config: RunConfig, groups: Groups) -> SectionEngine:
 def build_module(config: RunConfig, groups: Groups) -> SectionPipeline:
     """The layers of this rank with their initial weights."""
     parallel = TensorParallel(groups.tensor)
-    with _quiet():
+    with _quiet(), groups.reused():
         module = SectionPipeline(config, groups.grid, parallel)
         fill_parameters(module.canonical_parameters(), config.model, parallel, config.training.seed)
     return module
@@ -270,7 +276,7 @@ def wrap_module(module: SectionPipeline, config: RunConfig, groups: Groups) -> S
     What deepspeed.initialize does for a pipeline module, with our engine class.
     """
     settings = deepspeed_config(config, groups.grid)
-    with _quiet():
+    with _quiet(), groups.reused():
         engine = SectionEngine(
             args=None,
             model=module,

@@ -1,6 +1,7 @@
 """What DeepSpeed would write, kept in host memory instead, so that training can go on while it is written."""
 
 import copy
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,21 @@ import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
+LARGE_BYTES = 2**20
+"""Size from which a buffer is registered with CUDA: torch's pinned allocator rounds up to a power of two."""
+
 
 class HostCopies:
     """Copies of training state in buffers that are kept from one save to the next.
 
     Buffers are kept because the first touch of fresh memory takes most of a copy's time: on a CPU 8 times as long as
     the copy into memory that was used before. They are as large as what this rank saves, and pinned where the state
-    lies on a GPU.
+    lies on a GPU. Call `close` before the object is dropped.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, int], Tensor] = {}
+        self._registered: dict[tuple[str, int], Tensor] = {}
         self._on_cuda = False
 
     def copy(self, content: dict[str, Any], file: str) -> dict[str, Any]:
@@ -44,13 +49,35 @@ class HostCopies:
         if self._on_cuda:
             torch.cuda.current_stream().synchronize()
 
+    def close(self) -> None:
+        """Give up the buffers. Copies stay valid as long as they are referenced."""
+        self._buffers.clear()
+        for key in list(self._registered):
+            self._unregister(key)
+
     def _copy(self, tensor: Tensor, key: tuple[str, int]) -> Tensor:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._unregister(key)
+            buffer = self._buffers[key] = self._new_buffer(tensor, key)
         self._on_cuda |= tensor.is_cuda
         buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
         return buffer.detach().requires_grad_(tensor.requires_grad)
+
+    def _new_buffer(self, tensor: Tensor, key: tuple[str, int]) -> Tensor:
+        if not tensor.is_cuda or tensor.nbytes < LARGE_BYTES:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        # Mapped memory shares no page with anything else; CUDA registers a page only once.
+        pages = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        buffer = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+        self._registered[key] = buffer
+        return buffer
+
+    def _unregister(self, key: tuple[str, int]) -> None:
+        buffer = self._registered.pop(key, None)
+        if buffer is not None:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))
 
 
 def _tensors(content: object) -> Iterator[Tensor]:
@@ -88,7 +115,7 @@ class Capture(TorchCheckpointEngine):
             return
         try:
             self._files.append((Path(path), self._copies.copy(state_dict, Path(path).name)))
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             reason = str(error).partition("\n")[0]
             self._failure = (
                 f"{path} could not be copied to host memory ({reason}); checkpoint.asynchronous: false needs no copy"

@@ -6,14 +6,16 @@ With combined sections, memory and accumulator travel stacked in one tensor.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 
 from stagdist.config import ModelConfig, RunConfig
+from stagdist.model.cross_entropy import token_nats
 from stagdist.model.head import Head
-from stagdist.model.megatron import TensorParallel, token_nats
+from stagdist.model.megatron import TensorParallel
 from stagdist.model.section import Section, layer_cores
 from stagdist.model.stagformer import head_canonical_name, new_embedding, section_canonical_name
 from stagdist.parallel.grid import Grid
@@ -127,9 +129,9 @@ class HeadLayer(nn.Module):
         return self.head(hidden_states[1] if self.combined else hidden_states, weight)
 
 
-def mean_nats(logits: Tensor, labels: Tensor) -> Tensor:
+def mean_nats(logits: Tensor, labels: Tensor, parallel: TensorParallel) -> Tensor:
     """Loss of a micro-batch: mean cross-entropy per token, nats. Overwrites fp32 `logits`."""
-    return token_nats(logits, labels).mean()
+    return token_nats(logits, labels, parallel).mean()
 
 
 class SectionPipeline(PipelineModule):
@@ -144,7 +146,7 @@ class SectionPipeline(PipelineModule):
     def __init__(self, config: RunConfig, grid: Grid, parallel: TensorParallel):
         self.run_config = config
         specs, self.bounds = _layer_specs(config, grid, parallel)
-        super().__init__(layers=specs, topology=topology(grid), loss_fn=mean_nats)
+        super().__init__(layers=specs, topology=topology(grid), loss_fn=partial(mean_nats, parallel=parallel))
 
     def _partition_layers(self, method: str = "") -> None:
         """Cut at our bounds; DeepSpeed's own methods would cut inside `[embedding, section]`."""

@@ -73,7 +73,7 @@ def pretrain(
         trust_pickle: resume from a checkpoint although its files can run any program.
     """
     signals = StopSignals()
-    groups = start_distributed(grid, device, config.parallel.timeout_s)
+    groups = start_distributed(grid, device, config.parallel.timeout_s, deterministic=config.training.deterministic)
     rank = dist.get_rank()
     tokenizer = load_tokenizer(config.data.tokenizer)
     identity = training_identity(config.data, tokenizer)

@@ -175,6 +175,7 @@ class Saver:
             save.written.give_up(GIVE_UP_S)
         if self._pruning is not None:
             self._pruning.join(GIVE_UP_S)
+        self._copies.close()
 
     def _prune(self, save: _Save) -> None:
         """Remove old checkpoints, which takes a file system a while: beside the training, where the save was."""

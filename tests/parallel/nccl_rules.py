@@ -151,7 +151,7 @@ class Machine:
         """Where each rank that does not come to its end hangs; empty when all do."""
         moved = True
         while moved:
-            moved = any([self._advance(rank) for rank in range(len(self._programs))])
+            moved = sum(self._advance(rank) for rank in range(len(self._programs))) > 0
         return [self._stuck(rank) for rank, device in enumerate(self._devices) if not self._ended(rank, device)]
 
     # --- the host -----------------------------------------------------------------------------------------------

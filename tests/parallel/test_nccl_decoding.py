@@ -20,6 +20,7 @@ from tests.parallel.nccl_rules import (
     Send,
     Stream,
 )
+from tests.parallel.recording import Recorder
 
 STAGES = range(1, 9)
 
@@ -91,7 +92,9 @@ def test_the_dry_pass_has_loaded_every_kernel_before_the_first_hand_off(monkeypa
 
     def dry_pass(stage: Stage) -> None:
         real(stage)
-        loaded.append(set(dispatch._get_current_dispatch_mode().loaded))
+        mode = dispatch._get_current_dispatch_mode()
+        assert isinstance(mode, Recorder)
+        loaded.append(set(mode.loaded))
 
     monkeypatch.setattr(loading, "dry_pass", dry_pass)
     for layout in (Layout(2, 2, "sharded"), Layout(3, 0, combined=True), Layout(2, None), Layout(2, tensor=2)):

@@ -34,6 +34,7 @@ def checkpoint(tmp_path: Path) -> Path:
         {},
         {"training": {"steps": 9}},
         {"training": {"micro_batch_size": 4}},
+        {"training": {"deterministic": True}},
         {"parallel": {"tensor_parallel_size": 2}},
         {"optimizer": {"learning_rate": 0.1}},
         {"data": {"num_samples": 96}},

@@ -1,9 +1,11 @@
 """Saving beside the training: the same files as by waiting, one save at a time, failures told on all ranks."""
 
+import mmap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from stagdist.checkpoint.pickles import load_file
 from stagdist.checkpoint.training_directory import checkpoint_files
 from stagdist.checkpoint.training_reader import TrainingReader
 from stagdist.training.agreement import Writing
-from stagdist.training.host_copies import HostCopies
+from stagdist.training.host_copies import LARGE_BYTES, HostCopies
 from tests.ranks import run_ranks
 from tests.reference.variants import VARIANTS
 from tests.training.parity_cases import Case
@@ -154,3 +156,28 @@ def test_a_copy_holds_the_values_of_its_moment_and_reuses_memory() -> None:
     assert other["part"].data_ptr() != address
     larger = copies.copy({"part": torch.ones(11)}, "file")
     assert torch.equal(larger["part"], torch.ones(11))
+
+
+class OnDevice(Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def test_large_buffers_are_registered_with_cuda_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, locked = Mock(), {}
+    cuda.cudaHostRegister.side_effect = lambda address, size, _: locked.update({address: size}) or 0
+    cuda.cudaHostUnregister.side_effect = lambda address: int(locked.pop(address) is None)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None if code == 0 else pytest.fail(f"code {code}"))
+    size = LARGE_BYTES // 2 + 1
+    weights = torch.arange(size, dtype=torch.bfloat16)
+    copies = HostCopies()
+    first = copies.copy({"weights": weights.as_subclass(OnDevice)}, "file")["weights"]
+    assert torch.equal(first, weights) and locked == {first.data_ptr(): 2 * size}, "not the tensor's size"
+    assert first.data_ptr() % mmap.PAGESIZE == 0
+    assert copies.copy({"weights": weights.as_subclass(OnDevice)}, "file")["weights"].data_ptr() == first.data_ptr()
+    larger = copies.copy({"weights": torch.ones(2, size).as_subclass(OnDevice)}, "file")["weights"]
+    assert locked == {larger.data_ptr(): 8 * size} and larger.shape == (2, size)
+    copies.close()
+    assert not locked and larger.all(), "a copy is lost before its file is written"

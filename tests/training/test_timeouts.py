@@ -2,14 +2,18 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from stagdist.config import RunConfig
+from stagdist.parallel.groups import WATCHDOG_GRACE_S, set_default_timeout
+from stagdist.parallel.rendezvous import join_world
 from stagdist.training.engine import build_engine
-from tests.ranks import run_ranks
+from tests.ranks import free_port, run_ranks
 from tests.training.parity_cases import Case
 from tests.training.parity_worker import micro_batches
 from tests.training.worlds import World
@@ -43,3 +47,22 @@ def test_every_process_group_has_the_configured_timeout() -> None:
         assert wrong == {}, f"rank {rank}"
         # The world, and the pipe and data axes, are among those that were looked at.
         assert {size for size, _ in timeouts.values()} >= {4, 2}, f"rank {rank}: {timeouts}"
+
+
+def test_the_watchdog_of_nccl_waits_longer_than_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(c10d, name, None)
+    set_default_timeout(TIMEOUT_S)
+    limits = {name: c10d._get_default_timeout(c10d.Backend(name)).total_seconds() for name in ("gloo", "nccl")}
+    assert limits == {"gloo": TIMEOUT_S, "nccl": TIMEOUT_S + WATCHDOG_GRACE_S}
+
+
+@pytest.mark.parametrize(("device", "limit_s"), [("cpu", TIMEOUT_S), ("cuda:0", TIMEOUT_S + WATCHDOG_GRACE_S)])
+def test_so_does_that_of_the_default_group(device: str, limit_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: made.update(options, backend=backend))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    join_world(device, TIMEOUT_S, environment={"RANK": "0", "WORLD_SIZE": "1", **address})
+    assert made["timeout"].total_seconds() == limit_s
+    assert made["backend"] == ("gloo" if device == "cpu" else "nccl")

@@ -4,15 +4,15 @@ import os
 
 from stagdist.parallel.device import choose_device
 from stagdist.parallel.grid import Grid
-from stagdist.parallel.groups import Groups, build_groups, destroy_groups
+from stagdist.parallel.groups import Groups, build_groups
 from stagdist.training.distributed import start_distributed
 
 
 class World:
     """Joins the ranks of this launch, on the device that DS_ACCELERATOR names, when the first grid is asked for."""
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, timeout_s: float, *, deterministic: bool = False) -> None:
+        self._timeout_s, self._deterministic = timeout_s, deterministic
         self._groups: Groups | None = None
 
     def groups(self, sizes: tuple[int, int, int]) -> Groups:
@@ -20,8 +20,7 @@ class World:
         grid = Grid(*sizes)
         if self._groups is None:
             device = choose_device(os.environ["DS_ACCELERATOR"], int(os.environ["LOCAL_RANK"]))
-            self._groups = start_distributed(grid, device, self._timeout_s)
+            self._groups = start_distributed(grid, device, self._timeout_s, deterministic=self._deterministic)
         elif self._groups.grid != grid:
-            destroy_groups()
             self._groups = build_groups(grid, self._timeout_s)
         return self._groups
