@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stagdist.parallel.link import PeerWatch
 from tests.parallel.nccl_rules import (
     Action,
     Collective,
@@ -147,8 +148,7 @@ class Recorder(TorchDispatchMode):
             mock.patch.multiple(dist, **{name: getattr(self, name) for name in names}),
             mock.patch.object(torch.cuda, "synchronize", lambda *_: self.program.append(Drain())),
             mock.patch("stagdist.parallel.link.record_event", lambda device: self._event()),
-            mock.patch("stagdist.parallel.link.PeerWatch", lambda ranks: None),
-            mock.patch("stagdist.decode.transport.PeerWatch", lambda ranks: None),
+            mock.patch.object(PeerWatch, "_watch", lambda self, rank: None),
             mock.patch.dict(os.environ, environment),
             self,
         ):

@@ -50,7 +50,7 @@ def programs(layout: Layout, **options: object) -> list[Program]:
 
 def round_robin(queues: int) -> QueueOf:
     """The hardware queue of each stream, in the order in which they are made."""
-    return lambda stream: 0 if stream == COMPUTE else hash(stream) % queues
+    return lambda stream: 0 if stream == COMPUTE else int(str(stream)) % queues
 
 
 def together(first: Stream, second: Stream) -> QueueOf:
