@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from stagdist.checkpoint.reading import ReadSlice
 from stagdist.config import ModelConfig
+from stagdist.decode.graphs import CaptureProgress, FixedStep, StepGraphs
 from stagdist.decode.readout import Readout
 from stagdist.decode.section import Lap
 from stagdist.decode.sections import StageSections
@@ -150,8 +151,15 @@ def build_stage(
     *,
     recorder: SpanRecorder | None = None,
     lap: Lap | None = None,
+    progress: CaptureProgress | None = None,
 ) -> Stage:
-    """This rank's stage with its slices of the weights."""
+    """This rank's stage with its slices of the weights.
+
+    Args:
+        recorder: gets a span for every instruction; steps are not graphs then, unless the options say so.
+        lap: told when a phase inside a section ends; likewise.
+        progress: told of the CUDA graphs that are captured.
+    """
     choose_attention(training=False)
     model, topology, options = placement.model, placement.topology, placement.options
     where = Device(device, DTYPES[options.precision])
@@ -168,8 +176,12 @@ def build_stage(
         want_margins=options.want_margins,
         keep_logits=options.keep_logits,
     )
-    graphs = options.graphs
-    if graphs is None:
-        graphs = transport is None and on_cuda(device) and recorder is None
     sections = StageSections(model, topology, weights, placement.limits, where, transport, lap)
+    wanted = options.graphs
+    if wanted is None:
+        wanted = transport is None and on_cuda(device) and recorder is None and lap is None
+    graphs: StepGraphs | None = None
+    if wanted:
+        graphs = StepGraphs(FixedStep(sections, readout), where, placement.limits)
+        graphs.capture(progress)
     return Stage(sections, placement.limits, readout, transport, recorder=recorder, graphs=graphs)
