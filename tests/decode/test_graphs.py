@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stagdist.config import ModelConfig
 from stagdist.decode import graphs
+from stagdist.decode.generation import _show_captures
 from stagdist.decode.graphs import StepGraphs, reach_buckets, row_buckets
 from stagdist.decode.loading import EngineOptions, place_model
 from stagdist.decode.request import Request, RequestOutput, SamplingParams
@@ -201,6 +202,16 @@ def test_all_captures_share_one_stream_and_one_pool_and_follow_warm_up_runs_on_t
     assert [event[0] for event in cuda.events] == ["synchronize"] + ["reset"] * 9
     with pytest.raises(AssertionError, match="no graph of 1 rows and reach 8 was captured"):
         step_graphs.run([1])
+
+
+def test_captures_are_shown_as_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for done in (1, 2):
+        _show_captures(done, 2)
+    assert capsys.readouterr().err == "captured 2 of 2 CUDA graphs\n"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    for done in (1, 2):
+        _show_captures(done, 2)
+    assert capsys.readouterr().err == "\rcaptured 1 of 2 CUDA graphs\rcaptured 2 of 2 CUDA graphs\n"
 
 
 # --- one engine after the other ---------------------------------------------------------------------------------
