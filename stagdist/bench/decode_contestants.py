@@ -227,7 +227,7 @@ class PrefillContestant:
         self._site, self._alone, self._load = site, alone, Load(prompt_length, 0)
         self._prompt_length, self._vocab_size = prompt_length, model.vocab_size
         self.chunk_size = options.chunk_size
-        options = replace(options, max_context=prompt_length + 1)
+        options = replace(options, max_context=prompt_length + 1, graphs=False)  # no steps
         self._transport = None if alone else site.transport(combined=model.combine_sections)
         self._stage = None
         if not alone or site.rank == 0:

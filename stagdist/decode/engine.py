@@ -101,7 +101,6 @@ class Engine:
         self._untold: list[_Running] = []
         self.smallest_margin = float("inf")
         self.steps = 0
-        stage.host_work = self._tell_all
 
     # --- for clients, from any thread ---------------------------------------------------------------------------
 
@@ -148,7 +147,11 @@ class Engine:
             TransportError: a rank is gone.
         """
         self._sink = sink
-        operate(self._stage, self._transport, self)
+        self._stage.host_work = self._tell_all
+        try:
+            operate(self._stage, self._transport, self)
+        finally:
+            self._stage.host_work = lambda: None  # a reference cycle would keep the stage's memory
         self._tell_all()
         with self._served_lock:
             self._ended = True

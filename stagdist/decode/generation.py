@@ -149,7 +149,14 @@ def _work(prepared: Prepared, interrupts: Interrupts | None, pulse: Pulse) -> in
     task = prepared.task
     with joined_world(prepared.placement, prepared.device) as transport:
         recorder = _recorder(prepared, transport) if task.trace is not None else None
-        stage = build_stage(prepared.placement, prepared.reader.read, prepared.device, transport, recorder=recorder)
+        stage = build_stage(
+            prepared.placement,
+            prepared.reader.read,
+            prepared.device,
+            transport,
+            recorder=recorder,
+            progress=None if interrupts is None else _show_captures,
+        )
         stage.pulse = pulse
         if interrupts is None:
             operate(stage, transport, None)
@@ -284,6 +291,14 @@ def _check_trace(path: Path) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"--trace {path} cannot be written: {reason}; give a file in a folder of yours") from error
+
+
+def _show_captures(done: int, total: int) -> None:
+    """Progress of capturing CUDA graphs: one line that is overwritten on a terminal, the last one elsewhere."""
+    terminal = sys.stderr.isatty()
+    if terminal or done == total:
+        text = f"captured {done} of {total} CUDA graphs"
+        print(f"\r{text}" if terminal else text, end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def _recorder(prepared: Prepared, transport: Transport | None) -> SpanRecorder:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from stagdist.checkpoint.reading import ReadSlice
 from stagdist.config import ModelConfig
 from stagdist.decode.dry_pass import Unconnected, dry_limits, dry_pass
+from stagdist.decode.graphs import CaptureProgress, FixedStep, StepGraphs
 from stagdist.decode.readout import Readout
 from stagdist.decode.section import Lap
 from stagdist.decode.sections import StageSections
@@ -159,10 +159,16 @@ def build_stage(
     *,
     recorder: SpanRecorder | None = None,
     lap: Lap | None = None,
+    progress: CaptureProgress | None = None,
 ) -> Stage:
     """This rank's stage with its slices of the weights.
 
     On NCCL every kernel is launched once before the ranks depend on each other.
+
+    Args:
+        recorder: gets a span for every instruction; steps are not graphs then, unless the options say so.
+        lap: told when a phase inside a section ends; likewise.
+        progress: told of the CUDA graphs that are captured.
     """
     choose_attention(training=False)
     options = placement.options
@@ -172,11 +178,21 @@ def build_stage(
     weights = loader.stage(placement.topology, index)
     if transport is not None and not transport.rules.early_receives:
         alone = Unconnected(placement.grid, transport.stage, transport.tensor_rank)
-        dry_pass(_assemble(placement, weights, where, alone, limits=dry_limits(placement.limits)))
+        dry_pass(_assemble(placement, weights, where, alone, dry_limits(placement.limits)))
     graphs = options.graphs
     if graphs is None:
-        graphs = transport is None and on_cuda(device) and recorder is None
-    return _assemble(placement, weights, where, transport, recorder=recorder, lap=lap, graphs=graphs)
+        graphs = transport is None and on_cuda(device) and recorder is None and lap is None
+    return _assemble(
+        placement,
+        weights,
+        where,
+        transport,
+        placement.limits,
+        recorder=recorder,
+        lap=lap,
+        wants_graphs=graphs,
+        progress=progress,
+    )
 
 
 def _assemble(
@@ -184,13 +200,14 @@ def _assemble(
     weights: StageWeights,
     where: Device,
     transport: Transport | None,
+    limits: Limits,
     *,
-    limits: Limits | None = None,
+    recorder: SpanRecorder | None = None,
     lap: Lap | None = None,
-    **keys: Any,
+    wants_graphs: bool = False,
+    progress: CaptureProgress | None = None,
 ) -> Stage:
     model, topology, options = placement.model, placement.topology, placement.options
-    limits = limits or placement.limits
     readout = Readout(
         model,
         topology,
@@ -202,4 +219,8 @@ def _assemble(
         keep_logits=options.keep_logits,
     )
     sections = StageSections(model, topology, weights, limits, where, transport, lap)
-    return Stage(sections, limits, readout, transport, **keys)
+    graphs: StepGraphs | None = None
+    if wants_graphs:
+        graphs = StepGraphs(FixedStep(sections, readout), where, limits)
+        graphs.capture(progress)
+    return Stage(sections, limits, readout, transport, recorder=recorder, graphs=graphs)

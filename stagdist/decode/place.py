@@ -139,11 +139,11 @@ class StepPlace:
 Place = ChunkPlace | StepPlace
 
 
-def step_place(angles: Angles, positions: Sequence[int], repeats: int = 1) -> Place:
+def step_place(angles: Angles, positions: Sequence[int], device: Device, repeats: int = 1) -> Place:
     """The place of a step; one row alone is written without indices."""
     if len(positions) == 1 and repeats == 1:
         return ChunkPlace(angles, 0, positions[0], 1)
-    tensor = torch.tensor(positions, device=angles.cos.device)
+    tensor = device.upload(positions, torch.int64)
     uniform = min(positions) == max(positions)
     return StepPlace(angles, tensor, max(positions) + 1, uniform=uniform, repeats=repeats)
 

@@ -48,7 +48,7 @@ class Readout:
             first_token=weights.first_token,
             num_tokens=0 if weights.head is None else len(weights.head),
             slice_size=-(-model.vocab_size // shares),
-            device=device.name,
+            device=device,
             want_margins=want_margins,
         )
         self._hidden: Tensor | None = None
@@ -123,7 +123,7 @@ class Readout:
             if not self._keep_logits:
                 self.logits = None
             return
-        places = torch.tensor(positions, device=self._device.name)
+        places = self._device.upload(positions, torch.int64)
         candidates = self.sampler.candidates(self.logits, slots, places)
         if not self._keep_logits:
             self.logits = None

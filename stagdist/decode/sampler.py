@@ -18,6 +18,7 @@ import torch
 
 from stagdist.decode.noise import gumbel
 from stagdist.decode.request import SamplingParams
+from stagdist.decode.weights import Device
 
 _GREEDY = SamplingParams(temperature=0.0)
 _MAX_PLANS = 64
@@ -103,7 +104,7 @@ class Sampler:
         first_token: int,
         num_tokens: int,
         slice_size: int,
-        device: torch.device | str,
+        device: Device,
         want_margins: bool = False,
     ) -> None:
         real = max(0, min(num_tokens, vocab_size - first_token))
@@ -115,11 +116,11 @@ class Sampler:
         self._first = first_token
         self._size = real
         self._slice_size = min(slice_size, vocab_size)
-        self._device = torch.device(device)
+        self._device = device
         self._want_margins = want_margins
         self._params: list[SamplingParams | None] = [None] * num_slots
         self._num_special = 0
-        self._ids = torch.arange(first_token, first_token + real, device=self._device)
+        self._ids = torch.arange(first_token, first_token + real, device=device.name)
         self._seen: torch.Tensor | None = None  # bool [slots, tokens], made for the first request that needs it
         self._plans: dict[tuple[int, ...], _Plan] = {}
         self._fast_plan = _Plan(fast=True, num_candidates=1, num_logprobs=None, num_likeliest=0)
@@ -258,25 +259,21 @@ class Sampler:
             )
             for each in params
         ]
-        integers = self._upload(torch.tensor(whole, dtype=torch.int64))
-        floats = self._upload(torch.tensor(real, dtype=torch.float64)).unsqueeze(-1).unbind(1)
+        integers = self._device.upload(whole, torch.int64)
+        floats = self._device.upload(real, torch.float64).unsqueeze(-1).unbind(1)
         temperature, top_p, min_p, penalty, noisy, truncated = floats
         slot_index, seeds, top_k = integers.unbind(1)
         return _Rows(
             slot_index, seeds.contiguous(), top_k[:, None], temperature, top_p, min_p, penalty, noisy, truncated > 0
         )
 
-    def _upload(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy to the device without waiting for it, which takes pinned memory."""
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
-
     def _mark_prompt(self, slot: int, prompt_ids: Sequence[int]) -> None:
         if self._seen is None:
-            self._seen = torch.zeros(len(self._params), self._size, dtype=torch.bool, device=self._device)
+            self._seen = torch.zeros(len(self._params), self._size, dtype=torch.bool, device=self._device.name)
         mine = sorted({token - self._first for token in prompt_ids if 0 <= token - self._first < self._size})
         self._seen[slot] = False
         if mine:
-            self._seen[slot].index_fill_(0, self._upload(torch.tensor(mine, dtype=torch.int64)), True)
+            self._seen[slot].index_fill_(0, self._device.upload(mine, torch.int64), True)
 
     def _likeliest(self, local: torch.Tensor) -> torch.Tensor:
         """[best logit, its id] of each row, in as few operations as can be: this runs at every step."""
@@ -290,7 +287,7 @@ class Sampler:
         return message
 
     def _empty_message(self, batch: int, plan: _Plan) -> torch.Tensor:
-        message = torch.full((batch, plan.width), _MINUS_INF, dtype=torch.float64, device=self._device)
+        message = torch.full((batch, plan.width), _MINUS_INF, dtype=torch.float64, device=self._device.name)
         message[:, plan.num_candidates : 2 * plan.num_candidates] = _NO_TOKEN
         if plan.num_logprobs is not None:
             message[:, plan.width - plan.num_likeliest :] = _NO_TOKEN

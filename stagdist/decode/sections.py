@@ -114,9 +114,9 @@ class StageSections:
     def step_call(self, positions: Sequence[int], step: int) -> Call:
         """A step of rows 0 to len(positions) - 1."""
         call = self._new_call(positions, step)
-        call.place = step_place(self._angles, positions)
+        call.place = step_place(self._angles, positions, self.device)
         if self._batched is not None:
-            call.wide = step_place(self._angles, positions, self._batched.count)
+            call.wide = step_place(self._angles, positions, self.device, self._batched.count)
         call.null_rows = self._null_rows(positions)
         return call
 
@@ -168,10 +168,6 @@ class StageSections:
         for section, hand_off in self._local.items():
             source = section if self.topology.recurrent else section - 1
             hand_off.push(call.outputs[source][:, 0])
-
-    def carried_state(self) -> list[Tensor]:
-        """What a step changes besides cache entries that it would write again."""
-        return [hand_off.register for hand_off in self._local.values()]
 
     # --- prompts ------------------------------------------------------------------------------------------------
 
@@ -232,4 +228,4 @@ class StageSections:
         if not self.topology.staggered or all(position >= self.topology.lag for position in positions):
             return None
         rows = [[position < self.topology.lag] for position in positions]
-        return torch.tensor(rows, device=self.device.name)
+        return self.device.upload(rows, torch.bool)

@@ -8,7 +8,7 @@ from torch import Tensor
 from stagdist.decode import schedule
 from stagdist.decode.cache import SectionCache
 from stagdist.decode.control import Slots
-from stagdist.decode.graphs import SectionStreams, StepGraphs
+from stagdist.decode.graphs import StepGraphs
 from stagdist.decode.readout import Readout
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.sampler import Choice
@@ -48,7 +48,7 @@ class Stage:
         readout: from the last hidden states to the token.
         transport: None in a world of one.
         recorder: gets a span for every instruction.
-        graphs: run steps as CUDA graphs (one process).
+        graphs: runs steps up to the logits (one process); None: instruction by instruction.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Stage:
         transport: Transport | None = None,
         *,
         recorder: SpanRecorder | None = None,
-        graphs: bool = False,
+        graphs: StepGraphs | None = None,
     ):
         self._sections, self.limits, self.readout, self._transport = sections, limits, readout, transport
         self.model, self.topology = sections.model, sections.topology
@@ -74,10 +74,7 @@ class Stage:
         if self.index > 0:
             shape = (self.topology.buffers, limits.num_slots, 1, self.model.hidden_size)
             self._buffers = torch.zeros(shape, dtype=self.device.dtype, device=self.device.name)
-        self._streams = SectionStreams(self.device.name, list(self.weights.sections))
-        self._graphs: StepGraphs | None = None
-        if graphs:
-            self._graphs = StepGraphs(self._fixed_step, sections.carried_state, self.device.name, limits.max_context)
+        self._graphs = graphs
 
     # --- operations, the same on every rank ---------------------------------------------------------------------
 
@@ -90,7 +87,7 @@ class Stage:
             self._transport.step = self.step_number
         self.readout.admit(slot, params, prompt_ids)
         length = len(prompt_ids)
-        ids = torch.tensor(prompt_ids, device=self.device.name)
+        ids = self.device.upload(prompt_ids, torch.int64)
         call = Call([slot], [length])
         memories = self._sections.prompt_memories()
         bounds = schedule.chunk_bounds(length, self.limits.chunk_size)
@@ -162,6 +159,12 @@ class Stage:
         elif choice.tokens.is_cuda:
             torch.cuda.current_stream().synchronize()
         return Choice(*copied)  # type: ignore[arg-type]  # tokens are there
+
+    def close(self) -> None:
+        """Release the CUDA graphs; the stage cannot run afterwards."""
+        if self._graphs is not None:
+            self._graphs.close()
+        self.readout.logits = None
 
     # --- what it holds ------------------------------------------------------------------------------------------
 
@@ -235,29 +238,6 @@ class Stage:
         with self._span(choose):
             self._end(call, choose)
         return call
-
-    def _fixed_step(self, positions: Tensor, reach: int) -> Tensor:
-        """A step up to the logits with shapes that depend on nothing but the arguments, for a graph.
-
-        Shapes: positions int64 [B] on the device -> logits [B, V].
-        """
-        call = self._sections.fixed_call(positions, reach)
-        for instruction in self._program()[0]:
-            match instruction.kind:
-                case Kind.BEGIN:
-                    if self.topology.lag == 0:
-                        self._streams.join()  # the section reads what the one before makes in this step
-                    with self._streams.of(instruction.index):
-                        self._sections.begin(call, instruction.index)
-                case Kind.FINISH:
-                    with self._streams.of(instruction.index):
-                        self._sections.finish(call, instruction.index)
-                case Kind.COMBINE | Kind.HEAD:
-                    self._streams.join()
-                    self._end(call, instruction)
-        self._sections.push_local(call)
-        assert self.readout.logits is not None
-        return self.readout.logits
 
     # --- from the last section to the token ---------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Weights of one rank, fused for decoding: few large products instead of many small ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from stagdist.checkpoint.reading import ReadSlice
 from stagdist.config import ModelConfig
 from stagdist.decode.topology import Topology
+from stagdist.parallel.device import on_cuda
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
 
@@ -29,6 +31,14 @@ class Device:
         if self.name == "cpu":
             return torch.empty(columns, rows, dtype=self.dtype).t()
         return torch.empty(rows, columns, dtype=self.dtype, device=self.name)
+
+    def upload(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        """Copy values (nested for several dimensions) to the device; the host does not wait.
+
+        The copy comes from pinned memory. From pageable memory it would wait for all earlier work of the stream.
+        """
+        host = torch.tensor(values, dtype=dtype, pin_memory=on_cuda(self.name))
+        return host.to(self.name, non_blocking=True)
 
 
 @dataclass(frozen=True)

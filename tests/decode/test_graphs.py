@@ -1,28 +1,126 @@
-"""The fixed-shape step, which a CUDA graph captures, gives what the plain one gives; here without capturing."""
+"""Steps of fixed shape give the tokens of plain steps, here without a GPU; what graphs are captured, where and when."""
 
+import gc
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import Tensor
 
 from stagdist.config import ModelConfig
+from stagdist.decode import graphs
+from stagdist.decode.generation import _show_captures
+from stagdist.decode.graphs import StepGraphs, reach_buckets, row_buckets
 from stagdist.decode.loading import EngineOptions, place_model
-from stagdist.decode.request import Request, SamplingParams
+from stagdist.decode.request import Request, RequestOutput, SamplingParams
+from stagdist.decode.topology import Limits
+from stagdist.decode.weights import Device
 from stagdist.errors import ConfigError
-from tests.decode.decoding import Case, config_of, prompt, run_cases
+from tests.decode.decoding import CONTEXT, Case, World, config_of, engine_of, prompt, run_cases, run_one
+from tests.decode.fake_cuda import FakeCuda
 from tests.reference.variants import VARIANTS
 
 REQUESTS = [
     Request(str(length), prompt(length), SamplingParams(max_new_tokens=new, temperature=temperature, seed=length))
     for length, new, temperature in ((1, 8, 0.0), (2, 3, 1.0), (4, 9, 0.0), (6, 2, 0.7), (13, 11, 0.0), (24, 4, 1.0))
 ]
+PLAIN = EngineOptions(precision="fp64", chunk_size=5, num_slots=3, graphs=False)
+FIXED = replace(PLAIN, graphs=True)
+CAPTURED_VARIANTS = (
+    "one section", "stagger 0", "stagger 2", "window", "shared", "combined", "grouped queries", "sequential",
+    "three sections with everything",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def short_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests of these tests cross two reaches: 8, 16, 24."""
+    monkeypatch.setattr(graphs, "REACH", 8)
+
+
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[int, int]]]:
+    """Rows and reach of all fixed steps that were run."""
+    seen: set[tuple[int, int]] = set()
+    step = graphs.FixedStep.__call__
+
+    def noting(self: graphs.FixedStep, positions: Tensor, reach: int) -> Tensor:
+        seen.add((len(positions), reach))
+        return step(self, positions, reach)
+
+    monkeypatch.setattr(graphs.FixedStep, "__call__", noting)
+    yield seen
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """Graphs are captured and replayed, on the CPU."""
+    fake = FakeCuda()
+    fake.install(monkeypatch)
+    return fake
+
+
+def serve_in_two_waves(case: Case) -> dict[str, list[int]]:
+    """Tokens by request. The second wave comes when the first has left slots that ran as filling."""
+    stage, transport = World().stage(case)
+    engine = engine_of(case, stage, transport)
+    tokens: dict[str, list[int]] = {}
+    waves = [
+        [replace(each, request_id=f"{each.request_id} again") for each in REQUESTS],
+        [Request("long", prompt(2), SamplingParams(max_new_tokens=22, temperature=0.0)), *REQUESTS[:4]],
+    ]
+
+    def next_wave() -> None:
+        for request in waves.pop():
+            engine.submit(request)
+        if not waves:
+            engine.close()
+
+    def take(output: RequestOutput) -> None:
+        tokens.setdefault(output.request_id, []).extend(output.token_ids)
+        if waves and len(tokens["long"]) == 10:
+            next_wave()
+
+    next_wave()
+    engine.run(take)
+    return tokens
+
+
+# --- buckets ----------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_captured_in_powers_of_two_up_to_the_slots() -> None:
+    assert row_buckets(1) == [1]
+    assert row_buckets(2) == [1, 2]
+    assert row_buckets(6) == [1, 2, 4, 6]
+    assert row_buckets(8) == [1, 2, 4, 8]
+
+
+def test_reaches_are_multiples_thinned_out_to_four_per_octave() -> None:
+    assert reach_buckets(24, 8) == [8, 16, 24]
+    assert reach_buckets(100, 256) == [100]
+    assert reach_buckets(1000, 256) == [256, 512, 768, 1000]
+    assert reach_buckets(4096, 256) == [256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096]
+    assert len(reach_buckets(131072, 256)) == 32
+
+
+@pytest.mark.parametrize("capacity", [1, 255, 256, 257, 2049, 32768, 131072])
+def test_every_position_has_a_reach_that_is_at_most_a_quarter_too_large(capacity: int) -> None:
+    buckets = reach_buckets(capacity, 256)
+    assert buckets == sorted(set(buckets)) and buckets[-1] == capacity
+    for shorter, longer in zip([0, *buckets], buckets, strict=False):
+        assert longer - shorter <= max(256, shorter / 4)
+
+
+# --- the same tokens --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_of_fixed_shape_gives_the_same_tokens(variant: str) -> None:
-    options = EngineOptions(precision="fp64", chunk_size=5, num_slots=3, graphs=False)
-    plain = Case(variant, VARIANTS[variant], REQUESTS, options)
-    fixed = replace(plain, options=replace(options, graphs=True))
-    first, second = run_cases([plain, fixed])
+    plain = Case(variant, VARIANTS[variant], REQUESTS, PLAIN)
+    first, second = run_cases([plain, replace(plain, options=FIXED)])
     assert [each.token_ids for each in first.completions] == [each.token_ids for each in second.completions]
     difference = max(
         (a[2] - b[2]).abs().max().item() for a, b in zip(first.logits, second.logits, strict=True) if a[1] == b[1]
@@ -30,8 +128,18 @@ def test_a_step_of_fixed_shape_gives_the_same_tokens(variant: str) -> None:
     assert difference < 1e-9
 
 
+@pytest.mark.parametrize("variant", ["stagger 2", "window", "shared", "three sections with everything"])
+def test_rows_that_fill_a_bucket_change_nothing(variant: str, shapes: set[tuple[int, int]]) -> None:
+    case = Case(variant, VARIANTS[variant], REQUESTS, replace(PLAIN, num_slots=6))
+    expected = serve_in_two_waves(case)
+    assert expected == serve_in_two_waves(replace(case, options=replace(FIXED, num_slots=6)))
+    assert {reach for _, reach in shapes} == {8, 16, 24}
+    # Five requests run in a bucket of six rows and three in one of four; later the slots are admitted to.
+    assert {rows for rows, _ in shapes} == {1, 4, 6}
+
+
 def test_recurrent_decoding_works_with_fixed_shapes() -> None:
-    options = EngineOptions(precision="fp64", chunk_size=5, num_slots=2, recurrent=True, graphs=False)
+    options = replace(PLAIN, num_slots=2, recurrent=True)
     plain = Case("recurrent", VARIANTS["shared"], REQUESTS, options)
     first, second = run_cases([plain, replace(plain, options=replace(options, graphs=True))])
     assert [each.token_ids for each in first.completions] == [each.token_ids for each in second.completions]
@@ -40,3 +148,89 @@ def test_recurrent_decoding_works_with_fixed_shapes() -> None:
 def test_graphs_are_refused_where_a_step_spans_processes() -> None:
     with pytest.raises(ConfigError, match="one process"):
         place_model(ModelConfig(**config_of({})), EngineOptions(graphs=True), 2)
+
+
+# --- captured ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", CAPTURED_VARIANTS)
+def test_replays_give_the_same_tokens_and_nothing_is_captured_after_the_start(variant: str, cuda: FakeCuda) -> None:
+    plain = Case(variant, VARIANTS[variant], REQUESTS, PLAIN)
+    (expected,) = run_cases([plain])
+    fixed = replace(plain, options=FIXED)
+    stage, transport = World().stage(fixed)
+    captured = len(cuda.of("capture"))
+    assert captured == len(row_buckets(3)) * len(reach_buckets(CONTEXT, 8))
+    found = run_one(stage, transport, fixed)
+    assert [each.token_ids for each in found.completions] == [each.token_ids for each in expected.completions]
+    assert len(cuda.of("capture")) == captured
+    assert len(cuda.of("replay")) == captured + found.steps  # each graph ran once at the start
+
+
+@torch.inference_mode()  # as the engine's steps
+def test_all_captures_share_one_stream_and_one_pool_and_follow_warm_up_runs_on_that_stream(cuda: FakeCuda) -> None:
+    started = cuda.current
+    table = torch.arange(24.0)
+
+    def step(positions: Tensor, reach: int) -> Tensor:
+        cuda.events.append(("step", len(positions), reach, cuda.current, cuda.capturing))
+        return table[positions, None] + reach
+
+    step_graphs = StepGraphs(step, Device("cpu", torch.float32), Limits(3, 24, 8))
+    told: list[tuple[int, int]] = []
+    step_graphs.capture(lambda done, total: told.append((done, total)))
+    assert told == [(done, 9) for done in range(1, 10)]
+    captures = cuda.of("capture")
+    ((pool, stream),) = {(pool, stream) for _, _, pool, stream in captures}
+    assert stream is not started and pool is not None
+    assert started in stream.waited_for and stream in started.waited_for
+    each = ["step"] * graphs.WARM_UP_RUNS + ["capture", "step", "replay"]
+    assert [event[0] for event in cuda.events] == each * 9
+    steps = [event[1:] for event in cuda.events if event[0] == "step"]
+    largest_first = [(rows, reach) for rows in (3, 2, 1) for reach in (24, 16, 8)]
+    assert [(rows, reach) for rows, reach, _, _ in steps[:: graphs.WARM_UP_RUNS + 1]] == largest_first
+    assert {on for _, _, on, _ in steps} == {stream}
+    assert [capturing for *_, capturing in steps] == [*[False] * graphs.WARM_UP_RUNS, True] * 9
+
+    cuda.events.clear()
+    assert step_graphs.run([5, 17]).tolist() == [[5.0 + 24], [17.0 + 24]]
+    assert step_graphs.run([7]).tolist() == [[7.0 + 8]]
+    assert step_graphs.run([8]).tolist() == [[8.0 + 16]]
+    assert [event[0] for event in cuda.events] == ["replay"] * 3
+    cuda.events.clear()
+    step_graphs.close()
+    assert [event[0] for event in cuda.events] == ["synchronize"] + ["reset"] * 9
+    with pytest.raises(AssertionError, match="no graph of 1 rows and reach 8 was captured"):
+        step_graphs.run([1])
+
+
+def test_captures_are_shown_as_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for done in (1, 2):
+        _show_captures(done, 2)
+    assert capsys.readouterr().err == "captured 2 of 2 CUDA graphs\n"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    for done in (1, 2):
+        _show_captures(done, 2)
+    assert capsys.readouterr().err == "\rcaptured 1 of 2 CUDA graphs\rcaptured 2 of 2 CUDA graphs\n"
+
+
+# --- one engine after the other ---------------------------------------------------------------------------------
+
+
+def test_an_engine_is_closed_and_another_one_built(cuda: FakeCuda) -> None:
+    case = Case("shared", VARIANTS["shared"], REQUESTS, FIXED)
+    tokens = []
+    gc.disable()
+    try:
+        for _ in range(2):
+            stage, transport = World().stage(case)
+            tokens.append([done.token_ids for done in engine_of(case, stage, transport).generate(REQUESTS)])
+            stage.close()
+            assert len(cuda.of("reset")) == len(cuda.of("capture"))
+            # Without a reference cycle the caches go at once, not when the collector runs.
+            gone = weakref.ref(stage)
+            del stage
+            assert gone() is None
+    finally:
+        gc.enable()
+    assert tokens[0] == tokens[1]

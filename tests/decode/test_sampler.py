@@ -11,8 +11,10 @@ import torch
 from stagdist.decode.noise import gumbel
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.sampler import Choice, Sampler
+from stagdist.decode.weights import Device
 
 VOCAB = 37
+CPU = Device("cpu", torch.float32)
 # (first token, logits) of each rank
 CUTS = {
     "one": [(0, 37)],
@@ -55,7 +57,7 @@ def samplers(
             first_token=first,
             num_tokens=count,
             slice_size=max(size for _, size in cut),
-            device="cpu",
+            device=CPU,
             want_margins=margins,
         )
         for first, count in cut
@@ -336,14 +338,14 @@ def test_slots_and_slices_that_do_not_exist_are_refused() -> None:
         with pytest.raises(ValueError, match=f"slot {slot} is none of 0 to 1"):
             rank.admit(slot, SamplingParams(), [0])
     with pytest.raises(ValueError, match="does not fit slices of 4"):
-        Sampler(num_slots=1, vocab_size=10, first_token=0, num_tokens=5, slice_size=4, device="cpu")
+        Sampler(num_slots=1, vocab_size=10, first_token=0, num_tokens=5, slice_size=4, device=CPU)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", PARAMS)
 def test_a_gpu_gives_the_same_tokens_and_is_never_waited_for(name: str) -> None:
-    logits = make_logits(4, 1)
-    sampler = Sampler(num_slots=1, vocab_size=VOCAB, first_token=0, num_tokens=VOCAB, slice_size=VOCAB, device="cuda")
+    logits, gpu = make_logits(4, 1), Device("cuda", torch.float32)
+    sampler = Sampler(num_slots=1, vocab_size=VOCAB, first_token=0, num_tokens=VOCAB, slice_size=VOCAB, device=gpu)
     sampler.admit(0, PARAMS[name], [3])
     seen, there = {3}, logits.cuda()
     positions = torch.arange(4, device="cuda").unsqueeze(-1)
@@ -362,7 +364,7 @@ def test_a_gpu_gives_the_same_tokens_and_is_never_waited_for(name: str) -> None:
 
 
 def test_the_likeliest_token_alone_is_what_a_message_would_choose() -> None:
-    sampler = Sampler(num_slots=2, vocab_size=37, first_token=0, num_tokens=37, slice_size=37, device="cpu")
+    sampler = Sampler(num_slots=2, vocab_size=37, first_token=0, num_tokens=37, slice_size=37, device=CPU)
     sampler.admit(0, SamplingParams(temperature=0.0), [1])
     logits = torch.randn(2, 37, generator=torch.Generator().manual_seed(0))
     logits[1] = 0.0  # equal everywhere: the lowest id
@@ -372,5 +374,5 @@ def test_the_likeliest_token_alone_is_what_a_message_would_choose() -> None:
     assert alone is not None and alone.tokens.tolist() == whole.tokens.tolist() and alone.tokens[1] == 0
     sampler.admit(0, SamplingParams(temperature=1.0), [1])
     assert sampler.likeliest_alone(logits, [0, 1]) is None
-    slice_of_two = Sampler(num_slots=1, vocab_size=37, first_token=0, num_tokens=19, slice_size=19, device="cpu")
+    slice_of_two = Sampler(num_slots=1, vocab_size=37, first_token=0, num_tokens=19, slice_size=19, device=CPU)
     assert slice_of_two.likeliest_alone(logits[:1, :19], [0]) is None

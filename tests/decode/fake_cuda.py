@@ -1,0 +1,125 @@
+"""The CUDA graph interface of torch on a CPU: a capture records operations, a replay runs them on the same tensors.
+
+Whatever a capture takes from the host stays as it was, as on a GPU, so a step that depends on such a value goes wrong.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stagdist.decode import graphs
+
+
+class FakeStream:
+    """A stream that does nothing but have an identity."""
+
+    def __init__(self, device: object = None):
+        self.waited_for: list[FakeStream] = []
+
+    def wait_stream(self, stream: "FakeStream") -> None:
+        """Note it."""
+        self.waited_for.append(stream)
+
+
+class _Recording(TorchDispatchMode):
+    def __init__(self, operations: list[Callable[[], None]]):
+        super().__init__()
+        self._operations = operations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        inputs = {_address(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        # Views and results of in-place operations follow the tensors that they share memory with.
+        fresh = [_address(output) not in inputs for output in outputs]
+
+        def again() -> None:
+            values = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
+            for output, value, is_fresh in zip(outputs, values, fresh, strict=True):
+                if is_fresh:
+                    output.copy_(value)
+
+        self._operations.append(again)
+        return result
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class FakeGraph:
+    """A `torch.cuda.CUDAGraph`."""
+
+    def __init__(self, cuda: "FakeCuda"):
+        self._cuda = cuda
+        self.operations: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        """Run the recorded operations again."""
+        assert self.operations, "a replay of a graph without a capture, or after its reset"
+        self._cuda.events.append(("replay", self))
+        for operation in self.operations:
+            operation()
+
+    def reset(self) -> None:
+        """Forget them."""
+        self._cuda.events.append(("reset", self))
+        self.operations.clear()
+
+
+@dataclass
+class FakeCuda:
+    """What `torch.cuda` was asked to do.
+
+    Attributes:
+        events: ("capture", graph, pool, stream), ("replay", graph), ("reset", graph), ("synchronize",) in order, and
+            what tests add.
+        current: stream of the work that is issued now.
+        capturing: inside a capture.
+    """
+
+    events: list[tuple[Any, ...]] = field(default_factory=list)
+    current: FakeStream = field(default_factory=FakeStream)
+    capturing: bool = False
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Stand in for `torch.cuda` wherever `stagdist.decode.graphs` uses it."""
+        monkeypatch.setattr(graphs, "on_cuda", lambda device: True)
+        for name, stand_in in {
+            "Stream": FakeStream,
+            "CUDAGraph": lambda: FakeGraph(self),
+            "stream": self._stream,
+            "graph": self._graph,
+            "current_stream": lambda device=None: self.current,
+            "device": lambda device: nullcontext(),
+            "graph_pool_handle": object,
+            "synchronize": lambda device=None: self.events.append(("synchronize",)),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def of(self, kind: str) -> list[tuple[Any, ...]]:
+        """Events of one kind."""
+        return [event for event in self.events if event[0] == kind]
+
+    @contextmanager
+    def _stream(self, stream: FakeStream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    @contextmanager
+    def _graph(self, graph: FakeGraph, pool: object = None, stream: FakeStream | None = None) -> Iterator[None]:
+        assert stream is not None and not self.capturing
+        self.events.append(("capture", graph, pool, stream))
+        self.capturing = True
+        with self._stream(stream), _Recording(graph.operations):
+            yield
+        self.capturing = False

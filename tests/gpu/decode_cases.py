@@ -1,0 +1,270 @@
+"""Decoding on a GPU: models with the kernels that real ones use, and what to compare, as functions of a device.
+
+Every function takes `cpu` too, where graphs run without being captured and there is nothing to profile.
+"""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stagdist.config import ModelConfig
+from stagdist.decode import graphs
+from stagdist.decode.engine import Engine
+from stagdist.decode.loading import DTYPES, EngineOptions, build_stage, place_model
+from stagdist.decode.request import Request, SamplingParams
+from stagdist.decode.stage import Stage
+from stagdist.parallel.device import on_cuda
+from stagdist.parallel.layout import ParameterSpec
+from tests.decode.decoding import Case, config_of, parameters_of, prompt
+from tests.reference import stagformer as reference
+from tests.reference.variants import VARIANTS
+
+CONTEXT = 320
+"""Positions of the wide models: one more reach than `graphs.REACH`."""
+_WIDE: dict[str, Any] = {
+    "vocab_size": 1024,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": CONTEXT,
+    "section_layers": [2, 2],
+}
+WIDE_MODELS: dict[str, dict[str, Any]] = {
+    "head size 64": _WIDE,
+    "head size 128": _WIDE | {"num_attention_heads": 4},
+    "grouped heads": _WIDE | {"num_key_value_heads": 2},
+    "window": _WIDE | {"cross_attention_window": 48},
+    "shared": _WIDE | {"share_section_weights": True},
+    "sequential": _WIDE | {"connection": "sequential"},
+    "grouped heads of size 128 with everything": _WIDE
+    | {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "cross_attention_window": 48,
+        "stagger": 2,
+        "share_section_weights": True,
+        "combine_sections": True,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def _request(length: int, new: int, temperature: float = 0.0) -> Request:
+    params = SamplingParams(max_new_tokens=new, temperature=temperature, seed=length)
+    return Request(str(length), prompt(length), params)
+
+
+WIDE_REQUESTS = [_request(250, 30), _request(120, 20), _request(5, 10)]
+"""The first crosses from reach 256 to 320; as the others end, the rows go from 3 to 1."""
+SMALL_REQUESTS = [
+    _request(1, 8),
+    _request(2, 3, 1.0),
+    _request(4, 9),
+    _request(6, 2, 0.7),
+    _request(13, 11),
+    _request(24, 4, 1.0),
+]
+"""More than there are slots, so that slots are used again."""
+
+
+def wide_case(model: str, precision: str = "bf16", *, use_graphs: bool = True) -> Case:
+    """A model with real head sizes, all requests at once."""
+    options = EngineOptions(precision=precision, num_slots=len(WIDE_REQUESTS), chunk_size=128, graphs=use_graphs)
+    return Case(model, WIDE_MODELS[model], WIDE_REQUESTS, options)
+
+
+def small_case(variant: str, *, use_graphs: bool = True) -> Case:
+    """One of all variants in fp64, where every device must give the same tokens."""
+    options = EngineOptions(precision="fp64", chunk_size=5, num_slots=3, graphs=use_graphs)
+    return Case(variant, VARIANTS[variant], SMALL_REQUESTS, options)
+
+
+def build(case: Case, device: str) -> Stage:
+    """The stage of a case, with all graphs captured."""
+    placement = place_model(ModelConfig(**config_of(case.keys)), case.options, 1)
+    parameters = parameters_of(case)
+
+    def read(spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
+        return parameters[spec.name].narrow(dim, start, stop - start)
+
+    return build_stage(placement, read, device, None)
+
+
+@contextmanager
+def smallest_reach(entries: int) -> Iterator[None]:
+    """Stages built inside have graphs whose reach starts at so many entries."""
+    before, graphs.REACH = graphs.REACH, entries
+    try:
+        yield
+    finally:
+        graphs.REACH = before
+
+
+# --- tokens and logits ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What an engine made of the requests of a case, in their order.
+
+    Attributes:
+        tokens: of each request.
+        logits: float32 [tokens, V] of each request, on the CPU.
+    """
+
+    tokens: list[tuple[int, ...]]
+    logits: list[Tensor]
+
+
+def decode(case: Case, device: str) -> Decoded:
+    """Serve all requests. Their prompts must differ."""
+    stage = build(case, device)
+    readout = stage.readout
+    admit, choose = readout.admit, readout.choose
+    in_slot: dict[int, list[Tensor]] = {}
+    of_prompt: dict[tuple[int, ...], list[Tensor]] = {}
+
+    def noting_admission(slot: int, params: SamplingParams, prompt_ids: Any) -> None:
+        in_slot[slot] = of_prompt[tuple(prompt_ids)] = []
+        admit(slot, params, prompt_ids)
+
+    def noting_logits(slots: Any, positions: Any) -> None:
+        assert readout.logits is not None
+        for row, slot in enumerate(slots):
+            in_slot.setdefault(slot, []).append(readout.logits[row].clone())
+        choose(slots, positions)
+
+    readout.admit, readout.choose = noting_admission, noting_logits  # type: ignore[method-assign]
+    done = Engine(stage).generate(case.requests)
+    tokens = [each.token_ids for each in done]
+    # An ended request may have been in one step more.
+    logits = [
+        torch.stack(of_prompt[request.prompt_ids][: len(ids)]).float().cpu()
+        for request, ids in zip(case.requests, tokens, strict=True)
+    ]
+    readout.admit, readout.choose = admit, choose  # type: ignore[method-assign]
+    stage.close()
+    return Decoded(tokens, logits)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Logits of an engine against fp32 on the CPU, over the engine's own tokens.
+
+    Attributes:
+        max_abs: largest difference.
+        rms: root mean square of the differences.
+        scale: root mean square of the fp32 logits.
+        top1: share of positions where both have the same likeliest token.
+        positions: number of positions compared.
+    """
+
+    max_abs: float
+    rms: float
+    scale: float
+    top1: float
+    positions: int
+
+
+def errors(case: Case, device: str) -> Errors:
+    """Compare with a full recomputation by the reference, whose weights are rounded to the case's precision.
+
+    The reference reads the tokens that the engine chose, so one flipped token does not spoil the positions after it.
+    """
+    decoded = decode(case, device)
+    dtype = DTYPES[case.options.precision]
+    parameters = {name: value.to(dtype).float() for name, value in parameters_of(case).items()}
+    expected = []
+    for request, tokens in zip(case.requests, decoded.tokens, strict=True):
+        ids = torch.tensor([[*request.prompt_ids, *tokens[:-1]]])
+        expected.append(reference.forward(parameters, config_of(case.keys), ids)[0, len(request.prompt_ids) - 1 :])
+    right, found = torch.cat(expected), torch.cat(decoded.logits)
+    difference = found - right
+    return Errors(
+        max_abs=float(difference.abs().max()),
+        rms=float(difference.square().mean().sqrt()),
+        scale=float(right.square().mean().sqrt()),
+        top1=float((found.argmax(-1) == right.argmax(-1)).double().mean()),
+        positions=len(right),
+    )
+
+
+# --- kernels and memory -----------------------------------------------------------------------------------------
+
+
+def kernels(case: Case, device: str) -> set[str]:
+    """Names of all operations and GPU kernels that ran from the first prefill to the last token."""
+    stage = build(case, device)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_cuda(device):
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        Engine(stage).generate(case.requests)
+    stage.close()
+    return {event.key for event in profile.key_averages()}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One of several engines that a process built one after the other.
+
+    Attributes:
+        tokens: of each request.
+        kept_bytes: GPU memory that was allocated after the engine was closed and not before the first was built.
+    """
+
+    tokens: list[tuple[int, ...]]
+    kept_bytes: int
+
+
+def engines_in_turn(cases: list[Case], device: str) -> list[Turn]:
+    """Build, use and close an engine for each case, in this process."""
+    turns = []
+    before = _allocated_bytes(device)
+    for case in cases:
+        stage = build(case, device)
+        tokens = [done.token_ids for done in Engine(stage).generate(case.requests)]
+        stage.close()
+        del stage
+        turns.append(Turn(tokens, _allocated_bytes(device) - before))
+    return turns
+
+
+def _allocated_bytes(device: str) -> int:
+    """Memory of tensors, after what the process may give back at any time has been given back."""
+    gc.collect()
+    if not on_cuda(device):
+        return 0
+    torch.cuda.synchronize(device)
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated(device)
+
+
+@torch.inference_mode()
+def tokens_without_waiting(case: Case, device: str, steps: int = 8) -> list[list[int]]:
+    """Tokens of each step after the prefills, where torch raises if an operation makes the host wait for the GPU.
+
+    Raises:
+        RuntimeError: an operation waited.
+    """
+    stage = build(case, device)
+    chosen = []
+    if on_cuda(device):
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        for slot, request in enumerate(case.requests[: case.options.num_slots]):
+            stage.prefill(slot, request.prompt_ids, request.params)
+        for _ in range(steps):
+            chosen.append(stage.step().tokens.clone())
+    finally:
+        if on_cuda(device):
+            torch.cuda.set_sync_debug_mode("default")
+    tokens = [each.tolist() for each in chosen]
+    stage.close()
+    return tokens
