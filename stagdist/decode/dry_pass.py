@@ -46,6 +46,9 @@ class Unconnected(Transport):
     def finish_sends(self) -> None:
         """Nothing has been sent."""
 
+    def wait_for_device(self, doing: str) -> None:
+        """Nothing can be late."""
+
     def sum_over_stages(self, tensor: Tensor, root: int | None) -> Tensor:
         """This rank's part alone."""
         return tensor.contiguous()

@@ -138,6 +138,7 @@ class Stage:
             self._link.arrived(("step", instruction.step))
         if self._transport is not None:
             self._transport.finish_sends()
+            self._transport.wait_for_device("while hand-offs came to rest")
         self._first_step = self.step_number
 
     def retire(self, slots: Sequence[int]) -> None:
@@ -155,7 +156,7 @@ class Stage:
         self.pulse.beat(Phase.RECEIVE)
         copied = [None if each is None else _to_host(each) for each in (choice.tokens, choice.logprobs, choice.margins)]
         if self._transport is not None:
-            self._transport.wait_for_device()
+            self._transport.wait_for_device("while it waited for the token")
         elif choice.tokens.is_cuda:
             torch.cuda.current_stream().synchronize()
         return Choice(*copied)  # type: ignore[arg-type]  # tokens are there

@@ -192,9 +192,13 @@ class Transport:
         assert self._token_in is not None
         return self._token_in.take(TOKEN)[0]
 
-    def wait_for_device(self) -> None:
-        """Return when the device has chosen the token, with the limits of every wait; at once on gloo."""
-        self._waits.wait("while it waited for the token")
+    def wait_for_device(self, doing: str) -> None:
+        """Return when the device has done everything enqueued so far, with the limit of every wait; at once on gloo.
+
+        Args:
+            doing: what for, for errors: "while it ...".
+        """
+        self._waits.wait(doing)
 
     def gather(self, tensor: Tensor, *, everywhere: bool) -> Tensor:
         """The tensor of every rank that holds a part of the head.
@@ -254,7 +258,7 @@ class Transport:
     def close(self) -> None:
         """Part from the ranks that are watched, which do the same."""
         if self._watch is not None:
-            self._watch.close()
+            self._watch.close(self._timeout_s)
 
     def _make_groups(self, combined: bool, delay_s: float) -> None:
         """Make and use every communicator: the first use makes its connections and blocks, so it comes now."""

@@ -274,12 +274,13 @@ class PeerWatch:
         """The first rank that has ended, and what the backend said; None while all are there."""
         return next(iter(self._lost.items()), None)
 
-    def close(self) -> None:
-        """Part from all peers, which do the same."""
-        for rank in self._threads:
-            dist.send(torch.zeros(1), rank, group=self._group)
-        for thread in self._threads.values():
-            thread.join()
+    def close(self, timeout_s: float) -> None:
+        """Part from all peers, which do the same. One that does not answer in time is left alone."""
+        deadline_s = time.monotonic() + timeout_s
+        for rank, thread in self._threads.items():
+            if rank not in self._lost:
+                dist.isend(torch.zeros(1), rank, group=self._group)
+            thread.join(max(0.0, deadline_s - time.monotonic()))
 
     def _watch(self, rank: int) -> None:
         try:

@@ -142,7 +142,8 @@ class Exchange:
         self._device, self._timeout_s = device, timeout_s
         watches = not self.rules.wait_blocks and dist.get_world_size() > 1
         self._watch = PeerWatch(_neighbours(grid)) if watches else None
-        self._waits = DeviceWaits(self.rules, device, timeout_s, partial(_failed, "this step"), self._watch)
+        errors = partial(_failed, "hand-offs and sums of this step")
+        self._waits = DeviceWaits(self.rules, device, timeout_s, errors, self._watch)
         for ranks in grid.pipe_groups():
             for stage, (below, above) in enumerate(itertools.pairwise(ranks)):
                 self._open(stage, below, above)
@@ -171,7 +172,7 @@ class Exchange:
     def close(self) -> None:
         """Part from the ranks that are watched, which do the same."""
         if self._watch is not None:
-            self._watch.close()
+            self._watch.close(self._timeout_s)
 
     def send_activations(self, outputs: Carry) -> None:
         """Hand a stage's outputs to the stage after."""

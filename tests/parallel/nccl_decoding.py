@@ -96,14 +96,15 @@ def _run(layout: Layout, placement: Placement, rules: Rules, recorder: Recorder,
     transport = Transport(placement.grid, "cpu", 60.0, combined=combined, rules=rules)
     if not dry:
         transport.rules = EARLY  # only `build_stage` looks at it from here on
-    stage = build_stage(placement, _read, "cpu", transport)
+    stage = build_stage(placement, read_constant, "cpu", transport)
     if recorder.rank:
         operate(stage, transport, None)
         return
     Engine(stage, transport).generate(REQUESTS)
 
 
-def _read(spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
+def read_constant(spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
+    """Weights that are all alike."""
     shape = list(spec.shape)
     shape[dim] = stop - start
     return torch.full(shape, 0.1)
