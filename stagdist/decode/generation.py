@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
 import torch.distributed as dist
 
 from stagdist.checkpoint.model_config import read_text_tokens
@@ -38,6 +37,7 @@ from stagdist.decode.stage import Stage
 from stagdist.decode.transport import Transport
 from stagdist.errors import ConfigError, StagdistError, TransportError
 from stagdist.parallel.device import choose_device, on_cuda
+from stagdist.telemetry.clocks import EventClock, HostClock
 from stagdist.telemetry.pulse import Pulse
 from stagdist.telemetry.spans import SpanRecorder, merge_traces
 
@@ -290,7 +290,7 @@ def _recorder(prepared: Prepared, transport: Transport | None) -> SpanRecorder:
     return SpanRecorder(
         rank=prepared.place.rank,
         stage=0 if transport is None else transport.stage,
-        synchronize=torch.cuda.synchronize if on_cuda(prepared.device) else None,
+        clock=EventClock() if on_cuda(prepared.device) else HostClock(),
     )
 
 
