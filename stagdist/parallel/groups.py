@@ -5,10 +5,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 from stagdist.errors import ConfigError
+from stagdist.parallel.device import on_cuda
 from stagdist.parallel.grid import Coordinate, Grid
 from stagdist.parallel.megatron_core import parallel_state
 
@@ -80,10 +82,17 @@ def destroy_groups() -> None:
 
 
 @contextmanager
-def single_process(timeout_s: float = 600.0) -> Iterator[Groups]:
-    """A world of one rank without sockets, for tools that run the model in one process."""
+def single_process(timeout_s: float = 600.0, device: str = "cpu") -> Iterator[Groups]:
+    """A world of one rank without sockets, for tools that run the model in one process.
+
+    Args:
+        device: `cpu` (gloo) or `cuda:N` (nccl), which becomes this process's current device.
+    """
     set_default_timeout(timeout_s)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if on_cuda(device):
+        torch.cuda.set_device(device)
+    # gloo takes tensors of a GPU too, but copies them to the host and back.
+    dist.init_process_group("nccl" if on_cuda(device) else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield build_groups(Grid(1, 1, 1), timeout_s)
     finally:
