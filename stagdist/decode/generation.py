@@ -4,7 +4,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +20,7 @@ from stagdist.decode.loading import (
     EngineOptions,
     Placement,
     build_stage,
+    default_precision,
     joined_world,
     place_model,
 )
@@ -102,8 +103,9 @@ def prepare(task: Task, place: Place) -> Prepared:
         ConfigError: the grid, the device or a file does not fit.
     """
     reader = ModelReader(task.model)
-    placement = place_model(reader.model, task.engine, place.world_size)
     device = choose_device(task.device, place.local_rank)
+    options = replace(task.engine, precision=task.engine.precision or default_precision(device))
+    placement = place_model(reader.model, options, place.world_size)
     tokenizer = load_tokenizer(task.model)
     end_tokens = _end_tokens(task.model, tokenizer)
     if task.prompts_file is not None:
