@@ -91,7 +91,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=1, metavar="SLOTS", help="prompts decoded together (default 1)")
     add("--max-context", type=int, metavar="N", help="positions of prompt and answer (default: the model's)")
     add("--prefill-chunk", type=int, default=128, metavar="N", help="prompt positions at a time (default 128)")
-    add("--precision", choices=["fp32", "bf16", "fp16", "fp64"], default="fp32", help="of weights and sums (fp32)")
+    add("--precision", choices=["fp32", "bf16", "fp16", "fp64"], help="of weights and sums (bf16 on a GPU, else fp32)")
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, or cuda:N for all ranks (auto)")
     add("--recurrent", action="store_true", help="skip section 1 while decoding (two sections with shared weights)")
     add("--timeout", type=float, default=600.0, metavar="S", help="seconds a rank may be silent (default 600)")

@@ -24,6 +24,26 @@ def conditions(device_name: str | None, devices: int) -> dict[str, object]:
     }
 
 
+def device_of_ranks(choice: str) -> tuple[str, int, str | None]:
+    """The `parallel.device` of ranks on this host, how many GPUs it gives them (0: none), and the name of the first.
+
+    Args:
+        choice: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    import torch
+
+    from stagdist.parallel.device import choose_device, on_cuda
+
+    device = choose_device(choice)
+    if not on_cuda(device):
+        return "cpu", 0, None
+    name = torch.cuda.get_device_name(device)
+    return (device, 1, name) if ":" in choice else ("cuda", torch.cuda.device_count(), name)
+
+
 def usable_cores() -> int:
     """Cores of this machine that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

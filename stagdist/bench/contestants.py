@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +16,10 @@ from stagdist.checkpoint.training_directory import TrainingState
 from stagdist.config import RunConfig
 from stagdist.data.checks import training_identity
 from stagdist.data.corpus import build_splits
-from stagdist.data.loader import BatchPlan, Loader
+from stagdist.data.loader import BatchPlan, Loader, MicroBatch
 from stagdist.data.tokenizer import load_tokenizer
 from stagdist.model.megatron import TensorParallel
-from stagdist.parallel.device import choose_device, on_cuda
+from stagdist.parallel.device import choose_device, on_cuda, synchronize
 from stagdist.parallel.grid import grid_for
 from stagdist.parallel.groups import Groups
 from stagdist.telemetry.pulse import Pulse
@@ -49,6 +50,7 @@ class Site:
         self._grid = grid_for(self._config, world_size)
         self._device = choose_device(config.parallel.device, int(os.environ["LOCAL_RANK"]), option="parallel.device")
         os.environ["DS_ACCELERATOR"] = self._device.partition(":")[0]
+        self._synchronize = partial(synchronize, self._device)
         self.groups = start_distributed(
             self._grid, self._device, config.parallel.timeout_s, deterministic=config.training.deterministic
         )
@@ -91,10 +93,6 @@ class Site:
         if together:
             dist.barrier(group=self.groups.control)
         return self._contestants[name]()
-
-    def _synchronize(self) -> None:
-        if on_cuda(self._device):
-            torch.cuda.synchronize()
 
     def _loader(self) -> Loader:
         training, place = self._config.training, self.groups.place
@@ -154,7 +152,8 @@ class EngineContestant:
         """One step."""
         self._synchronize()
         waited, started = self._loader.wait_s, time.perf_counter()
-        loss = float(self.engine.train_batch(self._loader.step(self.consumed_samples)))
+        batches = _on_device(self._loader.step(self.consumed_samples), self.engine.device)
+        loss = float(self.engine.train_batch(batches))
         self._synchronize()
         elapsed = time.perf_counter() - started
         self.steps += 1
@@ -193,12 +192,13 @@ class RivalContestant:
         """One step."""
         self._synchronize()
         started = time.perf_counter()
-        micro_batches = [
-            (tokens.to(self._device), labels.to(self._device))
-            for tokens, labels in self._loader.step(self._consumed_samples)
-        ]
-        loss = self._rival.step(micro_batches)
+        loss = self._rival.step(list(_on_device(self._loader.step(self._consumed_samples), self._device)))
         self._synchronize()
         elapsed = time.perf_counter() - started
         self._consumed_samples += self._batch
         return {"seconds": elapsed, "loss": loss, "gradient_norm": self._rival.gradient_norm}
+
+
+def _on_device(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+    """Micro-batches on their way to the device, as training has them; those of a GPU lie in pinned memory."""
+    return ((ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)) for ids, labels in batches)

@@ -30,7 +30,7 @@ from stagdist.config_loading import load_config
 from stagdist.decode.loading import EngineOptions, joined_world, place_model
 from stagdist.decode.topology import HEAD_LAYOUTS
 from stagdist.errors import ConfigError
-from stagdist.parallel.device import CHOICES, choose_device, on_cuda
+from stagdist.parallel.device import CHOICES, choose_device
 
 DEFAULT_CONFIG = ROOT / "configs" / "bench-decode.yaml"
 RECORDED_RUNS = 3
@@ -139,7 +139,7 @@ def measure(
     ratios, rows = measurement.compare()
     tell("instrumented runs")
     looked_into = _look_into(measurement)
-    processes_per_core = site.processes_per_core()
+    processes_per_core, gpus = site.processes_per_core(), site.gpus()
     sweeps = {}
     if axes:
         tell("sweeps " + describe(axes, measurement.best[0]))
@@ -153,8 +153,7 @@ def measure(
         _draw(found, timeline)
     batch = settings.load.batch
     (best,) = (row.result(batch) for row in rows if row.name == "staggered")
-    gpu = torch.cuda.get_device_name(site.device) if on_cuda(site.device) else None
-    written = conditions(gpu, site.size if gpu else 0) | {
+    written = conditions(torch.cuda.get_device_name(site.device) if gpus else None, gpus) | {
         "benchmark": "decode",
         "processes": site.size,
         "threads_per_process": site.threads,
@@ -176,6 +175,8 @@ def measure(
         "contestants": [row.result(batch) for row in rows],
         "splits": [row.result(batch) for row in split_rows],
         "breakdown": breakdown,
+        # A graph has no phases, so these steps are longer than those of a graph.
+        "phases_are_of": "eager steps, in runs of their own",
         "left_out": measurement.left_out,
         # The first reading of each half is from before its rounds.
         "share_of_machine_taken_by_others": {half: all_[1:] for half, all_ in measurement.others_shares.items()},
@@ -193,7 +194,7 @@ def _look_into(measurement: Measurement) -> tuple[dict[str, Instrumented], dict[
     }
     found, breakdown = {}, {}
     for name, (model, layout) in models.items():
-        clock = PhaseClock()
+        clock = PhaseClock(site.clock())
         whole = measurement.engine(model, settings.load, layout)
         found[name] = instrument(site, whole, settings.load, RECORDED_RUNS)
         parted = measurement.engine(model, settings.load, layout, lap=clock.lap)

@@ -1,12 +1,12 @@
 """Where the time of a step goes, stage by stage: sums over the spans of instrumented runs."""
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stagdist.bench.decode_contestants import DROPPED_STEPS
-from stagdist.telemetry.spans import Span
+from stagdist.telemetry.clocks import Clock
+from stagdist.telemetry.spans import HOST_WORK, Span, covered_ns
 
 PHASES = ("self_attention", "cross_attention", "mlp")
 """Phases inside a section, as `SectionRunner` calls them."""
@@ -15,7 +15,7 @@ MEASURES = {
     "combine": "combine",
     "head": "head",
     "sampling": "sampling",
-    "host work": "host_work",
+    HOST_WORK: "host_work",
     "wait for memory": "wait_for_memory",
     "wait for last section": "wait_for_last_section",
     "wait for token": "wait_for_token",
@@ -25,29 +25,38 @@ MEASURES = {
 
 
 class PhaseClock:
-    """Time of the phases inside sections: give `read` to a recorder as its clock and `lap` to the stage.
+    """Time of the phases inside sections: give it to a recorder as its clock, and `lap` to the stage.
 
-    The recorder reads its clock where a span begins, which is where the first phase of a section begins.
+    The recorder takes the time where a span begins, which is where the first phase of a section begins.
+
+    Args:
+        clock: takes the time.
     """
 
-    def __init__(self) -> None:
-        self._mark_ns = 0
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._last = 0
         self._laps: list[tuple[str, int, int]] = []
 
-    def read(self) -> int:
-        """Nanoseconds now."""
-        self._mark_ns = time.perf_counter_ns()
-        return self._mark_ns
+    def mark(self) -> int:
+        """Take the time; the next phase begins here."""
+        self._last = self._clock.mark()
+        return self._last
+
+    def nanoseconds(self, mark: int) -> int:
+        """Time of a mark on the scale of `time.perf_counter_ns`."""
+        return self._clock.nanoseconds(mark)
 
     def lap(self, phase: str) -> None:
         """A phase ends."""
-        begin_ns = self._mark_ns
-        self._laps.append((phase, begin_ns, self.read()))
+        begin = self._last
+        self._laps.append((phase, begin, self.mark()))
 
     def seconds(self, begin_ns: int, end_ns: int) -> dict[str, float]:
         """Sum of each phase in a stretch of time."""
         sums = dict.fromkeys(PHASES, 0.0)
-        for phase, begin, end in self._laps:
+        for phase, *marks in self._laps:
+            begin, end = map(self.nanoseconds, marks)
             if begin_ns <= begin and end <= end_ns:
                 sums[phase] += (end - begin) / 1e9
         return sums
@@ -87,7 +96,8 @@ def counted_steps(spans: Sequence[Span]) -> Stretch:
     """
     begins: dict[int, int] = {}
     for span in spans:
-        begins[span.step] = min(span.begin_ns, begins.get(span.step, span.begin_ns))
+        if span.category != HOST_WORK:  # the host is ahead of a GPU
+            begins[span.step] = min(span.begin_ns, begins.get(span.step, span.begin_ns))
     kept = sorted(begins)[DROPPED_STEPS:]
     if len(kept) < 2:
         raise ValueError(f"{len(begins)} steps were recorded, {DROPPED_STEPS + 2} are needed")
@@ -101,7 +111,9 @@ def milliseconds_per_step(stretch: Stretch) -> dict[str, float]:
     for span in stretch.spans:
         sums[MEASURES[span.category]] += (span.end_ns - span.begin_ns) / 1e6 / stretch.steps
     step_ms = 1e3 * stretch.step_s
-    return {"step": step_ms, **sums, "between_instructions": step_ms - sum(sums.values())}
+    inside = [(span.begin_ns, span.end_ns) for span in stretch.spans if span.begin_ns >= stretch.begin_ns]
+    covered_ms = covered_ns(inside) / 1e6 / stretch.steps
+    return {"step": step_ms, **sums, "between_instructions": step_ms - covered_ms}
 
 
 def own_milliseconds(of_stage: dict[str, float], *, sharded_head: bool) -> float:

@@ -21,6 +21,7 @@ from stagdist.decode.sampler import Choice
 from stagdist.decode.section import Lap
 from stagdist.decode.stage import Stage
 from stagdist.decode.weights import random_reader
+from stagdist.parallel.device import synchronize
 from stagdist.telemetry.spans import SpanRecorder
 
 Name = TypeVar("Name", bound=Hashable)
@@ -102,7 +103,7 @@ class EngineContestant:
         options: grid, head layout, slots.
         delay_s: artificial delay of hand-offs.
         recorder: gets the spans of all runs.
-        lap: told of phases.
+        lap: told of phases; steps then run eagerly, a graph would tell of them once, when it is captured.
     """
 
     def __init__(
@@ -116,10 +117,12 @@ class EngineContestant:
         lap: Lap | None = None,
     ):
         before = site.held_bytes()
+        if lap is not None:
+            options = replace(options, graphs=False)
         self.site, self.model, self.options = site, model, options
         self.placement = place_model(model, options, site.size)
         self.transport = site.transport(options.tensor_parallel_size, delay_s, combined=model.combine_sections)
-        reader = random_reader(SEED)
+        reader = random_reader(SEED, site.device)
         self.stage = build_stage(self.placement, reader, site.device, self.transport, recorder=recorder, lap=lap)
         self._before = before
         self.grown_bytes = 0
@@ -195,7 +198,7 @@ class GenerateContestant:
         times: list[float] = []
 
         def clock(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            self._site.synchronize()
+            synchronize(self._site.device)
             times.append(time.perf_counter())
             return scores
 
@@ -232,7 +235,7 @@ class PrefillContestant:
         self._stage = None
         if not alone or site.rank == 0:
             placement = place_model(model, options, 1 if alone else site.size)
-            self._stage = build_stage(placement, random_reader(SEED), site.device, self._transport)
+            self._stage = build_stage(placement, random_reader(SEED, site.device), site.device, self._transport)
 
     def __call__(self, chunk_size: int | None = None) -> float:
         """Seconds to the first token; 0 on the other ranks."""
@@ -282,7 +285,8 @@ def llama_of(model: ModelConfig, dtype: torch.dtype, device: str):  # type: igno
         bos_token_id=None,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config).to(device=device, dtype=dtype).eval()  # type: ignore[call-arg]
+    with torch.device(device):  # a GPU fills billions of weights in seconds, a CPU in minutes
+        return LlamaForCausalLM(config).to(dtype=dtype).eval()  # type: ignore[call-arg]
 
 
 def alternate(

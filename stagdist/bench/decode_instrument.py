@@ -52,7 +52,7 @@ def instrument(site: DecodeSite, engine: EngineContestant, load: Load, repeats: 
     stage = engine.stage
     recorders = []
     for _ in range(repeats):
-        recorder = SpanRecorder(rank=site.rank, stage=stage.index, synchronize=_waiting(site))
+        recorder = SpanRecorder(rank=site.rank, stage=stage.index, clock=site.clock())
         stage.recorder = recorder
         engine(load)
         recorders.append(recorder)
@@ -79,7 +79,7 @@ def phases(
     """
     readings = []
     for _ in range(repeats):
-        recorder = SpanRecorder(rank=site.rank, clock_ns=clock.read, synchronize=_waiting(site))
+        recorder = SpanRecorder(rank=site.rank, clock=clock)
         engine.stage.recorder = recorder
         clock.clear()
         engine(load)
@@ -120,7 +120,3 @@ def _trace_text(recorder: SpanRecorder) -> str:
         path = Path(folder) / "trace.json"
         recorder.write_trace(path)
         return path.read_text(encoding="utf-8")
-
-
-def _waiting(site: DecodeSite):  # type: ignore[no-untyped-def]
-    return site.synchronize if site.device.startswith("cuda") else None

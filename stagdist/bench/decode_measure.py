@@ -21,7 +21,7 @@ from stagdist.bench.decode_site import DecodeSite
 from stagdist.bench.figures import paired_ratios, spread
 from stagdist.bench.plain_step import rank_edges
 from stagdist.config import ModelConfig
-from stagdist.decode.loading import DTYPES, EngineOptions, place_model
+from stagdist.decode.loading import EngineOptions, place_model
 from stagdist.decode.topology import HeadLayout
 from stagdist.errors import ConfigError, StagdistError
 
@@ -183,7 +183,7 @@ class Measurement:
         }
         if self._has_plain_step():
             runs["plain"] = partial(PlainContestant(engines["staggered"], rank_edges(self.site.size)), load)
-        dtype = DTYPES[settings.options.precision]
+        dtype = engines[SEQUENTIAL].stage.device.dtype
         runs["generate"] = partial(
             GenerateContestant(self.site, plain, dtype, self.site.size * self.site.threads), load
         )

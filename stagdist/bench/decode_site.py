@@ -2,9 +2,9 @@
 
 import ctypes
 import gc
+import itertools
 import socket
 import statistics
-import time
 from datetime import timedelta
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch.distributed as dist
 from stagdist.bench.conditions import usable_cores
 from stagdist.bench.quiet import OtherPrograms
 from stagdist.decode.transport import Transport
+from stagdist.parallel.device import on_cuda
 from stagdist.parallel.grid import Grid
+from stagdist.telemetry.clocks import Clock, EventClock, HostClock
 from stagdist.telemetry.hardware import memory_bytes
 
-BANDWIDTH_BYTES = 1 << 28
-"""Read to measure memory bandwidth: far more than any cache holds."""
+BANDWIDTH_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
+"""Read to measure memory bandwidth: far more than any cache holds, and long enough to hide the start of a kernel."""
 
 
 class DecodeSite:
@@ -73,6 +75,10 @@ class DecodeSite:
         places = self.gather((socket.gethostname(), usable_cores()))
         return max(places.count(place) / place[1] for place in places)
 
+    def gpus(self) -> int:
+        """GPUs that the processes use, the same on all ranks; 0 on the CPU."""
+        return len({place for place in self.gather((socket.gethostname(), self.device)) if on_cuda(place[1])})
+
     def others(self) -> float:
         """Share of rank 0's machine that other programs took since the last call, the same on all ranks."""
         return float(self.from_first(self._others.share()))
@@ -88,16 +94,20 @@ class DecodeSite:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed memory for itself
         if trim is not None:
             trim(0)
-        return torch.cuda.memory_allocated() if self.device.startswith("cuda") else memory_bytes().bytes
+        return torch.cuda.memory_allocated(self.device) if on_cuda(self.device) else memory_bytes().bytes
 
-    def synchronize(self) -> None:
-        """The device has done all it was told."""
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
+    def clock(self) -> Clock:
+        """A clock for work of this process's device. Call it between runs, it waits for the device."""
+        return EventClock() if on_cuda(self.device) else HostClock()
 
     def read_bandwidths(self) -> tuple[list[float], list[float]]:
         """Bytes per second that each rank reads from memory: while all read, and one after the other."""
-        buffer = torch.ones(BANDWIDTH_BYTES // 4, device=self.device)
+        size = BANDWIDTH_BYTES["cpu"]
+        if on_cuda(self.device):
+            free, _ = torch.cuda.mem_get_info(self.device)
+            size = min(BANDWIDTH_BYTES["cuda"], free // 2)
+        buffer = torch.ones(size // 4, device=self.device)
+        self._read(buffer, repeats=1)  # the first pass loads the kernel
         self.barrier()
         together = self.gather(self._read(buffer))
         alone: list[float] = []
@@ -107,11 +117,10 @@ class DecodeSite:
 
     def _read(self, buffer: torch.Tensor, repeats: int = 15) -> float:
         """Median of several passes: where processes share cores, the best one had a core for itself."""
-        passes_s = []
+        clock = self.clock()
+        marks = [clock.mark()]
         for _ in range(repeats):
-            self.synchronize()
-            started = time.perf_counter()
             buffer.sum()
-            self.synchronize()
-            passes_s.append(time.perf_counter() - started)
-        return buffer.nbytes / statistics.median(passes_s)
+            marks.append(clock.mark())
+        times_ns = [clock.nanoseconds(mark) for mark in marks]
+        return 1e9 * buffer.nbytes / statistics.median(end - begin for begin, end in itertools.pairwise(times_ns))

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stagdist.bench.conditions import conditions
+from stagdist.bench.conditions import conditions, device_of_ranks
 from stagdist.bench.results import check_outputs, write_results
 from stagdist.bench.workers import Workers
 from stagdist.config import RunConfig
 from stagdist.config_loading import load_config
 from stagdist.errors import ConfigError
+from stagdist.parallel.device import CHOICES
 from stagdist.parallel.grid import grid_for
 from stagdist.parallel.plan import plan
 
@@ -126,11 +127,11 @@ def measure_case(case: MemoryCase, steps: int, device: str) -> list[RankResult]:
         ConfigError: the ranks do not fit the configuration.
         TrainingError: a rank failed; with the end of its output.
     """
-    config, gpu = _on(case.config, device), 0 if device == "cuda" else None
+    config = _on(case.config, device)
     grid = grid_for(config, case.world_size)
     stages = plan(config, case.world_size).stages
     settings = {"config": config.model_dump(mode="json"), "steps": steps}
-    with Workers(case.world_size, settings, first_gpu=gpu, module="stagdist.bench.memory_worker") as workers:
+    with Workers(case.world_size, settings, module="stagdist.bench.memory_worker") as workers:
         answers = workers.together("train")
     results = []
     for rank, answer in enumerate(answers):
@@ -165,9 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of --config")
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks for --config (default: the fewest)")
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="training steps of each case (default: 2)")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
-    )
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help=f"{CHOICES} (auto)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -180,12 +179,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.steps < 2:
         raise ConfigError(f"--steps {arguments.steps}: the optimizer's moments exist from step 2 on, train at least 2")
     check_outputs(arguments)
-    device, gpus, gpu_name = _device(arguments.device)
+    device, gpus, gpu_name = device_of_ranks(arguments.device)
     written = conditions(gpu_name, gpus) | {"benchmark": "memory", "device": device, "steps": arguments.steps}
     print(TABLE.format("case", "rank", "parameters", "predicted", "measured", "ratio", "reached in"), flush=True)
     recorded, good = [], True
     for case in _chosen(arguments):
-        if device == "cuda" and case.world_size > gpus:
+        if 0 < gpus < case.world_size:
             print(f"{case.name}: skipped, it needs {case.world_size} GPUs of {gpus}", file=sys.stderr)
             continue
         results = measure_case(case, arguments.steps, device)
@@ -211,18 +210,6 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[MemoryCase]:
         if name not in cases:
             raise ConfigError(f"--case {name!r} is none of {', '.join(map(repr, cases))}")
         yield cases[name]
-
-
-def _device(wanted: str) -> tuple[str, int, str | None]:
-    """Kind of device, how many GPUs there are, and the name of the one to be used."""
-    import torch
-
-    gpus = torch.cuda.device_count()
-    if wanted == "cuda" and not gpus:
-        raise ConfigError("--device cuda, but torch sees no CUDA device; use auto or cpu")
-    if not gpus or wanted == "cpu":
-        return "cpu", 0, None
-    return "cuda", gpus, torch.cuda.get_device_name(0)
 
 
 def _record(case: MemoryCase, results: Sequence[RankResult]) -> dict[str, Any]:

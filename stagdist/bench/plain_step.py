@@ -5,6 +5,7 @@ ones of a stage and the messages are the same, so the tokens must be the engine'
 """
 
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from stagdist.config import ModelConfig
 from stagdist.decode.place import Angles
 from stagdist.decode.stage import Stage
 from stagdist.decode.weights import Device, LayerWeights, SectionWeights
+from stagdist.parallel.device import on_cuda
 
 Edges = dict[tuple[int, int], ProcessGroup]
 
@@ -52,17 +54,16 @@ def plain_steps(stage: Stage, edges: Edges, first: Tensor, position: int, steps:
     for step in range(steps):
         here = position + step
         cos, sin = angles.cos[here], angles.sin[here]
-        # Asked for long before it can come: gloo makes a message wait that nobody asked for.
         due = torch.empty(shape, **options) if sharded else torch.empty_like(first)  # type: ignore[call-overload]
-        asked = dist.irecv(due, last, group=edges[last, rank]) if rank < last else None
+        published_token = _receive(stage, due, last, edges) if rank < last else None
         if rank:
-            expected = dist.irecv(buffers[step % 2], rank - 1, group=edges[rank - 1, rank])
+            expected = _receive(stage, buffers[step % 2], rank - 1, edges)
         hidden = F.embedding(token[None], weights.embedding)
         hidden = _self_attention(model, section.layers[0], hidden, cos, sin, cache.self_kv[0], here)
         entries = 0
         if rank:
             if arriving is not None:
-                arriving.wait()
+                arriving()
                 previous = buffers[(step + 1) % 2]
             arriving = expected
             assert previous is not None and cache.memory_kv is not None
@@ -76,26 +77,44 @@ def plain_steps(stage: Stage, edges: Edges, first: Tensor, position: int, steps:
             gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
             hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
         if rank < last:
-            if sending is not None:
-                sending.wait()
+            _wait(sending)
             sent = hidden  # must live until it has left
             sending = dist.isend(sent, rank + 1, group=edges[rank, rank + 1])
-        for work in published:
-            if work is not None:
-                work.wait()
-        if asked is None:
+        _wait(*published)
+        if published_token is None:
             due = hidden if sharded else _likeliest(stage, hidden)[1]
             published = [dist.isend(due, peer, group=edges[last, peer]) for peer in range(last)]
         else:
-            asked.wait()
+            published_token()
         token = _gathered(stage, due) if sharded else due
         if rank == 0:
             tokens.append(int(token))
             times.append(time.perf_counter())
-    for work in (arriving, sending, *published):
+    if arriving is not None:
+        arriving()
+    _wait(sending, *published)
+    return tokens, times
+
+
+def _wait(*sends: dist.Work | None) -> None:
+    for work in sends:
         if work is not None:
             work.wait()
-    return tokens, times
+
+
+def _receive(stage: Stage, tensor: Tensor, peer: int, edges: Edges) -> Callable[[], object]:
+    """A receive, as a function that waits for it.
+
+    On gloo it is posted at once, because a message without a posted receive delays its sender. On nccl it is posted
+    where it is waited for, because a posted receive occupies the device until the message comes.
+    """
+
+    def post() -> dist.Work:
+        work = dist.irecv(tensor, peer, group=edges[peer, dist.get_rank()])
+        assert work is not None, "this rank is in the group"
+        return work
+
+    return (lambda: post().wait()) if on_cuda(stage.device.name) else post().wait
 
 
 def _self_attention(

@@ -11,13 +11,14 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from stagdist.bench.conditions import conditions
+from stagdist.bench.conditions import conditions, device_of_ranks
 from stagdist.bench.figures import paired_ratios, spread
 from stagdist.bench.results import check_outputs, write_results
 from stagdist.bench.workers import Answer, Workers
 from stagdist.config import RunConfig
 from stagdist.config_loading import load_config
 from stagdist.errors import ConfigError
+from stagdist.parallel.device import CHOICES
 from stagdist.parallel.grid import grid_for
 
 CONTESTANTS = ("plain", "synchronous", "asynchronous")
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="measured rounds (default: 20)")
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps after each save (default: 4)")
     parser.add_argument("--folder", metavar="DIR", help="where checkpoints go (default: a temporary folder)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help=f"{CHOICES} (auto)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,20 +64,20 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--rounds {arguments.rounds} and --steps {arguments.steps} must be at least 1")
     check_outputs(arguments)
     with tempfile.TemporaryDirectory(prefix="stagdist-bench-save-", dir=arguments.folder) as folder:
-        config = _config(arguments, folder)
+        device, gpus, gpu_name = device_of_ranks(arguments.device)
+        config = _config(arguments, folder, device)
         world_size = arguments.world_size or config.pipeline_parallel_size * config.parallel.tensor_parallel_size
         grid_for(config, world_size)  # refuses what does not fit
-        on_cuda, gpu_name = _gpu(arguments.device)
         settings = {"config": config.model_dump(mode="json"), "steps": arguments.steps}
         module = "stagdist.bench.save_worker"
-        with Workers(world_size, settings, first_gpu=0 if on_cuda else None, module=module) as workers:
+        with Workers(world_size, settings, module=module) as workers:
             first = {name: workers.together(name) for name in CONTESTANTS}
             rounds = [_round(workers, number) for number in range(arguments.rounds)]
     results = figures(rounds, first)
     _print(results)
     if arguments.json:
         described = config.model_dump(mode="json", exclude_defaults=True, include={"model", "training", "parallel"})
-        written = conditions(gpu_name, world_size if on_cuda else 0) | {"benchmark": "save", "world_size": world_size}
+        written = conditions(gpu_name, min(gpus, world_size)) | {"benchmark": "save", "world_size": world_size}
         written |= {"steps": arguments.steps, "config": described, **results}
         write_results(arguments.json, written)
     return 0
@@ -129,24 +130,14 @@ def _slowest(rounds: Sequence[Round], contestant: str, reading: str) -> list[flo
     return [max(answer[reading] for answer in answers[contestant]) for answers in rounds]
 
 
-def _config(arguments: argparse.Namespace, folder: str) -> RunConfig:
+def _config(arguments: argparse.Namespace, folder: str, device: str) -> RunConfig:
     config = load_config(arguments.config, arguments.set) if arguments.config else RunConfig.model_validate(KEYS)
     changes = {
         "runs_directory": folder,
-        "parallel": config.parallel.model_copy(update={"device": arguments.device}),
+        "parallel": config.parallel.model_copy(update={"device": device}),
         "checkpoint": config.checkpoint.model_copy(update={"asynchronous": True}),
     }
     return config.model_copy(update=changes)
-
-
-def _gpu(wanted: str) -> tuple[bool, str | None]:
-    """Whether GPUs are used, and the name of the first."""
-    import torch
-
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda, but torch sees no CUDA device; use auto or cpu")
-    on_cuda = wanted != "cpu" and torch.cuda.is_available()
-    return on_cuda, torch.cuda.get_device_name(0) if on_cuda else None
 
 
 def _print(results: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from stagdist.bench.memory_worker import random_batches
 from stagdist.checkpoint.training_directory import TrainingState
 from stagdist.config import RunConfig
-from stagdist.parallel.device import choose_device
+from stagdist.parallel.device import choose_device, synchronize
 from stagdist.parallel.grid import grid_for
 from stagdist.training.agreement import Agreed, Agreement, StopSignals, Writing
 from stagdist.training.distributed import start_distributed, stop_distributed
@@ -29,12 +29,12 @@ class Site:
     """One rank: the engine, and a saver of either kind."""
 
     def __init__(self, config: RunConfig, world_size: int, steps: int):
-        device = choose_device(config.parallel.device, option="parallel.device")
+        device = choose_device(config.parallel.device, int(os.environ["LOCAL_RANK"]), option="parallel.device")
         os.environ["DS_ACCELERATOR"] = device.partition(":")[0]
-        self._config, self._steps, self._done = config, steps, 0
+        self._config, self._device, self._steps, self._done = config, device, steps, 0
         self._groups = start_distributed(grid_for(config, world_size), device, config.parallel.timeout_s)
         self._engine = build_engine(config, self._groups)
-        self._batches = random_batches(config)
+        self._batches = random_batches(config, device)
         checkpoint = config.checkpoint.model_copy(update={"asynchronous": False})
         waiting = config.model_copy(update={"checkpoint": checkpoint})
         self._savers = {
@@ -84,6 +84,7 @@ class Site:
     def _train(self) -> float:
         started = time.perf_counter()
         float(self._engine.train_batch(self._batches))
+        synchronize(self._device)  # the loss is known before the update is done
         self._done += 1
         return time.perf_counter() - started
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stagdist.bench.conditions import ROOT, conditions
+from stagdist.bench.conditions import ROOT, conditions, device_of_ranks
 from stagdist.bench.figures import imbalance, paired_ratios, pipeline_speedup_bound, spread
 from stagdist.bench.results import check_outputs, write_results
 from stagdist.bench.twin import sequential_twin
@@ -25,6 +25,7 @@ from stagdist.config_loading import load_config
 from stagdist.data.prepare import prepare
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.errors import ConfigError, TrainingError
+from stagdist.parallel.device import CHOICES
 from stagdist.parallel.flops import flops_per_token
 from stagdist.telemetry.hardware import Precision, peak_flops
 
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--micro-batches", type=int, default=8, metavar="M", help="micro-batches of an optimizer step (default: 8)"
     )
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="measured rounds (default: 20)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help=f"{CHOICES} (auto)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each process (default: 1)")
     parser.add_argument(
         "--one-process",
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     if min(counts.values()) < 1:
         raise ConfigError(f"{', '.join(f'{name} {count}' for name, count in counts.items())}: none may be below 1")
     config = load_config(arguments.config, arguments.set)
-    gpus = _gpus(arguments.device)
+    device, gpus, _ = device_of_ranks(arguments.device)
     stages = 1 if arguments.one_process or 0 < gpus < config.pipeline_parallel_size else config.pipeline_parallel_size
     if stages != 1 and config.parallel.tensor_parallel_size != 1:
         raise ConfigError("the pipeline is compared without tensor parallelism; set parallel.tensor_parallel_size: 1")
@@ -94,9 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     check_outputs(arguments)
     with tempfile.TemporaryDirectory(prefix="stagdist-bench-") as folder:
-        prepared = on_real_text(
-            config, Path(folder), arguments.micro_batches, arguments.rounds, "cuda" if gpus else "cpu"
-        )
+        prepared = on_real_text(config, Path(folder), arguments.micro_batches, arguments.rounds, device)
         results = measure(prepared, stages, arguments.rounds, threads=arguments.threads, gpus=gpus)
     shown = {name: value for name, value in results.items() if isinstance(value, int | float | str)}
     print("\n".join(f"{name:<34} {_shown(value)}" for name, value in shown.items()))
@@ -141,10 +140,9 @@ def on_real_text(config: RunConfig, folder: Path, micro_batches: int, rounds: in
 def measure(config: RunConfig, stages: int, rounds: int, *, threads: int, gpus: int) -> dict[str, Any]:
     """Start the processes, run all rounds, and put the results together."""
     settings = {"config": config.model_dump(mode="json")}
-    first_gpu = 0 if gpus else None
 
     def start(processes: int) -> Workers:
-        return Workers(processes, settings, threads=threads, first_gpu=first_gpu)
+        return Workers(processes, settings, threads=threads)
 
     readings, startup_s = Rounds(), None
     with start(1) as single, _pipeline(start, stages) as pipeline:
@@ -287,13 +285,3 @@ def _precision(config: RunConfig) -> Precision:
 
 def _shown(value: float | str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _gpus(wanted: str) -> int:
-    """GPUs to use; 0 means CPUs."""
-    import torch
-
-    gpus = torch.cuda.device_count()
-    if wanted == "cuda" and not gpus:
-        raise ConfigError("--device cuda, but torch sees no CUDA device; use auto or cpu")
-    return 0 if wanted == "cpu" else gpus

@@ -27,7 +27,6 @@ class Workers:
         world_size: number of processes.
         settings: given to every process.
         threads: threads of each process.
-        first_gpu: the GPU of rank 0, later ranks take the following ones; None hides all GPUs.
         module: what a process runs.
 
     Raises:
@@ -40,7 +39,6 @@ class Workers:
         settings: Answer,
         *,
         threads: int = 1,
-        first_gpu: int | None = None,
         module: str = "stagdist.bench.worker",
     ):
         self._folder = tempfile.TemporaryDirectory(prefix="stagdist-bench-")
@@ -52,7 +50,7 @@ class Workers:
         port = free_port()
         try:
             for rank in range(world_size):
-                self._start(rank, world_size, port, threads, None if first_gpu is None else first_gpu + rank)
+                self._start(rank, world_size, port, threads)
             self.started: list[Answer] = [self._receive(rank) for rank in range(world_size)]
         except BaseException:
             self.close()
@@ -115,19 +113,18 @@ class Workers:
             f"the end of its output:\n{output}"
         )
 
-    def _start(self, rank: int, world_size: int, port: int, threads: int, gpu: int | None) -> None:
+    def _start(self, rank: int, world_size: int, port: int, threads: int) -> None:
         reading, writing = os.pipe()
         self._replies.append(os.fdopen(reading))
         variables = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "RANK": str(rank),
-            "LOCAL_RANK": "0",
+            "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": str(threads),
-            "CUDA_VISIBLE_DEVICES": "" if gpu is None else str(gpu),
             "STAGDIST_REPLY_FD": str(writing),
         }
         with (self._path / f"{rank}.log").open("wb") as log:

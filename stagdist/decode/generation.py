@@ -4,11 +4,10 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
 import torch.distributed as dist
 
 from stagdist.checkpoint.model_config import read_text_tokens
@@ -21,6 +20,7 @@ from stagdist.decode.loading import (
     EngineOptions,
     Placement,
     build_stage,
+    default_precision,
     joined_world,
     place_model,
 )
@@ -38,6 +38,7 @@ from stagdist.decode.stage import Stage
 from stagdist.decode.transport import Transport
 from stagdist.errors import ConfigError, StagdistError, TransportError
 from stagdist.parallel.device import choose_device, on_cuda
+from stagdist.telemetry.clocks import EventClock, HostClock
 from stagdist.telemetry.pulse import Pulse
 from stagdist.telemetry.spans import SpanRecorder, merge_traces
 
@@ -102,8 +103,9 @@ def prepare(task: Task, place: Place) -> Prepared:
         ConfigError: the grid, the device or a file does not fit.
     """
     reader = ModelReader(task.model)
-    placement = place_model(reader.model, task.engine, place.world_size)
     device = choose_device(task.device, place.local_rank)
+    options = replace(task.engine, precision=task.engine.precision or default_precision(device))
+    placement = place_model(reader.model, options, place.world_size)
     tokenizer = load_tokenizer(task.model)
     end_tokens = _end_tokens(task.model, tokenizer)
     if task.prompts_file is not None:
@@ -305,7 +307,7 @@ def _recorder(prepared: Prepared, transport: Transport | None) -> SpanRecorder:
     return SpanRecorder(
         rank=prepared.place.rank,
         stage=0 if transport is None else transport.stage,
-        synchronize=torch.cuda.synchronize if on_cuda(prepared.device) else None,
+        clock=EventClock() if on_cuda(prepared.device) else HostClock(),
     )
 
 

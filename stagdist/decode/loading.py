@@ -44,7 +44,7 @@ class EngineOptions:
         num_slots: requests decoded together.
         max_context: positions of a request; None means the model's.
         chunk_size: positions of a prefill chunk.
-        precision: `fp32`, `bf16`, `fp16` or `fp64`.
+        precision: `fp32`, `bf16`, `fp16` or `fp64`; None: see `default_precision`.
         recurrent: skip section 1 while decoding.
         timeout_s: limit of every wait between ranks.
         hand_off_delay_s: artificial delay of every hand-off, for measurements.
@@ -58,7 +58,7 @@ class EngineOptions:
     num_slots: int = 1
     max_context: int | None = None
     chunk_size: int = DEFAULT_CHUNK
-    precision: str = "fp32"
+    precision: str | None = None
     recurrent: bool = False
     timeout_s: float = 600.0
     hand_off_delay_s: float = 0.0
@@ -79,8 +79,13 @@ class EngineOptions:
             raise ConfigError(
                 f"timeout_s (--timeout) is {self.timeout_s}; give seconds above 0, at most {LONGEST_TIMEOUT_S:.0f}"
             )
-        if self.precision not in DTYPES:
+        if self.precision is not None and self.precision not in DTYPES:
             raise ConfigError(f"precision is {self.precision!r}; give one of {', '.join(DTYPES)}")
+
+
+def default_precision(device: str) -> str:
+    """`bf16` on a GPU, which then reads half the bytes of fp32 for every token; `fp32` on a CPU."""
+    return "bf16" if on_cuda(device) else "fp32"
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,8 @@ def joined_world(placement: Placement, device: str) -> Iterator[Transport | None
         TransportError: the processes did not meet.
     """
     if placement.grid.world_size == 1:
+        if on_cuda(device):
+            torch.cuda.set_device(device)  # events and graphs use the current device
         yield None
         return
     options = placement.options
@@ -172,7 +179,7 @@ def build_stage(
     """
     choose_attention(training=False)
     options = placement.options
-    where = Device(device, DTYPES[options.precision])
+    where = Device(device, DTYPES[options.precision or default_precision(device)])
     index, rank = (0, 0) if transport is None else (transport.stage, transport.tensor_rank)
     loader = WeightLoader(placement.model, read, Shard(rank, placement.grid.tensor), where)
     weights = loader.stage(placement.topology, index)

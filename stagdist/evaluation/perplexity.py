@@ -135,7 +135,7 @@ def world_groups(tensor_size: int, device: str, timeout_s: float) -> Iterator[Gr
     """The groups of this world: tensor axis of the given size, data axis for the rest; no sockets in a world of one."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
-        with single_process(timeout_s) as groups:
+        with single_process(timeout_s, device) as groups:
             yield groups
         return
     set_default_timeout(timeout_s)

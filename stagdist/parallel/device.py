@@ -57,6 +57,12 @@ def on_cuda(device: str | torch.device) -> bool:
     return torch.device(device).type == "cuda"
 
 
+def synchronize(device: str | torch.device) -> None:
+    """Wait until a GPU has done all its work; the work of a CPU is done already."""
+    if on_cuda(device):
+        torch.cuda.synchronize(device)
+
+
 def choose_attention(*, training: bool) -> None:
     """Choose the attention kernels of this process; does nothing where there is no GPU.
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 
+import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 from stagdist.errors import ConfigError
+from stagdist.parallel.device import on_cuda
 from stagdist.parallel.grid import Coordinate, Grid
 
 WATCHDOG_GRACE_S = 60.0
@@ -92,10 +94,17 @@ def build_groups(grid: Grid, timeout_s: float) -> Groups:
 
 
 @contextmanager
-def single_process(timeout_s: float = 600.0) -> Iterator[Groups]:
-    """A world of one rank without sockets, for tools that run the model in one process."""
+def single_process(timeout_s: float = 600.0, device: str = "cpu") -> Iterator[Groups]:
+    """A world of one rank without sockets, for tools that run the model in one process.
+
+    Args:
+        device: `cpu` (gloo) or `cuda:N` (nccl), which becomes this process's current device.
+    """
     set_default_timeout(timeout_s)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if on_cuda(device):
+        torch.cuda.set_device(device)
+    # gloo takes tensors of a GPU too, but copies them to the host and back.
+    dist.init_process_group("nccl" if on_cuda(device) else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield build_groups(Grid(1, 1, 1), timeout_s)
     finally:

@@ -3,10 +3,15 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from stagdist.telemetry.clocks import Clock, HostClock
+
+HOST_WORK = "host work"
+"""Category of spans that hold no work of a device."""
 
 MAX_SPANS = 1_000_000
 """Spans kept by default, about 200 MB; later ones are counted and left out."""
@@ -16,7 +21,7 @@ BUBBLE_TOLERANCE = 0.01
 
 
 class Span(NamedTuple):
-    """One stretch of work on one stage, nanoseconds of the recorder's clock."""
+    """One stretch of work on one stage, in nanoseconds of `time.perf_counter_ns`."""
 
     name: str
     category: str
@@ -27,91 +32,65 @@ class Span(NamedTuple):
 
 
 class SpanRecorder:
-    """Records spans of one process; does next to nothing when it is switched off.
+    """Records spans of one process.
 
     Args:
         rank: global rank, the process number of the trace.
         stage: stage of spans that name none.
-        enabled: False records nothing.
-        synchronize: called before each reading of the clock. Work on a GPU runs after the call that starts it has
-            returned; give `torch.cuda.synchronize` where spans must hold it.
+        clock: times the spans; `EventClock` where they hold work of a GPU. Host work is always timed by the host.
         max_spans: spans kept at most.
-        clock_ns: nanoseconds from any origin, never going back.
     """
 
     def __init__(
-        self,
-        *,
-        rank: int = 0,
-        stage: int = 0,
-        enabled: bool = True,
-        synchronize: Callable[[], None] | None = None,
-        max_spans: int = MAX_SPANS,
-        clock_ns: Callable[[], int] = time.perf_counter_ns,
+        self, *, rank: int = 0, stage: int = 0, clock: Clock | None = None, max_spans: int = MAX_SPANS
     ) -> None:
-        self.enabled = enabled
         self.dropped = 0
         self._rank = rank
         self._stage = stage
-        self._synchronize = synchronize
+        self._clock = clock or HostClock()
+        self._host_clock = HostClock()
         self._max_spans = max_spans
-        self._clock_ns = clock_ns
         # Traces of several ranks are laid over each other by wall-clock time.
-        self._wall_offset_ns = time.time_ns() - clock_ns()
-        self._spans: list[Span] = []
+        self._wall_offset_ns = time.time_ns() - time.perf_counter_ns()
+        self._marked: list[Span] = []
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """All spans so far, in the order in which they ended."""
-        return tuple(self._spans)
+        """All spans so far, in the order in which they ended. Waits for work of a GPU that they hold."""
+        return tuple(
+            span._replace(begin_ns=clock.nanoseconds(span.begin_ns), end_ns=clock.nanoseconds(span.end_ns))
+            for span in self._marked
+            for clock in [self._clock_of(span.category)]
+        )
 
-    def begin(self) -> int:
-        """Time at which a span begins, for `end`; 0 when switched off."""
-        return self._now() if self.enabled else 0
-
-    def end(self, begin_ns: int, name: str, category: str, *, step: int, stage: int | None = None) -> None:
-        """Record the span that began at `begin_ns` and ends now."""
-        if not self.enabled:
-            return
-        if len(self._spans) >= self._max_spans:
-            self.dropped += 1
-            return
-        self._spans.append(Span(name, category, self._stage if stage is None else stage, step, begin_ns, self._now()))
-
-    def span(self, name: str, category: str, *, step: int, stage: int | None = None) -> AbstractContextManager[None]:
+    @contextmanager
+    def span(self, name: str, category: str, *, step: int, stage: int | None = None) -> Iterator[None]:
         """Context manager that records what runs inside as one span, also when it raises."""
-        if not self.enabled:
-            return nullcontext()
-        return self._timed(name, category, step, stage)
-
-    def clear(self) -> None:
-        """Forget all spans."""
-        self._spans.clear()
-        self.dropped = 0
+        if len(self._marked) >= self._max_spans:
+            self.dropped += 1
+            yield
+            return
+        clock = self._clock_of(category)
+        begin = clock.mark()
+        try:
+            yield
+        finally:
+            where = self._stage if stage is None else stage
+            self._marked.append(Span(name, category, where, step, begin, clock.mark()))
 
     def write_trace(self, path: str | Path) -> None:
         """Write the spans as a Chrome trace (JSON), aside and then renamed.
 
         One process per rank, one thread per stage, wall-clock microseconds.
         """
-        events = [self._event(span) for span in self._spans]
-        for stage in sorted({span.stage for span in self._spans}):
+        events = [self._event(span) for span in self.spans]
+        for stage in sorted({span.stage for span in self._marked}):
             events.append(_label("thread_name", self._rank, stage, f"stage {stage}"))
         events.append(_label("process_name", self._rank, 0, f"rank {self._rank}"))
         _write_trace_file(Path(path), events, {"dropped_spans": self.dropped})
 
-    def _now(self) -> int:
-        if self._synchronize is not None:
-            self._synchronize()
-        return self._clock_ns()
-
-    @contextmanager
-    def _timed(self, name: str, category: str, step: int, stage: int | None) -> Any:
-        begin_ns = self._now()
-        try:
-            yield
-        finally:
-            self.end(begin_ns, name, category, step=step, stage=stage)
+    def _clock_of(self, category: str) -> Clock:
+        return self._host_clock if category == HOST_WORK else self._clock
 
     def _event(self, span: Span) -> dict[str, Any]:
         return {
@@ -147,7 +126,7 @@ def seconds_per_step(spans: Iterable[Span]) -> dict[int, dict[str, float]]:
         intervals.setdefault((span.step, span.category), []).append((span.begin_ns, span.end_ns))
     seconds: dict[int, dict[str, float]] = {}
     for (step, category), stretches in sorted(intervals.items()):
-        seconds.setdefault(step, {})[category] = _covered_ns(stretches) / 1e9
+        seconds.setdefault(step, {})[category] = covered_ns(stretches) / 1e9
     return seconds
 
 
@@ -173,7 +152,8 @@ def bubble_share(compute_s: Sequence[float], phase_s: float) -> float:
     return max(0.0, 1.0 - sum(compute_s) / (len(compute_s) * phase_s))
 
 
-def _covered_ns(stretches: list[tuple[int, int]]) -> int:
+def covered_ns(stretches: Iterable[tuple[int, int]]) -> int:
+    """Time that at least one of the stretches, each (begin, end), covers."""
     covered, reached = 0, None
     for begin, end in sorted(stretches):
         if reached is None or begin > reached:

@@ -8,21 +8,27 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from stagdist.bench.decode import DEFAULT_CONFIG, add_arguments, run, settings_from
-from stagdist.bench.decode_breakdown import PhaseClock, counted_steps, hand_off_slack_s, milliseconds_per_step
+from stagdist.bench.decode_breakdown import MEASURES, PhaseClock, counted_steps, hand_off_slack_s, milliseconds_per_step
 from stagdist.bench.decode_bytes import StepBytes, bound_s, step_bytes
-from stagdist.bench.decode_contestants import DROPPED_STEPS, Load, Served, alternate
+from stagdist.bench.decode_contestants import DROPPED_STEPS, EngineContestant, Load, Served, alternate
 from stagdist.bench.decode_measure import _check_same_tokens, _ratios
 from stagdist.bench.decode_shapes import balanced_split, default_splits, even_split, parse_split
+from stagdist.bench.decode_site import DecodeSite
 from stagdist.bench.decode_sweeps import parse_axis, predicted_step_s
+from stagdist.bench.plain_step import _receive
 from stagdist.bench.quiet import OtherPrograms
 from stagdist.config_loading import load_config
 from stagdist.decode.loading import EngineOptions, build_stage, place_model
-from stagdist.decode.weights import random_reader
+from stagdist.decode.stage import CATEGORIES
+from stagdist.decode.weights import Device, random_reader
 from stagdist.errors import ConfigError, StagdistError
+from stagdist.telemetry.clocks import HostClock
 from stagdist.telemetry.spans import Span
 from tests.bench.tiny import write_tiny
 from tests.ranks import run_ranks
@@ -160,6 +166,21 @@ def test_a_step_is_split_into_categories_and_what_lies_between_them() -> None:
         counted_steps(spans[:6])
 
 
+def test_a_host_that_is_ahead_of_its_gpu_neither_begins_nor_lengthens_a_step() -> None:
+    spans = []
+    for step in range(DROPPED_STEPS + 3):
+        start = 10.0 * step
+        spans.append(of_step("host work", "host work", step, start - 4, start - 2))
+        spans.append(of_step("run section", "compute", step, start, start + 9))
+    found = milliseconds_per_step(counted_steps(spans))
+    assert found["step"] == pytest.approx(10) and found["host_work"] == pytest.approx(2)
+    assert found["between_instructions"] == pytest.approx(1)
+
+
+def test_every_category_of_a_stage_has_a_measure() -> None:
+    assert set(CATEGORIES.values()) == set(MEASURES)
+
+
 def test_the_slack_of_a_hand_off_spans_the_steps_of_its_lag() -> None:
     steps = range(DROPPED_STEPS + 5)
     sender = [of_step("send hand-off", "send", step, 10 * step + 9, 10 * step + 9.1) for step in steps]
@@ -170,15 +191,44 @@ def test_the_slack_of_a_hand_off_spans_the_steps_of_its_lag() -> None:
 
 
 def test_phases_are_timed_from_the_beginning_of_their_span() -> None:
-    clock = PhaseClock()
-    begin = clock.read()
+    clock = PhaseClock(HostClock())
+    begin = clock.mark()
     clock.lap("self_attention")
     clock.lap("mlp")
     clock.lap("self_attention")
-    end = clock.read()
+    end = clock.mark()
     found = clock.seconds(begin, end)
     assert 0 < sum(found.values()) <= (end - begin) / 1e9 and found["cross_attention"] == 0
     assert clock.seconds(end, end + 1) == dict.fromkeys(found, 0.0)
+
+
+@pytest.mark.parametrize("lap", [None, lambda phase: None])
+def test_an_engine_that_tells_of_phases_runs_without_graphs(tiny: str, lap: Callable[[str], None] | None) -> None:
+    model = load_config(tiny).model
+    engine = EngineContestant(DecodeSite(None, "cpu", 1, 60.0), model, EngineOptions(max_context=8), lap=lap)
+    assert engine.options.graphs is (None if lap is None else False)
+
+
+@pytest.mark.parametrize(("device", "early"), [("cpu", 1), ("cuda:0", 0)])
+def test_the_plain_step_posts_a_receive_early_on_gloo_and_where_it_is_waited_for_on_nccl(
+    monkeypatch: pytest.MonkeyPatch, device: str, early: int
+) -> None:
+    posted: list[Mock] = []
+
+    def irecv(tensor: torch.Tensor, peer: int, group: str) -> Mock:
+        posted.append(Mock(place=(peer, group)))
+        return posted[-1]
+
+    monkeypatch.setattr(torch.distributed, "irecv", irecv)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    stage: Any = Mock(device=Device(device, torch.float32))
+    edges: Any = {(0, 1): "edge"}
+    wait = _receive(stage, torch.zeros(1), 0, edges)
+    assert len(posted) == early
+    wait()
+    (work,) = posted
+    assert work.place == (0, "edge")
+    work.wait.assert_called_once()
 
 
 def test_ratios_are_taken_within_rounds() -> None:

@@ -112,11 +112,13 @@ def _named(grid: tuple[int, int], number: int, case: Case) -> Any:
 def test_tokens_and_logits_are_those_of_full_recomputation(
     runs: Runs, grid: tuple[int, int], number: int, case: Case
 ) -> None:
-    double = case.options.precision == "fp64"
+    precision = case.options.precision
+    assert precision is not None
+    double = precision == "fp64"
     ranks = runs.ranks(*grid, number)
     compared = compare(case, ranks, margin=0.0 if double else CLEAR_MARGIN)
     assert compared.wrong_tokens == 0
-    assert compared.difference < TOLERANCES[case.options.precision]
+    assert compared.difference < TOLERANCES[precision]
     total = sum(len(done.token_ids) for done in ranks[0].completions)
     assert compared.tokens > 0.9 * total, "hardly a margin is clear: the comparison says nothing"
     assert compared.logits == total * config_of(case.keys)["vocab_size"], "a part of the vocabulary is missing"

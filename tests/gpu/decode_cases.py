@@ -178,6 +178,7 @@ def errors(case: Case, device: str) -> Errors:
     The reference reads the tokens that the engine chose, so one flipped token does not spoil the positions after it.
     """
     decoded = decode(case, device)
+    assert case.options.precision is not None
     dtype = DTYPES[case.options.precision]
     parameters = {name: value.to(dtype).float() for name, value in parameters_of(case).items()}
     expected = []

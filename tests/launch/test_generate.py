@@ -12,6 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from stagdist.decode import generation
+from stagdist.decode.generation import Place, Task, prepare
+from stagdist.decode.loading import EngineOptions
+from stagdist.decode.request import SamplingParams
 from tests.launch.generating import command, error_lines, generate, running, write_model
 
 pytestmark = pytest.mark.ranks
@@ -93,6 +97,17 @@ def test_every_launcher_gives_the_same_answers_and_bad_prompts_harm_no_other(
     split = generate("torchrun", model, *arguments, "--tensor-parallel-size", "2", "--batch-size", "2")
     assert split.returncode == 1 and comparable(answers(split)) == comparable(found), split.stderr.decode()
     assert "pipe 1 x tensor 2" in split.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "precision"), [("cuda:1", None, "bf16"), ("cpu", None, "fp32"), ("cuda:1", "fp64", "fp64")]
+)
+def test_the_precision_is_bf16_on_a_gpu_and_fp32_on_a_cpu_unless_the_user_names_one(
+    model: Path, monkeypatch: pytest.MonkeyPatch, device: str, asked: str | None, precision: str
+) -> None:
+    monkeypatch.setattr(generation, "choose_device", lambda choice, local_rank: device)
+    task = Task(model, EngineOptions(precision=asked), SamplingParams(), prompts=("a",))
+    assert prepare(task, Place(0, 1, 0)).placement.options.precision == precision
 
 
 def test_text_keeps_the_order_of_the_prompts_and_the_summary_has_the_numbers(model: Path) -> None:

@@ -5,8 +5,10 @@ import os
 import pytest
 import torch
 
+from stagdist.bench.conditions import device_of_ranks
 from stagdist.errors import ConfigError
 from stagdist.parallel.device import choose_attention, choose_device
+from stagdist.parallel.groups import single_process
 
 
 @pytest.fixture
@@ -73,6 +75,34 @@ def test_one_hardware_queue_is_refused_with_the_reason(monkeypatch: pytest.Monke
     with pytest.raises(ConfigError, match="CUDA_DEVICE_MAX_CONNECTIONS is 1: a receive that waits for a peer"):
         choose_device("auto")
     assert choose_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize(("device", "calls"), [("cuda:1", ["cuda:1", "nccl"]), ("cpu", ["gloo"])])
+def test_a_world_of_one_rank_uses_the_backend_of_its_device(
+    monkeypatch: pytest.MonkeyPatch, device: str, calls: list[str]
+) -> None:
+    made: list[str] = []
+
+    def init(backend: str, **keys: object) -> None:
+        made.append(backend)
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    with pytest.raises(InterruptedError), single_process(device=device):
+        pass
+    assert made == calls
+
+
+@pytest.mark.parametrize(
+    ("choice", "device"), [("auto", ("cuda", 2, "H100")), ("cuda:1", ("cuda:1", 1, "H100")), ("cpu", ("cpu", 0, None))]
+)
+@pytest.mark.usefixtures("gpus")
+def test_benchmarks_spread_their_ranks_over_the_gpus_that_were_chosen(
+    monkeypatch: pytest.MonkeyPatch, choice: str, device: tuple[str, int, str | None]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    assert device_of_ranks(choice) == device
 
 
 def test_cudnn_attention_is_for_training_alone() -> None:
