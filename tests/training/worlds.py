@@ -2,6 +2,7 @@
 
 import os
 
+from stagdist.parallel.device import choose_device
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import Groups, build_groups, destroy_groups
 from stagdist.training.distributed import start_distributed
@@ -18,7 +19,8 @@ class World:
         """Process groups of a grid pipe x data x tensor; those of the grid before are given up."""
         grid = Grid(*sizes)
         if self._groups is None:
-            self._groups = start_distributed(grid, os.environ["DS_ACCELERATOR"], self._timeout_s)
+            device = choose_device(os.environ["DS_ACCELERATOR"], int(os.environ["LOCAL_RANK"]))
+            self._groups = start_distributed(grid, device, self._timeout_s)
         elif self._groups.grid != grid:
             destroy_groups()
             self._groups = build_groups(grid, self._timeout_s)
