@@ -1,0 +1,162 @@
+"""Training in a world of one: equal to the reference, resumed bit by bit, and how fast."""
+
+import gc
+import re
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from stagdist.bench.memory_worker import random_batches
+from stagdist.config import RunConfig
+from stagdist.config_loading import load_config
+from stagdist.parallel.flops import flops_per_token
+from stagdist.parallel.grid import grid_for
+from stagdist.parallel.groups import Groups
+from stagdist.parallel.plan import plan
+from stagdist.telemetry.hardware import peak_flops
+from stagdist.training.distributed import start_distributed
+from stagdist.training.engine import build_engine
+from tests.gpu.checks.environment import ROOT
+from tests.gpu.checks.setting import NEEDS_GPU, Numbers, Setting
+from tests.gpu.checks.timing import wait
+from tests.reference.variants import VARIANTS
+from tests.training.comparison import mismatches
+from tests.training.parity_cases import BF16_CASES, CASES, Case
+from tests.training.parity_worker import run_cases
+from tests.training.test_resume_variants import check_resumed, resume_cases
+
+PARITY = ("grid 1x1x1", "three sections with everything on 1x1x1", "checkpointing on 1x1x1", "bf16, default on 1x1x1")
+RUNS = ("pythia-410m-staggered", "pythia-410m-sequential")
+MICRO_BATCHES = 4
+COLD_STEPS = 2
+"""First steps, which load kernels and make plans."""
+TINY = (
+    "model.vocab_size=320",
+    "model.hidden_size=32",
+    "model.intermediate_size=64",
+    "model.num_attention_heads=2",
+    "model.max_position_embeddings=16",
+    "model.section_layers=[1, 1]",
+)
+PARTS = {
+    "cross_entropy": r"_?VocabParallelCrossEntropy\w*|autograd::engine::evaluate_function: \w*CrossEntropy\w*",
+    "attention": r"aten::scaled_dot_product_attention|autograd::engine::evaluate_function: ScaledDotProduct\w+",
+    "optimizer": r"Optimizer\.step#.*",
+}
+"""Operators whose time, kernels included, is that of a part of the step."""
+
+
+def training_parity(setting: Setting) -> Numbers:
+    """Losses, gradients, norms and weights of four runs against the reference."""
+    names = PARITY if setting.on_gpu else PARITY[:1]
+    cases = [case for case in CASES + BF16_CASES if case.name in names]
+    assert len(cases) == len(names), f"of {names} only {[case.name for case in cases]} exist"
+    reports = run_cases(cases)
+    wrong = {case.name: found for case in cases if (found := mismatches(case, [reports[case.name]]))}
+    assert not wrong, f"differences from the reference: {wrong}"
+    return {"cases": [case.name for case in cases]}
+
+
+def training_resume(setting: Setting) -> Numbers:
+    """A run that goes on from its checkpoint computes the same bits as one that never stopped."""
+    cases = [Case("fp32", {}, (1, 1, 1))]
+    if setting.on_gpu:
+        everything = VARIANTS["three sections with everything"]
+        cases.append(Case("bf16 with everything", everything, (1, 1, 1), precision="bf16", checkpointing="layer"))
+    with tempfile.TemporaryDirectory(prefix="stagdist-check-") as folder:
+        reports = resume_cases((cases, Path(folder)))
+    for case in cases:
+        check_resumed([reports[case.name]])
+    return {"cases": [case.name for case in cases]}
+
+
+def training_speed(setting: Setting) -> Numbers:
+    """Tokens/s, MFU, peak memory against the plan, and shares of a step's kernels, for both connections in bf16."""
+    numbers: Numbers = {}
+    groups: Groups | None = None
+    for name in RUNS:
+        config = _config(setting, name)
+        if groups is None:
+            device = setting.device
+            groups = start_distributed(grid_for(config, 1), device, config.parallel.timeout_s)
+        numbers[name] = _speed(setting, config, groups)
+        setting.keep(numbers)
+    if not setting.on_gpu:
+        numbers["impossible"] = {
+            "mfu, peak_bytes": NEEDS_GPU,
+            "shares": f"of kernels, {NEEDS_GPU}; these are host time",
+        }
+    return numbers
+
+
+def _config(setting: Setting, name: str) -> RunConfig:
+    micro_batch = 4 if setting.on_gpu else 1
+    overrides = (
+        "parallel.pipeline_parallel_size=1",
+        f"training.micro_batch_size={micro_batch}",
+        f"training.global_batch_size={MICRO_BATCHES * micro_batch}",
+        *(() if setting.on_gpu else TINY),
+    )
+    return load_config(ROOT / "configs" / f"{name}.yaml", overrides)
+
+
+def _speed(setting: Setting, config: RunConfig, groups: Groups) -> Numbers:
+    held = _reset_peak(setting)
+    engine, batches = build_engine(config, groups), random_batches(config)
+    times_s, losses = [], []
+    for _ in range(COLD_STEPS + (4 if setting.on_gpu else 1)):
+        wait(setting.device)
+        began = time.perf_counter()
+        losses.append(float(engine.train_batch(batches)))
+        wait(setting.device)
+        times_s.append(time.perf_counter() - began)
+    step_s = statistics.median(times_s[COLD_STEPS:])
+    tokens_per_s = config.training.global_batch_size * config.sequence_length / step_s
+    memory = plan(config, 1).stages[0].memory
+    numbers: Numbers = {
+        "step_s": times_s,
+        "losses": losses,
+        "tokens_per_s": tokens_per_s,
+        "tflop_per_s": tokens_per_s * flops_per_token(config.model, config.sequence_length) / 1e12,
+        "mfu": None,
+        "held_before_bytes": held,
+        "peak_bytes": torch.cuda.max_memory_allocated() if setting.on_gpu else None,
+        "planned_bytes": None if memory is None else memory.total,
+    }
+    peak = peak_flops(torch.cuda.get_device_name(0) if setting.on_gpu else None, "bf16")
+    if peak is not None:
+        numbers["mfu"] = 1e12 * numbers["tflop_per_s"] / peak
+    setting.keep({config.name: numbers})
+    numbers["shares"] = _shares(setting, lambda: engine.train_batch(batches))
+    return numbers
+
+
+def _reset_peak(setting: Setting) -> int:
+    """Bytes on the GPU that earlier runs have left."""
+    gc.collect()
+    if not setting.on_gpu:
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _shares(setting: Setting, step: Any) -> Numbers:
+    """Share of each part in the kernels' time of a step; of the host's time on a CPU."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * setting.on_gpu
+    with profile(activities=activities) as profiler:
+        step()
+        wait(setting.device)
+    parts = dict.fromkeys(PARTS, 0.0)
+    total = 0.0
+    for event in profiler.key_averages():
+        total += event.self_device_time_total if setting.on_gpu else event.self_cpu_time_total
+        for part, pattern in PARTS.items():
+            if re.fullmatch(pattern, event.key):
+                parts[part] += event.device_time_total if setting.on_gpu else event.cpu_time_total
+    return {part: microseconds / total for part, microseconds in parts.items()} | {"total_us": total}
