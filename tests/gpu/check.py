@@ -61,7 +61,7 @@ CHECKS = (
     _decode("sharded", head="sharded"),
     _decode("combined", head="last", combined=True),
     _decode("traced", head="last", traced=True),
-    Check("two_ranks_training", "tests.gpu.checks.two_ranks:training", 30, ranks=2),
+    Check("two_ranks_training", "tests.gpu.checks.two_ranks:training", 40, ranks=2),
     Check("training_parity", "tests.gpu.checks.training:training_parity", 40),
     Check("training_resume", "tests.gpu.checks.training:training_resume", 30),
     Check("training_speed", "tests.gpu.checks.training:training_speed", 60),
@@ -109,7 +109,7 @@ def perform_check(check: Check, setting: Setting, limit_s: float, variables: dic
             error = outcome.get("impossible")
             ok, numbers = (None if error else True), outcome.get("numbers", {})
         except Exception as failure:  # whatever happened, the other checks go on
-            error = str(failure).replace(f"{ROOT}{os.sep}", "")
+            error = f"{type(failure).__name__}: {failure}".replace(f"{ROOT}{os.sep}", "")
         if not ok and kept.exists():
             numbers = json.loads(kept.read_text())
     return Record(check.name, ok, time.monotonic() - began, numbers, error)
@@ -141,8 +141,9 @@ def _variables(check: Check, setting: Setting) -> dict[str, str]:
     if not setting.on_gpu:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(setting.gpus))))
+    ranks = {"NCCL_DEBUG": "WARN"} if check.ranks > 1 else {}
     shared = SHARED_GPU if check.ranks > setting.gpus else {}
-    return {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": visible, **shared}
+    return {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": visible, **ranks, **shared}
 
 
 @contextmanager
@@ -218,9 +219,13 @@ def main(arguments: Sequence[str] | None = None, checks: Sequence[Check] = CHECK
             print("gpu-check: torch sees no CUDA device; --rehearse runs the checks on the CPU", file=sys.stderr)
             return 2
         setting, device_name = Setting(gpus=torch.cuda.device_count()), torch.cuda.get_device_name(0)
-    header = conditions(device_name, setting.gpus) | {
-        "configuration": {"only": options.only, "budget_s": options.budget_s, "rehearsal": options.rehearse}
+    configuration = {
+        "rehearsal": options.rehearse,
+        "only": options.only,
+        "budget_s": options.budget_s,
+        "nccl": None if options.nccl is None else Path(options.nccl).name,
     }
+    header = conditions(device_name, setting.gpus) | {"configuration": configuration}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     chosen = [check for check in checks if not options.only or check.name.startswith(tuple(options.only))]
     nccl = None if options.nccl is None else str(Path(options.nccl).resolve())

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import create_autospec
 
@@ -17,10 +18,12 @@ import torch
 
 from tests.gpu import check
 from tests.gpu.check import CHECKS, Check, main, table
-from tests.gpu.checks import loading, timing, two_ranks
+from tests.gpu.checks import environment, loading, timing, two_ranks
+from tests.gpu.checks.models import watched_graphs
 from tests.gpu.checks.setting import ImpossibleError, Numbers, Setting
 from tests.ranks import ROOT
 
+RUNS = ("pythia-410m-staggered", "pythia-410m-sequential")
 HERE = "tests.gpu.test_check"
 FINE = Check("fine", f"{HERE}:fine", 60, {"number": 7})
 NEED_STREAMS = {"loading", "queues"}
@@ -91,6 +94,8 @@ def test_a_rehearsal_runs_every_check_or_says_why_not(
         assert (record["error"] is None) == (record["ok"] is True)
         assert record["ok"] is None or record["numbers"]
         assert all(record["numbers"].get("impossible", {"part": "reason"}).values())
+    speed = next(record for record in records if record["name"] == "training_speed")["numbers"]
+    assert all(None not in speed[name]["shares"].values() for name in RUNS), "operators of a part are named otherwise"
     shown = capsys.readouterr().out
     assert all(each.name in shown for each in CHECKS)
     assert not list(tmp_path.rglob("*.partial"))
@@ -178,6 +183,38 @@ def test_ranks_do_not_share_a_gpu_under_an_old_nccl(monkeypatch: pytest.MonkeyPa
         two_ranks.check_ranks_can_meet(Setting(gpus=1))
     monkeypatch.setattr(two_ranks, "loaded_nccl", lambda: (2, 30, 0))
     two_ranks.check_ranks_can_meet(Setting(gpus=1))
+
+
+def test_the_version_of_nccl_is_that_of_the_loaded_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = SimpleNamespace(ncclGetVersion=lambda place: setattr(place._obj, "value", 23102) or 0)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(environment.ctypes, "CDLL", lambda name, mode: library)
+    assert environment.loaded_nccl() == (2, 31, 2)
+
+
+def test_graphs_are_watched_whoever_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class FakeGraph:
+        def capture_begin(self, pool: object = None, capture_error_mode: str = "global") -> None:
+            calls.append(f"begin {capture_error_mode}")
+
+        def capture_end(self) -> None:
+            calls.append("end")
+
+        def replay(self) -> None:
+            calls.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    graph, own = FakeGraph(), dict(vars(FakeGraph))
+    with watched_graphs() as graphs:
+        graph.capture_begin(None, capture_error_mode="thread_local")
+        graph.capture_end()
+        assert graphs.replay_ms("cpu") is None
+        graph.replay()
+        last: Any = graphs.last
+        assert last is graph and graphs.replay_ms("cpu") is not None
+    assert len(graphs.capture_ms) == 1 and calls[:3] == ["begin thread_local", "end", "replay"]
+    assert dict(vars(FakeGraph)) == own
 
 
 def test_streams_that_block_each_other_form_groups() -> None:

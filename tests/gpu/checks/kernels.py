@@ -53,7 +53,7 @@ def profiled(setting: Setting, work: Callable[[], Any], repeats: int = 1) -> lis
     return [
         (event.name, event.time_range.elapsed_us())
         for event in events
-        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
 
 

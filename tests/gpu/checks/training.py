@@ -5,10 +5,13 @@ import re
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from stagdist.bench.memory_worker import random_batches
@@ -16,7 +19,6 @@ from stagdist.config import RunConfig
 from stagdist.config_loading import load_config
 from stagdist.parallel.flops import flops_per_token
 from stagdist.parallel.grid import grid_for
-from stagdist.parallel.groups import Groups
 from stagdist.parallel.plan import plan
 from stagdist.telemetry.hardware import peak_flops
 from stagdist.training.distributed import start_distributed
@@ -44,11 +46,11 @@ TINY = (
     "model.section_layers=[1, 1]",
 )
 PARTS = {
-    "cross_entropy": r"_?VocabParallelCrossEntropy\w*|autograd::engine::evaluate_function: \w*CrossEntropy\w*",
+    "cross_entropy": r"(autograd::engine::evaluate_function: )?(\w*CrossEntropy|_TokenNats)(?(1)Backward)",
     "attention": r"aten::scaled_dot_product_attention|autograd::engine::evaluate_function: ScaledDotProduct\w+",
     "optimizer": r"Optimizer\.step#.*",
 }
-"""Operators whose time, kernels included, is that of a part of the step."""
+"""Operators whose time, kernels included, is that of a part of the step; none is called by another of its part."""
 
 
 def training_parity(setting: Setting) -> Numbers:
@@ -77,15 +79,18 @@ def training_resume(setting: Setting) -> Numbers:
 
 def training_speed(setting: Setting) -> Numbers:
     """Tokens/s, MFU, peak memory against the plan, and shares of a step's kernels, for both connections in bf16."""
+    configs = [_config(setting, name) for name in RUNS]
+    groups = start_distributed(grid_for(configs[0], 1), setting.device, configs[0].parallel.timeout_s)
     numbers: Numbers = {}
-    groups: Groups | None = None
-    for name in RUNS:
-        config = _config(setting, name)
-        if groups is None:
-            device = setting.device
-            groups = start_distributed(grid_for(config, 1), device, config.parallel.timeout_s)
-        numbers[name] = _speed(setting, config, groups)
+    for config in configs:
+        held = _reset_peak(setting)
+        engine, batches = build_engine(config, groups), random_batches(config)
+        step = partial(engine.train_batch, batches)
+        numbers[config.name] = {"held_before_bytes": held, **_speed(setting, config, step)}
         setting.keep(numbers)
+        numbers[config.name]["shares"] = _shares(setting, step)
+        setting.keep(numbers)
+        del engine, step
     if not setting.on_gpu:
         numbers["impossible"] = {
             "mfu, peak_bytes": NEEDS_GPU,
@@ -105,35 +110,28 @@ def _config(setting: Setting, name: str) -> RunConfig:
     return load_config(ROOT / "configs" / f"{name}.yaml", overrides)
 
 
-def _speed(setting: Setting, config: RunConfig, groups: Groups) -> Numbers:
-    held = _reset_peak(setting)
-    engine, batches = build_engine(config, groups), random_batches(config)
+def _speed(setting: Setting, config: RunConfig, step: Callable[[], Any]) -> Numbers:
     times_s, losses = [], []
     for _ in range(COLD_STEPS + (4 if setting.on_gpu else 1)):
         wait(setting.device)
         began = time.perf_counter()
-        losses.append(float(engine.train_batch(batches)))
+        losses.append(float(step()))
         wait(setting.device)
         times_s.append(time.perf_counter() - began)
-    step_s = statistics.median(times_s[COLD_STEPS:])
-    tokens_per_s = config.training.global_batch_size * config.sequence_length / step_s
+    median_s = statistics.median(times_s[COLD_STEPS:])
+    tokens_per_s = config.training.global_batch_size * config.sequence_length / median_s
+    flops = tokens_per_s * flops_per_token(config.model, config.sequence_length)
+    peak = peak_flops(torch.cuda.get_device_name(0) if setting.on_gpu else None, "bf16")
     memory = plan(config, 1).stages[0].memory
-    numbers: Numbers = {
+    return {
         "step_s": times_s,
         "losses": losses,
         "tokens_per_s": tokens_per_s,
-        "tflop_per_s": tokens_per_s * flops_per_token(config.model, config.sequence_length) / 1e12,
-        "mfu": None,
-        "held_before_bytes": held,
+        "tflop_per_s": flops / 1e12,
+        "mfu": None if peak is None else flops / peak,
         "peak_bytes": torch.cuda.max_memory_allocated() if setting.on_gpu else None,
         "planned_bytes": None if memory is None else memory.total,
     }
-    peak = peak_flops(torch.cuda.get_device_name(0) if setting.on_gpu else None, "bf16")
-    if peak is not None:
-        numbers["mfu"] = 1e12 * numbers["tflop_per_s"] / peak
-    setting.keep({config.name: numbers})
-    numbers["shares"] = _shares(setting, lambda: engine.train_batch(batches))
-    return numbers
 
 
 def _reset_peak(setting: Setting) -> int:
@@ -146,17 +144,20 @@ def _reset_peak(setting: Setting) -> int:
     return torch.cuda.memory_allocated()
 
 
-def _shares(setting: Setting, step: Any) -> Numbers:
-    """Share of each part in the kernels' time of a step; of the host's time on a CPU."""
+def _shares(setting: Setting, step: Callable[[], Any]) -> Numbers:
+    """Share of each part in the kernels' time of a step, in the host's time on a CPU; None where no operator fits."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * setting.on_gpu
     with profile(activities=activities) as profiler:
         step()
         wait(setting.device)
     parts = dict.fromkeys(PARTS, 0.0)
     total = 0.0
-    for event in profiler.key_averages():
-        total += event.self_device_time_total if setting.on_gpu else event.self_cpu_time_total
-        for part, pattern in PARTS.items():
-            if re.fullmatch(pattern, event.key):
-                parts[part] += event.device_time_total if setting.on_gpu else event.cpu_time_total
-    return {part: microseconds / total for part, microseconds in parts.items()} | {"total_us": total}
+    for event in profiler.events() or []:
+        if event.device_type == DeviceType.CPU:
+            total += 0.0 if setting.on_gpu else event.self_cpu_time_total
+            for part, pattern in PARTS.items():
+                if re.fullmatch(pattern, event.name):
+                    parts[part] += event.device_time_total if setting.on_gpu else event.cpu_time_total
+        elif not event.is_user_annotation:
+            total += event.time_range.elapsed_us()
+    return {part: microseconds / total or None for part, microseconds in parts.items()} | {"total_us": total}
