@@ -173,11 +173,15 @@ def write(path: Path, header: dict[str, Any], records: Sequence[Record]) -> None
 
 
 def table(records: Sequence[Record]) -> str:
-    """One line for each check, and what has to be known of those that did not pass."""
+    """One line for each check, with the reason where it did not pass, and one for each goal."""
     lines = [f"{'check':<20} {'result':<8} {'s':>6}  reason"]
     for record in records:
         result = {True: "passed", False: "FAILED", None: "-"}[record.ok]
         lines.append(f"{record.name:<20} {result:<8} {record.seconds:>6.1f}  {_reason(record)}".rstrip())
+    for record in records:
+        for name, goal in record.numbers.get("goals", {}).items():
+            verdict = "met" if goal["met"] else "MISSED"
+            lines.append(f"{verdict}: {name}: {goal['measured']:.3g}, goal {goal['goal']:g}")
     return "\n".join(lines)
 
 

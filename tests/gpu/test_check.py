@@ -98,6 +98,9 @@ def test_a_rehearsal_runs_every_check_or_says_why_not(
     assert all(None not in speed[name]["shares"].values() for name in RUNS), "operators of a part are named otherwise"
     shown = capsys.readouterr().out
     assert all(each.name in shown for each in CHECKS)
+    document = json.loads((tmp_path / "results" / "check.json").read_text())
+    assert document.keys() == {"commit", "hardware", "versions", "configuration", "records"}
+    assert document["configuration"]["rehearsal"] is True
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -256,6 +259,8 @@ def test_the_code_for_events_and_streams_calls_torch_as_it_is(monkeypatch: pytes
     assert loading._blocked_streams() == [[]] * loading.STREAMS
 
 
-def test_the_table_has_a_line_for_every_record() -> None:
-    records = [check.Record("one", True, 1.0), check.Record("two", None, 0.0, error="skipped: late")]
-    assert len(table(records).splitlines()) == 3
+def test_the_table_has_a_line_for_every_record_and_goal() -> None:
+    goals = {"goals": {"speed": {"goal": 1.5, "measured": 1.25, "met": False}}}
+    records = [check.Record("one", True, 1.0, goals), check.Record("two", None, 0.0, error="skipped: late")]
+    lines = table(records).splitlines()
+    assert len(lines) == 4 and lines[-1] == "MISSED: speed: 1.25, goal 1.5"

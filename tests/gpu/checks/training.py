@@ -5,7 +5,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from stagdist.bench.memory_worker import random_batches
 from stagdist.config import RunConfig
 from stagdist.config_loading import load_config
 from stagdist.parallel.flops import flops_per_token
@@ -84,8 +83,8 @@ def training_speed(setting: Setting) -> Numbers:
     numbers: Numbers = {}
     for config in configs:
         held = _reset_peak(setting)
-        engine, batches = build_engine(config, groups), random_batches(config)
-        step = partial(engine.train_batch, batches)
+        engine = build_engine(config, groups)
+        step = partial(engine.train_batch, _random_batches(config))
         numbers[config.name] = {"held_before_bytes": held, **_speed(setting, config, step)}
         setting.keep(numbers)
         numbers[config.name]["shares"] = _shares(setting, step)
@@ -108,6 +107,15 @@ def _config(setting: Setting, name: str) -> RunConfig:
         *(() if setting.on_gpu else TINY),
     )
     return load_config(ROOT / "configs" / f"{name}.yaml", overrides)
+
+
+def _random_batches(config: RunConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Micro-batches without end."""
+    generator = torch.Generator().manual_seed(0)
+    size = (config.training.micro_batch_size, config.sequence_length + 1)
+    while True:
+        tokens = torch.randint(config.model.vocab_size, size, generator=generator)
+        yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def _speed(setting: Setting, config: RunConfig, step: Callable[[], Any]) -> Numbers:
