@@ -109,7 +109,9 @@ def perform_check(check: Check, setting: Setting, limit_s: float, variables: dic
             error = outcome.get("impossible")
             ok, numbers = (None if error else True), outcome.get("numbers", {})
         except Exception as failure:  # whatever happened, the other checks go on
-            error = f"{type(failure).__name__}: {failure}".replace(f"{ROOT}{os.sep}", "")
+            error = f"{type(failure).__name__}: {failure}"
+            for folder_of_code in (str(ROOT), sys.prefix, sys.base_prefix):  # results name no path of the machine
+                error = error.replace(f"{folder_of_code}{os.sep}", "")
         if not ok and kept.exists():
             numbers = json.loads(kept.read_text())
     return Record(check.name, ok, time.monotonic() - began, numbers, error)

@@ -154,7 +154,7 @@ def test_the_budget_ends_a_check_and_skips_the_rest(tmp_path: Path, monkeypatch:
 
 
 def test_the_checks_fit_into_nine_minutes_with_their_budget() -> None:
-    assert check.parse_arguments(["--output", "x"]).budget_s + max(each.limit_s for each in CHECKS) < 600
+    assert check.parse_arguments(["--output", "x"]).budget_s <= 530
     assert len({each.name for each in CHECKS}) == len(CHECKS)
 
 

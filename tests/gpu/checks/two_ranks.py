@@ -53,7 +53,7 @@ def decode(setting: Setting, head: HeadLayout, *, combined: bool = False, traced
         began = time.perf_counter()
         completions = engine.generate(case.requests)
         seconds = time.perf_counter() - began
-    numbers: Numbers = {"device": device, "seconds": seconds, "steps": engine.steps}
+    numbers: Numbers = {"device": device, "nccl": loaded_nccl(), "seconds": seconds, "steps": engine.steps}
     if recorder is not None:
         numbers["span_ms"] = _span_ms(recorder.spans)
     setting.keep(numbers)
