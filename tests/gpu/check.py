@@ -182,7 +182,7 @@ def table(records: Sequence[Record]) -> str:
         lines.append(f"{record.name:<20} {result:<8} {record.seconds:>6.1f}  {_reason(record)}".rstrip())
     for record in records:
         for name, goal in record.numbers.get("goals", {}).items():
-            verdict = "met" if goal["met"] else "MISSED"
+            verdict = {True: "met", False: "MISSED", None: "not judged"}[goal["met"]]
             lines.append(f"{verdict}: {name}: {goal['measured']:.3g}, goal {goal['goal']:g}")
     return "\n".join(lines)
 
