@@ -21,13 +21,16 @@ HOSTS ?=
 SLOTS ?=
 SPARES ?=
 SHARED ?=
+OUTPUT ?=
+ONLY ?=
+NCCL ?=
 
 # The first interpreter found that stagdist runs on; PYTHON=/path/to/python chooses another.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for candidate in python3 python3.12 python3.11; do \
 	"$$candidate" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$candidate"; break; }; done)
 
-.PHONY: help install quickstart test lint reshard-matrix lab lab-matrix faults clean
+.PHONY: help install quickstart test lint reshard-matrix gpu-check lab lab-matrix faults clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -75,6 +78,10 @@ reshard-matrix: export OMP_NUM_THREADS := 1
 reshard-matrix: $(STAMP) ## Train on every grid, convert to every other, compare losses
 	mkdir -p benchmarks
 	$(BIN)/python -m tests.training.reshard_matrix --output benchmarks/reshard-matrix.json
+
+gpu-check: $(STAMP) ## Everything that only a GPU can show, 9 minutes at most (OUTPUT=FILE ONLY="names" NCCL=library)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.gpu.check $(if $(ONLY),--only $(ONLY)) \
+		$(if $(NCCL),--nccl $(NCCL)) --output $(or $(OUTPUT),benchmarks/results/gpu-check.json)
 
 faults: export OMP_NUM_THREADS := 1
 faults: $(STAMP) ## Plant every fault under every launcher in the lab (root; FAULTS="..." LAUNCHERS="..." narrow it)

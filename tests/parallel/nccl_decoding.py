@@ -15,6 +15,8 @@ from stagdist.decode.topology import HeadLayout
 from stagdist.decode.transport import Transport
 from stagdist.parallel.layout import ParameterSpec
 from stagdist.parallel.link import NCCL, Rules
+from stagdist.telemetry.clocks import EventClock
+from stagdist.telemetry.spans import SpanRecorder
 from tests.parallel.recording import Mailbox, Recorder
 
 EARLY = Rules(early_receives=True, wait_blocks=False)
@@ -96,11 +98,27 @@ def _run(layout: Layout, placement: Placement, rules: Rules, recorder: Recorder,
     transport = Transport(placement.grid, "cpu", 60.0, combined=combined, rules=rules)
     if not dry:
         transport.rules = EARLY  # only `build_stage` looks at it from here on
-    stage = build_stage(placement, read_constant, "cpu", transport)
+    spans = SpanRecorder(rank=recorder.rank, clock=EventClock(Mark)) if layout.traced else None
+    stage = build_stage(placement, read_constant, "cpu", transport, recorder=spans)
     if recorder.rank:
         operate(stage, transport, None)
         return
     Engine(stage, transport).generate(REQUESTS)
+
+
+class Mark:
+    """An event of a tracer: recorded, and never waited for while tokens flow."""
+
+    def record(self) -> None:
+        """No work for the device."""
+
+    def synchronize(self) -> None:
+        """Wait for the device, as the clock does once when it is made."""
+        torch.cuda.synchronize()
+
+    def query(self) -> bool:
+        """Not passed yet."""
+        return False
 
 
 def read_constant(spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:

@@ -118,25 +118,30 @@ def whole(ranks: Sequence[tuple[Coordinate, dict[str, Tensor]]], vocab_size: int
     return join_mix(joined)
 
 
-def mismatches(case: Case) -> list[str]:
-    """Everything in which a run differs from the reference, in words; empty when it does not."""
-    ranks, record, tolerance = reports(case), reference(case), FP32 if case.precision == "fp32" else BF16
+def mismatches(case: Case, ranks: Sequence[RankReport] | None = None) -> list[str]:
+    """Everything in which a run differs from the reference, in words; empty when it does not.
+
+    Args:
+        ranks: what every rank saw; `reports(case)` unless given.
+    """
+    ranks = ranks or reports(case)
+    record, tolerance = reference(case), FP32 if case.precision == "fp32" else BF16
     problems = _number_mismatches(ranks, record, tolerance)
     try:
         for step, expected in record.gradients.items():
             found = whole([(rank.place, rank.gradients[step]) for rank in ranks], case.model_keys["vocab_size"])
             problems += tensor_mismatches(f"gradient of step {step}", found, expected, tolerance.gradient)
             problems += _norm_mismatch(f"norm of step {step}", ranks[0].norms[step], global_norm(found))
-        problems += weight_mismatches(case, record)
+        problems += weight_mismatches(case, record, ranks)
     except AssertionError as difference:
         problems.append(str(difference))
     return problems
 
 
-def weight_mismatches(case: Case, record: TrainingRecord) -> list[str]:
+def weight_mismatches(case: Case, record: TrainingRecord, ranks: Sequence[RankReport]) -> list[str]:
     """Differences in the weights after the last step, and in what all steps together changed."""
     tolerance = FP32 if case.precision == "fp32" else BF16
-    weights = whole([(rank.place, rank.weights) for rank in reports(case)], case.model_keys["vocab_size"])
+    weights = whole([(rank.place, rank.weights) for rank in ranks], case.model_keys["vocab_size"])
     problems = tensor_mismatches("weight", weights, record.parameters, tolerance.weight)
     if tolerance.update is not None:
         start = case.parameters()
@@ -146,7 +151,7 @@ def weight_mismatches(case: Case, record: TrainingRecord) -> list[str]:
     return problems
 
 
-def _number_mismatches(ranks: list[RankReport], record: TrainingRecord, tolerance: Tolerance) -> list[str]:
+def _number_mismatches(ranks: Sequence[RankReport], record: TrainingRecord, tolerance: Tolerance) -> list[str]:
     problems = []
     for index, rank in enumerate(ranks):
         for step, expected in enumerate(record.losses):
