@@ -94,6 +94,12 @@ class Site:
             dist.barrier(group=self.groups.control)
         return self._contestants[name]()
 
+    def close(self) -> None:
+        """Close the hand-offs of all engines."""
+        for contestant in self._contestants.values():
+            if isinstance(contestant, EngineContestant):
+                contestant.engine.exchange.close()
+
     def _loader(self) -> Loader:
         training, place = self._config.training, self.groups.place
         plan = BatchPlan(training.global_batch_size, training.micro_batch_size, place.data, self._grid.data)

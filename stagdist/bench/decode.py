@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     with joined_world(start, device) as transport:
         site = DecodeSite(transport, device, arguments.threads, arguments.timeout)
         results = measure(site, settings, axes, trace=arguments.trace, timeline=arguments.timeline)
-        site.barrier()
+        site.close()
     if site.rank == 0:
         print(table(results))
         if arguments.json:

@@ -58,6 +58,12 @@ class DecodeSite:
             self._transports[key] = made
         return self._transports[key]
 
+    def close(self) -> None:
+        """Close the communicators that this site made, after all ranks are here."""
+        self.barrier()
+        for transport in list(self._transports.values())[1:]:
+            transport.close()
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank, on every rank."""
         if self._host is None:

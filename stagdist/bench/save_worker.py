@@ -33,20 +33,20 @@ class Site:
         os.environ["DS_ACCELERATOR"] = device.partition(":")[0]
         self._config, self._device, self._steps, self._done = config, device, steps, 0
         self._groups = start_distributed(grid_for(config, world_size), device, config.parallel.timeout_s)
-        self._engine = build_engine(config, self._groups)
+        self.engine = build_engine(config, self._groups)
         self._batches = random_batches(config, device)
         checkpoint = config.checkpoint.model_copy(update={"asynchronous": False})
         waiting = config.model_copy(update={"checkpoint": checkpoint})
         self._savers = {
-            "synchronous": Saver(self._engine, self._groups, waiting),
-            "asynchronous": Saver(self._engine, self._groups, config),
+            "synchronous": Saver(self.engine, self._groups, waiting),
+            "asynchronous": Saver(self.engine, self._groups, config),
         }
         self._saver = self._savers["asynchronous"]
         self._agreement = Agreement(
             self._groups.control, StopSignals(), config.training, config.checkpoint, time.monotonic()
         )
         self._agreed = Agreed((), 0, False, False)
-        self._engine.gate = self._gate
+        self.engine.gate = self._gate
         self._train()  # the first step makes the optimizer's moments
 
     def run(self, contestant: str) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Site:
 
     def _train(self) -> float:
         started = time.perf_counter()
-        float(self._engine.train_batch(self._batches))
+        float(self.engine.train_batch(self._batches))
         synchronize(self._device)  # the loss is known before the update is done
         self._done += 1
         return time.perf_counter() - started
@@ -119,6 +119,7 @@ def main() -> None:
         print(json.dumps("ready"), file=replies, flush=True)
         for line in sys.stdin:
             print(json.dumps(site.run(line.split()[1])), file=replies, flush=True)
+        site.engine.exchange.close()
         stop_distributed()
 
 

@@ -30,6 +30,7 @@ def main() -> None:
         for line in sys.stdin:
             how, name = line.split()
             reply(site.run(name, together=how == "together"))
+        site.close()
         stop_distributed()
 
 

@@ -261,18 +261,18 @@ class Transport:
             self._watch.close(self._timeout_s)
 
     def _make_groups(self, combined: bool, delay_s: float) -> None:
-        """Make and use every communicator: the first use makes its connections and blocks, so it comes now."""
+        """Make every communicator, then use each: the first use makes its connections and blocks, so it comes now."""
         probe = torch.zeros(1, device=self._device)
         collectives: list[dist.ProcessGroup | None] = [dist.group.WORLD]
+        own: tuple[dist.ProcessGroup, list[dist.ProcessGroup]] | None = None
         for ranks in self.grid.pipe_groups() if self.grid.pipe > 1 else []:
             # Every rank makes every group, in one order, as torch wants it.
             tokens = new_group(ranks, self.rules, self._timeout_s)
             lane = new_group(ranks, self.rules, self._timeout_s) if combined else None
             edges = [new_group(pair, self.rules, self._timeout_s) for pair in itertools.pairwise(ranks)]
             if self.rank in ranks:
-                self._lane = lane
+                self._lane, own = lane, (tokens, edges)
                 collectives.append(lane)
-                self._open_edges(tokens, edges, delay_s, probe)
         for ranks in self.grid.tensor_groups() if self.grid.tensor > 1 else []:
             group = new_group(ranks, self.rules, self._timeout_s)
             if self.rank in ranks:
@@ -283,6 +283,8 @@ class Transport:
             if made is not None:
                 dist.all_reduce(probe, group=made)
         dist.all_reduce(torch.zeros(1), group=self._host)
+        if own is not None:
+            self._open_edges(*own, delay_s, probe)
 
     def _open_edges(
         self, tokens: dist.ProcessGroup, edges: list[dist.ProcessGroup], delay_s: float, probe: Tensor

@@ -144,9 +144,12 @@ class Exchange:
         self._watch = PeerWatch(_neighbours(grid)) if watches else None
         errors = partial(_failed, "hand-offs and sums of this step")
         self._waits = DeviceWaits(self.rules, device, timeout_s, errors, self._watch)
-        for ranks in grid.pipe_groups():
-            for stage, (below, above) in enumerate(itertools.pairwise(ranks)):
-                self._open(stage, below, above)
+        # Every rank makes every group, in one order, as torch wants it. Then neighbors make their connections.
+        pairs = [pair for ranks in grid.pipe_groups() for pair in enumerate(itertools.pairwise(ranks))]
+        made = [[new_group(ranks, self.rules, timeout_s) for _ in ("down", "up")] for _, ranks in pairs]
+        for (stage, ranks), groups in zip(pairs, made, strict=True):
+            if dist.get_rank() in ranks:
+                self._open(stage, *ranks, *groups)
 
     def begin(self, instructions: Sequence[schedule.PipeInstruction]) -> None:
         """Open a schedule: say how many hand-offs will come."""
@@ -198,14 +201,11 @@ class Exchange:
         assert self.gradients_in is not None, "the last stage has nobody to receive gradients from"
         return self.gradients_in.take()[0]
 
-    def _open(self, stage: int, below: int, above: int) -> None:
-        """Make the two edges between neighbours. Every rank makes every group, in one order, as torch wants it."""
+    def _open(self, stage: int, below: int, above: int, down: dist.ProcessGroup, up: dist.ProcessGroup) -> None:
+        """Open the two edges between this rank and a neighbor."""
         rank, probe = dist.get_rank(), torch.zeros(1, device=self._device)
-        down, up = (new_group((below, above), self.rules, self._timeout_s) for _ in range(2))
         down_name = f"activations from stage {stage} to stage {stage + 1}"
         up_name = f"gradients from stage {stage + 1} to stage {stage}"
-        if rank not in (below, above):
-            return
         peer = above if rank == below else below
         down_edge = Edge("activations", down, peer, partial(_failed, down_name))
         up_edge = Edge("gradients", up, peer, partial(_failed, up_name))
