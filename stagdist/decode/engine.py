@@ -180,7 +180,10 @@ class Engine:
     def decide(self) -> Control:
         """What comes after the operation that is about to run."""
         self._take_inbox()
-        retired = tuple(slot for slot, running in self._running.items() if _is_over(running))
+        over = [
+            slot for slot, each in self._running.items() if each.finish is not None or each.scheduled >= each.allowed
+        ]
+        retired = tuple(over)
         for slot in retired:
             del self._running[slot]
         if self._stopping:
@@ -339,10 +342,6 @@ def completion(request_id: str, outputs: Sequence[RequestOutput]) -> Completion:
         error=last.error,
         time_to_first_token_s=last.time_to_first_token_s,
     )
-
-
-def _is_over(running: _Running) -> bool:
-    return running.finish is not None or running.scheduled >= running.allowed
 
 
 def _token_logprobs(params: SamplingParams, token: int, values: Sequence[float] | None) -> TokenLogprobs | None:

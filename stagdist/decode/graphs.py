@@ -116,7 +116,8 @@ class StepGraphs:
         self._rows = row_buckets(limits.num_slots)
         self._reaches = reach_buckets(limits.max_context, REACH)
         self._positions = torch.zeros(limits.num_slots, dtype=torch.int64, device=device.name)
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._logits: Tensor | None = None  # [slots, V], of all graphs: each would keep its own otherwise
 
     @torch.inference_mode()
     def capture(self, progress: CaptureProgress | None = None) -> None:
@@ -152,29 +153,31 @@ class StepGraphs:
         if not on_cuda(self._device.name):
             return self._step(placed, reach)[:count]
         assert (rows, reach) in self._graphs, f"no graph of {rows} rows and reach {reach} was captured"
-        graph, logits = self._graphs[rows, reach]
-        graph.replay()
-        return logits[:count]
+        assert self._logits is not None
+        self._graphs[rows, reach].replay()
+        return self._logits[:count]
 
     def close(self) -> None:
         """Release the graphs and their memory."""
         if self._graphs:
             torch.cuda.synchronize(self._device.name)
-        for graph, _ in self._graphs.values():
+        for graph in self._graphs.values():
             graph.reset()
         self._graphs.clear()
+        self._logits = None
 
-    def _capture(
-        self, rows: int, reach: int, stream: torch.cuda.Stream, pool: Any
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, rows: int, reach: int, stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
         positions = self._positions[:rows]
         # On the capture stream, so that cuBLAS has its workspace there and all kernels are loaded before the capture.
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_RUNS):
-                self._step(positions, reach)
+                logits = self._step(positions, reach)
+            if self._logits is None:
+                self._logits = torch.empty_like(logits)  # the first graph has the most rows
+            self._logits[:rows] = logits
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):
-            logits = self._step(positions, reach)
+            self._logits[:rows] = self._step(positions, reach)
         with torch.cuda.stream(stream):
             graph.replay()  # the first launch uploads the graph, which would stall a token
-        return graph, logits
+        return graph

@@ -83,7 +83,7 @@ class Readout:
         self._hidden = partial if alone else self._link.sum_over_stages(partial, root)
 
     def ask(self, slots: Sequence[int]) -> None:
-        """Post the receive of what the last stage will publish: its output for a sharded head, else the choice."""
+        """Say where what the last stage will publish goes: its output for a sharded head, else the choice."""
         if self._sharded:
             shape = (len(slots), 1, self._model.hidden_size)
             self._link.ask(torch.empty(shape, dtype=self._device.dtype, device=self._device.name))

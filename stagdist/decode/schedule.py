@@ -15,8 +15,8 @@ from stagdist.decode.topology import Topology
 class Kind(StrEnum):
     """What an instruction does. `where` below says what its index counts."""
 
-    ASK = "expect token"  # post the receive of what the last stage publishes in this step: the token, or its output
-    EXPECT = "expect hand-off"  # post the receive of what the stage before sends in this step; index: edge
+    ASK = "expect token"  # announce the receive of what the last stage publishes in this step: the token, or its output
+    EXPECT = "expect hand-off"  # announce the receive of what the stage before sends in this step; index: edge
     BEGIN = "begin section"  # embedding and first self-attention; index: section
     WAIT = "wait for memory"  # hand-off of `step` from the stage before has arrived; index: edge
     FINISH = "run section"  # cross-attention of the first layer and everything after it; index: section
@@ -64,7 +64,7 @@ def prefill(topology: Topology, stage: int, num_chunks: int) -> tuple[Instructio
     instructions = list(_asking(topology, stage, num_chunks - 1))
     for chunk in range(num_chunks):
         if stage > 0:
-            # Two receives are open at most: the next chunk arrives while this one is computed.
+            # Two receives are announced at most: the next chunk arrives while this one is computed.
             if chunk == 0:
                 instructions.append(Instruction(Kind.EXPECT, 0, stage - 1))
             if chunk + 1 < num_chunks:
@@ -127,10 +127,10 @@ def _sequential_body(topology: Topology, stage: int, step: int, first: int) -> I
 
 
 def _asking(topology: Topology, stage: int, step: int) -> Iterator[Instruction]:
-    """Receives are posted long before they are waited for.
+    """A receive is announced long before it is waited for.
 
-    On gloo a message whose receive is not posted yet waits until a thread of its sender gets the processor, which takes
-    milliseconds while the sender computes.
+    On gloo it is posted at once: a message without a posted receive waits until a thread of its sender gets the
+    processor, which takes milliseconds while the sender computes. On NCCL it is posted where it is waited for.
     """
     combined_for_all = topology.combined and topology.head == "sharded"
     if stage < topology.last_stage and not combined_for_all:

@@ -113,7 +113,7 @@ class StageSections:
 
     def step_call(self, positions: Sequence[int], step: int) -> Call:
         """A step of rows 0 to len(positions) - 1."""
-        call = self._new_call(positions, step)
+        call = self.bare_call(positions, step)
         call.place = step_place(self._angles, positions, self.device)
         if self._batched is not None:
             call.wide = step_place(self._angles, positions, self.device, self._batched.count)
@@ -122,7 +122,7 @@ class StageSections:
 
     def bare_call(self, positions: Sequence[int], step: int) -> Call:
         """A step whose sections run elsewhere, in a graph."""
-        return self._new_call(positions, step)
+        return Call(range(len(positions)), [position + 1 for position in positions], step)
 
     def fixed_call(self, positions: Tensor, reach: int) -> Call:
         """A step whose shapes depend on nothing but the arguments. Shapes: positions int64 [B], on the device."""
@@ -204,9 +204,6 @@ class StageSections:
         return self._tails.merge(rows, step, None)
 
     # --- inside -------------------------------------------------------------------------------------------------
-
-    def _new_call(self, positions: Sequence[int], step: int) -> Call:
-        return Call(range(len(positions)), [position + 1 for position in positions], step)
 
     def _embed(self, ids: Tensor) -> Tensor:
         assert self.weights.embedding is not None, "a stage without embedding was given tokens"

@@ -131,7 +131,7 @@ class Transport:
             self._watch = None
             if not self.rules.wait_blocks:
                 # Rank 0 is the one that waits for the device; the others wait for its control messages.
-                self._watch = PeerWatch(range(1, grid.world_size) if self.rank == 0 else [0])
+                self._watch = PeerWatch(range(1, grid.world_size) if self.rank == 0 else [0], timeout_s)
             self._waits = DeviceWaits(self.rules, device, timeout_s, self._errors, self._watch)
             self._make_groups(combined, hand_off_delay_s)
 
@@ -264,6 +264,7 @@ class Transport:
         """Make every communicator, then use each: the first use makes its connections and blocks, so it comes now."""
         probe = torch.zeros(1, device=self._device)
         collectives: list[dist.ProcessGroup | None] = [dist.group.WORLD]
+        gathered = probe.new_empty(self.grid.world_size)
         own: tuple[dist.ProcessGroup, list[dist.ProcessGroup]] | None = None
         for ranks in self.grid.pipe_groups() if self.grid.pipe > 1 else []:
             # Every rank makes every group, in one order, as torch wants it.
@@ -282,6 +283,9 @@ class Transport:
         for made in collectives:
             if made is not None:
                 dist.all_reduce(probe, group=made)
+                dist.all_gather_into_tensor(gathered[: dist.get_world_size(made)], probe, group=made)
+        if self._lane is not None:
+            dist.reduce(probe, self._lane_ranks[-1], group=self._lane)
         dist.all_reduce(torch.zeros(1), group=self._host)
         if own is not None:
             self._open_edges(*own, delay_s, probe)

@@ -32,7 +32,7 @@ class _TokenNats(torch.autograd.Function):
         local = labels - parallel.rank * logits.shape[-1]
         mine = (local >= 0) & (local < logits.shape[-1])
         index = local.where(mine, 0)[..., None]
-        chosen = logits.gather(-1, index).squeeze(-1) * mine
+        chosen = logits.gather(-1, index).squeeze(-1).where(mine, 0.0)
         sums = torch.stack((chosen, logits.exp_().sum(-1)))
         if parallel.size > 1:
             dist.all_reduce(sums, group=parallel.group)

@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import MutableMapping
 
 import torch
 
@@ -27,17 +26,24 @@ def choose_device(choice: str, local_rank: int = 0, *, option: str = "--device")
         option: what the user wrote the choice into, for messages.
 
     Raises:
-        ConfigError: the choice is none, there is no such device, or a host has more ranks than devices.
+        ConfigError: the choice is none, there is no such device, a host has more ranks than devices, or
+            CUDA_DEVICE_MAX_CONNECTIONS allows one hardware queue.
     """
     if not _CHOICE.fullmatch(choice):
         raise ConfigError(f"{option} is {choice!r}; give {CHOICES}")
     if choice == "cpu":
         return "cpu"
-    _set_hardware_queues(os.environ)
+    queues = os.environ.setdefault(_QUEUES, str(HARDWARE_QUEUES))  # the driver reads it when CUDA starts
     if not torch.cuda.is_available():
         if choice == "auto":
             return "cpu"
         raise ConfigError(f"{option} is {choice}, but torch sees no CUDA device; use auto or cpu")
+    if queues.strip() == "1":
+        raise ConfigError(
+            f"{_QUEUES} is 1: a receive that waits for a peer would stop all other work of this GPU, the send among "
+            f"it that the peer waits for, and training and decoding would hang; unset it, the default here is "
+            f"{HARDWARE_QUEUES}"
+        )
     count = torch.cuda.device_count()
     if ":" in choice:
         index = int(choice.partition(":")[2])
@@ -85,17 +91,3 @@ def use_deterministic_kernels() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its first handle is made
     torch.use_deterministic_algorithms(True)
-
-
-def _set_hardware_queues(environment: MutableMapping[str, str]) -> None:
-    """Give every communicator a hardware queue of its own. The driver reads the variable when CUDA starts.
-
-    Raises:
-        ConfigError: the user allows one queue.
-    """
-    if environment.setdefault(_QUEUES, str(HARDWARE_QUEUES)).strip() == "1":
-        raise ConfigError(
-            f"{_QUEUES} is 1: a receive that waits for a peer would stop all other work of this GPU, the send among "
-            f"it that the peer waits for, and training and decoding would hang; unset it, the default here is "
-            f"{HARDWARE_QUEUES}"
-        )

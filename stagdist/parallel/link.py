@@ -27,7 +27,7 @@ from torch import Tensor
 from stagdist.parallel.device import on_cuda
 from stagdist.parallel.groups import WATCHDOG_GRACE_S
 
-_UNLIMITED = timedelta(days=365)
+_FOREVER = timedelta(days=365)
 _SPIN_S = 0.005
 _NAP_S = 0.0005
 
@@ -219,8 +219,11 @@ class DeviceWaits:
 
     def note(self, works: Sequence[dist.Work], edge: Edge) -> None:
         """Remember receives that were enqueued: the oldest that has not ended explains a wait that fails."""
-        if not self._rules.wait_blocks:
-            self._in_flight.append((works, edge))
+        if self._rules.wait_blocks:
+            return
+        while self._in_flight and all(work.is_completed() for work in self._in_flight[0][0]):
+            self._in_flight.popleft()  # a handle keeps what was received
+        self._in_flight.append((works, edge))
 
     def wait(self, doing: str) -> None:
         """Return when the device has done everything that was enqueued on the current stream.
@@ -261,32 +264,36 @@ class PeerWatch:
 
     Args:
         ranks: those that this rank watches; each of them watches this one. Every rank of the world builds a watch.
+        timeout_s: for all ranks to come.
     """
 
-    def __init__(self, ranks: Iterable[int]):
-        self._group = dist.new_group(backend="gloo", timeout=_UNLIMITED)
-        self._lost: dict[int, str] = {}
+    def __init__(self, ranks: Iterable[int], timeout_s: float):
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._lost: list[tuple[int, str]] = []
         self._threads = {rank: threading.Thread(target=self._watch, args=(rank,), daemon=True) for rank in ranks}
         for thread in self._threads.values():
             thread.start()
 
     def lost(self) -> tuple[int, str] | None:
         """The first rank that has ended, and what the backend said; None while all are there."""
-        return next(iter(self._lost.items()), None)
+        return self._lost[0] if self._lost else None
 
     def close(self, timeout_s: float) -> None:
         """Part from all peers, which do the same. One that does not answer in time is left alone."""
         deadline_s = time.monotonic() + timeout_s
-        for rank, thread in self._threads.items():
-            if rank not in self._lost:
-                dist.isend(torch.zeros(1), rank, group=self._group)
+        there = self._threads.keys() - {rank for rank, _ in self._lost}
+        farewells = [dist.isend(torch.zeros(1), rank, group=self._group) for rank in there]
+        for thread in self._threads.values():
             thread.join(max(0.0, deadline_s - time.monotonic()))
+        farewells.clear()  # kept until they have arrived
 
     def _watch(self, rank: int) -> None:
         try:
-            dist.recv(torch.zeros(1), rank, group=self._group)
+            work = dist.irecv(torch.zeros(1), rank, group=self._group)
+            assert work is not None, "this rank is a member of the group"
+            work.wait(_FOREVER)
         except RuntimeError as error:
-            self._lost[rank] = short_reason(error)
+            self._lost.append((rank, short_reason(error)))
 
 
 def short_reason(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """Start of the process groups for training, with DeepSpeed on board."""
 
-import os
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -10,7 +9,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 
-from stagdist.parallel.device import choose_attention, on_cuda, use_deterministic_kernels
+from stagdist.parallel.device import choose_attention, use_deterministic_kernels
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import Groups, build_groups, set_default_timeout
 from stagdist.parallel.rendezvous import join_world
@@ -31,10 +30,6 @@ def start_distributed(grid: Grid, device: str, timeout_s: float, *, deterministi
     choose_attention(training=True)
     if deterministic:
         use_deterministic_kernels()
-    if on_cuda(device):
-        # DeepSpeed takes it for the number of the device, and compares it with Open MPI's.
-        for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
-            os.environ[name] = device.partition(":")[2]
     join_world(device, timeout_s)
     # DeepSpeed finds the world that exists.
     deepspeed.init_distributed(

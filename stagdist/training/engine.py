@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -98,6 +99,11 @@ class SectionEngine(PipelineEngine):
         """Loss of one batch without an update, which the device has computed; see DeepSpeed."""
         loss = super().eval_batch(*arguments, **options)
         self._wait_for_device()
+        return loss
+
+    def _aggregate_total_loss(self) -> Tensor:
+        self._wait_for_device()  # DeepSpeed copies from pageable memory next, where the host would wait without a limit
+        loss: Tensor = super()._aggregate_total_loss()
         return loss
 
     def _train_schedule(self) -> TrainSchedule:
@@ -302,5 +308,17 @@ def wrap_module(module: SectionPipeline, config: RunConfig, groups: Groups) -> S
 @contextmanager
 def _quiet() -> Iterator[None]:
     """DeepSpeed prints facts that our own checks cover, and broadcasts parameters, which torch would warn of."""
-    with redirect_stdout(io.StringIO()), torch.no_grad():
+    with redirect_stdout(io.StringIO()), torch.no_grad(), _device_as_local_rank():
         yield
+
+
+@contextmanager
+def _device_as_local_rank() -> Iterator[None]:
+    """DeepSpeed takes LOCAL_RANK for the number of the device, and compares it with Open MPI's."""
+    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK") if torch.cuda.is_initialized() else ()
+    kept = {name: os.environ[name] for name in names if name in os.environ}
+    os.environ.update(dict.fromkeys(kept, str(torch.cuda.current_device())) if kept else {})
+    try:
+        yield
+    finally:
+        os.environ.update(kept)

@@ -141,7 +141,7 @@ class Exchange:
         self.kinds, self.rules = kinds, rules_of(device) if rules is None else rules
         self._device, self._timeout_s = device, timeout_s
         watches = not self.rules.wait_blocks and dist.get_world_size() > 1
-        self._watch = PeerWatch(_neighbours(grid)) if watches else None
+        self._watch = PeerWatch(_neighbors(grid), timeout_s) if watches else None
         errors = partial(_failed, "hand-offs and sums of this step")
         self._waits = DeviceWaits(self.rules, device, timeout_s, errors, self._watch)
         # Every rank makes every group, in one order, as torch wants it. Then neighbors make their connections.
@@ -225,7 +225,7 @@ def as_tuple(carry: Carry) -> tuple[Tensor, ...]:
     return carry if isinstance(carry, tuple) else (carry,)
 
 
-def _neighbours(grid: Grid) -> list[int]:
+def _neighbors(grid: Grid) -> list[int]:
     """The ranks that this one watches: its pipeline neighbours, and a ring through all ranks."""
     rank, size, place = dist.get_rank(), grid.world_size, grid.coordinate(dist.get_rank())
     stages = (place.pipe - 1, place.pipe + 1)

@@ -175,6 +175,9 @@ class Saver:
             save.written.give_up(GIVE_UP_S)
         if self._pruning is not None:
             self._pruning.join(GIVE_UP_S)
+
+    def release(self) -> None:
+        """Give up the buffers for asynchronous saves. Waits for the device, so not after an error."""
         self._copies.close()
 
     def _prune(self, save: _Save) -> None:

@@ -78,9 +78,11 @@ class Trainer:
             CheckpointError: saving failed.
         """
         try:
-            return self._run(state)
+            outcome = self._run(state)
         finally:
             self._saver.close()
+        self._saver.release()
+        return outcome
 
     def _run(self, state: TrainingState) -> Outcome:
         saved_step, loss = state.step, None
