@@ -99,8 +99,7 @@ class Engine:
         self._sink: Sink = lambda output: None
         self._planned: deque[dict[int, _Running]] = deque()  # rows of the operations that were decided
         self._untold: list[_Running] = []
-        self.smallest_margin = float("inf")
-        self.steps = 0
+        self.smallest_margin, self.steps = float("inf"), 0
 
     # --- for clients, from any thread ---------------------------------------------------------------------------
 
@@ -180,10 +179,7 @@ class Engine:
     def decide(self) -> Control:
         """What comes after the operation that is about to run."""
         self._take_inbox()
-        over = [
-            slot for slot, each in self._running.items() if each.finish is not None or each.scheduled >= each.allowed
-        ]
-        retired = tuple(over)
+        retired = tuple(slot for slot, each in self._running.items() if each.finish or each.scheduled >= each.allowed)
         for slot in retired:
             del self._running[slot]
         if self._stopping:
