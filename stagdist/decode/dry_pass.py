@@ -14,7 +14,7 @@ from stagdist.decode.stage import Stage
 from stagdist.decode.topology import Limits
 from stagdist.decode.transport import Transport
 from stagdist.parallel.grid import Grid
-from stagdist.parallel.link import Key
+from stagdist.parallel.link import GLOO, Key
 
 _PLAIN = SamplingParams(temperature=0.0)
 _EVERYTHING = SamplingParams(
@@ -28,6 +28,7 @@ class Unconnected(Transport):
 
     def __init__(self, grid: Grid, stage: int, tensor_rank: int):
         self.grid, self.stage, self.tensor_rank, self.step = grid, stage, tensor_rank, 0
+        self.rules = GLOO  # no peer can keep this rank waiting
         self._expected: dict[Key, Tensor] = {}
         self._asked: Tensor | None = None
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stagdist.config import ModelConfig
 from stagdist.decode.cache import SectionCache
+from stagdist.decode.dry_pass import Unconnected
 from stagdist.decode.loading import EngineOptions, Placement, build_stage, place_model
 from stagdist.decode.stage import Stage
 from stagdist.decode.topology import HEAD_LAYOUTS, HeadLayout
@@ -137,20 +138,10 @@ def test_the_accounting_notices_a_whole_matrix_where_a_slice_would_do() -> None:
     assert read.nbytes > expected_bytes(placement, 0, 0)
 
 
-class Seat:
-    """The place of a rank without its links, which building does not use."""
-
-    def __init__(self, placement: Placement, stage: int, tensor: int):
-        self.grid, self.stage, self.tensor_rank = placement.grid, stage, tensor
-
-    def tensor_sum(self) -> None:
-        """Never called here."""
-
-
 def built(placement: Placement, stage: int, tensor: int) -> Stage:
     """The stage of a rank with its caches."""
-    seat: Any = None if placement.grid.world_size == 1 else Seat(placement, stage, tensor)
-    return build_stage(placement, Recorder(placement.model), "cpu", seat)
+    alone = None if placement.grid.world_size == 1 else Unconnected(placement.grid, stage, tensor)
+    return build_stage(placement, Recorder(placement.model), "cpu", alone)
 
 
 @pytest.mark.parametrize(("name", "grid"), FITTING)
