@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from stagdist.checkpoint.training_directory import TrainingState
 from stagdist.config import RunConfig
 from stagdist.data.checks import training_identity
 from stagdist.data.corpus import build_splits
-from stagdist.data.loader import BatchPlan, Loader, MicroBatch
+from stagdist.data.loader import BatchPlan, Loader, on_device
 from stagdist.data.tokenizer import load_tokenizer
 from stagdist.model.megatron import TensorParallel
 from stagdist.parallel.device import choose_device, on_cuda, synchronize
@@ -158,8 +158,7 @@ class EngineContestant:
         """One step."""
         self._synchronize()
         waited, started = self._loader.wait_s, time.perf_counter()
-        batches = _on_device(self._loader.step(self.consumed_samples), self.engine.device)
-        loss = float(self.engine.train_batch(batches))
+        loss = float(self.engine.train_batch(self.engine.micro_batches_of_step(self._loader, self.consumed_samples)))
         self._synchronize()
         elapsed = time.perf_counter() - started
         self.steps += 1
@@ -198,13 +197,8 @@ class RivalContestant:
         """One step."""
         self._synchronize()
         started = time.perf_counter()
-        loss = self._rival.step(list(_on_device(self._loader.step(self._consumed_samples), self._device)))
+        loss = self._rival.step(list(on_device(self._loader.step(self._consumed_samples), self._device)))
         self._synchronize()
         elapsed = time.perf_counter() - started
         self._consumed_samples += self._batch
         return {"seconds": elapsed, "loss": loss, "gradient_norm": self._rival.gradient_norm}
-
-
-def _on_device(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
-    """Micro-batches on their way to the device, as training has them; those of a GPU lie in pinned memory."""
-    return ((ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)) for ids, labels in batches)

@@ -113,20 +113,24 @@ class DecodeSite:
             free, _ = torch.cuda.mem_get_info(self.device)
             size = min(BANDWIDTH_BYTES["cuda"], free // 2)
         buffer = torch.ones(size // 4, device=self.device)
-        self._read(buffer, repeats=1)  # the first pass loads the kernel
+        read_bandwidth(buffer, repeats=1)  # the first pass loads the kernel
         self.barrier()
-        together = self.gather(self._read(buffer))
+        together = self.gather(read_bandwidth(buffer))
         alone: list[float] = []
         for rank in range(self.size):
-            alone.append(self.gather(self._read(buffer) if rank == self.rank else 0.0)[rank])
+            alone.append(self.gather(read_bandwidth(buffer) if rank == self.rank else 0.0)[rank])
         return together, alone
 
-    def _read(self, buffer: torch.Tensor, repeats: int = 15) -> float:
-        """Median of several passes: where processes share cores, the best one had a core for itself."""
-        clock = self.clock()
-        marks = [clock.mark()]
-        for _ in range(repeats):
-            buffer.sum()
-            marks.append(clock.mark())
-        times_ns = [clock.nanoseconds(mark) for mark in marks]
-        return 1e9 * buffer.nbytes / statistics.median(end - begin for begin, end in itertools.pairwise(times_ns))
+
+def read_bandwidth(buffer: torch.Tensor, repeats: int = 15) -> float:
+    """Bytes per second that this process reads from a buffer's memory.
+
+    The median of several passes: where processes share cores, the best one had a core for itself.
+    """
+    clock = EventClock() if on_cuda(buffer.device) else HostClock()
+    marks = [clock.mark()]
+    for _ in range(repeats):
+        buffer.sum()
+        marks.append(clock.mark())
+    times_ns = [clock.nanoseconds(mark) for mark in marks]
+    return 1e9 * buffer.nbytes / statistics.median(end - begin for begin, end in itertools.pairwise(times_ns))

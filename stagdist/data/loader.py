@@ -55,6 +55,11 @@ class BatchPlan:
         return range(first, first + self.micro_batch_size)
 
 
+def on_device(batches: Iterator[MicroBatch], device: str | torch.device) -> Iterator[MicroBatch]:
+    """Micro-batches on their way to the device; from pinned memory the host does not wait for the copies."""
+    return ((tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)) for tokens, labels in batches)
+
+
 class Loader:
     """Gives the micro-batches of a step, and reads those of the following step meanwhile in a thread.
 

@@ -18,6 +18,7 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor
 
 from stagdist.config import RunConfig
+from stagdist.data.loader import Loader, on_device
 from stagdist.model.megatron import TensorParallel
 from stagdist.model.stagformer import fill_parameters
 from stagdist.parallel.groups import Groups
@@ -94,6 +95,16 @@ class SectionEngine(PipelineEngine):
         # DeepSpeed resets this timer only when it prints, which is off: it would keep two CUDA events of every step.
         self.timers(TRAIN_BATCH_TIMER).reset()
         return loss
+
+    def micro_batches_of_step(self, loader: Loader, consumed_samples: int) -> MicroBatches | None:
+        """Micro-batches of a step; only the first stage reads tokens and only the last labels, others get None.
+
+        DeepSpeed would copy batches from the CPU's memory by itself, and wait for each copy, which the device begins
+        after everything that was enqueued before it: on the last stage after a receive.
+        """
+        if not (self.is_first_stage() or self.is_last_stage()):
+            return None
+        return on_device(loader.step(consumed_samples), self.device)
 
     def eval_batch(self, *arguments: Any, **options: Any) -> Any:
         """Loss of one batch without an update, which the device has computed; see DeepSpeed."""

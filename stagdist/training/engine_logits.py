@@ -27,7 +27,8 @@ def engine_logits(engine: SectionEngine, groups: Groups, config: RunConfig, inpu
     Shapes: int64 [1, S] -> [1, S, V].
     """
     length, grid = input_ids.shape[1], groups.grid
-    tokens = torch.zeros(config.training.micro_batch_size, config.sequence_length, dtype=torch.int64)
+    size = (config.training.micro_batch_size, config.sequence_length)
+    tokens = torch.zeros(size, dtype=torch.int64, device=engine.device)
     tokens[:, :length] = input_ids
     kept: list[Tensor] = []
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from stagdist.data.loader import BatchPlan, Loader
+from stagdist.parallel.device import on_cuda
 from stagdist.telemetry.score import TextScore
 from stagdist.training.engine import SectionEngine
 
@@ -22,12 +23,12 @@ class HeldOut:
 
     def score(self, engine: SectionEngine) -> TextScore:
         """Evaluate on all ranks; every rank gets the result."""
-        loader = Loader(self._dataset, self._plan)
+        loader = Loader(self._dataset, self._plan, pin_memory=on_cuda(engine.device))
         try:
-            means = [
-                float(engine.eval_batch(loader.step(batch * self._plan.global_batch_size)))
-                for batch in range(self._num_batches)
-            ]
+            means = []
+            for batch in range(self._num_batches):
+                batches = engine.micro_batches_of_step(loader, batch * self._plan.global_batch_size)
+                means.append(float(engine.eval_batch(batches)))
         finally:
             loader.close()
         tokens, size = self._extent()

@@ -16,7 +16,7 @@ from stagdist.parallel.groups import Groups
 from stagdist.telemetry.pulse import Phase
 from stagdist.telemetry.spans import bubble_share
 from stagdist.training.agreement import Agreed, Agreement, Writing, shared
-from stagdist.training.engine import MicroBatches, SectionEngine
+from stagdist.training.engine import SectionEngine
 from stagdist.training.evaluation import HeldOut
 from stagdist.training.optimizer import learning_rate
 from stagdist.training.peers import naming_lost_peers
@@ -122,7 +122,8 @@ class Trainer:
         waited_s = self._loader.wait_s
         step = state.step + 1
         with self._peers(step):
-            loss = self._engine.train_batch(self._batches(state))
+            batches = self._engine.micro_batches_of_step(self._loader, state.consumed_samples)
+            loss = self._engine.train_batch(batches)
         self._reporter.step_done(step)
         if self._due(step, config.logging.interval_steps) or step == config.training.steps:
             norm = None if self._agreed.bad_ranks else self._engine.gradient_norm()
@@ -130,13 +131,6 @@ class Trainer:
                 bubble = self._bubble()
             self._reporter.step(StepRecord(step, float(loss), rate, norm, bubble, self._loader.wait_s - waited_s))
         return float(loss)
-
-    def _batches(self, state: TrainingState) -> MicroBatches | None:
-        """Micro-batches on their way to the device; only the first stage reads tokens and only the last labels."""
-        if not (self._engine.is_first_stage() or self._engine.is_last_stage()):
-            return None
-        batches, device = self._loader.step(state.consumed_samples), self._engine.device
-        return ((ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)) for ids, labels in batches)
 
     def _peers(self, step: int) -> AbstractContextManager[None]:
         return naming_lost_peers(self._groups, self._config.parallel.timeout_s, f"step {step}")

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stagdist.checkpoint.reading import ReadSlice
 from stagdist.config import ModelConfig
 from stagdist.decode.engine import Completion, Engine, completion
 from stagdist.decode.loading import EngineOptions, Placement, build_stage, place_model
@@ -82,6 +83,16 @@ def parameters_of(case: Case) -> reference.Parameters:
     return reference.random_parameters(config_of(case.keys), case.seed, torch.float64, perturb=True)
 
 
+def reader(case: Case) -> ReadSlice:
+    """Slices of the weights of a case."""
+    parameters = parameters_of(case)
+
+    def read(spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
+        return parameters[spec.name].narrow(dim, start, stop - start)
+
+    return read
+
+
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     """Random tokens that every vocabulary here has."""
     generator = torch.Generator().manual_seed(1000 * seed + length)
@@ -113,12 +124,7 @@ class World:
         """This rank's share of the model of a case."""
         placement = place_model(ModelConfig(**config_of(case.keys)), case.options, self.size)
         transport = self.transport(placement)
-        parameters = parameters_of(case)
-
-        def read(spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
-            return parameters[spec.name].narrow(dim, start, stop - start)
-
-        return build_stage(placement, read, "cpu", transport), transport
+        return build_stage(placement, reader(case), "cpu", transport), transport
 
 
 def engine_of(case: Case, stage: Stage, transport: Transport | None, heartbeat_s: float = 20.0) -> Engine:

@@ -24,6 +24,11 @@ from tests.ranks import ROOT, run_ranks
 PERFORM = "tests.gpu.checks.setting:perform"
 SHARED_GPU = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "2", "NCCL_NVLS_ENABLE": "0"}
 """What lets two ranks share a GPU, from NCCL 2.30 on: experimental, with few blocks each and without NVLink SHARP."""
+UNBUFFERED = {"NCCL_BUFFSIZE": "32768", "NCCL_MAX_P2P_NCHANNELS": "1", "NCCL_P2P_LL_THRESHOLD": "0"}
+"""What lets NCCL hold 32 KiB of a message, not 4 MiB per channel: a larger one is sent only as it is received, as those
+of real models are. The last keeps small messages out of the buffers of another protocol."""
+NAME_S = 60.0
+"""Limit of the process that asks for the name of the GPU."""
 REASON_CHARACTERS = 160
 REHEARSAL_PATIENCE = 3
 """A rehearsal has so many times the limits: it may share the cores with other tests."""
@@ -50,27 +55,28 @@ class Check:
 
 
 def _decode(name: str, **arguments: Any) -> Check:
-    return Check(f"two_ranks_{name}", "tests.gpu.checks.two_ranks:decode", 20, arguments, ranks=2)
+    return Check(f"two_ranks_{name}", "tests.gpu.checks.two_ranks:decode", 30, arguments, ranks=2)
 
 
 CHECKS = (
-    Check("environment", "tests.gpu.checks.environment:environment", 35),
+    Check("environment", "tests.gpu.checks.environment:environment", 60),
     Check("decode_parity", "tests.gpu.checks.decode_parity:decode_parity", 90),
-    Check("decode_speed", "tests.gpu.checks.decode_speed:decode_speed", 60),
+    Check("decode_speed", "tests.gpu.checks.decode_speed:decode_speed", 75),
     _decode("last", head="last"),
     _decode("sharded", head="sharded"),
     _decode("combined", head="last", combined=True),
     _decode("traced", head="last", traced=True),
-    Check("two_ranks_training", "tests.gpu.checks.two_ranks:training", 40, ranks=2),
-    Check("training_parity", "tests.gpu.checks.training:training_parity", 40),
-    Check("training_resume", "tests.gpu.checks.training:training_resume", 30),
-    Check("training_speed", "tests.gpu.checks.training:training_speed", 60),
-    Check("generate", "tests.gpu.checks.generate:generate", 40),
-    Check("kernels", "tests.gpu.checks.kernels:kernels", 40),
-    Check("eager", "tests.gpu.checks.decode_speed:eager", 30),
-    Check("attention", "tests.gpu.checks.attention:attention", 20),
-    Check("loading", "tests.gpu.checks.loading:loading", 25),
-    Check("queues", "tests.gpu.checks.loading:queues", 20),
+    Check("two_ranks_training", "tests.gpu.checks.two_ranks:training", 60, ranks=2),
+    Check("training_parity", "tests.gpu.checks.training:training_parity", 60),
+    Check("training_resume", "tests.gpu.checks.training:training_resume", 50),
+    Check("training_speed", "tests.gpu.checks.training:training_speed", 75),
+    Check("generate", "tests.gpu.checks.generate:generate", 60),
+    Check("kernels", "tests.gpu.checks.kernels:kernels", 50),
+    Check("eager", "tests.gpu.checks.decode_speed:eager", 50),
+    Check("sanitizer", "tests.gpu.checks.decode_parity:sanitizer", 40),
+    Check("attention", "tests.gpu.checks.attention:attention", 40),
+    Check("loading", "tests.gpu.checks.loading:loading", 40),
+    Check("queues", "tests.gpu.checks.loading:queues", 40),
 )
 """In the order in which they run: by value, should the time not suffice."""
 
@@ -132,19 +138,19 @@ def run_checks(checks: Sequence[Check], setting: Setting, budget_s: float, nccl:
             continue
         limit_s = check.limit_s * (1 if setting.on_gpu else REHEARSAL_PATIENCE)
         with _preloaded(nccl if check.ranks > 1 else None):
-            record = perform_check(check, setting, min(limit_s, left), _variables(check, setting))
+            record = perform_check(check, setting, min(limit_s, left), _variables(check.ranks, setting))
         if record.ok is False and left < limit_s and record.seconds >= left:
             error = f"the budget of {budget_s:g} s ended while it ran: {record.error}"
             record = replace(record, ok=None, error=error)
         yield record
 
 
-def _variables(check: Check, setting: Setting) -> dict[str, str]:
+def _variables(num_ranks: int, setting: Setting) -> dict[str, str]:
     if not setting.on_gpu:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(setting.gpus))))
-    ranks = {"NCCL_DEBUG": "WARN"} if check.ranks > 1 else {}
-    shared = SHARED_GPU if check.ranks > setting.gpus else {}
+    ranks = {"NCCL_DEBUG": "WARN", **UNBUFFERED} if num_ranks > 1 else {}
+    shared = SHARED_GPU if num_ranks > setting.gpus else {}
     return {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": visible, **ranks, **shared}
 
 
@@ -224,7 +230,9 @@ def main(arguments: Sequence[str] | None = None, checks: Sequence[Check] = CHECK
         if not torch.cuda.is_available():
             print("gpu-check: torch sees no CUDA device; --rehearse runs the checks on the CPU", file=sys.stderr)
             return 2
-        setting, device_name = Setting(gpus=torch.cuda.device_count()), torch.cuda.get_device_name(0)
+        setting = Setting(gpus=torch.cuda.device_count())
+        # A CUDA context made here would stay beside all checks.
+        (device_name,) = run_ranks("torch.cuda:get_device_name", 1, None, NAME_S, _variables(1, setting))
     configuration = {
         "rehearsal": options.rehearse,
         "only": options.only,

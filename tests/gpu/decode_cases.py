@@ -19,8 +19,7 @@ from stagdist.decode.loading import DTYPES, EngineOptions, build_stage, place_mo
 from stagdist.decode.request import Request, SamplingParams
 from stagdist.decode.stage import Stage
 from stagdist.parallel.device import on_cuda
-from stagdist.parallel.layout import ParameterSpec
-from tests.decode.decoding import Case, config_of, parameters_of, prompt
+from tests.decode.decoding import Case, config_of, parameters_of, prompt, reader
 from tests.reference import stagformer as reference
 from tests.reference.variants import VARIANTS
 
@@ -88,12 +87,7 @@ def small_case(variant: str, *, use_graphs: bool = True) -> Case:
 def build(case: Case, device: str) -> Stage:
     """The stage of a case, with all graphs captured."""
     placement = place_model(ModelConfig(**config_of(case.keys)), case.options, 1)
-    parameters = parameters_of(case)
-
-    def read(spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
-        return parameters[spec.name].narrow(dim, start, stop - start)
-
-    return build_stage(placement, read, device, None)
+    return build_stage(placement, reader(case), device, None)
 
 
 @contextmanager

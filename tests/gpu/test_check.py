@@ -114,6 +114,22 @@ def test_without_a_gpu_the_command_says_so_and_does_nothing(tmp_path: Path) -> N
     assert len(done.stderr.splitlines()) == 1 and "no CUDA device" in done.stderr
 
 
+def test_another_process_is_asked_for_the_name_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def answer(target: str, *arguments: Any) -> list[str]:
+        asked.append(target)
+        return ["Some GPU"]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(check, "run_ranks", answer)
+    monkeypatch.setattr(check, "run_checks", lambda *_: [check.Record("one", True, 1.0)])
+    assert main(["--output", str(tmp_path / "check.json")], (FINE,)) == 0
+    assert json.loads((tmp_path / "check.json").read_text())["hardware"] == "2 x Some GPU"
+    assert asked == ["torch.cuda:get_device_name"] and hasattr(torch.cuda, "get_device_name")
+
+
 @pytest.mark.ranks
 def test_a_check_that_hangs_costs_its_limit_and_is_killed_with_its_children(tmp_path: Path) -> None:
     run(tmp_path, FINE)  # what all processes are forks of has started
@@ -168,11 +184,10 @@ def test_only_chooses_checks_by_the_beginning_of_their_names(tmp_path: Path) -> 
 
 
 def test_ranks_that_share_a_gpu_are_told_so_and_get_the_library() -> None:
-    two = next(each for each in CHECKS if each.ranks == 2)
-    assert check._variables(two, Setting()) == {}
-    assert check._variables(two, Setting(gpus=1))["NCCL_MULTI_RANK_GPU_ENABLE"] == "1"
-    assert "NCCL_MULTI_RANK_GPU_ENABLE" not in check._variables(two, Setting(gpus=2))
-    assert "NCCL_MULTI_RANK_GPU_ENABLE" not in check._variables(CHECKS[0], Setting(gpus=1))
+    assert check._variables(2, Setting()) == {}
+    assert check._variables(2, Setting(gpus=1))["NCCL_MULTI_RANK_GPU_ENABLE"] == "1"
+    assert "NCCL_MULTI_RANK_GPU_ENABLE" not in check._variables(2, Setting(gpus=2))
+    assert "NCCL_MULTI_RANK_GPU_ENABLE" not in check._variables(1, Setting(gpus=1))
     before = os.environ.get("LD_PRELOAD")
     with check._preloaded("/lib/some.so"):
         assert os.environ["LD_PRELOAD"].startswith("/lib/some.so")

@@ -1,5 +1,8 @@
 """Decoding on a CUDA device: graphs, streams, batched sections and the kernels of real models, against the CPU."""
 
+from collections.abc import Callable
+from dataclasses import asdict
+
 import pytest
 import torch
 
@@ -40,8 +43,11 @@ def test_a_gpu_gives_the_tokens_of_a_cpu_across_reaches(variant: str, use_graphs
 @BOTH
 @pytest.mark.parametrize("precision", MAX_ABS)
 @pytest.mark.parametrize("model", WIDE_MODELS)
-def test_logits_are_within_the_rounding_of_their_precision(model: str, precision: str, use_graphs: bool) -> None:
+def test_logits_are_within_the_rounding_of_their_precision(
+    model: str, precision: str, use_graphs: bool, record_property: Callable[[str, object], None]
+) -> None:
     found = errors(wide_case(model, precision, use_graphs=use_graphs), "cuda")
+    record_property(f"{model}, {precision}, {'graphs' if use_graphs else 'eager'}", asdict(found))
     assert found.max_abs < MAX_ABS[precision] and found.rms < RMS[precision] and found.top1 >= TOP1[precision], found
 
 

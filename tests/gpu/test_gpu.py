@@ -21,7 +21,7 @@ from tests.ranks import run_ranks
 from tests.reference.stagformer import forward, loss
 from tests.reference.variants import VARIANTS
 from tests.training.comparison import mismatches, on_device
-from tests.training.parity_cases import GPU_CASES, Case
+from tests.training.parity_cases import GPU_CASES, SEVERAL_BLOCKS, Case
 from tests.training.parity_worker import load_reference, micro_batches
 from tests.training.test_resume_variants import WORKER as RESUME
 from tests.training.test_resume_variants import check_resumed
@@ -32,8 +32,13 @@ pytestmark = pytest.mark.gpu
 EVERYTHING = VARIANTS["three sections with everything"]
 EVALUATED = Case("evaluated", EVERYTHING, (1, 1, 1), device="cuda")
 RESUMED = [
-    Case("fp32", {}, (1, 1, 1), device="cuda"),
-    Case("bf16 with everything", EVERYTHING, (1, 1, 1), precision="bf16", checkpointing="layer", device="cuda"),
+    replace(case, device="cuda", deterministic=True)
+    for case in (
+        Case("fp32", {}, (1, 1, 1)),
+        Case("bf16 with everything", EVERYTHING, (1, 1, 1), precision="bf16", checkpointing="layer"),
+        SEVERAL_BLOCKS,
+        replace(SEVERAL_BLOCKS, name=f"{SEVERAL_BLOCKS.name}, bf16", precision="bf16"),
+    )
 ]
 
 

@@ -82,12 +82,12 @@ def on_device(device: str) -> dict[str, str]:
 
 def reference(case: Case) -> TrainingRecord:
     """The same run by the reference, in fp32."""
-    return _train(json.dumps(case.model), case.max_grad_norm, case.eps)
+    return _train(json.dumps(case.model), case.max_grad_norm, case.eps, case.sequence_length)
 
 
 @cache
-def _train(model: str, max_grad_norm: float, eps: float) -> TrainingRecord:
-    case = Case("reference", json.loads(model), (1, 1, 1))
+def _train(model: str, max_grad_norm: float, eps: float, sequence_length: int) -> TrainingRecord:
+    case = Case("reference", json.loads(model), (1, 1, 1), sequence_length=sequence_length)
     return train(
         case.parameters(),
         case.model_keys,

@@ -28,6 +28,7 @@ class Case:
         grid: sizes of the axes pipe, data, tensor.
         fault: what is broken on purpose, by name; see `tests.training.faults`.
         device: `cpu` or `cuda`.
+        deterministic: train with deterministic kernels alone; all cases of one world must agree.
     """
 
     name: str
@@ -40,6 +41,8 @@ class Case:
     eps: float = 1e-3
     fault: str | None = None
     device: str = "cpu"
+    sequence_length: int = SEQUENCE
+    deterministic: bool = False
 
     @property
     def world_size(self) -> int:
@@ -58,13 +61,14 @@ class Case:
             "name": "parity",
             "model": self.model_keys,
             "parallel": {"pipeline_parallel_size": self.grid[0], "tensor_parallel_size": self.grid[2]},
-            "data": {"sequence_length": SEQUENCE},
+            "data": {"sequence_length": self.sequence_length},
             "training": {
                 "steps": len(LEARNING_RATES),
                 "global_batch_size": GLOBAL_BATCH,
                 "micro_batch_size": self.micro_batch_size,
                 "precision": self.precision,
                 "activation_checkpointing": self.checkpointing,
+                "deterministic": self.deterministic,
             },
             "optimizer": {"eps": self.eps, "max_grad_norm": self.max_grad_norm},
         }
@@ -75,15 +79,15 @@ class Case:
         return random_parameters(self.model_keys, SEED, perturb=True)
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Input tokens and labels of every step, each [GLOBAL_BATCH, SEQUENCE]."""
+        """Input tokens and labels of every step, each [GLOBAL_BATCH, sequence_length]."""
         generator = torch.Generator().manual_seed(SEED)
-        size = (len(LEARNING_RATES), GLOBAL_BATCH, SEQUENCE + 1)
+        size = (len(LEARNING_RATES), GLOBAL_BATCH, self.sequence_length + 1)
         tokens = torch.randint(self.model_keys["vocab_size"], size, generator=generator)
         return [(step[:, :-1], step[:, 1:].contiguous()) for step in tokens]
 
     def text(self) -> Tensor:
         """Tokens to ask for the logits of, shorter than a sequence; [1, S]."""
-        return self.batches()[0][0][:1, : SEQUENCE - 3]
+        return self.batches()[0][0][:1, : self.sequence_length - 3]
 
 
 def _grids() -> list[Case]:
@@ -156,6 +160,14 @@ BF16_CASES = [
     )
 ]
 """Runs in bf16, near the fp32 reference."""
+
+SEVERAL_BLOCKS = Case(
+    "160 tokens, heads of 64",
+    {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "max_position_embeddings": 160},
+    (1, 1, 1),
+    sequence_length=160,
+)
+"""Attention kernels of a GPU work on this sequence in several blocks. A hand-off has 80 KiB in bf16."""
 
 FAULTY_CASES = [
     Case(f"{fault}, {name} on {label(grid)}", VARIANTS.get(name, {}), grid, precision=precision, fault=fault)

@@ -1,6 +1,7 @@
 """The score of held-out text that a run reports is that of the model it leaves behind."""
 
 import math
+import os
 import sysconfig
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +29,7 @@ from tests.training.worlds import World
 
 pytestmark = pytest.mark.ranks
 
-GRIDS = [(2, 1, 1), (1, 2, 1)]
+GRIDS = [(2, 1, 1), (1, 2, 1), (3, 1, 1)]
 NUM_BATCHES = 3
 GLOBAL_BATCH = 8
 STEPS = 2
@@ -48,7 +49,7 @@ class Task:
             "name": "held-out",
             "model": {
                 "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
-                "max_position_embeddings": 32, "section_layers": [1, 1],
+                "max_position_embeddings": 32, "section_layers": [1] * max(2, grid[0]),
             },
             "parallel": {"pipeline_parallel_size": grid[0]},
             "data": {
@@ -76,9 +77,9 @@ class Task:
 
 
 def score_on_grids(task: Task) -> dict[tuple[int, int, int], TextScore]:
-    """Train some steps on every grid, score the test split twice, leave the model; scores by grid."""
+    """Train some steps on every grid of this world, score the test split twice, leave the model; scores by grid."""
     world, scores = World(TIMEOUT_S), {}
-    for grid in GRIDS:
+    for grid in [grid for grid in GRIDS if math.prod(grid) == int(os.environ["WORLD_SIZE"])]:
         groups, config = world.groups(grid), task.config(grid)
         splits = task.splits(config)
         engine = build_engine(config, groups)
@@ -109,9 +110,9 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 
 @cache
-def reported(task: Task) -> list[dict[tuple[int, int, int], TextScore]]:
-    """What every rank says."""
-    return run_ranks("tests.training.test_held_out:score_on_grids", 2, task, timeout_s=200)
+def reported(task: Task, world_size: int) -> list[dict[tuple[int, int, int], TextScore]]:
+    """What every rank of a world says."""
+    return run_ranks("tests.training.test_held_out:score_on_grids", world_size, task, timeout_s=200)
 
 
 def score_alone(task: Task, grid: tuple[int, int, int]) -> TextScore:
@@ -133,7 +134,7 @@ def score_alone(task: Task, grid: tuple[int, int, int]) -> TextScore:
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "x".join(map(str, grid)))
 def test_a_reported_score_is_that_of_the_model_left_behind(task: Task, grid: tuple[int, int, int]) -> None:
-    scores = [rank[grid] for rank in reported(task)]
+    scores = [rank[grid] for rank in reported(task, math.prod(grid))]
     alone = score_alone(task, grid)
     assert 0 < alone.bytes <= alone.tokens == NUM_BATCHES * GLOBAL_BATCH * 32
     for score in scores:

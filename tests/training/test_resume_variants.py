@@ -64,7 +64,7 @@ class Report:
 def resume_cases(payload: tuple[list[Case], Path]) -> dict[str, Report]:
     """Run all cases in one world; reports by the case's name. `payload`: cases, and a folder shared by the ranks."""
     cases, folder = payload
-    world, reports = World(TIMEOUT_S), {}
+    world, reports = World(TIMEOUT_S, deterministic=any(case.deterministic for case in cases)), {}
     for case in sorted(cases, key=lambda case: case.grid):
         runs = folder / case.name.replace(" ", "-")
         config = case.config().model_copy(update={"runs_directory": str(runs)})

@@ -13,7 +13,7 @@ from tests.gpu.checks.environment import ROOT
 from tests.gpu.checks.setting import Numbers, Setting
 from tests.launch.generating import write_model
 
-COMMAND_S = {True: 35.0, False: 100.0}
+COMMAND_S = {True: 50.0, False: 100.0}
 """Limit of a command, on a GPU and in a rehearsal."""
 PROMPTS = ["def main(", "import os", "for line in", "class A:", "return", "x = [1, 2"]
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "section_layers": [4, 4]}

@@ -41,7 +41,7 @@ def kernels(setting: Setting) -> Numbers:
 
 
 def profiled(setting: Setting, work: Callable[[], Any], repeats: int = 1) -> list[tuple[str, float]]:
-    """Name and microseconds of every kernel that `work` runs; of every operator itself on a CPU."""
+    """Name and microseconds of every kernel, copy and fill that `work` runs; of every operator itself on a CPU."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * setting.on_gpu
     with profile(activities=activities) as profiler:
         for _ in range(repeats):
@@ -61,10 +61,13 @@ def _by_name(events: list[tuple[str, float]], repeats: int) -> Numbers:
     times: dict[str, list[float]] = defaultdict(list)
     for name, microseconds in events:
         times[name].append(microseconds)
+    copies, fills = (sum(name.startswith(kind) for name, _ in events) for kind in ("Memcpy", "Memset"))
     most = sorted(times, key=lambda name: -sum(times[name]))[:SHOWN]
     return {
-        "kernels_per_step": len(events) / repeats,
-        "kernel_us_per_step": sum(microseconds for _, microseconds in events) / repeats,
+        "kernels_per_step": (len(events) - copies - fills) / repeats,
+        "copies_per_step": copies / repeats,
+        "fills_per_step": fills / repeats,
+        "us_per_step": sum(microseconds for _, microseconds in events) / repeats,
         "names": [
             {"name": name, "count": len(times[name]) / repeats, "us": sum(times[name]) / repeats} for name in most
         ],

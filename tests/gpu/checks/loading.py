@@ -12,7 +12,7 @@ import torch
 from tests.gpu.checks.setting import NEEDS_GPU, ImpossibleError, Numbers, Setting
 
 CALIBRATION_CYCLES = 50_000_000
-LONG_MS = 1000.0
+LONG_MS = 300.0
 SHORT_MS = 30.0
 STREAMS = 32
 """Streams of torch's pool."""

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from stagdist.checkpoint.reading import ReadSlice
 from stagdist.config import ModelConfig
 from stagdist.config_loading import load_config
 from stagdist.decode.engine import Engine
 from stagdist.decode.loading import EngineOptions, build_stage, place_model
 from stagdist.decode.request import Request, RequestOutput, SamplingParams
+from stagdist.decode.weights import random_reader
 from stagdist.parallel.device import on_cuda
-from stagdist.parallel.layout import ParameterSpec
 from stagdist.telemetry.clocks import EventClock
 from stagdist.telemetry.spans import SpanRecorder
 from tests.gpu.checks.environment import ROOT
@@ -49,19 +48,6 @@ def shape(setting: Setting, name: str) -> ModelConfig:
     return load_config(ROOT / "configs" / f"{SHAPES[name]}.yaml", overrides).model
 
 
-def device_reader(device: str) -> ReadSlice:
-    """Slices of random weights made on the device."""
-
-    def read(spec: ParameterSpec, dim: int, start: int, stop: int) -> torch.Tensor:
-        size = list(spec.shape)
-        size[dim] = stop - start
-        if spec.std is None:
-            return torch.full(size, spec.fill, device=device)
-        return torch.randn(size, device=device) * 0.02
-
-    return read
-
-
 def span_recorder(device: str, rank: int = 0, stage: int = 0) -> SpanRecorder:
     """A recorder for work on a device, as `launch/generate.py --trace` makes it."""
     return SpanRecorder(rank=rank, stage=stage, clock=EventClock() if on_cuda(device) else None)
@@ -80,12 +66,13 @@ class Decoded:
         return statistics.median(self.gaps_ms)
 
     def as_numbers(self) -> Numbers:
-        """Median, 90th percentile and maximum of the gaps, and how many were stalls."""
+        """Number of gaps, their median, 90th percentile and maximum, and how many were stalls."""
         return {
             "tokens": len(self.tokens),
             "ms_per_token": self.median_ms,
             "p90_ms": sorted(self.gaps_ms)[int(0.9 * (len(self.gaps_ms) - 1))],
             "max_ms": max(self.gaps_ms),
+            "gaps": len(self.gaps_ms),
             "stalls": sum(gap > STALL_MS for gap in self.gaps_ms),
         }
 
@@ -101,7 +88,7 @@ class Decoder:
     def __init__(self, setting: Setting, model: ModelConfig, *, graphs: bool, recorder: SpanRecorder | None = None):
         placement = place_model(model, EngineOptions(precision="bf16", graphs=graphs), 1)
         device, self._vocab_size = setting.device, model.vocab_size
-        self.stage = build_stage(placement, device_reader(device), device, None, recorder=recorder)
+        self.stage = build_stage(placement, random_reader(0, device), device, None, recorder=recorder)
 
     def run(self, prompt_length: int, new_tokens: int, temperature: float = 0.0) -> Decoded:
         """Serve one request."""

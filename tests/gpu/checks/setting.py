@@ -40,6 +40,11 @@ class Setting:
         return "cuda:0" if self.on_gpu else "cpu"
 
     @property
+    def precision(self) -> str:
+        """Of models that are too large for bf16 on a CPU, which emulates it."""
+        return "bf16" if self.on_gpu else "fp32"
+
+    @property
     def rank_device(self) -> str:
         """Device of this rank: its own GPU where there are several, else the one that all ranks share."""
         return f"cuda:{os.environ['LOCAL_RANK']}" if self.gpus > 1 else self.device

@@ -5,7 +5,8 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from stagdist.bench.memory_worker import random_batches
 from stagdist.config import RunConfig
 from stagdist.config_loading import load_config
 from stagdist.parallel.flops import flops_per_token
@@ -27,7 +29,7 @@ from tests.gpu.checks.setting import NEEDS_GPU, Numbers, Setting
 from tests.gpu.checks.timing import wait
 from tests.reference.variants import VARIANTS
 from tests.training.comparison import mismatches
-from tests.training.parity_cases import BF16_CASES, CASES, Case
+from tests.training.parity_cases import BF16_CASES, CASES, SEVERAL_BLOCKS, Case
 from tests.training.parity_worker import run_cases
 from tests.training.test_resume_variants import check_resumed, resume_cases
 
@@ -64,16 +66,18 @@ def training_parity(setting: Setting) -> Numbers:
 
 
 def training_resume(setting: Setting) -> Numbers:
-    """A run that goes on from its checkpoint computes the same bits as one that never stopped."""
-    cases = [Case("fp32", {}, (1, 1, 1))]
+    """With deterministic kernels a run that goes on from its checkpoint computes the bits of one that never stopped."""
+    cases = [Case("small", {}, (1, 1, 1)), replace(SEVERAL_BLOCKS, precision=setting.precision)]
     if setting.on_gpu:
         everything = VARIANTS["three sections with everything"]
-        cases.append(Case("bf16 with everything", everything, (1, 1, 1), precision="bf16", checkpointing="layer"))
+        cases.append(Case("everything", everything, (1, 1, 1), precision="bf16", checkpointing="layer"))
+    cases = [replace(case, deterministic=True) for case in cases]
     with tempfile.TemporaryDirectory(prefix="stagdist-check-") as folder:
         reports = resume_cases((cases, Path(folder)))
     for case in cases:
         check_resumed([reports[case.name]])
-    return {"cases": [case.name for case in cases]}
+    names = [f"{case.name}, {case.precision}" for case in cases]
+    return {"deterministic": torch.are_deterministic_algorithms_enabled(), "cases": names}
 
 
 def training_speed(setting: Setting) -> Numbers:
@@ -84,7 +88,7 @@ def training_speed(setting: Setting) -> Numbers:
     for config in configs:
         held = _reset_peak(setting)
         engine = build_engine(config, groups)
-        step = partial(engine.train_batch, _random_batches(config))
+        step = partial(engine.train_batch, random_batches(config, setting.device))
         numbers[config.name] = {"held_before_bytes": held, **_speed(setting, config, step)}
         setting.keep(numbers)
         numbers[config.name]["shares"] = _shares(setting, step)
@@ -107,15 +111,6 @@ def _config(setting: Setting, name: str) -> RunConfig:
         *(() if setting.on_gpu else TINY),
     )
     return load_config(ROOT / "configs" / f"{name}.yaml", overrides)
-
-
-def _random_batches(config: RunConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Micro-batches without end."""
-    generator = torch.Generator().manual_seed(0)
-    size = (config.training.micro_batch_size, config.sequence_length + 1)
-    while True:
-        tokens = torch.randint(config.model.vocab_size, size, generator=generator)
-        yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def _speed(setting: Setting, config: RunConfig, step: Callable[[], Any]) -> Numbers:
