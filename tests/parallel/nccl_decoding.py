@@ -1,7 +1,11 @@
 """Programs of decoding: the real engine, stages and transport of every rank, recorded one after the other."""
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,10 +21,8 @@ from stagdist.parallel.layout import ParameterSpec
 from stagdist.parallel.link import NCCL, Rules
 from stagdist.telemetry.clocks import EventClock
 from stagdist.telemetry.spans import SpanRecorder
-from tests.parallel.recording import Mailbox, Recorder
-
-EARLY = Rules(early_receives=True, wait_blocks=False)
-"""What was done before: gloo's early posting on NCCL."""
+from tests.parallel.nccl_rules import Launch, Program
+from tests.parallel.recording import KEYS, Mailbox, Recorder
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Layout:
         stagger: positions of lag; None: sequential.
         traced: with a recorder of spans.
         chunk: positions of a prefill chunk.
+        slots: requests decoded together.
     """
 
     stages: int
@@ -42,7 +45,8 @@ class Layout:
     tensor: int = 1
     each: int = 1
     traced: bool = False
-    chunk: int = 2
+    chunk: int = 4
+    slots: int = 3
 
     def __str__(self) -> str:
         kind = "sequential" if self.stagger is None else f"stagger {self.stagger}"
@@ -64,46 +68,80 @@ class Layout:
         else:
             keys |= {"stagger": self.stagger, "combine_sections": self.combined}
         options = EngineOptions(
-            tensor_parallel_size=self.tensor, head=self.head, num_slots=2, chunk_size=self.chunk, graphs=False
+            tensor_parallel_size=self.tensor,
+            head=self.head,
+            num_slots=self.slots,
+            chunk_size=self.chunk,
+            graphs=False,
         )
         return place_model(ModelConfig(**keys), options, self.stages * self.tensor)
 
 
+def request(name: str, prompt_length: int, new_tokens: int, **params: Any) -> Request:
+    """A request that ends by its length; greedy unless told otherwise."""
+    params = {"temperature": 0.0, **params}
+    sampling = SamplingParams(max_new_tokens=new_tokens, ignore_end_of_document=True, **params)
+    return Request(name, tuple(range(1, prompt_length + 1)), sampling)
+
+
 REQUESTS = (
-    Request("long", (1, 2, 3, 4, 5), SamplingParams(max_new_tokens=5, temperature=0.0, ignore_end_of_document=True)),
-    Request("short", (1,), SamplingParams(max_new_tokens=2, temperature=0.8, top_k=3, ignore_end_of_document=True)),
-    Request("late", (1, 2), SamplingParams(max_new_tokens=2, temperature=0.0, ignore_end_of_document=True)),
+    request("long", 11, 5),
+    request("short", 1, 2, temperature=0.8, top_k=3),
+    request("late", 2, 2),
+    request("again", 3, 3),
 )
-"""Prefill of several chunks, admission while another request runs, slots that are filled again, rest at the end."""
+"""Prefill of several chunks, the last one shorter, admission while another request runs, a slot that is filled again,
+every number of rows, rest at the end."""
 
 
-def recorded(layout: Layout, rules: Rules = NCCL, *, dry: bool = False, by_shape: bool = False) -> list[Recorder]:
+def recorded(
+    layout: Layout,
+    rules: Rules = NCCL,
+    *,
+    dry: bool = True,
+    by_shape: bool = True,
+    requests: tuple[Request, ...] = REQUESTS,
+) -> list[Recorder]:
     """What every rank enqueues from its start to its end.
 
     Args:
-        dry: with the dry pass that loads kernels.
-        by_shape: matrix products of another number of rows are other kernels.
+        dry: with the dry pass that loads kernels, where the rules ask for one.
+        by_shape: matrix products of another number of rows, and attention over other keys, are other kernels.
     """
     placement, mailbox = layout.placement(), Mailbox()
     size = placement.grid.world_size
     recorders = [Recorder(rank, size, mailbox, by_shape=by_shape) for rank in range(size)]
     for recorder in recorders:
-        with recorder.recording():
-            _run(layout, placement, rules, recorder, dry=dry)
+        without = nullcontext() if dry else mock.patch("stagdist.decode.loading.dry_pass", lambda stage: None)
+        with without, recorder.recording():
+            _run(layout, placement, rules, recorder, requests)
     return recorders
 
 
-def _run(layout: Layout, placement: Placement, rules: Rules, recorder: Recorder, *, dry: bool) -> None:
-    combined = placement.topology.combined
-    transport = Transport(placement.grid, "cpu", 60.0, combined=combined, rules=rules)
-    if not dry:
-        transport.rules = EARLY  # only `build_stage` looks at it from here on
+@cache
+def programs(layout: Layout, rules: Rules = NCCL, *, dry: bool = True) -> list[Program]:
+    """What the ranks of a layout enqueue for `REQUESTS`. Recorded once; not to be written."""
+    return [recorder.program for recorder in recorded(layout, rules, dry=dry)]
+
+
+def any_keys(ranks: Sequence[Program]) -> list[Program]:
+    """The same with kernels of attention that serve any number of keys."""
+    return [
+        [Launch(action.name.partition(KEYS)[0]) if isinstance(action, Launch) else action for action in each]
+        for each in ranks
+    ]
+
+
+def _run(
+    layout: Layout, placement: Placement, rules: Rules, recorder: Recorder, requests: tuple[Request, ...]
+) -> None:
+    transport = Transport(placement.grid, "cpu", 60.0, combined=placement.topology.combined, rules=rules)
     spans = SpanRecorder(rank=recorder.rank, clock=EventClock(Mark)) if layout.traced else None
     stage = build_stage(placement, read_constant, "cpu", transport, recorder=spans)
     if recorder.rank:
         operate(stage, transport, None)
         return
-    Engine(stage, transport).generate(REQUESTS)
+    Engine(stage, transport).generate(requests)
 
 
 class Mark:

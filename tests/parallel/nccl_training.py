@@ -24,8 +24,6 @@ from tests.training.parity_cases import Case
 from tests.training.parity_worker import micro_batches
 from tests.training.worlds import World
 
-EARLY = Rules(early_receives=True, wait_blocks=False)
-"""What was done before: gloo's early posting on NCCL."""
 LATE = Rules(early_receives=False, wait_blocks=True)
 """NCCL's posting on gloo."""
 KINDS = [TensorKind((1, 2), torch.float32), TensorKind((1, 1), torch.int64)]

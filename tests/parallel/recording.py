@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stagdist.parallel.link import PeerWatch
+from stagdist.parallel.link import PeerWatch, Rules
 from tests.parallel.nccl_rules import (
     Action,
     Collective,
@@ -30,8 +30,12 @@ from tests.parallel.nccl_rules import (
     Tell,
 )
 
+EARLY = Rules(early_receives=True, wait_blocks=False)
+"""The policy that hangs on NCCL: receives are posted as early as on gloo."""
 PRODUCTS = ("mm", "addmm", "bmm", "linear")
 """Operations whose kernel is chosen by the shape."""
+KEYS = " over "
+"""In the name of an attention kernel, what follows is the shape of its keys."""
 NO_KERNEL = ("empty", "new_empty", "equal", "lift_fresh", "detach", "_unsafe_view", "_reshape_alias", "resize_")
 
 
@@ -87,7 +91,7 @@ class Recorder(TorchDispatchMode):
     """One rank's program while it is active.
 
     Args:
-        by_shape: matrix products of another number of rows are other kernels.
+        by_shape: matrix products of another number of rows, and attention over other keys, are other kernels.
 
     Attributes:
         program: the actions so far.
@@ -117,7 +121,7 @@ class Recorder(TorchDispatchMode):
             if self._by_shape and any(part in name for part in PRODUCTS):
                 name += str(shapes)
             elif self._by_shape and "attention" in name:
-                name += f"{shapes[0]}, {len(shapes)} tensors"  # the number of keys chooses no kernel
+                name += f"{shapes[0]}, {len(shapes)} tensors{KEYS}{shapes[1]}"
             self.launch(name)
         return func(*args, **(kwargs or {}))
 
