@@ -1,9 +1,8 @@
 """Programs of decoding: the real engine, stages and transport of every rank, recorded one after the other."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -11,10 +10,12 @@ import torch
 from torch import Tensor
 
 from stagdist.config import ModelConfig
+from stagdist.decode.dry_pass import dry_pass
 from stagdist.decode.engine import Engine
 from stagdist.decode.loading import EngineOptions, Placement, build_stage, place_model
 from stagdist.decode.operations import operate
 from stagdist.decode.request import Request, SamplingParams
+from stagdist.decode.stage import Stage
 from stagdist.decode.topology import HeadLayout
 from stagdist.decode.transport import Transport
 from stagdist.parallel.layout import ParameterSpec
@@ -23,6 +24,8 @@ from stagdist.telemetry.clocks import EventClock
 from stagdist.telemetry.spans import SpanRecorder
 from tests.parallel.nccl_rules import Launch, Program
 from tests.parallel.recording import KEYS, Mailbox, Recorder
+
+DryPass = Callable[[Recorder, Stage], None]
 
 
 @dataclass(frozen=True)
@@ -94,34 +97,48 @@ REQUESTS = (
 every number of rows, rest at the end."""
 
 
-def recorded(
-    layout: Layout,
-    rules: Rules = NCCL,
-    *,
-    dry: bool = True,
-    by_shape: bool = True,
-    requests: tuple[Request, ...] = REQUESTS,
-) -> list[Recorder]:
+def recorded(layout: Layout, rules: Rules = NCCL, *, dry_pass: DryPass) -> list[Recorder]:
     """What every rank enqueues from its start to its end.
 
     Args:
-        dry: with the dry pass that loads kernels, where the rules ask for one.
-        by_shape: matrix products of another number of rows, and attention over other keys, are other kernels.
+        dry_pass: in place of the one that loads kernels, where the rules ask for one.
     """
     placement, mailbox = layout.placement(), Mailbox()
     size = placement.grid.world_size
-    recorders = [Recorder(rank, size, mailbox, by_shape=by_shape) for rank in range(size)]
+    recorders = [Recorder(rank, size, mailbox) for rank in range(size)]
     for recorder in recorders:
-        without = nullcontext() if dry else mock.patch("stagdist.decode.loading.dry_pass", lambda stage: None)
-        with without, recorder.recording():
-            _run(layout, placement, rules, recorder, requests)
+        patched = mock.patch("stagdist.decode.loading.dry_pass", partial(dry_pass, recorder))
+        with patched, recorder.recording():
+            _run(layout, placement, rules, recorder)
     return recorders
 
 
 @cache
 def programs(layout: Layout, rules: Rules = NCCL, *, dry: bool = True) -> list[Program]:
     """What the ranks of a layout enqueue for `REQUESTS`. Recorded once; not to be written."""
-    return [recorder.program for recorder in recorded(layout, rules, dry=dry)]
+    dry_pass = partial(_dry_pass_once, layout) if dry else _nothing
+    return [recorder.program for recorder in recorded(layout, rules, dry_pass=dry_pass)]
+
+
+_DRY_PASSES: dict[Hashable, list[str]] = {}
+"""Kernels that a dry pass launched, by the kind of stage."""
+
+
+def _dry_pass_once(layout: Layout, recorder: Recorder, stage: Stage) -> None:
+    """The real dry pass, recorded once for stages that are alike: it takes longer than all that comes after it."""
+    stages = layout.stages if layout.head == "sharded" else min(layout.stages, 2)
+    place = 0 if stage.index == 0 else 2 if stage.index == layout.stages - 1 else 1
+    kind = (replace(layout, stages=stages, traced=False), place)
+    if kind not in _DRY_PASSES:
+        begin = len(recorder.program)
+        dry_pass(stage)
+        _DRY_PASSES[kind] = [action.name for action in recorder.program[begin:] if isinstance(action, Launch)]
+    for name in _DRY_PASSES[kind]:
+        recorder.launch(name)
+
+
+def _nothing(recorder: Recorder, stage: Stage) -> None:
+    """No dry pass."""
 
 
 def any_keys(ranks: Sequence[Program]) -> list[Program]:
@@ -132,16 +149,14 @@ def any_keys(ranks: Sequence[Program]) -> list[Program]:
     ]
 
 
-def _run(
-    layout: Layout, placement: Placement, rules: Rules, recorder: Recorder, requests: tuple[Request, ...]
-) -> None:
+def _run(layout: Layout, placement: Placement, rules: Rules, recorder: Recorder) -> None:
     transport = Transport(placement.grid, "cpu", 60.0, combined=placement.topology.combined, rules=rules)
     spans = SpanRecorder(rank=recorder.rank, clock=EventClock(Mark)) if layout.traced else None
     stage = build_stage(placement, read_constant, "cpu", transport, recorder=spans)
     if recorder.rank:
         operate(stage, transport, None)
         return
-    Engine(stage, transport).generate(requests)
+    Engine(stage, transport).generate(REQUESTS)
 
 
 class Mark:

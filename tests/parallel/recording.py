@@ -4,7 +4,7 @@ Tensors live on the CPU and what would be received is zero. Every operation of t
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +71,16 @@ class Mailbox:
         return self.letters[group.number, source, target][number]
 
 
+def _kernel(operation: str, args: Sequence[Any]) -> str:
+    """Name of a kernel: another one for matrix products of another number of rows, and attention over other keys."""
+    if any(part in operation for part in PRODUCTS):
+        return operation + str([tuple(each.shape) for each in args if isinstance(each, Tensor)])
+    if "attention" in operation:
+        query, keys, *more = [tuple(each.shape) for each in args if isinstance(each, Tensor)]
+        return f"{operation}{query}, {2 + len(more)} tensors{KEYS}{keys}"
+    return operation
+
+
 class Work:
     """A handle, as torch gives it."""
 
@@ -90,17 +100,14 @@ class Work:
 class Recorder(TorchDispatchMode):
     """One rank's program while it is active.
 
-    Args:
-        by_shape: matrix products of another number of rows, and attention over other keys, are other kernels.
-
     Attributes:
         program: the actions so far.
         loaded: names of the kernels so far.
     """
 
-    def __init__(self, rank: int, size: int, mailbox: Mailbox, *, by_shape: bool = False):
+    def __init__(self, rank: int, size: int, mailbox: Mailbox):
         super().__init__()
-        self.rank, self.size, self._mailbox, self._by_shape = rank, size, mailbox, by_shape
+        self.rank, self.size, self._mailbox = rank, size, mailbox
         self.program: list[Action] = []
         self._world = Group(0, tuple(range(size)))
         self._groups = self._communications = self._meetings = 0
@@ -117,12 +124,7 @@ class Recorder(TorchDispatchMode):
         elif name == "_local_scalar_dense":
             self.program.append(HostWait())
         elif not func.is_view and not name.startswith(NO_KERNEL):
-            shapes = [tuple(each.shape) for each in args if isinstance(each, Tensor)]
-            if self._by_shape and any(part in name for part in PRODUCTS):
-                name += str(shapes)
-            elif self._by_shape and "attention" in name:
-                name += f"{shapes[0]}, {len(shapes)} tensors{KEYS}{shapes[1]}"
-            self.launch(name)
+            self.launch(_kernel(name, args))
         return func(*args, **(kwargs or {}))
 
     @contextmanager

@@ -5,9 +5,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import pytest
-import torch.utils._python_dispatch as dispatch
 
-from stagdist.decode import loading
+from stagdist.decode.dry_pass import dry_pass
 from stagdist.decode.stage import Stage
 from stagdist.decode.topology import HEAD_LAYOUTS
 from tests.parallel.nccl_decoding import Layout, any_keys, programs, recorded
@@ -157,31 +156,20 @@ def test_one_hardware_queue_hangs() -> None:
 # --- the dry pass -----------------------------------------------------------------------------------------------
 
 
-def loaded_later(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
-    """For every rank, the kernels that it launches for the first time after the dry pass."""
-    real, loaded = loading.dry_pass, []
-
-    def dry_pass(stage: Stage) -> None:
-        real(stage)
-        mode = dispatch._get_current_dispatch_mode()
-        assert isinstance(mode, Recorder)
-        loaded.append(set(mode.loaded))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loading, "dry_pass", dry_pass)
-        recorders = recorded(layout)
-    return [recorder.loaded - before for recorder, before in zip(recorders, loaded, strict=True)]
-
-
 @pytest.mark.parametrize(
     "layout", [Layout(2, 2, "sharded"), Layout(3, 0, combined=True), Layout(2, None), Layout(2, tensor=2)], ids=str
 )
-def test_the_dry_pass_loads_all_but_chunks_of_other_lengths_and_attention_over_other_keys(
-    layout: Layout, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for later in loaded_later(layout, monkeypatch):
+def test_the_dry_pass_loads_all_but_chunks_of_other_lengths_and_attention_over_other_keys(layout: Layout) -> None:
+    loaded: list[set[str]] = []
+
+    def noting(recorder: Recorder, stage: Stage) -> None:
+        dry_pass(stage)
+        loaded.append(set(recorder.loaded))
+
+    for recorder, before in zip(recorded(layout, dry_pass=noting), loaded, strict=True):
+        later = recorder.loaded - before
         chunk = {name for name in later if "[(1, 3, " in name}
-        assert chunk and all(KEYS in name for name in later - chunk), layout
+        assert chunk and all(KEYS in name for name in later - chunk)
 
 
 def test_without_the_dry_pass_a_message_without_room_in_buffers_hangs_a_sharded_head() -> None:
