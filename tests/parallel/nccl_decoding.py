@@ -88,7 +88,7 @@ def request(name: str, prompt_length: int, new_tokens: int, **params: Any) -> Re
 
 
 REQUESTS = (
-    request("long", 11, 5),
+    request("long", 7, 5),
     request("short", 1, 2, temperature=0.8, top_k=3),
     request("late", 2, 2),
     request("again", 3, 3),

@@ -175,17 +175,18 @@ class Recorder(TorchDispatchMode):
         return Group(self._groups, tuple(members), gloo=backend == "gloo")
 
     def isend(self, tensor: Tensor, dst: int, group: Any = None, **_: Any) -> Work:
-        """A message."""
+        """A message. Over gloo it leaves when the peer has posted its receive, and `wait` blocks until then."""
         group = group or self._world
-        if group.gloo:
-            with self._quietly():
-                self._mailbox.put(group, self.rank, dst, tensor)
-            self.program.append(Tell(self._letter(group, self.rank, dst)))
-            return Work(lambda: None)
-        return self._communicate(Send(group.number, dst))
+        if not group.gloo:
+            return self._communicate(Send(group.number, dst))
+        with self._quietly():
+            self._mailbox.put(group, self.rank, dst, tensor)
+        name = self._letter(group, self.rank, dst)
+        self.program.append(Tell(("sent", *name)))
+        return Work(lambda: self.program.append(Hear(("posted", *name))))
 
     def irecv(self, tensor: Tensor, src: int, group: Any = None, **_: Any) -> Work:
-        """The other side of it."""
+        """A receive, posted; what comes is zero, over gloo what the peer has sent."""
         group = group or self._world
         if not group.gloo:
             with self._quietly():
@@ -194,7 +195,8 @@ class Recorder(TorchDispatchMode):
         name = self._letter(group, src, self.rank)
         with self._quietly():
             tensor.copy_(self._mailbox.take(group, src, self.rank, name[-1]))
-        return Work(lambda: self.program.append(Hear(name)))
+        self.program.append(Tell(("posted", *name)))
+        return Work(lambda: self.program.append(Hear(("sent", *name))))
 
     def send(self, tensor: Tensor, dst: int, group: Any = None, **_: Any) -> None:
         """As `isend`, waited for."""
@@ -224,16 +226,18 @@ class Recorder(TorchDispatchMode):
         self.program.append(HostWait())
 
     def broadcast(self, tensor: Tensor, src: int = 0, group: Any = None, **_: Any) -> None:
-        """A collective; over gloo a message from the source."""
+        """A collective. Over gloo it passes through the hosts between; here they all meet, which is more."""
         group = group or self._world
-        if not group.gloo:
-            self._all(group)
-        elif self.rank == src:
-            for rank in group.ranks:
-                if rank != src:
-                    self.isend(tensor, rank, group)
-        else:
-            self.irecv(tensor, src, group).wait()
+        if group.gloo:
+            with self._quietly():
+                if self.rank == src:
+                    for rank in group.ranks:
+                        self._mailbox.put(group, src, rank, tensor)
+                        self._letter(group, src, rank)
+                else:
+                    name = self._letter(group, src, self.rank)
+                    tensor.copy_(self._mailbox.take(group, src, self.rank, name[-1]))
+        self._all(group)
 
     # --- inside -------------------------------------------------------------------------------------------------
 
