@@ -8,6 +8,7 @@ The rules:
 - a send ends at once where the message fits into NCCL's buffers, else after its receive has begun;
 - `wait` lets the compute stream wait, never the host;
 - the first launch of a kernel loads it, and the host waits until the device has done all it has;
+- the first use of a connection makes it: the hosts of its ends meet there, of a collective those of all members;
 - streams that share a hardware queue run in the order in which the host has enqueued their operations.
 """
 
@@ -176,6 +177,8 @@ class Machine:
                 self._enqueue(device, action, COMPUTE, device.awaited)
                 device.awaited = []
             case Send() | Receive() | Collective():
+                if not self._connected(rank, action):
+                    return False
                 needs = [device.last[COMPUTE]] if COMPUTE in device.last else []
                 device.communications.append(self._enqueue(device, action, action.group, needs + device.awaited))
             case StreamWait(number):
@@ -193,6 +196,18 @@ class Machine:
                 self._met[name].add(rank)
                 return self._met[name] >= set(members)
         return True
+
+    def _connected(self, rank: int, action: Communication) -> bool:
+        """Whether the hosts that share a connection have all come to its first use."""
+        match action:
+            case Send(group, peer):
+                connection, ends = ("connection", group, rank, peer), {rank, peer}
+            case Receive(group, peer):
+                connection, ends = ("connection", group, peer, rank), {rank, peer}
+            case Collective(group, members):
+                connection, ends = ("connection", group), set(members)
+        self._met[connection].add(rank)
+        return self._met[connection] >= ends
 
     def _enqueue(
         self, device: Device, action: Launch | Communication, stream: Stream, needs: list[Operation]
