@@ -4,10 +4,11 @@ CUDA loads a kernel when it is launched for the first time, and waits for the de
 that met a new kernel behind a receive would wait for its peer, and the peer for it.
 
 Not every kernel is met here: a matrix product of another number of rows (the last chunk of a prompt may have any
-length) or attention over another number of keys may use one that is loaded later. Such a rank waits until what it has
-sent is received, on which nothing of its peers depends before they receive it. Behind a hand-off of the same step that
-would not hold, so all that follows one, the head and the choice of tokens, is launched for every number of rows.
-`tests/parallel/test_nccl_decoding.py` plays both.
+length) or attention over another number of keys may use one that is loaded later. The rank then waits until its peers
+have received what it sent. They do, because they need nothing of it before: all that follows a hand-off in its step,
+the head and the choice of tokens, is launched here for every number of rows. With `stagger: 2` a hand-off is received
+after the next step's attention, so there a kernel that attention loads relies on NCCL to buffer hand-offs of a step.
+`tests/parallel/test_nccl_decoding.py` plays all of it.
 """
 
 from collections import deque

@@ -8,7 +8,8 @@ The rules:
 - a send ends at once where the message fits into NCCL's buffers, else after its receive has begun;
 - `wait` lets the compute stream wait, never the host;
 - the first launch of a kernel loads it, and the host waits until the device has done all it has;
-- the first use of a connection makes it: the hosts of its ends meet there, of a collective those of all members;
+- the first use of a connection makes it: the host waits until the device has done all it has (there are kernels to
+  load and buffers to allocate), then for the hosts at the other ends, of a collective for those of all members;
 - streams that share a hardware queue run in the order in which the host has enqueued their operations.
 """
 
@@ -70,14 +71,14 @@ class Drain:
 
 @dataclass(frozen=True)
 class Tell:
-    """A message between hosts; those that `Hear` it wait for it."""
+    """A message from this host to another one."""
 
     name: Hashable
 
 
 @dataclass(frozen=True)
 class Hear:
-    """The other side of `Tell`."""
+    """The host waits for the message of this name from another host."""
 
     name: Hashable
 
@@ -198,7 +199,7 @@ class Machine:
         return True
 
     def _connected(self, rank: int, action: Communication) -> bool:
-        """Whether the hosts that share a connection have all come to its first use."""
+        """Whether the hosts at all ends of a connection have come to its first use."""
         match action:
             case Send(group, peer):
                 connection, ends = ("connection", group, rank, peer), {rank, peer}
@@ -206,7 +207,10 @@ class Machine:
                 connection, ends = ("connection", group, peer, rank), {rank, peer}
             case Collective(group, members):
                 connection, ends = ("connection", group), set(members)
-        self._met[connection].add(rank)
+        if rank not in self._met[connection]:
+            if self._lazy and self._devices[rank].open:
+                return False
+            self._met[connection].add(rank)
         return self._met[connection] >= ends
 
     def _enqueue(
