@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.parallel.nccl_rules import Action, Collective, Hear, HostWait, Launch, Meet, Receive, Send, StreamWait, Tell
 from tests.parallel.recording import NO_KERNEL
 
-COLLECTIVES = ("allreduce", "reduce", "broadcast", "allgather", "_allgather_base", "barrier")
+COLLECTIVES = ("allreduce", "reduce", "broadcast", "allgather", "_allgather_base", "all_gather_single", "barrier")
 NOT_RECORDED = (
     "reduce_scatter",
     "_reduce_scatter_base",
@@ -23,7 +23,6 @@ NOT_RECORDED = (
     "alltoall",
     "alltoall_base",
     "all_to_all_single",
-    "all_gather_single",
     "reduce_scatter_single",
     "gather",
     "scatter",
@@ -72,7 +71,9 @@ class LiveRecorder(TorchDispatchMode):
         self._loaded: set[str] = set()
         self._communications = self._meetings = 0
         self._letters: dict[tuple[int, int], int] = {}
-        self._originals = {name: getattr(dist.ProcessGroup, name) for name in (*COLLECTIVES, "send", "recv")}
+        # Releases of torch differ in the name of the same operation.
+        names = [name for name in (*COLLECTIVES, "send", "recv") if hasattr(dist.ProcessGroup, name)]
+        self._originals = {name: getattr(dist.ProcessGroup, name) for name in names}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -88,7 +89,7 @@ class LiveRecorder(TorchDispatchMode):
     def open(self) -> Iterator["LiveRecorder"]:
         """Everything inside is recorded."""
         with ExitStack() as stack:
-            for name in COLLECTIVES:
+            for name in self._originals.keys() & set(COLLECTIVES):
                 stack.enter_context(mock.patch.object(dist.ProcessGroup, name, self._collective(name)))
             for name in NOT_RECORDED:
                 stack.enter_context(mock.patch.object(dist.ProcessGroup, name, _refused(name), create=True))

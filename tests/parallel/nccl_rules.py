@@ -200,6 +200,7 @@ class Machine:
 
     def _connected(self, rank: int, action: Communication) -> bool:
         """Whether the hosts at all ends of a connection have come to its first use."""
+        connection: Hashable
         match action:
             case Send(group, peer):
                 connection, ends = ("connection", group, rank, peer), {rank, peer}
