@@ -1,10 +1,18 @@
-"""Every kernel of prefill and steps, launched once before ranks wait for each other.
+"""Launches the kernels of prefill and steps once before ranks wait for each other.
 
 CUDA loads a kernel when it is launched for the first time, and waits for the device to drain before it does. A rank
 that met a new kernel behind a receive would wait for its peer, and the peer for it.
+
+Not every kernel is met here: a matrix product of another number of rows (the last chunk of a prompt may have any
+length) or attention over another number of keys may use one that is loaded later. The rank then waits until its peers
+have received what it sent. They do, because they need nothing of it before: all that follows a hand-off in its step,
+the head and the choice of tokens, is launched here for every number of rows. With `stagger: 2` a hand-off is received
+after the next step's attention, so there a kernel that attention loads relies on NCCL to buffer hand-offs of a step.
+`tests/parallel/test_nccl_decoding.py` plays all of it.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +29,7 @@ _EVERYTHING = SamplingParams(
     temperature=0.7, top_k=4, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=1, max_new_tokens=4
 )
 _NOISE = SamplingParams(temperature=0.7)
+_PARAMS = (_PLAIN, _NOISE, _EVERYTHING)
 
 
 class Unconnected(Transport):
@@ -83,24 +92,38 @@ def dry_limits(limits: Limits) -> Limits:
 
 @torch.inference_mode()
 def dry_pass(stage: Stage) -> None:
-    """Prefill prompts of one and of several chunks, and decode with one row and with all.
+    """Prefill prompts of one and of several chunks, and decode with every number of rows.
 
     Args:
         stage: made with `Unconnected` and `dry_limits`; it is of no other use.
     """
     limits = stage.limits
     longest = max(1, limits.max_context - 4)
-    for params in (_PLAIN, _NOISE, _EVERYTHING):
+    for params in _PARAMS:
         for length in dict.fromkeys((longest, min(limits.chunk_size, longest), 1)):
             stage.prefill(0, [0] * length, params)
             if length < limits.max_context:
                 stage.step()
             stage.retire([0])
-    for lengths in ((1, 1), (1, 2)):  # all rows at one position, and not
-        for slot in range(limits.num_slots):
-            length = min(lengths[slot % 2], limits.max_context)
-            stage.prefill(slot, [0] * length, (_PLAIN, _NOISE, _EVERYTHING)[slot % 3])
-        for _ in range(min(3, limits.max_context - 2)):
-            stage.step()
-        stage.retire(range(limits.num_slots))
+    _decode_every_size(stage, (1, 1))  # all rows at one position
+    _decode_every_size(stage, (1, 2))
     stage.rest()
+
+
+def _decode_every_size(stage: Stage, prompt_lengths: Sequence[int]) -> None:
+    """Decode three times with all rows, then with one less at a time.
+
+    Args:
+        prompt_lengths: of even and odd slots.
+    """
+    limits, slots = stage.limits, range(stage.limits.num_slots)
+    lengths = [min(prompt_lengths[slot % 2], limits.max_context) for slot in slots]
+    room = limits.max_context - max(lengths)
+    sizes = deque((limits.num_slots, limits.num_slots, *reversed([slot + 1 for slot in slots])))
+    while sizes and room:
+        for slot in range(sizes[0]):
+            stage.prefill(slot, [0] * lengths[slot], _PARAMS[slot % 3])
+        for _ in range(min(room, len(sizes))):
+            stage.retire(range(sizes.popleft(), limits.num_slots))
+            stage.step()
+        stage.retire(slots)

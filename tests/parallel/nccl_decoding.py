@@ -1,26 +1,31 @@
 """Programs of decoding: the real engine, stages and transport of every rank, recorded one after the other."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from stagdist.config import ModelConfig
+from stagdist.decode.dry_pass import dry_pass
 from stagdist.decode.engine import Engine
 from stagdist.decode.loading import EngineOptions, Placement, build_stage, place_model
 from stagdist.decode.operations import operate
 from stagdist.decode.request import Request, SamplingParams
+from stagdist.decode.stage import Stage
 from stagdist.decode.topology import HeadLayout
 from stagdist.decode.transport import Transport
 from stagdist.parallel.layout import ParameterSpec
 from stagdist.parallel.link import NCCL, Rules
 from stagdist.telemetry.clocks import EventClock
 from stagdist.telemetry.spans import SpanRecorder
-from tests.parallel.recording import Mailbox, Recorder
+from tests.parallel.nccl_rules import Launch, Program
+from tests.parallel.recording import KEYS, Mailbox, Recorder
 
-EARLY = Rules(early_receives=True, wait_blocks=False)
-"""What was done before: gloo's early posting on NCCL."""
+DryPass = Callable[[Recorder, Stage], None]
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Layout:
         stagger: positions of lag; None: sequential.
         traced: with a recorder of spans.
         chunk: positions of a prefill chunk.
+        slots: requests decoded together.
     """
 
     stages: int
@@ -42,7 +48,8 @@ class Layout:
     tensor: int = 1
     each: int = 1
     traced: bool = False
-    chunk: int = 2
+    chunk: int = 4
+    slots: int = 3
 
     def __str__(self) -> str:
         kind = "sequential" if self.stagger is None else f"stagger {self.stagger}"
@@ -64,40 +71,86 @@ class Layout:
         else:
             keys |= {"stagger": self.stagger, "combine_sections": self.combined}
         options = EngineOptions(
-            tensor_parallel_size=self.tensor, head=self.head, num_slots=2, chunk_size=self.chunk, graphs=False
+            tensor_parallel_size=self.tensor,
+            head=self.head,
+            num_slots=self.slots,
+            chunk_size=self.chunk,
+            graphs=False,
         )
         return place_model(ModelConfig(**keys), options, self.stages * self.tensor)
 
 
+def request(name: str, prompt_length: int, new_tokens: int, **params: Any) -> Request:
+    """A request that ends by its length; greedy unless told otherwise."""
+    params = {"temperature": 0.0, **params}
+    sampling = SamplingParams(max_new_tokens=new_tokens, ignore_end_of_document=True, **params)
+    return Request(name, tuple(range(1, prompt_length + 1)), sampling)
+
+
 REQUESTS = (
-    Request("long", (1, 2, 3, 4, 5), SamplingParams(max_new_tokens=5, temperature=0.0, ignore_end_of_document=True)),
-    Request("short", (1,), SamplingParams(max_new_tokens=2, temperature=0.8, top_k=3, ignore_end_of_document=True)),
-    Request("late", (1, 2), SamplingParams(max_new_tokens=2, temperature=0.0, ignore_end_of_document=True)),
+    request("long", 7, 5),
+    request("short", 1, 2, temperature=0.8, top_k=3),
+    request("late", 2, 2),
+    request("again", 3, 3),
 )
-"""Prefill of several chunks, admission while another request runs, slots that are filled again, rest at the end."""
+"""Prefill of several chunks, the last one shorter, admission while another request runs, a slot that is filled again,
+every number of rows, rest at the end."""
 
 
-def recorded(layout: Layout, rules: Rules = NCCL, *, dry: bool = False, by_shape: bool = False) -> list[Recorder]:
+def recorded(layout: Layout, rules: Rules = NCCL, *, dry_pass: DryPass) -> list[Recorder]:
     """What every rank enqueues from its start to its end.
 
     Args:
-        dry: with the dry pass that loads kernels.
-        by_shape: matrix products of another number of rows are other kernels.
+        dry_pass: in place of the one that loads kernels, where the rules ask for one.
     """
     placement, mailbox = layout.placement(), Mailbox()
     size = placement.grid.world_size
-    recorders = [Recorder(rank, size, mailbox, by_shape=by_shape) for rank in range(size)]
+    recorders = [Recorder(rank, size, mailbox) for rank in range(size)]
     for recorder in recorders:
-        with recorder.recording():
-            _run(layout, placement, rules, recorder, dry=dry)
+        patched = mock.patch("stagdist.decode.loading.dry_pass", partial(dry_pass, recorder))
+        with patched, recorder.recording():
+            _run(layout, placement, rules, recorder)
     return recorders
 
 
-def _run(layout: Layout, placement: Placement, rules: Rules, recorder: Recorder, *, dry: bool) -> None:
-    combined = placement.topology.combined
-    transport = Transport(placement.grid, "cpu", 60.0, combined=combined, rules=rules)
-    if not dry:
-        transport.rules = EARLY  # only `build_stage` looks at it from here on
+@cache
+def programs(layout: Layout, rules: Rules = NCCL, *, dry: bool = True) -> list[Program]:
+    """What the ranks of a layout enqueue for `REQUESTS`. Recorded once; not to be written."""
+    dry_pass = partial(_dry_pass_once, layout) if dry else _nothing
+    return [recorder.program for recorder in recorded(layout, rules, dry_pass=dry_pass)]
+
+
+_DRY_PASSES: dict[Hashable, list[str]] = {}
+"""Kernels that a dry pass launched, by the kind of stage."""
+
+
+def _dry_pass_once(layout: Layout, recorder: Recorder, stage: Stage) -> None:
+    """The real dry pass, recorded once for stages that are alike: it takes longer than all that comes after it."""
+    stages = layout.stages if layout.head == "sharded" else min(layout.stages, 2)
+    place = 0 if stage.index == 0 else 2 if stage.index == layout.stages - 1 else 1
+    kind = (replace(layout, stages=stages, traced=False), place)
+    if kind not in _DRY_PASSES:
+        begin = len(recorder.program)
+        dry_pass(stage)
+        _DRY_PASSES[kind] = [action.name for action in recorder.program[begin:] if isinstance(action, Launch)]
+    for name in _DRY_PASSES[kind]:
+        recorder.launch(name)
+
+
+def _nothing(recorder: Recorder, stage: Stage) -> None:
+    """No dry pass."""
+
+
+def any_keys(ranks: Sequence[Program]) -> list[Program]:
+    """The same with kernels of attention that serve any number of keys."""
+    return [
+        [Launch(action.name.partition(KEYS)[0]) if isinstance(action, Launch) else action for action in each]
+        for each in ranks
+    ]
+
+
+def _run(layout: Layout, placement: Placement, rules: Rules, recorder: Recorder) -> None:
+    transport = Transport(placement.grid, "cpu", 60.0, combined=placement.topology.combined, rules=rules)
     spans = SpanRecorder(rank=recorder.rank, clock=EventClock(Mark)) if layout.traced else None
     stage = build_stage(placement, read_constant, "cpu", transport, recorder=spans)
     if recorder.rank:

@@ -8,6 +8,8 @@ The rules:
 - a send ends at once where the message fits into NCCL's buffers, else after its receive has begun;
 - `wait` lets the compute stream wait, never the host;
 - the first launch of a kernel loads it, and the host waits until the device has done all it has;
+- the first use of a connection makes it: the host waits until the device has done all it has (there are kernels to
+  load and buffers to allocate), then for the hosts at the other ends, of a collective for those of all members;
 - streams that share a hardware queue run in the order in which the host has enqueued their operations.
 """
 
@@ -69,14 +71,14 @@ class Drain:
 
 @dataclass(frozen=True)
 class Tell:
-    """A message between hosts; those that `Hear` it wait for it."""
+    """A message from this host to another one."""
 
     name: Hashable
 
 
 @dataclass(frozen=True)
 class Hear:
-    """The other side of `Tell`."""
+    """The host waits for the message of this name from another host."""
 
     name: Hashable
 
@@ -176,6 +178,8 @@ class Machine:
                 self._enqueue(device, action, COMPUTE, device.awaited)
                 device.awaited = []
             case Send() | Receive() | Collective():
+                if not self._connected(rank, action):
+                    return False
                 needs = [device.last[COMPUTE]] if COMPUTE in device.last else []
                 device.communications.append(self._enqueue(device, action, action.group, needs + device.awaited))
             case StreamWait(number):
@@ -193,6 +197,22 @@ class Machine:
                 self._met[name].add(rank)
                 return self._met[name] >= set(members)
         return True
+
+    def _connected(self, rank: int, action: Communication) -> bool:
+        """Whether the hosts at all ends of a connection have come to its first use."""
+        connection: Hashable
+        match action:
+            case Send(group, peer):
+                connection, ends = ("connection", group, rank, peer), {rank, peer}
+            case Receive(group, peer):
+                connection, ends = ("connection", group, peer, rank), {rank, peer}
+            case Collective(group, members):
+                connection, ends = ("connection", group), set(members)
+        if rank not in self._met[connection]:
+            if self._lazy and self._devices[rank].open:
+                return False
+            self._met[connection].add(rank)
+        return self._met[connection] >= ends
 
     def _enqueue(
         self, device: Device, action: Launch | Communication, stream: Stream, needs: list[Operation]

@@ -17,15 +17,13 @@ from stagdist.training.engine import SectionEngine, build_engine
 from stagdist.training.exchange import Exchange, TensorKind
 from stagdist.training.saving import save_checkpoint
 from stagdist.training.schedule import InferenceSchedule, TrainSchedule
+from tests.parallel.live_recording import LiveRecorder
 from tests.parallel.nccl_rules import Drain, Program
 from tests.parallel.recording import Group, Mailbox, Recorder
-from tests.parallel.tap import Tap
 from tests.training.parity_cases import Case
 from tests.training.parity_worker import micro_batches
 from tests.training.worlds import World
 
-EARLY = Rules(early_receives=True, wait_blocks=False)
-"""What was done before: gloo's early posting on NCCL."""
 LATE = Rules(early_receives=False, wait_blocks=True)
 """NCCL's posting on gloo."""
 KINDS = [TensorKind((1, 2), torch.float32), TensorKind((1, 1), torch.int64)]
@@ -191,12 +189,12 @@ def real_program(case: Case) -> Program:
     folder: list[str] = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder, group=groups.control)
     config = case.config().model_copy(update={"runs_directory": folder[0]})
-    with mock.patch("stagdist.training.exchange.rules_of", lambda _: LATE), Tap(groups.control).open() as tap:
+    with mock.patch("stagdist.training.exchange.rules_of", lambda _: LATE), LiveRecorder(groups.control).open() as live:
         engine = build_engine(config, groups)
-        with mock.patch.object(engine.exchange, "wait_for_device", lambda doing: tap.device_waits()):
+        with mock.patch.object(engine.exchange, "wait_for_device", lambda doing: live.device_waits()):
             for tokens, labels in case.batches()[:2]:
                 engine.train_batch(micro_batches(case, groups, tokens, labels))
             engine.eval_batch(micro_batches(case, groups, *case.batches()[0]))
             save_checkpoint(engine, groups, config, TrainingState(2, 16, 800, case.grid))
     dist.barrier(group=groups.control)
-    return tap.program
+    return live.program

@@ -4,7 +4,7 @@ Tensors live on the CPU and what would be received is zero. Every operation of t
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stagdist.parallel.link import PeerWatch
+from stagdist.parallel.link import PeerWatch, Rules
 from tests.parallel.nccl_rules import (
     Action,
     Collective,
@@ -30,8 +30,12 @@ from tests.parallel.nccl_rules import (
     Tell,
 )
 
+EARLY = Rules(early_receives=True, wait_blocks=False)
+"""The policy that hangs on NCCL: receives are posted as early as on gloo."""
 PRODUCTS = ("mm", "addmm", "bmm", "linear")
 """Operations whose kernel is chosen by the shape."""
+KEYS = " over "
+"""In the name of an attention kernel, what follows is the shape of its keys."""
 NO_KERNEL = ("empty", "new_empty", "equal", "lift_fresh", "detach", "_unsafe_view", "_reshape_alias", "resize_")
 
 
@@ -67,6 +71,16 @@ class Mailbox:
         return self.letters[group.number, source, target][number]
 
 
+def _kernel(operation: str, args: Sequence[Any]) -> str:
+    """Name of a kernel: another one for matrix products of another number of rows, and attention over other keys."""
+    if any(part in operation for part in PRODUCTS):
+        return operation + str([tuple(each.shape) for each in args if isinstance(each, Tensor)])
+    if "attention" in operation:
+        query, keys, *more = [tuple(each.shape) for each in args if isinstance(each, Tensor)]
+        return f"{operation}{query}, {2 + len(more)} tensors{KEYS}{keys}"
+    return operation
+
+
 class Work:
     """A handle, as torch gives it."""
 
@@ -86,17 +100,14 @@ class Work:
 class Recorder(TorchDispatchMode):
     """One rank's program while it is active.
 
-    Args:
-        by_shape: matrix products of another number of rows are other kernels.
-
     Attributes:
         program: the actions so far.
         loaded: names of the kernels so far.
     """
 
-    def __init__(self, rank: int, size: int, mailbox: Mailbox, *, by_shape: bool = False):
+    def __init__(self, rank: int, size: int, mailbox: Mailbox):
         super().__init__()
-        self.rank, self.size, self._mailbox, self._by_shape = rank, size, mailbox, by_shape
+        self.rank, self.size, self._mailbox = rank, size, mailbox
         self.program: list[Action] = []
         self._world = Group(0, tuple(range(size)))
         self._groups = self._communications = self._meetings = 0
@@ -113,12 +124,7 @@ class Recorder(TorchDispatchMode):
         elif name == "_local_scalar_dense":
             self.program.append(HostWait())
         elif not func.is_view and not name.startswith(NO_KERNEL):
-            shapes = [tuple(each.shape) for each in args if isinstance(each, Tensor)]
-            if self._by_shape and any(part in name for part in PRODUCTS):
-                name += str(shapes)
-            elif self._by_shape and "attention" in name:
-                name += f"{shapes[0]}, {len(shapes)} tensors"  # the number of keys chooses no kernel
-            self.launch(name)
+            self.launch(_kernel(name, args))
         return func(*args, **(kwargs or {}))
 
     @contextmanager
@@ -169,17 +175,18 @@ class Recorder(TorchDispatchMode):
         return Group(self._groups, tuple(members), gloo=backend == "gloo")
 
     def isend(self, tensor: Tensor, dst: int, group: Any = None, **_: Any) -> Work:
-        """A message."""
+        """A message. Over gloo it leaves when the peer has posted its receive, and `wait` blocks until then."""
         group = group or self._world
-        if group.gloo:
-            with self._quietly():
-                self._mailbox.put(group, self.rank, dst, tensor)
-            self.program.append(Tell(self._letter(group, self.rank, dst)))
-            return Work(lambda: None)
-        return self._communicate(Send(group.number, dst))
+        if not group.gloo:
+            return self._communicate(Send(group.number, dst))
+        with self._quietly():
+            self._mailbox.put(group, self.rank, dst, tensor)
+        name = self._letter(group, self.rank, dst)
+        self.program.append(Tell(("sent", *name)))
+        return Work(lambda: self.program.append(Hear(("posted", *name))))
 
     def irecv(self, tensor: Tensor, src: int, group: Any = None, **_: Any) -> Work:
-        """The other side of it."""
+        """A receive, posted; what comes is zero, over gloo what the peer has sent."""
         group = group or self._world
         if not group.gloo:
             with self._quietly():
@@ -188,7 +195,8 @@ class Recorder(TorchDispatchMode):
         name = self._letter(group, src, self.rank)
         with self._quietly():
             tensor.copy_(self._mailbox.take(group, src, self.rank, name[-1]))
-        return Work(lambda: self.program.append(Hear(name)))
+        self.program.append(Tell(("posted", *name)))
+        return Work(lambda: self.program.append(Hear(("sent", *name))))
 
     def send(self, tensor: Tensor, dst: int, group: Any = None, **_: Any) -> None:
         """As `isend`, waited for."""
@@ -218,16 +226,18 @@ class Recorder(TorchDispatchMode):
         self.program.append(HostWait())
 
     def broadcast(self, tensor: Tensor, src: int = 0, group: Any = None, **_: Any) -> None:
-        """A collective; over gloo a message from the source."""
+        """A collective. Over gloo it passes through the hosts between; here they all meet, which is more."""
         group = group or self._world
-        if not group.gloo:
-            self._all(group)
-        elif self.rank == src:
-            for rank in group.ranks:
-                if rank != src:
-                    self.isend(tensor, rank, group)
-        else:
-            self.irecv(tensor, src, group).wait()
+        if group.gloo:
+            with self._quietly():
+                if self.rank == src:
+                    for rank in group.ranks:
+                        self._mailbox.put(group, src, rank, tensor)
+                        self._letter(group, src, rank)
+                else:
+                    name = self._letter(group, src, self.rank)
+                    tensor.copy_(self._mailbox.take(group, src, self.rank, name[-1]))
+        self._all(group)
 
     # --- inside -------------------------------------------------------------------------------------------------
 

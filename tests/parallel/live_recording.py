@@ -1,4 +1,4 @@
-"""What a real rank enqueues while it runs, written down beside the run: a tap on torch's process groups."""
+"""What a real rank enqueues while it runs, recorded beside the run: torch's process groups are patched."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,11 +12,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.parallel.nccl_rules import Action, Collective, Hear, HostWait, Launch, Meet, Receive, Send, StreamWait, Tell
 from tests.parallel.recording import NO_KERNEL
 
-COLLECTIVES = ("allreduce", "reduce", "broadcast", "allgather", "_allgather_base", "barrier")
+COLLECTIVES = ("allreduce", "reduce", "broadcast", "allgather", "_allgather_base", "all_gather_single", "barrier")
+NOT_RECORDED = (
+    "reduce_scatter",
+    "_reduce_scatter_base",
+    "reduce_scatter_tensor_coalesced",
+    "allreduce_coalesced",
+    "allgather_coalesced",
+    "allgather_into_tensor_coalesced",
+    "alltoall",
+    "alltoall_base",
+    "all_to_all_single",
+    "reduce_scatter_single",
+    "gather",
+    "scatter",
+    "monitored_barrier",
+    "recv_anysource",
+)
+"""Operations that no rank uses; one that is used all the same raises, so that a new DeepSpeed is noticed."""
 
 
 class Handle:
-    """A handle whose wait is written down."""
+    """A handle whose wait is recorded."""
 
     def __init__(self, work: Any, on_wait: Callable[[], None]):
         self._work, self._on_wait = work, on_wait
@@ -30,8 +47,15 @@ class Handle:
         return getattr(self._work, name)
 
 
-class Tap(TorchDispatchMode):
-    """One rank's program while it is open.
+def _refused(name: str) -> Callable[..., Any]:
+    def call(group: dist.ProcessGroup, *arguments: Any, **options: Any) -> Any:
+        raise NotImplementedError(f"{name} of a process group is not recorded; add it to COLLECTIVES")
+
+    return call
+
+
+class LiveRecorder(TorchDispatchMode):
+    """One real rank's program while it is open.
 
     Args:
         control: group of the hosts; what it does is no work of the device.
@@ -47,7 +71,9 @@ class Tap(TorchDispatchMode):
         self._loaded: set[str] = set()
         self._communications = self._meetings = 0
         self._letters: dict[tuple[int, int], int] = {}
-        self._originals = {name: getattr(dist.ProcessGroup, name) for name in (*COLLECTIVES, "send", "recv")}
+        # Releases of torch differ in the name of the same operation.
+        names = [name for name in (*COLLECTIVES, "send", "recv") if hasattr(dist.ProcessGroup, name)]
+        self._originals = {name: getattr(dist.ProcessGroup, name) for name in names}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -60,11 +86,13 @@ class Tap(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     @contextmanager
-    def open(self) -> Iterator["Tap"]:
-        """Everything inside is written down."""
+    def open(self) -> Iterator["LiveRecorder"]:
+        """Everything inside is recorded."""
         with ExitStack() as stack:
-            for name in COLLECTIVES:
+            for name in self._originals.keys() & set(COLLECTIVES):
                 stack.enter_context(mock.patch.object(dist.ProcessGroup, name, self._collective(name)))
+            for name in NOT_RECORDED:
+                stack.enter_context(mock.patch.object(dist.ProcessGroup, name, _refused(name), create=True))
             stack.enter_context(mock.patch.object(dist.ProcessGroup, "send", self._message("send", Send, Tell)))
             stack.enter_context(mock.patch.object(dist.ProcessGroup, "recv", self._message("recv", Receive, Hear)))
             stack.enter_context(self)

@@ -1,0 +1,240 @@
+"""Ranks that are killed, frozen or silent in the middle of a step; each plays its part in a child that reports."""
+
+import json
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.runtime.pipe import schedule
+
+from stagdist.decode.engine import Engine
+from stagdist.decode.loading import build_stage
+from stagdist.decode.operations import operate
+from stagdist.decode.transport import Transport
+from stagdist.errors import TransportError
+from stagdist.parallel.link import GLOO, NCCL
+from stagdist.training.engine import SectionEngine, build_engine
+from stagdist.training.peers import naming_lost_peers
+from tests.parallel.nccl_decoding import Layout, read_constant, request
+from tests.parallel.nccl_double import like_nccl
+from tests.training.parity_cases import Case
+from tests.training.parity_worker import micro_batches
+from tests.training.worlds import World
+
+FAULTY_STEP = 3
+PATIENCE_S = 0.5
+LONG_PATIENCE_S = 30.0
+REQUEST = request("0", 7, 8)
+END_S = 12.0
+START_S = 30.0
+RANKS = 3
+
+DECODING = {
+    "chunk": Layout(RANKS),
+    "hand-off": Layout(RANKS),
+    "sum": Layout(RANKS, head="sharded", combined=True),
+}
+"""Where a fault strikes while decoding: after a chunk of the prompt has run, after the hand-off of a step has been
+sent, before section outputs are summed."""
+TRAINING = {
+    "forward": schedule.ForwardPass,
+    "tied gradients": schedule.ReduceTiedGrads,
+    "update": schedule.OptimizerStep,
+}
+"""Where a fault strikes while training: after the second forward pass of a step, before gradients are summed over the
+stages, before the update."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to one rank in the middle of a run.
+
+    Attributes:
+        how: `killed`, `frozen`, `silent` (alive, but stuck), or `none`.
+        rank: to whom.
+        where: a key of `DECODING` or `TRAINING`.
+        nccl: on the double; otherwise plain gloo.
+        port: where the ranks meet.
+    """
+
+    how: str
+    rank: int
+    where: str
+    nccl: bool
+    port: int
+    timeout_s: float
+
+    def strike(self) -> None:
+        """Let it happen, if this is the rank."""
+        if dist.get_rank() != self.rank:
+            return
+        if self.how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.how == "frozen":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif self.how == "silent":
+            time.sleep(END_S)
+
+
+def play(payload: tuple[list[Fault], Path]) -> list[dict[str, Any]]:
+    """Every fault in a child of its own; what this rank heard, and after how many seconds.
+
+    The payload has a folder through which the ranks meet.
+    """
+    faults, folder = payload
+    heard = []
+    for number, fault in enumerate(faults):
+        _arrive(folder, f"{number}.ready")
+        while _arrived(folder, f"{number}.ready") < RANKS:
+            time.sleep(0.01)
+        heard.append(_in_child(fault, folder, f"{number}.done"))
+    return heard
+
+
+def _arrive(folder: Path, name: str) -> None:
+    (folder / f"{name}.{os.environ['RANK']}").touch()
+
+
+def _arrived(folder: Path, name: str) -> int:
+    return len(list(folder.glob(f"{name}.*")))
+
+
+def _in_child(fault: Fault, folder: Path, done: str) -> dict[str, Any]:
+    """What the child reports; one that is stuck is ended when all others have reported."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        _report(fault, writing)
+    os.close(writing)
+    deadline_s = time.monotonic() + END_S
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline_s or _arrived(folder, done) == RANKS - 1:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            break
+        time.sleep(0.02)
+    _arrive(folder, done)
+    with os.fdopen(reading) as stream:
+        text = stream.read()
+    heard: dict[str, Any] = json.loads(text) if text else {"says": "nothing"}
+    return heard
+
+
+def _report(fault: Fault, writing: int) -> None:
+    """In the child: run, and say what was heard."""
+    code = 1
+    try:
+        os.environ["MASTER_PORT"] = str(fault.port)
+        patience_s = LONG_PATIENCE_S if fault.how == "none" else PATIENCE_S
+        with like_nccl(patience_s) if fault.nccl else nullcontext():
+            run = _train(fault) if fault.where in TRAINING else _decode(fault)
+            began_s = time.monotonic()
+            try:
+                says = run()
+            except TransportError as error:
+                says = str(error)
+        os.write(writing, json.dumps({"says": says, "seconds": time.monotonic() - began_s}).encode())
+        time.sleep(0.5)  # the others must not take this end for the fault
+        code = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _decode(fault: Fault) -> Callable[[], str]:
+    """Prepare to decode one request."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=START_S))
+    placement = DECODING[fault.where].placement()
+    combined, rules = placement.topology.combined, NCCL if fault.nccl else GLOO
+    transport = Transport(placement.grid, "cpu", fault.timeout_s, combined=combined, rules=rules)
+    stage = build_stage(placement, read_constant, "cpu", transport)
+
+    def in_faulty_step() -> None:
+        if transport.step == FAULTY_STEP:
+            fault.strike()
+
+    if fault.where == "chunk":
+        _after(stage._sections, "run_chunk", fault.strike)
+    elif fault.where == "hand-off":
+        _after(transport, "send", in_faulty_step)
+    else:
+        _before(transport, "sum_over_stages", in_faulty_step)
+
+    def run() -> str:
+        says = "no error"
+        if transport.rank:
+            operate(stage, transport, None)
+        else:
+            says = str([each.token_ids for each in Engine(stage, transport).generate([REQUEST])])
+        transport.close()
+        return says
+
+    return run
+
+
+def _after(owner: Any, name: str, then: Callable[[], None]) -> None:
+    original = getattr(owner, name)
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        result = original(*arguments, **options)
+        then()
+        return result
+
+    setattr(owner, name, called)
+
+
+def _before(owner: Any, name: str, first: Callable[[], None]) -> None:
+    original = getattr(owner, name)
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        first()
+        return original(*arguments, **options)
+
+    setattr(owner, name, called)
+
+
+def _train(fault: Fault) -> Callable[[], str]:
+    """Prepare to train three steps."""
+    case = Case("fault", {"section_layers": [1] * RANKS}, (RANKS, 1, 1))
+    groups = World(max(START_S, fault.timeout_s)).groups(case.grid)
+    config = case.config()
+    parallel = config.parallel.model_copy(update={"timeout_s": fault.timeout_s})
+    engine = build_engine(config.model_copy(update={"parallel": parallel}), groups)
+
+    def run() -> str:
+        losses = []
+        for number, (tokens, labels) in enumerate(case.batches(), start=1):
+            if number == FAULTY_STEP:
+                _strike_in_step(engine, fault)
+            with naming_lost_peers(groups, fault.timeout_s, f"step {number}"):
+                losses.append(float(engine.train_batch(micro_batches(case, groups, tokens, labels))))
+        dist.barrier(group=groups.control)
+        engine.exchange.close()
+        return str(losses)
+
+    return run
+
+
+def _strike_in_step(engine: SectionEngine, fault: Fault) -> None:
+    kind = TRAINING[fault.where]
+    original, runs = engine._INSTRUCTION_MAP[kind], 0
+
+    def instruction(self: SectionEngine, **options: Any) -> None:
+        nonlocal runs
+        runs += 1
+        if fault.where != "forward":
+            fault.strike()
+        original(self, **options)
+        if runs == 2:
+            fault.strike()
+
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, kind: instruction}
