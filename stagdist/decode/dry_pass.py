@@ -6,8 +6,7 @@ that met a new kernel behind a receive would wait for its peer, and the peer for
 Not every kernel is met here: a matrix product of another number of rows (the last chunk of a prompt may have any
 length) or attention over another number of keys may use one that is loaded later. The rank then waits until its peers
 have received what it sent. They do, because they need nothing of it before: all that follows a hand-off in its step,
-the head and the choice of tokens, is launched here for every number of rows. With `stagger: 2` a hand-off is received
-after the next step's attention, so there a kernel that attention loads relies on NCCL to buffer hand-offs of a step.
+the head and the choice of tokens, is launched here for every number of rows.
 `tests/parallel/test_nccl_decoding.py` plays all of it.
 """
 

@@ -170,7 +170,7 @@ def build_stage(
 ) -> Stage:
     """This rank's stage with its slices of the weights.
 
-    On NCCL every kernel is launched once before the ranks depend on each other.
+    On NCCL a dry pass launches the kernels once before the ranks depend on each other.
 
     Args:
         recorder: gets a span for every instruction; steps are not graphs then, unless the options say so.

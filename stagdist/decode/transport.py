@@ -126,7 +126,7 @@ class Transport:
         self._token_out: list[Outbox] = []
         self._lane: dist.ProcessGroup | None = None
         self._tensor: dist.ProcessGroup | None = None
-        self._control: deque[tuple[Any, Tensor]] = deque()
+        self._control: deque[tuple[int, Any, Tensor]] = deque()
         with self._errors("while the communicators were made"):
             self._watch = None
             if not self.rules.wait_blocks:
@@ -236,14 +236,14 @@ class Transport:
         pass_on = dist.isend if self.rank == 0 else dist.irecv
         for peer in peers:
             with self._errors("while control was passed", peer):
-                self._control.append((pass_on(message, peer, group=self._host), message))
+                self._control.append((peer, pass_on(message, peer, group=self._host), message))
 
     def wait_control(self) -> Tensor:
         """The message of the next operation."""
         assert self._control, "control was not posted"
         while self._control:
-            work, message = self._control.popleft()
-            with self._errors("while it waited for control"):
+            peer, work, message = self._control.popleft()
+            with self._errors("while it waited for control", peer):
                 work.wait()
         return message
 

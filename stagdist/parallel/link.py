@@ -108,9 +108,15 @@ class Inbox:
         Args:
             key: names the message for `take`.
         """
-        self._expected.append((key, buffers))
         if self._rules.early_receives:
+            self._expected.append((key, buffers))
             self._post_up_to(key)
+            return
+        # The peer has launched the older messages before this one is announced. Left open, a large one would keep the
+        # peer's device busy until it is taken, and a kernel that the peer loads meanwhile would wait for that.
+        if self._expected:
+            self._post_up_to(self._expected[-1][0])
+        self._expected.append((key, buffers))
 
     def take(self, key: Key) -> tuple[Tensor, ...]:
         """An expected message, in its buffers. Messages may be taken in another order than they arrive.

@@ -96,8 +96,6 @@ def test_every_other_rank_says_what_it_lost_where_wait_does_not_raise(
 @pytest.mark.parametrize(("where", "how", "victim"), [case for case in CASES if case[0] in DECODING and case[2]])
 def test_rank_0_names_a_lost_peer_while_decoding(heard: Heard, where: str, how: str, victim: int) -> None:
     first = of(heard, where, how, victim, nccl=True)[0]
-    if "while it waited for control" in first["says"]:
-        return  # the next control message was on its way to the peer: its error tells of no rank
     if how == "killed":
         assert f"lost stage {victim} (rank {victim})" in first["says"]
     else:
