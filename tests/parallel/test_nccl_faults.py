@@ -99,5 +99,6 @@ def test_rank_0_names_a_lost_peer_while_decoding(heard: Heard, where: str, how: 
     if how == "killed":
         assert f"lost stage {victim} (rank {victim})" in first["says"]
     else:
-        assert "Timed out waiting 2 s for the device" in first["says"]
+        # A control message over gloo may run into the same limit a moment earlier.
+        assert re.search(r"Timed out waiting 2( s for the device|000ms for send)", first["says"]), first["says"]
         assert first["seconds"] >= TIMEOUT_S[how]
