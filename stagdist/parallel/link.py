@@ -7,7 +7,8 @@ On gloo a receive is posted as soon as the rank knows that the message will come
 costs its sender milliseconds. On NCCL a posted receive is a kernel that spins on the device until the peer sends. What
 is enqueued behind it on the same communicator or hardware queue waits, and so does loading a kernel. Therefore
 **nothing is enqueued on NCCL whose end depends on work that this rank has not launched yet**: a receive is posted where
-it is waited for. `tests/parallel/nccl_rules.py` plays the schedules of decoding and training under these rules.
+it is waited for, or where the next one is announced. `tests/parallel/test_nccl_decoding.py` and `test_nccl_training.py`
+play decoding and training under these rules.
 """
 
 import re
