@@ -31,6 +31,7 @@ from torch import Tensor
 from stagdist.errors import ConfigError, TransportError
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.link import (
+    ALL_GATHER,
     DeviceWaits,
     Edge,
     Inbox,
@@ -213,7 +214,7 @@ class Transport:
             return tensor[None]
         gathered = tensor.new_empty(size * len(tensor), *tensor.shape[1:])
         with self._errors("while candidates were gathered"):
-            dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
+            getattr(dist, ALL_GATHER)(gathered, tensor.contiguous(), group=group)
         return gathered.unflatten(0, (size, -1))
 
     def tensor_sum(self) -> Callable[[Tensor], Tensor] | None:
@@ -283,7 +284,7 @@ class Transport:
         for made in collectives:
             if made is not None:
                 dist.all_reduce(probe, group=made)
-                dist.all_gather_into_tensor(gathered[: dist.get_world_size(made)], probe, group=made)
+                getattr(dist, ALL_GATHER)(gathered[: dist.get_world_size(made)], probe, group=made)
         if self._lane is not None:
             dist.reduce(probe, self._lane_ranks[-1], group=self._lane)
         dist.all_reduce(torch.zeros(1), group=self._host)

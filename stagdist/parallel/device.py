@@ -26,24 +26,17 @@ def choose_device(choice: str, local_rank: int = 0, *, option: str = "--device")
         option: what the user wrote the choice into, for messages.
 
     Raises:
-        ConfigError: the choice is none, there is no such device, a host has more ranks than devices, or
-            CUDA_DEVICE_MAX_CONNECTIONS allows one hardware queue.
+        ConfigError: the choice is none, there is no such device, or a host has more ranks than devices.
     """
     if not _CHOICE.fullmatch(choice):
         raise ConfigError(f"{option} is {choice!r}; give {CHOICES}")
     if choice == "cpu":
         return "cpu"
-    queues = os.environ.setdefault(_QUEUES, str(HARDWARE_QUEUES))  # the driver reads it when CUDA starts
+    os.environ.setdefault(_QUEUES, str(HARDWARE_QUEUES))  # the driver reads it when CUDA starts
     if not torch.cuda.is_available():
         if choice == "auto":
             return "cpu"
         raise ConfigError(f"{option} is {choice}, but torch sees no CUDA device; use auto or cpu")
-    if queues.strip() == "1":
-        raise ConfigError(
-            f"{_QUEUES} is 1: a receive that waits for a peer would stop all other work of this GPU, the send among "
-            f"it that the peer waits for, and training and decoding would hang; unset it, the default here is "
-            f"{HARDWARE_QUEUES}"
-        )
     count = torch.cuda.device_count()
     if ":" in choice:
         index = int(choice.partition(":")[2])
@@ -52,10 +45,24 @@ def choose_device(choice: str, local_rank: int = 0, *, option: str = "--device")
         return f"cuda:{index}"
     if local_rank >= count:
         raise ConfigError(
-            f"local rank {local_rank} has no device of its own, torch sees {count}; start fewer processes on this "
-            f"host, or set {option} to cpu"
+            f"local rank {local_rank} has no device of its own, torch sees {count}; start at most {count} processes on "
+            f"this host, or set {option} to cpu"
         )
     return f"cuda:{local_rank}"
+
+
+def require_hardware_queues() -> None:
+    """Refuse one hardware queue for ranks that exchange messages.
+
+    Raises:
+        ConfigError: CUDA_DEVICE_MAX_CONNECTIONS is 1.
+    """
+    if os.environ.get(_QUEUES, "").strip() == "1":
+        raise ConfigError(
+            f"{_QUEUES} is 1 (Megatron-LM's scripts set this). With one hardware queue, a pending receive blocks every "
+            "later kernel, including the send that its peer needs, so ranks would deadlock. Unset it (stagdist then "
+            f"uses {HARDWARE_QUEUES})"
+        )
 
 
 def on_cuda(device: str | torch.device) -> bool:

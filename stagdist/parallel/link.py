@@ -37,6 +37,9 @@ Errors = Callable[[str, int | None], AbstractContextManager[None]]
 TransportError with stage, peer, step and remedy."""
 
 
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+"""torch's collective that gathers into one tensor; torch 2.13 renamed it."""
+
 Key = tuple[str, int]
 """Name of a message within its edge: what kind it is of, and its number."""
 

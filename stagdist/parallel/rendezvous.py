@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from stagdist.errors import TransportError
-from stagdist.parallel.device import on_cuda
+from stagdist.parallel.device import on_cuda, require_hardware_queues
 from stagdist.parallel.groups import WATCHDOG_GRACE_S
 
 
@@ -28,10 +28,13 @@ def join_world(
         start_timeout_s: for processes to come; `timeout_s` unless given.
 
     Raises:
+        ConfigError: CUDA_DEVICE_MAX_CONNECTIONS is 1 on GPUs.
         TransportError: they did not meet.
     """
     rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     on_gpu = on_cuda(device)
+    if on_gpu and size > 1:
+        require_hardware_queues()
     if on_gpu:
         torch.cuda.set_device(device)  # before anything is made: collectives of objects use the current device
     try:

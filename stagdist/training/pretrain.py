@@ -42,7 +42,7 @@ def check_before_start(config: RunConfig, device: str) -> None:
         ConfigError, DataError: with the remedy.
     """
     if config.training.precision == "fp16" and not on_cuda(device):
-        raise ConfigError("training.precision fp16 needs a GPU and torch sees none; use bf16 or fp32")
+        raise ConfigError(f"training.precision fp16 needs a GPU, and this run is on {device}; use bf16 or fp32")
     check_data(
         config.data,
         sequence_length=config.sequence_length,

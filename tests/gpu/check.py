@@ -5,7 +5,9 @@ is rewritten after each of them. `--rehearse` runs the same code on the CPU with
 """
 
 import argparse
+import ctypes
 import json
+import math
 import os
 import re
 import sys
@@ -184,12 +186,14 @@ def table(records: Sequence[Record]) -> str:
     """One line for each check, with the reason where it did not pass, and one for each goal."""
     lines = [f"{'check':<20} {'result':<8} {'s':>6}  reason"]
     for record in records:
-        result = {True: "passed", False: "FAILED", None: "-"}[record.ok]
+        result = {True: "passed", False: "FAILED", None: "skipped"}[record.ok]
         lines.append(f"{record.name:<20} {result:<8} {record.seconds:>6.1f}  {_reason(record)}".rstrip())
     for record in records:
         for name, goal in record.numbers.get("goals", {}).items():
             verdict = {True: "met", False: "MISSED", None: "not judged"}[goal["met"]]
             lines.append(f"{verdict}: {name}: {goal['measured']:.3g}, goal {goal['goal']:g}")
+    passed, failed = (sum(record.ok is wanted for record in records) for wanted in (True, False))
+    lines.append(f"{passed} passed, {failed} failed, {len(records) - passed - failed} skipped")
     return "\n".join(lines)
 
 
@@ -207,16 +211,30 @@ def parse_arguments(arguments: Sequence[str] | None, checks: Sequence[Check] = C
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.check", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="results, as JSON")
     names = ", ".join(check.name for check in checks)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"checks whose names begin so, of {names}")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help=f"run only checks whose names start with NAME; available: {names}"
+    )
     parser.add_argument("--budget-s", type=float, default=500.0, metavar="S", help="seconds for all (default 500)")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes")
     parser.add_argument("--nccl", metavar="LIBRARY", help="NCCL library to preload where two ranks meet")
     parsed = parser.parse_args(arguments)
     for name in parsed.only or []:
         if not any(check.name.startswith(name) for check in checks):
-            parser.error(f"--only {name}: no check's name begins so; there are {names}")
-    if parsed.nccl is not None and not Path(parsed.nccl).is_file():
-        parser.error(f"--nccl {parsed.nccl} is no file")
+            parser.error(f"--only {name}: no check starts with {name!r}; available: {names}")
+    if not 0 < parsed.budget_s < math.inf:  # NaN compares false
+        parser.error(f"--budget-s {parsed.budget_s}: give seconds above 0")
+    if parsed.nccl is not None:
+        try:
+            ctypes.CDLL(str(Path(parsed.nccl).resolve()))
+        except OSError as error:
+            parser.error(f"--nccl {parsed.nccl} cannot be loaded: {error}; give the path of libnccl.so.2")
+    if parsed.output.is_dir():
+        parser.error(f"--output {parsed.output} is a folder; give the name of a file")
+    try:
+        parsed.output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=parsed.output.parent).close()
+    except OSError as error:
+        parser.error(f"--output {parsed.output} cannot be written: {error.strerror or error}")
     return parsed
 
 
@@ -240,7 +258,6 @@ def main(arguments: Sequence[str] | None = None, checks: Sequence[Check] = CHECK
         "nccl": None if options.nccl is None else Path(options.nccl).name,
     }
     header = conditions(device_name, setting.gpus) | {"configuration": configuration}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     chosen = [check for check in checks if not options.only or check.name.startswith(tuple(options.only))]
     nccl = None if options.nccl is None else str(Path(options.nccl).resolve())
     records: list[Record] = []

@@ -10,11 +10,11 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from stagdist.parallel.link import NCCL
+from stagdist.parallel.link import ALL_GATHER, NCCL
 
-OPERATIONS = ("isend", "irecv", "all_reduce", "reduce", "broadcast", "all_gather_into_tensor")
+OPERATIONS = ("isend", "irecv", "all_reduce", "reduce", "broadcast", ALL_GATHER)
 
-WRITTEN = {"irecv": "tensor", "all_gather_into_tensor": "output_tensor"}
+WRITTEN = {"irecv": "tensor", ALL_GATHER: "output_tensor"}
 """Operations that write a tensor without reading it, and the argument that is this tensor."""
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stagdist.parallel.link import PeerWatch, Rules
+from stagdist.parallel.link import ALL_GATHER, PeerWatch, Rules
 from tests.parallel.nccl_rules import (
     Action,
     Collective,
@@ -145,13 +145,14 @@ class Recorder(TorchDispatchMode):
     # --- torch.distributed --------------------------------------------------------------------------------------
 
     @contextmanager
-    def recording(self, **patches: Any) -> Iterator["Recorder"]:
+    def recording(self) -> Iterator["Recorder"]:
         """Everything inside is this rank's."""
         names = ("new_group", "isend", "irecv", "send", "recv", "all_reduce", "reduce", "broadcast", "barrier",
-                 "all_gather_into_tensor", "get_rank", "get_world_size")  # fmt: skip
+                 "get_rank", "get_world_size")  # fmt: skip
         environment = {"RANK": str(self.rank), "WORLD_SIZE": str(self.size), "LOCAL_RANK": str(self.rank)}
         with (
             mock.patch.multiple(dist, **{name: getattr(self, name) for name in names}),
+            mock.patch.object(dist, ALL_GATHER, self.all_gather),
             mock.patch.object(torch.cuda, "synchronize", lambda *_: self.program.append(Drain())),
             mock.patch("stagdist.parallel.link.record_event", lambda device: self._event()),
             mock.patch.object(PeerWatch, "_watch", lambda self, rank: None),
@@ -214,7 +215,7 @@ class Recorder(TorchDispatchMode):
         """A collective."""
         self._all(group or self._world)
 
-    def all_gather_into_tensor(self, output: Tensor, tensor: Tensor, group: Any = None, **_: Any) -> None:
+    def all_gather(self, output: Tensor, tensor: Tensor, group: Any = None, **_: Any) -> None:
         """A collective; everyone gives what this rank gives."""
         with self._quietly():
             output.copy_(tensor.repeat(len(output) // len(tensor), *[1] * (tensor.dim() - 1)))

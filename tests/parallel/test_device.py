@@ -9,6 +9,7 @@ from stagdist.bench.conditions import device_of_ranks
 from stagdist.errors import ConfigError
 from stagdist.parallel.device import choose_attention, choose_device
 from stagdist.parallel.groups import single_process
+from stagdist.parallel.rendezvous import join_world
 
 
 @pytest.fixture
@@ -70,11 +71,11 @@ def test_hardware_queues_are_set_before_cuda_starts_unless_the_user_has_set_them
 
 
 @pytest.mark.usefixtures("gpus")
-def test_one_hardware_queue_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_on_gpus_refuse_one_hardware_queue_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    with pytest.raises(ConfigError, match="CUDA_DEVICE_MAX_CONNECTIONS is 1: a receive that waits for a peer"):
-        choose_device("auto")
-    assert choose_device("cpu") == "cpu"
+    two = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    with pytest.raises(ConfigError, match="CUDA_DEVICE_MAX_CONNECTIONS is 1 .* ranks would deadlock. Unset it"):
+        join_world(choose_device("auto"), 1.0, environment=two)
 
 
 @pytest.mark.parametrize(("device", "calls"), [("cuda:1", ["cuda:1", "nccl"]), ("cpu", ["gloo"])])
