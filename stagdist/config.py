@@ -5,7 +5,6 @@ configuration takes milliseconds and needs no process group. Reading files and o
 `stagdist/config_loading.py`; what a configuration costs is planned in `stagdist/parallel/plan.py`.
 """
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -142,13 +141,6 @@ class ParallelConfig(Section):
         "cuda:N: this device for every rank, for trials of several ranks on one.",
     )
     timeout_s: PositiveFloat = Field(600.0, description="Limit of every collective on every process group, seconds.")
-
-    @field_validator("device")
-    @classmethod
-    def _known_device(cls, device: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-            raise ValueError(f"is {device!r}; give auto, cpu, cuda or cuda:N")
-        return device
 
 
 class CorpusConfig(Section):

@@ -5,6 +5,7 @@ The cross-checks of `stagdist/config.py`, which calls them; pure functions of th
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def run_problems(config: RunConfig) -> list[str]:
             f"training.global_batch_size {training.global_batch_size} is not a multiple of "
             f"training.micro_batch_size {training.micro_batch_size}"
         )
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.parallel.device):
+        problems.append(f"parallel.device is {config.parallel.device!r}; give auto, cpu, cuda or cuda:N")
     if training.precision == "fp16" and config.parallel.device == "cpu":
         problems.append("training.precision fp16 scales its loss on a GPU only, but parallel.device is cpu; use bf16")
     if training.steps * training.global_batch_size > config.num_samples:

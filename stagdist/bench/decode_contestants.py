@@ -103,7 +103,7 @@ class EngineContestant:
         options: grid, head layout, slots.
         delay_s: artificial delay of hand-offs.
         recorder: gets the spans of all runs.
-        lap: told of phases; steps then run eagerly, a graph would tell of them once, when it is captured.
+        lap: called at the end of each phase; steps then run eagerly, because a graph calls it only when it is captured.
     """
 
     def __init__(

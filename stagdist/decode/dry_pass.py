@@ -63,7 +63,7 @@ class Unconnected(Transport):
         return tensor.contiguous()
 
     def publish(self, tensor: Tensor) -> None:
-        """Nobody listens."""
+        """Drop it."""
 
     def ask(self, tensor: Tensor) -> None:
         """Keep the buffer, zeroed."""

@@ -174,8 +174,8 @@ def build_stage(
 
     Args:
         recorder: gets a span for every instruction; steps are not graphs then, unless the options say so.
-        lap: told when a phase inside a section ends; likewise.
-        progress: told of the CUDA graphs that are captured.
+        lap: called when a phase inside a section ends; likewise.
+        progress: called after each CUDA graph that is captured.
     """
     choose_attention(training=False)
     options = placement.options

@@ -185,7 +185,7 @@ class Transport:
 
     def ask(self, tensor: Tensor) -> None:
         """Say where what the last stage publishes next goes."""
-        assert self._token_in is not None, "the last stage asks nobody"
+        assert self._token_in is not None, "the last stage receives no token"
         self._token_in.expect(TOKEN, tensor)
 
     def published(self) -> Tensor:

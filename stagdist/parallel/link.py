@@ -98,7 +98,7 @@ class Inbox:
     """The receiving end of an edge.
 
     Args:
-        waits: told of receives that the device has not finished.
+        waits: keeps the receives that the device has not finished.
     """
 
     def __init__(self, edge: Edge, rules: Rules, waits: "DeviceWaits"):
@@ -153,7 +153,7 @@ class Inbox:
 
 
 class Outbox:
-    """The sending end of an edge. Nobody waits for a send until its place among those in flight is needed."""
+    """The sending end of an edge. A send is waited for only when its place among those in flight is needed."""
 
     def __init__(self, edge: Edge):
         self._edge = edge

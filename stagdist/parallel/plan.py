@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import prod
 
 from stagdist.config import RunConfig, world_problems
-from stagdist.parallel.device import on_cuda
 from stagdist.parallel.flops import SectionFlops, section_flops
 from stagdist.parallel.grid import Grid, grid_for
 from stagdist.parallel.layout import (
@@ -122,7 +121,7 @@ def plan(config: RunConfig, world_size: int, device: Device = "cpu", problems: t
         problems: those of the configuration that are known already.
     """
     chosen = config.parallel.device
-    on: Device = device if chosen == "auto" else "cuda" if on_cuda(chosen) else "cpu"
+    on: Device = device if chosen == "auto" else "cuda" if chosen.startswith("cuda") else "cpu"
     divides = config.model.num_sections % config.pipeline_parallel_size == 0
     found = list(problems) + (world_problems(config, world_size) if divides else []) + _missing_data(config)
     grid = grid_for(config, world_size) if divides and not world_problems(config, world_size) else None

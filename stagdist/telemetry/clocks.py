@@ -13,7 +13,7 @@ MAX_PENDING = 10_000
 
 
 class Clock(Protocol):
-    """Takes the time now and tells it later."""
+    """Records a point in time now and converts it to nanoseconds later."""
 
     def mark(self) -> int:
         """Take the time; the result is meaningful to this clock only."""

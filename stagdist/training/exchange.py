@@ -1,4 +1,4 @@
-"""Hand-off between neighbouring stages while training: nobody waits for a send.
+"""Hand-off between neighboring stages while training: no stage waits for a send.
 
 DeepSpeed's own hand-off blocks in every send until the peer asks for the data, so that each transfer, and each
 moment in which one stage is late, is waited for by both. Here a stage goes on computing; its data leave as soon as
