@@ -43,7 +43,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     Raises:
         ConfigError: it cannot be understood.
     """
-    from stagdist.cluster.command_line import RanksParser
+    from stagdist.parallel.ranks_parser import RanksParser
 
     parser = RanksParser(
         prog="bench.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -54,7 +54,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     for name, says in BENCHMARKS.items():
         command = commands.add_parser(name, help=says)
         if name == chosen:
-            module = importlib.import_module(f"stagdist.bench.{name}")
+            module = importlib.import_module(f"benchmarks._bench.{name}")
             command.description = module.__doc__
             module.add_arguments(command)
             command.set_defaults(run=module.run)
@@ -63,8 +63,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 measured, 1 a failure or a missed prediction, 2 something to mend first."""
-    from stagdist.cluster.environment import join_launcher
     from stagdist.errors import ConfigError, StagdistError
+    from stagdist.parallel.world import join_launcher
 
     given = sys.argv[1:] if arguments is None else arguments
     try:

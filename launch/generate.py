@@ -9,12 +9,12 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stagdist.cluster.command_line import RanksParser
 from stagdist.errors import ConfigError
+from stagdist.parallel.ranks_parser import RanksParser
 
 if TYPE_CHECKING:
-    from stagdist.decode.loading import EngineOptions
     from stagdist.decode.request import SamplingParams
+    from stagdist.decode.runtime.build import EngineOptions
     from stagdist.errors import StagdistError
 
 EPILOG = """\
@@ -102,8 +102,8 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything that needs no process group, then generate."""
-    from stagdist.cluster.environment import join_launcher
-    from stagdist.decode.interrupts import Interrupts, leave_to_first_rank
+    from stagdist.decode.frontend.interrupts import Interrupts, leave_to_first_rank
+    from stagdist.parallel.world import join_launcher
     from stagdist.telemetry.pulse import Pulse
 
     pulse = Pulse.from_environment()
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     if params.logprobs is not None and not arguments.json:
         raise ConfigError("--logprobs cannot be shown in plain text; add --json")
 
-    from stagdist.decode.generation import Place, Task, generate, prepare
+    from stagdist.decode.frontend.generate import Place, Task, generate, prepare
     from stagdist.telemetry.logging import setup_logging
 
     setup_logging(world.rank, None)
@@ -153,7 +153,7 @@ def _sampling_params(arguments: argparse.Namespace) -> "SamplingParams":
 
 
 def _engine_options(arguments: argparse.Namespace) -> "EngineOptions":
-    from stagdist.decode.loading import EngineOptions
+    from stagdist.decode.runtime.build import EngineOptions
 
     return EngineOptions(
         tensor_parallel_size=arguments.tensor_parallel_size,
@@ -187,8 +187,8 @@ def main() -> int:
 
 def _speaks(error: "StagdistError") -> bool:
     """Whether this rank prints an error that other ranks may meet as well."""
-    from stagdist.cluster.environment import OTHERS_WAIT_S
     from stagdist.errors import TransportError
+    from stagdist.parallel.world import OTHERS_WAIT_S
 
     rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
     if rank == "0" or error.everywhere:

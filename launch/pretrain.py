@@ -16,9 +16,9 @@ STARTED_AT = time.monotonic()
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything that needs no process group, then train."""
-    from stagdist.cluster.environment import join_launcher
-    from stagdist.config_loading import load_config
+    from stagdist.config.loading import load_config
     from stagdist.parallel.grid import grid_for
+    from stagdist.parallel.world import join_launcher
     from stagdist.telemetry.logging import setup_logging
     from stagdist.telemetry.pulse import Pulse
 
@@ -48,13 +48,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     """Exit code: 0 done or stopped in order, 1 a failure while running, 2 something to mend first."""
-    from stagdist.cluster.command_line import pretrain_arguments
     from stagdist.errors import ConfigError, DataError, StagdistError
+    from stagdist.parallel.ranks_parser import pretrain_arguments
 
     try:
         arguments = pretrain_arguments()
         if arguments.dry_run:
-            from stagdist.parallel.dry_run import dry_run
+            from stagdist.planning.report import dry_run
 
             text, code = dry_run(arguments.config, arguments.set, arguments.world_size)
             print(text, end="")
@@ -79,8 +79,8 @@ def _speaks(error: "StagdistError") -> bool:
     The first rank of a host speaks at once. The others wait: normally the launcher ends them before their turn, and
     what they alone have met is still told.
     """
-    from stagdist.cluster.environment import OTHERS_WAIT_S
     from stagdist.errors import TransportError
+    from stagdist.parallel.world import OTHERS_WAIT_S
 
     if error.everywhere:
         return os.environ.get("RANK", "0") == "0"

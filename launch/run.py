@@ -101,14 +101,14 @@ def _check_numbers(parser: argparse.ArgumentParser, parsed: argparse.Namespace) 
 def main() -> int:
     """Exit code: see --help."""
     arguments = parse_arguments()
-    from stagdist.cluster.screen import Screen
+    from stagdist.cluster.supervision.background_output import Screen
 
     out, err = Screen(sys.stdout.fileno()), Screen(sys.stderr.fileno())
     logging.basicConfig(
         level=logging.INFO, stream=err, format="%(asctime)s supervisor: %(message)s", datefmt="%H:%M:%S"
     )
-    from stagdist.cluster.run_options import options_of
-    from stagdist.cluster.supervisor import Supervisor
+    from stagdist.cluster.supervision.options import options_of
+    from stagdist.cluster.supervision.supervisor import Supervisor
 
     try:
         return asyncio.run(Supervisor(options_of(arguments), lambda line: out.write(f"{line}\n")).run())

@@ -136,10 +136,10 @@ def show(items: Sequence[Any], what: str) -> Iterable[Any]:
 
 def convert(arguments: argparse.Namespace) -> int:
     """Run a conversion and say what it proved."""
-    from stagdist.checkpoint import model_conversions, training_conversions
-    from stagdist.checkpoint.staging import Options
-    from stagdist.checkpoint.training_source import untracked
-    from stagdist.checkpoint.upcycling import OUTPUT_SCALE, upcycle
+    from stagdist.checkpoint.convert import model_conversions, training_conversions
+    from stagdist.checkpoint.convert.staging import Options
+    from stagdist.checkpoint.convert.upcycle import OUTPUT_SCALE, upcycle
+    from stagdist.checkpoint.training.content import untracked
     from stagdist.parallel.grid import Grid
 
     options = Options(
@@ -170,8 +170,8 @@ def convert(arguments: argparse.Namespace) -> int:
 
 def inspect(arguments: argparse.Namespace) -> int:
     """Print what is there."""
-    from stagdist.checkpoint import inspection
-    from stagdist.checkpoint.training_source import untracked
+    from stagdist.checkpoint.convert import inspection
+    from stagdist.checkpoint.training.content import untracked
 
     track = untracked if arguments.quiet else show
     report = inspection.inspect(arguments.directory, trust_pickle=arguments.trust_pickle, track=track)
@@ -181,9 +181,9 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Compare two models."""
-    from stagdist.checkpoint.proof import TEXT
-    from stagdist.checkpoint.training_source import untracked
-    from stagdist.checkpoint.verification import verify as compare
+    from stagdist.checkpoint.convert.proof import TEXT
+    from stagdist.checkpoint.convert.verify import verify as compare
+    from stagdist.checkpoint.training.content import untracked
     from stagdist.evaluation.bits_per_byte import read_text
 
     text = TEXT if arguments.text is None else read_text(arguments.text)
@@ -212,7 +212,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 not the same or something is wrong with what was inspected, 2 something to mend."""
-    from stagdist.data.command_line import run_tool
+    from stagdist.data.prepare.arguments import run_tool
 
     parsed = parse(arguments)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # conversions use no device; DeepSpeed would warn that it guesses

@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stagdist.cluster.command_line import RanksParser
-from stagdist.cluster.environment import OTHERS_WAIT_S, join_launcher
-from stagdist.data.command_line import run_tool
+from stagdist.data.prepare.arguments import run_tool
 from stagdist.errors import ConfigError, StagdistError
+from stagdist.parallel.ranks_parser import RanksParser
+from stagdist.parallel.world import OTHERS_WAIT_S, join_launcher
 
 EXAMPLES = """\
 examples:

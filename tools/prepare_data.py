@@ -4,9 +4,9 @@ import argparse
 import os
 import sys
 
-from stagdist.data.command_line import add_reading_arguments, reading_options, run_tool
-from stagdist.data.prepare import prepare
-from stagdist.data.ranks import OneProcess, Ranks, current_ranks
+from stagdist.data.prepare.arguments import add_reading_arguments, reading_options, run_tool
+from stagdist.data.prepare.preparation import prepare
+from stagdist.data.prepare.processes import OneProcess, Ranks, current_ranks
 from stagdist.data.tokenizer import load_tokenizer
 
 EXAMPLES = """\

@@ -15,10 +15,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from stagdist.config_loading import load_config
-from stagdist.data.command_line import run_tool
-from stagdist.data.reading import Reader
-from stagdist.data.sources import ReadOptions, plan_pieces
+from stagdist.config.loading import load_config
+from stagdist.data.prepare.arguments import run_tool
+from stagdist.data.prepare.documents import Reader
+from stagdist.data.prepare.sources import ReadOptions, plan_pieces
 from stagdist.errors import DataError, StagdistError
 from stagdist.telemetry.logging import setup_logging
 
@@ -160,7 +160,7 @@ def read_texts(name: str) -> list[str]:
 
 def judge() -> dict[str, Any]:
     """Bits per byte of the held-out text: the model, and bigrams trained on the same training text."""
-    from stagdist.checkpoint.loading import load_model
+    from stagdist.checkpoint.published.load_model import load_model
     from stagdist.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
     from stagdist.evaluation.bits_per_byte import nats_from_logits, score_text
     from stagdist.evaluation.ngram import WittenBellBigram

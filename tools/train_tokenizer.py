@@ -5,9 +5,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from stagdist.data.command_line import add_reading_arguments, reading_options, run_tool
-from stagdist.data.reading import Reader
-from stagdist.data.sources import Piece, ReadOptions, plan_pieces
+from stagdist.data.prepare.arguments import add_reading_arguments, reading_options, run_tool
+from stagdist.data.prepare.documents import Reader
+from stagdist.data.prepare.sources import Piece, ReadOptions, plan_pieces
 from stagdist.data.tokenizer import train_bpe
 from stagdist.errors import ConfigError
 

@@ -14,8 +14,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic_core import PydanticUndefined
 
-from stagdist.config import OWNED_DEEPSPEED_KEYS, Section
-from stagdist.config_schema import Key, inner_part, is_list, schema_keys
+from stagdist.config.parts import ConfigPart
+from stagdist.config.run_config import OWNED_DEEPSPEED_KEYS
+from stagdist.config.schema import Key, inner_part, is_list, schema_keys
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -79,7 +80,7 @@ def main() -> int:
 def reference() -> str:
     """The whole page: a table for every part of the configuration."""
     tables: dict[str, list[str]] = {"": []}
-    meanings: dict[str, tuple[str, type[Section]]] = {}
+    meanings: dict[str, tuple[str, type[ConfigPart]]] = {}
     for key in schema_keys():
         part, _, name = key.path.rpartition(".")
         inner = inner_part(key.field)
@@ -88,7 +89,7 @@ def reference() -> str:
         if inner is None or is_list(key.field) or key.field.default is None:
             tables.setdefault(part, []).append(_row(name, key))
     text = INTRODUCTION + "\n" + _table("## Run", "", tables.pop(""))
-    described: set[type[Section]] = set()
+    described: set[type[ConfigPart]] = set()
     for part, rows in tables.items():
         description, inner = meanings[part]
         if inner not in described:  # the entries of all lists of corpora have one table
@@ -143,7 +144,7 @@ def type_words(kind: Any, metadata: list[Any]) -> str:
         return f"list of {type_words(inner[0], [])}"
     if origin is tuple:
         return f"list of {len(inner)} of {type_words(inner[0], [])}"
-    if origin is dict or (isinstance(kind, type) and issubclass(kind, Section)):
+    if origin is dict or (isinstance(kind, type) and issubclass(kind, ConfigPart)):
         return "mapping"
     return _PLAIN_WORDS[kind] + _limits(metadata)
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from stagdist.config import CorpusConfig, DataConfig
-from stagdist.data.checks import cache_directory, check_data, check_with_tokenizer, plan_splits
+from stagdist.config.parts import CorpusConfig, DataConfig
+from stagdist.data.compatibility import cache_directory, check_data, check_with_tokenizer, plan_splits
 from stagdist.data.indexed import CorpusIndex, canonical_prefix
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import ConfigError, DataError

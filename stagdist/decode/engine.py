@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from stagdist.data.tokenizer import Tokenizer
-from stagdist.decode.control import Control, Operation
 from stagdist.decode.operations import operate
 from stagdist.decode.request import (
     FinishReason,
@@ -19,10 +18,11 @@ from stagdist.decode.request import (
     allowed_new_tokens,
     check_request,
 )
+from stagdist.decode.runtime.slots import Control, Operation
+from stagdist.decode.runtime.stage import Stage
+from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.sampler import Choice
-from stagdist.decode.stage import Stage
 from stagdist.decode.text import TextStream
-from stagdist.decode.transport import Transport
 from stagdist.errors import ConfigError
 
 Sink = Callable[[RequestOutput], None]

@@ -12,11 +12,11 @@ from typing import Protocol
 
 import torch
 
-from stagdist.decode.control import Control, Operation
 from stagdist.decode.request import NUM_PARAM_FIELDS, Request, SamplingParams, decode_params, encode_params
+from stagdist.decode.runtime.slots import Control, Operation
+from stagdist.decode.runtime.stage import Stage
+from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.sampler import Choice
-from stagdist.decode.stage import Stage
-from stagdist.decode.transport import Transport
 from stagdist.telemetry.pulse import Phase
 
 

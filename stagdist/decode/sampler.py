@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
+from stagdist.decode.layers.weights import Device
 from stagdist.decode.noise import gumbel
 from stagdist.decode.request import SamplingParams
-from stagdist.decode.weights import Device
 
 _GREEDY = SamplingParams(temperature=0.0)
 _MAX_PLANS = 64

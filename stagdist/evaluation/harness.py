@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stagdist.checkpoint.transformers_model import load_with_transformers
+from stagdist.checkpoint.published.transformers_model import load_with_transformers
 from stagdist.errors import CheckpointError, ConfigError
 
 PACKAGES = {"lm_eval": "lm-eval", "accelerate": "accelerate"}

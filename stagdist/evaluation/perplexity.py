@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagdist.checkpoint.sources import WeightSource, open_weights, source_tokenizer
-from stagdist.config import ModelConfig
+from stagdist.checkpoint.convert.find import WeightSource, open_weights, source_tokenizer
+from stagdist.config.parts import ModelConfig
 from stagdist.errors import ConfigError, DataError
 from stagdist.evaluation.bits_per_byte import count_windows, read_text, score_text
 from stagdist.model.cross_entropy import token_nats

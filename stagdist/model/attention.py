@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stagdist.config import ModelConfig
+from stagdist.config.parts import ModelConfig
 from stagdist.model.megatron import ColumnParallel, RowParallel, TensorParallel
 from stagdist.model.rotary import rotate
 

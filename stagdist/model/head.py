@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from stagdist.config import ModelConfig
+from stagdist.config.parts import ModelConfig
 from stagdist.model.layer import rms_norm
 from stagdist.model.megatron import ColumnParallel, TensorParallel, enter_tensor_parallel
 from stagdist.parallel.layout import padded_vocab_size

@@ -6,7 +6,7 @@ A layer comes in two parts, because with shared weights the sections have the fi
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stagdist.config import ModelConfig
+from stagdist.config.parts import ModelConfig
 from stagdist.model.attention import Attention
 from stagdist.model.megatron import ColumnParallel, RowParallel, TensorParallel, enter_tensor_parallel
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagdist.parallel.megatron_core import (
+from stagdist.parallel.frameworks import (
     ColumnParallelLinear,
     ModelParallelConfig,
     RowParallelLinear,

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from stagdist.config import ModelConfig, RopeScaling
+from stagdist.config.parts import ModelConfig, RopeScaling
 
 
 def inverse_frequencies(model: ModelConfig) -> Tensor:

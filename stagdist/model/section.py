@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stagdist.config import ModelConfig
+from stagdist.config.parts import ModelConfig
 from stagdist.model.attention import window_mask
 from stagdist.model.layer import LayerCore, LayerCross, rms_norm, run_layer
 from stagdist.model.megatron import TensorParallel, enter_tensor_parallel

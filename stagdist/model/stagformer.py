@@ -5,7 +5,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from stagdist.config import ModelConfig
+from stagdist.config.parts import ModelConfig
 from stagdist.model.head import Head
 from stagdist.model.initialization import initial_value, local_slice
 from stagdist.model.megatron import TensorParallel, TokenEmbedding

@@ -6,7 +6,7 @@ of megatron-core's default.
 
 from dataclasses import dataclass
 
-from stagdist.config import RunConfig, require_world
+from stagdist.config.run_config import RunConfig, require_world
 from stagdist.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from stagdist.config import ModelConfig
+from stagdist.config.parts import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stagdist.config import RunConfig
+from stagdist.config.run_config import RunConfig
 from stagdist.parallel.groups import Groups
 from stagdist.parallel.layout import padded_vocab_size
-from stagdist.training.distributed import bring_to_first
-from stagdist.training.engine import SectionEngine
-from stagdist.training.pipeline import HeadLayer
+from stagdist.training.engine.distributed import bring_to_first
+from stagdist.training.engine.pipeline import HeadLayer
+from stagdist.training.engine.section_engine import SectionEngine
 
 
 def engine_logits(engine: SectionEngine, groups: Groups, config: RunConfig, input_ids: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from stagdist.checkpoint.training_directory import TrainingState
-from stagdist.config import RunConfig
-from stagdist.data.checks import check_data, training_identity
+from stagdist.checkpoint.training.directory import TrainingState
+from stagdist.config.run_config import RunConfig
+from stagdist.data.compatibility import check_data, training_identity
 from stagdist.data.corpus import Splits, build_splits
 from stagdist.data.loader import BatchPlan, Loader
 from stagdist.data.tokenizer import Tokenizer, load_tokenizer
@@ -22,14 +22,14 @@ from stagdist.parallel.groups import Groups
 from stagdist.telemetry.metrics import last_values
 from stagdist.telemetry.plot import plot_loss
 from stagdist.telemetry.pulse import Pulse
-from stagdist.training.agreement import Agreement, StopSignals, shared
-from stagdist.training.distributed import start_distributed, stop_distributed
-from stagdist.training.engine import SectionEngine, build_engine
-from stagdist.training.evaluation import HeldOut
-from stagdist.training.export import export_model
-from stagdist.training.peers import naming_lost_peers
+from stagdist.training.engine.agreement import Agreement, StopSignals, shared
+from stagdist.training.engine.distributed import start_distributed, stop_distributed
+from stagdist.training.engine.section_engine import SectionEngine, build_engine
+from stagdist.training.held_out import HeldOut
+from stagdist.training.lost_peers import naming_lost_peers
+from stagdist.training.publish import export_model
 from stagdist.training.reporting import Reporter
-from stagdist.training.resuming import begun, load_checkpoint, newest_complete, on_this_grid, resumed_config
+from stagdist.training.saving.resume import begun, load_checkpoint, newest_complete, on_this_grid, resumed_config
 from stagdist.training.trainer import Outcome, Trainer
 
 LOG = logging.getLogger(__name__)

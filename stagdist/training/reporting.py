@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from stagdist.config import RunConfig
-from stagdist.config_loading import dump_config
+from stagdist.config.loading import dump_config
+from stagdist.config.run_config import RunConfig
 from stagdist.parallel.device import on_cuda
-from stagdist.parallel.flops import flops_per_token
 from stagdist.parallel.grid import Grid
+from stagdist.planning.flops import flops_per_token
 from stagdist.telemetry.hardware import memory_bytes, peak_flops
 from stagdist.telemetry.meters import ThroughputMeter
 from stagdist.telemetry.metrics import MetricsWriter

@@ -8,20 +8,20 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from stagdist.checkpoint.training_directory import TrainingState
-from stagdist.config import RunConfig
+from stagdist.checkpoint.training.directory import TrainingState
+from stagdist.config.run_config import RunConfig
 from stagdist.data.loader import Loader
 from stagdist.errors import TrainingError
 from stagdist.parallel.groups import Groups
 from stagdist.telemetry.pulse import Phase
 from stagdist.telemetry.spans import bubble_share
-from stagdist.training.agreement import Agreed, Agreement, Writing, shared
-from stagdist.training.engine import SectionEngine
-from stagdist.training.evaluation import HeldOut
-from stagdist.training.optimizer import learning_rate
-from stagdist.training.peers import naming_lost_peers
+from stagdist.training.engine.agreement import Agreed, Agreement, Writing, shared
+from stagdist.training.engine.optimizer import learning_rate
+from stagdist.training.engine.section_engine import SectionEngine
+from stagdist.training.held_out import HeldOut
+from stagdist.training.lost_peers import naming_lost_peers
 from stagdist.training.reporting import Reporter, StepRecord
-from stagdist.training.saving import Saver
+from stagdist.training.saving.save import Saver
 
 LOG = logging.getLogger(__name__)
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.model_directory import ModelDirectoryWriter
-from stagdist.checkpoint.training_directory import (
+from stagdist.checkpoint.published.writer import ModelDirectoryWriter
+from stagdist.checkpoint.training.content import DTYPES, MASTER, Counters
+from stagdist.checkpoint.training.directory import (
     CONFIG,
     TrainingState,
     checkpoint_files,
@@ -16,10 +17,10 @@ from stagdist.checkpoint.training_directory import (
     file_record,
     write_complete,
 )
-from stagdist.checkpoint.training_source import DTYPES, MASTER, Counters
-from stagdist.checkpoint.training_writer import TrainingWriter
-from stagdist.config import ModelConfig, RunConfig
-from stagdist.config_loading import dump_config
+from stagdist.checkpoint.training.writer import TrainingWriter
+from stagdist.config.loading import dump_config
+from stagdist.config.parts import ModelConfig
+from stagdist.config.run_config import RunConfig
 from stagdist.data.tokenizer import Tokenizer, load_tokenizer
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.layout import ParameterSpec, model_parameters

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from stagdist.checkpoint import staging, training_directory
-from stagdist.checkpoint.inspection import inspect
-from stagdist.checkpoint.model_conversions import export, merge
-from stagdist.checkpoint.sources import find, open_training
-from stagdist.checkpoint.staging import Options, exclusive, put_back, staged_folder
-from stagdist.checkpoint.training_conversions import import_model, reshard
-from stagdist.checkpoint.training_directory import read_complete, read_state, withdraw, write_complete
-from stagdist.checkpoint.training_writer import TrainingWriter
-from stagdist.checkpoint.verification import verify
-from stagdist.config_loading import dump_config
+from stagdist.checkpoint.convert import staging
+from stagdist.checkpoint.convert.find import find, open_training
+from stagdist.checkpoint.convert.inspection import inspect
+from stagdist.checkpoint.convert.model_conversions import export, merge
+from stagdist.checkpoint.convert.staging import Options, exclusive, put_back, staged_folder
+from stagdist.checkpoint.convert.training_conversions import import_model, reshard
+from stagdist.checkpoint.convert.verify import verify
+from stagdist.checkpoint.training import directory as training_directory
+from stagdist.checkpoint.training.directory import read_complete, read_state, withdraw, write_complete
+from stagdist.checkpoint.training.writer import TrainingWriter
+from stagdist.config.loading import dump_config
 from stagdist.errors import CheckpointError
 from stagdist.parallel.grid import Grid
 from tests.checkpoint.synthetic import complete, file_contents, model_directory, run_config, training_checkpoint

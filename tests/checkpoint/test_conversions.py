@@ -13,18 +13,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from stagdist.checkpoint import staging, training_comparison, training_conversions
-from stagdist.checkpoint.inspection import as_table, inspect
-from stagdist.checkpoint.loading import load_model
-from stagdist.checkpoint.model_conversions import export, merge, split
-from stagdist.checkpoint.proof import plain_logits, text_ids
-from stagdist.checkpoint.sources import open_model, open_training
-from stagdist.checkpoint.staging import Options
-from stagdist.checkpoint.training_conversions import import_model, reshard
-from stagdist.checkpoint.training_directory import read_state
-from stagdist.checkpoint.training_source import DTYPES, KINDS
-from stagdist.checkpoint.verification import verify
-from stagdist.config import ModelConfig
+from stagdist.checkpoint.convert import staging, training_conversions
+from stagdist.checkpoint.convert.find import open_model, open_training
+from stagdist.checkpoint.convert.inspection import as_table, inspect
+from stagdist.checkpoint.convert.model_conversions import export, merge, split
+from stagdist.checkpoint.convert.proof import plain_logits, text_ids
+from stagdist.checkpoint.convert.staging import Options
+from stagdist.checkpoint.convert.training_conversions import import_model, reshard
+from stagdist.checkpoint.convert.verify import verify
+from stagdist.checkpoint.published.load_model import load_model
+from stagdist.checkpoint.training import comparison as training_comparison
+from stagdist.checkpoint.training.content import DTYPES, KINDS
+from stagdist.checkpoint.training.directory import read_state
+from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import load_tokenizer
 from stagdist.errors import CheckpointError, ConfigError
 from stagdist.model.megatron import TensorParallel

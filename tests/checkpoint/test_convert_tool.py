@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from stagdist.checkpoint.inspection import inspect
-from stagdist.checkpoint.sources import find, open_weights
-from stagdist.checkpoint.verification import verify
+from stagdist.checkpoint.convert.find import find, open_weights
+from stagdist.checkpoint.convert.inspection import inspect
+from stagdist.checkpoint.convert.verify import verify
 from stagdist.errors import CheckpointError
 from tests.checkpoint.synthetic import file_contents, model_directory, training_checkpoint
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint import model_directory
-from stagdist.checkpoint.loading import load_model
-from stagdist.checkpoint.model_config import read_model_config
-from stagdist.checkpoint.model_directory import CODE_FILES, ModelDirectoryWriter
-from stagdist.config import ModelConfig
+from stagdist.checkpoint.published import writer as model_directory
+from stagdist.checkpoint.published.load_model import load_model
+from stagdist.checkpoint.published.model_json import read_model_config
+from stagdist.checkpoint.published.writer import CODE_FILES, ModelDirectoryWriter
+from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.model.megatron import TensorParallel
 from stagdist.parallel.groups import single_process

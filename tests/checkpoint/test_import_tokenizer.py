@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from stagdist.checkpoint.model_conversions import export, merge
-from stagdist.checkpoint.sources import open_training
-from stagdist.checkpoint.staging import Options, Proof
-from stagdist.checkpoint.training_conversions import import_model, reshard
-from stagdist.checkpoint.verification import verify
-from stagdist.checkpoint.written_record import CHECKSUMS
-from stagdist.config_loading import dump_config
+from stagdist.checkpoint.convert.find import open_training
+from stagdist.checkpoint.convert.model_conversions import export, merge
+from stagdist.checkpoint.convert.staging import Options, Proof
+from stagdist.checkpoint.convert.training_conversions import import_model, reshard
+from stagdist.checkpoint.convert.verify import verify
+from stagdist.checkpoint.published.record import CHECKSUMS
+from stagdist.config.loading import dump_config
 from stagdist.data.tokenizer import load_tokenizer, train_bpe
 from stagdist.errors import CheckpointError, ConfigError
 from stagdist.parallel.grid import Grid

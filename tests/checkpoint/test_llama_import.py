@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from stagdist.checkpoint.model_conversions import export
-from stagdist.checkpoint.proof import plain_logits, reader
-from stagdist.checkpoint.sources import open_model, open_training
-from stagdist.checkpoint.staging import Options
-from stagdist.checkpoint.training_conversions import import_model
-from stagdist.checkpoint.verification import verify
+from stagdist.checkpoint.convert.find import open_model, open_training
+from stagdist.checkpoint.convert.model_conversions import export
+from stagdist.checkpoint.convert.proof import plain_logits, reader
+from stagdist.checkpoint.convert.staging import Options
+from stagdist.checkpoint.convert.training_conversions import import_model
+from stagdist.checkpoint.convert.verify import verify
 from stagdist.errors import CheckpointError
 from stagdist.parallel.grid import Grid
 

@@ -9,13 +9,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from stagdist.checkpoint import model_directory
-from stagdist.checkpoint.loading import load_model
-from stagdist.checkpoint.model_config import read_model_config, read_text_tokens
-from stagdist.checkpoint.model_directory import ModelDirectoryWriter, shard_plan
-from stagdist.checkpoint.reading import ModelReader
+from stagdist.checkpoint.published import writer as model_directory
+from stagdist.checkpoint.published.load_model import load_model
+from stagdist.checkpoint.published.model_json import read_model_config, read_text_tokens
+from stagdist.checkpoint.published.reader import ModelReader
+from stagdist.checkpoint.published.writer import ModelDirectoryWriter, shard_plan
 from stagdist.checkpoint.text_tokens import TextTokens
-from stagdist.config import ModelConfig
+from stagdist.config.parts import ModelConfig
 from stagdist.errors import CheckpointError
 from stagdist.model.megatron import TensorParallel
 from stagdist.parallel.groups import single_process

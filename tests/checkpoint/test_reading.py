@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stagdist.checkpoint import reading
-from stagdist.checkpoint.model_directory import ModelDirectoryWriter, weight_map
-from stagdist.checkpoint.reading import ModelReader
-from stagdist.config import ModelConfig
+from stagdist.checkpoint.published import reader as reading
+from stagdist.checkpoint.published.reader import ModelReader
+from stagdist.checkpoint.published.writer import ModelDirectoryWriter, weight_map
+from stagdist.config.parts import ModelConfig
 from stagdist.errors import CheckpointError
 from stagdist.parallel.layout import model_parameters
 from tests.reference import stagformer as reference

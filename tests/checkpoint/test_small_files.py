@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stagdist.checkpoint.inspection import inspect
-from stagdist.checkpoint.model_conversions import export, merge, split
-from stagdist.checkpoint.model_directory import CODE_FILES
-from stagdist.checkpoint.reading import ModelReader
-from stagdist.checkpoint.staging import Options
-from stagdist.checkpoint.training_conversions import import_model
-from stagdist.checkpoint.upcycling import upcycle
-from stagdist.checkpoint.verification import verify
+from stagdist.checkpoint.convert.inspection import inspect
+from stagdist.checkpoint.convert.model_conversions import export, merge, split
+from stagdist.checkpoint.convert.staging import Options
+from stagdist.checkpoint.convert.training_conversions import import_model
+from stagdist.checkpoint.convert.upcycle import upcycle
+from stagdist.checkpoint.convert.verify import verify
+from stagdist.checkpoint.published.reader import ModelReader
+from stagdist.checkpoint.published.writer import CODE_FILES
 from stagdist.errors import CheckpointError
 from stagdist.parallel.grid import Grid
 from tests.checkpoint.synthetic import model_directory

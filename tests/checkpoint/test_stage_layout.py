@@ -4,7 +4,7 @@ from math import prod
 
 import pytest
 
-from stagdist.checkpoint.stage_layout import (
+from stagdist.checkpoint.training.stage_files import (
     FlatGroup,
     extra_keys,
     flat_groups,
@@ -14,7 +14,7 @@ from stagdist.checkpoint.stage_layout import (
     stored_specs,
     tensor_files,
 )
-from stagdist.config import ModelConfig
+from stagdist.config.parts import ModelConfig
 from stagdist.parallel.layout import stage_parameters
 from tests.reference.variants import BASE, VARIANTS
 

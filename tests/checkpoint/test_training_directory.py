@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stagdist.checkpoint.training_directory import (
+from stagdist.checkpoint.training.directory import (
     COMPLETE,
     TrainingState,
     candidates,

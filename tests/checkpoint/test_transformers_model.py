@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from stagdist.checkpoint import transformers_model
-from stagdist.checkpoint.model_config import read_model_config
-from stagdist.checkpoint.transformers_model import load_with_transformers
-from stagdist.config import ModelConfig
+from stagdist.checkpoint.published import transformers_model
+from stagdist.checkpoint.published.model_json import read_model_config
+from stagdist.checkpoint.published.transformers_model import load_with_transformers
+from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.errors import CheckpointError
 from tests.checkpoint.test_exported_code import shape, write

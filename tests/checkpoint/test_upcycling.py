@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stagdist.checkpoint.model_conversions import export
-from stagdist.checkpoint.sources import open_model
-from stagdist.checkpoint.staging import Options
-from stagdist.checkpoint.upcycling import upcycle
+from stagdist.checkpoint.convert.find import open_model
+from stagdist.checkpoint.convert.model_conversions import export
+from stagdist.checkpoint.convert.staging import Options
+from stagdist.checkpoint.convert.upcycle import upcycle
 from stagdist.errors import CheckpointError, ConfigError
 from tests.checkpoint.synthetic import model_directory, training_checkpoint
 from tests.checkpoint.test_llama_import import save_llama

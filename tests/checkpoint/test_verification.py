@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from stagdist.checkpoint.equivalence import unsettled_keys
-from stagdist.checkpoint.model_conversions import split
-from stagdist.checkpoint.staging import Options
-from stagdist.checkpoint.verification import verify
-from stagdist.config import ModelConfig
+from stagdist.checkpoint.convert.equivalence import unsettled_keys
+from stagdist.checkpoint.convert.model_conversions import split
+from stagdist.checkpoint.convert.staging import Options
+from stagdist.checkpoint.convert.verify import verify
+from stagdist.config.parts import ModelConfig
 from stagdist.errors import ConfigError
 from tests.checkpoint.synthetic import SHAPE, model_directory
 from tests.checkpoint.test_convert_tool import run

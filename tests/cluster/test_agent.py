@@ -7,12 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-from stagdist.cluster.job import Job, decode, encode
+from stagdist.cluster.supervision.messages import Job, decode, encode
 
 # Starts the agent as a launcher's daemon does, and then waits for a word that never comes.
 DAEMON = """
 import subprocess, sys, time
-subprocess.Popen([sys.executable, "-m", "stagdist.cluster.agent", "--job", sys.argv[1]])
+subprocess.Popen([sys.executable, "-m", "stagdist.cluster.supervision.agent", "--job", sys.argv[1]])
 time.sleep(60)
 """
 SCRIPT = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"

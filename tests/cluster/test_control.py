@@ -3,9 +3,9 @@
 import asyncio
 import json
 
-from stagdist.cluster.agent import LONGEST_SHOWN, TAIL_LINES
-from stagdist.cluster.control import ControlServer
-from stagdist.cluster.job import encode
+from stagdist.cluster.supervision.agent import LONGEST_SHOWN, TAIL_LINES
+from stagdist.cluster.supervision.messages import encode
+from stagdist.cluster.supervision.rank_reports import ControlServer
 
 
 def test_the_longest_last_words_arrive() -> None:

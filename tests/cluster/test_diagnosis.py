@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from stagdist.cluster.control import RankView
-from stagdist.cluster.diagnosis import Limits, find_exit, find_missing, find_silence
+from stagdist.cluster.supervision.diagnosis import Limits, find_exit, find_missing, find_silence
+from stagdist.cluster.supervision.rank_reports import RankView
 from stagdist.telemetry.pulse import Phase
 
 LIMITS = Limits(hang_s=10.0, slow_s=100.0, host_s=20.0)

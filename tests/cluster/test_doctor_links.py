@@ -10,8 +10,8 @@ import pytest
 from stagdist.cluster.doctor import link_probe
 from stagdist.cluster.doctor.facts import Links
 from stagdist.cluster.doctor.linking import Plan, deepspeed_words, measure_links, read_output
-from stagdist.cluster.hostfile import Host
-from stagdist.cluster.remote import Finished
+from stagdist.cluster.hosts.hostfile import Host
+from stagdist.cluster.hosts.remote import Finished
 from stagdist.errors import TransportError
 from stagdist.parallel.grid import Grid
 from tests.cluster.doctor_cases import links
@@ -85,7 +85,7 @@ def test_ranks_that_fail_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measure_four(payload: tuple[int, int, int]) -> Links | None:
-    from stagdist.cluster.environment import join_launcher
+    from stagdist.parallel.world import join_launcher
 
     return link_probe.measure(Grid(*payload), join_launcher(), 1 << 20, 60.0)
 

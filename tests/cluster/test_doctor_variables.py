@@ -13,7 +13,8 @@ from stagdist.cluster.doctor.variables import (
     stale_master,
     write_variables,
 )
-from stagdist.cluster.exports import PRIVATE_FILE, load_private, write_deepspeed_env
+from stagdist.cluster.hosts.shell_variables import write_deepspeed_env
+from stagdist.parallel.private_variables import PRIVATE_FILE, load_private
 from tests.cluster.doctor_cases import facts
 
 

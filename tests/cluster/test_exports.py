@@ -9,17 +9,16 @@ import pytest
 from deepspeed.launcher.multinode_runner import PDSHRunner
 from deepspeed.launcher.runner import EXPORT_ENVS
 
-from stagdist.cluster.environment import join_launcher
-from stagdist.cluster.exports import (
+from stagdist.cluster.hosts.shell_variables import (
     EXPORTED_UNASKED,
     PREFIXES,
-    PRIVATE_FILE,
-    load_private,
     split_private,
     wanted,
     write_deepspeed_env,
 )
 from stagdist.errors import ConfigError
+from stagdist.parallel.private_variables import PRIVATE_FILE, load_private
+from stagdist.parallel.world import join_launcher
 
 NASTY = 'a\'b "c" $(touch hit) `touch hit` ; touch hit & %h\n#\\'
 WITH_PASSWORD = "https://u:PaSsW0rd@mlflow:5000"

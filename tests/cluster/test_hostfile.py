@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
 
-from stagdist.cluster.hostfile import Host, Hostfile, hostfile_text, read_hostfile
+from stagdist.cluster.hosts.hostfile import Host, Hostfile, hostfile_text, read_hostfile
 from stagdist.errors import ConfigError
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from stagdist.cluster.exports import wanted
-from stagdist.cluster.hostfile import Host
-from stagdist.cluster.launchers import (
+from stagdist.cluster.hosts.hostfile import Host
+from stagdist.cluster.hosts.shell_variables import wanted
+from stagdist.cluster.hosts.start import (
     Launch,
     Launcher,
     check_paths,
@@ -37,7 +37,7 @@ WITH_PASSWORD = "https://u:PaSsW0rd@mlflow:5000"
 def test_deepspeed_starts_one_agent_per_slot_also_on_a_single_host(launcher: Launcher) -> None:
     (words,) = commands(launcher, LAUNCH)
     assert {"--force_multi", "/run/hostfile", launcher, "10.0.0.1", "20001"} <= set(words)
-    assert words[-4:] == ["--module", "stagdist.cluster.agent", "--job", "/run/job.json"]
+    assert words[-4:] == ["--module", "stagdist.cluster.supervision.agent", "--job", "/run/job.json"]
 
 
 def test_torchrun_is_started_on_every_host_with_its_own_number_of_ranks() -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from stagdist.cluster.marks import MARK, end_marked, marked
+from stagdist.cluster.hosts.leftovers import MARK, end_marked, marked
 
 
 def sleeper(mark: str | None) -> "subprocess.Popen[bytes]":
@@ -41,7 +41,7 @@ def test_a_host_that_does_not_see_what_it_needs_is_told_with_its_leftovers_ended
         deadline = time.monotonic() + 10
         while not marked(job) and time.monotonic() < deadline:
             time.sleep(0.02)
-        words = [sys.executable, "-m", "stagdist.cluster.marks", job, "--end", "--needs"]
+        words = [sys.executable, "-m", "stagdist.cluster.hosts.leftovers", job, "--end", "--needs"]
         done = subprocess.run([*words, str(tmp_path / "away")], capture_output=True, text=True)
         assert done.returncode == 3 and f"{tmp_path / 'away'} is not there" in done.stderr and done.stdout == ""
         assert process.wait(10) == -9

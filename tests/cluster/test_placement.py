@@ -1,7 +1,7 @@
 """Where the next attempt runs when hosts have died."""
 
-from stagdist.cluster.hostfile import Host
-from stagdist.cluster.placement import Placement, with_fewer, with_spares
+from stagdist.cluster.hosts.hostfile import Host
+from stagdist.cluster.supervision.placement import Placement, with_fewer, with_spares
 
 HOSTS = (Host("a", 2), Host("b", 2), Host("c", 2))
 

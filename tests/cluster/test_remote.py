@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stagdist.cluster.remote import Finished, on_all, remote_command, run_here, run_on, ssh_words
+from stagdist.cluster.hosts.remote import Finished, on_all, remote_command, run_here, run_on, ssh_words
 from stagdist.errors import ConfigError
 
 

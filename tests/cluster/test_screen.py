@@ -3,7 +3,7 @@
 import os
 import time
 
-from stagdist.cluster.screen import CAPACITY, Screen
+from stagdist.cluster.supervision.background_output import CAPACITY, Screen
 
 
 def test_lines_arrive_in_order() -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from stagdist.cluster import supervisor
-from stagdist.cluster.control import ControlServer, RankView
-from stagdist.cluster.diagnosis import Fault, Limits, find_silence
-from stagdist.cluster.hostfile import Host
-from stagdist.cluster.placement import Placement
-from stagdist.cluster.supervisor import GaveUpError, Options, Supervisor
+from stagdist.cluster.hosts.hostfile import Host
+from stagdist.cluster.supervision import supervisor
+from stagdist.cluster.supervision.diagnosis import Fault, Limits, find_silence
+from stagdist.cluster.supervision.placement import Placement
+from stagdist.cluster.supervision.rank_reports import ControlServer, RankView
+from stagdist.cluster.supervision.supervisor import GaveUpError, Options, Supervisor
 from stagdist.errors import ConfigError
 
 LIMITS = Limits(hang_s=10.0, slow_s=100.0, host_s=10.0)

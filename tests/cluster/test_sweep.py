@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from stagdist.cluster import attempt
-from stagdist.cluster.hostfile import Host
-from stagdist.cluster.remote import Finished
+from stagdist.cluster.hosts.hostfile import Host
+from stagdist.cluster.hosts.remote import Finished
+from stagdist.cluster.supervision import attempt
 
 
 @pytest.mark.parametrize(

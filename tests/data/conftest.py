@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stagdist.data.prepare import prepare
+from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import Tokenizer, train_bpe
 
 LIBRARY = Path(json.__file__).parent.parent

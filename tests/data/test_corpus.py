@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stagdist.config import DataConfig
-from stagdist.data.checks import split_shares
+from stagdist.config.parts import DataConfig
+from stagdist.data.compatibility import split_shares
 from stagdist.data.corpus import Splits, build_splits, check_data
 from stagdist.data.indexed import write_index
-from stagdist.data.prepare import prepare
+from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import Tokenizer, byte_tokenizer
 from stagdist.errors import ConfigError, DataError
 from tests.ranks import run_ranks

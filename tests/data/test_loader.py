@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from stagdist.config import DataConfig
+from stagdist.config.parts import DataConfig
 from stagdist.data.corpus import build_splits
 from stagdist.data.loader import BatchPlan, Loader
 from stagdist.data.tokenizer import Tokenizer

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stagdist.data.prepare import prepare
-from stagdist.data.sources import PIECE_BYTES, ReadOptions
+from stagdist.data.prepare.preparation import prepare
+from stagdist.data.prepare.sources import PIECE_BYTES, ReadOptions
 from stagdist.data.tokenizer import Tokenizer, byte_tokenizer
 from stagdist.errors import ConfigError, DataError
 from tests.data.conftest import LIBRARY, ROOT, RunTool, tool_environment
@@ -158,7 +158,7 @@ def test_the_index_is_renamed_last_also_over_an_old_corpus(tmp_path: Path, renam
     (tmp_path / "a.txt").write_text("the new text, which is longer")
     script = (
         "import os, signal, sys\n"
-        "from stagdist.data.prepare import prepare\n"
+        "from stagdist.data.prepare.preparation import prepare\n"
         "from stagdist.data.tokenizer import byte_tokenizer\n"
         "real, left = os.replace, [int(sys.argv[1])]\n"
         "def replace(old, new):\n"
@@ -190,8 +190,8 @@ def _processes_with(marker: str) -> list[str]:
 
 
 def test_a_killed_worker_ends_the_run_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stagdist.data import encoding
-    from stagdist.data.sources import plan_pieces
+    from stagdist.data.prepare import encode as encoding
+    from stagdist.data.prepare.sources import plan_pieces
 
     for name in ("a", "b", "c", "d"):
         (tmp_path / f"{name}.jsonl").write_text('{"text": "some text"}\n' * 20_000)
@@ -225,7 +225,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text " * 10_000)
     script = (
         "import resource, signal\n"
-        "from stagdist.data.prepare import prepare\n"
+        "from stagdist.data.prepare.preparation import prepare\n"
         "from stagdist.data.tokenizer import byte_tokenizer\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"

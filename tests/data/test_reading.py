@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from stagdist.data.reading import Reader
-from stagdist.data.sources import BLOCK_BYTES, PIECE_BYTES, ReadOptions, plan_pieces
+from stagdist.data.prepare.documents import Reader
+from stagdist.data.prepare.sources import BLOCK_BYTES, PIECE_BYTES, ReadOptions, plan_pieces
 from stagdist.errors import ConfigError, DataError
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from stagdist.decode.loading import EngineOptions
 from stagdist.decode.request import Request, SamplingParams
+from stagdist.decode.runtime.build import EngineOptions
 from stagdist.decode.topology import HeadLayout
 from tests.decode.decoding import Case, prompt
 

@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagdist.checkpoint.reading import ReadSlice
-from stagdist.config import ModelConfig
+from stagdist.checkpoint.published.reader import ReadSlice
+from stagdist.config.parts import ModelConfig
 from stagdist.decode.engine import Completion, Engine, completion
-from stagdist.decode.loading import EngineOptions, Placement, build_stage, place_model
 from stagdist.decode.operations import operate
 from stagdist.decode.request import Request, RequestOutput
-from stagdist.decode.stage import Stage
-from stagdist.decode.transport import Transport
+from stagdist.decode.runtime.build import EngineOptions, Placement, build_stage, place_model
+from stagdist.decode.runtime.stage import Stage
+from stagdist.decode.runtime.transport import Transport
 from stagdist.parallel.layout import ParameterSpec
 from tests.reference import stagformer as reference
 from tests.reference.variants import BASE

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stagdist.decode import graphs
+from stagdist.decode.runtime import graphs
 
 
 class FakeStream:
@@ -91,7 +91,7 @@ class FakeCuda:
     capturing: bool = False
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Stand in for `torch.cuda` wherever `stagdist.decode.graphs` uses it."""
+        """Stand in for `torch.cuda` wherever `stagdist.decode.runtime.graphs` uses it."""
         monkeypatch.setattr(graphs, "on_cuda", lambda device: True)
         for name, stand_in in {
             "Stream": FakeStream,

@@ -8,8 +8,8 @@ a schedule must never do raises `ScheduleError`.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from stagdist.decode import schedule
-from stagdist.decode.schedule import Instruction, Kind
+from stagdist.decode.runtime import schedule
+from stagdist.decode.runtime.schedule import Instruction, Kind
 from stagdist.decode.topology import Topology
 
 Key = tuple[str, int, int]

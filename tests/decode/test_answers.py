@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from stagdist.decode.answers import Answers
-from stagdist.decode.prompts import Prompt
+from stagdist.decode.frontend.answers import Answers
+from stagdist.decode.frontend.prompts import Prompt
 from stagdist.decode.request import Request, RequestOutput
 
 

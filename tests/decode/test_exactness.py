@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from stagdist.decode.loading import EngineOptions
 from stagdist.decode.request import Request, SamplingParams
+from stagdist.decode.runtime.build import EngineOptions
 from stagdist.decode.topology import HeadLayout
 from tests.decode.comparison import CLEAR_MARGIN, compare
 from tests.decode.decoding import CONTEXT, Case, Ran, config_of, prompt, run_cases

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagdist.config import ModelConfig
-from stagdist.decode import graphs
-from stagdist.decode.generation import _show_captures
-from stagdist.decode.graphs import StepGraphs, reach_buckets, row_buckets
-from stagdist.decode.loading import EngineOptions, place_model
+from stagdist.config.parts import ModelConfig
+from stagdist.decode.frontend.generate import _show_captures
+from stagdist.decode.layers.weights import Device
 from stagdist.decode.request import Request, RequestOutput, SamplingParams
+from stagdist.decode.runtime import graphs
+from stagdist.decode.runtime.build import EngineOptions, place_model
+from stagdist.decode.runtime.graphs import StepGraphs, reach_buckets, row_buckets
 from stagdist.decode.topology import Limits
-from stagdist.decode.weights import Device
 from stagdist.errors import ConfigError
 from tests.decode.decoding import CONTEXT, Case, World, config_of, engine_of, prompt, run_cases, run_one
 from tests.decode.fake_cuda import FakeCuda

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stagdist.decode.loading import EngineOptions
 from stagdist.decode.request import Request, SamplingParams
-from stagdist.decode.transport import Transport
+from stagdist.decode.runtime.build import EngineOptions
+from stagdist.decode.runtime.transport import Transport
 from stagdist.errors import TransportError
 from stagdist.parallel.grid import Grid
 from tests.decode.comparison import compare

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stagdist.data.tokenizer import byte_tokenizer
-from stagdist.decode.prompts import (
+from stagdist.decode.frontend.prompts import (
     Prompt,
     check_prompts_file,
     make_request,

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from stagdist.config import ModelConfig
-from stagdist.decode.loading import EngineOptions, place_model
+from stagdist.config.parts import ModelConfig
 from stagdist.decode.request import Request, SamplingParams
+from stagdist.decode.runtime.build import EngineOptions, place_model
 from stagdist.errors import ConfigError
 from tests.decode.decoding import Case, config_of, parameters_of, prompt, run_cases
 from tests.reference import stagformer as reference

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from stagdist.decode.layers.weights import Device
 from stagdist.decode.noise import gumbel
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.sampler import Choice, Sampler
-from stagdist.decode.weights import Device
 
 VOCAB = 37
 CPU = Device("cpu", torch.float32)

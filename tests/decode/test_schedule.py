@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from stagdist.decode import schedule
-from stagdist.decode.schedule import Instruction, Kind
+from stagdist.decode.runtime import schedule
+from stagdist.decode.runtime.schedule import Instruction, Kind
 from stagdist.decode.topology import HEAD_LAYOUTS, Topology
 from stagdist.errors import ConfigError
 from tests.decode.simulation import (

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagdist.config import ModelConfig
-from stagdist.decode.cache import SectionCache
-from stagdist.decode.dry_pass import Unconnected
-from stagdist.decode.loading import EngineOptions, Placement, build_stage, place_model
-from stagdist.decode.stage import Stage
+from stagdist.config.parts import ModelConfig
+from stagdist.decode.layers.cache import SectionCache
+from stagdist.decode.layers.weights import Device, Shard, StageWeights, WeightLoader
+from stagdist.decode.runtime.build import EngineOptions, Placement, build_stage, place_model
+from stagdist.decode.runtime.stage import Stage
+from stagdist.decode.runtime.warm_up import Unconnected
 from stagdist.decode.topology import HEAD_LAYOUTS, HeadLayout
-from stagdist.decode.weights import Device, Shard, StageWeights, WeightLoader
 from stagdist.errors import ConfigError
 from stagdist.parallel.layout import ParameterSpec, model_parameters, stage_parameters
 from tests.decode.decoding import CONTEXT, config_of

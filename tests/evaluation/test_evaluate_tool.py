@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from stagdist.checkpoint.model_conversions import export
-from stagdist.checkpoint.model_directory import ModelDirectoryWriter
-from stagdist.checkpoint.staging import Options
-from stagdist.config import ModelConfig
+from stagdist.checkpoint.convert.model_conversions import export
+from stagdist.checkpoint.convert.staging import Options
+from stagdist.checkpoint.published.writer import ModelDirectoryWriter
+from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.errors import CheckpointError
 from stagdist.evaluation import harness

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from stagdist.data.prepare import prepare
+from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import byte_tokenizer
-from stagdist.training.engine import StepTimes, build_module, wrap_module
+from stagdist.training.engine.section_engine import StepTimes, build_module, wrap_module
 from tests.launch.runs import PRETRAIN, _environment, losses, tiny_config, write_config
 from tests.ranks import run_ranks
 from tests.reference.stagformer import forward, loss

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stagdist.checkpoint.model_directory import config_json, stored_name
-from stagdist.config import ModelConfig
+from stagdist.checkpoint.published.writer import config_json, stored_name
+from stagdist.config.parts import ModelConfig
 from stagdist.hf.configuration_stagformer import StagFormerConfig
 from stagdist.hf.modeling_stagformer import StagFormerForCausalLM
 from tests.reference import stagformer as reference

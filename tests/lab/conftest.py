@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stagdist.data.prepare import prepare
+from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import byte_tokenizer
 from tests.lab.drill import supervised_config
 from tests.lab.hosts import Lab

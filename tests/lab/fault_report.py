@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stagdist.bench.conditions import commit, conditions
-from stagdist.data.prepare import prepare
+from benchmarks._bench.conditions import commit, conditions
+from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import byte_tokenizer
 from tests.lab.drill import INTERVAL, NEXT_STEP_S, STEPS, Drill, supervised_config
 from tests.lab.faults import FAULTS, LAUNCHERS, Fault

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from stagdist.cluster.exports import DEEPSPEED_ENV, write_deepspeed_env
-from stagdist.cluster.hostfile import Host, hostfile_text
+from stagdist.cluster.hosts.hostfile import Host, hostfile_text
+from stagdist.cluster.hosts.shell_variables import DEEPSPEED_ENV, write_deepspeed_env
 from tests.lab.hosts import Lab
 from tests.lab.inside import Call
 from tests.launch.runs import PRETRAIN, tiny_config, write_config

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stagdist.cluster.hostfile import Host, hostfile_text
+from stagdist.cluster.hosts.hostfile import Host, hostfile_text
 from stagdist.telemetry.pulse import PULSE_FILE
 from tests.lab.hosts import Lab
 from tests.lab.inside import Call, HostProcess

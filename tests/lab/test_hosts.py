@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stagdist.cluster.hostfile import Host, read_hostfile
+from stagdist.cluster.hosts.hostfile import Host, read_hostfile
 from tests.lab.hosts import Lab
 from tests.lab.wiring import LABS, ROOT, ProcessId, Record, must, obstacle, records, sweep
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stagdist.data.prepare import prepare
+from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import byte_tokenizer
 from tests.launch.runs import UNDER_WAY
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from stagdist.checkpoint.model_directory import ModelDirectoryWriter
-from stagdist.config import ModelConfig
+from stagdist.checkpoint.published.writer import ModelDirectoryWriter
+from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.parallel.layout import model_parameters
 from tests.launch.runs import ROOT, _environment

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from stagdist.decode import generation
-from stagdist.decode.generation import Place, Task, prepare
-from stagdist.decode.loading import EngineOptions
+from stagdist.decode.frontend import generate as generation
+from stagdist.decode.frontend.generate import Place, Task, prepare
 from stagdist.decode.request import SamplingParams
+from stagdist.decode.runtime.build import EngineOptions
 from tests.launch.generating import command, error_lines, generate, running, write_model
 
 pytestmark = pytest.mark.ranks

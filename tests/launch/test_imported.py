@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stagdist.checkpoint.staging import Options
-from stagdist.checkpoint.training_conversions import import_model
-from stagdist.config_loading import load_config
+from stagdist.checkpoint.convert.staging import Options
+from stagdist.checkpoint.convert.training_conversions import import_model
+from stagdist.config.loading import load_config
 from stagdist.data.tokenizer import train_bpe
 from stagdist.parallel.grid import Grid
-from stagdist.training.resuming import resumed_config
+from stagdist.training.saving.resume import resumed_config
 from tests.checkpoint.synthetic import model_directory
 from tests.launch.runs import launch, losses, tiny_config
 

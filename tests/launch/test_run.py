@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from stagdist.cluster.marks import MARK
+from stagdist.cluster.hosts.leftovers import MARK
 from tests.launch.runs import UNDER_WAY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +85,7 @@ class Run:
     def agents(self) -> list[psutil.Process]:
         """The agents of the job."""
         family = psutil.Process(self.process.pid).children(recursive=True)
-        return [one for one in family if one.cmdline()[1:4] == ["-u", "-m", "stagdist.cluster.agent"]]
+        return [one for one in family if one.cmdline()[1:4] == ["-u", "-m", "stagdist.cluster.supervision.agent"]]
 
     def sleepers(self) -> list[psutil.Process]:
         """What scripts have put to sleep in this folder."""

@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from stagdist.cluster.hostfile import Host, read_hostfile
+from stagdist.cluster.hosts.hostfile import Host, read_hostfile
 from tests.launch.runs import ROOT
 
 SBATCH = ROOT / "launch" / "slurm" / "pretrain.sbatch"

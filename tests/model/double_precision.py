@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagdist.config import ModelConfig
+from stagdist.config.parts import ModelConfig
 from stagdist.model.megatron import TensorParallel, enter_tensor_parallel
 from stagdist.model.stagformer import StagFormer
+from stagdist.parallel.frameworks import copy_to_tensor_model_parallel_region
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import build_groups, set_default_timeout
-from stagdist.parallel.megatron_core import copy_to_tensor_model_parallel_region
 from tests.reference.sharding import cut
 from tests.reference.stagformer import random_parameters
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagdist.config import ModelConfig
+from stagdist.config.parts import ModelConfig
 from stagdist.model.megatron import TensorParallel
 from stagdist.model.stagformer import StagFormer, fill_parameters
 from stagdist.parallel.layout import model_parameters

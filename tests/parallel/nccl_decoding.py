@@ -9,15 +9,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from stagdist.config import ModelConfig
-from stagdist.decode.dry_pass import dry_pass
+from stagdist.config.parts import ModelConfig
 from stagdist.decode.engine import Engine
-from stagdist.decode.loading import EngineOptions, Placement, build_stage, place_model
 from stagdist.decode.operations import operate
 from stagdist.decode.request import Request, SamplingParams
-from stagdist.decode.stage import Stage
+from stagdist.decode.runtime.build import EngineOptions, Placement, build_stage, place_model
+from stagdist.decode.runtime.stage import Stage
+from stagdist.decode.runtime.transport import Transport
+from stagdist.decode.runtime.warm_up import dry_pass
 from stagdist.decode.topology import HeadLayout
-from stagdist.decode.transport import Transport
 from stagdist.parallel.layout import ParameterSpec
 from stagdist.parallel.link import NCCL, Rules
 from stagdist.telemetry.clocks import EventClock
@@ -107,7 +107,7 @@ def recorded(layout: Layout, rules: Rules = NCCL, *, dry_pass: DryPass) -> list[
     size = placement.grid.world_size
     recorders = [Recorder(rank, size, mailbox) for rank in range(size)]
     for recorder in recorders:
-        patched = mock.patch("stagdist.decode.loading.dry_pass", partial(dry_pass, recorder))
+        patched = mock.patch("stagdist.decode.runtime.build.dry_pass", partial(dry_pass, recorder))
         with patched, recorder.recording():
             _run(layout, placement, rules, recorder)
     return recorders

@@ -140,5 +140,5 @@ def like_nccl(patience_s: float) -> Iterator[None]:
             stack.enter_context(mock.patch.object(dist, name, silent(getattr(dist, name))))
         stack.enter_context(mock.patch.object(dist, "new_group", noting))
         stack.enter_context(mock.patch("stagdist.parallel.link.record_event", lambda device: stream))
-        stack.enter_context(mock.patch("stagdist.training.exchange.rules_of", lambda device: NCCL))
+        stack.enter_context(mock.patch("stagdist.training.engine.exchange.rules_of", lambda device: NCCL))
         yield

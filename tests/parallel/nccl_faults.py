@@ -16,13 +16,13 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
 
 from stagdist.decode.engine import Engine
-from stagdist.decode.loading import build_stage
 from stagdist.decode.operations import operate
-from stagdist.decode.transport import Transport
+from stagdist.decode.runtime.build import build_stage
+from stagdist.decode.runtime.transport import Transport
 from stagdist.errors import TransportError
 from stagdist.parallel.link import GLOO, NCCL
-from stagdist.training.engine import SectionEngine, build_engine
-from stagdist.training.peers import naming_lost_peers
+from stagdist.training.engine.section_engine import SectionEngine, build_engine
+from stagdist.training.lost_peers import naming_lost_peers
 from tests.parallel.nccl_decoding import Layout, read_constant, request
 from tests.parallel.nccl_double import like_nccl
 from tests.training.parity_cases import Case

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
 
-from stagdist.checkpoint.training_directory import TrainingState
+from stagdist.checkpoint.training.directory import TrainingState
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.link import NCCL, Rules
 from stagdist.telemetry.pulse import Pulse
-from stagdist.training.engine import SectionEngine, build_engine
-from stagdist.training.exchange import Exchange, TensorKind
-from stagdist.training.saving import save_checkpoint
-from stagdist.training.schedule import InferenceSchedule, TrainSchedule
+from stagdist.training.engine.exchange import Exchange, TensorKind
+from stagdist.training.engine.section_engine import SectionEngine, build_engine
+from stagdist.training.engine.train_schedule import InferenceSchedule, TrainSchedule
+from stagdist.training.saving.save import save_checkpoint
 from tests.parallel.live_recording import LiveRecorder
 from tests.parallel.nccl_rules import Drain, Program
 from tests.parallel.recording import Group, Mailbox, Recorder
@@ -189,7 +189,10 @@ def real_program(case: Case) -> Program:
     folder: list[str] = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder, group=groups.control)
     config = case.config().model_copy(update={"runs_directory": folder[0]})
-    with mock.patch("stagdist.training.exchange.rules_of", lambda _: LATE), LiveRecorder(groups.control).open() as live:
+    with (
+        mock.patch("stagdist.training.engine.exchange.rules_of", lambda _: LATE),
+        LiveRecorder(groups.control).open() as live,
+    ):
         engine = build_engine(config, groups)
         with mock.patch.object(engine.exchange, "wait_for_device", lambda doing: live.device_waits()):
             for tokens, labels in case.batches()[:2]:

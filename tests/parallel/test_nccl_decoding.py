@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from stagdist.decode.dry_pass import dry_pass
-from stagdist.decode.stage import Stage
+from stagdist.decode.runtime.stage import Stage
+from stagdist.decode.runtime.warm_up import dry_pass
 from stagdist.decode.topology import HEAD_LAYOUTS
 from tests.parallel.nccl_decoding import Layout, any_keys, programs, recorded
 from tests.parallel.nccl_rules import COMPUTE, Collective, Machine, Program, QueueOf, Receive, Send, Stream

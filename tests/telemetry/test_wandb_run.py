@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from stagdist.config import WandbConfig
+from stagdist.config.parts import WandbConfig
 from stagdist.telemetry.metrics import MetricsWriter
 from stagdist.telemetry.wandb_run import choose_mode, claim_run_id, has_key, is_reachable
 
@@ -24,7 +24,7 @@ FAKE_KEY = "0123456789abcdef" * 2 + "feedc0de"
 
 SCRIPT = """
 import json, logging, sys
-from stagdist.config import WandbConfig
+from stagdist.config.parts import WandbConfig
 from stagdist.telemetry.metrics import MetricsWriter
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
 folder, resumed_step, steps = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])

@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from stagdist.parallel.grid import Coordinate
-from stagdist.training.engine import SectionEngine
+from stagdist.training.engine.section_engine import SectionEngine
 from tests.training.parity_cases import BAD_STEP
 
 ENTRANCES = ("stagdist.model.layer", "stagdist.model.section", "stagdist.model.head")
@@ -29,7 +29,7 @@ _clip = DeepSpeedZeroOptimizer.unscale_and_clip_grads
 
 PATCHES: dict[str, list[tuple[str, Any]]] = {
     "tied gradients stay apart": [
-        ("stagdist.training.pipeline.SectionPipeline.get_tied_weights_and_groups", lambda module: [])
+        ("stagdist.training.engine.pipeline.SectionPipeline.get_tied_weights_and_groups", lambda module: [])
     ],
     "memory is not shifted": [("stagdist.model.section.shift_memory", _unshifted)],
     "tensor ranks keep their partial gradients": [

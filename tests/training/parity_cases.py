@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagdist.config import RunConfig
+from stagdist.config.run_config import RunConfig
 from tests.reference.stagformer import Parameters, random_parameters
 from tests.reference.variants import BASE, VARIANTS
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from stagdist.parallel.grid import Coordinate
 from stagdist.parallel.groups import Groups
-from stagdist.training.engine import SectionEngine, build_module, wrap_module
+from stagdist.training.engine.pipeline import SectionPipeline
+from stagdist.training.engine.section_engine import SectionEngine, build_module, wrap_module
 from stagdist.training.engine_logits import engine_logits
-from stagdist.training.pipeline import SectionPipeline
 from tests.reference.sharding import cut
 from tests.training.faults import damage, planted, replica
 from tests.training.parity_cases import GLOBAL_BATCH, LEARNING_RATES, Case

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from stagdist.bench.conditions import commit
+from benchmarks._bench.conditions import commit
 from tests.ranks import run_ranks
 from tests.reference.variants import VARIANTS
 from tests.training.comparison import whole

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.training_directory import TrainingState
-from stagdist.config import RunConfig
+from stagdist.checkpoint.training.directory import TrainingState
+from stagdist.config.run_config import RunConfig
 from stagdist.parallel.grid import Coordinate
 from stagdist.parallel.groups import Groups
 from stagdist.telemetry.pulse import Pulse
-from stagdist.training.engine import SectionEngine, build_engine
-from stagdist.training.resuming import load_checkpoint, newest_complete, on_this_grid
-from stagdist.training.saving import save_checkpoint
+from stagdist.training.engine.section_engine import SectionEngine, build_engine
+from stagdist.training.saving.resume import load_checkpoint, newest_complete, on_this_grid
+from stagdist.training.saving.save import save_checkpoint
 from tests.training.parity_cases import GLOBAL_BATCH, SEQUENCE, Case
 from tests.training.parity_worker import micro_batches
 from tests.training.worlds import World

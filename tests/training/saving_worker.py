@@ -13,15 +13,15 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagdist.checkpoint.training_directory import COMPLETE, FileRecord, TrainingState, damage, read_complete
-from stagdist.config import RunConfig
+from stagdist.checkpoint.training.directory import COMPLETE, FileRecord, TrainingState, damage, read_complete
+from stagdist.config.run_config import RunConfig
 from stagdist.errors import CheckpointError
 from stagdist.parallel.groups import Groups
-from stagdist.training import file_writing
-from stagdist.training.agreement import Writing
-from stagdist.training.engine import SectionEngine, build_engine
-from stagdist.training.host_copies import HostCopies
-from stagdist.training.saving import Saver, save_checkpoint
+from stagdist.training.engine.agreement import Writing
+from stagdist.training.engine.section_engine import SectionEngine, build_engine
+from stagdist.training.saving import file_writing
+from stagdist.training.saving.host_copies import HostCopies
+from stagdist.training.saving.save import Saver, save_checkpoint
 from tests.training.parity_cases import LEARNING_RATES, Case
 from tests.training.parity_worker import micro_batches
 from tests.training.worlds import World
@@ -40,7 +40,7 @@ class SavingReport:
         listed: entries of the checkpoints folder, sorted.
         most_at_once: files that were written at the same time.
         seconds: of the calls, by name.
-        log: messages of `stagdist.training.saving`.
+        log: messages of `stagdist.training.saving.save`.
     """
 
     error: str = ""
@@ -220,7 +220,7 @@ def _logged(lines: list[str]) -> Iterator[None]:
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(record.getMessage())
 
-    logger, handler = logging.getLogger("stagdist.training.saving"), Keep()
+    logger, handler = logging.getLogger("stagdist.training.saving.save"), Keep()
     logger.addHandler(handler)
     level: Any = logger.level
     logger.setLevel(logging.INFO)

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from stagdist.config import RunConfig
+from stagdist.config.run_config import RunConfig
 from stagdist.parallel.grid import Grid
-from stagdist.training.deepspeed_config import deepspeed_config
+from stagdist.training.engine.deepspeed_config import deepspeed_config
 
 
 def run_config(**sections: Any) -> RunConfig:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stagdist.training.engine import build_engine
+from stagdist.training.engine.section_engine import build_engine
 from tests.ranks import run_ranks
 from tests.reference.variants import VARIANTS
 from tests.training.parity_cases import Case

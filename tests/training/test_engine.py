@@ -7,9 +7,9 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from stagdist.checkpoint.training_directory import TrainingState
-from stagdist.training.engine import SectionEngine, build_engine
-from stagdist.training.saving import save_checkpoint
+from stagdist.checkpoint.training.directory import TrainingState
+from stagdist.training.engine.section_engine import SectionEngine, build_engine
+from stagdist.training.saving.save import save_checkpoint
 from tests.ranks import run_ranks
 from tests.training.parity_cases import Case
 from tests.training.parity_worker import micro_batches

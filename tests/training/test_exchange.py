@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagdist.config import RunConfig
+from stagdist.config.run_config import RunConfig
 from stagdist.errors import TransportError
 from stagdist.parallel.grid import Grid
-from stagdist.training.exchange import Exchange, TensorKind, hand_off_kinds
-from stagdist.training.schedule import TrainSchedule
+from stagdist.training.engine.exchange import Exchange, TensorKind, hand_off_kinds
+from stagdist.training.engine.train_schedule import TrainSchedule
 from tests.ranks import run_ranks
 
 STAGES, MICRO_BATCHES, NAP_S = 3, 6, 1.0

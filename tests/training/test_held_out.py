@@ -12,18 +12,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stagdist.checkpoint.loading import load_model
-from stagdist.config import RunConfig
+from stagdist.checkpoint.published.load_model import load_model
+from stagdist.config.run_config import RunConfig
 from stagdist.data.corpus import Splits, build_splits
 from stagdist.data.loader import BatchPlan, Loader
-from stagdist.data.prepare import prepare
+from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.model.megatron import TensorParallel
 from stagdist.parallel.groups import single_process
 from stagdist.telemetry.score import TextScore
-from stagdist.training.engine import SectionEngine, build_engine
-from stagdist.training.evaluation import HeldOut
-from stagdist.training.export import export_model
+from stagdist.training.engine.section_engine import SectionEngine, build_engine
+from stagdist.training.held_out import HeldOut
+from stagdist.training.publish import export_model
 from tests.ranks import run_ranks
 from tests.training.worlds import World
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from stagdist.config import OptimizerConfig, SchedulerConfig
-from stagdist.training.optimizer import build_optimizer, learning_rate
+from stagdist.config.parts import OptimizerConfig, SchedulerConfig
+from stagdist.training.engine.optimizer import build_optimizer, learning_rate
 
 PEAK = OptimizerConfig(learning_rate=1.0)
 

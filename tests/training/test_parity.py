@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stagdist.training.export import relative_difference
+from stagdist.training.publish import relative_difference
 from tests.reference.stagformer import forward
 from tests.training.comparison import mismatches, reports, whole
 from tests.training.parity_cases import BF16_CASES, CASES, Case, label

@@ -16,22 +16,22 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from stagdist.checkpoint import model_directory
-from stagdist.checkpoint.inspection import inspect
-from stagdist.checkpoint.model_directory import CODE_FILES
-from stagdist.checkpoint.staging import exclusive
-from stagdist.checkpoint.training_directory import checkpoint_name, read_complete, write_complete
-from stagdist.checkpoint.written_record import read_record
+from stagdist.checkpoint.convert.inspection import inspect
+from stagdist.checkpoint.convert.staging import exclusive
+from stagdist.checkpoint.published import writer as model_directory
+from stagdist.checkpoint.published.record import read_record
+from stagdist.checkpoint.published.writer import CODE_FILES
+from stagdist.checkpoint.training.directory import checkpoint_name, read_complete, write_complete
 from stagdist.data.tokenizer import load_tokenizer
 from stagdist.errors import CheckpointError, StagdistError, TransportError
 from stagdist.parallel.groups import Groups
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 from stagdist.telemetry.pulse import Phase, Pulse
-from stagdist.training import export
-from stagdist.training.agreement import while_others_wait
-from stagdist.training.engine import build_engine
-from stagdist.training.peers import naming_lost_peers
-from stagdist.training.resuming import load_checkpoint, newest_complete, on_this_grid
+from stagdist.training import publish as export
+from stagdist.training.engine.agreement import while_others_wait
+from stagdist.training.engine.section_engine import build_engine
+from stagdist.training.lost_peers import naming_lost_peers
+from stagdist.training.saving.resume import load_checkpoint, newest_complete, on_this_grid
 from tests.checkpoint.synthetic import complete, file_contents, run_config, training_checkpoint
 from tests.ranks import run_ranks
 from tests.training.parity_cases import Case

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.training_directory import TrainingState
-from stagdist.config import RunConfig
+from stagdist.checkpoint.training.directory import TrainingState
+from stagdist.config.run_config import RunConfig
 from stagdist.parallel.groups import Groups
-from stagdist.training.engine import SectionEngine, build_engine
-from stagdist.training.resuming import load_checkpoint, newest_complete
-from stagdist.training.saving import save_checkpoint
+from stagdist.training.engine.section_engine import SectionEngine, build_engine
+from stagdist.training.saving.resume import load_checkpoint, newest_complete
+from stagdist.training.saving.save import save_checkpoint
 from tests.ranks import run_ranks
 from tests.reference.variants import VARIANTS
 from tests.training.comparison import on_device

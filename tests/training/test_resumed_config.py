@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from stagdist.checkpoint.training_directory import CONFIG, TrainingState
-from stagdist.config import RunConfig
-from stagdist.config_loading import dump_config
+from stagdist.checkpoint.training.directory import CONFIG, TrainingState
+from stagdist.config.loading import dump_config
+from stagdist.config.run_config import RunConfig
 from stagdist.errors import ConfigError
-from stagdist.training.resuming import resumed_config
+from stagdist.training.saving.resume import resumed_config
 from tests.launch.runs import tiny_config
 
 CORPORA, TOKENIZER = "identity of the corpora", "fingerprint of the tokenizer"

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.pickles import load_file
-from stagdist.checkpoint.training_directory import checkpoint_files
-from stagdist.checkpoint.training_reader import TrainingReader
-from stagdist.training.agreement import Writing
-from stagdist.training.host_copies import LARGE_BYTES, HostCopies
+from stagdist.checkpoint.training.directory import checkpoint_files
+from stagdist.checkpoint.training.pickles import load_file
+from stagdist.checkpoint.training.reader import TrainingReader
+from stagdist.training.engine.agreement import Writing
+from stagdist.training.saving.host_copies import LARGE_BYTES, HostCopies
 from tests.ranks import run_ranks
 from tests.reference.variants import VARIANTS
 from tests.training.parity_cases import Case

@@ -6,9 +6,9 @@ from itertools import product
 import pytest
 from deepspeed.runtime.pipe import schedule
 
-from stagdist.bench.figures import shortest_pipeline
+from benchmarks._bench.figures import shortest_pipeline
 from stagdist.parallel.layout import micro_batches_in_flight
-from stagdist.training.schedule import InferenceSchedule, TrainSchedule
+from stagdist.training.engine.train_schedule import InferenceSchedule, TrainSchedule
 
 SHAPES = list(product((1, 2, 3, 4), (1, 2, 3, 5, 8)))
 FORWARD_S, BACKWARD_S = 1.0, 2.0

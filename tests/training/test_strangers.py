@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from stagdist.checkpoint.pickles import load_file
+from stagdist.checkpoint.training.pickles import load_file
 from stagdist.errors import CheckpointError
-from stagdist.training.resuming import RestrictedReader
+from stagdist.training.saving.resume import RestrictedReader
 from tests.checkpoint.synthetic import training_checkpoint
 
 

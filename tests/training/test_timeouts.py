@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from stagdist.config import RunConfig
+from stagdist.config.run_config import RunConfig
 from stagdist.parallel.groups import WATCHDOG_GRACE_S, set_default_timeout
 from stagdist.parallel.rendezvous import join_world
-from stagdist.training.engine import build_engine
+from stagdist.training.engine.section_engine import build_engine
 from tests.ranks import free_port, run_ranks
 from tests.training.parity_cases import Case
 from tests.training.parity_worker import micro_batches

@@ -5,7 +5,7 @@ import os
 from stagdist.parallel.device import choose_device
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import Groups, build_groups
-from stagdist.training.distributed import start_distributed
+from stagdist.training.engine.distributed import start_distributed
 
 
 class World:

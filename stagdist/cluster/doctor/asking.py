@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from stagdist.cluster.doctor.facts import Clock, HostFacts
 from stagdist.cluster.doctor.host_probe import MARK
-from stagdist.cluster.remote import SSH_FAILED, on_all, remote_command, run_here, run_on, ssh_words
+from stagdist.cluster.hosts.remote import SSH_FAILED, on_all, remote_command, run_here, run_on, ssh_words
 from stagdist.errors import TransportError
 
 ROOT = Path(__file__).resolve().parents[3]

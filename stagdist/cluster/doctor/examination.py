@@ -26,8 +26,8 @@ from stagdist.cluster.doctor.variables import (
     stale_master,
     write_variables,
 )
-from stagdist.cluster.hostfile import Host, Hostfile, read_hostfile
-from stagdist.config_loading import load_config
+from stagdist.cluster.hosts.hostfile import Host, Hostfile, read_hostfile
+from stagdist.config.loading import load_config
 from stagdist.errors import ConfigError, TransportError
 from stagdist.parallel.grid import Grid, grid_for
 

@@ -19,9 +19,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from stagdist.cluster.doctor.facts import Boundary, Links, Reduction
-from stagdist.cluster.environment import World, join_launcher
 from stagdist.errors import ConfigError
 from stagdist.parallel.grid import Grid
+from stagdist.parallel.world import World, join_launcher
 
 if TYPE_CHECKING:
     import torch

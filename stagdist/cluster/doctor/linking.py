@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stagdist.cluster import launchers
 from stagdist.cluster.doctor import link_probe
 from stagdist.cluster.doctor.asking import ROOT
 from stagdist.cluster.doctor.facts import Links
-from stagdist.cluster.exports import write_private
-from stagdist.cluster.hostfile import Host, hostfile_text
-from stagdist.cluster.remote import Finished, on_all, run_here, run_on
+from stagdist.cluster.hosts import start as launchers
+from stagdist.cluster.hosts.hostfile import Host, hostfile_text
+from stagdist.cluster.hosts.remote import Finished, on_all, run_here, run_on
+from stagdist.cluster.hosts.shell_variables import write_private
 from stagdist.errors import TransportError
 from stagdist.parallel.grid import Grid
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stagdist.cluster.doctor.facts import NOTE, PROBLEM, Finding, HostFacts
-from stagdist.cluster.exports import (
+from stagdist.cluster.hosts.shell_variables import (
     DEEPSPEED_ENV,
     EXPORTED_UNASKED,
     PREFIXES,

@@ -7,10 +7,10 @@ from unittest import mock
 import pytest
 import torch
 
-from stagdist.decode import graphs
 from stagdist.decode.engine import Engine
-from stagdist.decode.loading import EngineOptions
 from stagdist.decode.request import Request, SamplingParams
+from stagdist.decode.runtime import graphs
+from stagdist.decode.runtime.build import EngineOptions
 from tests.decode.decoding import Case, prompt
 from tests.gpu.checks.environment import ROOT
 from tests.gpu.checks.setting import NEEDS_GPU, Numbers, Setting

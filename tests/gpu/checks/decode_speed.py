@@ -4,7 +4,7 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from stagdist.bench.decode_bytes import step_bytes
+from benchmarks._bench.decode_bytes import step_bytes
 from stagdist.parallel.device import choose_attention
 from tests.gpu.checks.models import (
     COLD_TOKENS,

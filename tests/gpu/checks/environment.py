@@ -16,7 +16,7 @@ from tests.gpu.checks.timing import bandwidths
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "deepspeed", "megatron-core", "pydantic")
-MODULES = ("stagdist.training.pretrain", "stagdist.decode.engine", "stagdist.decode.loading")
+MODULES = ("stagdist.training.pretrain", "stagdist.decode.engine", "stagdist.decode.runtime.build")
 
 
 def environment(setting: Setting) -> Numbers:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from stagdist.config import ModelConfig
-from stagdist.config_loading import load_config
+from stagdist.config.loading import load_config
+from stagdist.config.parts import ModelConfig
 from stagdist.decode.engine import Engine
-from stagdist.decode.loading import EngineOptions, build_stage, place_model
+from stagdist.decode.layers.weights import random_reader
 from stagdist.decode.request import Request, RequestOutput, SamplingParams
-from stagdist.decode.weights import random_reader
+from stagdist.decode.runtime.build import EngineOptions, build_stage, place_model
 from stagdist.parallel.device import on_cuda
 from stagdist.telemetry.clocks import EventClock
 from stagdist.telemetry.spans import SpanRecorder

@@ -15,15 +15,15 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from stagdist.bench.memory_worker import random_batches
-from stagdist.config import RunConfig
-from stagdist.config_loading import load_config
-from stagdist.parallel.flops import flops_per_token
+from benchmarks._bench.memory_worker import random_batches
+from stagdist.config.loading import load_config
+from stagdist.config.run_config import RunConfig
 from stagdist.parallel.grid import grid_for
-from stagdist.parallel.plan import plan
+from stagdist.planning.flops import flops_per_token
+from stagdist.planning.plan import plan
 from stagdist.telemetry.hardware import peak_flops
-from stagdist.training.distributed import start_distributed
-from stagdist.training.engine import build_engine
+from stagdist.training.engine.distributed import start_distributed
+from stagdist.training.engine.section_engine import build_engine
 from tests.gpu.checks.environment import ROOT
 from tests.gpu.checks.setting import NEEDS_GPU, Numbers, Setting
 from tests.gpu.checks.timing import wait

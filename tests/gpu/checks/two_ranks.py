@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stagdist.config import ModelConfig
+from stagdist.config.parts import ModelConfig
 from stagdist.decode.engine import Engine
-from stagdist.decode.loading import EngineOptions, build_stage, joined_world, place_model
 from stagdist.decode.operations import operate
 from stagdist.decode.request import Request, SamplingParams
+from stagdist.decode.runtime.build import EngineOptions, build_stage, joined_world, place_model
 from stagdist.decode.topology import HeadLayout
 from stagdist.parallel.device import choose_device
 from stagdist.telemetry.spans import Span

@@ -7,7 +7,7 @@ import os
 import runpy
 from pathlib import Path
 
-from stagdist.training.engine import SectionEngine
+from stagdist.training.engine.section_engine import SectionEngine
 
 POISON = Path(os.environ["STAGDIST_TEST_POISON"])
 _healthy = SectionEngine._is_finite

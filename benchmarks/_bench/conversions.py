@@ -1,0 +1,188 @@
+"""Memory of conversions: the peak of anonymous (not file-backed) memory of every verb on checkpoints of about 2 GB.
+
+Checkpoints of random weights are made in a temporary folder, `tools/convert_checkpoint.py` runs on them as people call
+it, and `RssAnon` of its process is read from /proc every 20 ms. What is memory-mapped from files is not counted: the
+system takes it back when it needs the room.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks._bench.conditions import ROOT, conditions
+from benchmarks._bench.results import check_outputs, write_results
+from stagdist.errors import ConfigError, TrainingError
+
+LIMIT_BYTES = 10**9
+"""More than this fails the benchmark."""
+SAMPLE_S = 0.02
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
+SHAPE: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 256,
+    "section_layers": [4, 4],
+}
+TINY: dict[str, Any] = {
+    "vocab_size": 258,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "separate": {},
+    "shared": {"share_section_weights": True},
+    "sequential": {"connection": "sequential"},
+}
+LINE = "{:<24} {:>8} {:>8} {:>8}"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One call of the tool.
+
+    Attributes:
+        name: said in the table.
+        arguments: of the tool; paths are relative to the folder of the benchmark.
+        source: folder whose bytes are the size of what is converted.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What one call needed: peak of anonymous memory, size of its source in bytes, seconds."""
+
+    name: str
+    arguments: tuple[str, ...]
+    peak_anonymous_bytes: int
+    source_bytes: int
+    seconds: float
+
+
+CONVERSIONS: dict[str, tuple[Conversion, ...]] = {
+    "separate": (
+        Conversion("import to 2x1x1", ("import", "model", "runs/a", "--pipe", "2"), "runs/a"),
+        Conversion("export of 2x1x1", ("export", "runs/a", "exported"), "runs/a"),
+        Conversion("reshard to 2x1x2", ("reshard", "runs/a", "runs/b", "--pipe", "2", "--tensor", "2"), "runs/a"),
+        Conversion("reshard to 1x1x1", ("reshard", "runs/a", "runs/c"), "runs/a"),
+        Conversion("export of 2x1x2", ("export", "runs/b", "exported-b"), "runs/b"),
+        Conversion("verify", ("verify", "runs/a", "runs/b"), "runs/a"),
+        Conversion("inspect", ("inspect", "runs/b"), "runs/b"),
+        Conversion("merge", ("merge", "runs/a", "runs/b", "merged"), "runs/a"),
+    ),
+    "shared": (
+        Conversion("import, shared weights", ("import", "model", "runs/a", "--pipe", "2"), "runs/a"),
+        Conversion("split", ("split", "runs/a", "separate"), "runs/a"),
+    ),
+    "sequential": (
+        Conversion("import, sequential", ("import", "model", "runs/a", "--pipe", "2"), "runs/a"),
+        Conversion("upcycle", ("upcycle", "runs/a", "stagformer", "--section-layers", "4", "4"), "runs/a"),
+    ),
+}
+"""By the variant whose model directory they begin from; `import` makes the training checkpoint of the others."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the benchmark."""
+    parser.add_argument("--json", metavar="FILE", help="write all results here")
+    parser.add_argument("--folder", metavar="DIR", help="where checkpoints go, 12 GB (default: a temporary folder)")
+    parser.add_argument("--tiny", action="store_true", help="a model of no size, to try the benchmark itself")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print and write; exit code 1 where a conversion needed more than the limit.
+
+    Raises:
+        TrainingError: a conversion failed.
+        ConfigError: this system does not tell anonymous memory, or a place for files will not do.
+    """
+    if not Path("/proc/self/status").is_file():
+        raise ConfigError("anonymous memory is read from /proc, which this system does not have; use Linux")
+    check_outputs(arguments)
+    shape = SHAPE | TINY if arguments.tiny else SHAPE
+    print(LINE.format("conversion", "source", "peak", "seconds"), flush=True)
+    peaks = []
+    for variant in VARIANTS:
+        with tempfile.TemporaryDirectory(prefix="stagdist-bench-conversions-", dir=arguments.folder) as folder:
+            for peak in measure(Path(folder), variant, shape):
+                peaks.append(peak)
+                size, most = f"{peak.source_bytes / 1e9:.2f} GB", f"{peak.peak_anonymous_bytes / 1e6:.0f} MB"
+                print(LINE.format(peak.name, size, most, f"{peak.seconds:.0f}"), flush=True)
+    if arguments.json:
+        body = conditions(None, 0) | {"benchmark": "conversions", "precision": "bf16", "model": shape}
+        body |= {"limit_bytes": LIMIT_BYTES, "sample_s": SAMPLE_S, "conversions": [asdict(peak) for peak in peaks]}
+        write_results(arguments.json, body)
+    return 0 if all(peak.peak_anonymous_bytes < LIMIT_BYTES for peak in peaks) else 1
+
+
+def measure(folder: Path, variant: str, shape: dict[str, Any]) -> Iterator[Peak]:
+    """Run the conversions of a variant one after the other in an empty folder."""
+    _random_model(folder / "model", shape | VARIANTS[variant])
+    for conversion in CONVERSIONS[variant]:
+        started = time.perf_counter()
+        peak = peak_anonymous_bytes([sys.executable, str(TOOL), *conversion.arguments, "--quiet"], folder)
+        seconds = time.perf_counter() - started
+        size = sum(path.stat().st_size for path in (folder / conversion.source).rglob("*") if path.is_file())
+        yield Peak(conversion.name, conversion.arguments, peak, size, seconds)
+
+
+def peak_anonymous_bytes(command: Sequence[str], folder: Path) -> int:
+    """Run a command to its end; the largest `RssAnon` that was seen of its process.
+
+    Raises:
+        TrainingError: it failed; with the end of its output.
+    """
+    with tempfile.TemporaryFile("w+", dir=folder) as output:
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+        peak = 0
+        try:
+            while process.poll() is None:
+                peak = max(peak, anonymous_bytes(process.pid))
+                time.sleep(SAMPLE_S)
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            output.seek(0)
+            raise TrainingError(f"{' '.join(command)} ended with {process.returncode}: {output.read()[-2000:]}")
+    return peak
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Anonymous memory of a process at this moment; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+
+
+def _random_model(folder: Path, model: dict[str, Any]) -> None:
+    """A bf16 model directory with the bytes tokenizer."""
+    import torch
+
+    from stagdist.checkpoint.published.writer import ModelDirectoryWriter
+    from stagdist.config.parts import ModelConfig
+    from stagdist.data.tokenizer import load_tokenizer
+    from stagdist.parallel.layout import model_parameters
+
+    config, tokenizer = ModelConfig.model_validate(model), load_tokenizer("bytes")
+    generator = torch.Generator().manual_seed(0)
+    with ModelDirectoryWriter(folder, config, torch.bfloat16, tokenizer.end_of_document) as writer:
+        for spec in model_parameters(config):
+            writer.add(spec.name, (torch.randn(spec.shape, generator=generator) * 0.02).to(torch.bfloat16))
+        tokenizer.save(writer.folder)

@@ -1,0 +1,136 @@
+"""One process of the decode benchmark: its place, its communicators, and what it tells the other processes."""
+
+import ctypes
+import gc
+import itertools
+import socket
+import statistics
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks._bench.conditions import usable_cores
+from benchmarks._bench.quiet import OtherPrograms
+from stagdist.decode.runtime.transport import Transport
+from stagdist.parallel.device import on_cuda
+from stagdist.parallel.grid import Grid
+from stagdist.telemetry.clocks import Clock, EventClock, HostClock
+from stagdist.telemetry.hardware import memory_bytes
+
+BANDWIDTH_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
+"""Read to measure memory bandwidth: far more than any cache holds, and long enough to hide the start of a kernel."""
+
+
+class DecodeSite:
+    """This process among those of the benchmark.
+
+    Args:
+        transport: of the pipeline over all ranks; None in a world of one.
+        device: `cpu` or a CUDA device.
+        threads: threads of torch in this process.
+        timeout_s: limit of every wait between ranks.
+    """
+
+    def __init__(self, transport: Transport | None, device: str, threads: int, timeout_s: float):
+        self.device, self.threads, self._timeout_s = device, threads, timeout_s
+        self.rank, self.size = (0, 1) if transport is None else (transport.rank, transport.grid.world_size)
+        self._transports = {} if transport is None else {(1, 0.0, transport.combined): transport}
+        self._host = None
+        if transport is not None:
+            self._host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._others = OtherPrograms(lambda seconds: sum(self.gather(seconds)))
+
+    def transport(self, tensor: int = 1, delay_s: float = 0.0, *, combined: bool = False) -> Transport | None:
+        """Communicators of the grid with this tensor axis; made once, by all ranks together.
+
+        Args:
+            delay_s: artificial delay of hand-offs.
+            combined: section outputs are summed over the stages.
+        """
+        if self.size == 1:
+            return None
+        key = (tensor, delay_s, combined)
+        if key not in self._transports:
+            grid = Grid(self.size // tensor, 1, tensor)
+            made = Transport(grid, self.device, self._timeout_s, combined=combined, hand_off_delay_s=delay_s)
+            self._transports[key] = made
+        return self._transports[key]
+
+    def close(self) -> None:
+        """Close the communicators that this site made, after all ranks are here."""
+        self.barrier()
+        for transport in list(self._transports.values())[1:]:
+            transport.close()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on every rank."""
+        if self._host is None:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value, group=self._host)
+        return gathered
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        return self.gather(value)[0]
+
+    def processes_per_core(self) -> float:
+        """Of the host that is fullest; above 1 processes take turns on its cores. The same on all ranks."""
+        places = self.gather((socket.gethostname(), usable_cores()))
+        return max(places.count(place) / place[1] for place in places)
+
+    def gpus(self) -> int:
+        """GPUs that the processes use, the same on all ranks; 0 on the CPU."""
+        return len({place for place in self.gather((socket.gethostname(), self.device)) if on_cuda(place[1])})
+
+    def others(self) -> float:
+        """Share of rank 0's machine that other programs took since the last call, the same on all ranks."""
+        return float(self.from_first(self._others.share()))
+
+    def barrier(self) -> None:
+        """All ranks are here; those that wait sleep."""
+        if self._host is not None:
+            dist.barrier(group=self._host)
+
+    def held_bytes(self) -> int:
+        """Memory of this process, after what was freed has gone back to the system."""
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed memory for itself
+        if trim is not None:
+            trim(0)
+        return torch.cuda.memory_allocated(self.device) if on_cuda(self.device) else memory_bytes().bytes
+
+    def clock(self) -> Clock:
+        """A clock for work of this process's device. Call it between runs, it waits for the device."""
+        return EventClock() if on_cuda(self.device) else HostClock()
+
+    def read_bandwidths(self) -> tuple[list[float], list[float]]:
+        """Bytes per second that each rank reads from memory: while all read, and one after the other."""
+        size = BANDWIDTH_BYTES["cpu"]
+        if on_cuda(self.device):
+            free, _ = torch.cuda.mem_get_info(self.device)
+            size = min(BANDWIDTH_BYTES["cuda"], free // 2)
+        buffer = torch.ones(size // 4, device=self.device)
+        read_bandwidth(buffer, repeats=1)  # the first pass loads the kernel
+        self.barrier()
+        together = self.gather(read_bandwidth(buffer))
+        alone: list[float] = []
+        for rank in range(self.size):
+            alone.append(self.gather(read_bandwidth(buffer) if rank == self.rank else 0.0)[rank])
+        return together, alone
+
+
+def read_bandwidth(buffer: torch.Tensor, repeats: int = 15) -> float:
+    """Bytes per second that this process reads from a buffer's memory.
+
+    The median of several passes: where processes share cores, the best one had a core for itself.
+    """
+    clock = EventClock() if on_cuda(buffer.device) else HostClock()
+    marks = [clock.mark()]
+    for _ in range(repeats):
+        buffer.sum()
+        marks.append(clock.mark())
+    times_ns = [clock.nanoseconds(mark) for mark in marks]
+    return 1e9 * buffer.nbytes / statistics.median(end - begin for begin, end in itertools.pairwise(times_ns))

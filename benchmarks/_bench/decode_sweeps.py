@@ -1,0 +1,189 @@
+"""One thing changed at a time around the best split: context, batch, window, lag, sections, hand-off delay."""
+
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from benchmarks._bench.decode_contestants import EngineContestant, Load, alternate
+from benchmarks._bench.decode_instrument import instrument
+from benchmarks._bench.decode_measure import Measurement, Row
+from benchmarks._bench.decode_shapes import Split, balanced_split, baseline, even_split, split_name
+from stagdist.config.parts import ModelConfig
+from stagdist.errors import ConfigError
+
+SLACK_RUNS = 3
+AXES = ("contexts", "batches", "windows", "stagger", "sections", "delays_ms")
+DEFAULT_AXES: Mapping[str, tuple[float | None, ...]] = {
+    "contexts": (64, 256, 1024),
+    "batches": (1, 4),
+    "windows": (None, 128),
+    "stagger": (0, 1, 2),
+    "delays_ms": (0, 2, 5, 10, 20),
+}
+
+
+def parse_axis(text: str) -> tuple[str, tuple[float | None, ...]]:
+    """`contexts=64,256` as its name and values; `none` is None.
+
+    Raises:
+        ConfigError: an unknown axis, or values that are no numbers.
+    """
+    name, _, values = text.partition("=")
+    if name not in AXES:
+        raise ConfigError(f"--sweep {text!r}: {name!r} is no axis; give one of {', '.join(AXES)}")
+    try:
+        return name, tuple(_value(name, each) for each in values.split(","))
+    except ValueError:
+        kind = "numbers" if name == "delays_ms" else "whole numbers"
+        raise ConfigError(f"--sweep {text!r}: give {kind} separated by commas, such as {name}=1,2") from None
+
+
+def _value(axis: str, text: str) -> float | None:
+    if axis == "windows" and text == "none":
+        return None
+    value = float(text) if axis == "delays_ms" else int(text)
+    if value < (0 if axis in ("delays_ms", "stagger") else 1):
+        raise ValueError(f"{value} is too small")
+    return value
+
+
+def predicted_step_s(step_s: float, slacks_s: Sequence[float], delay_s: float, lag: int) -> float:
+    """Mean step where every hand-off is delayed: flat until the slack is used up.
+
+    What is sent in step i delays step i + lag; over k edges down to the last stage, whose token begins step
+    i + k lag + 1. So k lag + 1 steps share what is late on k edges, and the slowest such way sets the pace.
+
+    Args:
+        step_s: without delay.
+        slacks_s: of the hand-off of each edge, first to last stage, without delay. A negative one counts as none: the
+            prediction is then too slow where it is the stage before that sets the pace, not the wait.
+    """
+    late_s = list(itertools.accumulate(delay_s - max(0.0, slack_s) for slack_s in reversed(slacks_s)))
+    return step_s + max(0.0, *(late / (edges * lag + 1) for edges, late in enumerate(late_s, start=1)))
+
+
+class Sweeps:
+    """Sweeps around the best split of a measurement; all ranks run them together."""
+
+    def __init__(self, measurement: Measurement, rounds: int):
+        self._measurement, self._rounds = measurement, rounds
+        self._split, self._head = measurement.best
+        self._settings, self._load = measurement.settings, measurement.settings.load
+
+    def run(self, axes: Mapping[str, Sequence[Any]], tell: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
+        """Rows of each axis, with bounds."""
+        results: dict[str, list[dict[str, Any]]] = {}
+        for axis, values in axes.items():
+            tell(f"sweep over {axis}")
+            results[axis] = self._delays(values) if axis == "delays_ms" else self._axis(axis, values)
+        return results
+
+    def _axis(self, axis: str, values: Sequence[Any]) -> list[dict[str, Any]]:
+        """Every value of an axis, staggered and (where it has a meaning there) sequential, alternating."""
+        engines: dict[tuple[Any, str], tuple[EngineContestant, Load]] = {}
+        for value in values:
+            load, model = self._changed(axis, value)
+            engines[value, "staggered"] = (self._measurement.engine(model, load, self._head), load)
+            if axis in ("contexts", "batches", "sections"):
+                plain = baseline(self._settings.model, len(model.section_layers))
+                engines[value, "sequential"] = (self._measurement.engine(plain, load), load)
+        readings = self._alternate(engines)
+        rows = []
+        for (value, kind), (engine, load) in engines.items():
+            row = self._measurement.row(kind, engine, readings[value, kind], load)
+            rows.append((value, row, load.batch))
+        return [] if self._measurement.site.rank else [{axis: value} | _short(row, batch) for value, row, batch in rows]
+
+    def _changed(self, axis: str, value: Any) -> tuple[Load, ModelConfig]:
+        """Load and model with one thing changed."""
+        keys = {"windows": "cross_attention_window", "stagger": "stagger"}
+        split = self._split
+        if axis == "sections":
+            split = balanced_split(self._settings.model, value)
+        model = self._settings.staggered(split, **({keys[axis]: value} if axis in keys else {}))
+        loads = {"contexts": "context", "batches": "batch"}
+        load = replace(self._load, **({loads[axis]: value} if axis in loads else {}))
+        return load, model
+
+    def _delays(self, delays_ms: Sequence[float]) -> list[dict[str, Any]]:
+        """Step time over the delay of hand-offs, beside what the slack predicts.
+
+        With lag 1 and 2; of the best split, and of the even one, whose last stage leaves hand-offs more slack.
+        The slack is of recorded runs before the timed ones: `slack_run_ms` tells how long their steps were. Where that
+        or the undelayed `ms_per_token` is off, so is the prediction; with lag L the slack holds L whole steps.
+        """
+        splits = dict.fromkeys((self._split, even_split(sum(self._split), len(self._split))))
+        rows = []
+        for split in [next(iter(splits))] if self._settings.model.share_section_weights else splits:
+            for lag in (1, 2):
+                rows += self._delays_of(split, lag, tuple(dict.fromkeys((0.0, *delays_ms))))
+        return rows
+
+    def _delays_of(self, split: Split, lag: int, delays_ms: Sequence[float]) -> list[dict[str, Any]]:
+        site, load = self._measurement.site, self._load
+        model = self._settings.staggered(split, stagger=lag)
+        engines = {
+            delay_ms: (self._measurement.engine(model, load, self._head, delay_s=delay_ms / 1e3), load)
+            for delay_ms in delays_ms
+        }
+        recorded = instrument(site, engines[0.0][0], load, SLACK_RUNS)
+        slacks_s = recorded.slacks_s()
+        readings = self._alternate(engines)
+        if site.rank:
+            return []
+        # Means: where hand-offs are late, steps that wait and steps that do not take turns.
+        step_s = {
+            delay_ms: statistics.median(statistics.fmean(served.step_s) for served in of_rounds)
+            for delay_ms, of_rounds in readings.items()
+        }
+        return [
+            {
+                "delays_ms": delay_ms,
+                "stagger": lag,
+                "split": split_name(split),
+                "ms_per_token": 1e3 * step_s[delay_ms],
+                "predicted_ms": 1e3 * predicted_step_s(step_s[0.0], slacks_s, delay_ms / 1e3, lag),
+                "slack_ms": 1e3 * min(slacks_s),
+                "slack_run_ms": 1e3 * recorded.stretches[0].step_s,
+            }
+            for delay_ms in delays_ms
+        ]
+
+    def _alternate(self, engines: Mapping[Any, tuple[EngineContestant, Load]]) -> dict[Any, list[Any]]:
+        runs = {key: partial(engine, load) for key, (engine, load) in engines.items()}
+        alternate(runs, 1, lambda text: None)
+        return alternate(runs, self._rounds, lambda text: None)
+
+
+def check_axes(axes: Mapping[str, Sequence[Any]], processes: int, num_layers: int) -> None:
+    """Refuse values that cannot run, before any group is built.
+
+    Raises:
+        ConfigError: which one, and why.
+    """
+    if "delays_ms" in axes and processes == 1:
+        raise ConfigError("--sweep delays_ms needs hand-offs between processes; start at least two")
+    for sections in axes.get("sections", ()):
+        if sections % processes or sections > num_layers:
+            raise ConfigError(
+                f"--sweep sections={sections}: {num_layers} layers on {processes} processes need a number of sections "
+                f"that {processes} divides, at most {num_layers}"
+            )
+    for lag in axes.get("stagger", ()):
+        if lag > 2:
+            raise ConfigError(f"--sweep stagger={lag}: models have a stagger of 0, 1 or 2")
+
+
+def _short(row: Row, batch: int) -> dict[str, Any]:
+    """What a sweep tells of a contestant."""
+    kept = ("name", "split", "ms_per_token", "ms_per_token_p90", "tokens_per_s", "bound_ms", "efficiency")
+    result = row.result(batch)
+    return {key: result[key] for key in kept}
+
+
+def describe(axes: Mapping[str, Sequence[Any]], split: Sequence[int]) -> str:
+    """What a sweep varies, for the output."""
+    return f"around {split_name(split)}: " + "; ".join(f"{axis} {list(values)}" for axis, values in axes.items())

@@ -1,0 +1,190 @@
+"""What a directory holds, whether or not it is whole: for people and, as JSON, for programs."""
+
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stagdist.checkpoint.convert.find import Found, ModelSource, WeightSource, find, open_training
+from stagdist.checkpoint.published.model_json import read_body
+from stagdist.checkpoint.published.record import CHECKSUMS
+from stagdist.checkpoint.published.writer import CODE_FILES, weight_map
+from stagdist.checkpoint.text_tokens import GENERATION
+from stagdist.checkpoint.training.content import Track, untracked
+from stagdist.checkpoint.training.directory import COMPLETE, CONFIG, STATE, damage, read_complete
+from stagdist.checkpoint.training.reader import TrainingReader
+from stagdist.checkpoint.training.stage_files import tensor_files
+from stagdist.errors import StagdistError
+from stagdist.parallel.layout import model_parameters
+
+_MODEL_FILES = ("config.json", GENERATION, "tokenizer.json", "tokenizer_config.json", CHECKSUMS)
+_OUR_KEYS = ("connection", "section_layers")
+"""Keys that a Llama's `config.json` has only where we wrote it."""
+_KINDS = {"training": "training checkpoint", "model": "model directory"}
+_KNOWN_ENDINGS = (".safetensors", ".py", ".json", ".jinja", ".md", ".model", ".txt")
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """Numbers of one tensor; mean, standard deviation and extremes over all its values."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    mean: float
+    std: float
+    min: float
+    max: float
+    finite: bool
+
+
+@dataclass
+class Inspection:
+    """What was found.
+
+    Attributes:
+        kind: `training checkpoint` or `model directory`.
+        problems: everything missing, odd or wrong; empty for a whole directory.
+        bytes: of all files.
+    """
+
+    kind: str
+    directory: str
+    step: int | None = None
+    grid: dict[str, int] | None = None
+    dtype: str | None = None
+    parameters: int = 0
+    bytes: int = 0
+    model: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    tensors: list[TensorFacts] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """For `json.dumps`."""
+        return asdict(self)
+
+
+def inspect(path: str | Path, *, trust_pickle: bool = False, track: Track[Any] = untracked) -> Inspection:
+    """Look at everything; what is wrong is listed, not raised.
+
+    Raises:
+        CheckpointError: there is nothing of ours to look at.
+    """
+    found = find(path)
+    report = Inspection(_KINDS[found.kind], str(found.directory))
+    files = {file.relative_to(found.directory): file for file in sorted(found.directory.rglob("*")) if file.is_file()}
+    # Hidden ones are of those who carry a directory about: a hub, a version control, a file manager.
+    hidden = [name for name in files if any(part.startswith(".") for part in name.parts)]
+    report.files = {name.as_posix(): file.stat().st_size for name, file in files.items() if name not in hidden}
+    report.bytes = sum(report.files.values())
+    source = (
+        _open_checkpoint(found, report, trust_pickle) if found.kind == "training" else _open_directory(found, report)
+    )
+    if source is not None:
+        _describe(source, report, track)
+    return report
+
+
+def _open_checkpoint(found: Found, report: Inspection, trust_pickle: bool) -> WeightSource | None:
+    """The checkpoint when it can be read at all."""
+    try:
+        reader = TrainingReader(found.directory, trust_pickle=trust_pickle)
+    except StagdistError as error:
+        report.problems.append(str(error))
+        return None
+    report.step, report.state = reader.state.step, asdict(reader.state)
+    report.grid = dict(zip(("pipe", "data", "tensor"), reader.state.grid, strict=True))
+    expected = {*tensor_files(reader.model, reader.state.grid, bf16=reader.bf16), CONFIG, STATE, COMPLETE}
+    report.problems += [f"{name} is missing" for name in sorted(expected - set(report.files))]
+    report.problems += [f"{name} does not belong here" for name in sorted(set(report.files) - expected)]
+    if (found.directory / COMPLETE).is_file():
+        try:
+            records = read_complete(found.directory)
+            reason = damage(found.directory, sorted(records), records)
+            report.problems += [reason] if reason is not None and reason not in report.problems else []
+            if not report.problems:
+                return open_training(found.directory, trust_pickle=trust_pickle)
+        except StagdistError as error:
+            report.problems.append(str(error))
+    return None if report.problems else reader
+
+
+def _open_directory(found: Found, report: Inspection) -> WeightSource | None:
+    report.problems += [f"{name} is missing" for name in _expected(found.directory) if name not in report.files]
+    try:
+        used = {file for _, file in weight_map(found.directory)}
+        for name in report.files:
+            odd = name.endswith(".safetensors") and name not in used
+            if odd or not name.endswith((*_KNOWN_ENDINGS, "LICENSE", "NOTICE")):
+                report.problems.append(f"{name} does not belong here")
+        source = ModelSource(found.directory)
+        report.problems += [problem for problem in source.changed_files() if problem not in report.problems]
+        source.check()
+    except StagdistError as error:
+        report.problems.append(str(error))
+        return None
+    return source
+
+
+def _expected(directory: Path) -> tuple[str, ...]:
+    """Files beside the weights: of a directory of ours all that are written, of another's only its configuration."""
+    body: dict[str, Any] = {}
+    with suppress(StagdistError):  # told when it is opened
+        body = read_body(directory)
+    staggered = body.get("model_type") == "stagformer"
+    if not staggered and not (directory / CHECKSUMS).is_file() and not any(key in body for key in _OUR_KEYS):
+        return _MODEL_FILES[:1]
+    return (*_MODEL_FILES, *CODE_FILES) if staggered else _MODEL_FILES
+
+
+def _describe(source: WeightSource, report: Inspection, track: Track[Any]) -> None:
+    report.model, report.dtype = source.model.model_dump(mode="json"), str(source.dtype).removeprefix("torch.")
+    specs = model_parameters(source.model)
+    report.parameters = sum(spec.numel for spec in specs)
+    for spec in track(specs, "reading"):
+        facts = tensor_facts(spec.name, source.weight(spec))
+        report.tensors.append(facts)
+        if not facts.finite:
+            report.problems.append(f"{spec.name} has values that are not finite")
+
+
+def tensor_facts(name: str, tensor: Tensor) -> TensorFacts:
+    """Numbers of one tensor."""
+    values = tensor.float()
+    std, mean = torch.std_mean(values, correction=0)
+    low, high = torch.aminmax(values)
+    return TensorFacts(
+        name=name,
+        shape=list(tensor.shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        mean=float(mean),
+        std=float(std),
+        min=float(low),
+        max=float(high),
+        finite=bool(torch.isfinite(values).all()),
+    )
+
+
+def as_table(report: Inspection) -> str:
+    """For a terminal."""
+    lines = [f"{report.kind} {report.directory}, {report.bytes / 1e6:.1f} MB in {len(report.files)} files"]
+    if report.step is not None and report.grid is not None:
+        sizes = " x ".join(f"{axis} {size}" for axis, size in report.grid.items())
+        lines.append(f"step {report.step}, {report.state['consumed_samples']} samples seen, grid {sizes}")
+    if report.model:
+        keys = ("connection", "section_layers", "hidden_size", "vocab_size", "share_section_weights")
+        lines.append(", ".join(f"{key} {report.model[key]}" for key in keys))
+        lines.append(f"{report.parameters:,} parameters, {report.dtype}")
+        width = max(len(facts.name) for facts in report.tensors)
+        lines.append(f"\n{'tensor':{width}}  {'shape':>16} {'mean':>10} {'std':>10} {'min':>10} {'max':>10}")
+        for one in report.tensors:
+            shape = "x".join(map(str, one.shape))
+            numbers = " ".join(f"{value:10.3g}" for value in (one.mean, one.std, one.min, one.max))
+            lines.append(f"{one.name:{width}}  {shape:>16} {numbers}")
+    lines += ["", *([f"PROBLEM: {problem}" for problem in report.problems] or ["no problem found"])]
+    return "\n".join(lines)

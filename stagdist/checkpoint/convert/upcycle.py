@@ -1,0 +1,108 @@
+"""A Llama cut into the sections of a StagFormer, to be trained on.
+
+Sections >= 2 of a StagFormer begin from the embeddings instead of the stream of the layers before them, and read those
+through cross-attention that a Llama does not have. What it is given:
+
+- embedding, head, norms, self-attention and SwiGLU: the Llama's, layer by layer;
+- cross-attention and its norm: a copy of the same layer's self-attention and its norm, since the memory is the very
+  stream that this self-attention has learned to read; its output projection is scaled by `output_scale`;
+- the memory's norm: that of the section's first self-attention, whose input the memory was;
+- the null vector: zero.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stagdist.checkpoint.convert.find import WeightSource, open_weights
+from stagdist.checkpoint.convert.model_conversions import write_model
+from stagdist.checkpoint.convert.staging import Options, Proof, require_free
+from stagdist.config.loading import validate_model
+from stagdist.config.parts import ModelConfig
+from stagdist.errors import CheckpointError, ConfigError
+from stagdist.parallel.layout import ParameterSpec, model_parameters
+
+OUTPUT_SCALE = 0.0
+"""Scale of the cross-attention's output projection unless another is given; measured in docs/checkpoints.md."""
+
+_LAYER = re.compile(r"sections\.(\d+)\.layers\.(\d+)\.(.+)")
+
+
+def upcycle(
+    source: str | Path,
+    destination: str | Path,
+    section_layers: Sequence[int],
+    options: Options,
+    *,
+    output_scale: float,
+) -> Proof:
+    """Llama directory (or a sequential run) to a StagFormer's model directory.
+
+    Args:
+        section_layers: layers of each section; they add up to the Llama's.
+        output_scale: of the cross-attention's output projection; 0 begins without any cross-attention.
+
+    Raises:
+        CheckpointError: the source is a StagFormer already, or the layers do not add up; else as `export`.
+        ConfigError: the scale is no finite number.
+    """
+    if not math.isfinite(output_scale):
+        raise ConfigError(f"--output-scale is {output_scale}; give a finite number, 0 for silent cross-attention")
+    require_free(Path(destination), "model", options)
+    llama = open_weights(source, trust_pickle=options.trust_pickle)
+    model = upcycled_config(llama, section_layers)
+    initial = UpcycledWeights(llama, model, output_scale)
+    return write_model(llama, model, initial.weight, Path(destination), options, keeps_function=False)
+
+
+def upcycled_config(llama: WeightSource, section_layers: Sequence[int]) -> ModelConfig:
+    """The StagFormer that a Llama is cut into.
+
+    Raises:
+        CheckpointError: it is none, or the layers do not add up.
+    """
+    if llama.model.staggered:
+        raise CheckpointError(f"{llama.directory} is a StagFormer already; upcycle takes a Llama or a sequential run")
+    if len(section_layers) < 2 or min(section_layers) < 1 or sum(section_layers) != llama.model.num_layers:
+        raise CheckpointError(
+            f"{llama.directory} has {llama.model.num_layers} layers; --section-layers {list(section_layers)} must be "
+            "two numbers or more, each at least 1, that add up to them"
+        )
+    keys = llama.model.model_dump() | {"connection": "staggered", "section_layers": tuple(section_layers)}
+    model, problems = validate_model(keys)
+    if model is None or problems:
+        raise ConfigError(f"{llama.directory} cannot become a StagFormer: {'; '.join(problems)}")
+    return model
+
+
+class UpcycledWeights:
+    """Initial parameters of the StagFormer, each by its rule."""
+
+    def __init__(self, llama: WeightSource, model: ModelConfig, output_scale: float):
+        self._llama, self._model, self._scale = llama, model, output_scale
+        self._specs = {spec.name: spec for spec in model_parameters(llama.model)}
+        places = [
+            (section, layer) for section, count in enumerate(llama.model.section_layers) for layer in range(count)
+        ]
+        self._layers = [f"sections.{section}.layers.{layer}." for section, layer in places]
+
+    def weight(self, spec: ParameterSpec) -> Tensor:
+        """A whole parameter of the StagFormer."""
+        match = _LAYER.fullmatch(spec.name)
+        if match:
+            return self._of_layer(int(match[1]), int(match[2]), match[3])
+        if spec.name.endswith(".memory_norm.weight"):
+            return self._of_layer(int(spec.name.split(".")[1]), 0, "self_attention_norm.weight")
+        if spec.name.endswith(".null_memory"):
+            return torch.zeros(spec.shape, dtype=self._llama.dtype)
+        return self._llama.weight(self._specs[spec.name])
+
+    def _of_layer(self, section: int, layer: int, part: str) -> Tensor:
+        index = sum(self._model.section_layers[:section]) + layer
+        name = self._layers[index] + part.replace("cross_attention", "self_attention")
+        value = self._llama.weight(self._specs[name])
+        return value * self._scale if part == "cross_attention.o_proj.weight" else value

@@ -1,0 +1,219 @@
+"""`config.json` of a model directory, read: what it says about the model, in whichever spelling."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stagdist.checkpoint.text_tokens import GENERATION, TOKEN_KEYS, TextTokens, check_tokens
+from stagdist.config.loading import validate_model
+from stagdist.config.parts import ModelConfig, RopeScaling
+from stagdist.errors import CheckpointError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types of weights by their name in `config.json`."""
+
+_CONNECTIONS = {"stagformer": "staggered", "llama": "sequential"}
+_LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+"""What `LlamaConfig` of transformers takes for absent keys where ours takes something else or nothing."""
+_DEFAULT_THETA = 10000.0
+_SCALING_KEYS = tuple(key for key in RopeScaling.model_fields if key != "rope_type")
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_SCALING_KEYS}
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "hidden_act": ("silu", None),
+    "pretraining_tp": (1, None),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (1.0, 1, None),
+}
+"""Keys of a Llama's config that a StagFormer has only these values for."""
+
+Rope = tuple[Any, dict[str, Any] | None]
+"""Base of the wavelengths, and the keys of `RopeScaling` or None."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        body = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(body, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return body
+
+
+def read_body(directory: str | Path) -> dict[str, Any]:
+    """The content of `config.json`.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path} cannot be read: there is none; is {directory} a model directory?")
+    return read_json(path)
+
+
+def read_model_config(directory: str | Path) -> ModelConfig:
+    """The shape of the model in a directory; a Llama without our keys is one section.
+
+    Raises:
+        CheckpointError: `config.json` is missing, damaged, of another architecture or contradicts itself.
+    """
+    return model_of(read_body(directory), Path(directory) / "config.json")
+
+
+def model_of(body: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The shape of the model that the content of a `config.json` describes.
+
+    Args:
+        path: where it was read, for messages.
+
+    Raises:
+        CheckpointError: as `read_model_config`.
+    """
+    kind = body.get("model_type")
+    if not isinstance(kind, str) or kind not in _CONNECTIONS:
+        raise CheckpointError(f"{path} says model_type {kind!r}; stagformer and llama are read")
+    _refuse_contradictions(body, path)
+    keys = {key: body[key] for key in ModelConfig.model_fields if key in body}
+    keys["connection"] = _CONNECTIONS[kind]
+    keys["rope_theta"], keys["rope_scaling"] = rope_of(body, path)
+    if kind == "llama":
+        if "section_layers" not in keys and "num_hidden_layers" not in body:
+            raise CheckpointError(f"{path} has no num_hidden_layers; add the number of layers")
+        keys = _LLAMA_DEFAULTS | {"section_layers": [body.get("num_hidden_layers")]} | keys
+    model, problems = validate_model(keys)
+    if model is None or problems:
+        told = "; ".join(problems).replace("model.", "")
+        raise CheckpointError(f"{path} does not describe a model that can be built: {told}")
+    return model
+
+
+def _refuse_contradictions(body: Mapping[str, Any], path: Path) -> None:
+    """What is said twice must be the same: programs differ in which they read."""
+    connection, expected = body.get("connection"), _CONNECTIONS[body["model_type"]]
+    if connection not in (None, expected):
+        raise CheckpointError(
+            f"{path} says model_type {body['model_type']} and connection {connection!r}, which is {expected!r} there; "
+            "mend the wrong one"
+        )
+    layers, sections = body.get("num_hidden_layers"), body.get("section_layers")
+    if layers is not None and isinstance(sections, list) and all(isinstance(n, int) for n in sections):
+        if sum(sections) != layers:
+            raise CheckpointError(
+                f"{path} says num_hidden_layers {layers} and section_layers {sections}, which are {sum(sections)}; "
+                "mend the wrong one"
+            )
+
+
+def rope_of(body: Mapping[str, Any], path: Path) -> Rope:
+    """The rotary embedding, from `rope_parameters` or the older `rope_scaling` and `rope_theta`.
+
+    Raises:
+        CheckpointError: two spellings disagree, or it is of a type that a StagFormer lacks, by the key.
+    """
+    found = {
+        key: _one_rope(body, key, path)
+        for key in ("rope_parameters", "rope_scaling")
+        if body.get(key) not in (None, {})
+    }
+    ropes = list(found.values())
+    if len(ropes) == 2 and ropes[0] != ropes[1]:
+        raise CheckpointError(
+            f"{path} says {' and '.join(f'{key} {body[key]}' for key in found)}, which programs read differently; "
+            "remove the wrong one"
+        )
+    return ropes[0] if ropes else (body.get("rope_theta", _DEFAULT_THETA), None)
+
+
+def _one_rope(body: Mapping[str, Any], key: str, path: Path) -> Rope:
+    """What one of the two spellings says by itself."""
+    rope = body[key]
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{path}: {key} is {rope!r}; it must be an object such as {{'rope_type': 'default'}}")
+    kinds = [rope[name] for name in ("rope_type", "type") if name in rope]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        raise CheckpointError(f"{path}: {key} has rope_type {kinds[0]!r} and type {kinds[1]!r}; remove the wrong one")
+    scaled = [name for name in _SCALING_KEYS if name in rope]
+    if not kinds and scaled:
+        raise CheckpointError(f"{path}: {key} has {scaled[0]} but no rope_type; add it, default or llama3")
+    kind = kinds[0] if kinds else "default"
+    if kind not in ("default", "llama3"):
+        raise CheckpointError(f"{path}: {key} has rope_type {kind!r}; a StagFormer has default and llama3 only")
+    odd = [name for name in rope if name not in _ROPE_KEYS]
+    if odd or rope.get("partial_rotary_factor") not in (None, 1):
+        name = odd[0] if odd else "partial_rotary_factor"
+        raise CheckpointError(f"{path}: {key} has {name} {rope[name]!r}, which a StagFormer lacks")
+    return _theta(body, rope, key, path), _scaling(body, rope, key, path) if kind == "llama3" else None
+
+
+def _theta(body: Mapping[str, Any], rope: dict[str, Any], key: str, path: Path) -> Any:
+    inner, outer = rope.get("rope_theta"), body.get("rope_theta")
+    if None not in (inner, outer) and inner != outer:
+        raise CheckpointError(f"{path} says rope_theta {outer} and in {key} {inner}; remove the wrong one")
+    return inner if inner is not None else body.get("rope_theta", _DEFAULT_THETA)
+
+
+def _scaling(body: Mapping[str, Any], rope: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    absent = [name for name in _SCALING_KEYS if name not in rope]
+    if absent:
+        raise CheckpointError(f"{path}: {key} has rope_type 'llama3' but no {absent[0]}; add it")
+    name = "original_max_position_embeddings"
+    if body.get(name) not in (None, rope[name]):
+        raise CheckpointError(f"{path} says {name} {body[name]!r} and in {key} {rope[name]!r}; remove the wrong one")
+    return {name: rope[name] for name in _SCALING_KEYS}
+
+
+def refuse_unsupported(body: Mapping[str, Any], directory: Path) -> None:
+    """Refuse what a StagFormer lacks.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    for key, allowed in _PLAIN.items():
+        if body.get(key) not in allowed:
+            raise CheckpointError(
+                f"{directory}/config.json: {key} is {body[key]!r}; a StagFormer has {allowed[0]!r} only"
+            )
+    if body.get("quantization_config"):
+        raise CheckpointError(f"{directory}/config.json has a quantization_config; take the model as it was before it")
+
+
+def declared_dtype(body: Mapping[str, Any], path: Path) -> torch.dtype | None:
+    """The type of the weights that a `config.json` states; None where it says nothing.
+
+    Raises:
+        CheckpointError: it is no type that is read, or the two spellings disagree.
+    """
+    names = [body[key] for key in ("dtype", "torch_dtype") if body.get(key) is not None]
+    for name in names:
+        if not isinstance(name, str) or name not in DTYPES:
+            raise CheckpointError(f"{path} says dtype {name!r}; one of {list(DTYPES)} is read")
+    if len(set(names)) == 2:
+        raise CheckpointError(f"{path} says dtype {names[0]!r} and torch_dtype {names[1]!r}; remove the wrong one")
+    return DTYPES[names[0]] if names else None
+
+
+def read_text_tokens(directory: Path) -> TextTokens | None:
+    """The tokens that a model directory states; None where it does not say how a text ends.
+
+    Raises:
+        CheckpointError: a file is damaged, or holds something that is no token, by the key.
+    """
+    body = read_body(directory)
+    config = {key: body[key] for key in TOKEN_KEYS if key in body}
+    path = directory / GENERATION
+    generation = read_json(path) if path.is_file() else dict(config)
+    check_tokens(config, str(directory / "config.json"))
+    check_tokens(generation, str(path))
+    ends = config.get("eos_token_id") is not None or generation.get("eos_token_id") is not None
+    return TextTokens(config, generation) if ends else None

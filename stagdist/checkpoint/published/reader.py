@@ -1,0 +1,164 @@
+"""A model directory read slice by slice: what a rank does not need is never loaded."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from stagdist.checkpoint.published.model_json import declared_dtype, model_of, read_body, refuse_unsupported
+from stagdist.checkpoint.published.record import WrittenRecord, read_record
+from stagdist.checkpoint.published.writer import stored_name, weight_map
+from stagdist.config.parts import ModelConfig
+from stagdist.errors import CheckpointError
+from stagdist.parallel.layout import ParameterSpec, model_parameters
+
+_IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
+"""Tensors that old Llama directories carry and nobody reads."""
+
+_ROWS = 4096
+"""Rows of a matrix that are compared at a time."""
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Types of weights by their name in a safetensors file."""
+
+_MAX_HEADER_BYTES = 100_000_000
+"""Of a safetensors file; its library reads no larger one."""
+
+SINGLE_FILE = "model.safetensors"
+"""Name of the weights where one file holds them all."""
+
+ReadSlice = Callable[[ParameterSpec, int, int, int], Tensor]
+"""Entries `start` to `stop` of dimension `dim` of a parameter: (spec, dim, start, stop) -> tensor on the CPU."""
+
+
+class ModelReader:
+    """An open model directory; its files are memory-mapped.
+
+    Everything but the values of the tensors is checked; those `ModelSource.check` compares with their sums.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, unknown, or of another shape or type than `config.json` asks, by
+            name; the model is one that a StagFormer cannot be, or not the one that was written, by the key.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        body = read_body(directory)
+        self.model: ModelConfig = model_of(body, self.directory / "config.json")
+        refuse_unsupported(body, self.directory)
+        self.record: WrittenRecord = read_record(self.directory)
+        self._files: dict[str, Any] = {}
+        cut = _first_cut_tensor(self.directory / SINGLE_FILE)
+        if cut is not None:
+            raise CheckpointError(f"{self.directory / SINGLE_FILE} is cut off: it lacks the tensor {cut} and all after")
+        self._where = dict(weight_map(self.directory))
+        self._expected = {stored_name(spec.name, self.model): spec for spec in model_parameters(self.model)}
+        self._check_names_and_shapes()
+        self._refuse_unknown()
+        self.record.check_config(body, self.model)
+        self.dtype: torch.dtype = self._checked_dtype(declared_dtype(body, self.directory / "config.json"))
+        self.record.check_dtype(self.dtype)
+        self.record.check_names(list(self._expected))
+
+    def read(self, spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
+        """A slice of one parameter, in the dtype of the file."""
+        view = self._slice(stored_name(spec.name, self.model))
+        part: Tensor = view[(slice(None),) * dim + (slice(start, stop),)]
+        return part
+
+    def whole(self, spec: ParameterSpec) -> Tensor:
+        """All of one parameter, in the dtype of the file."""
+        return self.read(spec, 0, 0, spec.shape[0])
+
+    def _slice(self, name: str) -> Any:
+        return self._open(self._where[name], name).get_slice(name)
+
+    def _open(self, file: str, name: str) -> Any:
+        """The file that should hold the tensor `name`."""
+        path = self.directory / file
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(path, framework="pt")
+            except FileNotFoundError as error:
+                raise CheckpointError(f"{self.directory} lacks the tensor {name}: there is no {file}") from error
+            except Exception as error:  # the library raises bare exceptions for damaged files
+                if (cut := _first_cut_tensor(path)) is not None:
+                    raise CheckpointError(f"{path} is cut off: it lacks the tensor {cut} and all after") from error
+                raise CheckpointError(f"{path}, which should hold {name}, cannot be read: {error}") from error
+        return self._files[file]
+
+    def _check_names_and_shapes(self) -> None:
+        for name, spec in self._expected.items():
+            if name not in self._where:
+                raise CheckpointError(f"{self.directory} lacks the tensor {name}")
+            if name not in self._open(self._where[name], name).keys():  # noqa: SIM118 - not a dict
+                raise CheckpointError(f"{self.directory / self._where[name]} lacks the tensor {name} of the index")
+            shape = tuple(self._slice(name).get_shape())
+            if shape != spec.shape:
+                file = self.directory / self._where[name]
+                raise CheckpointError(f"{name} in {file} has shape {list(shape)}, config.json asks {list(spec.shape)}")
+
+    def _refuse_unknown(self) -> None:
+        """Nothing may lie there that the model does not have: another program could read it."""
+        copied = self._tied_copy()
+        unknown = [name for name in sorted(self._where) if name not in self._expected and name not in copied]
+        unknown = [name for name in unknown if not name.endswith(_IGNORED_ENDINGS)]
+        if unknown:
+            raise CheckpointError(
+                f"{self.directory} holds tensors that a model of its config.json does not have: "
+                f"{', '.join(unknown[:3])}{' and more' if len(unknown) > 3 else ''}"
+            )
+        for file, stream in self._files.items():
+            for name in sorted(stream.keys()):
+                if self._where.get(name) != file and not name.endswith(_IGNORED_ENDINGS):
+                    raise CheckpointError(
+                        f"{self.directory / file} holds the tensor {name}, which the index does not have there; "
+                        "remove it"
+                    )
+
+    def _tied_copy(self) -> set[str]:
+        """The head that a Llama with tied embeddings may carry all the same; it must be the embedding."""
+        head = "lm_head.weight"
+        if not self.model.tie_word_embeddings or self.model.staggered or head not in self._where:
+            return set()
+        embedding = stored_name("embedding.weight", self.model)
+        views = [self._slice(embedding), self._open(self._where[head], head).get_slice(head)]
+        same = len({(view.get_dtype(), *view.get_shape()) for view in views}) == 1
+        rows = range(0, views[0].get_shape()[0], _ROWS) if same else ()
+        if not same or not all(torch.equal(*(view[row : row + _ROWS] for view in views)) for row in rows):
+            raise CheckpointError(
+                f"{self.directory} has tie_word_embeddings true, but {head} and {embedding} are both there and differ; "
+                "say tie_word_embeddings false in config.json, or remove the wrong one"
+            )
+        return {head}
+
+    def _checked_dtype(self, declared: torch.dtype | None) -> torch.dtype:
+        """The type of all tensors: the one that `config.json` says, else that of the first."""
+        for name in self._expected:
+            found = _DTYPES.get(self._slice(name).get_dtype())
+            declared = found if declared is None else declared
+            if found is None or found != declared:
+                told = found or self._slice(name).get_dtype()
+                raise CheckpointError(f"{name} in {self.directory} is {told}, config.json says {declared}")
+        assert declared is not None
+        return declared
+
+
+def _first_cut_tensor(path: Path) -> str | None:
+    """The first tensor that reaches past the end of a safetensors file; None where the file is whole or is none."""
+    try:
+        with path.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            room = path.stat().st_size - 8 - header_bytes
+            if room < 0 or header_bytes > _MAX_HEADER_BYTES:
+                return None
+            header = json.loads(stream.read(header_bytes))
+        ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+        cut = [name for name, end in ends.items() if end > room]
+        return min(cut, key=ends.__getitem__) if cut else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        return None

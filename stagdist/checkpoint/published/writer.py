@@ -1,0 +1,249 @@
+"""The model directory: `config.json`, safetensors with canonical unsharded names, the tokenizer.
+
+A StagFormer says `model_type: stagformer` and carries the code by which `transformers` loads it; the sequential
+baseline is a Llama directory with two extra keys. Written tensor by tensor into a hidden folder beside and renamed at
+the end.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from stagdist.checkpoint.names import llama_name
+from stagdist.checkpoint.published.model_json import DTYPES
+from stagdist.checkpoint.published.record import CHECKSUMS
+from stagdist.checkpoint.published.safetensors_writer import SafetensorsWriter
+from stagdist.checkpoint.text_tokens import GENERATION, TOKEN_KEYS, TextTokens, tokens_of
+from stagdist.checkpoint.training.directory import file_record, sync_path
+from stagdist.config.parts import ModelConfig
+from stagdist.errors import CheckpointError
+from stagdist.parallel.layout import ParameterSpec, model_parameters
+
+MAX_SHARD_BYTES = 4 * 10**9
+CODE_FILES = ("configuration_stagformer.py", "modeling_stagformer.py")
+"""What `transformers` loads a StagFormer with; copied from `stagdist/hf` into every directory of one."""
+
+_CODE_FOLDER = Path(__file__).resolve().parents[2] / "hf"
+_AUTO_MAP = {
+    "AutoConfig": "configuration_stagformer.StagFormerConfig",
+    "AutoModelForCausalLM": "modeling_stagformer.StagFormerForCausalLM",
+}
+_INDEX = "model.safetensors.index.json"
+_NOT_OF_THE_FUNCTION = ("architectures", "auto_map", "torch_dtype", *TOKEN_KEYS)
+"""Keys of `config.json` that do not change what the weights compute."""
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_STAGFORMER_KEYS = (
+    "section_layers",
+    "connection",
+    "stagger",
+    "cross_attention_window",
+    "cross_attention_key_value_heads",
+    "share_section_weights",
+    "combine_sections",
+)
+
+
+def stored_name(name: str, model: ModelConfig) -> str:
+    """Name of a canonical parameter inside the directory."""
+    return name if model.staggered else llama_name(name, model)
+
+
+def shard_plan(specs: Iterable[ParameterSpec], element_bytes: int, limit: int) -> list[list[ParameterSpec]]:
+    """Parameters of each file, in order; a file holds at most `limit` bytes unless one tensor is larger."""
+    shards: list[list[ParameterSpec]] = [[]]
+    filled = 0
+    for spec in specs:
+        size = spec.numel * element_bytes
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled += size
+    return shards
+
+
+def config_json(
+    model: ModelConfig, dtype: torch.dtype, end_of_document: int, tokens: TextTokens | None = None
+) -> dict[str, Any]:
+    """The content of `config.json`; `tokens` replace the end of a document."""
+    body: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.key_value_heads,
+        "head_dim": model.head_width,
+        **_rope_keys(model),
+        "rms_norm_eps": model.rms_norm_eps,
+        "max_position_embeddings": model.max_position_embeddings,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": _DTYPE_NAMES[dtype],
+        **(tokens or tokens_of(end_of_document)).config,
+    }
+    keys = _STAGFORMER_KEYS if model.staggered else ("section_layers", "connection")
+    extra = {key: getattr(model, key) for key in keys}
+    if model.staggered:
+        extra["cross_attention_key_value_heads"] = model.cross_key_value_heads
+    kind = ("stagformer", "StagFormerForCausalLM") if model.staggered else ("llama", "LlamaForCausalLM")
+    code = {"auto_map": _AUTO_MAP} if model.staggered else {}
+    return {"model_type": kind[0], "architectures": [kind[1]], **code, **body, **extra}
+
+
+def _rope_keys(model: ModelConfig) -> dict[str, Any]:
+    """Every reader of Llamas knows the older spelling; what transformers 5 makes of a stranger's fails with it."""
+    scaling = None if model.rope_scaling is None else model.rope_scaling.model_dump()
+    if not model.staggered:
+        return {"rope_theta": model.rope_theta, "rope_scaling": scaling}
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta, **(scaling or {})}}
+
+
+class ModelDirectoryWriter:
+    """Takes whole tensors in the order of `model_parameters` and leaves a finished directory.
+
+    As a context manager an error inside leaves nothing behind; an existing directory is replaced at the end.
+    Everything that the file system refuses is an OSError. What others put into `folder` before the end, the tokenizer
+    for one, is recorded in `checksums.json`.
+
+    Args:
+        end_of_document: the tokenizer's.
+        tokens: of the directory that this one is made of, where it states them: they are written instead.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        end_of_document: int,
+        tokens: TextTokens | None = None,
+    ):
+        self.final = Path(directory)
+        self.folder = self.final.with_name(f".{self.final.name}.part")
+        self.model, self.dtype, self.end_of_document, self.tokens = model, dtype, end_of_document, tokens
+        element = torch.empty((), dtype=dtype).element_size()
+        self._shards = shard_plan(model_parameters(model), element, MAX_SHARD_BYTES)
+        self._file: SafetensorsWriter | None = None
+        self._checksums: dict[str, str] = {}
+        self._index: dict[str, str] = {}
+        self._total = 0
+
+    def open(self) -> None:
+        """Make the hidden folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write the next parameter, given by canonical name."""
+        if self._file is None:
+            self._begin_file()
+        assert self._file is not None
+        stored = stored_name(name, self.model)
+        self._checksums[stored] = self._file.add(stored, tensor)
+        self._index[stored] = self._file.path.name
+        if self._file.full:
+            self._file.close()
+            self._total += self._file.data_bytes
+            self._file = None
+
+    def _begin_file(self) -> None:
+        count, number = len(self._shards), len(set(self._index.values()))
+        name = "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        entries = [(stored_name(spec.name, self.model), spec.shape) for spec in self._shards[number]]
+        self._file = SafetensorsWriter(self.folder / name, entries, self.dtype)
+
+    def discard(self) -> None:
+        """Remove the hidden folder; what stood under the final name stays."""
+        if self._file is not None:
+            with suppress(OSError):  # a full disk refuses what is still in the buffer
+                self._file.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def commit(self) -> None:
+        """Write what describes the tensors and give the folder its name."""
+        assert self._file is None and len(self._checksums) == sum(map(len, self._shards)), "tensors are missing"
+        body = config_json(self.model, self.dtype, self.end_of_document, self.tokens)
+        shape = {key: value for key, value in body.items() if key not in _NOT_OF_THE_FUNCTION}
+        for name in CODE_FILES if self.model.staggered else ():
+            shutil.copyfile(_CODE_FOLDER / name, self.folder / name)
+        record = {"config": shape, "dtype": _DTYPE_NAMES[self.dtype], "sha256": self._checksums, "files": self._sums()}
+        _write_json(self.folder / CHECKSUMS, record)
+        if len(self._shards) > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": self._index}
+            _write_json(self.folder / _INDEX, index)
+        _write_json(self.folder / "config.json", body)
+        _write_json(self.folder / GENERATION, (self.tokens or tokens_of(self.end_of_document)).generation)
+        for path in self.folder.iterdir():
+            if path.is_file():
+                sync_path(path)
+        replaced = self.final.with_name(f".{self.final.name}.old")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.final.exists():
+            self.final.rename(replaced)
+        self.folder.rename(self.final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        sync_path(self.final.parent)
+
+    def _sums(self) -> dict[str, str]:
+        """sha256 of what lies beside the weights by now: the tokenizer and the code."""
+        weights = set(self._index.values())
+        small = sorted(path for path in self.folder.iterdir() if path.is_file() and path.name not in weights)
+        return {path.name: file_record(path).sha256 for path in small}
+
+    def __enter__(self) -> "ModelDirectoryWriter":
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.commit()
+        else:
+            self.discard()
+
+
+def _write_json(path: Path, body: dict[str, Any]) -> None:
+    path.write_text(json.dumps(body, indent=2) + "\n")
+
+
+def weight_map(folder: Path) -> list[tuple[str, str]]:
+    """Name of every stored tensor with the name of its file.
+
+    Raises:
+        CheckpointError: there are no weights, they cannot be read, or there are two of them.
+    """
+    index, single = folder / _INDEX, folder / "model.safetensors"
+    if index.is_file() and single.is_file():
+        raise CheckpointError(
+            f"{folder} holds {single.name} and {index.name}, which programs read differently; remove the wrong one"
+        )
+    path = index if index.is_file() else single
+    try:
+        if path == index:
+            return _checked_index(json.loads(index.read_text())["weight_map"])
+        with safe_open(path, framework="pt") as stream:
+            return [(name, path.name) for name in stream.keys()]  # noqa: SIM118 - not a dict
+    except Exception as error:  # the library raises bare exceptions for damaged files
+        raise CheckpointError(f"the weights in {path} cannot be read: {error}") from error
+
+
+def _checked_index(where: Any) -> list[tuple[str, str]]:
+    """The entries of an index, which name files of the folder itself."""
+    if not isinstance(where, dict):
+        raise ValueError("weight_map is no object")
+    for name, file in where.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"weight_map has {name} in {file!r}, which is no file of the directory")
+    return list(where.items())

@@ -1,0 +1,259 @@
+"""Training checkpoints as directories: complete or not, newest first, finished atomically.
+
+DeepSpeed writes the files; this module decides when a directory counts. A checkpoint is complete if and only if its
+`complete.json`, written last, matches the size and sha256 of every file that its model and grid have. Directories are
+written under a hidden name and renamed, so a killed run leaves nothing that looks whole. No torch, no processes.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stagdist.checkpoint.text_tokens import TextTokens, recorded_tokens
+from stagdist.checkpoint.training.stage_files import tensor_files
+from stagdist.config.loading import load_config
+from stagdist.config.run_config import RunConfig
+from stagdist.errors import CheckpointError
+
+COMPLETE = "complete.json"
+STATE = "state.json"
+CONFIG = "config.yaml"
+_NAME = re.compile(r"step_(\d{8,})")
+_STAGING = ".saving"
+_BLOCK = 1 << 22
+
+
+def checkpoint_name(step: int) -> str:
+    """Directory name of the checkpoint after `step` updates."""
+    return f"step_{step:08d}"
+
+
+def staging_folder(checkpoints: Path) -> Path:
+    """Hidden folder in which a checkpoint is written before it is renamed."""
+    return checkpoints / _STAGING
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything of a training run's position that is not a tensor.
+
+    Attributes:
+        step: optimizer steps done.
+        consumed_samples: training sequences read, over all replicas.
+        num_samples: sequences the order of samples was made for; fixed for a run.
+        grid: sizes of (pipe, data, tensor) that wrote the checkpoint.
+        bad_steps: steps skipped because something was not finite.
+        data_identity: of the training corpora and the tokenizer.
+        tokenizer: its fingerprint; empty where no run has seen one.
+        text_tokens: as stated by the model directory that was imported; None where the tokenizer's end of document
+            is all there is.
+        format_version: of this file.
+    """
+
+    step: int
+    consumed_samples: int
+    num_samples: int
+    grid: tuple[int, int, int]
+    bad_steps: int = 0
+    data_identity: str = ""
+    tokenizer: str = ""
+    text_tokens: TextTokens | None = None
+    format_version: int = 1
+
+    def as_text(self) -> str:
+        """The content of `state.json`; without `text_tokens` where there are none."""
+        body = asdict(self)
+        if self.text_tokens is None:
+            del body["text_tokens"]
+        return json.dumps(body, indent=2) + "\n"
+
+    def write(self, directory: Path) -> None:
+        """Store as `state.json`."""
+        (directory / STATE).write_text(self.as_text())
+
+
+def read_state(directory: Path) -> TrainingState:
+    """Read `state.json`.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        values = json.loads((directory / STATE).read_text())
+        tokens = recorded_tokens(values.get("text_tokens"), directory / STATE)
+        state = TrainingState(**{**values, "grid": tuple(values["grid"]), "text_tokens": tokens})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{directory / STATE} cannot be read: {error}") from error
+    _check_state(state, directory / STATE)
+    return state
+
+
+def _check_state(state: TrainingState, path: Path) -> None:
+    counts = (state.step, state.consumed_samples, state.num_samples, state.bad_steps)
+    if len(state.grid) != 3 or not all(type(size) is int and size > 0 for size in state.grid):
+        raise CheckpointError(f"{path}: grid is {list(state.grid)}; three sizes of 1 or more are needed")
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise CheckpointError(f"{path}: its counts are {list(counts)}; numbers of 0 or more are needed")
+    for key in ("data_identity", "tokenizer"):
+        if not isinstance(getattr(state, key), str):
+            raise CheckpointError(f"{path}: {key} is {getattr(state, key)!r}; a text is needed")
+    if state.format_version != 1:
+        raise CheckpointError(f"{path}: format_version is {state.format_version!r}; this release reads 1")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and sha256 of one file."""
+
+    size: int
+    sha256: str
+
+
+def file_record(path: Path, *, sync: bool = False) -> FileRecord:
+    """Measure a file; `sync` also waits until it has reached the disk."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+        if sync:
+            os.fsync(stream.fileno())
+    return FileRecord(size, digest.hexdigest())
+
+
+def checkpoint_files(directory: Path) -> list[str]:
+    """Relative names of all files but `complete.json`, sorted."""
+    names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != COMPLETE)
+
+
+def write_complete(directory: Path, records: Mapping[str, FileRecord]) -> None:
+    """Write `complete.json`, which makes the directory a checkpoint."""
+    body = {"files": {name: asdict(record) for name, record in sorted(records.items())}}
+    path = directory / (COMPLETE + ".part")
+    with path.open("w") as stream:
+        json.dump(body, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    path.rename(directory / COMPLETE)
+    sync_path(directory)
+
+
+def sync_path(path: Path) -> None:
+    """Wait until a file, or the entries of a directory, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Give a finished directory its name; an incomplete one of that name goes."""
+    if final.exists():
+        shutil.rmtree(final)
+    staged.rename(final)
+    sync_path(final.parent)
+    shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def read_complete(directory: Path) -> dict[str, FileRecord]:
+    """The records of `complete.json`.
+
+    Raises:
+        CheckpointError: the directory is not a complete checkpoint.
+    """
+    try:
+        body: dict[str, Any] = json.loads((directory / COMPLETE).read_text())
+        return {name: FileRecord(**record) for name, record in body["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{directory} is not a complete checkpoint: {COMPLETE}: {error}") from error
+
+
+def damage(directory: Path, names: Iterable[str], records: Mapping[str, FileRecord]) -> str | None:
+    """First reason why the files `names` do not match their records; None when all match."""
+    for name in names:
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != records[name].size:
+            return f"{name} has {path.stat().st_size} bytes, {records[name].size} were written"
+        if file_record(path).sha256 != records[name].sha256:
+            return f"{name} has other content than was written"
+    return None
+
+
+def expected_files(config: RunConfig, grid: tuple[int, int, int]) -> set[str]:
+    """Every file of a checkpoint but `complete.json`."""
+    return {*tensor_files(config.model, grid, bf16=config.training.precision == "bf16"), CONFIG, STATE}
+
+
+def coverage_damage(directory: Path, records: Mapping[str, FileRecord]) -> str | None:
+    """Why the records are not those of all files that model and grid have; None when they are.
+
+    Raises:
+        CheckpointError: `state.json` is damaged.
+        ConfigError: `config.yaml` is what was written, but is no configuration now.
+    """
+    if unrecorded := [name for name in (CONFIG, STATE) if name not in records]:
+        return f"{COMPLETE} has no record of {unrecorded[0]}"
+    reason = damage(directory, (CONFIG, STATE), records)
+    if reason is not None:
+        return reason
+    expected = expected_files(load_config(directory / CONFIG), read_state(directory).grid)
+    if unrecorded := sorted(expected - set(records)):
+        return f"{COMPLETE} has no record of {unrecorded[0]}"
+    if unknown := sorted(set(records) - expected):
+        return f"{COMPLETE} has a record of {unknown[0]}, which model and grid do not have"
+    return None
+
+
+def checkpoint_damage(directory: Path) -> str | None:
+    """First reason why a directory is not a complete checkpoint; None when it is one.
+
+    Raises:
+        ConfigError: as `coverage_damage`.
+    """
+    try:
+        records = read_complete(directory)
+        return coverage_damage(directory, records) or damage(directory, sorted(records), records)
+    except CheckpointError as error:
+        return str(error)
+
+
+def candidates(checkpoints: Path) -> list[Path]:
+    """Directories that may be checkpoints, newest first; completeness is not looked at."""
+    if not checkpoints.is_dir():
+        return []
+    named = ((_NAME.fullmatch(path.name), path) for path in checkpoints.iterdir() if path.is_dir())
+    found = [(int(match.group(1)), path) for match, path in named if match]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def withdraw(directory: Path) -> None:
+    """Take the marker from a checkpoint that turned out damaged, so that it is never counted again."""
+    marker = directory / COMPLETE
+    if marker.is_file():
+        marker.rename(directory / "damaged.json")
+
+
+def prune(checkpoints: Path, keep_last: int, newest: Path) -> None:
+    """Keep `newest`, which was just saved, and the complete ones before it: `keep_last` in all; 0 keeps all.
+
+    Incomplete ones, and any that claim a later step, are left alone.
+    """
+    if keep_last == 0:
+        return
+    found = candidates(checkpoints)
+    upto = found[found.index(newest) :]
+    complete = [path for path in upto if (path / COMPLETE).is_file()]
+    for path in complete[keep_last:]:
+        # The marker goes first: a removal that is cut short must not leave a directory that looks whole.
+        (path / COMPLETE).unlink()
+        shutil.rmtree(path)

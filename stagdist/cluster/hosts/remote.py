@@ -1,0 +1,211 @@
+"""Commands on the hosts of a cluster over ssh: argument lists, no shell of ours, and always a time limit."""
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from stagdist.cluster.hosts.hostfile import check_host_name
+from stagdist.errors import ConfigError
+
+SSH_FAILED = 255
+"""What ssh returns when it did not get as far as running the command."""
+
+CONNECT_S = 5
+"""Seconds that a host has to answer."""
+
+AT_ONCE = 32
+"""Connections that are opened at the same time."""
+
+_KEEP_ALIVE_S = 5
+_GRACE_S = 3.0
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended.
+
+    Attributes:
+        code: exit code, minus the signal's number after a signal; None when its time was up.
+        stdout: what it wrote.
+        stderr: what it and ssh complained of.
+        wall_s: seconds it took, connecting included.
+    """
+
+    code: int | None
+    stdout: str
+    stderr: str
+    wall_s: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether it ended with 0."""
+        return self.code == 0
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, in one line: the last thing it said, or its code."""
+        if self.code is None:
+            return f"no end within {self.wall_s:.0f} s"
+        lines = [line.strip() for line in self.stderr.splitlines() if line.strip()]
+        return lines[-1][:300] if lines else f"exit code {self.code}"
+
+
+def remote_command(
+    words: Sequence[str],
+    limit_s: float,
+    folder: str | Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """One line for the shell on a host in which nothing but our own words is a command.
+
+    The host ends the command by itself (with its process group) when the time is up, also when ssh is gone by then.
+    Values of the environment stand in process lists: no secrets.
+    """
+    assignments = [f"{name}={value}" for name, value in (environment or {}).items()]
+    limited = ["timeout", "--kill-after=2", f"{limit_s:g}", *(["env", *assignments] if assignments else []), *words]
+    line = f"exec {shlex.join(limited)}"
+    return line if folder is None else f"cd -- {shlex.quote(str(folder))} && {line}"
+
+
+def ssh_words(host: str, line: str, connect_s: int = CONNECT_S) -> list[str]:
+    """The ssh command that runs a line on a host; asks nothing, and notices a dead link.
+
+    Raises:
+        ConfigError: the host name could be taken for something else.
+    """
+    check_host_name(host)
+    options = {
+        "BatchMode": "yes",
+        "ConnectTimeout": str(connect_s),
+        "ServerAliveInterval": str(_KEEP_ALIVE_S),
+        "ServerAliveCountMax": "3",
+        "ForwardX11": "no",
+        "ClearAllForwardings": "yes",
+        "ControlMaster": "no",  # one that goes to the background would hold our pipes open
+        "LogLevel": "ERROR",
+    }
+    return ["ssh", "-T", *(word for item in options.items() for word in ("-o", "=".join(item))), "--", host, line]
+
+
+def run_on(
+    host: str,
+    words: Sequence[str],
+    timeout_s: float,
+    *,
+    folder: str | Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    stdin: str = "",
+) -> Finished:
+    """Run a command on a host and wait for its end, `timeout_s` seconds at most (besides connecting).
+
+    Args:
+        host: as ssh knows it.
+        words: program and arguments; quoted for the host's shell.
+        timeout_s: seconds the command may take.
+        folder: working directory on the host.
+        environment: added to the command's variables; visible in process lists.
+        stdin: text for its standard input.
+
+    Raises:
+        ConfigError: the host name is refused, or there is no ssh on this machine.
+    """
+    line = remote_command(words, timeout_s, folder, environment)
+    return run_here(ssh_words(host, line), timeout_s + CONNECT_S + _GRACE_S, stdin=stdin)
+
+
+def run_here(
+    words: Sequence[str],
+    timeout_s: float,
+    *,
+    folder: str | Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    only: Mapping[str, str] | None = None,
+    stdin: str = "",
+) -> Finished:
+    """Run a command on this machine likewise; when the time is up its process group is killed.
+
+    Args:
+        words: program and arguments.
+        timeout_s: seconds it may take.
+        folder: working directory.
+        environment: added to this process's variables.
+        only: instead of this process's variables.
+        stdin: text for its standard input.
+
+    Raises:
+        ConfigError: there is no such program.
+    """
+    started = time.monotonic()
+    try:
+        process = subprocess.Popen(
+            list(words),
+            cwd=folder,
+            env={**(os.environ if only is None else only), **(environment or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise ConfigError(f"{words[0]} cannot be started: {error.strerror}: {error.filename}") from error
+    try:
+        out, err = process.communicate(stdin, timeout=timeout_s)
+        return Finished(process.returncode, out, err, time.monotonic() - started)
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        try:
+            out, err = process.communicate(timeout=_GRACE_S)
+        except subprocess.TimeoutExpired:  # something left our process group and holds the pipes
+            out, err = "", ""
+        return Finished(None, out, err, time.monotonic() - started)
+    except BaseException:
+        _kill(process)
+        process.wait()
+        raise
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def on_all(hosts: Iterable[str], action: Callable[[str], Result], at_once: int = AT_ONCE) -> dict[str, Result]:
+    """Do something for every host at the same time; results in the order of the hosts.
+
+    An interruption does not wait for hosts that are silent: what they were asked ends by its own time limit.
+
+    Raises:
+        BaseException: the first of what the actions raised.
+    """
+    names = list(hosts)
+    places = threading.Semaphore(at_once)
+    results: dict[str, Result] = {}
+    raised: list[BaseException] = []
+
+    def work(host: str) -> None:
+        with places:
+            try:
+                results[host] = action(host)
+            except BaseException as error:
+                raised.append(error)
+
+    threads = [threading.Thread(target=work, args=(host,), daemon=True) for host in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if raised:
+        raise raised[0]
+    return {host: results[host] for host in names}

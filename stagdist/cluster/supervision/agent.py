@@ -1,0 +1,375 @@
+"""One per rank, between launcher and script: starts it, keeps its output, tells the supervisor how it is, and ends it.
+
+The script starts once the supervisor has answered, so none runs of which the supervisor does not know. It runs as a
+child in a process group of its own that the kernel kills when the agent dies. The agent ends it when the supervisor
+says so, when the supervisor is gone, or when it has not been heard for the lease.
+Started as `python -m stagdist.cluster.supervision.agent --job FILE` by any launcher. Imports no framework.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import select
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from stagdist.cluster.hosts.leftovers import carrying, end_all
+from stagdist.cluster.supervision.background_output import Screen
+from stagdist.cluster.supervision.messages import AGENT_ERROR, LONGEST_LINE, Job, decode, encode, read_job
+from stagdist.errors import ConfigError, TransportError
+from stagdist.parallel.world import World, join_launcher
+from stagdist.telemetry.pulse import DUMP_SIGNAL, PULSE_FILE, PulseReader, stack_lines
+
+TICK_S = 0.1
+REPORT_S = 1.0
+TAIL_LINES = 60
+LONGEST_SHOWN = 400
+"""Characters of an output line that go to the supervisor; the file has all."""
+
+OUTBOX_BYTES = 1 << 20
+DRAIN_S = 2.0
+"""Seconds for output that is still on its way after the script's end; something it left behind may hold the pipe."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> Callable[[], None]:
+    """What a child calls before it becomes another program, so that the kernel kills it when we die."""
+    libc, parent = ctypes.CDLL(None, use_errno=True), os.getpid()
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return prepare
+
+
+def end_launcher() -> None:
+    """Ask the launcher's process on this host, our parent, to end.
+
+    Behind a cut link nobody else does: Open MPI's daemon waits for a word from its master that never comes.
+    """
+    parent = os.getppid()
+    if parent > 1:  # else it has ended already
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(parent, signal.SIGTERM)
+
+
+def host_name() -> str:
+    """Name of this host, for people."""
+    return socket.gethostname().partition(".")[0]
+
+
+class Output:
+    """What the script writes: all of it to a file, the latest lines in memory.
+
+    A disk that is full or slow does not hold up anybody.
+
+    Args:
+        stream: of the script.
+        file: open for appending.
+
+    Attributes:
+        tail: latest lines.
+    """
+
+    def __init__(self, stream: IO[bytes], file: IO[bytes]):
+        self.stream, self.tail = stream, deque[str](maxlen=TAIL_LINES)
+        os.set_blocking(stream.fileno(), False)
+        self._rest = b""
+        self._file, self._kept = file, Screen(file.fileno())
+
+    def read(self) -> list[str] | None:
+        """New whole lines, shortened; None at the end of the stream."""
+        try:
+            data = os.read(self.stream.fileno(), LONGEST_LINE)
+        except BlockingIOError:
+            return []
+        self._kept.put(data)
+        ended = not data
+        *lines, self._rest = (self._rest + (b"\n" if ended and self._rest else data)).split(b"\n")
+        if len(self._rest) > LONGEST_LINE:
+            lines, self._rest = [*lines, self._rest], b""
+        # A progress bar writes over its line; what stands at its end counts.
+        shown = [line.rpartition(b"\r")[2].decode(errors="replace")[:LONGEST_SHOWN] for line in lines]
+        self.tail.extend(line for line in shown if line.strip())
+        return None if ended and not shown else shown
+
+    def close(self) -> None:
+        """Wait a little until all of it is in the file."""
+        self._kept.close(DRAIN_S)
+
+
+class Agent:
+    """Runs one rank.
+
+    Args:
+        job: what to run.
+        world: place of this rank.
+    """
+
+    def __init__(self, job: Job, world: World):
+        self._job, self._world = job, world
+        self._selector = selectors.DefaultSelector()
+        self._scratch = Path(tempfile.mkdtemp(prefix="stagdist-agent-"))
+        self._pulse_file = self._scratch / "pulse"
+        self._pulse = PulseReader(self._pulse_file)
+        self._outbox, self._inbox = bytearray(), b""
+        self._heard = self._reported = time.monotonic()
+        self._told_step, self._kill_at = -2, None  # type: tuple[int, float | None]
+        self._ended_by_us = self._cut_off = False
+
+    def run(self) -> int:
+        """Until the script has ended. Returns: its exit code, 128 + signal after a signal.
+
+        Raises:
+            TransportError: the supervisor cannot be reached, or does not want this agent.
+        """
+        try:
+            self._socket = self._connect()
+            self._introduce()
+            try:
+                self._start()
+            except OSError as error:
+                self._tell_failure(error)
+                raise
+            self._take(b"")  # what came with the welcome
+            signal.signal(signal.SIGTERM, lambda *_: self._signal(signal.SIGTERM))
+            signal.signal(signal.SIGINT, lambda *_: self._signal(signal.SIGINT))
+            while self._child.poll() is None:
+                self._turn()
+            code = self._conclude()
+            if self._cut_off:
+                end_launcher()
+            return code
+        finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _connect(self) -> socket.socket:
+        job = self._job
+        try:
+            connection = socket.create_connection((job.address, job.port), timeout=job.lease_s)
+        except OSError as error:
+            raise TransportError(
+                f"rank {self._world.rank} on {host_name()} cannot reach the supervisor at {job.address}:{job.port}: "
+                f"{error}; give launch/run.py an address that all hosts can reach with --address"
+            ) from error
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+    def _introduce(self) -> None:
+        """Say who we are and wait for the welcome: a late agent of an ended attempt gets none, and starts nothing.
+
+        Raises:
+            TransportError: no welcome within the lease.
+        """
+        job, rank = self._job, self._world.rank
+        self._tell("hello", token=job.token, attempt=job.attempt, host=host_name(), pid=os.getpid())
+        try:
+            self._socket.sendall(bytes(self._outbox))
+            data = self._socket.recv(LONGEST_LINE)
+        except TimeoutError:
+            end_launcher()
+            raise TransportError(f"no word from the supervisor for {job.lease_s:.0f} s: rank {rank} ends") from None
+        except OSError:
+            data = b""
+        if not data:
+            raise TransportError(f"the supervisor ended, or does not expect rank {rank} of attempt {job.attempt} now")
+        self._outbox.clear()
+        self._inbox = data
+        self._socket.setblocking(False)
+        self._selector.register(self._socket, selectors.EVENT_READ, self._listen)
+
+    def _start(self) -> None:
+        job, rank = self._job, self._world.rank
+        log = (Path(job.logs) / f"rank_{rank:05d}.{host_name()}.log").open("ab", buffering=0)
+        environment = os.environ | dict(job.environment) | {PULSE_FILE: str(self._pulse_file), "PYTHONUNBUFFERED": "1"}
+        self._child = subprocess.Popen(
+            [sys.executable, *job.command],
+            cwd=job.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent(),
+        )
+        assert self._child.stdout is not None
+        self._output = Output(self._child.stdout, log)
+        self._selector.register(self._child.stdout, selectors.EVENT_READ, self._collect)
+        self._selector.register(os.pidfd_open(self._child.pid), selectors.EVENT_READ, lambda: None)
+
+    def _turn(self) -> None:
+        for key, _ in self._selector.select(TICK_S):
+            key.data()
+        now = time.monotonic()
+        self._report(now)
+        self._flush()
+        if now - self._heard > self._job.lease_s and self._kill_at is None:
+            self._say(f"no word from the supervisor for {self._job.lease_s:.0f} s: this rank ends")
+            self._cut_off = True
+            self._end()
+        if self._kill_at is not None and now > self._kill_at:
+            self._end()
+
+    def _report(self, now: float) -> None:
+        sign = self._pulse.read()
+        if sign.step == self._told_step and now - self._reported < REPORT_S:
+            return
+        self._told_step, self._reported = sign.step, now
+        self._tell("state", **{**vars(sign), "phase": int(sign.phase)}, process=self._process())
+
+    def _process(self) -> str:
+        """State letter of the script's process: T is stopped, D stuck in the kernel, R running, S waiting."""
+        try:
+            return Path(f"/proc/{self._child.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return "?"
+
+    def _collect(self) -> None:
+        lines = self._output.read()
+        if lines is None:
+            self._selector.unregister(self._output.stream)
+        elif self._world.rank == 0 and len(self._outbox) < OUTBOX_BYTES:
+            for line in lines:
+                self._tell("line", text=line)
+
+    def _listen(self) -> None:
+        try:
+            data = self._socket.recv(LONGEST_LINE)
+        except OSError:
+            data = b""
+        if not data:
+            self._selector.unregister(self._socket)
+            self._heard = float("inf")
+            self._say("the supervisor is gone: this rank saves and ends")
+            self._stop()
+            return
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        self._heard = time.monotonic()
+        *lines, self._inbox = (self._inbox + data).split(b"\n")
+        for line in lines:
+            self._obey(decode(line)["kind"])
+
+    def _obey(self, kind: str) -> None:
+        actions: dict[str, Callable[[], None]] = {
+            "welcome": lambda: None,
+            "ping": lambda: None,
+            "stop": self._stop,
+            "end": self._end,
+            "dump": self._dump,
+        }
+        actions[kind]()
+
+    def _stop(self) -> None:
+        """Ask the script for its orderly end, also one that was stopped; it has `stop_s` seconds."""
+        if self._kill_at is None:
+            self._kill_at = time.monotonic() + self._job.stop_s
+            self._signal(signal.SIGTERM)
+            self._signal(signal.SIGCONT)
+
+    def _end(self) -> None:
+        self._ended_by_us = True
+        self._kill_at = float("inf")
+        self._kill_group()
+
+    def _dump(self) -> None:
+        """Python stacks of the script; a stopped process is let go for it."""
+        before = len(self._output.tail)
+        self._output.tail.clear()
+        if self._pulse.read().count:  # else nothing handles the signal yet, and it would kill
+            self._signal(DUMP_SIGNAL)
+            self._signal(signal.SIGCONT)
+            wait_s = 1.0
+            deadline = time.monotonic() + DRAIN_S  # another thread of the script may go on writing for ever
+            while time.monotonic() < deadline and select.select([self._output.stream], [], [], wait_s)[0]:
+                if self._output.read() is None:
+                    break
+                wait_s = 0.1  # the stacks come in one go
+            self._signal(signal.SIGSTOP)
+        self._tell("stack", lines=stack_lines(self._output.tail) or [f"no stack; {before} lines of output before"])
+
+    def _signal(self, number: int) -> None:
+        """To the script alone: what it started, such as readers of data, must live until it has ended in order."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._child.pid, number)
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
+
+    def _conclude(self) -> int:
+        """The script is gone: end what it left behind, tell how it was."""
+        code = self._child.returncode
+        self._kill_group()
+        # What the script started in sessions of their own has its variables all the same.
+        end_all(lambda: carrying(PULSE_FILE, lambda value: value == str(self._pulse_file)), DRAIN_S)
+        deadline = time.monotonic() + DRAIN_S
+        while time.monotonic() < deadline and (lines := self._output.read()) is not None:
+            if not lines:
+                select.select([self._output.stream], [], [], TICK_S)
+        self._output.close()
+        self._report(float("inf"))
+        self._tell("exit", code=code, tail=list(self._output.tail), ended=self._ended_by_us)
+        self._farewell()
+        return code if code >= 0 else 128 - code
+
+    def _tell_failure(self, error: OSError) -> None:
+        """The script could not be started: the supervisor hears why."""
+        says = f"error: {error.filename or self._job.folder}: {error.strerror or error}"
+        self._tell("exit", code=1, tail=[says], ended=False)
+        self._farewell()
+
+    def _farewell(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.settimeout(DRAIN_S)
+            self._socket.sendall(bytes(self._outbox))
+            # Closing with a ping unread would reset the connection, and could take the last words with it.
+            self._socket.shutdown(socket.SHUT_WR)
+            while self._socket.recv(LONGEST_LINE):
+                pass
+
+    def _tell(self, kind: str, **content: Any) -> None:
+        self._outbox += encode({"kind": kind, "rank": self._world.rank, **content})
+
+    def _flush(self) -> None:
+        if self._heard == float("inf"):
+            self._outbox.clear()
+            return
+        with contextlib.suppress(OSError):  # a broken connection shows when reading
+            del self._outbox[: self._socket.send(self._outbox)]
+
+    def _say(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            print(f"agent of rank {self._world.rank} on {host_name()}: {text}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Exit code: the script's; 2 when it could not be started."""
+    parser = argparse.ArgumentParser(prog="agent", description=__doc__)
+    parser.add_argument("--job", required=True, metavar="FILE", help="written by the supervisor")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    try:
+        return Agent(read_job(arguments.job), join_launcher()).run()
+    except (ConfigError, TransportError, OSError) as error:
+        print(f"{AGENT_ERROR}{error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

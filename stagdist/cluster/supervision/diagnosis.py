@@ -1,0 +1,192 @@
+"""What is wrong with a supervised attempt, from what its ranks have told. Pure: no clock, no process."""
+
+import re
+import signal
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from stagdist.cluster.supervision.rank_reports import RankView
+
+FaultKind = Literal["exit", "stuck", "silent", "missing", "launcher"]
+
+_ERROR = "error: "
+
+MISSED_S = 3.0
+"""Seconds without a message that make a rank suspect when another lost its peer; agents send one each second."""
+
+MENDED_BY_A_PERSON = 2
+"""Exit code of a script that says: trying again will not help."""
+
+_LOST_PEER = (
+    "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL error", "did not meet",
+    "another rank ended", "the transfer failed", "collective operation timeout",
+)  # fmt: skip
+"""What a rank says when another one is gone; such errors are consequences."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long silence is normal, seconds.
+
+    Attributes:
+        hang_s: without a sign of life in the middle of work.
+        slow_s: while starting, saving, exporting.
+        host_s: without a message of an agent.
+        start_s: before the first sign of life; infinite for scripts that give none.
+    """
+
+    hang_s: float
+    slow_s: float
+    host_s: float
+    start_s: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why an attempt cannot go on.
+
+    Attributes:
+        kind: `exit`: a rank ended; `stuck`: it gives no sign of life; `silent`: nothing is heard of its host or agent;
+            `missing`: it never came; `launcher`: the launcher ended first.
+        rank: the first to blame; None where no rank is.
+        host: its host.
+        says: one line for people.
+        code: exit code of the rank or launcher.
+        step: optimizer steps that were done.
+        own: the script ended by an error of its own, not by a signal or for want of a peer.
+        silent: ranks of which nothing was heard, for `silent`.
+    """
+
+    kind: FaultKind
+    rank: int | None
+    host: str
+    says: str
+    code: int | None = None
+    step: int = -1
+    own: bool = False
+    silent: tuple[int, ...] = ()
+
+    @property
+    def same_again(self) -> tuple[object, ...]:
+        """Equal for two faults that look the same, whatever rank was first and whatever numbers their text holds."""
+        return (self.kind, self.step, self.code, re.sub(r"[\d.]+", "#", self.says.partition(": ")[2]))
+
+
+def steps_done(ranks: Mapping[int, RankView]) -> int:
+    """Optimizer steps that all were seen to begin after; -1 while unknown."""
+    return max((view.step for view in ranks.values()), default=-1)
+
+
+def find_exit(ranks: Mapping[int, RankView], now: float, world_size: int) -> Fault | None:
+    """The first error of ranks that have ended: one that is no consequence of another, and the earliest."""
+    failed = [view for view in ranks.values() if view.exit_code not in (None, 0) and not view.ended_by_us]
+    if not failed:
+        return None
+    first = min(failed, key=lambda view: (is_consequence(view), not _explains(view), view.exited_at))
+    stopped = _most_stuck([view for view in ranks.values() if view.exit_code is None and view.process in "TtD"])
+    if is_consequence(first) and stopped is not None:
+        return _stuck(stopped, 0.0, steps_done(ranks))
+    if is_consequence(first) and (gone := _unheard(ranks, now, MISSED_S)):
+        return _silent(gone, now, steps_done(ranks))
+    says = f"rank {first.rank} on {first.host} {how_it_ended(first)}"
+    if is_consequence(first) and (missing := _missing(ranks, world_size)):
+        return Fault("missing", missing[0], "", f"rank {_listed(missing)} never came; {says}")
+    own = (first.exit_code or 0) > 0 and not is_consequence(first)
+    return Fault("exit", first.rank, first.host, says, first.exit_code, steps_done(ranks), own)
+
+
+def is_consequence(view: RankView) -> bool:
+    """Whether a rank ended because of another one: it lost its peer, or the launcher ended it."""
+    if view.exit_code == -signal.SIGABRT:  # NCCL's watchdog complains above the frames of its own stack
+        return any(sign in line for line in view.tail for sign in _LOST_PEER)
+    if view.exit_code is not None and view.exit_code < 0:
+        return view.exit_code == -signal.SIGTERM
+    return any(sign in error_line(view.tail) for sign in _LOST_PEER)
+
+
+def _explains(view: RankView) -> bool:
+    """Whether it says why it ended: of an error that all ranks meet, one of them speaks."""
+    return (view.exit_code or 0) < 0 or any(line.startswith(_ERROR) for line in view.tail)
+
+
+def error_line(tail: Sequence[str]) -> str:
+    """The line that says what went wrong: the last that begins with `error:`, else the last of all."""
+    errors = [line for line in tail if line.startswith(_ERROR)]
+    return (errors or list(tail) or ["it wrote nothing"])[-1].strip().removeprefix(_ERROR)
+
+
+def how_it_ended(view: RankView) -> str:
+    """A rank's end in words."""
+    assert view.exit_code is not None, "it has ended"
+    if view.exit_code < 0:
+        named = {number.value: number.name for number in signal.Signals}
+        return f"was killed by {named.get(-view.exit_code, f'signal {-view.exit_code}')}"
+    return f"ended with code {view.exit_code}: {error_line(view.tail)}"
+
+
+def find_silence(ranks: Mapping[int, RankView], now: float, limits: Limits) -> Fault | None:
+    """A rank that is stuck, or a host of which nothing is heard."""
+    if gone := _unheard(ranks, now, limits.host_s):
+        return _silent(gone, now, steps_done(ranks))
+    running = [view for view in ranks.values() if view.exit_code is None]
+    if not any(_is_late(view, now, limits) for view in running):
+        return None
+    # Those that wait for the stuck one fall silent as well, some of them earlier.
+    candidates = [view for view in running if view.silent_s(now) > min(2.0, limits.hang_s / 2)]
+    worst = _most_stuck(candidates)
+    assert worst is not None, "who is late is a candidate"
+    return _stuck(worst, worst.silent_s(now), steps_done(ranks))
+
+
+def _is_late(view: RankView, now: float, limits: Limits) -> bool:
+    if now - (view.stopped_at or now) > limits.hang_s:
+        return True
+    return view.silent_s(now) > (
+        limits.start_s if not view.count else limits.slow_s if view.phase.slow else limits.hang_s
+    )
+
+
+def _unheard(ranks: Mapping[int, RankView], now: float, limit_s: float) -> list[RankView]:
+    return [view for view in ranks.values() if view.exit_code is None and (view.lost or now - view.heard_at > limit_s)]
+
+
+def _silent(views: Sequence[RankView], now: float, step: int) -> Fault:
+    ranks = tuple(view.rank for view in views)
+    silence_s = now - max(view.heard_at for view in views)
+    if all(view.lost for view in views):
+        says = f"the agent of rank {', '.join(map(str, ranks))} on {views[0].host} is gone"
+        return Fault("silent", ranks[0], views[0].host, says, step=step, silent=ranks)
+    says = f"nothing was heard from rank {', '.join(map(str, ranks))} on {views[0].host} for {silence_s:.0f} s"
+    return Fault("silent", ranks[0], views[0].host, says, step=step, silent=ranks)
+
+
+def _most_stuck(views: Collection[RankView]) -> RankView | None:
+    def blame(view: RankView) -> tuple[bool, bool, float]:
+        return view.process in "TtD", not view.phase.waits, view.age_s - view.heard_at
+
+    return max(views, key=blame, default=None)
+
+
+def _stuck(view: RankView, silent_s: float, step: int) -> Fault:
+    state = {"T": "stopped", "t": "stopped by a debugger", "D": "stuck in the kernel", "R": "computing"}
+    how = state.get(view.process, "waiting")
+    silence = f", silent for {silent_s:.0f} s" if silent_s else ""
+    says = f"rank {view.rank} on {view.host} is stuck in phase {view.phase.name.lower()} ({how}{silence})"
+    return Fault("stuck", view.rank, view.host, says, step=step)
+
+
+def find_missing(ranks: Mapping[int, RankView], world_size: int, limits: Limits, waited_s: float) -> Fault | None:
+    """Ranks that never came."""
+    missing = _missing(ranks, world_size)
+    if not missing or waited_s <= limits.slow_s:
+        return None
+    return Fault("missing", missing[0], "", f"rank {_listed(missing)} did not start within {limits.slow_s:.0f} s")
+
+
+def _missing(ranks: Mapping[int, RankView], world_size: int) -> list[int]:
+    return [rank for rank in range(world_size) if rank not in ranks]
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (" and more" if len(ranks) > 8 else "")

@@ -1,0 +1,81 @@
+"""What the supervisor tells every rank of one attempt, in a file that only its owner can read; and their messages."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stagdist.cluster.hosts.shell_variables import write_private
+from stagdist.errors import ConfigError
+
+LONGEST_LINE = 1 << 16
+"""Bytes that are read at once, and of a line of output that is kept whole."""
+
+AGENT_ERROR = "error: agent: "
+"""How an agent begins the line in which it tells why it starts no script; the launcher's output has it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attempt of a supervised run.
+
+    Attributes:
+        command: script and arguments of every rank; Python runs it.
+        folder: working directory.
+        environment: variables of every rank, secret ones too, besides those of the launcher.
+        address: where the supervisor listens, with `port`.
+        token: proves to the supervisor that a message is of this job.
+        attempt: from 1.
+        logs: folder for the output of the ranks.
+        lease_s: seconds without word from the supervisor after which a rank ends.
+        stop_s: seconds that a rank has for its orderly end.
+    """
+
+    command: tuple[str, ...]
+    folder: str
+    environment: Mapping[str, str]
+    address: str
+    port: int
+    token: str
+    attempt: int
+    logs: str
+    lease_s: float
+    stop_s: float = field(default=30.0)
+
+    def write(self, path: Path) -> None:
+        """Store it, readable by its owner alone."""
+        write_private(path, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def read_job(path: str | Path) -> Job:
+    """Read the file that `Job.write` wrote.
+
+    Raises:
+        ConfigError: it is not there, or is something else.
+    """
+    try:
+        values = json.loads(Path(path).read_text())
+        return Job(**{**values, "command": tuple(values["command"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"job {path} cannot be read: {error}; launch/run.py writes it into the run's folder, which all hosts must "
+            "share"
+        ) from error
+
+
+def encode(message: Mapping[str, Any]) -> bytes:
+    """A message as one line."""
+    return json.dumps(message).encode() + b"\n"
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """The message of a line.
+
+    Raises:
+        ValueError: it is none.
+    """
+    message = json.loads(line)
+    if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
+        raise ValueError("no message of ours")
+    return message

@@ -1,0 +1,127 @@
+"""From the command line of launch/run.py to what the supervisor is told; what can be checked beforehand is."""
+
+import argparse
+import ipaddress
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from stagdist.cluster.hosts.hostfile import Host, read_hostfile
+from stagdist.cluster.hosts.shell_variables import wanted
+from stagdist.cluster.hosts.start import check_paths
+from stagdist.cluster.supervision.diagnosis import Limits
+from stagdist.cluster.supervision.placement import Placement
+from stagdist.cluster.supervision.supervisor import Options
+from stagdist.config.loading import load_config
+from stagdist.config.run_config import RunConfig
+from stagdist.errors import ConfigError
+from stagdist.parallel.grid import grid_for
+from stagdist.parallel.ranks_parser import pretrain_arguments
+
+GIVE_SIGNS = ("pretrain.py", "generate.py")
+"""Scripts whose ranks give signs of life: one that gives none is stuck, not merely quiet."""
+
+
+def placement_of(arguments: argparse.Namespace) -> Placement:
+    """Hosts and spares.
+
+    Raises:
+        ConfigError: the hostfile cannot be used.
+    """
+    if arguments.hostfile is None:
+        return Placement((Host("localhost", arguments.num_ranks or 2),))
+    hostfile = read_hostfile(arguments.hostfile)
+    return Placement(hostfile.hosts, hostfile.spares)
+
+
+def config_of(command: list[str]) -> RunConfig | None:
+    """The configuration that a pretraining script would read; None for other scripts.
+
+    A script of the user's own that is called pretrain.py takes the options of ours.
+
+    Raises:
+        ConfigError: it is wrong, or an option is.
+    """
+    if Path(command[0]).name != "pretrain.py":
+        return None
+    known = pretrain_arguments(command[1:])
+    if known.dry_run:
+        raise ConfigError("--dry-run starts no ranks; run it without the supervisor: python launch/pretrain.py ...")
+    return load_config(known.config, known.set)
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    """Everything checked that can be checked before a rank runs.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    placement, config = placement_of(arguments), config_of(arguments.command)
+    script = Path(arguments.command[0]).name
+    if not Path(arguments.command[0]).is_file():
+        raise ConfigError(
+            f"{arguments.command[0]} is no script; write for example -- launch/pretrain.py --config x.yaml"
+        )
+    if config is None and (arguments.folder is None or arguments.min_data_parallel is not None):
+        raise ConfigError("scripts other than pretrain.py need --folder, and have no --min-data-parallel")
+    if config is not None:
+        data = grid_for(config, placement.world_size).data
+        fewest = arguments.min_data_parallel or 1
+        if fewest > data:
+            raise ConfigError(f"--min-data-parallel {fewest} is more than the run has: data {data}")
+    _check_address(arguments.address)
+    folder = Path(arguments.folder or config.folder).resolve()  # type: ignore[union-attr]
+    check_paths(folder, Path.cwd(), sys.executable)
+    environment = {name: value for name, value in wanted(os.environ).items() if not name.startswith("MASTER_")}
+    return Options(
+        command=tuple(arguments.command),
+        launcher="local" if arguments.hostfile is None else arguments.launcher or "pdsh",
+        placement=placement,
+        folder=folder,
+        environment=environment,
+        address=arguments.address,
+        max_restarts=arguments.max_restarts,
+        limits=Limits(
+            hang_s=arguments.hang_timeout_s,
+            slow_s=arguments.slow_timeout_s,
+            host_s=arguments.host_timeout_s,
+            start_s=arguments.slow_timeout_s if script in GIVE_SIGNS else float("inf"),
+        ),
+        lease_s=1.5 * arguments.host_timeout_s,
+        stop_s=arguments.stop_s,
+        host_wait_s=arguments.host_wait_s,
+        fits=None if config is None else _fits(config, arguments.min_data_parallel),
+    )
+
+
+def _check_address(address: str | None) -> None:
+    """The agents' meeting place must be one address of this machine.
+
+    Raises:
+        ConfigError: it is none, or means all of them.
+    """
+    if address is None:
+        return
+    try:
+        family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.bind((address, 0))
+        if ipaddress.ip_address(address).is_unspecified:
+            raise ConfigError(f"--address {address} would listen on every interface; name the one that the hosts reach")
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"--address {address} is no address of this machine: {error}") from error
+
+
+def _fits(config: RunConfig, min_data_parallel: int | None) -> Callable[[int], bool] | None:
+    if min_data_parallel is None:
+        return None
+
+    def fits(world_size: int) -> bool:
+        try:
+            return grid_for(config, world_size).data >= min_data_parallel
+        except ConfigError:
+            return False
+
+    return fits

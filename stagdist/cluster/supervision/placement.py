@@ -1,0 +1,76 @@
+"""Which hosts the next attempt runs on after some have died. Pure."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from stagdist.cluster.hosts.hostfile import Host
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Hosts at work and in reserve.
+
+    Attributes:
+        hosts: in the order of their ranks.
+        spares: not at work; hosts that were lost come last, since they may be back.
+        lost: at work once, and given up.
+    """
+
+    hosts: tuple[Host, ...]
+    spares: tuple[Host, ...] = ()
+    lost: tuple[Host, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return sum(host.slots for host in self.hosts)
+
+
+def useless_spares(placement: Placement) -> list[Host]:
+    """Spares with fewer slots than any host has."""
+    fewest = min(host.slots for host in placement.hosts)
+    return [spare for spare in placement.spares if spare.slots < fewest]
+
+
+def with_spares(placement: Placement, dead: Collection[str], answers: Callable[[str], bool]) -> Placement | None:
+    """Put a spare in the place of every dead host; it must answer and have as many slots.
+
+    Returns: None when there are not enough spares.
+    """
+    hosts, spares, lost = list(placement.hosts), list(placement.spares), list(placement.lost)
+    for index, host in enumerate(hosts):
+        if host.name not in dead:
+            continue
+        spare = next((spare for spare in spares if spare.slots >= host.slots and answers(spare.name)), None)
+        if spare is None:
+            return None
+        spares.remove(spare)
+        hosts[index] = Host(spare.name, host.slots)
+        lost.append(host)
+    back = [host for host in lost[len(placement.lost) :] if host not in spares]
+    return Placement(tuple(hosts), (*spares, *back), tuple(lost))
+
+
+def with_fewer(placement: Placement, dead: Collection[str], fits: Callable[[int], bool]) -> Placement | None:
+    """Go on with what lives: the largest number of ranks that fits, taken from the front.
+
+    Args:
+        fits: whether the run's grid exists on so many ranks.
+
+    Returns: None when no number fits.
+    """
+    living = [host for host in placement.hosts if host.name not in dead]
+    world = next((size for size in range(sum(host.slots for host in living), 0, -1) if fits(size)), None)
+    if world is None:
+        return None
+    lost = tuple(host for host in placement.hosts if host.name in dead)
+    return Placement(_first(living, world), placement.spares, placement.lost + lost)
+
+
+def _first(hosts: Sequence[Host], slots: int) -> tuple[Host, ...]:
+    taken = []
+    for host in hosts:
+        if slots:
+            taken.append(Host(host.name, min(slots, host.slots)))
+            slots -= taken[-1].slots
+    return tuple(taken)

@@ -1,0 +1,423 @@
+"""Keeps a run going: starts it, sees death and silence, ends what is left, and starts it again where that can help."""
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import random
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagdist.cluster.hosts.hostfile import Host
+from stagdist.cluster.hosts.leftovers import NOT_THERE
+from stagdist.cluster.hosts.remote import on_all, run_on
+from stagdist.cluster.hosts.start import Launch, Launcher, address_of, reachable_address
+from stagdist.cluster.supervision.attempt import Attempt, Outcome, Plan, sweep
+from stagdist.cluster.supervision.diagnosis import MENDED_BY_A_PERSON, Fault, Limits
+from stagdist.cluster.supervision.events import History
+from stagdist.cluster.supervision.placement import Placement, useless_spares, with_fewer, with_spares
+from stagdist.errors import ConfigError, StagdistError
+
+LOG = logging.getLogger(__name__)
+
+PORTS = range(20000, 32000)
+"""Of the ranks' meeting place: below those that systems give away by themselves."""
+
+LOCK = "supervisor.lock"
+"""File in the run's folder: one supervisor holds it, and every host must see it."""
+
+LONGEST_PAUSE_S = 60.0
+UNKNOWN_HOST = "Could not resolve hostname"
+"""What OpenSSH says of a name without an address."""
+
+ONE_SIGNAL_S = 2.0
+"""Seconds in which signals count as one: a closed terminal may send several."""
+
+PROBE_S = 2.0
+"""Between two questions whether a host is back."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is supervised.
+
+    Attributes:
+        command: script and its arguments.
+        launcher: that starts the ranks.
+        placement: hosts and spares.
+        folder: of the run: logs and run.json go there; all hosts see it.
+        environment: variables for the ranks.
+        address: of this machine for the agents; None: the one that the first host can reach.
+        max_restarts: in a row without a new checkpoint, after which the supervisor gives up.
+        limits: of silence.
+        lease_s: without word from the supervisor a rank ends after this time.
+        stop_s: for an orderly end.
+        host_wait_s: how long a host that died, and cannot be replaced, is waited for.
+        fits: whether the run exists on so many ranks, for going on with fewer; None: it may not.
+    """
+
+    command: tuple[str, ...]
+    launcher: Launcher
+    placement: Placement
+    folder: Path
+    environment: Mapping[str, str]
+    address: str | None
+    max_restarts: int
+    limits: Limits
+    lease_s: float
+    stop_s: float
+    host_wait_s: float
+    fits: Callable[[int], bool] | None
+
+
+class GaveUpError(StagdistError):
+    """The run cannot go on; the text says why, in one line."""
+
+
+class Supervisor:
+    """Runs attempt after attempt.
+
+    Args:
+        options: what and how.
+        on_line: gets the output of rank 0.
+    """
+
+    def __init__(self, options: Options, on_line: Callable[[str], None]):
+        self._options, self._on_line = options, on_line
+        self._placement = options.placement
+        self._history = History(options.folder / "run.json", options.command)
+        self._job = hashlib.sha256(str(options.folder.resolve()).encode()).hexdigest()[:12]
+        self._stop_signal, self._asked_at = 0, 0.0
+        self._lock = options.folder / LOCK
+        self._number = self._earlier_attempts()
+        self._first_known: int | None = None
+        self._fault: Fault | None = None
+        self._last_fault: Fault | None = None
+        self._reached = self._resumed = -1
+        self._restarts = 0
+        self._progressed = self._at_work = False
+
+    async def run(self) -> int:
+        """Until the run has ended. Returns: exit code; 128 + signal after a signal.
+
+        Raises:
+            GaveUpError: the run cannot go on.
+            ConfigError: another supervisor is at work on it, or its folder cannot be written.
+        """
+        for spare in useless_spares(self._options.placement):
+            LOG.warning("spare %s has %d slots, fewer than any host: it will never be used", spare.name, spare.slots)
+        self._stop, self._hurry = asyncio.Event(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell that starts it in the background
+                asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
+        with only_one(self._lock):
+            try:
+                return await self._go_on()
+            except StagdistError as reason:
+                self._history.note("stop", reason=str(reason), code=2 if isinstance(reason, ConfigError) else 1)
+                raise
+            finally:
+                self._history.close()
+
+    def _on_signal(self, number: int) -> None:
+        if self._stop.is_set():
+            if time.monotonic() - self._asked_at > ONE_SIGNAL_S:
+                LOG.warning("%s again: the ranks are ended as they are", signal.Signals(number).name)
+                self._hurry.set()
+            return
+        self._asked_at = time.monotonic()
+        what = "the ranks are asked to save and end" if self._at_work else "no ranks are at work; ending"
+        LOG.warning("%s: %s", signal.Signals(number).name, what)
+        self._stop_signal = number
+        self._stop.set()
+
+    async def _go_on(self) -> int:
+        dead = await self._clear_earlier()
+        _refuse_unfit(dead)
+        # What an earlier supervisor left on a host that does not answer may live for its lease from now on.
+        await self._replace_dead(dead, time.monotonic())
+        if self._stop.is_set():
+            return self._stopped(None)
+        pause_s = 1.0
+        while True:
+            outcome = await self._attempt()
+            self._note_end(outcome)
+            if self._stop.is_set():
+                return self._stopped(outcome)
+            if outcome.fault is None:
+                self._history.note("finish", attempt=self._number, code=0)
+                LOG.info("all ranks have ended in order")
+                return 0
+            self._check_hope(outcome.fault)
+            self._restarts += 1
+            pause_s = 1.0 if self._progressed else min(2 * pause_s, LONGEST_PAUSE_S)
+            await self._replace_dead(outcome.dead, outcome.last_heard)
+            await self._wait(pause_s if self._restarts > 1 else 0.0)
+            if self._stop.is_set():
+                return self._stopped(outcome)
+
+    async def _attempt(self) -> Outcome:
+        self._number += 1
+        self._first_known, self._progressed = None, False
+        plan = self._plan()
+        hosts = [f"{host.name}:{host.slots}" for host in plan.launch.hosts]
+        port = plan.launch.master_port
+        self._history.note("start", attempt=self._number, hosts=hosts, launcher=plan.launcher, port=port)
+        LOG.info("attempt %d with %s on %s", self._number, plan.launcher, ", ".join(hosts))
+        self._at_work = True
+        try:
+            return await Attempt(plan, self._on_line, self._on_step).run(self._stop, self._hurry)
+        except OSError as error:  # no space for the files of an attempt, no launcher, no free address
+            first = f"first error: {self._fault.says}; then " if self._fault is not None else ""
+            where = f"{error.filename}: " if error.filename else ""
+            raise GaveUpError(
+                f"{first}attempt {self._number} could not start: {where}{error.strerror or error}"
+            ) from error
+        finally:
+            self._at_work = False
+
+    def _plan(self) -> Plan:
+        options = self._options
+        hosts = self._placement.hosts
+        local = options.launcher == "local"
+        logs = options.folder / "logs" / f"attempt_{self._number:03d}"
+        launch = Launch(
+            hosts=hosts,
+            master_address="127.0.0.1" if local else address_of(hosts),
+            master_port=random.choice(PORTS),
+            job=logs / "job.json",
+            hostfile=logs / "hostfile",
+            environment_file=logs / "deepspeed_env",
+            mark=f"{self._job}.{secrets.token_hex(4)}",
+            folder=Path.cwd(),
+            as_root=os.geteuid() == 0,
+        )
+        address = options.address or ("127.0.0.1" if local else self._own_address(hosts))
+        return Plan(
+            self._number, options.launcher, launch, options.command, options.environment, address, logs,
+            options.limits, options.lease_s, options.stop_s,
+        )  # fmt: skip
+
+    @staticmethod
+    def _own_address(hosts: tuple[Host, ...]) -> str:
+        """The address on the route to another machine if there is one, which all hosts can reach."""
+        found = [reachable_address(host.name) for host in hosts]
+        return next((address for address in found if not address.startswith("127.")), found[0])
+
+    def _on_step(self, step: int) -> None:
+        if self._first_known is None:
+            self._first_known = step
+            if step > self._resumed:  # a checkpoint that no attempt before began from
+                self._resumed, self._restarts = step, 0
+            lost = max(0, self._reached - step) if self._fault is not None else 0
+            self._reached = step
+            self._history.note("resume", attempt=self._number, step=step, lost_steps=lost)
+            self._fault = None
+            LOG.info("attempt %d begins at step %d%s", self._number, step, f", {lost} steps were lost" if lost else "")
+        elif not self._progressed:
+            self._progressed = True
+            self._history.note("step", attempt=self._number, step=step)
+
+    def _note_end(self, outcome: Outcome) -> None:
+        fault = outcome.fault
+        if fault is not None:
+            view = outcome.ranks.get(-1 if fault.rank is None else fault.rank)
+            self._history.note(
+                "fault",
+                attempt=self._number,
+                kind=fault.kind,
+                rank=fault.rank,
+                host=fault.host,
+                says=fault.says,
+                step=fault.step,
+                noticed=outcome.noticed,
+                stack=list(view.stack) if view else [],
+            )
+            for line in view.stack if view else ():
+                LOG.warning("    %s", line)
+        facts = {"swept": outcome.ended, "left": outcome.left, "dead": dict(outcome.dead)}
+        self._history.note("ended", attempt=self._number, **facts)
+
+    def _check_hope(self, fault: Fault) -> None:
+        """Give up where another attempt would only end like this one.
+
+        Raises:
+            GaveUpError: with the first error.
+        """
+        first = f"first error: {fault.says}"
+        first += " " if first[-1] in ".?!" else "; "
+        logs = f"output of the ranks: {self._options.folder / 'logs' / f'attempt_{self._number:03d}'}"
+        if fault.kind == "exit" and fault.code == MENDED_BY_A_PERSON:
+            raise GaveUpError(f"{first}starting again would not help. {logs}")
+        before = self._last_fault
+        if before is not None and fault.own and before.same_again == fault.same_again:
+            raise GaveUpError(f"{first}the same as the time before, after the same step. {logs}")
+        if self._restarts >= self._options.max_restarts:
+            raise GaveUpError(
+                f"{first}--max-restarts {self._options.max_restarts} is reached without a new checkpoint. {logs}"
+            )
+        self._last_fault = self._fault = fault
+        # An attempt that fails before it trains knows of no step.
+        self._reached = max(self._reached, fault.step)
+
+    async def _replace_dead(self, dead: Mapping[str, str], last_heard: float) -> None:
+        """Find hosts for the next attempt.
+
+        Args:
+            dead: hosts that did not answer, with the reason.
+            last_heard: monotonic seconds, when their ranks were alive.
+
+        Raises:
+            GaveUpError: a host is gone and nothing can take its place.
+        """
+        if not dead:
+            return
+        LOG.warning("hosts that do not answer: %s", _listed(dead))
+        # Its ranks may be alive behind a cut link: they end when their lease does, and must not write beside new ones.
+        await self._wait(last_heard + self._options.lease_s + PROBE_S - time.monotonic())
+        gone = await self._gone_still(dead)
+        new = with_spares(self._placement, gone, self._answers)
+        how = "a spare takes the place"
+        if new is None and self._options.fits is not None:
+            new, how = with_fewer(self._placement, gone, self._options.fits), "fewer replicas go on instead"
+        if new is None:
+            await self._wait_for_hosts(gone)
+        elif gone:
+            rejoined = {host.name for host in new.hosts} & {host.name for host in self._placement.lost}
+            self._placement = new
+            hosts = [f"{host.name}:{host.slots}" for host in new.hosts]
+            self._history.note("replace", lost=sorted(gone), how=how, hosts=hosts)
+            LOG.warning("%s of %s: now on %s", how, ", ".join(sorted(gone)), ", ".join(hosts))
+            if rejoined:
+                await self._clear_earlier()
+
+    async def _gone_still(self, dead: Mapping[str, str]) -> Mapping[str, str]:
+        """Those that cannot be used yet, with the reason; on the others nothing is left of what they did."""
+        answers = await asyncio.to_thread(on_all, dead, self._answers)
+        gone = {host: dead[host] for host, answered in answers.items() if not answered}
+        if len(gone) < len(dead):
+            # One that answers without being fit for work is no better than one that is silent.
+            gone = dict(await self._clear_earlier()) | gone
+        return gone
+
+    async def _wait_for_hosts(self, dead: Mapping[str, str]) -> None:
+        wait_s = self._options.host_wait_s
+        LOG.warning("waiting up to %.0f s for %s", wait_s, ", ".join(sorted(dead)))
+        deadline = time.monotonic() + wait_s
+        while dead and time.monotonic() < deadline and not self._stop.is_set():
+            await self._wait(PROBE_S)
+            dead = await self._gone_still(dead)
+        if self._stop.is_set():
+            return
+        if dead:
+            raise GaveUpError(
+                f"{', '.join(sorted(dead))} did not come back within {wait_s:.0f} s ({_listed(dead)}), and no spare is "
+                "left: list one in the hostfile (#spare name slots=N), or allow fewer replicas with --min-data-parallel"
+            )
+        self._history.note("hosts_back")
+
+    def _answers(self, host: str) -> bool:
+        """Whether a host can be used: it answers, and sees this folder, the run's folder and our Python."""
+        fit = ["test", "-e", str(self._lock), "-a", "-x", sys.executable]
+        return self._options.launcher == "local" or run_on(host, fit, 5.0, folder=Path.cwd()).ok
+
+    async def _wait(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), max(0.0, seconds))
+
+    async def _clear_earlier(self) -> Mapping[str, str]:
+        """End what an earlier supervisor of this run may have left, for it might go on writing.
+
+        Returns: hosts at work that did not answer, with the reason.
+
+        Raises:
+            GaveUpError: something cannot be ended.
+        """
+        for secret in (self._options.folder / "logs").glob("attempt_*/job.json"):
+            with contextlib.suppress(OSError):
+                secret.unlink()
+        hosts = self._placement.hosts
+        # An earlier supervisor may have put a spare to work.
+        ended, left, silent = await asyncio.to_thread(
+            sweep, self._options.launcher, hosts + self._placement.spares, self._job, Path.cwd(), self._lock
+        )
+        dead = {host.name: silent[host.name] for host in hosts if host.name in silent}
+        if ended:
+            self._history.note("cleared", ended=ended)
+            LOG.warning("%d processes that an earlier start had left were ended", ended)
+        if left:
+            raise GaveUpError(f"{left} processes of an earlier start cannot be ended: look for {self._job} in /proc")
+        return dead
+
+    def _stopped(self, outcome: Outcome | None) -> int:
+        code = 128 + self._stop_signal
+        how = "the ranks have ended in order"
+        if outcome is None:
+            how = "before any rank was started"
+        elif outcome.fault is not None:
+            how = f"the ranks have ended, but not in order: {outcome.fault.says}"
+        name = signal.Signals(self._stop_signal).name
+        self._history.note("stop", reason=f"{name}; {how}", code=code)
+        LOG.info("%s: %s", name, how)
+        return code
+
+    def _earlier_attempts(self) -> int:
+        names = (self._options.folder / "logs").glob("attempt_*")
+        return max((int(path.name.removeprefix("attempt_")) for path in names if path.name[8:].isdigit()), default=0)
+
+
+def _listed(dead: Mapping[str, str]) -> str:
+    return "; ".join(f"{host}: {reason}" for host, reason in sorted(dead.items()))
+
+
+def _refuse_unfit(dead: Mapping[str, str]) -> None:
+    """A host that is off may come back; a name that nobody knows is a slip of the pen, a folder of its own likewise.
+
+    Raises:
+        ConfigError: a host has no address, as ssh says, or does not see the run's folder.
+    """
+    apart = [host for host, reason in dead.items() if NOT_THERE in reason]
+    if apart:
+        raise ConfigError(
+            f"{', '.join(apart)}: {dead[apart[0]]}; choose a runs_directory or --folder that all hosts see"
+        )
+    unknown = [host for host, reason in dead.items() if UNKNOWN_HOST in reason]
+    if unknown:
+        raise ConfigError(
+            f"no address is known for {', '.join(unknown)} ({dead[unknown[0]]}); correct the hostfile, or mend the "
+            "name service"
+        )
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process.
+
+    Raises:
+        ConfigError: another process has it, or the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a")
+    except OSError as error:
+        raise ConfigError(
+            f"folder {path.parent} cannot be written: {error.strerror}; choose another runs_directory or --folder"
+        ) from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{path}: another supervisor is at work on this run; stop it first") from None
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be locked: {error.strerror}; mount its file system with locks, or choose a --folder"
+            ) from error
+        yield

@@ -1,0 +1,276 @@
+"""The whole configuration of a run: frozen pydantic models, every key documented.
+
+This module only says what may be configured and refuses what cannot work. It imports no framework: reading a
+configuration takes milliseconds and needs no process group. Reading files and overrides is `load_config` in
+`stagdist/config/loading.py`; what a configuration costs is planned in `stagdist/planning/plan.py`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+
+from stagdist.config.checks import data_problems, model_problems
+
+
+def _no_truth_value(value: Any) -> Any:
+    """Python counts true as 1, a person who writes `steps: true` does not mean one step."""
+    if isinstance(value, bool):
+        raise ValueError(f"is {str(value).lower()}, must be a number")
+    return value
+
+
+_Number = BeforeValidator(_no_truth_value)
+Positive = Annotated[int, Field(ge=1), _Number]
+NonNegative = Annotated[int, Field(ge=0), _Number]
+PositiveFloat = Annotated[float, Field(gt=0), _Number]
+NonNegativeFloat = Annotated[float, Field(ge=0), _Number]
+Share = Annotated[float, Field(ge=0, le=1), _Number]
+
+
+class ConfigPart(BaseModel):
+    """Base of every part of the configuration: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), validate_default=True, allow_inf_nan=False
+    )
+
+
+def report_problems(problems: list[str], found: ValidationInfo) -> None:
+    """Collect the problems of a cross-check where the caller gave a list as context, otherwise raise them."""
+    if problems and isinstance(found.context, list):
+        found.context.extend(problems)
+    elif problems:
+        raise ValueError("; ".join(problems))
+
+
+class RopeScaling(ConfigPart):
+    """Llama 3's frequency-dependent stretching of the rotary wavelengths."""
+
+    rope_type: Literal["llama3"] = Field("llama3", description="The only scaling supported; null switches it off.")
+    factor: PositiveFloat = Field(8.0, description="Long wavelengths are divided by this factor.")
+    low_freq_factor: PositiveFloat = Field(1.0, description="Wavelengths above original length / this are stretched.")
+    high_freq_factor: PositiveFloat = Field(4.0, description="Wavelengths below original length / this are kept.")
+    original_max_position_embeddings: Positive = Field(8192, description="Context length before stretching, tokens.")
+
+
+class ModelConfig(ConfigPart):
+    """Shape of the model (design: a Llama cut into sections)."""
+
+    vocab_size: Positive = Field(..., description="Rows of the embedding; at least the tokenizer's vocabulary.")
+    hidden_size: Positive = Field(..., description="Width of the residual stream.")
+    intermediate_size: Positive = Field(..., description="Width inside the SwiGLU.")
+    num_attention_heads: Positive = Field(..., description="Query heads of every attention.")
+    num_key_value_heads: Positive | None = Field(
+        None, description="Key/value heads of self-attention; null means as many as query heads."
+    )
+    head_dim: Positive | None = Field(None, description="Width of a head; null means hidden_size / heads.")
+    rope_theta: PositiveFloat = Field(10000.0, description="Base of the rotary wavelengths.")
+    rope_scaling: RopeScaling | None = Field(None, description="Llama 3's stretching of the wavelengths, or null.")
+    rms_norm_eps: PositiveFloat = Field(1e-5, description="Added to the mean square in every RMSNorm.")
+    max_position_embeddings: Positive = Field(..., description="Longest context, tokens.")
+    tie_word_embeddings: bool = Field(False, description="The head uses the embedding's matrix.")
+    section_layers: tuple[Positive, ...] = Field(
+        ..., min_length=1, description="Layers of each section; the number of entries is p."
+    )
+    connection: Literal["staggered", "sequential"] = Field(
+        "staggered", description="staggered: StagFormer. sequential: the plain Transformer cut at the same places."
+    )
+    stagger: Annotated[int, Field(ge=0, le=2), _Number] = Field(
+        1, description="Positions by which the memory lags; 0 is a control that cannot decode in parallel."
+    )
+    cross_attention_window: Positive | None = Field(
+        None, description="Slots of the shifted memory that a position sees; null means all earlier ones."
+    )
+    cross_attention_key_value_heads: Positive | None = Field(
+        None, description="Key/value heads of cross-attention; null means num_key_value_heads."
+    )
+    share_section_weights: bool = Field(
+        False, description="Equal sections share self-attention and MLP; cross-attention stays their own."
+    )
+    combine_sections: bool = Field(
+        False, description="The head reads a learned linear combination of all section outputs."
+    )
+
+    @property
+    def num_sections(self) -> int:
+        """p, the number of sections."""
+        return len(self.section_layers)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of all sections together."""
+        return sum(self.section_layers)
+
+    @property
+    def key_value_heads(self) -> int:
+        """Key/value heads of self-attention, resolved."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def cross_key_value_heads(self) -> int:
+        """Key/value heads of cross-attention, resolved."""
+        return self.cross_attention_key_value_heads or self.key_value_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head, resolved."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def staggered(self) -> bool:
+        """True for a StagFormer, False for the sequential baseline."""
+        return self.connection == "staggered"
+
+    @model_validator(mode="after")
+    def _consistent(self, found: ValidationInfo) -> "ModelConfig":
+        report_problems(model_problems(self), found)
+        return self
+
+
+class ParallelConfig(ConfigPart):
+    """How ranks are laid out; what is left of the world is the data-parallel size."""
+
+    pipeline_parallel_size: Positive | None = Field(
+        None, description="Pipeline stages; divides the number of sections. null: one stage per section."
+    )
+    tensor_parallel_size: Positive = Field(1, description="Ranks that split every matrix inside a section.")
+    device: str = Field(
+        "auto",
+        description="auto, cpu, cuda or cuda:N. auto: CUDA (nccl) where torch sees a device, otherwise CPU (gloo). "
+        "cuda:N: this device for every rank, for trials of several ranks on one.",
+    )
+    timeout_s: PositiveFloat = Field(600.0, description="Limit of every collective on every process group, seconds.")
+
+
+class CorpusConfig(ConfigPart):
+    """One tokenised corpus and its share of a blend."""
+
+    prefix: str = Field(..., description="Path of the .bin/.idx pair without its ending.")
+    weight: PositiveFloat = Field(1.0, description="Relative weight in the blend.")
+
+
+class DataConfig(ConfigPart):
+    """Where tokens come from and in which order."""
+
+    tokenizer: str = Field(
+        "bytes", description="Directory or tokenizer.json of the tokenizer; `bytes` for one token per byte."
+    )
+    corpora: tuple[CorpusConfig, ...] = Field(
+        (), description="Corpora blended by weight and cut into train, validation and test by data.split."
+    )
+    split: tuple[float, float, float] = Field(
+        (98.0, 1.0, 1.0), description="Shares of the documents for train, validation and test (with data.corpora)."
+    )
+    train_corpora: tuple[CorpusConfig, ...] = Field((), description="Corpora for training only, instead of corpora.")
+    validation_corpora: tuple[CorpusConfig, ...] = Field((), description="Corpora for evaluation during training.")
+    test_corpora: tuple[CorpusConfig, ...] = Field((), description="Corpora for the evaluation at the end.")
+    sequence_length: Positive | None = Field(
+        None, description="Tokens of a training sequence; null means model.max_position_embeddings."
+    )
+    num_samples: Positive | None = Field(
+        None,
+        description="Training sequences the order of samples is made for; fixed for a run. "
+        "null means training.steps * training.global_batch_size.",
+    )
+    cache_directory: str | None = Field(
+        None, description="Where index maps are kept; shared by all ranks. null: beside the first corpus."
+    )
+    seed: NonNegative = Field(1234, description="Seed of the order of samples.")
+
+    @model_validator(mode="after")
+    def _one_way(self, found: ValidationInfo) -> "DataConfig":
+        report_problems(data_problems(self), found)
+        return self
+
+
+class OptimizerConfig(ConfigPart):
+    """AdamW; every matrix decays, no vector does."""
+
+    learning_rate: PositiveFloat = Field(3e-4, description="Peak learning rate.")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), description="Decay of the first and the second moment.")
+    eps: PositiveFloat = Field(1e-8, description="Added to the root of the second moment.")
+    weight_decay: NonNegativeFloat = Field(0.1, description="Decoupled decay of matrices, per unit rate.")
+    max_grad_norm: NonNegativeFloat = Field(
+        1.0, description="Gradients are scaled to at most this global norm; 0 switches clipping off."
+    )
+
+
+class SchedulerConfig(ConfigPart):
+    """Learning rate as a pure function of the step."""
+
+    kind: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = Field(
+        "cosine", description="Shape after the warm-up."
+    )
+    warmup_steps: NonNegative = Field(0, description="Steps of the linear rise from 0.")
+    decay_steps: Positive | None = Field(
+        None,
+        description="cosine, linear: step at which the minimum is reached (null: training.steps). "
+        "warmup_stable_decay: length of the final linear decay (null: a tenth of training.steps).",
+    )
+    minimum_ratio: Share = Field(0.1, description="Lowest learning rate as a share of the peak.")
+
+
+class TrainingConfig(ConfigPart):
+    """Length, batch, precision and safety of a run."""
+
+    steps: Positive = Field(..., description="Optimizer steps of the run.")
+    global_batch_size: Positive = Field(..., description="Sequences per optimizer step over all replicas.")
+    micro_batch_size: Positive = Field(1, description="Sequences that pass through the pipeline together.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Weights and activations; bf16 accumulates in fp32, fp16 scales the loss (GPU only)."
+    )
+    activation_checkpointing: Literal["none", "layer"] = Field(
+        "none", description="layer: keep only the input of each layer and recompute it in the backward pass."
+    )
+    seed: NonNegative = Field(1234, description="Seed of the initialisation.")
+    deterministic: bool = Field(
+        False,
+        description="Use only kernels that give the same bits every time, so that a run on GPUs can be repeated "
+        "exactly on the same grid, GPUs and libraries; slower. CPUs need no such choice. May change on resume.",
+    )
+    max_bad_steps: NonNegative = Field(
+        3, description="Steps with a loss or gradient that is not finite before the run ends without saving."
+    )
+    max_minutes: PositiveFloat | None = Field(
+        None, description="Wall-clock limit; the run saves and ends in order when it is reached."
+    )
+
+
+class EvaluationConfig(ConfigPart):
+    """Evaluation on the validation split during the run and on the test split at its end."""
+
+    interval_steps: NonNegative = Field(0, description="Evaluate every N steps; 0 switches it off.")
+    num_batches: Positive = Field(4, description="Global batches per evaluation.")
+
+
+class CheckpointConfig(ConfigPart):
+    """When training state is saved and from where it resumes."""
+
+    interval_steps: NonNegative = Field(0, description="Save every N steps; 0: only at the end.")
+    interval_minutes: PositiveFloat | None = Field(None, description="Save every M minutes as well.")
+    keep_last: NonNegative = Field(2, description="Complete checkpoints kept; 0 keeps all.")
+    asynchronous: bool = Field(
+        True,
+        description="Write files beside the training, which pauses only for the copy to host memory; needs host memory "
+        "for one more copy of the training state. false: training waits for the disk.",
+    )
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: go on from the newest complete checkpoint. never: refuse a run that has one."
+    )
+
+
+class WandbConfig(ConfigPart):
+    """Weights & Biases; offline when there is no key or no network."""
+
+    enabled: bool = Field(False, description="Send metrics to wandb.")
+    project: str = Field("stagdist", description="Project of the run.")
+    entity: str | None = Field(None, description="Team or user; null is the default of the key.")
+
+
+class LoggingConfig(ConfigPart):
+    """What a person watches."""
+
+    interval_steps: Positive = Field(1, description="Write metrics every N steps.")
+    progress_bar: bool = Field(True, description="Show a progress bar on rank 0.")
+    tensorboard: bool = Field(False, description="Write TensorBoard events under the run folder.")
+    wandb: WandbConfig = Field(WandbConfig(), description="Weights & Biases.")

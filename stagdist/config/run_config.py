@@ -1,0 +1,115 @@
+"""The configuration of a run: all parts together, and the checks between them."""
+
+from typing import Any
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from stagdist.config.checks import run_problems, world_problems
+from stagdist.config.parts import (
+    CheckpointConfig,
+    ConfigPart,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    TrainingConfig,
+    report_problems,
+)
+from stagdist.errors import ConfigError
+
+OWNED_DEEPSPEED_KEYS: dict[str, str] = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer.*",
+    "scheduler": "scheduler.*",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "data_types": "training.precision",
+    "amp": "training.precision",
+    "torch_autocast": "training.precision",
+    "zero_allow_untested_optimizer": "optimizer.*",
+    "pipeline": "parallel.*",
+    "steps_per_print": "logging.interval_steps",
+    "wall_clock_breakdown": "logging.*",
+    "timers": "logging.*",
+    "tensorboard": "logging.tensorboard",
+    "wandb": "logging.wandb",
+    "checkpoint": "checkpoint.*",
+    "seed": "training.seed",
+}
+"""DeepSpeed keys that stagdist derives itself, with the key of ours to use instead."""
+
+
+class RunConfig(ConfigPart):
+    """One run, whole."""
+
+    name: str = Field(..., min_length=1, description="Name of the run; its folder is runs_directory/name.")
+    runs_directory: str = Field("runs", description="Folder of all runs.")
+    model: ModelConfig = Field(..., description="Shape of the model.")
+    parallel: ParallelConfig = Field(ParallelConfig(), description="Layout of the ranks.")
+    data: DataConfig = Field(DataConfig(), description="Corpora and tokenizer.")
+    training: TrainingConfig = Field(..., description="Length, batch, precision, safety.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW and clipping.")
+    scheduler: SchedulerConfig = Field(SchedulerConfig(), description="Learning rate over the steps.")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Evaluation during training.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Saving and resuming.")
+    logging: LoggingConfig = Field(LoggingConfig(), description="Progress, metrics, TensorBoard, wandb.")
+    deepspeed: dict[str, Any] = Field(
+        {}, description="Further keys of DeepSpeed's JSON, passed through; a key that stagdist owns is refused."
+    )
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a training sequence, resolved."""
+        return self.data.sequence_length or self.model.max_position_embeddings
+
+    @property
+    def pipeline_parallel_size(self) -> int:
+        """Pipeline stages, resolved."""
+        return self.parallel.pipeline_parallel_size or self.model.num_sections
+
+    @property
+    def num_samples(self) -> int:
+        """Training sequences the order of samples is made for, resolved."""
+        return self.data.num_samples or self.training.steps * self.training.global_batch_size
+
+    @property
+    def folder(self) -> str:
+        """Folder of this run."""
+        return f"{self.runs_directory}/{self.name}"
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if "/" in name or name in (".", ".."):
+            raise ValueError(f"is {name!r}, a path; name is the last part of the run folder, see runs_directory")
+        return name
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _not_owned(cls, keys: dict[str, Any]) -> dict[str, Any]:
+        owned = [f"deepspeed.{key} (use {OWNED_DEEPSPEED_KEYS[key]})" for key in keys if key in OWNED_DEEPSPEED_KEYS]
+        if owned:
+            raise ValueError("stagdist sets these DeepSpeed keys itself: " + ", ".join(owned))
+        return keys
+
+    @model_validator(mode="after")
+    def _consistent(self, found: ValidationInfo) -> "RunConfig":
+        report_problems(run_problems(self), found)
+        return self
+
+
+def require_world(config: RunConfig, world_size: int) -> None:
+    """Refuse a world size that the configuration does not fit.
+
+    Raises:
+        ConfigError: with every reason.
+    """
+    problems = world_problems(config, world_size)
+    if problems:
+        raise ConfigError("; ".join(problems))

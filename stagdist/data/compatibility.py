@@ -1,0 +1,174 @@
+"""What must hold between corpora, tokenizer and model before anything starts.
+
+No framework and no process group: these checks run before the launcher's ranks meet, and in a dry run.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from stagdist.config.parts import CorpusConfig, DataConfig
+from stagdist.data.indexed import CorpusIndex, canonical_prefix, open_index, read_description
+from stagdist.data.tokenizer import Tokenizer, load_tokenizer
+from stagdist.errors import ConfigError, DataError
+
+SPLIT_NAMES = ("train", "validation", "test")
+SCANNED_TOKENS = 64 << 20
+"""Tokens of a foreign corpus that are looked at for ids outside the vocabulary."""
+
+_LARGEST_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """Which corpora feed a split, and which stretch of each."""
+
+    corpora: tuple[CorpusConfig, ...]
+    share: tuple[float, float]
+
+
+def split_shares(split: tuple[float, float, float]) -> tuple[tuple[float, float], ...]:
+    """First and last share of each of the three splits."""
+    normalised = (np.array(split, np.float64) / np.sum(np.array(split, np.float64))).tolist()
+    edges = [0.0]
+    for share in normalised:
+        edges.append(edges[-1] + share)
+    return tuple(pairwise(edges))
+
+
+def plan_splits(data: DataConfig) -> tuple[SplitPlan | None, ...]:
+    """Train, validation and test as configured; None for a split without corpora or share."""
+    if data.corpora:
+        shares = split_shares(data.split)
+        return tuple(SplitPlan(data.corpora, share) if share[1] > share[0] else None for share in shares)
+    separate = (data.train_corpora, data.validation_corpora, data.test_corpora)
+    return tuple(SplitPlan(corpora, (0.0, 1.0)) if corpora else None for corpora in separate)
+
+
+def training_identity(data: DataConfig, tokenizer: Tokenizer) -> str:
+    """Short hash of what the training samples are made of: corpora, in order, and tokenizer, whatever their paths."""
+    plan = plan_splits(data)[0]
+    corpora = () if plan is None else plan.corpora
+    parts = [open_index(canonical_prefix(corpus.prefix)).identity() for corpus in corpora]
+    return hashlib.sha256("/".join([*parts, tokenizer.fingerprint]).encode()).hexdigest()[:16]
+
+
+def check_data(
+    data: DataConfig, *, sequence_length: int, vocab_size: int, num_samples: tuple[int, int, int] = (1, 0, 0)
+) -> None:
+    """Refuse data that cannot train the model.
+
+    Args:
+        sequence_length: tokens of a training sequence.
+        vocab_size: rows of the embedding (`model.vocab_size`).
+        num_samples: sequences wanted of train, validation and test; a split of 0 is not looked at.
+
+    Raises:
+        ConfigError: no corpus is configured, or the tokenizer's vocabulary is larger than the embedding.
+        DataError: a corpus is missing, damaged, empty, shorter than a sequence, or made by another tokenizer.
+    """
+    check_with_tokenizer(
+        data,
+        load_tokenizer(data.tokenizer),
+        sequence_length=sequence_length,
+        vocab_size=vocab_size,
+        num_samples=num_samples,
+    )
+
+
+def check_with_tokenizer(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    sequence_length: int,
+    vocab_size: int,
+    num_samples: tuple[int, int, int],
+) -> dict[str, CorpusIndex]:
+    """`check_data` with a tokenizer that is loaded already.
+
+    Returns:
+        The opened corpora by canonical prefix.
+    """
+    plans = plan_splits(data)
+    if plans[0] is None:
+        raise ConfigError("no corpus: set data.corpora (or data.train_corpora) to the PREFIX of a .bin/.idx pair")
+    if data.seed > _LARGEST_SEED:
+        raise ConfigError(f"data.seed is {data.seed}, at most {_LARGEST_SEED} is possible")
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"the vocabulary of data.tokenizer {data.tokenizer} ({tokenizer.vocab_size} tokens) is larger than "
+            f"model.vocab_size {vocab_size}; raise model.vocab_size to {tokenizer.vocab_size} or more"
+        )
+    opened: dict[str, CorpusIndex] = {}
+    for name, plan, wanted in zip(SPLIT_NAMES, plans, num_samples, strict=True):
+        for corpus in plan.corpora if plan is not None else ():
+            prefix = canonical_prefix(corpus.prefix)
+            if prefix not in opened:
+                opened[prefix] = open_index(prefix)
+                _check_tokens(opened[prefix], data, tokenizer, vocab_size)
+            if plan is not None and wanted:
+                _check_length(opened[prefix], name, plan, sequence_length)
+    _check_cache(cache_directory(data))
+    return opened
+
+
+def _check_tokens(index: CorpusIndex, data: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """The corpus was made with this tokenizer, as far as it says; its ids have a row in the embedding."""
+    description = read_description(index.prefix)
+    if description is not None and description.tokens != index.tokens:
+        raise DataError(
+            f"{index.prefix}.json tells of {description.tokens} tokens but the index of {index.tokens}: they do not "
+            "belong together; prepare the corpus again, or delete the .json if another program made the corpus"
+        )
+    if description is not None and description.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"corpus {index.prefix} was made with the tokenizer {description.tokenizer} "
+            f"({description.vocab_size} tokens, fingerprint {description.tokenizer_fingerprint[:12]}), not with "
+            f"data.tokenizer {data.tokenizer} ({tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}); "
+            "set data.tokenizer to that one, or prepare the corpus again"
+        )
+    if description is None and np.iinfo(index.dtype).max < vocab_size:
+        return
+    largest = description.max_token if description is not None else index.largest_token(SCANNED_TOKENS)
+    if largest >= vocab_size:
+        raise DataError(
+            f"corpus {index.prefix} holds token id {largest}, but model.vocab_size is {vocab_size}; "
+            f"raise model.vocab_size to at least {largest + 1}, or use the corpus's own tokenizer"
+        )
+
+
+def _check_length(index: CorpusIndex, name: str, plan: SplitPlan, sequence_length: int) -> None:
+    tokens = index.split_tokens(plan.share)
+    if tokens > sequence_length:
+        return
+    whole = plan.share == (0.0, 1.0)
+    part = f"corpus {index.prefix}" if whole else f"the {name} split of corpus {index.prefix}"
+    remedy = "use more text or a shorter data.sequence_length"
+    if not whole:
+        remedy += (
+            f", or give {name} a larger part of data.split (whole documents are cut off, it has {index.documents})"
+        )
+    raise DataError(
+        f"{part} is shorter than one sequence: {tokens} tokens, {sequence_length + 1} are needed "
+        f"(data.sequence_length {sequence_length} and the last label); {remedy}"
+    )
+
+
+def cache_directory(data: DataConfig) -> Path:
+    """Where index maps are kept: as configured, or `index_cache` beside the first corpus."""
+    if data.cache_directory is not None:
+        return Path(os.path.realpath(data.cache_directory))
+    first = (data.corpora or data.train_corpora)[0]
+    return Path(canonical_prefix(first.prefix)).parent / "index_cache"
+
+
+def _check_cache(directory: Path) -> None:
+    ancestor = directory
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        raise DataError(f"cannot write index maps to {directory}; set data.cache_directory to a writable directory")

@@ -1,0 +1,84 @@
+"""Arguments and reporting that the data tools share."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from stagdist.data.prepare.sources import ReadOptions
+from stagdist.errors import StagdistError
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add everything that says how input becomes documents."""
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="file (.jsonl, .jsonl.gz, .json, .parquet, .txt, .md, .py or other text), directory (searched for such "
+        "files), quoted glob, or a data set of the Hugging Face Hub: owner/name or hub:NAME",
+    )
+    reading = parser.add_argument_group("how input becomes documents")
+    reading.add_argument("--text-key", default="text", metavar="KEY", help="JSON key or column (default: text)")
+    reading.add_argument(
+        "--txt-documents",
+        choices=("auto", "file", "paragraph", "line"),
+        default="auto",
+        help="what a document is in plain text; auto (default): a file, but files above 256 KiB are cut at blank "
+        "lines about every 16 KiB, so that they can be shuffled and split",
+    )
+    reading.add_argument(
+        "--bad-utf8",
+        choices=("error", "skip", "replace"),
+        default="error",
+        help="documents that are not UTF-8: stop (default), leave them out, or put U+FFFD for the bad bytes",
+    )
+    reading.add_argument(
+        "--include", action="append", default=[], metavar="GLOB", help="of a directory only these files; repeatable"
+    )
+    reading.add_argument(
+        "--exclude", action="append", default=[], metavar="GLOB", help="of a directory all but these; repeatable"
+    )
+    reading.add_argument("--split-name", default="train", metavar="NAME", help="split of a Hub data set (train)")
+    reading.add_argument("--config-name", metavar="NAME", help="configuration of a Hub data set")
+    reading.add_argument(
+        "--streaming",
+        action="store_true",
+        help="read a Hub data set over the network instead of downloading it first (files are never held in memory)",
+    )
+
+
+def reading_options(arguments: argparse.Namespace) -> ReadOptions:
+    """The options that the parsed arguments ask for."""
+    return ReadOptions(
+        text_key=arguments.text_key,
+        txt_documents=arguments.txt_documents,
+        bad_utf8=arguments.bad_utf8,
+        include=tuple(arguments.include),
+        exclude=tuple(arguments.exclude),
+        split_name=arguments.split_name,
+        config_name=arguments.config_name,
+        streaming=arguments.streaming,
+    )
+
+
+def run_tool(action: Callable[[], None], on_failure: Callable[[], object] = lambda: None) -> int:
+    """Exit code of a tool; an error that a person can mend becomes one line on standard error and code 2.
+
+    Args:
+        on_failure: called after any failure, also an unexpected one.
+    """
+    try:
+        action()
+    except (StagdistError, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        on_failure()
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr, flush=True)
+        on_failure()
+        return 130
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        on_failure()
+        return 1
+    return 0

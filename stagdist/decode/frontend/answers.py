@@ -1,0 +1,218 @@
+"""What a person or a program sees of running requests: text as it comes, JSON lines, errors, a summary."""
+
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from stagdist.decode.frontend.prompts import Prompt
+from stagdist.decode.request import FinishReason, Request, RequestOutput, TokenLogprobs
+
+Decode = Callable[[Iterable[int]], str]
+
+
+@dataclass
+class _Busy:
+    """Time during which at least one request was in a certain state."""
+
+    count: int = 0
+    since_s: float = 0.0
+    seconds: float = 0.0
+
+    def enter(self, now_s: float) -> None:
+        if self.count == 0:
+            self.since_s = now_s
+        self.count += 1
+
+    def leave(self, now_s: float) -> None:
+        self.count -= 1
+        if self.count == 0:
+            self.seconds += now_s - self.since_s
+
+
+@dataclass
+class _Answer:
+    prompt: Prompt
+    request: Request | None
+    outputs: list[RequestOutput] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)  # text that waits for its turn
+    num_tokens: int = 0
+    finish: FinishReason | None = None
+    error: str | None = None
+
+
+class Answers:
+    """Prints what the engine says. Safe to call from the engine's thread and from the one that reads prompts.
+
+    As text, answers come in the order of their prompts: the first that is not finished is written as it comes, later
+    ones when it is done. As JSON, each is one line when it is finished, whatever the order.
+
+    Args:
+        out: gets answers and nothing else.
+        err: gets errors, one line each.
+        decode: text of token ids, to echo prompts that came as ids.
+        on_broken: called when nobody reads `out` any more.
+
+    Attributes:
+        failed: prompts that were not served.
+        taken: prompts so far.
+        broken: nobody reads `out` any more; everything else is dropped.
+    """
+
+    def __init__(self, out: TextIO, err: TextIO, decode: Decode, on_broken: Callable[[], None], *, as_json: bool):
+        self.failed = self.taken = self._cut_off = 0
+        self.broken = False
+        self._out, self._err, self._decode, self._on_broken, self._as_json = out, err, decode, on_broken, as_json
+        self._answers: dict[str, _Answer] = {}  # unfinished, or waiting for their turn; in order
+        self._lock = threading.Lock()
+        self._num_tokens = self._num_later_tokens = 0
+        self._first_token_s: list[float] = []
+        self._decoding, self._serving = _Busy(), _Busy()
+
+    def end(self) -> int:
+        """Write what still waits for its turn; the number of requests that were cut off."""
+        with self._lock:
+            for answer in self._answers.values():
+                self._cut_off += answer.finish is None
+                answer.finish = answer.finish or FinishReason.CANCELLED
+            if not self._as_json:  # an answer that is not whole is no line of JSON
+                self._show_text()
+            return self._cut_off
+
+    def accept(self, prompt: Prompt, request: Request) -> None:
+        """A request goes to the engine; call it before `Engine.submit`."""
+        with self._lock:
+            self.taken += 1
+            self._answers[request.request_id] = _Answer(prompt, request)
+            self._serving.enter(time.perf_counter())
+
+    def refuse(self, prompt: Prompt, error: str) -> None:
+        """A prompt that never reaches the engine."""
+        with self._lock:
+            self.taken += 1
+            self._fail(_Answer(prompt, None, finish=FinishReason.ERROR, error=error))
+
+    def take(self, output: RequestOutput) -> None:
+        """Take what is new of a request."""
+        with self._lock:
+            answer = self._answers[output.request_id]
+            self._measure(answer, output)
+            if output.finish_reason is FinishReason.ERROR:
+                del self._answers[output.request_id]
+                answer.finish, answer.error = output.finish_reason, output.error
+                self._fail(answer)
+                self._show_text()
+                return
+            answer.finish = output.finish_reason
+            self._cut_off += answer.finish is FinishReason.CANCELLED
+            if self._as_json:
+                answer.outputs.append(output)
+                if answer.finish is not None:
+                    del self._answers[output.request_id]
+                    self._write(self._json(answer))
+                return
+            if answer.num_tokens == len(output.token_ids) > 0:
+                answer.unseen.append(self._echo(answer))
+            answer.unseen.append(output.text)
+            self._show_text()
+
+    def summary(self) -> str:
+        """Numbers of everything so far, in one line."""
+        with self._lock:
+            prompts = f"{self.taken} prompt{'s' * (self.taken != 1)}"
+            failed = f" ({self.failed} not served)" if self.failed else ""
+            parts = [f"{prompts}{failed}, {self._num_tokens} new tokens"]
+            if self._first_token_s:
+                kind = "time to first token" if len(self._first_token_s) == 1 else "median time to first token"
+                parts.append(f"{kind} {1e3 * statistics.median(self._first_token_s):.1f} ms")
+            if self._decoding.seconds > 0 and self._num_later_tokens:
+                parts.append(f"decoding {self._num_later_tokens / self._decoding.seconds:.1f} tokens/s")
+            if self._serving.seconds > 0 and self._num_tokens:
+                parts.append(f"overall {self._num_tokens / self._serving.seconds:.1f} tokens/s")
+            return "; ".join(parts)
+
+    # --- inside, with the lock ----------------------------------------------------------------------------------
+
+    def _measure(self, answer: _Answer, output: RequestOutput) -> None:
+        now_s, before = time.perf_counter(), answer.num_tokens
+        answer.num_tokens += len(output.token_ids)
+        self._num_tokens += len(output.token_ids)
+        if answer.num_tokens and not before:
+            self._decoding.enter(now_s)
+            self._first_token_s += [s for s in [output.time_to_first_token_s] if s is not None]
+            self._num_later_tokens -= 1
+        self._num_later_tokens += len(output.token_ids)
+        if output.finish_reason is not None:
+            self._serving.leave(now_s)
+            if answer.num_tokens:
+                self._decoding.leave(now_s)
+
+    def _fail(self, answer: _Answer) -> None:
+        self.failed += 1
+        print(f"error: {answer.error}", file=self._err, flush=True)
+        if self._as_json:
+            self._write(self._json(answer))
+
+    def _echo(self, answer: _Answer) -> str:
+        if answer.prompt.text is not None:
+            return answer.prompt.text
+        assert answer.request is not None
+        return self._decode(answer.request.prompt_ids)
+
+    def _show_text(self) -> None:
+        """Write what has its turn: all of the finished answers in front, and the beginning of the one after."""
+        done = []  # thousands may wait behind: they are not looked at
+        for request_id, answer in self._answers.items():
+            text, answer.unseen = "".join(answer.unseen), []
+            if answer.finish is None:
+                self._write(text)
+                break
+            self._write(text + "\n" * (answer.num_tokens > 0))
+            done.append(request_id)
+        for request_id in done:
+            del self._answers[request_id]
+
+    def _json(self, answer: _Answer) -> str:
+        body: dict[str, Any] = {"id": answer.prompt.name, "index": answer.prompt.index}
+        if answer.error is not None:
+            return json.dumps(body | {"finish_reason": answer.finish, "error": answer.error}) + "\n"
+        assert answer.request is not None
+        outputs = answer.outputs
+        body |= {
+            "prompt": self._echo(answer),
+            "text": "".join(output.text for output in outputs),
+            "token_ids": _joined([output.token_ids for output in outputs]),
+            "prompt_tokens": len(answer.request.prompt_ids),
+            "finish_reason": answer.finish,
+            "seed": answer.request.params.seed,
+            "time_to_first_token_s": outputs[-1].time_to_first_token_s,
+        }
+        if answer.request.params.logprobs is not None:
+            body["logprobs"] = [_logprobs(entry) for output in outputs for entry in output.logprobs]
+        return json.dumps(body, ensure_ascii=False) + "\n"
+
+    def _write(self, text: str) -> None:
+        if not text or self.broken:
+            return
+        try:
+            self._out.write(text)
+            self._out.flush()
+        except BrokenPipeError:
+            self.broken = True
+            self._on_broken()
+
+
+def _logprobs(entry: TokenLogprobs) -> dict[str, Any]:
+    # A vocabulary smaller than what was asked for is filled up with id -1.
+    return {
+        "token_id": entry.token_id,
+        "logprob": entry.logprob,
+        "top": [{"token_id": token, "logprob": value} for token, value in entry.top if token >= 0],
+    }
+
+
+def _joined(parts: Sequence[Sequence[int]]) -> list[int]:
+    return [token for part in parts for token in part]

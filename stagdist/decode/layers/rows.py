@@ -1,0 +1,155 @@
+"""Where the rows of a call stand: their positions, what they write into the caches, and what they may see there."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stagdist.config.parts import ModelConfig
+from stagdist.decode.layers.weights import Device
+from stagdist.model.rotary import Rotary
+
+
+class Angles:
+    """Rotary table laid out for decoding: the sign of the rotated half is in the sines.
+
+    Shapes: cos and sin [positions, D].
+    """
+
+    def __init__(self, model: ModelConfig, device: Device):
+        cos, sin = Rotary(model)(model.max_position_embeddings, device.dtype)
+        signs = torch.ones_like(sin)
+        signs[:, : model.head_width // 2] = -1
+        self.cos, self.sin = cos.to(device.name), (sin * signs).to(device.name)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn every head by its position's angles. Shapes: states [..., D], cos and sin broadcast to it."""
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
+
+
+class ChunkPlace:
+    """Consecutive positions of one request: a chunk of its prompt, or one step when it is alone.
+
+    Args:
+        row: row of the caches.
+        start: first position.
+        length: number of positions (S).
+    """
+
+    def __init__(self, angles: Angles, row: int, start: int, length: int):
+        self.row, self.start, self.length = row, start, length
+        self.end = start + length
+        self.cos = angles.cos[start : self.end, None]
+        self.sin = angles.sin[start : self.end, None]
+        self.positions = range(start, self.end)
+        self.self_mask = self._self_mask(angles.cos.device)
+        self.causal = start == 0 and length > 1
+        self.memory_mask: Tensor | None = None
+        self.memory_causal = False
+
+    def _self_mask(self, device: torch.device) -> Tensor | None:
+        if self.length == 1 or self.start == 0:
+            return None
+        return _visible(torch.arange(self.start, self.end, device=device), torch.arange(self.end, device=device), None)
+
+    def store_self(self, cache: Tensor, new: Tensor) -> Tensor:
+        """Write keys and values of one layer, and give all that may be seen.
+
+        Shapes: cache [2, B, K, S, D], new [1, S', 2, K, D] -> [2, 1, K, positions, D].
+        """
+        cache[:, self.row, :, self.start : self.end] = new[0].permute(1, 2, 0, 3)
+        return cache[:, self.row : self.row + 1, :, : self.end]
+
+    def store_memory(self, cache: Tensor, new: Tensor) -> Tensor:
+        """Write the memory's keys and values of all layers, and give all that may be seen; sets `memory_mask`.
+
+        Shapes: cache [L, 2, B, C, W, D], new [1, S', L, 2, C, D] -> [L, 2, 1, C, entries, D].
+        """
+        new = new[0].permute(1, 2, 3, 0, 4)  # [L, 2, C, S', D]
+        window = cache.shape[4]
+        own = cache[:, :, self.row]
+        if self.end <= window:
+            own[:, :, :, self.start : self.end] = new
+            self.memory_mask, self.memory_causal = self.self_mask, self.causal
+            return own[:, :, None, :, : self.end]
+        if self.length == 1:
+            own[:, :, :, self.start % window] = new[:, :, :, 0]
+            self.memory_mask, self.memory_causal = None, False
+            return own[:, :, None]
+        return self._store_around(own, new, window)
+
+    def _store_around(self, own: Tensor, new: Tensor, window: int) -> Tensor:
+        """A chunk that reaches past the end of the window's ring: it sees the old entries and its own."""
+        device = own.device
+        entries = torch.arange(window, device=device)
+        # The newest position before the chunk that lies in each entry; negative where there is none.
+        held = self.start - 1 - (self.start - 1 - entries) % window
+        chunk = torch.arange(self.start, self.end, device=device)
+        seen = torch.cat((own, new), dim=3)
+        positions = torch.cat((held, chunk))
+        self.memory_mask = _visible(chunk, positions, window) & (positions >= 0)
+        self.memory_causal = False
+        kept = min(window, self.length)
+        own[:, :, :, chunk[-kept:] % window] = new[:, :, :, -kept:]
+        return seen[:, :, None]
+
+
+class StepPlace:
+    """One position of each of several requests, in rows 0 to B - 1 of the caches.
+
+    Args:
+        positions: int64 [B], on the device.
+        longest: entries of the cache that are looked at; above every position.
+        uniform: every row sees all these entries, so that no mask is needed.
+        repeats: rows that each request has (sections as rows of one batch).
+    """
+
+    def __init__(self, angles: Angles, positions: Tensor, longest: int, *, uniform: bool = False, repeats: int = 1):
+        positions = positions.repeat_interleave(repeats) if repeats > 1 else positions
+        self.tensor = positions
+        self.longest, self._uniform = longest, uniform
+        self.rows = torch.arange(len(positions), device=positions.device)
+        self.cos = angles.cos[positions][:, None, None]
+        self.sin = angles.sin[positions][:, None, None]
+        self.self_mask: Tensor | None = None if uniform else self._filled(longest)
+        self.causal = self.memory_causal = False
+        self.memory_mask: Tensor | None = None
+
+    def _filled(self, entries: int) -> Tensor:
+        """Entries that hold something for each row. Shapes: bool [B, 1, 1, entries]."""
+        held = torch.arange(entries, device=self.tensor.device) <= self.tensor[:, None]
+        return held[:, None, None]
+
+    def store_self(self, cache: Tensor, new: Tensor) -> Tensor:
+        """As `ChunkPlace.store_self`. Shapes: new [B, 1, 2, K, D] -> [2, B, K, longest, D]."""
+        cache[:, self.rows, :, self.tensor] = new[:, 0]
+        return cache[:, : len(self.rows), :, : self.longest]
+
+    def store_memory(self, cache: Tensor, new: Tensor) -> Tensor:
+        """As `ChunkPlace.store_memory`. Shapes: new [B, 1, L, 2, C, D] -> [L, 2, B, C, entries, D]."""
+        window = cache.shape[4]
+        cache[:, :, self.rows, :, self.tensor % window] = new[:, 0]
+        entries = min(self.longest, window)
+        # Once the ring is full every entry holds one of the last `window` slots.
+        self.memory_mask = None if self._uniform else self._filled(entries)
+        return cache[:, :, : len(self.rows), :, :entries]
+
+
+Place = ChunkPlace | StepPlace
+
+
+def step_place(angles: Angles, positions: Sequence[int], device: Device, repeats: int = 1) -> Place:
+    """The place of a step; one row alone is written without indices."""
+    if len(positions) == 1 and repeats == 1:
+        return ChunkPlace(angles, 0, positions[0], 1)
+    tensor = device.upload(positions, torch.int64)
+    uniform = min(positions) == max(positions)
+    return StepPlace(angles, tensor, max(positions) + 1, uniform=uniform, repeats=repeats)
+
+
+def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Which position each query may look at. Shapes: [S], [entries] -> bool [S, entries]."""
+    distance = queries[:, None] - keys[None, :]
+    near = distance >= 0
+    return near if window is None else near & (distance < window)

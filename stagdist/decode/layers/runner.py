@@ -1,0 +1,144 @@
+"""The layers of a section over new positions only; earlier ones come from the caches.
+
+`F.linear` on this rank's shard and one sum over the tensor ranks after each product that needs it: megatron-core's
+layers cost as much again in overhead where a product has one row. The mathematics is that of `stagdist/model/`.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stagdist.config.parts import ModelConfig
+from stagdist.decode.layers.cache import SectionCache
+from stagdist.decode.layers.rows import Place, rotate
+from stagdist.decode.layers.weights import LayerWeights, SectionWeights
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sum of a partial result over the tensor ranks."""
+
+Lap = Callable[[str], None]
+"""Told the name of a phase when it ends."""
+
+
+class LayerMath:
+    """The parts of a layer for given head counts of this rank.
+
+    Args:
+        tensor_size: ranks that share the heads.
+        reduce: None without tensor parallelism.
+    """
+
+    def __init__(self, model: ModelConfig, tensor_size: int, reduce: Reduce | None):
+        self.width = model.head_width
+        self.heads = model.num_attention_heads // tensor_size
+        self.key_heads = model.key_value_heads // tensor_size
+        self.memory_heads = model.cross_key_value_heads // tensor_size
+        self.eps = model.rms_norm_eps
+        self._reduce = reduce
+
+    def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm. Shapes: [..., H]."""
+        return F.rms_norm(hidden, weight.shape, weight, self.eps)
+
+    def self_attention(self, layer: LayerWeights, hidden: Tensor, place: Place, cache: Tensor) -> Tensor:
+        """Residual stream after self-attention. Shapes: hidden [B, S, H], cache of one layer [2, B, K, S, D]."""
+        states = F.linear(self.norm(hidden, layer.self_attention_norm), layer.qkv)
+        states = states.unflatten(-1, (self.heads + 2 * self.key_heads, self.width))
+        turning = self.heads + self.key_heads
+        turned = rotate(states[:, :, :turning], place.cos, place.sin)
+        states[:, :, self.heads : turning] = turned[:, :, self.heads :]
+        new = states[:, :, self.heads :].unflatten(2, (2, self.key_heads))
+        keys, values = place.store_self(cache, new)
+        query = turned[:, :, : self.heads].transpose(1, 2)
+        return hidden + self._attend(query, keys, values, layer.o, place.self_mask, place.causal)
+
+    def cross_attention(self, layer: LayerWeights, hidden: Tensor, place: Place, memory: Tensor) -> Tensor:
+        """Residual stream after cross-attention. Shapes: hidden [B, S, H], memory [2, B, C, entries, D]."""
+        assert layer.cross_attention_norm is not None and layer.cross_q is not None and layer.cross_o is not None
+        states = F.linear(self.norm(hidden, layer.cross_attention_norm), layer.cross_q)
+        query = rotate(states.unflatten(-1, (self.heads, self.width)), place.cos, place.sin).transpose(1, 2)
+        return hidden + self._attend(query, memory[0], memory[1], layer.cross_o, place.memory_mask, place.memory_causal)
+
+    def mlp(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
+        """Residual stream after SwiGLU. Shapes: [B, S, H]."""
+        gate, up = F.linear(self.norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
+        return hidden + self._summed(F.linear(F.silu(gate) * up, layer.down))
+
+    def project_memory(
+        self, weights: SectionWeights, previous: Tensor, null_rows: Tensor | None, place: Place
+    ) -> Tensor:
+        """Keys (rotated) and values of the memory for all layers at once.
+
+        Shapes: previous [B, S, H] is the earlier section's output already shifted, null_rows bool [B, S] where the
+        null vector stands instead -> [B, S, L, 2, C, D].
+        """
+        assert weights.memory_norm is not None and weights.memory_kv is not None
+        memory = self.norm(previous, weights.memory_norm)
+        if null_rows is not None:
+            assert weights.null_memory is not None
+            memory = torch.where(null_rows[..., None], weights.null_memory, memory)
+        states = F.linear(memory, weights.memory_kv)
+        states = states.unflatten(-1, (len(weights.layers), 2, self.memory_heads, self.width))
+        keys = states[:, :, :, 0]
+        states[:, :, :, 0] = rotate(keys, place.cos[..., None, :, :], place.sin[..., None, :, :])
+        return states
+
+    def _attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, output: Tensor, mask: Tensor | None, causal: bool
+    ) -> Tensor:
+        mixed = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=query.shape[1] != keys.shape[1]
+        )
+        return self._summed(F.linear(mixed.transpose(1, 2).flatten(2), output))
+
+    def _summed(self, partial: Tensor) -> Tensor:
+        return partial if self._reduce is None else self._reduce(partial)
+
+
+class SectionRunner:
+    """One section on this rank."""
+
+    def __init__(self, math: LayerMath, weights: SectionWeights, cache: SectionCache, lap: Lap | None = None):
+        self.math, self.weights, self.cache = math, weights, cache
+        self._lap = lap
+
+    def begin(self, hidden: Tensor, place: Place) -> Tensor:
+        """The first self-attention: all that can be done before the memory is there. Shapes: [B, S, H]."""
+        hidden = self.math.self_attention(self.weights.layers[0], hidden, place, self.cache.self_kv[0])
+        if self._lap is not None:
+            self._lap("self_attention")
+        return hidden
+
+    def finish(self, hidden: Tensor, place: Place, previous: Tensor | None, null_rows: Tensor | None) -> Tensor:
+        """Everything after `begin`.
+
+        Args:
+            previous: [B, S, H], output of the earlier section at the positions that these see newly; None without
+                memory.
+            null_rows: bool [B, S], where there is no such position.
+
+        Returns: [B, S, H], the section's output.
+        """
+        lap, math = self._lap, self.math
+        memory: Tensor | None = None
+        if previous is not None:
+            assert self.cache.memory_kv is not None
+            new = math.project_memory(self.weights, previous, null_rows, place)
+            memory = place.store_memory(self.cache.memory_kv, new)
+            if lap is not None:
+                lap("cross_attention")
+        for index, layer in enumerate(self.weights.layers):
+            if index:
+                hidden = math.self_attention(layer, hidden, place, self.cache.self_kv[index])
+                if lap is not None:
+                    lap("self_attention")
+            if memory is not None:
+                hidden = math.cross_attention(layer, hidden, place, memory[index])
+                if lap is not None:
+                    lap("cross_attention")
+            hidden = math.mlp(layer, hidden)
+            if lap is not None:
+                lap("mlp")
+        return hidden

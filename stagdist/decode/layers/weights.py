@@ -1,0 +1,253 @@
+"""Weights of one rank, fused for decoding: few large products instead of many small ones."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from stagdist.checkpoint.published.reader import ReadSlice
+from stagdist.config.parts import ModelConfig
+from stagdist.decode.topology import Topology
+from stagdist.parallel.device import on_cuda
+from stagdist.parallel.layout import ParameterSpec, model_parameters
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where and in which precision a rank computes."""
+
+    name: str
+    dtype: torch.dtype
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        """An empty weight [rows, columns] for `F.linear`.
+
+        On CPUs its columns are contiguous: products with one row then run half as fast again (measured with
+        `launch/bench.py decode`), products with many rows the same.
+        """
+        if self.name == "cpu":
+            return torch.empty(columns, rows, dtype=self.dtype).t()
+        return torch.empty(rows, columns, dtype=self.dtype, device=self.name)
+
+    def upload(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        """Copy values (nested for several dimensions) to the device; the host does not wait.
+
+        The copy comes from pinned memory. From pageable memory it would wait for all earlier work of the stream.
+        """
+        host = torch.tensor(values, dtype=dtype, pin_memory=on_cuda(self.name))
+        return host.to(self.name, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's place on the tensor axis."""
+
+    rank: int = 0
+    size: int = 1
+
+    def bounds(self, length: int) -> tuple[int, int]:
+        """Entries of a split dimension that belong to this rank; the last ranks may get fewer."""
+        each = -(-length // self.size)
+        return min(self.rank * each, length), min((self.rank + 1) * each, length)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer on this rank. N, K and I count this rank's heads and inner width, C its cross-attention key heads.
+
+    Shapes: qkv [(N + 2K) D, H], o [H, N D], gate_up [2 I, H], down [H, I], cross_q [N D, H], cross_o [H, N D].
+    """
+
+    self_attention_norm: Tensor
+    qkv: Tensor
+    o: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+    cross_attention_norm: Tensor | None = None
+    cross_q: Tensor | None = None
+    cross_o: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SectionWeights:
+    """One section on this rank.
+
+    Shapes: memory_norm and null_memory [H]; memory_kv [L 2 C D, H]: keys and values of the memory for all layers at
+    once, since all of them project the same vector; mix: scalar.
+    """
+
+    layers: tuple[LayerWeights, ...]
+    memory_norm: Tensor | None = None
+    null_memory: Tensor | None = None
+    memory_kv: Tensor | None = None
+    mix: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StageWeights:
+    """Everything one rank needs.
+
+    Attributes:
+        embedding: [V, H], the whole vocabulary; None where no section starts from tokens.
+        sections: by index.
+        output_norm: [H], where the rank holds a part of the head.
+        head: [slice, H], its part of the vocabulary.
+        first_token: first token of that part.
+    """
+
+    embedding: Tensor | None
+    sections: dict[int, SectionWeights]
+    output_norm: Tensor | None
+    head: Tensor | None
+    first_token: int
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor once, tied ones too."""
+        found: list[Tensor] = []
+        for section in self.sections.values():
+            for layer in section.layers:
+                found += [tensor for tensor in vars(layer).values() if tensor is not None]
+            found += [t for name, t in vars(section).items() if name != "layers" and t is not None]
+        found += [tensor for tensor in (self.embedding, self.output_norm, self.head) if tensor is not None]
+        return list({(tensor.data_ptr(), tensor.numel()): tensor for tensor in found}.values())
+
+
+class WeightLoader:
+    """Copies this rank's slices of a model into fused tensors.
+
+    Args:
+        read: gives slices of parameters.
+        shard: place on the tensor axis.
+    """
+
+    def __init__(self, model: ModelConfig, read: ReadSlice, shard: Shard, device: Device):
+        self._model, self._read, self._shard, self._device = model, read, shard, device
+        self._specs = {spec.name: spec for spec in model_parameters(model)}
+        self._shared: dict[int, LayerWeights] = {}
+
+    def stage(self, topology: Topology, stage: int) -> StageWeights:
+        """Weights of a stage, its share of the head among them."""
+        has_embedding = self._model.staggered or stage == 0
+        sharded = topology.head == "sharded"
+        embedding = self._vocabulary("embedding.weight", Shard()) if has_embedding else None
+        head = norm = None
+        shard = self._shard
+        if sharded:
+            shard = Shard(stage * self._shard.size + self._shard.rank, topology.num_stages * self._shard.size)
+        first, stop = shard.bounds(self._model.vocab_size)
+        if sharded or stage == topology.last_stage:
+            norm = self._vector("output_norm.weight")
+            if self._model.tie_word_embeddings and embedding is not None:
+                head = embedding[first:stop]
+            else:
+                head = self._vocabulary("embedding.weight" if self._model.tie_word_embeddings else "head.weight", shard)
+        sections = {section: self.section(section) for section in topology.sections(stage)}
+        return StageWeights(embedding, sections, norm, head, first)
+
+    def section(self, section: int) -> SectionWeights:
+        """One section."""
+        layers = tuple(self._layer(section, layer) for layer in range(self._model.section_layers[section]))
+        prefix = f"sections.{section}."
+        has_memory = self._model.staggered and section > 0
+        return SectionWeights(
+            layers,
+            memory_norm=self._vector(prefix + "memory_norm.weight") if has_memory else None,
+            null_memory=self._vector(prefix + "null_memory") if has_memory and self._model.stagger > 0 else None,
+            memory_kv=self._memory_projection(section) if has_memory else None,
+            mix=self._vector("section_mix")[section] if self._model.combine_sections else None,
+        )
+
+    def _layer(self, section: int, layer: int) -> LayerWeights:
+        shared = self._model.share_section_weights
+        own = self._shared.get(layer) if shared else None
+        if own is None:
+            own = self._core(f"sections.{0 if shared else section}.layers.{layer}.")
+            if shared:
+                self._shared[layer] = own
+        if not self._model.staggered or section == 0:
+            return own
+        prefix = f"sections.{section}.layers.{layer}."
+        cross = {
+            "cross_attention_norm": self._vector(prefix + "cross_attention_norm.weight"),
+            "cross_q": self._stacked([prefix + "cross_attention.q_proj.weight"]),
+            "cross_o": self._stacked([prefix + "cross_attention.o_proj.weight"]),
+        }
+        return LayerWeights(**(vars(own) | cross))
+
+    def _core(self, prefix: str) -> LayerWeights:
+        return LayerWeights(
+            self_attention_norm=self._vector(prefix + "self_attention_norm.weight"),
+            qkv=self._stacked([f"{prefix}self_attention.{part}_proj.weight" for part in "qkv"]),
+            o=self._stacked([prefix + "self_attention.o_proj.weight"]),
+            mlp_norm=self._vector(prefix + "mlp_norm.weight"),
+            gate_up=self._stacked([f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up")]),
+            down=self._stacked([prefix + "mlp.down_proj.weight"]),
+        )
+
+    def _memory_projection(self, section: int) -> Tensor:
+        prefix = f"sections.{section}.layers."
+        layers = range(self._model.section_layers[section])
+        return self._stacked(
+            [f"{prefix}{layer}.cross_attention.{part}_proj.weight" for layer in layers for part in "kv"]
+        )
+
+    def _vector(self, name: str) -> Tensor:
+        spec = self._specs[name]
+        return self._read(spec, 0, 0, spec.shape[0]).to(self._device.name, self._device.dtype, copy=True)
+
+    def _vocabulary(self, name: str, shard: Shard) -> Tensor:
+        spec = self._specs[name]
+        first, stop = shard.bounds(spec.shape[0])
+        weight = self._device.matrix(stop - first, spec.shape[1])
+        return self._fill(weight, lambda begin, end: self._read(spec, 0, first + begin, first + end))
+
+    def _stacked(self, names: list[str]) -> Tensor:
+        """Matrices of one width below each other, each cut to this rank's part."""
+        parts = [(self._specs[name], self._shard.bounds(self._specs[name].shape[self._dim(name)])) for name in names]
+        first_spec, (begin, end) = parts[0]
+        if self._dim(names[0]) == 1:
+            weight = self._device.matrix(first_spec.shape[0], end - begin)
+            return weight.copy_(self._read(first_spec, 1, begin, end))
+        weight = self._device.matrix(sum(stop - start for _, (start, stop) in parts), first_spec.shape[1])
+        row = 0
+        for spec, (start, stop) in parts:
+            weight[row : row + stop - start].copy_(self._read(spec, 0, start, stop))
+            row += stop - start
+        return weight
+
+    def _dim(self, name: str) -> int:
+        dim = self._specs[name].shard_dim
+        assert dim is not None, f"{name} is not split"
+        return dim
+
+    def _fill(self, weight: Tensor, read: Callable[[int, int], Tensor]) -> Tensor:
+        """Copy in pieces, so that no second copy of a large table exists."""
+        rows = max(1, (1 << 26) // max(1, weight.shape[1] * 4))
+        for begin in range(0, weight.shape[0], rows):
+            end = min(begin + rows, weight.shape[0])
+            weight[begin:end].copy_(read(begin, end))
+        return weight
+
+
+def random_reader(specs_seed: int, device: str = "cpu") -> ReadSlice:
+    """Slices of random weights, for benchmarks of shapes that no checkpoint exists for.
+
+    Args:
+        specs_seed: with the name and the bounds of a slice it determines the values on one kind of device.
+        device: where they are made; a GPU fills billions of values in the time in which a CPU fills millions.
+    """
+
+    def read(spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
+        shape = list(spec.shape)
+        shape[dim] = stop - start
+        if spec.std is None:
+            return torch.full(shape, spec.fill, device=device)
+        # Equal numbers in embedding and head would make every token its own successor.
+        generator = torch.Generator(device).manual_seed(specs_seed + crc32(f"{spec.name} {start}".encode()))
+        return torch.empty(shape, device=device).normal_(std=spec.std, generator=generator)
+
+    return read

@@ -1,0 +1,233 @@
+"""From a model directory to a stage on this rank: what fits, which grid, which weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from stagdist.checkpoint.published.reader import ReadSlice
+from stagdist.config.parts import ModelConfig
+from stagdist.decode.layers.runner import Lap
+from stagdist.decode.layers.weights import Device, Shard, StageWeights, WeightLoader
+from stagdist.decode.runtime.graphs import CaptureProgress, FixedStep, StepGraphs
+from stagdist.decode.runtime.hosted_sections import StageSections
+from stagdist.decode.runtime.readout import Readout
+from stagdist.decode.runtime.stage import Stage
+from stagdist.decode.runtime.transport import Transport
+from stagdist.decode.runtime.warm_up import Unconnected, dry_limits, dry_pass
+from stagdist.decode.topology import HeadLayout, Limits, Topology, topology_for
+from stagdist.errors import ConfigError
+from stagdist.parallel.device import choose_attention, on_cuda
+from stagdist.parallel.grid import Grid
+from stagdist.parallel.rendezvous import join_world
+from stagdist.telemetry.spans import SpanRecorder
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+DEFAULT_CHUNK = 128
+
+LONGEST_TIMEOUT_S = 30 * 24 * 3600.0
+"""Longest wait that can be asked for, well within what clocks and sockets can count."""
+
+START_S = 300.0
+"""Seconds that processes may take to start and meet: imports on a busy machine take longer than any step."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a model is run.
+
+    Attributes:
+        tensor_parallel_size: ranks that split every matrix; the number of stages is world size / this.
+        head: `last` or `sharded`, see `Topology`.
+        num_slots: requests decoded together.
+        max_context: positions of a request; None means the model's.
+        chunk_size: positions of a prefill chunk.
+        precision: `fp32`, `bf16`, `fp16` or `fp64`; None: see `default_precision`.
+        recurrent: skip section 1 while decoding.
+        timeout_s: limit of every wait between ranks.
+        hand_off_delay_s: artificial delay of every hand-off, for measurements.
+        want_margins: keep the smallest distance between best and second best token.
+        keep_logits: keep the logits of every step.
+        graphs: run steps as CUDA graphs; None: where one process holds the model on a GPU.
+    """
+
+    tensor_parallel_size: int = 1
+    head: HeadLayout = "last"
+    num_slots: int = 1
+    max_context: int | None = None
+    chunk_size: int = DEFAULT_CHUNK
+    precision: str | None = None
+    recurrent: bool = False
+    timeout_s: float = 600.0
+    hand_off_delay_s: float = 0.0
+    want_margins: bool = False
+    keep_logits: bool = False
+    graphs: bool | None = None
+
+    def __post_init__(self) -> None:
+        counts = {
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "num_slots (--batch-size)": self.num_slots,
+            "chunk_size (--prefill-chunk)": self.chunk_size,
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; give at least 1")
+        if not 0 < self.timeout_s <= LONGEST_TIMEOUT_S:  # NaN compares false
+            raise ConfigError(
+                f"timeout_s (--timeout) is {self.timeout_s}; give seconds above 0, at most {LONGEST_TIMEOUT_S:.0f}"
+            )
+        if self.precision is not None and self.precision not in DTYPES:
+            raise ConfigError(f"precision is {self.precision!r}; give one of {', '.join(DTYPES)}")
+
+
+def default_precision(device: str) -> str:
+    """`bf16` on a GPU, which then reads half the bytes of fp32 for every token; `fp32` on a CPU."""
+    return "bf16" if on_cuda(device) else "fp32"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A model on a grid, checked; nothing is built yet."""
+
+    model: ModelConfig
+    topology: Topology
+    grid: Grid
+    limits: Limits
+    options: EngineOptions
+
+
+def place_model(model: ModelConfig, options: EngineOptions, world_size: int) -> Placement:
+    """Decide how a model lies on `world_size` ranks.
+
+    Raises:
+        ConfigError: it does not fit, with the remedy.
+    """
+    tensor = options.tensor_parallel_size
+    if world_size % tensor:
+        raise ConfigError(
+            f"{world_size} processes cannot be split into tensor groups of {tensor}; start a multiple of {tensor} "
+            "processes, or give another --tensor-parallel-size"
+        )
+    heads = (model.num_attention_heads, model.key_value_heads, model.cross_key_value_heads)
+    if any(count % tensor for count in heads) or model.intermediate_size % tensor:
+        raise ConfigError(
+            f"tensor_parallel_size {tensor} must divide the heads ({heads[0]}, key/value {heads[1]}, cross-attention "
+            f"{heads[2]}) and intermediate_size {model.intermediate_size}"
+        )
+    if options.graphs and world_size > 1:
+        raise ConfigError("graphs hold a whole step, which needs all sections in one process; start one process")
+    topology = topology_for(model, world_size // tensor, options.head, recurrent=options.recurrent)
+    known = model.max_position_embeddings
+    context = known if options.max_context is None else options.max_context
+    if not 1 <= context <= known:
+        raise ConfigError(f"max_context is {context}, the model knows positions up to {known}; give 1 to {known}")
+    limits = Limits(options.num_slots, context, options.chunk_size)
+    return Placement(model, topology, Grid(world_size // tensor, 1, tensor), limits, options)
+
+
+@contextmanager
+def joined_world(placement: Placement, device: str) -> Iterator[Transport | None]:
+    """The communicators of this rank while the block runs; None in a world of one.
+
+    The environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) names the world. After an error in the block the
+    communicators stay as they are.
+
+    Raises:
+        TransportError: the processes did not meet.
+    """
+    if placement.grid.world_size == 1:
+        if on_cuda(device):
+            torch.cuda.set_device(device)  # events and graphs use the current device
+        yield None
+        return
+    options = placement.options
+    join_world(device, options.timeout_s, start_timeout_s=max(START_S, options.timeout_s))
+    transport = Transport(
+        placement.grid,
+        device,
+        options.timeout_s,
+        combined=placement.topology.combined,
+        hand_off_delay_s=options.hand_off_delay_s,
+    )
+    yield transport
+    transport.close()
+    # After an error the process ends, which tells the others; taking groups down could wait for a rank that is gone.
+    dist.destroy_process_group()
+
+
+def build_stage(
+    placement: Placement,
+    read: ReadSlice,
+    device: str,
+    transport: Transport | None,
+    *,
+    recorder: SpanRecorder | None = None,
+    lap: Lap | None = None,
+    progress: CaptureProgress | None = None,
+) -> Stage:
+    """This rank's stage with its slices of the weights.
+
+    On NCCL a dry pass launches the kernels once before the ranks depend on each other.
+
+    Args:
+        recorder: gets a span for every instruction; steps are not graphs then, unless the options say so.
+        lap: called when a phase inside a section ends; likewise.
+        progress: called after each CUDA graph that is captured.
+    """
+    choose_attention(training=False)
+    options = placement.options
+    where = Device(device, DTYPES[options.precision or default_precision(device)])
+    index, rank = (0, 0) if transport is None else (transport.stage, transport.tensor_rank)
+    loader = WeightLoader(placement.model, read, Shard(rank, placement.grid.tensor), where)
+    weights = loader.stage(placement.topology, index)
+    if transport is not None and not transport.rules.early_receives:
+        alone = Unconnected(placement.grid, transport.stage, transport.tensor_rank)
+        dry_pass(_assemble(placement, weights, where, alone, dry_limits(placement.limits)))
+    graphs = options.graphs
+    if graphs is None:
+        graphs = transport is None and on_cuda(device) and recorder is None and lap is None
+    return _assemble(
+        placement,
+        weights,
+        where,
+        transport,
+        placement.limits,
+        recorder=recorder,
+        lap=lap,
+        wants_graphs=graphs,
+        progress=progress,
+    )
+
+
+def _assemble(
+    placement: Placement,
+    weights: StageWeights,
+    where: Device,
+    transport: Transport | None,
+    limits: Limits,
+    *,
+    recorder: SpanRecorder | None = None,
+    lap: Lap | None = None,
+    wants_graphs: bool = False,
+    progress: CaptureProgress | None = None,
+) -> Stage:
+    model, topology, options = placement.model, placement.topology, placement.options
+    readout = Readout(
+        model,
+        topology,
+        weights,
+        where,
+        limits.num_slots,
+        transport,
+        want_margins=options.want_margins,
+        keep_logits=options.keep_logits,
+    )
+    sections = StageSections(model, topology, weights, limits, where, transport, lap)
+    graphs: StepGraphs | None = None
+    if wants_graphs:
+        graphs = StepGraphs(FixedStep(sections, readout), where, limits)
+        graphs.capture(progress)
+    return Stage(sections, limits, readout, transport, recorder=recorder, graphs=graphs)

@@ -1,0 +1,187 @@
+"""Bytes that one rank of a stage holds while training: a model of DeepSpeed's engine in named terms. Pure, no torch.
+
+Three moments compete for the peak: a backward pass (with the activations of every micro-batch in flight), the
+reduction of the gradients, and the optimizer's step. Weights, gradients and optimizer state are held at all three.
+The terms follow what DeepSpeed 0.19 (`zero/stage_1_and_2.py`, `bf16_optimizer.py`, `pipe/engine.py`) really keeps;
+what the allocator, the process groups and the frameworks themselves take is not counted.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from stagdist.config.run_config import RunConfig
+from stagdist.parallel.grid import Grid
+from stagdist.parallel.layout import micro_batches_in_flight, stage_layout, stage_parameters
+from stagdist.planning.activations import FP32, ActivationSetting, BackwardMoment, busiest_moment
+
+Device = Literal["cpu", "cuda"]
+
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+REDUCE_BUCKET_ELEMENTS = 50_000_000
+"""Gradients that are reduced together, unless `deepspeed.zero_optimization.reduce_bucket_size` says otherwise.
+
+DeepSpeed's own 5e8 would copy all gradients of most stages at once.
+"""
+FP64 = 8
+"""DeepSpeed's ZeRO takes the norm of a gradient from a copy in double precision."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one rank of a stage; the total is the peak.
+
+    Attributes:
+        weights: weights in the precision of the forward pass.
+        gradients: gradients of all micro-batches together, in all their copies.
+        optimizer: this replica's share of the fp32 weights and of the two moments.
+        tables: rotary tables.
+        activations: what autograd and the pipeline keep for micro-batches in flight, at the busiest moment.
+        backward_buffers: what a backward pass makes and drops again while the activations are held, less gradients that
+            do not exist yet.
+        reduction_buffers: what the reduction of the gradients makes and drops again.
+        step_buffers: the same of the optimizer's step.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    tables: int
+    activations: int
+    backward_buffers: int
+    reduction_buffers: int
+    step_buffers: int
+
+    @property
+    def held(self) -> int:
+        """Bytes held from the first step to the last."""
+        return self.weights + self.gradients + self.optimizer + self.tables
+
+    @property
+    def moments(self) -> dict[str, int]:
+        """Bytes at each of the moments that compete for the peak."""
+        return {
+            "backward pass": self.held + self.activations + self.backward_buffers,
+            "gradient reduction": self.held + self.reduction_buffers,
+            "optimizer step": self.held + self.step_buffers,
+        }
+
+    @property
+    def peak_moment(self) -> str:
+        """The moment that decides."""
+        return max(self.moments, key=lambda name: self.moments[name])
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return self.moments[self.peak_moment]
+
+
+@dataclass(frozen=True)
+class _States:
+    """Bytes of weights, gradients and optimizer, and of the buffers with which they are worked on."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    reduction_buffers: int
+    step_buffers: int
+
+
+def stage_memory(config: RunConfig, grid: Grid, stage: int, device: Device) -> StageMemory:
+    """Bytes of one rank of `stage`, on a grid that fits the configuration."""
+    sizes = [prod(spec.local_shape(grid.tensor)) for spec in stage_parameters(config.model, grid.pipe, stage)]
+    setting = activation_setting(config, grid, device)
+    bf16 = config.training.precision == "bf16"
+    states = _bf16_states(config, sizes, grid.data) if bf16 else _zero_states(config, sizes, grid.data, setting.element)
+    moment = _busiest_pass(config, grid, stage, setting, setting.element * sum(sizes))
+    return StageMemory(
+        weights=states.weights,
+        gradients=states.gradients,
+        optimizer=states.optimizer,
+        tables=_rotary_tables(config, grid.pipe),
+        activations=moment.activations,
+        backward_buffers=moment.buffers,
+        reduction_buffers=states.reduction_buffers,
+        step_buffers=states.step_buffers,
+    )
+
+
+def _busiest_pass(
+    config: RunConfig, grid: Grid, stage: int, setting: ActivationSetting, gradients: int
+) -> BackwardMoment:
+    """The busiest moment of all backward passes of a step; the first of them begins without gradients."""
+    layout, training = stage_layout(config.model, grid.pipe, stage), config.training
+    micro_batches = training.global_batch_size // (training.micro_batch_size * grid.data)
+    in_flight = micro_batches_in_flight(grid.pipe, stage, micro_batches)
+    if micro_batches > in_flight:
+        return busiest_moment(config.model, layout, setting, in_flight)
+    # No later pass has as many micro-batches in flight as the first.
+    passes = [busiest_moment(config.model, layout, setting, in_flight, unmade=gradients)]
+    if in_flight > 1:
+        passes.append(busiest_moment(config.model, layout, setting, in_flight - 1))
+    return max(passes, key=lambda moment: moment.total)
+
+
+def activation_setting(config: RunConfig, grid: Grid, device: Device) -> ActivationSetting:
+    """What the sizes of activations depend on in a run."""
+    training = config.training
+    return ActivationSetting(
+        sequences=training.micro_batch_size,
+        length=config.sequence_length,
+        element=ELEMENT_BYTES[training.precision],
+        tensor=grid.tensor,
+        fused_norm=device == "cuda",
+        checkpoint_layers=training.activation_checkpointing == "layer",
+    )
+
+
+def _zero_states(config: RunConfig, sizes: list[int], replicas: int, element: int) -> _States:
+    """DeepSpeedZeroOptimizer at stage 1: gradients in the precision of the weights, whole on every replica."""
+    total, share = sum(sizes), -(-sum(sizes) // replicas)
+    bucket = config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS)
+    return _States(
+        weights=element * total,
+        gradients=element * total,
+        optimizer=3 * FP32 * share,
+        reduction_buffers=element * copied_elements(sizes, int(bucket)),
+        # The share of the gradients is flattened before the gradients are dropped.
+        step_buffers=max(FP64 * max(sizes), element * share + (FP32 * share if element < FP32 else 0)),
+    )
+
+
+def copied_elements(sizes: list[int], bucket: int) -> int:
+    """Elements of the largest bucket that is copied for its reduction; a gradient alone in one is reduced in place.
+
+    Args:
+        sizes: elements of the gradients, in the order in which they are reduced.
+        bucket: a gradient that would pass it begins a new one; none is ever cut.
+    """
+    largest = elements = members = 0
+    for size in sizes:
+        if elements + size > bucket:
+            elements = members = 0
+        elements, members = elements + size, members + 1
+        if members > 1:
+            largest = max(largest, elements)
+    return largest
+
+
+def _bf16_states(config: RunConfig, sizes: list[int], replicas: int) -> _States:
+    """BF16_Optimizer: bf16 gradients of one backward pass, added to fp32 gradients that are kept."""
+    total, share = sum(sizes), -(-sum(sizes) // replicas)
+    # The flat fp32 gradients are reduced where they lie, unless the user asks for a narrower type on the wire.
+    sent = 0 if config.deepspeed.get("communication_data_type", "fp32") == "fp32" else 2 * max(sizes)
+    return _States(
+        weights=2 * total,
+        gradients=2 * total + FP32 * total,
+        optimizer=3 * FP32 * share,
+        reduction_buffers=sent,
+        step_buffers=FP32 * max(sizes),
+    )
+
+
+def _rotary_tables(config: RunConfig, pipe_size: int) -> int:
+    """Cosines and sines in fp32, one table for each section of a stage."""
+    model = config.model
+    return model.num_sections // pipe_size * 2 * model.max_position_embeddings * model.head_width * FP32

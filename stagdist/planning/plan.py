@@ -1,0 +1,210 @@
+"""What a run would be: grid, parameters, memory and FLOPs, and every reason why it would not start. Pure, no torch.
+
+Nothing here needs processes, devices or corpora; `stagdist/planning/report.py` writes a plan down for people.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from stagdist.config.run_config import RunConfig, world_problems
+from stagdist.parallel.grid import Grid, grid_for
+from stagdist.parallel.layout import (
+    model_parameters,
+    padded_vocab_size,
+    section_parameters,
+    stage_layout,
+    stage_parameters,
+)
+from stagdist.planning.flops import SectionFlops, section_flops
+from stagdist.planning.memory import Device, StageMemory, stage_memory
+
+IMBALANCE = 1.1
+"""A slowest stage so much above the mean is worth a warning."""
+
+
+@dataclass(frozen=True)
+class SectionPlan:
+    """One section.
+
+    Attributes:
+        layers: its layers.
+        parameters: values that it has for itself; with shared weights the first section has the common ones.
+        flops: training FLOPs per token.
+    """
+
+    layers: int
+    parameters: int
+    flops: SectionFlops
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One pipeline stage.
+
+    Attributes:
+        sections: indices of its sections.
+        parameters: values on the stage over all its tensor ranks, copies included, padding of the vocabulary not.
+        copies: of these, values that an earlier stage holds as well (tied embedding, shared weights).
+        parameters_per_rank: values on one of its ranks, padding included.
+        flops: training FLOPs per token.
+        memory: bytes of one of its ranks; None where the world size does not fit.
+    """
+
+    sections: range
+    parameters: int
+    copies: int
+    parameters_per_rank: int
+    flops: float
+    memory: StageMemory | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on a number of ranks.
+
+    Attributes:
+        config: what was planned.
+        world_size: number of ranks.
+        device: kind of device that memory is counted for.
+        grid: layout of the ranks; None where they do not fit.
+        parameters: values of the model, each counted once.
+        sections: the sections, first to last.
+        stages: the pipeline stages; empty where the sections cannot be dealt out.
+        micro_batches: micro-batches of a replica per optimizer step; None where the ranks do not fit.
+        problems: every reason why the run would not start.
+        warnings: what works, but is probably not meant.
+    """
+
+    config: RunConfig
+    world_size: int
+    device: Device
+    grid: Grid | None
+    parameters: int
+    sections: tuple[SectionPlan, ...]
+    stages: tuple[StagePlan, ...]
+    micro_batches: int | None
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step over all replicas."""
+        return self.config.training.global_batch_size * self.config.sequence_length
+
+    @property
+    def flops_per_token(self) -> float:
+        """Training FLOPs per token of the whole model."""
+        return sum(section.flops.total for section in self.sections)
+
+    @property
+    def speedup_bound(self) -> float | None:
+        """Most that the pipeline can gain over one device, stages taking the time of their FLOPs and messages none."""
+        if self.micro_batches is None or not self.stages:
+            return None
+        times = [stage.flops for stage in self.stages]
+        return self.micro_batches * sum(times) / ((self.micro_batches - 1) * max(times) + sum(times))
+
+    @property
+    def bubble_bound(self) -> float | None:
+        """Least share of the stages' time that is spent idle, from filling, draining and imbalance."""
+        bound = self.speedup_bound
+        return None if bound is None else 1 - bound / len(self.stages)
+
+
+def plan(config: RunConfig, world_size: int, device: Device = "cpu", problems: tuple[str, ...] = ()) -> Plan:
+    """Plan a run.
+
+    Args:
+        config: may be inconsistent, if `problems` says so.
+        world_size: number of ranks.
+        device: counted for where `parallel.device` is auto.
+        problems: those of the configuration that are known already.
+    """
+    chosen = config.parallel.device
+    on: Device = device if chosen == "auto" else "cuda" if chosen.startswith("cuda") else "cpu"
+    divides = config.model.num_sections % config.pipeline_parallel_size == 0
+    found = list(problems) + (world_problems(config, world_size) if divides else []) + _missing_data(config)
+    grid = grid_for(config, world_size) if divides and not world_problems(config, world_size) else None
+    splits = grid is not None and not problems
+    stages = _stages(config, grid if splits else None, on) if divides else ()
+    return Plan(
+        config=config,
+        world_size=world_size,
+        device=on,
+        grid=grid,
+        parameters=sum(spec.numel for spec in model_parameters(config.model)),
+        sections=_sections(config),
+        stages=stages,
+        micro_batches=None if grid is None else _micro_batches(config, grid),
+        problems=tuple(found),
+        warnings=tuple(_warnings(config, grid, stages)),
+    )
+
+
+def _micro_batches(config: RunConfig, grid: Grid) -> int:
+    return config.training.global_batch_size // (config.training.micro_batch_size * grid.data)
+
+
+def _sections(config: RunConfig) -> tuple[SectionPlan, ...]:
+    flops = section_flops(config.model, config.sequence_length)
+    return tuple(
+        SectionPlan(
+            layers=config.model.section_layers[section],
+            parameters=sum(spec.numel for spec in section_parameters(config.model, section)),
+            flops=flops[section],
+        )
+        for section in range(config.model.num_sections)
+    )
+
+
+def _stages(config: RunConfig, grid: Grid | None, device: Device) -> tuple[StagePlan, ...]:
+    """All stages; without a grid, tensor size and memory are left out."""
+    model, pipe = config.model, config.pipeline_parallel_size
+    flops = section_flops(model, config.sequence_length)
+    seen: set[str] = set()
+    stages = []
+    for stage in range(pipe):
+        specs = {spec.name: spec for spec in stage_parameters(model, pipe, stage)}
+        sections = stage_layout(model, pipe, stage).sections
+        stages.append(
+            StagePlan(
+                sections=sections,
+                parameters=sum(spec.numel for spec in specs.values()),
+                copies=sum(spec.numel for name, spec in specs.items() if name in seen),
+                parameters_per_rank=sum(prod(spec.local_shape(grid.tensor if grid else 1)) for spec in specs.values()),
+                flops=sum(flops[section].total for section in sections),
+                memory=stage_memory(config, grid, stage, device) if grid else None,
+            )
+        )
+        seen |= set(specs) - {"section_mix"}  # a stage holds the values of its own sections only
+    return tuple(stages)
+
+
+def _missing_data(config: RunConfig) -> list[str]:
+    if config.data.corpora or config.data.train_corpora:
+        return []
+    return ["data.corpora is empty; prepare a corpus with tools/prepare_data.py and set data.corpora.0.prefix"]
+
+
+def _warnings(config: RunConfig, grid: Grid | None, stages: tuple[StagePlan, ...]) -> list[str]:
+    warnings = []
+    if grid is not None and (count := _micro_batches(config, grid)) < grid.pipe:
+        warnings.append(
+            f"{count} micro-batch{'es' if count > 1 else ''} cannot keep {grid.pipe} stages busy; raise "
+            "training.global_batch_size or lower training.micro_batch_size"
+        )
+    if stages and max(stage.flops for stage in stages) * len(stages) > IMBALANCE * sum(s.flops for s in stages):
+        shares = ", ".join(f"{stage.flops * len(stages) / sum(s.flops for s in stages):.2f}" for stage in stages)
+        warnings.append(f"stages are unequal: FLOPs relative to the mean are {shares}; move model.section_layers")
+    model, tensor = config.model, config.parallel.tensor_parallel_size
+    if padded_vocab_size(model.vocab_size, tensor) != model.vocab_size:
+        warnings.append(
+            f"model.vocab_size {model.vocab_size} is padded to {padded_vocab_size(model.vocab_size, tensor)} for "
+            f"parallel.tensor_parallel_size {tensor}"
+        )
+    if model.staggered and model.num_sections > 1 and model.stagger == 0:
+        warnings.append("model.stagger is 0: the control that cannot decode its sections in parallel")
+    held_out = config.data.validation_corpora or (config.data.corpora and config.data.split[1] > 0)
+    if config.evaluation.interval_steps and not held_out:
+        warnings.append("evaluation.interval_steps is set, but no corpus has a validation share")
+    return warnings

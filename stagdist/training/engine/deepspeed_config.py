@@ -1,0 +1,52 @@
+"""DeepSpeed's JSON, derived from the configuration in this one place."""
+
+from typing import Any
+
+from stagdist.config.run_config import RunConfig
+from stagdist.parallel.grid import Grid
+from stagdist.planning.memory import REDUCE_BUCKET_ELEMENTS
+
+NEVER = 2**31 - 1
+"""Steps between two of DeepSpeed's own log lines; ours take their place."""
+
+
+def deepspeed_config(config: RunConfig, grid: Grid) -> dict[str, Any]:
+    """The dictionary that DeepSpeed's engine is made from.
+
+    ZeRO-1 always: it is the one stage whose gradient norm is right in a pipeline at every precision. Its bucket
+    buffer is off, since a pipeline reduces once per step and the buffer would cost memory for nothing.
+    """
+    training = config.training
+    derived: dict[str, Any] = {
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": num_micro_batches(config, grid),
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "steps_per_print": NEVER,
+        "wall_clock_breakdown": False,
+        # It would make a GPU wait for the host at every forward pass; the meters of stagdist take its place.
+        "timers": {"throughput": {"enabled": False}},
+        "zero_allow_untested_optimizer": True,
+        "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},
+        "zero_optimization": {
+            "stage": 1,
+            "contiguous_gradients": False,
+            "overlap_comm": False,
+            "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
+        },
+    }
+    if training.precision == "bf16":
+        derived["bf16"] = {"enabled": True}
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}
+        # DeepSpeed would round the accumulated gradients to bf16 on their way to the other replicas.
+        derived["communication_data_type"] = "fp32"
+    elif training.precision == "fp16":
+        derived["fp16"] = {"enabled": True}
+    extra = dict(config.deepspeed)
+    derived["zero_optimization"] |= extra.pop("zero_optimization", {})
+    return derived | extra
+
+
+def num_micro_batches(config: RunConfig, grid: Grid) -> int:
+    """Micro-batches of one replica in one optimizer step."""
+    return config.training.global_batch_size // (config.training.micro_batch_size * grid.data)

@@ -1,0 +1,247 @@
+"""Hand-off between neighboring stages while training: no stage waits for a send.
+
+DeepSpeed's own hand-off blocks in every send until the peer asks for the data, so that each transfer, and each
+moment in which one stage is late, is waited for by both. Here a stage goes on computing; its data leave as soon as
+they exist and arrive in a buffer that the peer has ready one micro-batch ahead (`stagdist/parallel/link.py` says when
+the receive itself is posted).
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe import schedule
+from torch import Tensor
+
+from stagdist.config.run_config import RunConfig
+from stagdist.errors import TransportError
+from stagdist.parallel.grid import Grid
+from stagdist.parallel.link import DeviceWaits, Edge, Inbox, Outbox, PeerWatch, Rules, new_group, rules_of
+from stagdist.training.engine.pipeline import Carry
+
+MICRO_BATCH = "micro-batch"
+SENDS_IN_FLIGHT = 2
+"""Hand-offs of one edge that may be on their way before the sender waits for the oldest."""
+
+
+@dataclass(frozen=True)
+class TensorKind:
+    """What one tensor of a hand-off looks like."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+
+
+def hand_off_kinds(config: RunConfig, dtype: torch.dtype) -> list[TensorKind]:
+    """What a stage hands to the next: the float tensor, and the tokens where later sections need them.
+
+    Shapes: [B, S, H], with combined sections [2, B, S, H]; tokens int64 [B, S].
+    """
+    batch = (config.training.micro_batch_size, config.sequence_length)
+    stack = (2,) if config.model.combine_sections else ()
+    carried = TensorKind((*stack, *batch, config.model.hidden_size), dtype)
+    return [carried, TensorKind(batch, torch.int64)] if config.model.staggered else [carried]
+
+
+class Arrivals:
+    """The hand-offs of one schedule on their way in, into buffers of their own; one is always expected ahead."""
+
+    def __init__(self, inbox: Inbox, kinds: list[TensorKind], device: torch.device | str):
+        self._inbox, self._kinds, self._device = inbox, kinds, device
+        self._expected = self._taken = self._due = 0
+
+    def expect(self, hand_offs: int) -> None:
+        """Say how many hand-offs the schedule that begins now holds."""
+        self._expected = self._taken = 0
+        self._due = hand_offs
+        self._expect_next()
+
+    def take(self) -> tuple[Tensor, ...]:
+        """The tensors of the next hand-off.
+
+        Raises:
+            TransportError: the transfer failed.
+        """
+        tensors = self._inbox.take((MICRO_BATCH, self._taken))
+        self._taken += 1
+        self._expect_next()
+        return tensors
+
+    def _expect_next(self) -> None:
+        if self._expected < self._due:
+            buffers = [torch.empty(kind.shape, dtype=kind.dtype, device=self._device) for kind in self._kinds]
+            self._inbox.expect((MICRO_BATCH, self._expected), *buffers)
+            self._expected += 1
+
+
+class Departures:
+    """The hand-offs on their way out, checked against what the peer expects."""
+
+    def __init__(self, name: str, outbox: Outbox, kinds: list[TensorKind]):
+        self._name, self._outbox, self._kinds = name, outbox, kinds
+
+    def send(self, tensors: Sequence[Tensor]) -> None:
+        """Start one hand-off; waits only for the one before the last.
+
+        Raises:
+            TransportError: a tensor is not what the peer expects, or an earlier transfer failed.
+        """
+        found = [TensorKind(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        if found != self._kinds:
+            raise TransportError(
+                f"{self._name}: ready to send {', '.join(map(str, found))}, but the configuration says "
+                f"{', '.join(map(str, self._kinds))}; batches must have the shape training.micro_batch_size x "
+                "data.sequence_length"
+            )
+        self._outbox.send(*(tensor.detach().contiguous() for tensor in tensors), in_flight=SENDS_IN_FLIGHT)
+
+    def finish(self) -> None:
+        """Wait until everything has left."""
+        self._outbox.finish()
+
+
+class Exchange:
+    """The edges of one rank; None where the stage has no such neighbour.
+
+    All ranks build it at the same time.
+
+    Args:
+        grid: sizes of the axes.
+        kinds: what a stage hands to the next.
+        rules: of the backend; None: those of the device's.
+
+    Attributes:
+        activations_in: memory and tokens from the stage before.
+        activations_out: the same to the stage after.
+        gradients_in: gradient of what was sent, from the stage after.
+        gradients_out: gradient of what was received, to the stage before.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        kinds: list[TensorKind],
+        device: torch.device | str,
+        timeout_s: float,
+        *,
+        rules: Rules | None = None,
+    ):
+        self.activations_in: Arrivals | None = None
+        self.activations_out: Departures | None = None
+        self.gradients_in: Arrivals | None = None
+        self.gradients_out: Departures | None = None
+        self.kinds, self.rules = kinds, rules_of(device) if rules is None else rules
+        self._device, self._timeout_s = device, timeout_s
+        watches = not self.rules.wait_blocks and dist.get_world_size() > 1
+        self._watch = PeerWatch(_neighbors(grid), timeout_s) if watches else None
+        errors = partial(_failed, "hand-offs and sums of this step")
+        self._waits = DeviceWaits(self.rules, device, timeout_s, errors, self._watch)
+        # Every rank makes every group, in one order, as torch wants it. Then neighbors make their connections.
+        pairs = [pair for ranks in grid.pipe_groups() for pair in enumerate(itertools.pairwise(ranks))]
+        made = [[new_group(ranks, self.rules, timeout_s) for _ in ("down", "up")] for _, ranks in pairs]
+        for (stage, ranks), groups in zip(pairs, made, strict=True):
+            if dist.get_rank() in ranks:
+                self._open(stage, *ranks, *groups)
+
+    def begin(self, instructions: Sequence[schedule.PipeInstruction]) -> None:
+        """Open a schedule: say how many hand-offs will come."""
+        counts = Counter(type(instruction) for instruction in instructions)
+        for arrivals, kind in ((self.activations_in, schedule.RecvActivation), (self.gradients_in, schedule.RecvGrad)):
+            if arrivals is not None:
+                arrivals.expect(counts[kind])
+
+    def finish(self) -> None:
+        """Close a schedule: everything has left, errors have surfaced."""
+        for departures in (self.activations_out, self.gradients_out):
+            if departures is not None:
+                departures.finish()
+
+    def wait_for_device(self, doing: str) -> None:
+        """Return when the device has done everything enqueued so far, with the limit of every wait; at once on gloo.
+
+        Raises:
+            TransportError: a neighbour has ended, or the time is up.
+        """
+        self._waits.wait(doing)
+
+    def close(self) -> None:
+        """Part from the ranks that are watched, which do the same."""
+        if self._watch is not None:
+            self._watch.close(self._timeout_s)
+
+    def send_activations(self, outputs: Carry) -> None:
+        """Hand a stage's outputs to the stage after."""
+        assert self.activations_out is not None, "the last stage has nobody to hand its outputs to"
+        self.activations_out.send(as_tuple(outputs))
+
+    def receive_activations(self) -> Carry:
+        """Inputs from the stage before: leaves, the float one asking for its gradient."""
+        assert self.activations_in is not None, "the first stage has nobody to receive from"
+        carried, *tokens = self.activations_in.take()
+        carried.requires_grad_()
+        return (carried, tokens[0]) if tokens else carried
+
+    def send_gradients(self, inputs: Carry) -> None:
+        """Hand the gradient of what was received back to the stage before."""
+        assert self.gradients_out is not None, "the first stage has nobody to hand gradients to"
+        gradient = as_tuple(inputs)[0].grad
+        assert gradient is not None, "the backward pass left no gradient of the stage's inputs"
+        self.gradients_out.send((gradient,))
+
+    def receive_gradients(self) -> Tensor:
+        """Gradient of the float output, from the stage after."""
+        assert self.gradients_in is not None, "the last stage has nobody to receive gradients from"
+        return self.gradients_in.take()[0]
+
+    def _open(self, stage: int, below: int, above: int, down: dist.ProcessGroup, up: dist.ProcessGroup) -> None:
+        """Open the two edges between this rank and a neighbor."""
+        rank, probe = dist.get_rank(), torch.zeros(1, device=self._device)
+        down_name = f"activations from stage {stage} to stage {stage + 1}"
+        up_name = f"gradients from stage {stage + 1} to stage {stage}"
+        peer = above if rank == below else below
+        down_edge = Edge("activations", down, peer, partial(_failed, down_name))
+        up_edge = Edge("gradients", up, peer, partial(_failed, up_name))
+        down_edge.warm_up(probe, sends=rank == below)
+        up_edge.warm_up(probe, sends=rank == above)
+        gradients = self.kinds[:1]
+        if rank == below:
+            self.activations_out = Departures(down_name, Outbox(down_edge), self.kinds)
+            self.gradients_in = Arrivals(Inbox(up_edge, self.rules, self._waits), gradients, self._device)
+        else:
+            self.activations_in = Arrivals(Inbox(down_edge, self.rules, self._waits), self.kinds, self._device)
+            self.gradients_out = Departures(up_name, Outbox(up_edge), gradients)
+
+
+def as_tuple(carry: Carry) -> tuple[Tensor, ...]:
+    """What travels between stages, as a tuple with the float tensor first."""
+    return carry if isinstance(carry, tuple) else (carry,)
+
+
+def _neighbors(grid: Grid) -> list[int]:
+    """The ranks that this one watches: its pipeline neighbours, and a ring through all ranks."""
+    rank, size, place = dist.get_rank(), grid.world_size, grid.coordinate(dist.get_rank())
+    stages = (place.pipe - 1, place.pipe + 1)
+    pipe = [grid.rank(stage, place.data, place.tensor) for stage in stages if 0 <= stage < grid.pipe]
+    return sorted({*pipe, (rank - 1) % size, (rank + 1) % size} - {rank})
+
+
+@contextmanager
+def _failed(name: str, doing: str, peer: int | None) -> Iterator[None]:
+    """Name an edge in what torch says of a transfer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, TransportError) or peer is None:
+            raise  # `naming_lost_peers` names the rest
+        raise TransportError(
+            f"{name}: the transfer failed; look for the first error of rank {peer}, or raise "
+            f"parallel.timeout_s if that rank is merely slow"
+        ) from error

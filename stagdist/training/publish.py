@@ -1,0 +1,225 @@
+"""The end of a run: the trained weights as a model directory, proved before it gets its name."""
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stagdist.checkpoint.convert.find import ModelSource
+from stagdist.checkpoint.convert.proof import any_ids, source_logits, text_ids
+from stagdist.checkpoint.convert.staging import Options, put_in_place, staged_folder
+from stagdist.checkpoint.published.safetensors_writer import tensor_sha256
+from stagdist.checkpoint.published.writer import ModelDirectoryWriter
+from stagdist.checkpoint.text_tokens import TextTokens
+from stagdist.checkpoint.training.content import Track
+from stagdist.config.parts import ModelConfig
+from stagdist.config.run_config import RunConfig
+from stagdist.data.tokenizer import Tokenizer
+from stagdist.errors import CheckpointError, StagdistError
+from stagdist.parallel.groups import Groups
+from stagdist.parallel.layout import ParameterSpec, model_parameters, stage_layout
+from stagdist.telemetry.pulse import Phase, beating
+from stagdist.training.engine.agreement import on_every_rank, shared, while_others_wait
+from stagdist.training.engine.distributed import bring_to_first
+from stagdist.training.engine.section_engine import SectionEngine
+from stagdist.training.engine_logits import engine_logits
+
+LOG = logging.getLogger(__name__)
+
+LOGIT_LIMITS = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
+"""What the precision of training may make of logits, as a share of their size; of another model all of it is off."""
+
+
+def export_model(
+    engine: SectionEngine,
+    groups: Groups,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    directory: Path,
+    tokens: TextTokens | None = None,
+) -> None:
+    """Gather the weights tensor by tensor to rank 0, which writes them aside, proves them, and only then gives them
+    their name. Called on every rank.
+
+    Proved are every tensor, read back, and the logits: those of the written directory by a plain forward pass are
+    those of the engine that trained it, on some real text, as far as the engine's precision goes.
+
+    The model directory of an earlier end of the run is replaced; nothing else is.
+
+    Args:
+        tokens: of the model that the run began from, where it stated them.
+
+    Raises:
+        CheckpointError: on every rank, when rank 0 could not write, or the directory holds something else; nothing is
+            left behind, and what was there before stays.
+    """
+    model = config.model
+    parameters = {name: parameter.detach() for name, parameter in engine.module.canonical_parameters().items()}
+    dtype = next(iter(parameters.values())).dtype
+    track = beating(engine.pulse, Phase.EXPORT)
+    engine.pulse.beat(Phase.EXPORT)
+    with ExitStack() as held:
+        export: _Export | None = None
+
+        def begin() -> None:
+            nonlocal export
+            if dist.get_rank() == 0:
+                staged = held.enter_context(staged_folder(directory, "model", Options(overwrite=True)))
+                export = held.enter_context(_Export(directory, staged, model, dtype, tokenizer, tokens))
+
+        on_every_rank(groups.control, _told(begin), _failed)
+        for spec in track(model_parameters(model), "gathering"):
+            # Gathered to the end even when a write has failed: the other ranks are sending.
+            tensor = _gather(spec, parameters, groups, model)
+            if export is not None:
+                export.add(spec, tensor)
+        input_ids = _proof_ids(tokenizer, model)[:, : config.sequence_length]
+        logits = engine_logits(engine, groups, config, input_ids)
+        engine.pulse.beat(Phase.EXPORT)
+        try:
+            while_others_wait(
+                groups.control,
+                lambda: None if export is None else export.finish(input_ids, logits, track),
+                lambda: engine.pulse.beat(Phase.EXPORT),
+            )
+        except CheckpointError as error:
+            raise shared(_failed(f"rank 0: {error}")) from error
+
+
+def _proof_ids(tokenizer: Tokenizer, model: ModelConfig) -> Tensor:
+    """Some real text; bytes where the tokenizer knows no word of it. Shapes: int64 [1, S]."""
+    try:
+        return text_ids(tokenizer, model)
+    except CheckpointError:
+        return any_ids(model)
+
+
+def _failed(reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"the model directory was not written, {reason}; the last checkpoint is whole: mend that or make room, and "
+        "start the same command again"
+    )
+
+
+def _told(action: Callable[[], None]) -> Callable[[], None]:
+    """The same action with what a person can mend as an OSError, which the ranks share."""
+
+    def run() -> None:
+        try:
+            action()
+        except StagdistError as error:
+            raise OSError(str(error)) from error
+
+    return run
+
+
+class _Export:
+    """The model directory as rank 0 writes it: keeps the first failure, and what every tensor must be read back as."""
+
+    def __init__(
+        self,
+        final: Path,
+        staged: Path,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        tokenizer: Tokenizer,
+        tokens: TextTokens | None,
+    ):
+        self._final, self._staged, self._model, self._tokenizer = final, staged, model, tokenizer
+        self._writer = ModelDirectoryWriter(staged, model, dtype, tokenizer.end_of_document, tokens)
+        self._given: dict[str, str] = {}
+        self._failure: OSError | None = None
+
+    def __enter__(self) -> "_Export":
+        self._writer.open()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.discard()
+
+    def add(self, spec: ParameterSpec, tensor: Tensor) -> None:
+        """Write the next parameter unless an earlier one has failed."""
+        if self._failure is not None:
+            return
+        self._given[spec.name] = tensor_sha256(tensor)
+        try:
+            self._writer.add(spec.name, tensor)
+        except OSError as error:
+            self._failure = error
+
+    def finish(self, input_ids: Tensor, logits: Tensor, track: Track[Any]) -> None:
+        """Complete the directory, compare it with what the ranks gave, and give it its name.
+
+        Args:
+            logits: the engine's for `input_ids`.
+            track: walks through the parameters.
+
+        Raises:
+            OSError, CheckpointError: it could not be written, or is another model.
+        """
+        if self._failure is not None:
+            raise self._failure
+        self._tokenizer.save(self._writer.folder)
+        self._writer.commit()
+        written = ModelSource(self._staged)
+        for spec in track(model_parameters(self._model), "checking"):
+            if tensor_sha256(written.weight(spec)) != self._given[spec.name]:
+                raise CheckpointError(
+                    f"{spec.name} is read back from {self._final} with other values than were written"
+                )
+        difference = relative_difference(source_logits(written, input_ids, track), logits)
+        limit = logit_limit(written.dtype)
+        if not difference <= limit:
+            raise CheckpointError(
+                f"{self._final} is not the model that was trained: on {input_ids.shape[1]} tokens of text its logits "
+                f"are off by {difference:.2g} of their size, more than the {limit:g} of rounding"
+            )
+        LOG.info(
+            "%s: %d tensors read back; on %d tokens of text its logits differ from the training's by %.1e of their "
+            "size", self._final, len(self._given), input_ids.shape[1], difference,
+        )  # fmt: skip
+        put_in_place(self._staged, self._final.resolve())
+
+
+def logit_limit(dtype: torch.dtype) -> float:
+    """How far the engine's logits may be off, for weights of a type; matrices of fp32 may be multiplied in less."""
+    reduced = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return LOGIT_LIMITS[torch.float16 if reduced else dtype]
+
+
+def relative_difference(expected: Tensor, found: Tensor) -> float:
+    """Root mean square of the difference over that of `expected`; not finite where a value is not."""
+    return float((expected - found).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))
+
+
+def _gather(spec: ParameterSpec, parameters: dict[str, Tensor], groups: Groups, model: ModelConfig) -> Tensor:
+    """The whole parameter on rank 0; an empty tensor elsewhere."""
+    if spec.name == "section_mix":
+        parts = [ParameterSpec(f"section_mix.{section}", (1,), fill=spec.fill) for section in range(model.num_sections)]
+        return torch.cat([_gather(part, parameters, groups, model) for part in parts])
+    dtype = next(iter(parameters.values())).dtype
+    slices = []
+    for tensor_rank in range(1 if spec.shard_dim is None else groups.grid.tensor):
+        owner = groups.grid.rank(owning_stage(spec, model, groups.grid.pipe), 0, tensor_rank)
+        mine = parameters[spec.name] if dist.get_rank() == owner else None
+        slices.append(bring_to_first(groups.control, owner, mine, spec.local_shape(groups.grid.tensor), dtype))
+    if dist.get_rank() != 0:
+        return torch.empty(0)
+    whole = slices[0] if spec.shard_dim is None else torch.cat(slices, dim=spec.shard_dim)
+    return whole[: spec.shape[0]] if spec.vocabulary else whole
+
+
+def owning_stage(spec: ParameterSpec, model: ModelConfig, pipe_size: int) -> int:
+    """The first stage that holds a parameter."""
+    if spec.name == "embedding.weight":
+        return 0
+    kind, _, rest = spec.name.partition(".")
+    if kind in ("sections", "section_mix"):
+        section = int(rest.split(".")[0])
+        return next(s for s in range(pipe_size) if section in stage_layout(model, pipe_size, s).sections)
+    return pipe_size - 1

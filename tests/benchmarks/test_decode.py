@@ -1,0 +1,331 @@
+"""The decode benchmark: what it computes from readings, and a whole run over two real processes."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from benchmarks._bench.decode import DEFAULT_CONFIG, add_arguments, run, settings_from
+from benchmarks._bench.decode_bytes import StepBytes, bound_s, step_bytes
+from benchmarks._bench.decode_contestants import DROPPED_STEPS, EngineContestant, Load, Served, alternate
+from benchmarks._bench.decode_measure import _check_same_tokens, _ratios
+from benchmarks._bench.decode_shapes import balanced_split, default_splits, even_split, parse_split
+from benchmarks._bench.decode_site import DecodeSite
+from benchmarks._bench.decode_sweeps import parse_axis, predicted_step_s
+from benchmarks._bench.plain_step import _receive
+from benchmarks._bench.quiet import OtherPrograms
+from stagdist.config.loading import load_config
+from stagdist.decode.layers.weights import Device, random_reader
+from stagdist.decode.runtime.build import EngineOptions, build_stage, place_model
+from stagdist.errors import ConfigError, StagdistError
+from tests.benchmarks.tiny import write_tiny
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = """\
+max_position_embeddings: 128
+section_layers: [2, 2]
+"""
+RUN = """\
+training: {steps: 1, global_batch_size: 4, micro_batch_size: 1}
+data: {corpora: [{prefix: x}]}
+"""
+QUICK = ("--rounds", "1", "--steps", "8", "--context", "24", "--prefill", "48", "--device", "cpu")
+
+
+def arguments(*given: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(list(given))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    return str(write_tiny(tmp_path / "tiny.yaml", model=MODEL, rest=RUN))
+
+
+# --- shapes, loads, bounds --------------------------------------------------------------------------------------
+
+
+def test_splits_are_even_balanced_and_of_equal_depth() -> None:
+    model = load_config(DEFAULT_CONFIG).model
+    assert [even_split(16, count) for count in (2, 3)] == [(8, 8), (6, 5, 5)]
+    assert default_splits(model, 2) == [(8, 8), (9, 7), (10, 6), (11, 5)]
+    for sections in (2, 3, 4):
+        split = balanced_split(model, sections)
+        assert sum(split) == 16 and split[0] == max(split) and split[-1] == min(split)
+    assert parse_split("10+6") == (10, 6)
+    for wrong in ("10+", "ten", "16-0", "0+16"):
+        with pytest.raises(ConfigError, match="no section split"):
+            parse_split(wrong)
+
+
+def test_the_measured_steps_lie_around_the_context() -> None:
+    load = Load(context=256, steps=40)
+    middle = load.prompt_length + DROPPED_STEPS + load.steps // 2
+    assert middle == 256
+    assert load.new_tokens == 1 + DROPPED_STEPS + 40
+    assert load.prompt(50) == load.prompt(50) != load.prompt(50, seed=1)
+
+
+def test_a_step_reads_every_weight_but_the_embedding_and_the_cache_up_to_its_position(tiny: str) -> None:
+    model = load_config(tiny).model
+    options = EngineOptions(max_context=64, num_slots=2)
+    stage = build_stage(place_model(model, options, 1), random_reader(0), "cpu", None)
+    tensors = sum(tensor.nbytes for tensor in stage.weights.tensors())
+    assert stage.weights.embedding is not None
+    one, both = step_bytes(stage, 16, 1), step_bytes(stage, 16, 2)
+    assert one.weights == both.weights == tensors - stage.weights.embedding.nbytes
+    assert both.cache == 2 * one.cache == stage.kv_bytes // 4
+    assert step_bytes(stage, 10_000, 2).cache == stage.kv_bytes
+
+
+def test_stages_that_take_turns_add_up_and_others_wait_for_the_slowest() -> None:
+    read = [StepBytes(60, 40), StepBytes(100, 100)]
+    assert bound_s(read, [10.0, 10.0], sequential=False, stages=2) == 20.0
+    assert bound_s(read, [10.0, 10.0], sequential=True, stages=2) == 30.0
+    assert bound_s(read, [10.0, 10.0], sequential=False, stages=1) == 20.0
+
+
+def test_late_hand_offs_cost_nothing_within_their_slack_and_more_lag_shares_what_is_late() -> None:
+    assert predicted_step_s(10.0, [8.0], 7.0, 1) == 10.0
+    assert predicted_step_s(10.0, [8.0], 12.0, 1) == 12.0
+    assert predicted_step_s(10.0, [18.0], 12.0, 2) == 10.0
+
+
+@pytest.mark.parametrize("delay", [0, 5, 12, 20, 40])
+@pytest.mark.parametrize("lag", [1, 2])
+def test_the_prediction_agrees_with_stages_played_through(delay: int, lag: int) -> None:
+    def play(late: float) -> float:
+        begins, sent = [0.0], []
+        for step in range(300):
+            sent.append(begins[step] + 9.0)  # the first stage needs 9
+            needed = begins[step] + 1.0
+            arrived = sent[step - lag] + late if step >= lag else 0.0
+            begins.append(max(max(needed, arrived) + 9.0, sent[step]))
+        return (begins[-1] - begins[-151]) / 150
+
+    slack = play(0) * lag + 1.0 - 9.0
+    assert predicted_step_s(play(0), [slack], delay, lag) == pytest.approx(play(delay), rel=0.02)
+
+
+@pytest.mark.parametrize("delay", [0, 1, 3, 8, 20, 40])
+@pytest.mark.parametrize("lag", [1, 2])
+@pytest.mark.parametrize("rest_s", [(7.0, 6.0, 9.0), (7.0, 2.0, 9.0), (2.0, 8.0, 9.0)])
+def test_the_prediction_adds_up_what_is_late_on_every_edge(rest_s: tuple[float, ...], delay: int, lag: int) -> None:
+    """Three stages, each of which needs its memory 1 after it began."""
+
+    def play(late: float) -> float:
+        begins = [0.0]
+        sent: list[list[float]] = [[], [], []]
+        for step in range(600):
+            for stage, rest in enumerate(rest_s):
+                begin = max(begins[step], sent[stage][-1] if step else 0.0)
+                arrived = sent[stage - 1][step - lag] + late if stage and step >= lag else 0.0
+                sent[stage].append(max(begin + 1.0, arrived) + rest)
+            begins.append(sent[-1][step])
+        return (begins[-1] - begins[-301]) / 300
+
+    slacks = [play(0) * lag + 1.0 - (1.0 + rest) for rest in rest_s[:-1]]
+    assert predicted_step_s(play(0), slacks, delay, lag) == pytest.approx(play(delay), rel=0.02)
+
+
+# --- readings ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lap", [None, lambda phase: None])
+def test_an_engine_whose_phases_are_timed_runs_without_graphs(tiny: str, lap: Callable[[str], None] | None) -> None:
+    model = load_config(tiny).model
+    engine = EngineContestant(DecodeSite(None, "cpu", 1, 60.0), model, EngineOptions(max_context=8), lap=lap)
+    assert engine.options.graphs is (None if lap is None else False)
+
+
+@pytest.mark.parametrize(("device", "early"), [("cpu", 1), ("cuda:0", 0)])
+def test_the_plain_step_posts_a_receive_early_on_gloo_and_where_it_is_waited_for_on_nccl(
+    monkeypatch: pytest.MonkeyPatch, device: str, early: int
+) -> None:
+    posted: list[Mock] = []
+
+    def irecv(tensor: torch.Tensor, peer: int, group: str) -> Mock:
+        posted.append(Mock(place=(peer, group)))
+        return posted[-1]
+
+    monkeypatch.setattr(torch.distributed, "irecv", irecv)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    stage: Any = Mock(device=Device(device, torch.float32))
+    edges: Any = {(0, 1): "edge"}
+    wait = _receive(stage, torch.zeros(1), 0, edges)
+    assert len(posted) == early
+    wait()
+    (work,) = posted
+    assert work.place == (0, "edge")
+    work.wait.assert_called_once()
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    readings: dict[str, list[Any]] = {"staggered": [], "sequential pipeline": [], "generate": [], "plain": []}
+    for slow in (1.0, 5.0):
+        readings["staggered"].append(Served((2 * slow,) * 3, (1, 2)))
+        readings["sequential pipeline"].append(Served((3 * slow, 3 * slow, 90.0)))
+        readings["generate"].append(Served((4 * slow,)))
+        readings["plain"].append(Served((1.9 * slow,), (1, 2)))
+    found = _ratios(readings)
+    assert found["speedup_vs_sequential_pipeline"] == pytest.approx(1.5)
+    assert found["speedup_vs_transformers_generate"] == pytest.approx(2.0)
+    assert found["plain_torch_step_over_engine_step"] == pytest.approx(0.95)
+    assert found["prefill_speedup_vs_one_process"] is None, "it was not measured"
+    _check_same_tokens(readings)
+    readings["plain"][1] = Served((1.0,), (1, 3))
+    with pytest.raises(StagdistError, match="different tokens, first at 1: 3 and 2"):
+        _check_same_tokens(readings)
+
+
+def test_rounds_that_other_programs_disturb_are_run_again_but_not_for_ever() -> None:
+    shares = iter([0.0, 0.5, 0.0, 0.0])
+    ran: list[str] = []
+
+    def contestant(name: str) -> Callable[[], int]:
+        def run_once() -> int:
+            ran.append(name)
+            return len(ran)
+
+        return run_once
+
+    both = {name: contestant(name) for name in "ab"}
+    readings = alternate(both, 2, lambda text: None, lambda: next(shares))
+    assert "".join(ran) == "ababba", "the disturbed round again in its own order, odd rounds backwards"
+    assert readings == {"a": [3, 6], "b": [4, 5]}
+    assert len(alternate({"a": lambda: 1}, 2, lambda text: None, lambda: 1.0)["a"]) == 2
+
+
+def test_the_share_of_other_programs_leaves_out_our_own_work() -> None:
+    busy = iter([100.0, 1e9])
+    others = OtherPrograms(lambda seconds: seconds, lambda: next(busy))
+    assert others.share() > 1e3
+    assert OtherPrograms(lambda seconds: seconds, lambda: None).share() == 0.0
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (("--steps", "2"), "--steps 2 is too small"),
+        (("--batch", "0"), "--batch 0 is too small"),
+        (("--splits", "3+3"), r"3\+3 has 6 layers and the model 4"),
+        (("--splits", "2+1+1"), "2 stages cannot hold 3 sections"),
+        (("--heads", "both"), "give last or sharded"),
+        (("--json", "/proc"), "--json /proc is a folder"),
+        (("--timeline", "/proc/none/a.png"), "--timeline /proc/none/a.png cannot be written"),
+        (("--context", "127"), "needs 148 positions and the model knows 128"),
+        (("--prefill", "128"), "--prefill 128 leaves no room in 128 positions"),
+        (("--precision", "int8"), "precision is 'int8'"),
+        (("--sweep", "colour=1"), "'colour' is no axis"),
+        (("--sweep", "batches=many"), "give whole numbers separated by commas"),
+        (("--sweep", "stagger=3"), "a stagger of 0, 1 or 2"),
+        (("--sweep", "sections=3"), "4 layers on 2 processes"),
+        (("--set", "model.connection=sequential"), "give a staggered shape"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(tiny: str, given: tuple[str, ...], problem: str) -> None:
+    defaults = ("--config", tiny, "--context", "24", "--prefill", "32")
+    with pytest.raises(ConfigError, match=problem):
+        settings_from(arguments(*defaults, *given), 2)
+
+
+def test_axes_of_a_sweep_are_read() -> None:
+    assert parse_axis("windows=none,128") == ("windows", (None, 128))
+    assert parse_axis("delays_ms=0,0.5") == ("delays_ms", (0.0, 0.5))
+
+
+def test_other_numbers_of_processes_get_sections_of_their_own(tiny: str) -> None:
+    given = arguments("--config", tiny, *QUICK)
+    assert settings_from(given, 4)[0].splits == ((1, 1, 1, 1),)
+    assert settings_from(given, 1)[0].splits == ((2, 2),)
+
+
+@pytest.mark.parametrize(
+    ("steps", "problem"),
+    [
+        ("2", "error: --steps 2 is too small; steps start at 6, the others at 1\n"),
+        ("few", "error: argument --steps: invalid int value: 'few' (see --help)\n"),
+    ],
+)
+def test_a_wrong_command_is_answered_in_one_line_by_one_rank(steps: str, problem: str) -> None:
+    def answer(rank: int) -> tuple[int, str, str]:
+        command = [sys.executable, "launch/bench.py", f"--local_rank={rank}", "decode", "--steps", steps]
+        world = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | world, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout, done.stderr
+
+    code, output, error = answer(0)
+    assert (code, output, error) == (2, "", problem)
+    assert answer(1) == (2, "", "")
+
+
+def run_both(payload: dict[str, Any]) -> int:
+    """On every rank: the benchmark itself."""
+    return run(arguments(*payload["arguments"]))
+
+
+@pytest.mark.ranks
+def test_a_run_over_two_processes_measures_everything(tiny: str, tmp_path: Path) -> None:
+    written = {name: str(tmp_path / "out" / name) for name in ("decode.json", "decode.trace", "decode.png")}
+    files = ("--json", written["decode.json"], "--trace", written["decode.trace"], "--timeline", written["decode.png"])
+    sweep = ("--sweep", "delays_ms=0,1", "windows=none,8", "batches=2", "--splits", "2+2,3+1")
+    run_ranks("tests.benchmarks.test_decode:run_both", 2, {"arguments": ["--config", tiny, *QUICK, *files, *sweep]})
+    results = json.loads(Path(written["decode.json"]).read_text())
+    for name in ("ms_per_token", "ms_per_token_p90", "tokens_per_s", "speedup_vs_sequential_pipeline"):
+        assert results[name] > 0
+    for name in ("speedup_vs_transformers_generate", "speedup_vs_sequential_tensor_parallel"):
+        assert results[name] > 0
+    assert results["processes_per_core"] == 2 / results["cores"]
+    assert results["plain_torch_step_over_engine_step"] > 0, "plain and engine chose the same tokens"
+    assert results["prefill_speedup_vs_one_process"] > 0 and 0 < results["slowest_stage_compute_share"] < 1
+    assert results["best_split"] in ("2+2", "3+1") and not results["left_out"]
+    assert {row["name"] for row in results["splits"]} == {"sequential pipeline"} | {
+        f"staggered {split} {head}" for split in ("2+2", "3+1") for head in ("last", "sharded")
+    }
+    for row in results["splits"]:
+        assert row["bound_ms"] > 0 and len(row["memory_bandwidth_share"]) == len(row["memory"]) == 2
+    for stages in results["breakdown"].values():
+        assert [stage["stage"] for stage in stages] == [0, 1]
+        assert all(stage["self_attention_ms"] > 0 and stage["mlp_ms"] > 0 for stage in stages)
+        assert stages[0]["head_ms"] == 0 or results["best_head"] == "sharded"
+        assert stages[1]["head_ms"] > 0
+    assert results["breakdown"]["staggered"][1]["cross_attention_ms"] > 0
+    assert {row["delays_ms"] for row in results["sweeps"]["delays_ms"]} == {0, 1}
+    assert str(tmp_path) not in json.dumps(results), "a record says nothing about the machine's folders"
+    check_trace(json.loads(Path(written["decode.trace"]).read_text())["traceEvents"])
+    assert Path(written["decode.png"]).read_bytes().startswith(b"\x89PNG")
+
+
+def check_trace(events: list[dict[str, Any]]) -> None:
+    """Both ranks on one clock: a rank's token is received after the other began to send it."""
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {event["pid"] for event in spans} == {0, 1}
+    sent = {event["args"]["step"]: event for event in spans if event["name"] == "publish token"}
+    received = {event["args"]["step"]: event for event in spans if event["name"] == "wait for token"}
+    assert sent.keys() & received.keys() or not sent
+    for step in sent.keys() & received.keys():
+        assert received[step]["ts"] + received[step]["dur"] >= sent[step]["ts"]
+
+
+@pytest.mark.ranks
+def test_one_process_measures_all_sections_in_one(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    run_ranks(
+        "tests.benchmarks.test_decode:run_both", 1, {"arguments": ["--config", tiny, *QUICK, "--json", str(path)]}
+    )
+    results = json.loads(path.read_text())
+    assert results["processes"] == 1 and results["best_split"] == "2+2"
+    assert results["speedup_vs_sequential_pipeline"] > 0 and results["prefill_speedup_vs_one_process"] is None
