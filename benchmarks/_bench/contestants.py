@@ -23,7 +23,6 @@ from stagdist.parallel.device import choose_device, on_cuda, synchronize
 from stagdist.parallel.grid import grid_for
 from stagdist.parallel.groups import Groups
 from stagdist.telemetry.pulse import Pulse
-from stagdist.training.engine.deepspeed_config import num_micro_batches
 from stagdist.training.engine.distributed import start_distributed
 from stagdist.training.engine.exchange import hand_off_kinds
 from stagdist.training.engine.section_engine import build_engine
@@ -119,7 +118,7 @@ class Site:
         micro_batch = next(self._loader().step(0))
         tokens, labels = (tensor.to(self._device) for tensor in micro_batch)
         clock = StageClock(self._stage(), (tokens, labels), self._carried, self._synchronize)
-        repeats = num_micro_batches(self._config, self._grid)
+        repeats = self._config.training.num_micro_batches(self._grid.data)
         return lambda: {"seconds": clock.read(repeats)}
 
     def _build_save(self) -> Callable[[], Reading]:
@@ -187,7 +186,7 @@ class RivalContestant:
         loader: Loader,
         synchronize: Callable[[], None],
     ):
-        num = num_micro_batches(config, groups.grid)
+        num = config.training.num_micro_batches(groups.grid.data)
         self._rival = TorchPipelining(config, stage, hand_off_kinds(config, torch.float32)[0].shape, num)
         self._device = stage.embedding.embedding.weight.device
         self._loader, self._synchronize, self._batch = loader, synchronize, config.training.global_batch_size

@@ -80,6 +80,23 @@ def data_problems(data: DataConfig) -> list[str]:
     return problems
 
 
+def tensor_parallel_problems(model: ModelConfig, size: int, option: str) -> list[str]:
+    """Every dimension of a model that `size` tensor-parallel ranks cannot share equally.
+
+    Args:
+        option: the key or flag that holds the size, for messages.
+    """
+    dimensions = {
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.key_value_heads,
+        "cross_attention_key_value_heads": model.cross_key_value_heads,
+        "intermediate_size": model.intermediate_size,
+    }
+    return [
+        f"model.{key} {value} is not a multiple of {option} {size}" for key, value in dimensions.items() if value % size
+    ]
+
+
 def run_problems(config: RunConfig) -> list[str]:
     """Every reason, independent of the world size, why a configuration would not run."""
     problems = []
@@ -90,14 +107,7 @@ def run_problems(config: RunConfig) -> list[str]:
             f"parallel.pipeline_parallel_size {pipe} does not divide the {model.num_sections} sections of "
             f"model.section_layers {list(model.section_layers)}"
         )
-    for key, heads in (
-        ("num_attention_heads", model.num_attention_heads),
-        ("num_key_value_heads", model.key_value_heads),
-        ("cross_attention_key_value_heads", model.cross_key_value_heads),
-        ("intermediate_size", model.intermediate_size),
-    ):
-        if heads % tensor:
-            problems.append(f"model.{key} {heads} is not a multiple of parallel.tensor_parallel_size {tensor}")
+    problems += tensor_parallel_problems(model, tensor, "parallel.tensor_parallel_size")
     if config.sequence_length > model.max_position_embeddings:
         problems.append(
             f"data.sequence_length {config.sequence_length} is longer than "

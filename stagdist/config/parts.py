@@ -235,6 +235,10 @@ class TrainingConfig(ConfigPart):
         None, description="Wall-clock limit; the run saves and ends in order when it is reached."
     )
 
+    def num_micro_batches(self, data_parallel_size: int) -> int:
+        """Micro-batches that every replica computes in one optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * data_parallel_size)
+
 
 class EvaluationConfig(ConfigPart):
     """Evaluation on the validation split during the run and on the test split at its end."""

@@ -15,11 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagdist.checkpoint.convert.find import WeightSource, open_weights, source_tokenizer
+from stagdist.config.checks import tensor_parallel_problems
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import ConfigError, DataError
 from stagdist.evaluation.bits_per_byte import count_windows, read_text, score_text
 from stagdist.model.cross_entropy import token_nats
 from stagdist.model.megatron import TensorParallel
+from stagdist.model.precision import STORED_DTYPES
 from stagdist.model.stagformer import StagFormer, canonical_slice
 from stagdist.parallel.device import choose_device
 from stagdist.parallel.grid import Grid
@@ -33,7 +35,6 @@ from stagdist.parallel.layout import model_parameters
 from stagdist.parallel.rendezvous import join_world
 from stagdist.telemetry.score import TextScore
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What a model may be run in."""
 
 
@@ -45,7 +46,7 @@ class Scoring:
         window: tokens the model sees at once; None for all it was made for.
         stride: tokens from window to window; None for `window`, that is no overlap.
         batch_size: windows per forward pass and rank.
-        dtype: a name of `DTYPES`; None for that of the stored weights.
+        dtype: a name of `STORED_DTYPES`; None for that of the stored weights.
         device: auto, cpu or cuda.
         tensor_parallel_size: ranks that split every matrix; the rest of the world splits the windows.
         tokenizer: where the tokenizer is, unless the model says it.
@@ -99,7 +100,7 @@ def score_file(
     device = choose_device(scoring.device, int(os.environ.get("LOCAL_RANK", "0")))
     ids = tokenizer.encode(content)
     with world_groups(scoring.tensor_parallel_size, device, scoring.timeout_s) as groups:
-        dtype = source.dtype if scoring.dtype is None else DTYPES[scoring.dtype]
+        dtype = source.dtype if scoring.dtype is None else STORED_DTYPES[scoring.dtype]
         parallel = TensorParallel(groups.tensor, dtype)
         runner = load_weights(source, parallel).to(device)
         part = (groups.place.data, groups.grid.data)
@@ -165,11 +166,8 @@ def _checked(scoring: Scoring, model: ModelConfig) -> tuple[int, int]:
             f"{world_size} processes cannot be split into tensor groups of {tensor}; start more with torchrun or "
             "deepspeed, or change --tensor-parallel-size"
         )
-    heads = (model.num_attention_heads, model.key_value_heads, model.cross_key_value_heads, model.intermediate_size)
-    if any(count % tensor for count in heads):
-        raise ConfigError(
-            f"--tensor-parallel-size {tensor} must divide the heads {heads[:3]} and intermediate_size {heads[3]}"
-        )
+    if problems := tensor_parallel_problems(model, tensor, "--tensor-parallel-size"):
+        raise ConfigError("; ".join(problems))
     return window, stride
 
 

@@ -112,7 +112,7 @@ def _busiest_pass(
 ) -> BackwardMoment:
     """The busiest moment of all backward passes of a step; the first of them begins without gradients."""
     layout, training = stage_layout(config.model, grid.pipe, stage), config.training
-    micro_batches = training.global_batch_size // (training.micro_batch_size * grid.data)
+    micro_batches = training.num_micro_batches(grid.data)
     in_flight = micro_batches_in_flight(grid.pipe, stage, micro_batches)
     if micro_batches > in_flight:
         return busiest_moment(config.model, layout, setting, in_flight)

@@ -142,7 +142,7 @@ def plan(config: RunConfig, world_size: int, device: Device = "cpu", problems: t
 
 
 def _micro_batches(config: RunConfig, grid: Grid) -> int:
-    return config.training.global_batch_size // (config.training.micro_batch_size * grid.data)
+    return config.training.num_micro_batches(grid.data)
 
 
 def _sections(config: RunConfig) -> tuple[SectionPlan, ...]:

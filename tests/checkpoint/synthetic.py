@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stagdist.checkpoint.published.writer import ModelDirectoryWriter
-from stagdist.checkpoint.training.content import DTYPES, MASTER, Counters
+from stagdist.checkpoint.training.content import MASTER, Counters
 from stagdist.checkpoint.training.directory import (
     CONFIG,
     TrainingState,
@@ -22,6 +22,7 @@ from stagdist.config.loading import dump_config
 from stagdist.config.parts import ModelConfig
 from stagdist.config.run_config import RunConfig
 from stagdist.data.tokenizer import Tokenizer, load_tokenizer
+from stagdist.model.precision import DTYPES
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 from tests.reference.stagformer import random_parameters

@@ -23,12 +23,13 @@ from stagdist.checkpoint.convert.training_conversions import import_model, resha
 from stagdist.checkpoint.convert.verify import verify
 from stagdist.checkpoint.published.load_model import load_model
 from stagdist.checkpoint.training import comparison as training_comparison
-from stagdist.checkpoint.training.content import DTYPES, KINDS
+from stagdist.checkpoint.training.content import KINDS
 from stagdist.checkpoint.training.directory import read_state
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import load_tokenizer
 from stagdist.errors import CheckpointError, ConfigError
 from stagdist.model.megatron import TensorParallel
+from stagdist.model.precision import DTYPES
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import single_process
 from stagdist.parallel.layout import model_parameters

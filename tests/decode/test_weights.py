@@ -183,7 +183,12 @@ def test_the_cache_of_a_window_does_not_grow_with_the_context() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], EngineOptions, int, str]] = {
     "sections on stages": ({"section_layers": [1, 1, 1]}, EngineOptions(), 2, "2 stages cannot hold 3 sections"),
     "processes and tensor ranks": ({}, EngineOptions(2), 3, "3 processes cannot be split into tensor groups of 2"),
-    "heads": ({"num_key_value_heads": 1}, EngineOptions(2), 2, "tensor_parallel_size 2 must divide the heads"),
+    "heads": (
+        {"num_key_value_heads": 1},
+        EngineOptions(2),
+        2,
+        "num_key_value_heads 1 is not a multiple of --tensor-parallel-size 2",
+    ),
     "inner width": ({"intermediate_size": 25}, EngineOptions(2), 2, "intermediate_size 25"),
     "context": ({}, EngineOptions(max_context=CONTEXT + 1), 1, f"knows positions up to {CONTEXT}"),
 }

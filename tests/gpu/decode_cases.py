@@ -16,8 +16,9 @@ from stagdist.config.parts import ModelConfig
 from stagdist.decode.engine import Engine
 from stagdist.decode.request import Request, SamplingParams
 from stagdist.decode.runtime import graphs
-from stagdist.decode.runtime.build import DTYPES, EngineOptions, build_stage, place_model
+from stagdist.decode.runtime.build import EngineOptions, build_stage, place_model
 from stagdist.decode.runtime.stage import Stage
+from stagdist.model.precision import DTYPES
 from stagdist.parallel.device import on_cuda
 from tests.decode.decoding import Case, config_of, parameters_of, prompt, reader
 from tests.reference import stagformer as reference

@@ -13,9 +13,10 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagdist.checkpoint.training.directory import COMPLETE, FileRecord, TrainingState, damage, read_complete
+from stagdist.checkpoint.training.directory import COMPLETE, TrainingState, damage, read_complete
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import CheckpointError
+from stagdist.files import FileRecord
 from stagdist.parallel.groups import Groups
 from stagdist.training.engine.agreement import Writing
 from stagdist.training.engine.section_engine import SectionEngine, build_engine

@@ -16,8 +16,8 @@ from stagdist.checkpoint.convert.find import Found, WeightSource, find
 from stagdist.checkpoint.convert.proof import largest_difference
 from stagdist.checkpoint.convert.replacing import aside, nameless, recover, replaced
 from stagdist.checkpoint.training.content import Track, untracked
-from stagdist.checkpoint.training.directory import sync_path
 from stagdist.errors import CheckpointError
+from stagdist.files import sync_path
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from stagdist.checkpoint.convert.staging import (
     staged_folder,
 )
 from stagdist.checkpoint.training.comparison import require_same
-from stagdist.checkpoint.training.content import DTYPES, KINDS, TrainingSource
+from stagdist.checkpoint.training.content import KINDS, TrainingSource
 from stagdist.checkpoint.training.directory import (
     CONFIG,
     STATE,
@@ -45,6 +45,7 @@ from stagdist.config.loading import differences, dump_config, load_config, valid
 from stagdist.config.run_config import RunConfig, require_world
 from stagdist.data.tokenizer import BYTES, Tokenizer, holds_tokenizer, load_tokenizer
 from stagdist.errors import CheckpointError, ConfigError, DataError
+from stagdist.model.precision import DTYPES
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.layout import model_parameters
 

@@ -11,8 +11,8 @@ from stagdist.checkpoint.text_tokens import GENERATION, TOKEN_KEYS, TextTokens, 
 from stagdist.config.loading import validate_model
 from stagdist.config.parts import ModelConfig, RopeScaling
 from stagdist.errors import CheckpointError
+from stagdist.model.precision import STORED_DTYPES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types of weights by their name in `config.json`."""
 
 _CONNECTIONS = {"stagformer": "staggered", "llama": "sequential"}
@@ -196,11 +196,11 @@ def declared_dtype(body: Mapping[str, Any], path: Path) -> torch.dtype | None:
     """
     names = [body[key] for key in ("dtype", "torch_dtype") if body.get(key) is not None]
     for name in names:
-        if not isinstance(name, str) or name not in DTYPES:
-            raise CheckpointError(f"{path} says dtype {name!r}; one of {list(DTYPES)} is read")
+        if not isinstance(name, str) or name not in STORED_DTYPES:
+            raise CheckpointError(f"{path} says dtype {name!r}; one of {list(STORED_DTYPES)} is read")
     if len(set(names)) == 2:
         raise CheckpointError(f"{path} says dtype {names[0]!r} and torch_dtype {names[1]!r}; remove the wrong one")
-    return DTYPES[names[0]] if names else None
+    return STORED_DTYPES[names[0]] if names else None
 
 
 def read_text_tokens(directory: Path) -> TextTokens | None:

@@ -14,6 +14,7 @@ from stagdist.checkpoint.published.record import WrittenRecord, read_record
 from stagdist.checkpoint.published.writer import stored_name, weight_map
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import CheckpointError
+from stagdist.model.precision import SAFETENSORS_DTYPES
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
@@ -22,7 +23,6 @@ _IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
 _ROWS = 4096
 """Rows of a matrix that are compared at a time."""
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of weights by their name in a safetensors file."""
 
 _MAX_HEADER_BYTES = 100_000_000
@@ -139,7 +139,7 @@ class ModelReader:
     def _checked_dtype(self, declared: torch.dtype | None) -> torch.dtype:
         """The type of all tensors: the one that `config.json` says, else that of the first."""
         for name in self._expected:
-            found = _DTYPES.get(self._slice(name).get_dtype())
+            found = SAFETENSORS_DTYPES.get(self._slice(name).get_dtype())
             declared = found if declared is None else declared
             if found is None or found != declared:
                 told = found or self._slice(name).get_dtype()

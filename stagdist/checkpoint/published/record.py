@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from stagdist.checkpoint.published.model_json import DTYPES, model_of, read_json
-from stagdist.checkpoint.training.directory import file_record
+from stagdist.checkpoint.published.model_json import model_of, read_json
 from stagdist.config.loading import differences
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import CheckpointError
+from stagdist.files import file_record
+from stagdist.model.precision import STORED_DTYPES
 
 CHECKSUMS = "checksums.json"
 """sha256 of every tensor's bytes, by stored name, the weights' type, the model's shape, sha256 of small files."""
@@ -111,12 +112,12 @@ def read_record(directory: Path) -> WrittenRecord:
         raise CheckpointError(f"{path} is damaged: sha256 must hold the sum of every tensor; {TAMPERED}")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is damaged: config must hold keys of config.json; {TAMPERED}")
-    if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPES):
-        raise CheckpointError(f"{path} says dtype {dtype!r}; one of {list(DTYPES)} is read; {TAMPERED}")
+    if dtype is not None and (not isinstance(dtype, str) or dtype not in STORED_DTYPES):
+        raise CheckpointError(f"{path} says dtype {dtype!r}; one of {list(STORED_DTYPES)} is read; {TAMPERED}")
     files = body.get("files", {})
     if not _are_sums(files) or any(Path(name).name != name or name in ("", "..") for name in files):
         raise CheckpointError(f"{path} is damaged: files must hold the sums of files of the directory; {TAMPERED}")
-    return WrittenRecord(directory, config, sums, None if dtype is None else DTYPES[dtype], files)
+    return WrittenRecord(directory, config, sums, None if dtype is None else STORED_DTYPES[dtype], files)
 
 
 def _are_sums(value: Any) -> bool:

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+from stagdist.model.precision import SAFETENSORS_DTYPES
+
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _BLOCK_BYTES = 1 << 24
 
 

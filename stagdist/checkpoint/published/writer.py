@@ -18,13 +18,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stagdist.checkpoint.names import llama_name
-from stagdist.checkpoint.published.model_json import DTYPES
 from stagdist.checkpoint.published.record import CHECKSUMS
 from stagdist.checkpoint.published.safetensors_writer import SafetensorsWriter
 from stagdist.checkpoint.text_tokens import GENERATION, TOKEN_KEYS, TextTokens, tokens_of
-from stagdist.checkpoint.training.directory import file_record, sync_path
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import CheckpointError
+from stagdist.files import file_record, sync_path
+from stagdist.model.precision import STORED_DTYPES
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
 MAX_SHARD_BYTES = 4 * 10**9
@@ -39,7 +39,7 @@ _AUTO_MAP = {
 _INDEX = "model.safetensors.index.json"
 _NOT_OF_THE_FUNCTION = ("architectures", "auto_map", "torch_dtype", *TOKEN_KEYS)
 """Keys of `config.json` that do not change what the weights compute."""
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 _STAGFORMER_KEYS = (
     "section_layers",
     "connection",

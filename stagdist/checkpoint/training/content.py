@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from stagdist.parallel.layout import ParameterSpec
@@ -14,7 +13,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (MASTER, *MOMENTS)
 """Optimizer tensors of a parameter: the fp32 copy and Adam's two moments."""
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Type of the weights by `training.precision`."""
 
 Item = TypeVar("Item")

@@ -5,9 +5,7 @@ DeepSpeed writes the files; this module decides when a directory counts. A check
 written under a hidden name and renamed, so a killed run leaves nothing that looks whole. No torch, no processes.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -20,6 +18,7 @@ from stagdist.checkpoint.training.stage_files import tensor_files
 from stagdist.config.loading import load_config
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import CheckpointError
+from stagdist.files import FileRecord, file_record, sync_path, writing
 
 COMPLETE = "complete.json"
 STATE = "state.json"
@@ -107,26 +106,6 @@ def _check_state(state: TrainingState, path: Path) -> None:
         raise CheckpointError(f"{path}: format_version is {state.format_version!r}; this release reads 1")
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """Size in bytes and sha256 of one file."""
-
-    size: int
-    sha256: str
-
-
-def file_record(path: Path, *, sync: bool = False) -> FileRecord:
-    """Measure a file; `sync` also waits until it has reached the disk."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-        if sync:
-            os.fsync(stream.fileno())
-    return FileRecord(size, digest.hexdigest())
-
-
 def checkpoint_files(directory: Path) -> list[str]:
     """Relative names of all files but `complete.json`, sorted."""
     names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
@@ -136,22 +115,9 @@ def checkpoint_files(directory: Path) -> list[str]:
 def write_complete(directory: Path, records: Mapping[str, FileRecord]) -> None:
     """Write `complete.json`, which makes the directory a checkpoint."""
     body = {"files": {name: asdict(record) for name, record in sorted(records.items())}}
-    path = directory / (COMPLETE + ".part")
-    with path.open("w") as stream:
+    with writing(directory / COMPLETE, sync=True) as stream:
         json.dump(body, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    path.rename(directory / COMPLETE)
     sync_path(directory)
-
-
-def sync_path(path: Path) -> None:
-    """Wait until a file, or the entries of a directory, have reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def publish(staged: Path, final: Path) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from stagdist.checkpoint.convert.find import ModelSource
-from stagdist.checkpoint.training.content import DTYPES, MASTER, Counters
+from stagdist.checkpoint.training.content import MASTER, Counters
 from stagdist.config.run_config import RunConfig
+from stagdist.model.precision import DTYPES
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
 

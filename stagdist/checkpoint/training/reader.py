@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stagdist.checkpoint.text_tokens import TextTokens
-from stagdist.checkpoint.training.content import DTYPES, KINDS, MASTER, Counters
+from stagdist.checkpoint.training.content import KINDS, MASTER, Counters
 from stagdist.checkpoint.training.directory import CONFIG, TrainingState, checkpoint_damage, read_state
 from stagdist.checkpoint.training.file_structure import same, structure_problem
 from stagdist.checkpoint.training.pickles import load_file
@@ -33,6 +33,7 @@ from stagdist.config.loading import load_config
 from stagdist.config.parts import ModelConfig
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import CheckpointError
+from stagdist.model.precision import DTYPES
 from stagdist.parallel.layout import ParameterSpec
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from stagdist.checkpoint.training.content import (
-    DTYPES,
     KINDS,
     MASTER,
     MOMENTS,
@@ -25,7 +24,6 @@ from stagdist.checkpoint.training.content import (
     TrainingSource,
     untracked,
 )
-from stagdist.checkpoint.training.directory import FileRecord, file_record
 from stagdist.checkpoint.training.scratch import Scratch
 from stagdist.checkpoint.training.stage_files import (
     FlatGroup,
@@ -38,7 +36,9 @@ from stagdist.checkpoint.training.stage_files import (
     pipeline_layers,
 )
 from stagdist.config.run_config import RunConfig
+from stagdist.files import FileRecord, file_record
 from stagdist.model.initialization import local_slice
+from stagdist.model.precision import DTYPES
 from stagdist.parallel.grid import Grid
 
 NEARLY_FULL_BYTES = 1 << 27
@@ -137,7 +137,7 @@ class TrainingWriter:
         return {
             "train_batch_size": training.global_batch_size,
             "train_micro_batch_size_per_gpu": training.micro_batch_size,
-            "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * self._grid.data),
+            "gradient_accumulation_steps": training.num_micro_batches(self._grid.data),
             "zero_optimization": {"stage": 1},
         }
 

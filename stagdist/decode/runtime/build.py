@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from stagdist.checkpoint.published.reader import ReadSlice
+from stagdist.config.checks import tensor_parallel_problems
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.runner import Lap
 from stagdist.decode.layers.weights import Device, Shard, StageWeights, WeightLoader
@@ -19,12 +20,12 @@ from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.runtime.warm_up import Unconnected, dry_limits, dry_pass
 from stagdist.decode.topology import HeadLayout, Limits, Topology, topology_for
 from stagdist.errors import ConfigError
+from stagdist.model.precision import DTYPES
 from stagdist.parallel.device import choose_attention, on_cuda
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.rendezvous import join_world
 from stagdist.telemetry.spans import SpanRecorder
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 DEFAULT_CHUNK = 128
 
 LONGEST_TIMEOUT_S = 30 * 24 * 3600.0
@@ -111,12 +112,8 @@ def place_model(model: ModelConfig, options: EngineOptions, world_size: int) -> 
             f"{world_size} processes cannot be split into tensor groups of {tensor}; start a multiple of {tensor} "
             "processes, or give another --tensor-parallel-size"
         )
-    heads = (model.num_attention_heads, model.key_value_heads, model.cross_key_value_heads)
-    if any(count % tensor for count in heads) or model.intermediate_size % tensor:
-        raise ConfigError(
-            f"tensor_parallel_size {tensor} must divide the heads ({heads[0]}, key/value {heads[1]}, cross-attention "
-            f"{heads[2]}) and intermediate_size {model.intermediate_size}"
-        )
+    if problems := tensor_parallel_problems(model, tensor, "--tensor-parallel-size"):
+        raise ConfigError("; ".join(problems))
     if options.graphs and world_size > 1:
         raise ConfigError("graphs hold a whole step, which needs all sections in one process; start one process")
     topology = topology_for(model, world_size // tensor, options.head, recurrent=options.recurrent)

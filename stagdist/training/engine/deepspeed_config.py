@@ -20,7 +20,7 @@ def deepspeed_config(config: RunConfig, grid: Grid) -> dict[str, Any]:
     derived: dict[str, Any] = {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": num_micro_batches(config, grid),
+        "gradient_accumulation_steps": training.num_micro_batches(grid.data),
         "gradient_clipping": config.optimizer.max_grad_norm,
         "steps_per_print": NEVER,
         "wall_clock_breakdown": False,
@@ -45,8 +45,3 @@ def deepspeed_config(config: RunConfig, grid: Grid) -> dict[str, Any]:
     extra = dict(config.deepspeed)
     derived["zero_optimization"] |= extra.pop("zero_optimization", {})
     return derived | extra
-
-
-def num_micro_batches(config: RunConfig, grid: Grid) -> int:
-    """Micro-batches of one replica in one optimizer step."""
-    return config.training.global_batch_size // (config.training.micro_batch_size * grid.data)

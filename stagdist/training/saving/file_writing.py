@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from stagdist.checkpoint.training.directory import FileRecord
+from stagdist.files import FileRecord
 from stagdist.telemetry.logging import ONLY_IN_FILE
 
 LOG = logging.getLogger(__name__)
