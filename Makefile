@@ -76,8 +76,7 @@ test: lint ## Lint and the whole test suite (PYTEST_ARGS="-k name" narrows it)
 
 reshard-matrix: export OMP_NUM_THREADS := 1
 reshard-matrix: $(STAMP) ## Train on every grid, convert to every other, compare losses
-	mkdir -p benchmarks
-	$(BIN)/python -m tests.training.reshard_matrix --output benchmarks/reshard-matrix.json
+	$(BIN)/python -m tests.training.reshard_matrix --output benchmarks/results/reshard-matrix.json
 
 gpu-check: $(STAMP) ## Everything that only a GPU can show, 9 minutes at most (OUTPUT=FILE ONLY="names" NCCL=library)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.gpu.check $(if $(ONLY),--only $(ONLY)) \
@@ -86,7 +85,7 @@ gpu-check: $(STAMP) ## Everything that only a GPU can show, 9 minutes at most (O
 faults: export OMP_NUM_THREADS := 1
 faults: $(STAMP) ## Plant every fault under every launcher in the lab (root; FAULTS="..." LAUNCHERS="..." narrow it)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.lab.fault_report $(if $(FAULTS),--faults $(FAULTS)) \
-		$(if $(LAUNCHERS),--launchers $(LAUNCHERS)) $(if $(FRESH),--fresh) --output benchmarks/faults.json
+		$(if $(LAUNCHERS),--launchers $(LAUNCHERS)) $(if $(FRESH),--fresh) --output benchmarks/results/faults.json
 
 lab: $(STAMP) ## Bring up two hosts on this machine (root; HOSTS= SLOTS= SPARES= SHARED=), and tell how to use them
 	@$(BIN)/python -m tests.lab.hosts up $(if $(HOSTS),--hosts $(HOSTS)) $(if $(SLOTS),--slots $(SLOTS)) \

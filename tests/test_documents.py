@@ -11,6 +11,7 @@ _CODE = re.compile(
     r"`([\w./-]+)`|\]\(([\w./-]+)\)"  # code and links
     r"|(?:python|deepspeed|torchrun)[^`\n]*?\b((?:launch|tools|benchmarks)/[\w/]+\.py)"  # commands
 )
+_WRITTEN_BY_COMMANDS = {"benchmarks/results/gpu-check.json"}
 _FOLDERS = ("stagdist", "launch", "tools", "benchmarks", "tests", "configs", "docs")
 
 
@@ -19,7 +20,7 @@ def named_paths(text: str) -> set[str]:
     found = {part for groups in _CODE.findall(text) for part in groups if part}
     return {
         path.rstrip("/")
-        for path in found
+        for path in found - _WRITTEN_BY_COMMANDS
         if path.endswith((".py", ".md")) or (path.split("/")[0] in _FOLDERS and "/" in path)
     }
 

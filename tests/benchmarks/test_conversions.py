@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks._bench.conversions import CONVERSIONS, VARIANTS, peak_anonymous_bytes
+from benchmarks.conversions import CONVERSIONS, VARIANTS, peak_anonymous_bytes
 from stagdist.errors import TrainingError
 
 MB = 10**6
@@ -31,5 +31,5 @@ def test_a_conversion_that_fails_is_told_with_its_output(tmp_path: Path) -> None
 
 
 def test_every_verb_is_measured() -> None:
-    verbs = {conversion.arguments[0] for variant in VARIANTS for conversion in CONVERSIONS[variant]}
+    verbs = {words.split()[0] for variant in VARIANTS for words in CONVERSIONS[variant].values()}
     assert verbs == {"import", "export", "reshard", "verify", "inspect", "merge", "split", "upcycle"}

@@ -2,9 +2,6 @@
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +10,15 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from benchmarks._bench.decode import DEFAULT_CONFIG, add_arguments, run, settings_from
-from benchmarks._bench.decode_bytes import StepBytes, bound_s, step_bytes
-from benchmarks._bench.decode_contestants import DROPPED_STEPS, EngineContestant, Load, Served, alternate
-from benchmarks._bench.decode_measure import _check_same_tokens, _ratios
-from benchmarks._bench.decode_shapes import balanced_split, default_splits, even_split, parse_split
-from benchmarks._bench.decode_site import DecodeSite
-from benchmarks._bench.decode_sweeps import parse_axis, predicted_step_s
-from benchmarks._bench.plain_step import _receive
-from benchmarks._bench.quiet import OtherPrograms
+from benchmarks.common.command import main
+from benchmarks.common.conditions import OtherPrograms
+from benchmarks.decode import DEFAULT_CONFIG, add_arguments, run, settings_from
+from benchmarks.decoding.contestants import DROPPED_STEPS, EngineContestant, Load, Served, alternate
+from benchmarks.decoding.measurement import bound_s, check_same_tokens, ratios, step_bytes
+from benchmarks.decoding.plain_step import _receive
+from benchmarks.decoding.shapes import balanced_split, default_splits, even_split, parse_split
+from benchmarks.decoding.site import DecodeSite
+from benchmarks.decoding.sweeps import parse_axis, predicted_step_s
 from stagdist.config.loading import load_config
 from stagdist.decode.layers.weights import Device, random_reader
 from stagdist.decode.runtime.build import EngineOptions, build_stage, place_model
@@ -83,13 +80,13 @@ def test_a_step_reads_every_weight_but_the_embedding_and_the_cache_up_to_its_pos
     tensors = sum(tensor.nbytes for tensor in stage.weights.tensors())
     assert stage.weights.embedding is not None
     one, both = step_bytes(stage, 16, 1), step_bytes(stage, 16, 2)
-    assert one.weights == both.weights == tensors - stage.weights.embedding.nbytes
-    assert both.cache == 2 * one.cache == stage.kv_bytes // 4
-    assert step_bytes(stage, 10_000, 2).cache == stage.kv_bytes
+    assert one["weights_bytes"] == both["weights_bytes"] == tensors - stage.weights.embedding.nbytes
+    assert both["cache_bytes"] == 2 * one["cache_bytes"] == stage.kv_bytes // 4
+    assert step_bytes(stage, 10_000, 2)["cache_bytes"] == stage.kv_bytes
 
 
 def test_stages_that_take_turns_add_up_and_others_wait_for_the_slowest() -> None:
-    read = [StepBytes(60, 40), StepBytes(100, 100)]
+    read = [100, 200]
     assert bound_s(read, [10.0, 10.0], sequential=False, stages=2) == 20.0
     assert bound_s(read, [10.0, 10.0], sequential=True, stages=2) == 30.0
     assert bound_s(read, [10.0, 10.0], sequential=False, stages=1) == 20.0
@@ -177,15 +174,15 @@ def test_ratios_are_taken_within_rounds() -> None:
         readings["sequential pipeline"].append(Served((3 * slow, 3 * slow, 90.0)))
         readings["generate"].append(Served((4 * slow,)))
         readings["plain"].append(Served((1.9 * slow,), (1, 2)))
-    found = _ratios(readings)
+    found = ratios(readings)
     assert found["speedup_vs_sequential_pipeline"] == pytest.approx(1.5)
     assert found["speedup_vs_transformers_generate"] == pytest.approx(2.0)
     assert found["plain_torch_step_over_engine_step"] == pytest.approx(0.95)
     assert found["prefill_speedup_vs_one_process"] is None, "it was not measured"
-    _check_same_tokens(readings)
+    check_same_tokens(readings)
     readings["plain"][1] = Served((1.0,), (1, 3))
     with pytest.raises(StagdistError, match="different tokens, first at 1: 3 and 2"):
-        _check_same_tokens(readings)
+        check_same_tokens(readings)
 
 
 def test_rounds_that_other_programs_disturb_are_run_again_but_not_for_ever() -> None:
@@ -260,16 +257,14 @@ def test_other_numbers_of_processes_get_sections_of_their_own(tiny: str) -> None
         ("few", "error: argument --steps: invalid int value: 'few' (see --help)\n"),
     ],
 )
-def test_a_wrong_command_is_answered_in_one_line_by_one_rank(steps: str, problem: str) -> None:
-    def answer(rank: int) -> tuple[int, str, str]:
-        command = [sys.executable, "launch/bench.py", f"--local_rank={rank}", "decode", "--steps", steps]
-        world = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | world, capture_output=True, text=True, timeout=120)
-        return done.returncode, done.stdout, done.stderr
-
-    code, output, error = answer(0)
-    assert (code, output, error) == (2, "", problem)
-    assert answer(1) == (2, "", "")
+def test_a_wrong_command_is_answered_in_one_line_by_one_rank(
+    steps: str, problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, expected in (("0", problem), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert main("", add_arguments, run, [f"--local_rank={rank}", "--steps", steps]) == 2
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err) == ("", expected)
 
 
 def run_both(payload: dict[str, Any]) -> int:

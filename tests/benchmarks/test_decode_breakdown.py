@@ -2,14 +2,14 @@
 
 import pytest
 
-from benchmarks._bench.decode_breakdown import (
+from benchmarks.decoding.contestants import DROPPED_STEPS
+from benchmarks.decoding.spans import (
     MEASURES,
     PhaseClock,
     counted_steps,
     hand_off_slack_s,
     milliseconds_per_step,
 )
-from benchmarks._bench.decode_contestants import DROPPED_STEPS
 from stagdist.decode.runtime.stage import CATEGORIES
 from stagdist.telemetry.clocks import HostClock
 from stagdist.telemetry.spans import Span

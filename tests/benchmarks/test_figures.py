@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks._bench.figures import imbalance, paired_ratios, pipeline_speedup_bound, shortest_pipeline, spread
+from benchmarks.common.figures import paired_ratios, pipeline_speedup_bound, spread
 
 
 def test_equal_stages_are_bound_by_the_start_and_end_of_the_pipeline() -> None:
@@ -12,7 +12,6 @@ def test_equal_stages_are_bound_by_the_start_and_end_of_the_pipeline() -> None:
 
 
 def test_the_slowest_stage_sets_the_pace() -> None:
-    assert shortest_pipeline([1.0, 3.0], 8) == 7 * 3 + 4
     assert pipeline_speedup_bound([1.0, 3.0], 8) == pytest.approx(8 * 4 / 25)
     assert pipeline_speedup_bound([1.0, 3.0], 1) == 1, "one micro-batch gains nothing"
 
@@ -24,7 +23,7 @@ def test_cores_that_slow_each_other_down_lower_the_bound() -> None:
 @pytest.mark.parametrize(("times", "micro_batches"), [([], 8), ([1.0, 0.0], 8), ([1.0], 0)])
 def test_times_that_cannot_be_are_refused(times: list[float], micro_batches: int) -> None:
     with pytest.raises(ValueError, match="must be positive"):
-        shortest_pipeline(times, micro_batches)
+        pipeline_speedup_bound(times, micro_batches)
 
 
 def test_ratios_are_taken_round_by_round() -> None:
@@ -43,8 +42,3 @@ def test_spread_tells_median_quartiles_and_repeats() -> None:
         "repeats": 5,
     }
     assert spread([7.0])["quartile_high"] == 7.0
-
-
-def test_imbalance_is_the_slowest_over_the_fastest() -> None:
-    assert imbalance([1.0, 1.05]) == pytest.approx(0.05)
-    assert imbalance([2.0, 2.0]) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks._bench.memory import RankResult, add_arguments, run
+from benchmarks.memory import RankResult, add_arguments, run
 from stagdist.errors import ConfigError
 
 TINY = """

@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks._bench.peaks import peak_bytes
+from benchmarks.training.memory_site import peak_bytes
 
 MIB = 2**20
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks._bench.recovery import CONTESTANTS, Site, add_arguments, best, figures, run
+from benchmarks.recovery import CONTESTANTS, Study, add_arguments, best, figures, run
 from stagdist.config.loading import load_config
 from stagdist.errors import ConfigError, TrainingError
 
@@ -25,13 +25,13 @@ def test_the_best_of_a_source_is_its_lowest_median_at_the_end() -> None:
     assert found["baseline_validation_loss"]["median"] == 4.0
     assert found["contestants"][2]["validation_loss"]["50"]["median"] == 3.0
     first = {one.source: place for place, one in reversed(list(enumerate(CONTESTANTS)))}
-    assert dict(best(found)) == {source: place + 1.0 for source, place in first.items()}
+    assert best(found) == {source: place + 1.0 for source, place in first.items()}
 
 
 @pytest.mark.parametrize("connection", ["sequential", "staggered"])
 def test_what_it_trains_are_configurations_that_load(tmp_path: Path, connection: str) -> None:
     model = {"connection": connection, "section_layers": [2, 2]}
-    path = Site(tmp_path, 600, 150)._config("run", model, seed=2, rate=1e-3, steps=150, interval=25)
+    path = Study(tmp_path, 600, 150)._config("run", model, seed=2, rate=1e-3, steps=150, interval=25)
     config = load_config(str(path), [])
     assert (config.training.seed, config.data.seed, config.evaluation.interval_steps) == (2, 2, 25)
     assert config.model.connection == connection and config.scheduler.warmup_steps == 15

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks._bench.save import Round, add_arguments, figures, run
+from benchmarks.save import Round, add_arguments, figures, run
 from stagdist.errors import ConfigError
 from tests.benchmarks.tiny import write_tiny
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks._bench.timeline import COLOURS, Panel, draw_timeline, typical_start
+from benchmarks.decoding.timeline import COLOURS, Panel, draw_timeline, typical_start
 from stagdist.decode.runtime.stage import CATEGORIES
 from stagdist.telemetry.spans import Span
 

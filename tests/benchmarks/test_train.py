@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks._bench.train import (
+from benchmarks.decoding.shapes import sequential_twin
+from benchmarks.train import (
     DEFAULT_CONFIG,
     Rounds,
     _check_same_work,
@@ -17,7 +18,6 @@ from benchmarks._bench.train import (
     pipeline_results,
     run,
 )
-from benchmarks._bench.twin import sequential_twin
 from stagdist.config.loading import load_config
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import ConfigError, TrainingError
@@ -56,15 +56,16 @@ def config(tiny: Path) -> RunConfig:
 
 def readings() -> Rounds:
     """Two rounds with round numbers: one process 8 s, the pipeline 5 s, torch's 5.5 s, the sequential model 7 s."""
-    rounds = Rounds()
+    rounds: Rounds = {name: [] for name in ("one_process", "sequential", "pipeline", "torch_pipelining")}
+    rounds |= {"stage": [], "stage_busy": []}
     for factor in (1.0, 3.0):  # the machine was three times slower in the second round
         step: dict[str, Any] = {"load_s": 0.02 * factor}
-        rounds.add("one_process", [step | {"seconds": 8 * factor}])
-        rounds.add("sequential", [{"seconds": 7 * factor}])
-        rounds.add("pipeline", [step | {"seconds": 4 * factor}, {"load_s": 0.01, "seconds": 5 * factor}])
-        rounds.add("torch_pipelining", [{"seconds": 5.5 * factor}, {"seconds": 5 * factor}])
-        rounds.add("stage", [{"seconds": factor}, {"seconds": factor}])
-        rounds.add("stage_busy", [{"seconds": 1.25 * factor}, {"seconds": 1.25 * factor}])
+        rounds["one_process"].append([step | {"seconds": 8 * factor}])
+        rounds["sequential"].append([{"seconds": 7 * factor}])
+        rounds["pipeline"].append([step | {"seconds": 4 * factor}, {"load_s": 0.01, "seconds": 5 * factor}])
+        rounds["torch_pipelining"].append([{"seconds": 5.5 * factor}, {"seconds": 5 * factor}])
+        rounds["stage"].append([{"seconds": factor}, {"seconds": factor}])
+        rounds["stage_busy"].append([{"seconds": 1.25 * factor}, {"seconds": 1.25 * factor}])
     return rounds
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks._bench.conditions import conditions
+from benchmarks.common.conditions import conditions
 from tests.gpu.checks.setting import Numbers, Setting
 from tests.ranks import ROOT, run_ranks
 

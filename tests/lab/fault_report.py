@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks._bench.conditions import commit, conditions
+from benchmarks.common.conditions import commit, conditions
 from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import byte_tokenizer
 from tests.lab.drill import INTERVAL, NEXT_STEP_S, STEPS, Drill, supervised_config
@@ -182,7 +182,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--soak-faults", type=int, default=30, metavar="N", help="faults of the soak (default 30)")
     parser.add_argument("--seed", type=int, default=0, help="of the soak's draw")
     parser.add_argument("--fresh", action="store_true", help="measure anew what the report has of these already")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/faults.json"), metavar="FILE")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/faults.json"), metavar="FILE")
     return parser.parse_args()
 
 

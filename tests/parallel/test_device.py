@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from benchmarks._bench.conditions import device_of_ranks
+from benchmarks.common.conditions import device_of_ranks
 from stagdist.errors import ConfigError
 from stagdist.parallel.device import choose_attention, choose_device
 from stagdist.parallel.groups import single_process

@@ -118,7 +118,7 @@ def test_the_peak_is_the_largest_of_its_moments() -> None:
 
 
 def recorded_cases() -> list[Any]:
-    """Runs of `launch/bench.py memory`, with the peaks that were measured."""
+    """Runs of `benchmarks/memory.py`, with the peaks that were measured."""
     return [pytest.param(case, id=case["name"]) for case in RECORD["cases"]]
 
 

@@ -1,6 +1,6 @@
 """Every grid to every other: train 10 steps, convert, and compare the next 10 losses with the run that never stopped.
 
-    python -m tests.training.reshard_matrix --output benchmarks/reshard-matrix.json
+    python -m tests.training.reshard_matrix --output benchmarks/results/reshard-matrix.json
 
 The whole matrix takes about ten minutes on two cores, more beside other work; `make test` runs a star through 2x1x2
 instead.
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._bench.conditions import commit
+from benchmarks.common.conditions import commit
 from tests.ranks import run_ranks
 from tests.reference.variants import VARIANTS
 from tests.training.comparison import whole

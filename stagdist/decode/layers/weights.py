@@ -26,7 +26,7 @@ class Device:
         """An empty weight [rows, columns] for `F.linear`.
 
         On CPUs its columns are contiguous: products with one row then run half as fast again (measured with
-        `launch/bench.py decode`), products with many rows the same.
+        `benchmarks/decode.py`), products with many rows the same.
         """
         if self.name == "cpu":
             return torch.empty(columns, rows, dtype=self.dtype).t()

@@ -4,7 +4,7 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from benchmarks._bench.decode_bytes import step_bytes
+from benchmarks.decoding.measurement import step_bytes
 from stagdist.parallel.device import choose_attention
 from tests.gpu.checks.models import (
     COLD_TOKENS,
@@ -107,7 +107,7 @@ def _with_graphs(setting: Setting, name: str, read_tb_s: float) -> Numbers:
             "captures": len(graphs.capture_ms),
             "capture_ms": graphs.capture_ms,
         }
-        read_bytes = step_bytes(decoder.stage, context, 1).total
+        read_bytes = sum(step_bytes(decoder.stage, context, 1).values())
         numbers["bytes_per_step"] = read_bytes
         numbers["share_of_bandwidth"] = _share(read_bytes, at_context.median_ms, read_tb_s)
         if graphs.last is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks._bench.decode_site import read_bandwidth
+from benchmarks.decoding.site import read_bandwidth
 from stagdist.parallel.device import on_cuda
 from tests.gpu.checks.setting import Numbers, Setting
 

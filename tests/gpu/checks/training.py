@@ -15,7 +15,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks._bench.memory_worker import random_batches
+from benchmarks.training.site import random_batches
 from stagdist.config.loading import load_config
 from stagdist.config.run_config import RunConfig
 from stagdist.parallel.grid import grid_for

@@ -7,14 +7,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from benchmarks._bench.decode_contestants import EngineContestant, Load, alternate
-from benchmarks._bench.decode_instrument import instrument
-from benchmarks._bench.decode_measure import Measurement, Row
-from benchmarks._bench.decode_shapes import Split, balanced_split, baseline, even_split, split_name
+from benchmarks.decoding.contestants import EngineContestant, Load, alternate
+from benchmarks.decoding.measurement import Measurement
+from benchmarks.decoding.shapes import Split, balanced_split, baseline, even_split, split_name
+from benchmarks.decoding.spans import instrument
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import ConfigError
 
 SLACK_RUNS = 3
+KEPT = ("name", "split", "ms_per_token", "ms_per_token_p90", "tokens_per_s", "bound_ms", "efficiency")
+"""What the row of a sweep reports of a contestant."""
 AXES = ("contexts", "batches", "windows", "stagger", "sections", "delays_ms")
 DEFAULT_AXES: Mapping[str, tuple[float | None, ...]] = {
     "contexts": (64, 256, 1024),
@@ -51,7 +53,7 @@ def _value(axis: str, text: str) -> float | None:
 
 
 def predicted_step_s(step_s: float, slacks_s: Sequence[float], delay_s: float, lag: int) -> float:
-    """Mean step where every hand-off is delayed: flat until the slack is used up.
+    """Mean step if every hand-off is delayed: constant until the slack is used up.
 
     What is sent in step i delays step i + lag; over k edges down to the last stage, whose token begins step
     i + k lag + 1. So k lag + 1 steps share what is late on k edges, and the slowest such way sets the pace.
@@ -94,8 +96,8 @@ class Sweeps:
         rows = []
         for (value, kind), (engine, load) in engines.items():
             row = self._measurement.row(kind, engine, readings[value, kind], load)
-            rows.append((value, row, load.batch))
-        return [] if self._measurement.site.rank else [{axis: value} | _short(row, batch) for value, row, batch in rows]
+            rows.append({axis: value} | {key: row[key] for key in KEPT if key in row})
+        return [] if self._measurement.site.rank else rows
 
     def _changed(self, axis: str, value: Any) -> tuple[Load, ModelConfig]:
         """Load and model with one thing changed."""
@@ -154,8 +156,8 @@ class Sweeps:
 
     def _alternate(self, engines: Mapping[Any, tuple[EngineContestant, Load]]) -> dict[Any, list[Any]]:
         runs = {key: partial(engine, load) for key, (engine, load) in engines.items()}
-        alternate(runs, 1, lambda text: None)
-        return alternate(runs, self._rounds, lambda text: None)
+        alternate(runs, 1)
+        return alternate(runs, self._rounds)
 
 
 def check_axes(axes: Mapping[str, Sequence[Any]], processes: int, num_layers: int) -> None:
@@ -175,13 +177,6 @@ def check_axes(axes: Mapping[str, Sequence[Any]], processes: int, num_layers: in
     for lag in axes.get("stagger", ()):
         if lag > 2:
             raise ConfigError(f"--sweep stagger={lag}: models have a stagger of 0, 1 or 2")
-
-
-def _short(row: Row, batch: int) -> dict[str, Any]:
-    """What a sweep tells of a contestant."""
-    kept = ("name", "split", "ms_per_token", "ms_per_token_p90", "tokens_per_s", "bound_ms", "efficiency")
-    result = row.result(batch)
-    return {key: result[key] for key in kept}
 
 
 def describe(axes: Mapping[str, Sequence[Any]], split: Sequence[int]) -> str:

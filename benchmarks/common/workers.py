@@ -1,4 +1,4 @@
-"""Starts the processes of a benchmark and talks to them; imports no framework itself."""
+"""Starts the processes of a benchmark and sends them commands."""
 
 import contextlib
 import json
@@ -8,49 +8,44 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.conditions import ROOT
 from stagdist.errors import TrainingError
 
 END_S = 20.0
 LOG_CHARACTERS = 4000
-ROOT = Path(__file__).resolve().parents[2]
 
 Answer = dict[str, Any]
 
 
 class Workers:
-    """One world of processes, idle between commands. Use as a context manager.
+    """One world of processes, idle between commands. Use it as a context manager.
 
     Args:
         world_size: number of processes.
-        settings: given to every process.
+        settings: given to every process; `site` names the class to run as `module:Class`, `config` the run.
         threads: threads of each process.
-        module: what a process runs.
+
+    Attributes:
+        started: what each process reported at its start, by rank.
 
     Raises:
         TrainingError: a process ended; with the end of its output.
     """
 
-    def __init__(
-        self,
-        world_size: int,
-        settings: Answer,
-        *,
-        threads: int = 1,
-        module: str = "benchmarks._bench.worker",
-    ):
+    def __init__(self, world_size: int, settings: Answer, *, threads: int = 1):
         self._folder = tempfile.TemporaryDirectory(prefix="stagdist-bench-")
         self._path = Path(self._folder.name)
-        self._module = module
         (self._path / "settings.json").write_text(json.dumps(settings))
         self._processes: list[subprocess.Popen[str]] = []
         self._replies: list[Any] = []
-        port = free_port()
+        world = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         try:
             for rank in range(world_size):
-                self._start(rank, world_size, port, threads)
+                self._start(world | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": threads})
             self.started: list[Answer] = [self._receive(rank) for rank in range(world_size)]
         except BaseException:
             self.close()
@@ -67,15 +62,15 @@ class Workers:
         return self._ask("together", name, range(len(self._processes)))
 
     def apart(self, name: str) -> list[Answer]:
-        """Run it on one rank after the other, the rest idle; answers by rank."""
+        """Run it on one rank after the other while the rest are idle; answers by rank."""
         return [self._ask("apart", name, [rank])[0] for rank in range(len(self._processes))]
 
     def close(self) -> None:
-        """End the processes: in order if they still listen, by force if they do not."""
+        """End the processes; kill those that do not end."""
         for process in self._processes:
-            if process.stdin is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.close()
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
         for process in self._processes:
             try:
                 process.wait(END_S)
@@ -86,12 +81,10 @@ class Workers:
             replies.close()
         self._folder.cleanup()
 
-    def _ask(self, how: str, name: str, ranks: Any) -> list[Answer]:
+    def _ask(self, how: str, name: str, ranks: Iterable[int]) -> list[Answer]:
         for rank in ranks:
-            stdin = self._processes[rank].stdin
-            assert stdin is not None
             try:
-                print(how, name, file=stdin, flush=True)
+                print(how, name, file=self._processes[rank].stdin, flush=True)
             except BrokenPipeError:
                 self._fail(rank)
         return [self._receive(rank) for rank in ranks]
@@ -113,30 +106,19 @@ class Workers:
             f"the end of its output:\n{output}"
         )
 
-    def _start(self, rank: int, world_size: int, port: int, threads: int) -> None:
+    def _start(self, variables: dict[str, Any]) -> None:
         reading, writing = os.pipe()
         self._replies.append(os.fdopen(reading))
-        variables = {
-            **os.environ,
+        variables |= {
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": str(threads),
-            "STAGDIST_REPLY_FD": str(writing),
+            "STAGDIST_REPLY_FD": writing,
         }
-        with (self._path / f"{rank}.log").open("wb") as log:
+        command = [sys.executable, "-m", "benchmarks.common.worker", str(self._path / "settings.json")]
+        with (self._path / f"{variables['RANK']}.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", self._module, str(self._path / "settings.json")],
-                env=variables,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=[writing],
-                text=True,
-            )
+                command, env=os.environ | {name: str(value) for name, value in variables.items()}, text=True,
+                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, pass_fds=[writing],
+            )  # fmt: skip
         os.close(writing)
         self._processes.append(process)
 

@@ -1,4 +1,4 @@
-"""One stage of a StagFormer as a plain torch module, without any pipeline around it."""
+"""One stage of a StagFormer as a plain torch module, without a pipeline around it."""
 
 import time
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class StageModule(nn.Module):
     """Embedding, sections and (last stage) head of one stage, with the initial weights of the run.
 
     Raises:
-        ConfigError: the model shares weights between sections, or is no StagFormer.
+        ConfigError: the model shares weights between sections, or is not a StagFormer.
     """
 
     def __init__(self, config: RunConfig, num_stages: int, stage: int, parallel: TensorParallel):
@@ -29,9 +29,7 @@ class StageModule(nn.Module):
                 "set model.connection: staggered and model.share_section_weights: false"
             )
         layout = stage_layout(config.model, num_stages, stage)
-        self.first = stage == 0
-        self.parallel = parallel
-        self.tied_head = layout.tied_head
+        self.first, self.parallel, self.tied_head = stage == 0, parallel, layout.tied_head
         self.embedding = EmbeddingLayer(config.model, parallel)
         self.sections = nn.ModuleList(SectionLayer(config, index, parallel) for index in layout.sections)
         self.head = HeadLayer(config.model, parallel) if layout.head else None
@@ -60,37 +58,31 @@ class StageModule(nn.Module):
             assert isinstance(layer, SectionLayer)
             for name, parameter in layer.section.named_parameters():
                 named[section_canonical_name(layer.section.index, name, shared=False)] = parameter
-        if self.head is not None:
-            for name, parameter in self.head.head.named_parameters():
-                named[head_canonical_name(name)] = parameter
+        for name, parameter in self.head.head.named_parameters() if self.head is not None else ():
+            named[head_canonical_name(name)] = parameter
         return named
 
 
 class StageClock:
-    """Forward and backward pass of one stage by itself: no peer, no hand-off, no update.
+    """Forward and backward pass of one stage alone: no peer, no hand-off, no update.
 
     Args:
-        stage: the module; its gradients are dropped after every reading.
         micro_batch: tokens and labels, each int64 [B, S].
-        carried: shape of what the stage before hands over.
-        synchronize: waits until the device has done everything.
+        carried: shape of what the previous stage hands over.
+        synchronize: waits for the device.
     """
 
     def __init__(
-        self,
-        stage: StageModule,
-        micro_batch: tuple[Tensor, Tensor],
-        carried: tuple[int, ...],
+        self, stage: StageModule, micro_batch: tuple[Tensor, Tensor], carried: tuple[int, ...],
         synchronize: Callable[[], None],
-    ):
+    ):  # fmt: skip
         self._stage, self._synchronize = stage, synchronize
         self._tokens, self._labels = micro_batch
-        weight = stage.embedding.embedding.weight
         generator = torch.Generator().manual_seed(0)
-        self._carried = torch.randn(carried, generator=generator).to(weight)
+        self._carried = torch.randn(carried, generator=generator).to(stage.embedding.embedding.weight)
 
     def read(self, repeats: int) -> float:
-        """Seconds per micro-batch, mean over `repeats` in a row."""
+        """Seconds per micro-batch, mean of `repeats` in a row."""
         self._synchronize()
         started = time.perf_counter()
         for _ in range(repeats):

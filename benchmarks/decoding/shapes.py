@@ -1,16 +1,22 @@
-"""Which models the decode benchmark compares: the same layers cut in different places. Pure integers, no torch."""
+"""Which models the decode benchmark compares: the same layers split in different places. Pure integers, no torch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks._bench.twin import sequential_twin
 from stagdist.config.checks import model_problems
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import ConfigError
 
 Split = tuple[int, ...]
 FURTHEST = 3
-"""Layers moved from the last section to the first at most, when two sections are tried."""
+"""With two sections, at most this many layers are moved from the last section to the first."""
+ONLY_STAGGERED = {"stagger", "cross_attention_window", "cross_attention_key_value_heads", "share_section_weights"}
+ONLY_STAGGERED |= {"combine_sections"}
+
+
+def sequential_twin(model: ModelConfig) -> ModelConfig:
+    """The baseline of a staggered model: the plain Transformer with the same layers, split at the same places."""
+    return ModelConfig(**(model.model_dump(exclude=ONLY_STAGGERED) | {"connection": "sequential"}))
 
 
 def parse_split(text: str) -> Split:
@@ -40,13 +46,13 @@ def even_split(layers: int, sections: int) -> Split:
         ConfigError: fewer layers than sections.
     """
     if layers < sections:
-        raise ConfigError(f"{layers} layers cannot be cut into {sections} sections; give each section at least one")
+        raise ConfigError(f"{layers} layers cannot be split into {sections} sections; give each at least one")
     each, more = divmod(layers, sections)
     return tuple(each + (section < more) for section in range(sections))
 
 
 def balanced_split(model: ModelConfig, sections: int) -> Split:
-    """Layers spread so that the heaviest section has the fewest weights: cross-attention and the head are heavy."""
+    """The split whose heaviest section has the fewest weights, cross-attention and head included."""
     even_split(model.num_layers, sections)
     hidden, heads, width = model.hidden_size, model.num_attention_heads, model.head_width
     plain = hidden * (2 * width * (heads + model.key_value_heads) + 3 * model.intermediate_size)
@@ -63,7 +69,7 @@ def balanced_split(model: ModelConfig, sections: int) -> Split:
 
 
 def default_splits(model: ModelConfig, sections: int) -> list[Split]:
-    """Splits worth trying: even, balanced, and with two sections all between and one beyond."""
+    """Splits to try: even, balanced, and with two sections all between and one beyond."""
     even = even_split(model.num_layers, sections)
     if model.share_section_weights:
         return [even]
@@ -73,34 +79,24 @@ def default_splits(model: ModelConfig, sections: int) -> list[Split]:
     return list(dict.fromkeys([*splits, balanced_split(model, sections)]))
 
 
-def with_split(model: ModelConfig, split: Split, **keys: Any) -> ModelConfig:
-    """The model cut elsewhere, and with other keys.
-
-    Raises:
-        ConfigError: not as many layers, or the keys contradict each other.
-    """
-    if sum(split) != model.num_layers:
-        raise ConfigError(
-            f"the split {split_name(split)} has {sum(split)} layers and the model {model.num_layers}; "
-            "only models of equal depth are compared"
-        )
-    return changed(model, {"section_layers": split} | keys)
-
-
 def changed(model: ModelConfig, keys: Mapping[str, Any]) -> ModelConfig:
     """The model with other keys.
 
     Raises:
-        ConfigError: they contradict each other.
+        ConfigError: they contradict each other, or the number of layers changes.
     """
     made = model.model_copy(update=dict(keys))
-    problems = model_problems(made)
-    if problems:
+    if made.num_layers != model.num_layers:
+        raise ConfigError(
+            f"the split {split_name(made.section_layers)} has {made.num_layers} layers and the model "
+            f"{model.num_layers}; only models of equal depth are compared"
+        )
+    if problems := model_problems(made):
         raise ConfigError("; ".join(problems))
     return made
 
 
 def baseline(model: ModelConfig, sections: int) -> ModelConfig:
-    """The plain Transformer of equal depth, cut evenly."""
-    return sequential_twin(changed(model, {"section_layers": even_split(model.num_layers, sections),
-                                           "share_section_weights": False}))  # fmt: skip
+    """The plain Transformer of equal depth, split evenly."""
+    layers = even_split(model.num_layers, sections)
+    return sequential_twin(changed(model, {"section_layers": layers, "share_section_weights": False}))

@@ -1,4 +1,4 @@
-"""One process of the decode benchmark: its place, its communicators, and what it tells the other processes."""
+"""One process of the decode benchmark: its rank, its communicators, and what it shares with the other processes."""
 
 import ctypes
 import gc
@@ -11,8 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks._bench.conditions import usable_cores
-from benchmarks._bench.quiet import OtherPrograms
+from benchmarks.common.conditions import OtherPrograms, usable_cores
 from stagdist.decode.runtime.transport import Transport
 from stagdist.parallel.device import on_cuda
 from stagdist.parallel.grid import Grid
@@ -20,24 +19,22 @@ from stagdist.telemetry.clocks import Clock, EventClock, HostClock
 from stagdist.telemetry.hardware import memory_bytes
 
 BANDWIDTH_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
-"""Read to measure memory bandwidth: far more than any cache holds, and long enough to hide the start of a kernel."""
+"""Read to measure memory bandwidth: far more than any cache holds, and long enough to hide the launch of a kernel."""
 
 
 class DecodeSite:
-    """This process among those of the benchmark.
+    """This process.
 
     Args:
         transport: of the pipeline over all ranks; None in a world of one.
-        device: `cpu` or a CUDA device.
         threads: threads of torch in this process.
         timeout_s: limit of every wait between ranks.
     """
 
     def __init__(self, transport: Transport | None, device: str, threads: int, timeout_s: float):
-        self.device, self.threads, self._timeout_s = device, threads, timeout_s
+        self.device, self.threads, self._timeout_s, self._host = device, threads, timeout_s, None
         self.rank, self.size = (0, 1) if transport is None else (transport.rank, transport.grid.world_size)
         self._transports = {} if transport is None else {(1, 0.0, transport.combined): transport}
-        self._host = None
         if transport is not None:
             self._host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._others = OtherPrograms(lambda seconds: sum(self.gather(seconds)))
@@ -59,7 +56,7 @@ class DecodeSite:
         return self._transports[key]
 
     def close(self) -> None:
-        """Close the communicators that this site made, after all ranks are here."""
+        """Close the communicators that this site made, when all ranks are here."""
         self.barrier()
         for transport in list(self._transports.values())[1:]:
             transport.close()
@@ -77,46 +74,44 @@ class DecodeSite:
         return self.gather(value)[0]
 
     def processes_per_core(self) -> float:
-        """Of the host that is fullest; above 1 processes take turns on its cores. The same on all ranks."""
+        """On the host with most; above 1, processes share cores."""
         places = self.gather((socket.gethostname(), usable_cores()))
         return max(places.count(place) / place[1] for place in places)
 
     def gpus(self) -> int:
-        """GPUs that the processes use, the same on all ranks; 0 on the CPU."""
+        """GPUs that the processes use; 0 on the CPU."""
         return len({place for place in self.gather((socket.gethostname(), self.device)) if on_cuda(place[1])})
 
     def others(self) -> float:
-        """Share of rank 0's machine that other programs took since the last call, the same on all ranks."""
+        """Share of rank 0's machine that other programs used since the last call, the same on all ranks."""
         return float(self.from_first(self._others.share()))
 
     def barrier(self) -> None:
-        """All ranks are here; those that wait sleep."""
+        """Wait for all ranks without using a core."""
         if self._host is not None:
             dist.barrier(group=self._host)
 
     def held_bytes(self) -> int:
-        """Memory of this process, after what was freed has gone back to the system."""
+        """Memory of this process, after freed memory has returned to the system."""
         gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed memory for itself
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed memory
         if trim is not None:
             trim(0)
         return torch.cuda.memory_allocated(self.device) if on_cuda(self.device) else memory_bytes().bytes
 
     def clock(self) -> Clock:
-        """A clock for work of this process's device. Call it between runs, it waits for the device."""
+        """A clock for work of this device. Making one waits for the device."""
         return EventClock() if on_cuda(self.device) else HostClock()
 
     def read_bandwidths(self) -> tuple[list[float], list[float]]:
         """Bytes per second that each rank reads from memory: while all read, and one after the other."""
         size = BANDWIDTH_BYTES["cpu"]
         if on_cuda(self.device):
-            free, _ = torch.cuda.mem_get_info(self.device)
-            size = min(BANDWIDTH_BYTES["cuda"], free // 2)
+            size = min(BANDWIDTH_BYTES["cuda"], torch.cuda.mem_get_info(self.device)[0] // 2)
         buffer = torch.ones(size // 4, device=self.device)
         read_bandwidth(buffer, repeats=1)  # the first pass loads the kernel
         self.barrier()
-        together = self.gather(read_bandwidth(buffer))
-        alone: list[float] = []
+        together, alone = self.gather(read_bandwidth(buffer)), []
         for rank in range(self.size):
             alone.append(self.gather(read_bandwidth(buffer) if rank == self.rank else 0.0)[rank])
         return together, alone

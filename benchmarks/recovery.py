@@ -1,8 +1,9 @@
-"""What an upcycled Llama recovers: validation loss while it trains on, against a StagFormer that begins anew.
+#!/usr/bin/env python3
+"""Loss of an upcycled Llama in further training against a StagFormer from scratch, `python benchmarks/recovery.py`.
 
-Everything is done by the commands a person would type: tokenizer and corpora from text, a `sequential` baseline
-trained and exported as a Llama, then for every contestant the same number of steps on the same batches, in one process,
-from the Llama itself, from its upcycled form, and from scratch. Seeds change initialisation and order of samples.
+Everything runs through the commands of a user: tokenizer and corpora from text, a `sequential` baseline that is trained
+and exported as a Llama, then for every contestant the same number of steps on the same batches, in one process: from
+the Llama itself, from its upcycled form, and from scratch. Seeds change initialization and order of samples.
 """
 
 import argparse
@@ -13,14 +14,17 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks._bench.conditions import ROOT, conditions
-from benchmarks._bench.figures import spread
-from benchmarks._bench.results import check_outputs, write_results
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common.command import add_options, main
+from benchmarks.common.conditions import ROOT, conditions
+from benchmarks.common.figures import spread
+from benchmarks.common.results import check_outputs, write_results
 from stagdist.errors import ConfigError, TrainingError
 
 POINTS = 6
@@ -35,6 +39,8 @@ MODEL: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 SECTIONS = [2, 2]
+STAGGERED = {"connection": "staggered", "section_layers": SECTIONS}
+SEQUENTIAL = {"connection": "sequential", "section_layers": SECTIONS}
 GLOBAL_BATCH, MICRO_BATCH = 16, 16
 BASELINE_RATE = 4e-3
 LINE = "{:<30} {:>8}" + " {:>7}" * POINTS
@@ -45,14 +51,8 @@ Curve = dict[int, float]
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to go on.
-
-    Attributes:
-        name: said in the table.
-        learning_rate: at its peak.
-        source: `llama`: the exported baseline as it is; `upcycled`; `scratch`.
-        output_scale: of `upcycle`.
-    """
+    """One way to continue: name in the table, peak learning rate, source (`llama`, `upcycled`, `scratch`), `upcycle`'s
+    scale."""
 
     name: str
     learning_rate: float
@@ -71,19 +71,18 @@ CONTESTANTS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the benchmark."""
-    parser.add_argument("--json", metavar="FILE", help="write all results here")
     parser.add_argument("--text", nargs="+", metavar="INPUT", help="text (default: Python's own source)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="repetitions (default: 3)")
     parser.add_argument("--baseline-steps", type=int, default=600, metavar="N", help="of the Llama (default: 600)")
     parser.add_argument("--steps", type=int, default=150, metavar="N", help="of every contestant (default: 150)")
-    parser.add_argument("--folder", metavar="DIR", help="where runs go (default: a temporary folder)")
+    add_options(parser, "json", "folder", folder="where runs go (default: a temporary folder)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print and write.
 
     Raises:
-        ConfigError: an option makes no sense, there is no text, or a place for files will not do.
+        ConfigError: an option cannot work, there is no text, or files cannot be written.
         TrainingError: a command failed.
     """
     if arguments.seeds < 1 or arguments.baseline_steps < 1:
@@ -92,13 +91,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--steps must be a multiple of {POINTS}, the number of evaluations")
     check_outputs(arguments)
     with tempfile.TemporaryDirectory(prefix="stagdist-bench-recovery-", dir=arguments.folder) as folder:
-        site = Site(Path(folder), arguments.baseline_steps, arguments.steps)
-        site.prepare(arguments.text)
-        seeds = [site.measure(seed) for seed in range(arguments.seeds)]
+        study = Study(Path(folder), arguments.baseline_steps, arguments.steps)
+        study.prepare(arguments.text)
+        seeds = [study.measure(seed) for seed in range(arguments.seeds)]
     results = figures(seeds)
     _print(results)
     if arguments.json:
-        body = conditions(None, 0) | {"benchmark": "recovery", "precision": "fp32", "model": MODEL | _staggered()}
+        body = conditions(None, 0) | {"benchmark": "recovery", "precision": "fp32", "model": MODEL | STAGGERED}
         body |= {"text": "given with --text" if arguments.text else "source of Python's standard library"}
         body |= {"baseline_steps": arguments.baseline_steps, "steps": arguments.steps, "seeds": arguments.seeds}
         body |= {"tokens_per_step": GLOBAL_BATCH * MODEL["max_position_embeddings"], **results}
@@ -106,94 +105,63 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _staggered() -> dict[str, Any]:
-    return {"connection": "staggered", "section_layers": SECTIONS}
+@dataclass(frozen=True)
+class Study:
+    """The commands in an empty folder, with the steps of the Llama and of every contestant."""
 
-
-class Site:
-    """A folder in which the commands run.
-
-    Args:
-        folder: empty.
-        baseline_steps: of the Llama.
-        steps: of every contestant.
-    """
-
-    def __init__(self, folder: Path, baseline_steps: int, steps: int):
-        self._folder, self._baseline_steps, self._steps = folder, baseline_steps, steps
+    folder: Path
+    baseline_steps: int
+    steps: int
 
     def prepare(self, inputs: Sequence[str] | None) -> None:
-        """Tokenizer and corpora; of Python's own source whole files are held out, of other text documents."""
+        """Tokenizer and corpora. Of Python's own source, complete files are held out; of other text, documents."""
         files = [str(Path(name).resolve()) for name in inputs] if inputs else python_source()
         self._tool("train_tokenizer", *files, "--output", "tokenizer", "--vocab-size", str(MODEL["vocab_size"]))
         self._tool("prepare_data", *files, "--output", "corpus", "--tokenizer", "tokenizer", "--quiet")
 
     def measure(self, seed: int) -> dict[str, Any]:
-        """Loss of the baseline at its end, and of every contestant on its way."""
-        baseline = self._pretrain(
-            f"baseline-{seed}",
-            {"connection": "sequential", "section_layers": SECTIONS},
-            seed,
-            BASELINE_RATE,
-            self._baseline_steps,
-            self._baseline_steps,
-        )
-        self._tool("convert_checkpoint", "export", f"runs/baseline-{seed}", f"llama-{seed}", "--quiet")
+        """Final loss of the baseline, and the curve of every contestant."""
+        name, steps = f"baseline-{seed}", self.baseline_steps
+        baseline = self._train(name, self._config(name, SEQUENTIAL, seed, BASELINE_RATE, steps, steps))
+        self._tool("convert_checkpoint", "export", f"runs/{name}", f"llama-{seed}", "--quiet")
         curves = [self._contest(contestant, seed) for contestant in CONTESTANTS]
-        shutil.rmtree(self._folder / f"runs/baseline-{seed}")
-        return {"baseline": baseline[self._baseline_steps], "curves": curves}
+        shutil.rmtree(self.folder / "runs" / name)
+        return {"baseline": baseline[steps], "curves": curves}
 
     def _contest(self, contestant: Contestant, seed: int) -> Curve:
-        name, llama = "contestant", f"llama-{seed}"
-        model = _staggered()
-        if contestant.source == "llama":
-            model = {"connection": "sequential", "section_layers": SECTIONS}
-        config = self._config(name, model, seed, contestant.learning_rate, self._steps, self._steps // POINTS)
-        source = llama
+        name, source = "contestant", f"llama-{seed}"
+        model = SEQUENTIAL if contestant.source == "llama" else STAGGERED
+        config = self._config(name, model, seed, contestant.learning_rate, self.steps, self.steps // POINTS)
         if contestant.source == "upcycled":
-            source, scale = "upcycled", str(contestant.output_scale)
-            layers = [str(count) for count in SECTIONS]
-            words = ("--section-layers", *layers, "--output-scale", scale, "--overwrite", "--quiet")
-            self._tool("convert_checkpoint", "upcycle", llama, source, *words)
+            words = ["--section-layers", *map(str, SECTIONS), "--output-scale", str(contestant.output_scale)]
+            self._tool("convert_checkpoint", "upcycle", source, "upcycled", *words, "--overwrite", "--quiet")
+            source = "upcycled"
         if contestant.source != "scratch":
             self._tool("convert_checkpoint", "import", source, f"runs/{name}", "--config", str(config), "--quiet")
-        return self._train(name, config)
-
-    def _pretrain(self, name: str, model: dict[str, Any], seed: int, rate: float, steps: int, interval: int) -> Curve:
-        return self._train(name, self._config(name, model, seed, rate, steps, interval))
+        curve = self._train(name, config)
+        shutil.rmtree(self.folder / "runs" / name)
+        return curve
 
     def _train(self, name: str, config: Path) -> Curve:
         self._run(str(ROOT / "launch" / "pretrain.py"), "--config", str(config))
-        lines = (self._folder / f"runs/{name}/metrics.jsonl").read_text().splitlines()
-        found = [json.loads(line) for line in lines]
-        curve = {int(line["step"]): float(line["loss"]) for line in found if line["split"] == "validation"}
-        if name == "contestant":
-            shutil.rmtree(self._folder / f"runs/{name}")
-        return curve
+        found = map(json.loads, (self.folder / f"runs/{name}/metrics.jsonl").read_text().splitlines())
+        return {int(line["step"]): float(line["loss"]) for line in found if line["split"] == "validation"}
 
     def _config(self, name: str, model: dict[str, Any], seed: int, rate: float, steps: int, interval: int) -> Path:
+        split = [1 - VALIDATION_SHARE, VALIDATION_SHARE, 0]
+        batch = {"global_batch_size": GLOBAL_BATCH, "micro_batch_size": MICRO_BATCH}
         keys = {
             "name": name,
             "model": MODEL | model,
             "parallel": {"pipeline_parallel_size": 1, "device": "cpu"},
-            "data": {
-                "tokenizer": "tokenizer",
-                "corpora": [{"prefix": "corpus"}],
-                "split": [1 - VALIDATION_SHARE, VALIDATION_SHARE, 0],
-                "seed": seed,
-            },
-            "training": {
-                "steps": steps,
-                "global_batch_size": GLOBAL_BATCH,
-                "micro_batch_size": MICRO_BATCH,
-                "seed": seed,
-            },
+            "data": {"tokenizer": "tokenizer", "corpora": [{"prefix": "corpus"}], "split": split, "seed": seed},
+            "training": {"steps": steps, **batch, "seed": seed},
             "optimizer": {"learning_rate": rate},
             "scheduler": {"kind": "cosine", "warmup_steps": max(1, steps // 10)},
             "evaluation": {"interval_steps": interval, "num_batches": 16},
             "checkpoint": {"interval_steps": steps},
         }
-        path = self._folder / f"{name}.yaml"
+        path = self.folder / f"{name}.yaml"
         path.write_text(json.dumps(keys))  # JSON is YAML
         return path
 
@@ -202,7 +170,7 @@ class Site:
 
     def _run(self, *words: str) -> None:
         command = [sys.executable, *words]
-        done = subprocess.run(command, cwd=self._folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
             raise TrainingError(f"{' '.join(words[:4])} ended with {done.returncode}: {done.stderr[-2000:]}")
 
@@ -226,22 +194,26 @@ def figures(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"baseline_validation_loss": spread([seed["baseline"] for seed in seeds]), "contestants": rows}
 
 
-def best(results: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Of every source its lowest median loss at the end."""
-    for source in dict.fromkeys(row["source"] for row in results["contestants"]):
-        ends = [list(row["validation_loss"].values())[-1] for row in results["contestants"] if row["source"] == source]
-        yield source, min(end["median"] for end in ends)
+def best(results: dict[str, Any]) -> dict[str, float]:
+    """The lowest final median loss of each source."""
+    found: dict[str, float] = {}
+    for row in results["contestants"]:
+        end = list(row["validation_loss"].values())[-1]["median"]
+        found[row["source"]] = min(end, found.get(row["source"], end))
+    return found
 
 
 def _print(results: dict[str, Any]) -> None:
     baseline = results["baseline_validation_loss"]
-    print(
-        f"validation loss, nats per token, median of {baseline['repeats']} seeds; the Llama: {baseline['median']:.3f}"
-    )
-    steps = list(results["contestants"][0]["validation_loss"])
-    print(LINE.format("after steps", "peak lr", *steps))
+    seeds, median = baseline["repeats"], baseline["median"]
+    print(f"validation loss, nats per token, median of {seeds} seeds; the Llama: {median:.3f}")
+    print(LINE.format("after steps", "peak lr", *results["contestants"][0]["validation_loss"]))
     for row in results["contestants"]:
         losses = [f"{value['median']:.3f}" for value in row["validation_loss"].values()]
         print(LINE.format(row["name"], f"{row['learning_rate']:g}", *losses))
-    for source, loss in best(results):
+    for source, loss in best(results).items():
         print(f"best {source}: {loss:.3f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, add_arguments, run))

@@ -1,4 +1,4 @@
-"""What the decode benchmark compares: the real engine on any model and grid, the plain step, and Hugging Face."""
+"""What the decode benchmark compares: the engine on any model and grid, the plain step, and Hugging Face."""
 
 import itertools
 import time
@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks._bench.decode_site import DecodeSite
-from benchmarks._bench.plain_step import Edges, plain_steps
-from benchmarks._bench.quiet import DISTURBED
+from benchmarks.common.conditions import DISTURBED
+from benchmarks.decoding.plain_step import Edges, plain_steps
+from benchmarks.decoding.site import DecodeSite
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.engine import Engine
 from stagdist.decode.layers.runner import Lap
@@ -22,24 +22,19 @@ from stagdist.decode.runtime.slots import Control, Operation
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.sampler import Choice
 from stagdist.parallel.device import synchronize
-from stagdist.telemetry.spans import SpanRecorder
 
 Name = TypeVar("Name", bound=Hashable)
 SEED = 20250
 PATIENCE = 2
 DROPPED_STEPS = 4
-"""First steps of a request that are not counted: caches and branch predictors are still cold."""
+"""First steps of a request that do not count: caches and branch predictors are still cold."""
+LLAMA_KEYS = "vocab_size hidden_size intermediate_size num_attention_heads max_position_embeddings rms_norm_eps"
+LLAMA_KEYS += " tie_word_embeddings"
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one run decodes.
-
-    Attributes:
-        context: positions that the measured steps lie around.
-        steps: measured steps.
-        batch: requests decoded together, all of one length.
-    """
+    """What one run decodes: `steps` measured steps around position `context`, `batch` requests of one length."""
 
     context: int
     steps: int
@@ -68,12 +63,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Served:
-    """One run, as rank 0 saw it; empty on the other ranks.
-
-    Attributes:
-        step_s: time between successive tokens.
-        token_ids: tokens of the first request.
-    """
+    """One run, as rank 0 saw it: times between tokens, tokens of the first request. Empty on the other ranks."""
 
     step_s: tuple[float, ...] = ()
     token_ids: tuple[int, ...] = ()
@@ -95,54 +85,40 @@ class _TimedEngine(Engine):
 
 
 class EngineContestant:
-    """The engine over one model on one grid, with random weights.
+    """The engine on one model and grid, with random weights.
 
     Args:
-        site: this process.
-        model: what it decodes.
         options: grid, head layout, slots.
         delay_s: artificial delay of hand-offs.
-        recorder: gets the spans of all runs.
-        lap: called at the end of each phase; steps then run eagerly, because a graph calls it only when it is captured.
+        lap: called at the end of each phase. Steps then run eagerly, because a graph calls it only at its capture.
     """
 
     def __init__(
-        self,
-        site: DecodeSite,
-        model: ModelConfig,
-        options: EngineOptions,
-        *,
-        delay_s: float = 0.0,
-        recorder: SpanRecorder | None = None,
+        self, site: DecodeSite, model: ModelConfig, options: EngineOptions, *, delay_s: float = 0.0,
         lap: Lap | None = None,
-    ):
-        before = site.held_bytes()
+    ):  # fmt: skip
+        self._before, self.grown_bytes = site.held_bytes(), 0
         if lap is not None:
             options = replace(options, graphs=False)
         self.site, self.model, self.options = site, model, options
         self.placement = place_model(model, options, site.size)
         self.transport = site.transport(options.tensor_parallel_size, delay_s, combined=model.combine_sections)
-        reader = random_reader(SEED, site.device)
-        self.stage = build_stage(self.placement, reader, site.device, self.transport, recorder=recorder, lap=lap)
-        self._before = before
-        self.grown_bytes = 0
+        self.stage = build_stage(self.placement, random_reader(SEED, site.device), site.device, self.transport, lap=lap)
 
     def __call__(self, load: Load) -> Served:
         """Serve one batch of requests from prompt to end."""
         params = SamplingParams(max_new_tokens=load.new_tokens, temperature=0.0, ignore_end_of_document=True)
         self.site.barrier()
-        served = Served()
-        if self.site.rank == 0:
-            engine = _TimedEngine(self.stage, self.transport, load.batch)
-            prompts = [load.prompt(self.model.vocab_size, SEED + row) for row in range(load.batch)]
-            done = engine.generate([Request(str(row), prompt, params) for row, prompt in enumerate(prompts)])
-            served = Served(_between(engine.times), done[0].token_ids)
-        else:
+        if self.site.rank:
             operate(self.stage, self.transport, None)
-        return served
+            return Served()
+        engine = _TimedEngine(self.stage, self.transport, load.batch)
+        prompts = [load.prompt(self.model.vocab_size, SEED + row) for row in range(load.batch)]
+        done = engine.generate([Request(str(row), prompt, params) for row, prompt in enumerate(prompts)])
+        return Served(_between(engine.times), done[0].token_ids)
 
     def warm_up(self, load: Load) -> None:
-        """Serve once, untimed, and note what this process has grown by since the contestant was begun."""
+        """Serve once, untimed, and note how much this process has grown since the contestant was begun."""
         self(load)
         self.grown_bytes = self.site.held_bytes() - self._before
 
@@ -151,32 +127,25 @@ class PlainContestant:
     """The same step without an engine, on the weights and caches of an engine contestant."""
 
     def __init__(self, engine: EngineContestant, edges: Edges):
-        self._stage, self._site, self._vocab_size = engine.stage, engine.site, engine.model.vocab_size
-        self._edges = edges
+        self._engine, self._edges = engine, edges
 
     def __call__(self, load: Load) -> Served:
         """Prefill with the stage, then plain steps."""
-        prompt = load.prompt(self._vocab_size)
+        stage, site = self._engine.stage, self._engine.site
+        prompt = load.prompt(self._engine.model.vocab_size)
         with torch.inference_mode():
-            self._site.barrier()
-            first = self._stage.prefill(0, prompt, SamplingParams(temperature=0.0)).tokens
-            tokens, times = plain_steps(self._stage, self._edges, first, len(prompt), load.new_tokens - 1)
-            self._stage.retire([0])
-        if self._site.rank:
-            return Served()
-        return Served(_between(times), (int(first), *tokens))
+            site.barrier()
+            first = stage.prefill(0, prompt, SamplingParams(temperature=0.0)).tokens
+            tokens, times = plain_steps(stage, self._edges, first, len(prompt), load.new_tokens - 1)
+            stage.retire([0])
+        return Served() if site.rank else Served(_between(times), (int(first), *tokens))
 
 
 class GenerateContestant:
-    """`generate()` of transformers on a Llama of the baseline's shape, in rank 0 alone; the others sleep.
-
-    Args:
-        threads: that it may use.
-    """
+    """`generate()` of transformers on a Llama of the baseline's shape, on rank 0 alone with `threads` threads."""
 
     def __init__(self, site: DecodeSite, model: ModelConfig, dtype: torch.dtype, threads: int):
-        self._site, self._threads = site, threads
-        self._vocab_size = model.vocab_size
+        self._site, self._threads, self._vocab_size = site, threads, model.vocab_size
         self._llama = None if site.rank else llama_of(model, dtype, site.device)
 
     def __call__(self, load: Load) -> Served:
@@ -205,15 +174,13 @@ class GenerateContestant:
         config = GenerationConfig(
             max_new_tokens=load.new_tokens, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0
         )
-        prompts = torch.tensor([load.prompt(self._vocab_size, SEED + row) for row in range(load.batch)])
-        prompts = prompts.to(self._site.device)
+        rows = [load.prompt(self._vocab_size, SEED + row) for row in range(load.batch)]
+        prompts = torch.tensor(rows, device=self._site.device)
         with torch.inference_mode():
             tokens = self._llama.generate(  # type: ignore[union-attr]
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                generation_config=config,
+                prompts, attention_mask=torch.ones_like(prompts), generation_config=config,
                 logits_processor=LogitsProcessorList([clock]),  # type: ignore[list-item]
-            )
+            )  # fmt: skip
         return Served(_between(times), tuple(tokens[0, load.prompt_length :].tolist()))
 
 
@@ -221,14 +188,13 @@ class PrefillContestant:
     """Time to the first token of a long prompt, through the engine.
 
     Args:
-        alone: rank 0 holds the whole model, the others sleep.
+        alone: rank 0 holds the complete model, the others are idle.
     """
 
     def __init__(
         self, site: DecodeSite, model: ModelConfig, options: EngineOptions, prompt_length: int, *, alone: bool
     ):
-        self._site, self._alone, self._load = site, alone, Load(prompt_length, 0)
-        self._prompt_length, self._vocab_size = prompt_length, model.vocab_size
+        self._site, self._prompt_length, self._vocab_size = site, prompt_length, model.vocab_size
         self.chunk_size = options.chunk_size
         options = replace(options, max_context=prompt_length + 1, graphs=False)  # no steps
         self._transport = None if alone else site.transport(combined=model.combine_sections)
@@ -242,18 +208,16 @@ class PrefillContestant:
         self._site.barrier()
         seconds = 0.0
         if self._stage is not None:
-            size = chunk_size or self.chunk_size
-            self._stage.limits = replace(self._stage.limits, chunk_size=size)
+            self._stage.limits = replace(self._stage.limits, chunk_size=chunk_size or self.chunk_size)
             seconds = self._serve(self._stage)
         self._site.barrier()
         return seconds
 
     def choose_chunk(self, sizes: tuple[int, ...], repeats: int = 2) -> dict[int, float]:
         """Use the fastest size from now on; seconds of each."""
-        readings = {size: min(self(size) for _ in range(repeats)) for size in sizes}
-        readings = self._site.from_first(readings)
+        readings = self._site.from_first({size: min(self(size) for _ in range(repeats)) for size in sizes})
         self.chunk_size = min(readings, key=lambda size: readings[size])
-        return readings
+        return dict(readings)
 
     def _serve(self, stage: Stage) -> float:
         if self._site.rank:
@@ -271,39 +235,27 @@ def llama_of(model: ModelConfig, dtype: torch.dtype, device: str):  # type: igno
     """A Llama of transformers with this shape and random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.key_value_heads,
-        head_dim=model.head_width,
-        max_position_embeddings=model.max_position_embeddings,
-        rms_norm_eps=model.rms_norm_eps,
-        tie_word_embeddings=model.tie_word_embeddings,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    keys: dict[str, Any] = {key: getattr(model, key) for key in LLAMA_KEYS.split()}
+    keys |= {"num_hidden_layers": model.num_layers, "num_key_value_heads": model.key_value_heads}
+    keys |= {"head_dim": model.head_width, "bos_token_id": None, "eos_token_id": None}
     with torch.device(device):  # a GPU fills billions of weights in seconds, a CPU in minutes
-        return LlamaForCausalLM(config).to(dtype=dtype).eval()  # type: ignore[call-arg]
+        return LlamaForCausalLM(LlamaConfig(**keys)).to(dtype=dtype).eval()  # type: ignore[call-arg]
 
 
 def alternate(
     contestants: Mapping[Name, Callable[[], Any]],
     rounds: int,
-    tell: Callable[[str], None],
+    tell: Callable[[str], None] = lambda text: None,
     others: Callable[[], float] = lambda: 0.0,
 ) -> dict[Name, list[Any]]:
-    """Run every contestant once per round; odd rounds run backwards, so that a drift of the machine favours nobody.
+    """Run every contestant once per round. Odd rounds run backwards, so that a drift of the machine favors none.
 
     Args:
-        others: share of the machine that other programs took since it was last called, the same on all ranks. A round
-            that they disturbed is run again, `PATIENCE` times as many as were asked for at most.
+        others: share of the machine that other programs used since its last call, the same on all ranks. A round that
+            they disturbed is run again; in all, at most `PATIENCE` times `rounds` are run.
     """
     readings: dict[Name, list[Any]] = {name: [] for name in contestants}
-    spare = (PATIENCE - 1) * rounds
-    done = 0
+    spare, done = (PATIENCE - 1) * rounds, 0
     others()
     while done < rounds:
         order = list(contestants)
@@ -311,12 +263,12 @@ def alternate(
         share = others()
         if share > DISTURBED and spare:
             spare -= 1
-            tell(f"other programs took {share:.0%} of the machine: round {done + 1} of {rounds} again")
+            tell(f"other programs used {share:.0%} of the machine: round {done + 1} of {rounds} again")
             continue
         done += 1
         for name, answer in answers.items():
             readings[name].append(answer)
-        tell(f"round {done} of {rounds}" + (f", others took {share:.0%} of the machine" if share > DISTURBED else ""))
+        tell(f"round {done} of {rounds}" + (f", others used {share:.0%} of the machine" if share > DISTURBED else ""))
     return readings
 
 

@@ -1,29 +1,31 @@
-"""Predicted against measured memory: the plan of a run beside the peak of its real ranks.
+#!/usr/bin/env python3
+"""Memory of training: the plan of `--dry-run` against the peak of real ranks, `python benchmarks/memory.py`.
 
-Every case is planned as `--dry-run` plans it, then started: real processes build the training engine and train some
-steps on random tokens. Measured are the bytes of tensors at their peak: on CPUs by torch's memory profiler, on GPUs by
-`torch.cuda.max_memory_allocated`.
+Every case is planned and then started: real processes build the training engine and train some steps on random tokens.
+Measured are the bytes of tensors at their peak, on CPUs by torch's memory profiler, on GPUs by its allocator.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from benchmarks._bench.conditions import conditions, device_of_ranks
-from benchmarks._bench.results import check_outputs, write_results
-from benchmarks._bench.workers import Workers
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common.command import add_options, main
+from benchmarks.common.conditions import conditions, device_of_ranks
+from benchmarks.common.results import check_outputs, write_results
+from benchmarks.common.workers import Workers
 from stagdist.config.loading import load_config
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import ConfigError
-from stagdist.parallel.device import CHOICES
 from stagdist.parallel.grid import grid_for
 from stagdist.planning.plan import plan
 
 TOLERANCE = 0.15
-"""A prediction further off, relative to the measured peak, fails the benchmark."""
-GIB = 2**30
+"""A prediction that is further off, relative to the measured peak, fails the benchmark."""
 TABLE = "{:<24} {:>4}  {:>12}  {:>10}  {:>10}  {:>6}  {}"
 SHAPE: dict[str, Any] = {
     "vocab_size": 16000,
@@ -38,13 +40,7 @@ BATCH: dict[str, Any] = {"steps": 100, "global_batch_size": 6, "micro_batch_size
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """One run to measure.
-
-    Attributes:
-        name: said in the table.
-        config: the run; its data is not read.
-        world_size: ranks to start.
-    """
+    """One run to measure on `world_size` ranks; its data is not read."""
 
     name: str
     config: RunConfig
@@ -53,18 +49,7 @@ class MemoryCase:
 
 @dataclass(frozen=True)
 class RankResult:
-    """One rank: what was planned and what was there.
-
-    Attributes:
-        rank: number of the rank.
-        stage: its pipeline stage.
-        planned_parameters: values on this rank by the plan.
-        engine_parameters: values that the engine holds.
-        predicted_bytes: peak by the plan.
-        predicted_moment: where the plan reaches it.
-        measured_bytes: peak of the run.
-        peaks_by_phase: measured peaks of building the engine and of each step.
-    """
+    """Plan and measurement of one rank: parameters, and bytes at the peak (planned with the moment it is reached)."""
 
     rank: int
     stage: int
@@ -87,18 +72,15 @@ class RankResult:
 
 
 def _case(name: str, world_size: int, pipe: int, model: Mapping[str, Any], **training: Any) -> MemoryCase:
-    keys = {
-        "name": "bench-memory",
-        "model": {**SHAPE, **model},
-        "training": BATCH | training,
-        "parallel": {"pipeline_parallel_size": pipe},
-    }
-    return MemoryCase(name, RunConfig.model_validate(keys), world_size)
+    keys = {"name": "bench-memory", "model": SHAPE | dict(model), "training": BATCH | training}
+    config = RunConfig.model_validate(keys | {"parallel": {"pipeline_parallel_size": pipe}})
+    return MemoryCase(name, config, world_size)
 
 
 def default_cases() -> list[MemoryCase]:
     """Nine small runs, the first three of at least 1 GB per rank."""
     deep = {"section_layers": [13, 9]}
+    sequential = deep | {"connection": "sequential"}
     grouped = {"num_key_value_heads": 4, "cross_attention_key_value_heads": 2, "stagger": 2}
     large_vocabulary = {"vocab_size": 32000, "section_layers": [4, 4], "share_section_weights": True}
     return [
@@ -106,13 +88,7 @@ def default_cases() -> list[MemoryCase]:
         _case("bf16-checkpointed", 2, 2, deep, precision="bf16", activation_checkpointing="layer"),
         _case("shared-weights", 1, 1, large_vocabulary, global_batch_size=4),
         _case("bf16-tied", 2, 2, {"tie_word_embeddings": True}, precision="bf16"),
-        _case(
-            "sequential-checkpointed",
-            2,
-            2,
-            deep | {"connection": "sequential"},
-            activation_checkpointing="layer",
-        ),
+        _case("sequential-checkpointed", 2, 2, sequential, activation_checkpointing="layer"),
         _case("combined-windowed", 2, 2, {"combine_sections": True, "cross_attention_window": 64}),
         _case("two-replicas", 2, 1, {"section_layers": [4, 3]}, micro_batch_size=1),
         _case("one-micro-batch", 1, 1, {"section_layers": [4, 3]}, global_batch_size=2),
@@ -127,50 +103,33 @@ def measure_case(case: MemoryCase, steps: int, device: str) -> list[RankResult]:
         ConfigError: the ranks do not fit the configuration.
         TrainingError: a rank failed; with the end of its output.
     """
-    config = _on(case.config, device)
-    grid = grid_for(config, case.world_size)
-    stages = plan(config, case.world_size).stages
-    settings = {"config": config.model_dump(mode="json"), "steps": steps}
-    with Workers(case.world_size, settings, module="benchmarks._bench.memory_worker") as workers:
+    parallel = case.config.parallel.model_copy(update={"device": device})
+    config = case.config.model_copy(update={"parallel": parallel})
+    grid, stages = grid_for(config, case.world_size), plan(config, case.world_size).stages
+    settings = {"site": "benchmarks.training.memory_site:MemorySite", "config": config.model_dump(mode="json")}
+    with Workers(case.world_size, settings | {"steps": steps}) as workers:
         answers = workers.together("train")
     results = []
     for rank, answer in enumerate(answers):
         stage = grid.coordinate(rank).pipe
-        memory = stages[stage].memory
+        parameters, memory, peaks = stages[stage].parameters_per_rank, stages[stage].memory, answer["peak_bytes"]
         assert memory is not None, "a plan whose ranks fit has memory"
-        results.append(
-            RankResult(
-                rank=rank,
-                stage=stage,
-                planned_parameters=stages[stage].parameters_per_rank,
-                engine_parameters=answer["parameters"],
-                predicted_bytes=memory.total,
-                predicted_moment=memory.peak_moment,
-                measured_bytes=max(answer["peak_bytes"].values()),
-                peaks_by_phase=answer["peak_bytes"],
-            )
-        )
+        planned = (memory.total, memory.peak_moment)
+        results.append(RankResult(rank, stage, parameters, answer["parameters"], *planned, max(peaks.values()), peaks))
     return results
-
-
-def _on(config: RunConfig, device: str) -> RunConfig:
-    parallel = config.parallel.model_copy(update={"device": device})
-    return config.model_copy(update={"parallel": parallel})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the benchmark."""
-    parser.add_argument("--json", metavar="FILE", help="write all results here")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this case; repeatable (default: all)")
     parser.add_argument("--config", metavar="FILE", help="measure this run instead of the cases; its data is not read")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of --config")
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks for --config (default: the fewest)")
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="training steps of each case (default: 2)")
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help=f"{CHOICES} (auto)")
+    add_options(parser, "json", "set", "device")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, print and write; exit code 0 if every prediction holds, 1 if one does not.
+    """Measure, print and write; exit code 1 if a prediction does not hold.
 
     Raises:
         ConfigError: an unknown case, ranks that do not fit, or a file that could not be written.
@@ -188,10 +147,12 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{case.name}: skipped, it needs {case.world_size} GPUs of {gpus}", file=sys.stderr)
             continue
         results = measure_case(case, arguments.steps, device)
-        for result in results:
-            print(_line(case.name, result), flush=True)
+        print("\n".join(_line(case.name, result) for result in results), flush=True)
         good = good and all(result.holds for result in results)
-        recorded.append(_record(case, results))
+        parts = {"model", "training", "parallel", "deepspeed"}  # what memory depends on
+        config = case.config.model_dump(mode="json", exclude_defaults=True, include=parts)
+        ranks = [asdict(result) | {"ratio": round(result.ratio, 4)} for result in results]
+        recorded.append({"name": case.name, "world_size": case.world_size, "config": config, "ranks": ranks})
     if not recorded:
         raise ConfigError(f"no case fits {gpus} GPUs; pass --device cpu")
     if arguments.json:
@@ -212,19 +173,12 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[MemoryCase]:
         yield cases[name]
 
 
-def _record(case: MemoryCase, results: Sequence[RankResult]) -> dict[str, Any]:
-    """A case as it is written: its configuration as far as memory depends on it, and its ranks."""
-    config = case.config.model_dump(
-        mode="json", exclude_defaults=True, include={"model", "training", "parallel", "deepspeed"}
-    )
-    ranks = [asdict(result) | {"ratio": round(result.ratio, 4)} for result in results]
-    return {"name": case.name, "world_size": case.world_size, "config": config, "ranks": ranks}
-
-
 def _line(name: str, result: RankResult) -> str:
     difference = result.planned_parameters - result.engine_parameters
     parameters = f"{difference:+,} off" if difference else f"{result.engine_parameters:,}"
-    predicted, measured = (f"{size / GIB:.3f} GiB" for size in (result.predicted_bytes, result.measured_bytes))
-    return TABLE.format(
-        name, result.rank, parameters, predicted, measured, f"{result.ratio:.3f}", result.predicted_moment
-    )
+    sizes = [f"{size / 2**30:.3f} GiB" for size in (result.predicted_bytes, result.measured_bytes)]
+    return TABLE.format(name, result.rank, parameters, *sizes, f"{result.ratio:.3f}", result.predicted_moment)
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, add_arguments, run))

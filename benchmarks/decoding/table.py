@@ -1,4 +1,4 @@
-"""The results of the decode benchmark as a table for people."""
+"""The results of the decode benchmark as a table ."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -33,7 +33,7 @@ SWEEP_COLUMNS = (
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Everything worth reading, one block per subject."""
+    """One block per subject."""
     blocks = [_contestants(results["splits"], "splits and head layouts")]
     blocks.append(_contestants(results["contestants"], "the best split and its rivals"))
     blocks += [_breakdown(name, rows) for name, rows in results["breakdown"].items()]

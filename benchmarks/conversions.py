@@ -1,8 +1,8 @@
-"""Memory of conversions: the peak of anonymous (not file-backed) memory of every verb on checkpoints of about 2 GB.
+#!/usr/bin/env python3
+"""Memory of conversions: peak of anonymous memory of every verb on 2 GB of weights, `python benchmarks/conversions.py`.
 
-Checkpoints of random weights are made in a temporary folder, `tools/convert_checkpoint.py` runs on them as people call
-it, and `RssAnon` of its process is read from /proc every 20 ms. What is memory-mapped from files is not counted: the
-system takes it back when it needs the room.
+Checkpoints of random weights are made in a temporary folder, `tools/convert_checkpoint.py` runs on them, and `RssAnon`
+of its process is read every 20 ms. Memory mapped from files does not count: the system takes it back when needed.
 """
 
 import argparse
@@ -15,56 +15,52 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks._bench.conditions import ROOT, conditions
-from benchmarks._bench.results import check_outputs, write_results
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common.command import add_options, main
+from benchmarks.common.conditions import ROOT, conditions
+from benchmarks.common.results import check_outputs, write_results
 from stagdist.errors import ConfigError, TrainingError
 
 LIMIT_BYTES = 10**9
 """More than this fails the benchmark."""
 SAMPLE_S = 0.02
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
-SHAPE: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 256,
-    "section_layers": [4, 4],
-}
-TINY: dict[str, Any] = {
-    "vocab_size": 258,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8}
+SHAPE: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, **HEADS}
+SHAPE |= {"max_position_embeddings": 256, "section_layers": [4, 4]}
+TINY: dict[str, Any] = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "separate": {},
     "shared": {"share_section_weights": True},
     "sequential": {"connection": "sequential"},
 }
+CONVERSIONS: dict[str, dict[str, str]] = {
+    "separate": {
+        "import to 2x1x1": "import model runs/a --pipe 2",
+        "export of 2x1x1": "export runs/a exported",
+        "reshard to 2x1x2": "reshard runs/a runs/b --pipe 2 --tensor 2",
+        "reshard to 1x1x1": "reshard runs/a runs/c",
+        "export of 2x1x2": "export runs/b exported-b",
+        "verify": "verify runs/a runs/b",
+        "inspect": "inspect runs/b",
+        "merge": "merge runs/a runs/b merged",
+    },
+    "shared": {"import, shared weights": "import model runs/a --pipe 2", "split": "split runs/a separate"},
+    "sequential": {
+        "import, sequential": "import model runs/a --pipe 2",
+        "upcycle": "upcycle runs/a stagformer --section-layers 4 4",
+    },
+}
+"""Arguments of the tool by the name in the table, for the variant whose model directory they begin from. `import` makes
+the training checkpoint of the others."""
 LINE = "{:<24} {:>8} {:>8} {:>8}"
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """One call of the tool.
-
-    Attributes:
-        name: said in the table.
-        arguments: of the tool; paths are relative to the folder of the benchmark.
-        source: folder whose bytes are the size of what is converted.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    source: str
-
-
-@dataclass(frozen=True)
 class Peak:
-    """What one call needed: peak of anonymous memory, size of its source in bytes, seconds."""
+    """What one conversion needed: peak of anonymous memory, size of its source in bytes, seconds."""
 
     name: str
     arguments: tuple[str, ...]
@@ -73,42 +69,18 @@ class Peak:
     seconds: float
 
 
-CONVERSIONS: dict[str, tuple[Conversion, ...]] = {
-    "separate": (
-        Conversion("import to 2x1x1", ("import", "model", "runs/a", "--pipe", "2"), "runs/a"),
-        Conversion("export of 2x1x1", ("export", "runs/a", "exported"), "runs/a"),
-        Conversion("reshard to 2x1x2", ("reshard", "runs/a", "runs/b", "--pipe", "2", "--tensor", "2"), "runs/a"),
-        Conversion("reshard to 1x1x1", ("reshard", "runs/a", "runs/c"), "runs/a"),
-        Conversion("export of 2x1x2", ("export", "runs/b", "exported-b"), "runs/b"),
-        Conversion("verify", ("verify", "runs/a", "runs/b"), "runs/a"),
-        Conversion("inspect", ("inspect", "runs/b"), "runs/b"),
-        Conversion("merge", ("merge", "runs/a", "runs/b", "merged"), "runs/a"),
-    ),
-    "shared": (
-        Conversion("import, shared weights", ("import", "model", "runs/a", "--pipe", "2"), "runs/a"),
-        Conversion("split", ("split", "runs/a", "separate"), "runs/a"),
-    ),
-    "sequential": (
-        Conversion("import, sequential", ("import", "model", "runs/a", "--pipe", "2"), "runs/a"),
-        Conversion("upcycle", ("upcycle", "runs/a", "stagformer", "--section-layers", "4", "4"), "runs/a"),
-    ),
-}
-"""By the variant whose model directory they begin from; `import` makes the training checkpoint of the others."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the benchmark."""
-    parser.add_argument("--json", metavar="FILE", help="write all results here")
-    parser.add_argument("--folder", metavar="DIR", help="where checkpoints go, 12 GB (default: a temporary folder)")
-    parser.add_argument("--tiny", action="store_true", help="a model of no size, to try the benchmark itself")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the benchmark itself")
+    add_options(parser, "json", "folder", folder="where checkpoints go, 12 GB (default: a temporary folder)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, print and write; exit code 1 where a conversion needed more than the limit.
+    """Measure, print and write; exit code 1 if a conversion needed more than the limit.
 
     Raises:
         TrainingError: a conversion failed.
-        ConfigError: this system does not tell anonymous memory, or a place for files will not do.
+        ConfigError: this system does not report anonymous memory, or files cannot be written.
     """
     if not Path("/proc/self/status").is_file():
         raise ConfigError("anonymous memory is read from /proc, which this system does not have; use Linux")
@@ -132,16 +104,18 @@ def run(arguments: argparse.Namespace) -> int:
 def measure(folder: Path, variant: str, shape: dict[str, Any]) -> Iterator[Peak]:
     """Run the conversions of a variant one after the other in an empty folder."""
     _random_model(folder / "model", shape | VARIANTS[variant])
-    for conversion in CONVERSIONS[variant]:
+    for name, words in CONVERSIONS[variant].items():
+        arguments = tuple(words.split())
         started = time.perf_counter()
-        peak = peak_anonymous_bytes([sys.executable, str(TOOL), *conversion.arguments, "--quiet"], folder)
+        peak = peak_anonymous_bytes([sys.executable, str(TOOL), *arguments, "--quiet"], folder)
         seconds = time.perf_counter() - started
-        size = sum(path.stat().st_size for path in (folder / conversion.source).rglob("*") if path.is_file())
-        yield Peak(conversion.name, conversion.arguments, peak, size, seconds)
+        source = folder / ("runs/a" if arguments[0] == "import" else arguments[1])
+        size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+        yield Peak(name, arguments, peak, size, seconds)
 
 
 def peak_anonymous_bytes(command: Sequence[str], folder: Path) -> int:
-    """Run a command to its end; the largest `RssAnon` that was seen of its process.
+    """Run a command to its end; the largest `RssAnon` of its process that was seen.
 
     Raises:
         TrainingError: it failed; with the end of its output.
@@ -163,7 +137,7 @@ def peak_anonymous_bytes(command: Sequence[str], folder: Path) -> int:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Anonymous memory of a process at this moment; 0 once it has ended."""
+    """Anonymous memory of a process at this moment; 0 after it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -186,3 +160,7 @@ def _random_model(folder: Path, model: dict[str, Any]) -> None:
         for spec in model_parameters(config):
             writer.add(spec.name, (torch.randn(spec.shape, generator=generator) * 0.02).to(torch.bfloat16))
         tokenizer.save(writer.folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, add_arguments, run))

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from benchmarks._bench.decode_bytes import StepBytes, bound_s, step_bytes
-from benchmarks._bench.decode_contestants import (
+from torch import Tensor
+
+from benchmarks.common.figures import paired_ratios, percentile, spread
+from benchmarks.decoding.contestants import (
     EngineContestant,
     GenerateContestant,
     Load,
@@ -16,21 +18,51 @@ from benchmarks._bench.decode_contestants import (
     Served,
     alternate,
 )
-from benchmarks._bench.decode_shapes import Split, baseline, split_name, with_split
-from benchmarks._bench.decode_site import DecodeSite
-from benchmarks._bench.figures import paired_ratios, spread
-from benchmarks._bench.plain_step import rank_edges
+from benchmarks.decoding.plain_step import rank_edges
+from benchmarks.decoding.shapes import Split, baseline, changed, split_name
+from benchmarks.decoding.site import DecodeSite
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.runtime.build import EngineOptions, place_model
+from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.topology import HeadLayout
 from stagdist.errors import ConfigError, StagdistError
 
 CHUNKS = (64, 128, 256, 512)
 SEQUENTIAL = "sequential pipeline"
-"""The baseline; with one process its sections take turns there."""
+"""The baseline; in one process its sections take turns."""
 WARM_UP_STEPS = 4
 FEWER_STEPS = 4
 """Tensor parallelism over gloo is slow: it decodes this many times fewer steps."""
+
+
+def step_bytes(stage: Stage, context: int, batch: int) -> dict[str, int]:
+    """What this rank reads in a step at position `context`: every weight once, and the caches of every request.
+
+    Of the embedding only the rows that are looked up are read; they do not count.
+    """
+    model, weights = stage.model, stage.weights
+    tensors: dict[int, Tensor] = {}
+    cache = 0
+    for section in weights.sections.values():
+        for part in (*section.layers, section):
+            values = [value for name, value in vars(part).items() if name != "layers" and value is not None]
+            tensors |= {tensor.data_ptr(): tensor for tensor in values}
+    head = () if weights.head is None or weights.output_norm is None else (weights.head, weights.output_norm)
+    for of_section in stage.caches.values():
+        window = min(context, model.cross_attention_window or context)
+        for kept, seen in ((of_section.self_kv, context), (of_section.memory_kv, window)):
+            if kept is not None:  # [L, 2, B, heads, entries, width]
+                cache += kept.nbytes * min(seen, kept.shape[4]) // kept.shape[4] * batch // kept.shape[2]
+    return {"weights_bytes": sum(tensor.nbytes for tensor in (*tensors.values(), *head)), "cache_bytes": cache}
+
+
+def bound_s(read: Sequence[int], bandwidths: Sequence[float], *, sequential: bool, stages: int) -> float:
+    """Shortest step: the slowest rank's bytes over its bandwidth; where stages take turns, the sum over the stages."""
+    times = [each / bandwidth for each, bandwidth in zip(read, bandwidths, strict=True)]
+    if not sequential:
+        return max(times)
+    width = len(times) // stages
+    return sum(max(times[stage * width : (stage + 1) * width]) for stage in range(stages))
 
 
 @dataclass(frozen=True)
@@ -38,11 +70,8 @@ class Settings:
     """What the benchmark was asked for.
 
     Attributes:
-        model: the shape; its layers are cut as `splits` say.
-        load: context, steps and batch.
+        model: the shape; its layers are split as `splits` say.
         options: precision and limits of every engine.
-        splits: sections tried.
-        heads: head layouts tried.
         rounds: of each half.
         prefill_tokens: length of the prompt whose prefill is timed; 0 leaves it out.
     """
@@ -57,7 +86,7 @@ class Settings:
 
     def staggered(self, split: Split, **keys: Any) -> ModelConfig:
         """The model of a split."""
-        return with_split(self.model, split, **keys)
+        return changed(self.model, {"section_layers": split} | keys)
 
     def options_for(self, load: Load, head: HeadLayout = "last", tensor: int = 1) -> EngineOptions:
         """Options of an engine that serves this load."""
@@ -65,61 +94,40 @@ class Settings:
             self.options, head=head, tensor_parallel_size=tensor, num_slots=load.batch, max_context=load.length
         )
 
-
-@dataclass
-class Row:
-    """One contestant.
-
-    Attributes:
-        name: in results and table.
-        split: layers of each section.
-        head: layout.
-        medians_s: median step of each round.
-        steps_s: all steps of all rounds.
-        facts: bytes, memory and bounds.
-    """
-
-    name: str
-    split: str
-    head: str
-    medians_s: list[float]
-    steps_s: list[float]
-    facts: dict[str, Any]
-
-    def result(self, batch: int) -> dict[str, Any]:
-        """For the JSON file."""
-        median_s = statistics.median(self.medians_s)
-        in_ms = {key: value if key == "repeats" else 1e3 * value for key, value in spread(self.medians_s).items()}
-        shown = {
-            "name": self.name,
-            "split": self.split,
-            "head": self.head,
-            "ms_per_token": 1e3 * median_s,
-            "ms_per_token_p90": 1e3 * percentile(self.steps_s, 90),
-            "tokens_per_s": batch / median_s,
-            "spread_ms": in_ms,
-            "round_medians_ms": [1e3 * value for value in self.medians_s],
+    def described(self) -> dict[str, Any]:
+        """The settings for the JSON file."""
+        return {
+            "model": self.model.model_dump(mode="json"),
+            "load": asdict(self.load) | {"prompt_tokens": self.load.prompt_length},
+            "precision": self.options.precision,
+            "splits": [split_name(split) for split in self.splits],
+            "heads": list(self.heads),
+            "rounds": self.rounds,
+            "prefill_tokens": self.prefill_tokens,
         }
-        if "bound_ms" in self.facts:
-            shown["efficiency"] = self.facts["bound_ms"] / shown["ms_per_token"]
-            read = [rank["weights_bytes"] + rank["cache_bytes"] for rank in self.facts["read_per_step"]]
-            shares = zip(read, self.facts["bandwidth_bytes_per_s"], strict=True)
-            shown["memory_bandwidth_share"] = [each / median_s / bandwidth for each, bandwidth in shares]
-        return shown | self.facts
 
 
-def percentile(values: Sequence[float], percent: int) -> float:
-    """Value below which this share of the values lies."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, round(percent / 100 * (len(ordered) - 1)))]
-
-
-@dataclass(frozen=True)
-class Bandwidth:
-    """Bytes per second that each rank can read: while all read, and while the others rest."""
-
-    together: list[float]
-    alone: list[float]
+def row(name: str, served: Sequence[Served], batch: int, facts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Results of one contestant; `facts` are its shape, bytes, memory and bounds, if they are known."""
+    medians = [statistics.median(each.step_s) for each in served if each.step_s]
+    if not medians:  # not rank 0
+        return {"name": name}
+    median_s, facts = statistics.median(medians), facts or {}
+    shown = {
+        "name": name,
+        "split": facts.pop("split", ""),
+        "head": facts.pop("head", ""),
+        "ms_per_token": 1e3 * median_s,
+        "ms_per_token_p90": 1e3 * percentile([step for each in served for step in each.step_s], 90),
+        "tokens_per_s": batch / median_s,
+        "spread_ms": {key: each if key == "repeats" else 1e3 * each for key, each in spread(medians).items()},
+        "round_medians_ms": [1e3 * value for value in medians],
+    }
+    if "bound_ms" in facts:
+        shown["efficiency"] = facts["bound_ms"] / shown["ms_per_token"]
+        pairs = zip(facts["read_per_step"], facts["bandwidth_bytes_per_s"], strict=True)
+        shown["memory_bandwidth_share"] = [sum(read.values()) / median_s / bandwidth for read, bandwidth in pairs]
+    return shown | facts
 
 
 class Measurement:
@@ -131,28 +139,28 @@ class Measurement:
     Attributes:
         best: split and head layout with the shortest step, after `select`.
         left_out: contestants that do not fit, with the reason.
-        others_shares: of the machine, what other programs took in each round, repeated ones too.
+        others_shares: share of the machine that other programs used in each round, repeated ones too.
     """
 
     def __init__(self, site: DecodeSite, settings: Settings, tell: Callable[[str], None]):
         self.site, self.settings, self._tell = site, settings, tell
-        self.bandwidth = Bandwidth(*site.read_bandwidths())
+        self.together, self.alone = site.read_bandwidths()
         self.left_out: dict[str, str] = {}
         self.others_shares: dict[str, list[float]] = {}
         self.best: tuple[Split, HeadLayout] = (settings.splits[0], settings.heads[0])
 
-    def engine(self, model: ModelConfig, load: Load, head: HeadLayout = "last", **keys: Any) -> EngineContestant:
+    def engine(
+        self, model: ModelConfig, load: Load, head: HeadLayout = "last", tensor: int = 1, **keys: Any
+    ) -> EngineContestant:
         """An engine contestant that fits a load."""
-        tensor = keys.pop("tensor", 1)
         engine = EngineContestant(self.site, model, self.settings.options_for(load, head, tensor), **keys)
         engine.warm_up(replace(load, steps=WARM_UP_STEPS))
         return engine
 
-    def select(self) -> list[Row]:
+    def select(self) -> list[dict[str, Any]]:
         """All splits and head layouts and the baseline, alternating; keeps the best in `best`."""
         settings, load = self.settings, self.settings.load
-        plain = baseline(settings.model, len(settings.splits[0]))
-        engines = {SEQUENTIAL: self.engine(plain, load)}
+        engines = {SEQUENTIAL: self.engine(baseline(settings.model, len(settings.splits[0])), load)}
         places: dict[str, tuple[Split, HeadLayout]] = {}
         for split in settings.splits:
             for head in settings.heads:
@@ -161,20 +169,19 @@ class Measurement:
                 places[name] = split, head
         readings = self._alternate({name: partial(engine, load) for name, engine in engines.items()}, "splits")
         rows = [self.row(name, engines[name], readings[name], load) for name in engines]
-        times = {row.name: statistics.median(row.medians_s) for row in rows if row.name in places and row.medians_s}
-        name = self.site.from_first(min(times, key=lambda each: times[each]) if times else None)
-        self.best = places[name]
+        times = {row["name"]: row["ms_per_token"] for row in rows if row["name"] in places and "ms_per_token" in row}
+        self.best = places[self.site.from_first(min(times, key=lambda each: times[each]) if times else None)]
         return rows
 
-    def compare(self) -> tuple[dict[str, Any], list[Row]]:
+    def compare(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The best split against the baseline and all rivals, in rounds of their own."""
         settings, load, (split, head) = self.settings, self.settings.load, self.best
         plain = baseline(settings.model, len(split))
+        few = replace(load, steps=max(2, load.steps // FEWER_STEPS))
         engines = {
             SEQUENTIAL: self.engine(plain, load),
             "staggered": self.engine(settings.staggered(split), load, head),
         }
-        few = replace(load, steps=max(2, load.steps // FEWER_STEPS))
         if self._fits_tensor_parallelism(plain, few):
             engines["sequential tensor parallel"] = self.engine(plain, few, tensor=self.site.size)
         runs: dict[str, Callable[[], Any]] = {
@@ -183,59 +190,49 @@ class Measurement:
         }
         if self._has_plain_step():
             runs["plain"] = partial(PlainContestant(engines["staggered"], rank_edges(self.site.size)), load)
-        dtype = engines[SEQUENTIAL].stage.device.dtype
-        runs["generate"] = partial(
-            GenerateContestant(self.site, plain, dtype, self.site.size * self.site.threads), load
-        )
+        dtype, threads = engines[SEQUENTIAL].stage.device.dtype, self.site.size * self.site.threads
+        runs["generate"] = partial(GenerateContestant(self.site, plain, dtype, threads), load)
         chunks = self._add_prefill(runs)
         readings = self._alternate(runs, f"{split_name(split)} {head} against its rivals")
         rows = [self.row(name, engine, readings[name], load) for name, engine in engines.items()]
-        rows += [bare_row(name, readings[name]) for name in ("plain", "generate") if name in readings]
+        rows += [row(name, readings[name], load.batch) for name in ("plain", "generate") if name in readings]
         if self.site.rank:
             return {}, rows
-        _check_same_tokens(readings)
-        return _ratios(readings) | {"prefill": chunks, "best_split": split_name(split), "best_head": head}, rows
+        check_same_tokens(readings)
+        return ratios(readings) | {"prefill": chunks, "best_split": split_name(split), "best_head": head}, rows
 
-    def row(self, name: str, engine: EngineContestant, served: list[Served], load: Load) -> Row:
-        """What a contestant did, with its bytes and bounds; all ranks call it."""
+    def row(self, name: str, engine: EngineContestant, served: list[Served], load: Load) -> dict[str, Any]:
+        """Results of an engine, with its bytes and bounds. All ranks call it."""
         stage, topology = engine.stage, engine.placement.topology
-        read = step_bytes(stage, load.context, load.batch)
-        weights = sum(tensor.nbytes for tensor in stage.weights.tensors())
-        facts = self.site.gather((read, weights, stage.kv_bytes, engine.grown_bytes))
-        read_of: list[StepBytes] = [fact[0] for fact in facts]
+        mine = {
+            "weights_bytes": sum(tensor.nbytes for tensor in stage.weights.tensors()),
+            "kv_bytes": stage.kv_bytes,
+            "process_grown_bytes": engine.grown_bytes,
+        }
+        read_of, memory = zip(*self.site.gather((step_bytes(stage, load.context, load.batch), mine)), strict=True)
         takes_turns = not topology.staggered and topology.num_stages > 1
-        bandwidth = self.bandwidth.alone if takes_turns else self.bandwidth.together
-        bound = bound_s(read_of, bandwidth, sequential=takes_turns, stages=topology.num_stages)
-        return Row(
-            name,
-            split_name(engine.model.section_layers),
-            topology.head,
-            [statistics.median(each.step_s) for each in served if each.step_s],
-            [step for each in served for step in each.step_s],
-            {
-                "read_per_step": [{"weights_bytes": each.weights, "cache_bytes": each.cache} for each in read_of],
-                "bandwidth_bytes_per_s": bandwidth,
-                "bound_ms": 1e3 * bound,
-                "memory": [
-                    {"weights_bytes": weights, "kv_bytes": kv, "process_grown_bytes": grown}
-                    for _, weights, kv, grown in facts
-                ],
-            },
-        )
+        bandwidth, stages = self.alone if takes_turns else self.together, topology.num_stages
+        bytes_of = [sum(read.values()) for read in read_of]
+        facts = {
+            "split": split_name(engine.model.section_layers),
+            "head": topology.head,
+            "read_per_step": list(read_of),
+            "bandwidth_bytes_per_s": bandwidth,
+            "bound_ms": 1e3 * bound_s(bytes_of, bandwidth, sequential=takes_turns, stages=stages),
+            "memory": list(memory),
+        }
+        return row(name, served, load.batch, facts)
 
     def _alternate(self, runs: dict[str, Callable[[], Any]], what: str) -> dict[str, list[Any]]:
         """One round to warm up, then those that count."""
-        alternate(runs, 1, lambda text: self._tell(f"{what}: warm"))
-
-        def tell(text: str) -> None:
-            self._tell(f"{what}: {text}")
+        shares = self.others_shares.setdefault(what, [])
 
         def others() -> float:
-            share = self.site.others()
-            self.others_shares.setdefault(what, []).append(share)
-            return share
+            shares.append(self.site.others())
+            return shares[-1]
 
-        return alternate(runs, self.settings.rounds, tell, others)
+        alternate(runs, 1, lambda text: self._tell(f"{what}: warm"))
+        return alternate(runs, self.settings.rounds, lambda text: self._tell(f"{what}: {text}"), others)
 
     def _has_plain_step(self) -> bool:
         model, size = self.settings.model, self.site.size
@@ -275,24 +272,18 @@ class Measurement:
         return {"tokens": length} | tried
 
 
-def bare_row(name: str, served: list[Served]) -> Row:
-    """A contestant of which only the time is known."""
-    medians = [statistics.median(each.step_s) for each in served if each.step_s]
-    return Row(name, "", "", medians, [step for each in served for step in each.step_s], {})
-
-
-def _check_same_tokens(readings: dict[str, list[Any]]) -> None:
-    """The plain step must do what the engine does, or its time says nothing."""
+def check_same_tokens(readings: dict[str, list[Any]]) -> None:
+    """Refuse to compare a plain step that does not do what the engine does."""
     for engine, plain in zip(readings["staggered"], readings.get("plain", ()), strict=False):
         if engine.token_ids != plain.token_ids:
             first = next(i for i, (a, b) in enumerate(zip(engine.token_ids, plain.token_ids, strict=True)) if a != b)
             raise StagdistError(
                 f"the plain step and the engine chose different tokens, first at {first}: {plain.token_ids[first]} and "
-                f"{engine.token_ids[first]}; their times cannot be compared. Mend stagdist/bench/plain_step.py"
+                f"{engine.token_ids[first]}; their times cannot be compared. Fix benchmarks/decoding/plain_step.py"
             )
 
 
-def _ratios(readings: dict[str, list[Any]]) -> dict[str, Any]:
+def ratios(readings: dict[str, list[Any]]) -> dict[str, Any]:
     """Ratios between runs of one round, medians over the rounds, with their spread."""
     medians = {
         name: [each if isinstance(each, float) else statistics.median(each.step_s) for each in of_rounds]
@@ -312,16 +303,3 @@ def _ratios(readings: dict[str, list[Any]]) -> dict[str, Any]:
     results: dict[str, Any] = {key: each and each["median"] for key, each in spreads.items()}
     seconds = {name: spread(values) for name, values in medians.items() if name.startswith("prefill")}
     return results | {"spread": spreads | {f"{name} (s)": each for name, each in seconds.items()}}
-
-
-def as_settings(settings: Settings) -> dict[str, Any]:
-    """The settings for the JSON file."""
-    return {
-        "model": settings.model.model_dump(mode="json"),
-        "load": asdict(settings.load) | {"prompt_tokens": settings.load.prompt_length},
-        "precision": settings.options.precision,
-        "splits": [split_name(split) for split in settings.splits],
-        "heads": list(settings.heads),
-        "rounds": settings.rounds,
-        "prefill_tokens": settings.prefill_tokens,
-    }

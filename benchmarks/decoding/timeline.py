@@ -1,11 +1,11 @@
 """A picture of decoding: what every stage does over a few steps, staggered above sequential, on one time axis."""
 
 import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stagdist.files import replacing
 from stagdist.telemetry.spans import Span
 
 COLOURS = {
@@ -80,9 +80,8 @@ def draw_timeline(panels: Sequence[Panel], png: str | Path, *, steps: int = 3) -
     _legend(figure, shown)
     path = Path(png)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    figure.savefig(aside, format="png", dpi=130)
-    os.replace(aside, path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=130)
 
 
 def _draw(axes, panel: Panel, start: int, width_ms: float) -> dict[str, str]:  # type: ignore[no-untyped-def]

@@ -1,6 +1,6 @@
-"""The rival of our pipeline: the same sections under `torch.distributed.pipelining`'s 1F1B schedule.
+"""The same sections under `torch.distributed.pipelining`'s 1F1B schedule.
 
-It is given the easier task: every stage reads its tokens itself, so a hand-off carries the float memory alone.
+Its task is easier: every stage reads its tokens itself, so a hand-off carries the float memory alone.
 """
 
 import torch
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from benchmarks._bench.stage import StageModule
+from benchmarks.training.stage import StageModule
 from stagdist.config.run_config import RunConfig
 from stagdist.data.loader import MicroBatch
 from stagdist.training.engine.optimizer import build_optimizer

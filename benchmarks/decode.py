@@ -1,8 +1,13 @@
-"""How fast staggered decoding is: milliseconds per token against the sequential baseline, rivals and the bound.
+#!/usr/bin/env python3
+"""Speed of decoding: milliseconds per token against the sequential baseline, rivals and the bound.
 
-`deepspeed --num_accelerators 2 launch/bench.py decode --json FILE` runs one section per process; plain `python` puts
-all sections into one. Contestants alternate within every round and every ratio is taken between runs of one
-round. Weights are random: the time of a step does not depend on them.
+`deepspeed --num_accelerators 2 benchmarks/decode.py --json FILE` runs one section per process; plain `python` runs all
+sections in one. Contestants alternate within every round, and every ratio is taken between runs of one round. Weights
+are random: the time of a step does not depend on them.
+
+examples:
+  deepspeed --num_accelerators 2 benchmarks/decode.py --json benchmarks/results/decode.json --timeline runs/decode.png
+  deepspeed --num_accelerators 2 benchmarks/decode.py --sweep contexts=64,256,1024 delays_ms=0,2,5,10
 """
 
 import argparse
@@ -10,27 +15,34 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common.command import add_options, main, share_cores
+
+if __name__ == "__main__":
+    share_cores()
 
 import torch
 
-from benchmarks._bench.conditions import ROOT, conditions, usable_cores
-from benchmarks._bench.decode_breakdown import PhaseClock
-from benchmarks._bench.decode_contestants import DROPPED_STEPS, Load
-from benchmarks._bench.decode_instrument import Instrumented, instrument, lanes, phases, with_phases, write_traces
-from benchmarks._bench.decode_measure import SEQUENTIAL, Measurement, Settings, as_settings
-from benchmarks._bench.decode_shapes import baseline, changed, default_splits, parse_split, with_split
-from benchmarks._bench.decode_site import DecodeSite
-from benchmarks._bench.decode_sweeps import DEFAULT_AXES, Sweeps, check_axes, describe, parse_axis
-from benchmarks._bench.decode_table import table
-from benchmarks._bench.results import check_outputs, write_results
-from benchmarks._bench.timeline import Panel, draw_timeline
+from benchmarks.common.conditions import ROOT, conditions, usable_cores
+from benchmarks.common.results import check_outputs, write_results
+from benchmarks.decoding.contestants import DROPPED_STEPS, Load
+from benchmarks.decoding.measurement import SEQUENTIAL, Measurement, Settings
+from benchmarks.decoding.shapes import baseline, changed, default_splits, parse_split
+from benchmarks.decoding.site import DecodeSite
+from benchmarks.decoding.spans import Instrumented, PhaseClock, instrument, phases, with_phases, write_traces
+from benchmarks.decoding.sweeps import DEFAULT_AXES, Sweeps, check_axes, describe, parse_axis
+from benchmarks.decoding.table import table
+from benchmarks.decoding.timeline import Panel, draw_timeline
 from stagdist.config.loading import load_config
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.runtime.build import EngineOptions, joined_world, place_model
 from stagdist.decode.topology import HEAD_LAYOUTS
 from stagdist.errors import ConfigError
-from stagdist.parallel.device import CHOICES, choose_device
+from stagdist.parallel.device import choose_device
 
 DEFAULT_CONFIG = ROOT / "configs" / "bench-decode.yaml"
 RECORDED_RUNS = 3
@@ -43,8 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--config", metavar="FILE", help="shape to measure (default: configs/bench-decode.yaml)")
     shape.add_argument("--model-shape", metavar="FILE", help="the same: random weights of this configuration's shape")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of it")
-    parser.add_argument("--json", metavar="FILE", help="write all results here")
+    add_options(parser, "set", "json", "device", "threads")
     parser.add_argument("--trace", metavar="FILE", help="write a Chrome/Perfetto trace of all ranks here")
     parser.add_argument("--timeline", metavar="FILE.png", help="draw the stages over a few steps here")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="rounds of each half (default: 10)")
@@ -55,20 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", default="last,sharded", metavar="LAYOUTS", help="default: last,sharded")
     parser.add_argument("--prefill", type=int, default=1024, metavar="N", help="prompt of the prefill test, 0: none")
     parser.add_argument("--precision", default="fp32", help="fp32, bf16, fp16 or fp64 (default: fp32)")
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help=f"{CHOICES} (auto)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each process (default: 1)")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="limit of waits between ranks")
-    parser.add_argument(
-        "--sweep",
-        nargs="*",
-        metavar="AXIS=A,B",
-        help="also vary one thing at a time; without values: "
-        + " ".join(_as_text(*axis) for axis in DEFAULT_AXES.items()),
-    )
+    axes = (f"{name}={','.join(map(str, values)).replace('None', 'none')}" for name, values in DEFAULT_AXES.items())
+    sweep = f"also vary one thing at a time; without values: {' '.join(axes)}"
+    parser.add_argument("--sweep", nargs="*", metavar="AXIS=A,B", help=sweep)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, and on rank 0 print and write. The environment says which rank this is.
+    """Measure, and on rank 0 print and write. The environment names the rank.
 
     Raises:
         ConfigError: the request cannot be served.
@@ -78,9 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     settings, axes = settings_from(arguments, processes)
     device = choose_device(arguments.device, int(os.environ.get("LOCAL_RANK", "0")))
     torch.set_num_threads(arguments.threads)
-    start = place_model(
-        settings.staggered(settings.splits[0]), settings.options_for(settings.load, settings.heads[0]), processes
-    )
+    options = settings.options_for(settings.load, settings.heads[0])
+    start = place_model(settings.staggered(settings.splits[0]), options, processes)
     with joined_world(start, device) as transport:
         site = DecodeSite(transport, device, arguments.threads, arguments.timeout)
         results = measure(site, settings, axes, trace=arguments.trace, timeline=arguments.timeline)
@@ -119,11 +123,12 @@ def settings_from(arguments: argparse.Namespace, processes: int) -> tuple[Settin
     heads = heads if processes > 1 else ("last",)
     options = EngineOptions(precision=arguments.precision, timeout_s=arguments.timeout)
     load = Load(arguments.context, arguments.steps, arguments.batch)
-    settings = Settings(
-        _recut(model, sections), load, options, tuple(splits), heads, arguments.rounds, arguments.prefill
-    )  # type: ignore[arg-type]
+    shape, prefill = _recut(model, sections), arguments.prefill
+    settings = Settings(shape, load, options, tuple(splits), heads, arguments.rounds, prefill)  # type: ignore[arg-type]
     check_outputs(arguments)
-    axes = _axes(arguments.sweep)
+    axes = dict(parse_axis(text) for text in arguments.sweep or ())
+    if arguments.sweep == []:
+        axes = dict(DEFAULT_AXES)
     check_axes(axes, processes, model.num_layers)
     _check_places(settings, axes, processes)
     return settings, axes
@@ -132,8 +137,8 @@ def settings_from(arguments: argparse.Namespace, processes: int) -> tuple[Settin
 def measure(
     site: DecodeSite, settings: Settings, axes: dict[str, Any], *, trace: str | None = None, timeline: str | None = None
 ) -> dict[str, Any]:
-    """All rounds, then the instrumented runs and the sweeps; the results, whole on rank 0 only."""
-    tell = _teller(site)
+    """All rounds, then the instrumented runs and the sweeps; the results, complete on rank 0 only."""
+    tell: Callable[[str], None] = lambda text: None if site.rank else print(text, file=sys.stderr, flush=True)  # noqa: E731
     measurement = Measurement(site, settings, tell)
     split_rows = measurement.select()
     ratios, rows = measurement.compare()
@@ -151,8 +156,7 @@ def measure(
         write_traces([text for each in found.values() for text in each.trace], trace)
     if timeline:
         _draw(found, timeline)
-    batch = settings.load.batch
-    (best,) = (row.result(batch) for row in rows if row.name == "staggered")
+    (best,) = (row for row in rows if row["name"] == "staggered")
     written = conditions(torch.cuda.get_device_name(site.device) if gpus else None, gpus) | {
         "benchmark": "decode",
         "processes": site.size,
@@ -162,8 +166,8 @@ def measure(
         "processes_per_core": processes_per_core,
         "device": site.device,
         "memory_bandwidth_bytes_per_s": {
-            "all_ranks_reading": measurement.bandwidth.together,
-            "one_rank_reading": measurement.bandwidth.alone,
+            "all_ranks_reading": measurement.together,
+            "one_rank_reading": measurement.alone,
         },
     }
     return written | {
@@ -172,8 +176,8 @@ def measure(
         "tokens_per_s": best["tokens_per_s"],
         "slowest_stage_compute_share": found["staggered"].compute_share,
         **ratios,
-        "contestants": [row.result(batch) for row in rows],
-        "splits": [row.result(batch) for row in split_rows],
+        "contestants": rows,
+        "splits": split_rows,
         "breakdown": breakdown,
         # A graph has no phases, so these steps are longer than those of a graph.
         "phases_are_of": "eager steps, in runs of their own",
@@ -181,7 +185,7 @@ def measure(
         # The first reading of each half is from before its rounds.
         "share_of_machine_taken_by_others": {half: all_[1:] for half, all_ in measurement.others_shares.items()},
         "sweeps": sweeps,
-        "settings": as_settings(settings),
+        "settings": settings.described(),
     }
 
 
@@ -197,7 +201,7 @@ def _look_into(measurement: Measurement) -> tuple[dict[str, Instrumented], dict[
         clock = PhaseClock(site.clock())
         whole = measurement.engine(model, settings.load, layout)
         found[name] = instrument(site, whole, settings.load, RECORDED_RUNS)
-        parted = measurement.engine(model, settings.load, layout, lap=clock.lap)
+        parted = measurement.engine(model, settings.load, layout, lap=clock.lap)  # runs eagerly
         inside = phases(site, parted, clock, settings.load, RECORDED_RUNS)
         breakdown[name] = with_phases(found[name].breakdown, inside)
     return found, breakdown
@@ -205,7 +209,10 @@ def _look_into(measurement: Measurement) -> tuple[dict[str, Instrumented], dict[
 
 def _draw(found: dict[str, Instrumented], path: str) -> None:
     titles = {"staggered": "staggered, sections side by side", SEQUENTIAL: "sequential baseline, sections take turns"}
-    panels = [Panel(titles[name], lanes(each), each.layers, each.lag) for name, each in found.items()]
+    panels = [
+        Panel(titles[name], [stretch.spans for stretch in each.stretches], each.layers, each.lag)
+        for name, each in found.items()
+    ]
     draw_timeline(panels, path, steps=SHOWN_STEPS)
 
 
@@ -214,13 +221,7 @@ def _recut(model: ModelConfig, sections: int) -> ModelConfig:
     if model.num_sections == sections:
         return model
     splits = default_splits(changed(model, {"share_section_weights": False}), sections)
-    return with_split(model, splits[0])
-
-
-def _axes(sweep: list[str] | None) -> dict[str, Any]:
-    if sweep is None:
-        return {}
-    return dict(parse_axis(text) for text in sweep) if sweep else dict(DEFAULT_AXES)
+    return changed(model, {"section_layers": splits[0]})
 
 
 def _check_places(settings: Settings, axes: dict[str, Any], processes: int) -> None:
@@ -242,9 +243,5 @@ def _check_places(settings: Settings, axes: dict[str, Any], processes: int) -> N
         place_model(settings.staggered(split), settings.options_for(settings.load), processes)
 
 
-def _teller(site: DecodeSite) -> Callable[[str], None]:
-    return lambda text: None if site.rank else print(text, file=sys.stderr, flush=True)
-
-
-def _as_text(axis: str, values: tuple[float | None, ...]) -> str:
-    return f"{axis}={','.join('none' if value is None else str(value) for value in values)}"
+if __name__ == "__main__":
+    sys.exit(main(__doc__, add_arguments, run))
