@@ -249,7 +249,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
         (["keys.jsonl", "--tokenizer", "bytes"], "choose with --text-key"),
         (["keys.jsonl", "a.txt", "--tokenizer", "bytes", "--workers", "2"], "choose with --text-key"),
         (["a.txt", "--tokenizer", "bytes", "--workers", "0"], "--workers is 0"),
-        (["nobody/nothing", "--tokenizer", "bytes"], "cannot load the data set nobody/nothing"),
+        (["nobody/nothing", "--tokenizer", "bytes"], "cannot load the dataset nobody/nothing"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2_and_writes_nothing(

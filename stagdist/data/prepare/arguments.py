@@ -9,13 +9,14 @@ from stagdist.errors import StagdistError
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add everything that says how input becomes documents."""
+    """Add the options that select input and turn it into documents."""
     parser.add_argument(
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="file (.jsonl, .jsonl.gz, .json, .parquet, .txt, .md, .py or other text), directory (searched for such "
-        "files), quoted glob, or a data set of the Hugging Face Hub: owner/name or hub:NAME",
+        help="file (.jsonl, .json, .parquet, .arrow, .txt, .md, .py or other text; .gz, .bz2, .xz and .zst are "
+        "decompressed), directory (searched for such files), quoted glob, URL of fsspec (s3://, gs://, ...), or a "
+        "dataset of the Hugging Face Hub: owner/name or hub:NAME",
     )
     reading = parser.add_argument_group("how input becomes documents")
     reading.add_argument("--text-key", default="text", metavar="KEY", help="JSON key or column (default: text)")
@@ -38,12 +39,12 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     reading.add_argument(
         "--exclude", action="append", default=[], metavar="GLOB", help="of a directory all but these; repeatable"
     )
-    reading.add_argument("--split-name", default="train", metavar="NAME", help="split of a Hub data set (train)")
-    reading.add_argument("--config-name", metavar="NAME", help="configuration of a Hub data set")
+    reading.add_argument("--split-name", default="train", metavar="NAME", help="split of a Hub dataset (train)")
+    reading.add_argument("--config-name", metavar="NAME", help="configuration of a Hub dataset")
     reading.add_argument(
         "--streaming",
         action="store_true",
-        help="read a Hub data set over the network instead of downloading it first (files are never held in memory)",
+        help="read a Hub dataset over the network instead of downloading it first (files are never held in memory)",
     )
 
 
@@ -62,7 +63,7 @@ def reading_options(arguments: argparse.Namespace) -> ReadOptions:
 
 
 def run_tool(action: Callable[[], None], on_failure: Callable[[], object] = lambda: None) -> int:
-    """Exit code of a tool; an error that a person can mend becomes one line on standard error and code 2.
+    """Exit code of a tool; a user error becomes one line on standard error and code 2.
 
     Args:
         on_failure: called after any failure, also an unexpected one.

@@ -1,17 +1,31 @@
 """Documents of one piece of input (see `stagdist.data.prepare.sources`).
 
-A byte range owns the documents that begin in it: its reader goes on past the end for the last one, and skips what
-began before the start. So every document is read exactly once however a file is cut.
+A byte range owns the documents that begin in it: its reader continues past the end for the last one, and skips what
+began before the start. So every document is read exactly once, wherever a file is split.
 """
 
-import gzip
+import io
 import json
+import lzma
 import re
+import shutil
+import tempfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from stagdist.data.prepare.sources import BLOCK_BYTES, PIECE_BYTES, TEXT_SUFFIXES, Piece, ReadOptions, open_hub
+from stagdist.data.prepare.sources import (
+    BLOCK_BYTES,
+    PIECE_BYTES,
+    Piece,
+    ReadOptions,
+    compression,
+    is_text_name,
+    open_dataset,
+    open_input,
+)
 from stagdist.errors import DataError
 
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
@@ -20,12 +34,12 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass
 class Reader:
-    """Reads pieces in one process; counts what it left out."""
+    """Reads pieces in one process; counts the documents that it left out."""
 
     options: ReadOptions
     skipped_empty: int = 0
     skipped_bad: int = 0
-    _data_sets: dict[str, Any] = field(default_factory=dict)
+    _datasets: dict[str, Any] = field(default_factory=dict)
 
     def documents(self, piece: Piece) -> Iterator[str]:
         """Texts of a piece, in order; empty ones are left out.
@@ -44,21 +58,22 @@ class Reader:
     def _texts(self, piece: Piece) -> Iterator[str | None]:
         if piece.kind == "files":
             return self._files(piece)
-        if piece.kind in ("json_lines", "json_whole"):
+        if piece.kind in ("json_lines", "json_array"):
             return self._json(piece)
         if piece.kind == "parquet":
             return self._parquet(piece)
         if piece.kind in ("rows", "shard"):
-            return self._hub(piece)
+            return self._rows(piece)
         return self._cut_text(piece)
 
     def _files(self, piece: Piece) -> Iterator[str | None]:
         for path in piece.files:
-            with open(path, "rb") as stream:
-                yield self._decode(stream.read(), path, 0)
+            with _opened(path) as stream:
+                raw = stream.read()
+            yield self._decode(raw, path, 0)
 
     def _cut_text(self, piece: Piece) -> Iterator[str | None]:
-        with open(piece.source, "rb") as stream:
+        with _opened(piece.source, seekable=piece.kind != "lines") as stream:
             if piece.kind == "lines":
                 for position, line in _lines(stream, piece):
                     yield self._decode(line.rstrip(b"\r\n"), piece.source, position)
@@ -72,7 +87,7 @@ class Reader:
     def _decode(self, raw: bytes, path: str, position: int) -> str | None:
         if position == 0:
             raw = raw.removeprefix(_BYTE_ORDER_MARK)
-            if b"\0" in raw[:8192] and not path.lower().endswith(TEXT_SUFFIXES):
+            if b"\0" in raw[:8192] and not is_text_name(path):
                 raise DataError(f"{path} is not text; convert it to .jsonl, .txt or .parquet, or leave it out")
         try:
             return raw.decode("utf-8")
@@ -87,24 +102,14 @@ class Reader:
             ) from error
 
     def _json(self, piece: Piece) -> Iterator[str | None]:
-        if piece.kind == "json_lines":
-            with open(piece.source, "rb") as stream:
+        with _opened(piece.source) as stream:
+            if piece.kind == "json_lines":
                 for position, line in _lines(stream, piece):
                     yield from self._json_line(line, piece.source, position)
-        elif piece.source.lower().endswith(".gz"):
-            position = 0
-            try:
-                with gzip.open(piece.source, "rb") as stream:
-                    for line in stream:
-                        yield from self._json_line(line, piece.source, position)
-                        position += len(line)
-            except (EOFError, gzip.BadGzipFile) as error:
-                raise DataError(f"{piece.source} is damaged: {error}; fetch it again") from error
-        else:
-            with open(piece.source, "rb") as stream:
-                records = _parse(stream.read(), piece.source, 0)
-            for index, record in enumerate(records):
-                yield self._text_of(record, f"{piece.source}, record {index}")
+                return
+            records = _parse(stream.read(), piece.source, 0)
+        for index, record in enumerate(records):
+            yield self._text_of(record, f"{piece.source}, record {index}")
 
     def _json_line(self, line: bytes, path: str, position: int) -> Iterator[str | None]:
         if position == 0:
@@ -130,7 +135,7 @@ class Reader:
         import pyarrow.parquet
 
         key = self.options.text_key
-        with pyarrow.parquet.ParquetFile(piece.source) as file:
+        with open_input(piece.source) as stream, pyarrow.parquet.ParquetFile(stream) as file:
             if key not in file.schema_arrow.names:
                 columns = ", ".join(file.schema_arrow.names)
                 raise DataError(f"{piece.source} has no column {key!r} but {columns}; choose with --text-key")
@@ -138,16 +143,37 @@ class Reader:
                 for text in batch.column(0).to_pylist():
                     yield self._text_of({key: text if text is not None else ""}, piece.source)
 
-    def _hub(self, piece: Piece) -> Iterator[str | None]:
-        if piece.source not in self._data_sets:
-            self._data_sets[piece.source] = open_hub(piece.source, self.options)
-        data_set = self._data_sets[piece.source]
+    def _rows(self, piece: Piece) -> Iterator[str | None]:
+        if piece.source not in self._datasets:
+            self._datasets[piece.source] = open_dataset(piece.source, self.options)
+        dataset = self._datasets[piece.source]
         if piece.kind == "shard":
-            rows = data_set if piece.stop == 1 else data_set.shard(num_shards=piece.stop, index=piece.start)
+            rows = dataset if piece.stop == 1 else dataset.shard(num_shards=piece.stop, index=piece.start)
         else:
-            rows = (data_set[index] for index in range(piece.start, piece.stop))
+            rows = (dataset[index] for index in range(piece.start, piece.start + piece.size))
         for row in rows:
             yield self._text_of(row, piece.source)
+
+
+@contextmanager
+def _opened(path: str, *, seekable: bool = False) -> Iterator[BinaryIO]:
+    """An input, decompressed; a compressed one that must be seekable is first unpacked into a temporary file.
+
+    Raises:
+        DataError: a compressed file is damaged.
+    """
+    with open_input(path) as stream:
+        try:
+            if not (seekable and compression(path)):
+                yield stream
+                return
+            with tempfile.TemporaryFile() as unpacked:
+                shutil.copyfileobj(stream, unpacked, PIECE_BYTES)
+                yield unpacked  # type: ignore[misc]
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            if compression(path) is None or (isinstance(error, OSError) and error.errno is not None):
+                raise
+            raise DataError(f"{path} is damaged: {error}; fetch it again") from error
 
 
 def repaired(text: str) -> str:
@@ -163,16 +189,16 @@ def _parse(raw: bytes, path: str, position: int) -> Any:
     try:
         return json.loads(raw)
     except ValueError as error:
-        raise DataError(f"{path} is not JSON at byte {position}: {error}; mend or remove that record") from error
+        raise DataError(f"{path} is not JSON at byte {position}: {error}; correct or remove that record") from error
 
 
 def _lines(stream: BinaryIO, piece: Piece) -> Iterator[tuple[int, bytes]]:
     """Lines that begin in a byte range, with their positions."""
+    position = piece.start
     if piece.start:
         stream.seek(piece.start - 1)
-        stream.readline()
-    position = stream.tell()
-    while position < piece.stop:
+        position += len(stream.readline()) - 1
+    while piece.stop is None or position < piece.stop:
         line = stream.readline()
         if not line:
             return
@@ -181,11 +207,12 @@ def _lines(stream: BinaryIO, piece: Piece) -> Iterator[tuple[int, bytes]]:
 
 
 def _blocks(stream: BinaryIO, piece: Piece, window: int) -> Iterator[tuple[int, bytes]]:
-    """Stretches of text of about `window` bytes that begin in a byte range, cut at blank lines."""
-    size = stream.seek(0, 2)
+    """Parts of a text of about `window` bytes that begin in a byte range, split at blank lines."""
+    size = stream.seek(0, io.SEEK_END)
+    end = size if piece.stop is None else piece.stop
     start = _boundary(stream, piece.start, size, window)
-    for edge in range(piece.start + window, piece.stop + window, window):
-        stop = _boundary(stream, min(edge, piece.stop), size, window)
+    for edge in range(piece.start + window, end + window, window):
+        stop = _boundary(stream, min(edge, end), size, window)
         if stop > start:
             stream.seek(start)
             yield start, stream.read(stop - start)

@@ -2,10 +2,14 @@
 
 import multiprocessing
 import os
+import signal
+import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,7 +24,7 @@ _BATCH_DOCUMENTS = 1024
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Some documents of one piece, tokenised.
+    """Some documents of one piece, tokenized.
 
     Shapes: tokens [sum of lengths], lengths int32 [documents]; each document ends with the end-of-document token.
     `read` is the part of the pieces' sizes that is done with this batch.
@@ -35,7 +39,7 @@ class TokenBatch:
 
 
 def encode_piece(piece: Piece, reader: Reader, tokenizer: Tokenizer, dtype: type[np.generic]) -> Iterator[TokenBatch]:
-    """Read and tokenise one piece, a bounded batch at a time; the last batch closes its books."""
+    """Read and tokenize one piece, a bounded batch at a time; the last batch carries the counters."""
     texts: list[str] = []
     characters = 0
     for text in reader.documents(piece):
@@ -60,10 +64,9 @@ def _encode(texts: list[str], tokenizer: Tokenizer, dtype: type[np.generic]) -> 
 def encode_pieces(
     pieces: Sequence[Piece], options: ReadOptions, tokenizer: Tokenizer, dtype: type[np.generic], *, workers: int
 ) -> Iterator[TokenBatch]:
-    """Tokenise pieces with `workers` processes; the batches come in the order of the pieces.
+    """Tokenize pieces with `workers` processes. The batches come in the order of the pieces.
 
-    Worker w takes pieces w, w + workers, and so on, and sends into its own pipe. A full pipe holds it back, so memory
-    is bounded; a pipe that closes ends it, so no worker outlives this process.
+    At most two pieces per worker are read ahead, so memory is bounded.
 
     Raises:
         DataError: of reading; or a worker was killed.
@@ -73,65 +76,51 @@ def encode_pieces(
         for piece in pieces:
             yield from encode_piece(piece, reader, tokenizer, dtype)
         return
-    workers = min(workers, len(pieces))
-    with ExitStack() as stack:
-        pipes = [stack.enter_context(_Worker(pieces[w::workers], options, tokenizer, dtype)) for w in range(workers)]
-        for index in range(len(pieces)):
-            yield from _received(pipes[index % workers], pieces[index])
+    # spawn: forking a process that has threads (tokenizers, MPI) can deadlock. An executor reports a killed worker; a
+    # multiprocessing.Pool would wait for it forever.
+    context, setup = multiprocessing.get_context("spawn"), (options, tokenizer, dtype)
+    pool = ProcessPoolExecutor(min(workers, len(pieces)), context, _start_worker, setup)
+    ahead: deque[tuple[Piece, Future[list[TokenBatch]]]] = deque()
+    try:
+        for piece in pieces:
+            ahead.append((piece, pool.submit(_encode_in_worker, piece)))
+            if len(ahead) > 2 * workers:
+                yield from _batches(*ahead.popleft())
+        while ahead:
+            yield from _batches(*ahead.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _batches(piece: Piece, result: "Future[list[TokenBatch]]") -> list[TokenBatch]:
+    try:
+        return result.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"a worker process ended while it read {piece.source}; was it killed for memory? use fewer --workers"
+        ) from error
 
 
 class _Worker:
-    """A worker process for the length of a `with`; gives the receiving end of its pipe."""
+    """State of a worker process, set once at its start."""
 
-    def __init__(
-        self, pieces: Sequence[Piece], options: ReadOptions, tokenizer: Tokenizer, dtype: type[np.generic]
-    ) -> None:
-        # spawn: forking a process that has threads (tokenizers, MPI) can deadlock
-        context = multiprocessing.get_context("spawn")
-        self._receiver, sender = context.Pipe(duplex=False)
-        self._process = context.Process(
-            target=_work, args=(sender, list(pieces), options, tokenizer, dtype), daemon=True
-        )
-        self._process.start()
-        sender.close()
-
-    def __enter__(self) -> Connection:
-        return self._receiver
-
-    def __exit__(self, *_: object) -> None:
-        self._receiver.close()
-        self._process.terminate()
-        self._process.join()
+    setup: ClassVar[tuple[Reader, Tokenizer, type[np.generic]]]
 
 
-def _received(pipe: Connection, piece: Piece) -> Iterator[TokenBatch]:
-    """Batches of one piece from its worker."""
-    while True:
-        try:
-            message = pipe.recv()
-        except EOFError as error:
-            raise DataError(
-                f"a worker process ended while it read {piece.source}; was it killed for memory? use fewer --workers"
-            ) from error
-        if message is None:
-            return
-        if isinstance(message, BaseException):
-            raise message
-        yield message
-
-
-def _work(
-    sender: Connection, pieces: list[Piece], options: ReadOptions, tokenizer: Tokenizer, dtype: type[np.generic]
-) -> None:
-    """Body of a worker process: all batches of each piece, then None."""
+def _start_worker(options: ReadOptions, tokenizer: Tokenizer, dtype: type[np.generic]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    reader = Reader(options)
-    try:
-        for piece in pieces:
-            for batch in encode_piece(piece, reader, tokenizer, dtype):
-                sender.send(batch)
-            sender.send(None)
-    except (BrokenPipeError, KeyboardInterrupt):
-        return  # nobody listens any more
-    except Exception as error:
-        sender.send(error)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent shuts its workers down
+    _Worker.setup = Reader(options), tokenizer, dtype
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(piece: Piece) -> list[TokenBatch]:
+    reader, tokenizer, dtype = _Worker.setup
+    return list(encode_piece(piece, reader, tokenizer, dtype))
