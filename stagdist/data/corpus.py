@@ -6,7 +6,6 @@ index maps are found by the spelling of a path and not by the content of the cor
 it writes them leaves maps that look whole.
 """
 
-import fcntl
 import logging
 import warnings
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from stagdist.data.compatibility import cache_directory, check_data, check_with_
 from stagdist.data.indexed import CorpusIndex, canonical_prefix
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import ConfigError, DataError
+from stagdist.files import locked
 
 __all__ = ["Splits", "build_splits", "check_data"]
 
@@ -140,22 +140,17 @@ def _process_group() -> Iterator[None]:
 
 @contextmanager
 def _locked_cache(directory: Path) -> Iterator[None]:
-    """On rank 0: hold the cache against other runs that start now, and remove maps that a killed run cut short."""
+    """On rank 0: lock the cache against other runs that start now, and remove maps that a killed run cut off."""
     if torch.distributed.get_rank() != 0:
         yield
         return
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("w")
+        with locked(directory / ".lock", timeout_s=-1):
+            _remove_damaged(directory)
+            yield
     except OSError as error:
         raise DataError(f"cannot write index maps to {directory}: {error}; set data.cache_directory") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, also by a kill
-        except OSError as error:
-            logger.warning("no locks on %s (%s): do not start two runs on these corpora at once", directory, error)
-        _remove_damaged(directory)
-        yield
 
 
 def _remove_damaged(directory: Path) -> None:

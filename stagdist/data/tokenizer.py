@@ -7,7 +7,6 @@ someone wrote the name of a special token cannot end itself.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from stagdist.errors import ConfigError, DataError
+from stagdist.files import writing
 
 END_OF_DOCUMENT = "<|endoftext|>"
 BYTES = "bytes"
@@ -149,9 +149,8 @@ class Tokenizer:
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
             for name, text in files.items():
-                partial = Path(directory, name + ".partial")
-                partial.write_text(text, encoding="utf-8")
-                os.replace(partial, Path(directory, name))
+                with writing(Path(directory, name)) as stream:
+                    stream.write(text)
         except OSError as error:
             raise DataError(f"cannot write the tokenizer to {directory}: {error}") from error
 

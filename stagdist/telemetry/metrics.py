@@ -1,4 +1,4 @@
-"""Where metrics go: JSON lines always, TensorBoard and wandb where they are switched on. Rank 0 only."""
+"""Where metrics go: always JSON lines; TensorBoard and wandb if they are enabled. Rank 0 only."""
 
 import json
 import logging
@@ -9,25 +9,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from stagdist.config.parts import WandbConfig
 from stagdist.errors import ConfigError
-from stagdist.telemetry.wandb_run import WandbRun, WandbTarget
+from stagdist.files import writing
+from stagdist.telemetry.wandb_run import WandbRun
 
 METRICS_FILE = "metrics.jsonl"
 RESERVED_KEYS = ("step", "time", "split")
 
-logger = logging.getLogger(__name__)
+LOG = logging.getLogger(__name__)
 
 
 class MetricsWriter:
     """Writes the metrics of one run folder.
 
     `metrics.jsonl` holds one object per line with `step`, `time` (Unix seconds) and `split` beside the values; a
-    value that is not finite is null, because JSON has no NaN. The file tells one history: what an earlier attempt
-    wrote beyond the step resumed from is dropped before the first line.
+    value that is not finite is null, because JSON has no NaN. The file holds one history: lines that an earlier attempt
+    wrote after the step resumed from are dropped first.
 
     Args:
         folder: run folder.
-        resumed_step: step of the checkpoint the run goes on from; None for a run from the start.
+        resumed_step: step of the checkpoint that the run resumes from; None for a new run.
         tensorboard: write events to `folder/tensorboard`.
         wandb: where to send metrics; None, or `enabled` false, sends nothing.
         name: name of the run in wandb; the folder's name unless given.
@@ -35,7 +37,7 @@ class MetricsWriter:
         clock: Unix seconds.
 
     Raises:
-        ConfigError: the folder cannot be written, or a package that was switched on is missing.
+        ConfigError: the folder cannot be written, or an enabled package is missing.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class MetricsWriter:
         *,
         resumed_step: int | None = None,
         tensorboard: bool = False,
-        wandb: WandbTarget | None = None,
+        wandb: WandbConfig | None = None,
         name: str | None = None,
         config: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.time,
@@ -115,9 +117,9 @@ class MetricsWriter:
 
 
 def keep_history(path: Path, resumed_step: int | None) -> int:
-    """Drop the lines of an earlier attempt beyond `resumed_step` (None: all of them), aside and then renamed.
+    """Drop the lines of an earlier attempt after `resumed_step` (None: all of them).
 
-    A line torn by a kill is dropped too.
+    A line that a kill cut off is dropped too.
 
     Returns:
         Lines dropped.
@@ -133,12 +135,8 @@ def keep_history(path: Path, resumed_step: int | None) -> int:
             else:
                 dropped += 1
     if dropped:
-        aside = path.with_name(path.name + ".partial")
-        with aside.open("w", encoding="utf-8") as file:
+        with writing(path, sync=True) as file:
             file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
     return dropped
 
 
@@ -153,7 +151,7 @@ def last_values(folder: str | Path, split: str) -> dict[str, Any]:
 
 
 def _line_step(line: str) -> int | None:
-    """Step of a whole line, None for a torn one."""
+    """Step of a complete line, None for one that is cut off."""
     if not line.endswith("\n"):
         return None
     try:
@@ -169,7 +167,7 @@ def _open_lines(folder: Path, resumed_step: int | None) -> TextIO:
         dropped = keep_history(path, resumed_step)
         if dropped:
             since = "from the start" if resumed_step is None else f"from step {resumed_step}"
-            logger.info("%s: dropped %d lines of an earlier attempt; the run goes %s", path, dropped, since)
+            LOG.info("%s: dropped %d lines of an earlier attempt; the run continues %s", path, dropped, since)
         return path.open("a", encoding="utf-8")
     except OSError as error:
         raise ConfigError(

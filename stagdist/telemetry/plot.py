@@ -2,10 +2,10 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 from stagdist.errors import DataError
+from stagdist.files import replacing
 
 SMOOTH_FROM_POINTS = 200
 """Training curves with more points than this get a running mean over them."""
@@ -70,6 +70,5 @@ def _draw_train(axes, train: list[tuple[int, float]]) -> None:  # type: ignore[n
 
 def _save(figure, png: Path) -> None:  # type: ignore[no-untyped-def]
     png.parent.mkdir(parents=True, exist_ok=True)
-    aside = png.with_name(png.name + ".partial")
-    figure.savefig(aside, format="png", dpi=120)
-    os.replace(aside, png)
+    with replacing(png) as partial:
+        figure.savefig(partial, format="png", dpi=120)

@@ -1,13 +1,13 @@
 """Timed spans of work: a trace for Perfetto or chrome://tracing, seconds per category, the pipeline bubble."""
 
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stagdist.files import writing
 from stagdist.telemetry.clocks import Clock, HostClock
 
 HOST_WORK = "host work"
@@ -116,20 +116,6 @@ def merge_traces(sources: Sequence[str | Path], target: str | Path) -> None:
     _write_trace_file(Path(target), events, {"dropped_spans": dropped})
 
 
-def seconds_per_step(spans: Iterable[Span]) -> dict[int, dict[str, float]]:
-    """Seconds of each category in each step: `{step: {category: seconds}}`.
-
-    Time covered by several spans of one category (nested ones, or stages of one process) counts once.
-    """
-    intervals: dict[tuple[int, str], list[tuple[int, int]]] = {}
-    for span in spans:
-        intervals.setdefault((span.step, span.category), []).append((span.begin_ns, span.end_ns))
-    seconds: dict[int, dict[str, float]] = {}
-    for (step, category), stretches in sorted(intervals.items()):
-        seconds.setdefault(step, {})[category] = covered_ns(stretches) / 1e9
-    return seconds
-
-
 def bubble_share(compute_s: Sequence[float], phase_s: float) -> float:
     """Share of the pipelined phase in which a stage does not compute, mean over the stages.
 
@@ -169,7 +155,5 @@ def _label(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:
 
 def _write_trace_file(path: Path, events: list[dict[str, Any]], notes: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("w", encoding="utf-8") as file:
+    with writing(path) as file:
         json.dump({"traceEvents": events, "displayTimeUnit": "ms", "otherData": notes}, file)
-    os.replace(aside, path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stagdist.telemetry.spans import HOST_WORK, Span, SpanRecorder, bubble_share, merge_traces, seconds_per_step
+from stagdist.telemetry.spans import HOST_WORK, Span, SpanRecorder, bubble_share, covered_ns, merge_traces
 
 
 class Clock:
@@ -87,17 +87,9 @@ def test_traces_of_ranks_are_merged(tmp_path: Path) -> None:
     assert trace["otherData"]["dropped_spans"] == 2
 
 
-def test_seconds_per_step_count_covered_time_once() -> None:
-    spans = [
-        Span("outer", "compute", 0, 1, 0, 10_000_000_000),
-        Span("nested", "compute", 0, 1, 2_000_000_000, 4_000_000_000),
-        Span("overlapping", "compute", 1, 1, 9_000_000_000, 12_000_000_000),
-        Span("later", "compute", 0, 1, 20_000_000_000, 21_000_000_000),
-        Span("receive", "wait", 0, 1, 0, 500_000_000),
-        Span("forward", "compute", 0, 2, 30_000_000_000, 32_000_000_000),
-    ]
-    assert seconds_per_step(reversed(spans)) == {1: {"compute": 13.0, "wait": 0.5}, 2: {"compute": 2.0}}
-    assert seconds_per_step([]) == {}
+def test_time_covered_by_several_spans_counts_once() -> None:
+    assert covered_ns([(20, 21), (9, 12), (2, 4), (0, 10)]) == 13
+    assert covered_ns([]) == 0
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 4), (2, 8), (4, 8), (4, 1)])

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from stagdist.config.parts import WandbConfig
+from stagdist.errors import ConfigError
 from stagdist.telemetry.metrics import MetricsWriter
-from stagdist.telemetry.wandb_run import choose_mode, claim_run_id, has_key, is_reachable
+from stagdist.telemetry.wandb_run import WandbRun, claim_run_id
 
 FAKE_KEY = "0123456789abcdef" * 2 + "feedc0de"
 
@@ -48,6 +49,7 @@ def _attempt(
 ) -> Attempt:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     clean |= {"HOME": str(folder.parent), "NETRC": str(folder.parent / "no-netrc"), "WANDB_ERROR_REPORTING": "false"}
+    clean |= {"WANDB_INIT_TIMEOUT": "4"}
     command = [sys.executable, "-c", SCRIPT, str(folder), json.dumps(resumed_step), json.dumps(steps)]
     result = subprocess.run(command, env=clean | (environment or {}), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -90,7 +92,7 @@ def _stored_records(stored: bytes) -> Iterator[bytes]:
 def test_without_a_key_the_run_is_offline_and_a_resumed_run_goes_on_with_it(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     first = _attempt(folder, None, [1, 2, 3, 4])
-    assert "wandb: offline, because no key was found" in first.log
+    assert "wandb: offline, because the run could not start online: " in first.log and "API key" in first.log
     assert f"wandb: run {first.run_id} is kept offline; send it with `wandb sync" in first.log
     second = _attempt(folder, 2, [3, 4, 5])
     assert second.run_id == first.run_id
@@ -108,7 +110,7 @@ def test_with_a_key_but_no_network_the_run_is_offline_and_the_key_is_in_no_file(
     attempt = _attempt(
         folder, None, [1], {"WANDB_API_KEY": FAKE_KEY, "WANDB_BASE_URL": f"http://127.0.0.1:{_free_port()}"}
     )
-    assert "wandb: offline, because the server cannot be reached" in attempt.log
+    assert "wandb: offline, because the run could not start online" in attempt.log
     assert FAKE_KEY not in attempt.log
     assert len(_offline_runs(folder)) == 1
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -119,7 +121,7 @@ def test_with_a_key_but_no_network_the_run_is_offline_and_the_key_is_in_no_file(
 def test_a_server_that_refuses_the_key_does_not_cost_the_run(tmp_path: Path) -> None:
     with _RefusingServer() as address:
         attempt = _attempt(tmp_path / "run", None, [1], {"WANDB_API_KEY": FAKE_KEY, "WANDB_BASE_URL": address})
-    assert "wandb: offline, because the server did not accept the run" in attempt.log
+    assert "wandb: offline, because the run could not start online" in attempt.log
     assert len(_offline_runs(tmp_path / "run")) == 1
 
 
@@ -135,46 +137,20 @@ def test_wandb_switched_off_leaves_no_trace(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("requested", ["offline", "disabled", "dryrun", "shared"])
-def test_an_explicit_mode_is_taken_as_it_is(requested: str) -> None:
-    asked = lambda: pytest.fail("asked the server")  # noqa: E731
-    assert choose_mode(requested, has_key=False, reachable=asked) == (requested, None)
+def test_a_run_that_cannot_start_at_all_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
 
+    modes: list[Any] = []
 
-def test_online_needs_a_key_and_a_server() -> None:
-    assert choose_mode("online", has_key=True, reachable=lambda: True) == ("online", None)
-    mode, reason = choose_mode("online", has_key=False, reachable=lambda: pytest.fail("asked the server"))
-    assert mode == "offline" and reason is not None and "wandb login" in reason
-    assert choose_mode("online", has_key=True, reachable=lambda: False)[0] == "offline"
+    def refuse(**arguments: Any) -> None:
+        modes.append(arguments.get("mode"))
+        raise wandb.errors.UsageError("no room for the run")
 
-
-def test_a_key_is_found_where_wandb_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert not has_key("https://wandb.example", None, None)
-    (tmp_path / "netrc").write_text("machine wandb.example\n  login user\n  password secret\n")
-    assert has_key("https://wandb.example", None, None)
-    assert not has_key("https://other.example", None, None)
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
-    assert has_key("https://api.wandb.ai", None, None) and not has_key("https://wandb.example", None, None)
-    (tmp_path / "netrc").write_text("machine machine machine")
-    assert not has_key("https://wandb.example", None, None)
-    assert has_key("https://wandb.example", "key", None) and has_key("https://wandb.example", None, "token-file")
-    monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
-    assert has_key("https://wandb.example", None, None)
-
-
-def test_any_answer_counts_as_reachable() -> None:
-    with _RefusingServer() as address:
-        assert is_reachable(address, 5.0)
-    assert not is_reachable(f"http://127.0.0.1:{_free_port()}", 5.0)
-
-
-def test_a_silent_server_is_given_up_in_time() -> None:
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        assert not is_reachable(f"http://127.0.0.1:{silent.getsockname()[1]}", 0.2)
+    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setattr(wandb, "teardown", lambda: None)
+    with pytest.raises(ConfigError, match="wandb cannot start: no room for the run; set logging.wandb.enabled: false"):
+        WandbRun(tmp_path, WandbConfig(enabled=True), name="run", config={}, resumed=False)
+    assert modes == [None, "offline"], "online first, then offline"
 
 
 def test_the_run_id_is_kept_for_resumed_runs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
