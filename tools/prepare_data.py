@@ -23,7 +23,8 @@ examples:
 
 Each document becomes one item that ends with the end-of-document token; documents are shuffled. The format is that of
 Megatron-LM and GPT-NeoX. Whatever the number of workers and ranks, the files are the same byte for byte. They are
-written aside and renamed at the end: where PREFIX.idx exists, the corpus is whole. While it runs the disk holds the
+written under temporary names and renamed at the end: if PREFIX.idx exists, the corpus is complete. While it runs, the
+disk holds the
 tokens twice; memory grows by 28 bytes per document. Then name PREFIX in the configuration (data.corpora).
 """
 

@@ -1,4 +1,4 @@
-"""From text to a trained StagFormer in minutes, by the commands a person would type; `make quickstart` runs it."""
+"""From text to a trained StagFormer in minutes, through the commands of a user. `make quickstart` runs it."""
 
 import argparse
 import json
@@ -83,7 +83,7 @@ def split(texts: list[str]) -> Iterator[tuple[str, list[str]]]:
     sizes = [len(text.encode()) for text in texts]
     total = sum(sizes)
     share = min(HELD_OUT_BYTES, total // 10)
-    # Long documents go to the end, which is training text: one of them must not be the whole of the held-out text.
+    # Long documents go to the end, which is training text: one of them must not be all of the held-out text.
     texts = [text for _, text in sorted(zip(sizes, texts, strict=True), key=lambda pair: pair[0] > share // 8)]
     position = 0
     for name, wanted in (("heldout", share), ("validation", share), ("train", TEXT_BYTES)):
@@ -111,12 +111,12 @@ def run(*command: str, output: Path | None = None) -> None:
         StagdistError: it failed; its own output says why.
     """
     print(f"\n$ {shlex.join(command)}{f' > {output}' if output else ''}", flush=True)
-    # DeepSpeed tells on standard output that it found no GPU, unless it is told so before.
+    # DeepSpeed prints to standard output that it found no GPU, unless DS_ACCELERATOR is set.
     accelerator = {} if enough_devices() else {"DS_ACCELERATOR": "cpu"}
     with output.open("wb") if output else nullcontext() as stream:
         code = subprocess.run(command, stdout=stream, env=os.environ | accelerator).returncode
     if code:
-        raise StagdistError(f"{command[0]} ended with code {code}; its message stands above")
+        raise StagdistError(f"{command[0]} ended with code {code}; see its message above")
 
 
 def enough_devices() -> bool:
@@ -192,7 +192,7 @@ def judge() -> dict[str, Any]:
 
 
 def sample() -> str:
-    """The beginning of the held-out text, and how the model goes on: both sections at work on every token."""
+    """The beginning of the held-out text, continued by the model with both sections working on every token."""
     from stagdist.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(RUN / "model"))
@@ -208,7 +208,7 @@ def sample() -> str:
 
 
 def report(summary: dict[str, Any]) -> None:
-    """What a person should take home."""
+    """The final report."""
     model, byte, token = (summary[f"{key}bits_per_byte"] for key in ("heldout_", "bigram_", "token_bigram_"))
     print(f"\n--- a sample, after its first {PROMPT_TOKENS} tokens ---\n{summary['sample']}\n---")
     print("\nbits per byte of held-out text (lower is better)")
@@ -228,7 +228,7 @@ def report(summary: dict[str, Any]) -> None:
 
 
 def quickstart(arguments: argparse.Namespace) -> None:
-    """Everything, in order."""
+    """Run all steps."""
     started = time.monotonic()
     setup_logging(0, None)
     config = load_config(CONFIG, arguments.set)
@@ -250,7 +250,7 @@ def quickstart(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Exit code: 0, or 2 after one line that says what to mend."""
+    """Exit code: 0, or 2 after one line about a user error."""
     arguments = parse()
     if Path.cwd() != ROOT:
         print(f"error: run it from the repository's top folder, {ROOT}", file=sys.stderr)

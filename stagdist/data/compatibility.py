@@ -50,7 +50,7 @@ def plan_splits(data: DataConfig) -> tuple[SplitPlan | None, ...]:
 
 
 def training_identity(data: DataConfig, tokenizer: Tokenizer) -> str:
-    """Short hash of what the training samples are made of: corpora, in order, and tokenizer, whatever their paths."""
+    """Short hash of the training samples: the sequence of corpora and the tokenizer, not their paths."""
     plan = plan_splits(data)[0]
     corpora = () if plan is None else plan.corpora
     parts = [open_index(canonical_prefix(corpus.prefix)).identity() for corpus in corpora]
@@ -121,7 +121,7 @@ def _check_tokens(index: CorpusIndex, data: DataConfig, tokenizer: Tokenizer, vo
     description = read_description(index.prefix)
     if description is not None and description.tokens != index.tokens:
         raise DataError(
-            f"{index.prefix}.json tells of {description.tokens} tokens but the index of {index.tokens}: they do not "
+            f"{index.prefix}.json says {description.tokens} tokens but the index {index.tokens}: they do not "
             "belong together; prepare the corpus again, or delete the .json if another program made the corpus"
         )
     if description is not None and description.tokenizer_fingerprint != tokenizer.fingerprint:
@@ -145,13 +145,11 @@ def _check_length(index: CorpusIndex, name: str, plan: SplitPlan, sequence_lengt
     tokens = index.split_tokens(plan.share)
     if tokens > sequence_length:
         return
-    whole = plan.share == (0.0, 1.0)
-    part = f"corpus {index.prefix}" if whole else f"the {name} split of corpus {index.prefix}"
+    complete = plan.share == (0.0, 1.0)
+    part = f"corpus {index.prefix}" if complete else f"the {name} split of corpus {index.prefix}"
     remedy = "use more text or a shorter data.sequence_length"
-    if not whole:
-        remedy += (
-            f", or give {name} a larger part of data.split (whole documents are cut off, it has {index.documents})"
-        )
+    if not complete:
+        remedy += f", or give {name} a larger part of data.split (documents are not divided, it has {index.documents})"
     raise DataError(
         f"{part} is shorter than one sequence: {tokens} tokens, {sequence_length + 1} are needed "
         f"(data.sequence_length {sequence_length} and the last label); {remedy}"

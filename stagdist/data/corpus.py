@@ -3,7 +3,7 @@
 This is the only module that meets megatron-core's data sets, and it works round what they do not say:
 an empty split makes them count epochs for ever, weights with a single corpus or an unset size are refused, cached
 index maps are found by the spelling of a path and not by the content of the corpus, and a run that is killed while
-it writes them leaves maps that look whole.
+it writes them leaves maps that look complete.
 """
 
 import logging
@@ -69,7 +69,7 @@ def build_splits(
 
     Where torch.distributed is initialised every rank must call this: rank 0 writes index maps into the cache while
     the others wait, so the cache must be on a file system that all ranks share. The order of the samples depends on
-    `num_samples`: it must stay the same for a whole run.
+    `num_samples`: it must stay the same during a run.
 
     Args:
         sequence_length: tokens of a sequence.
@@ -103,7 +103,7 @@ def build_splits(
         **_blend_arguments(data, wanted),
     )
     if config.split_matrix is not None:
-        # a split that nobody wants must not be built: with few documents it may be empty
+        # an unused split must not be built: with few documents it may be empty
         config.split_matrix = [edges if keep else None for edges, keep in zip(config.split_matrix, wanted, strict=True)]
     with _process_group(), _locked_cache(directory):
         built = BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), lambda: True, config).build()

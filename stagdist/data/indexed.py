@@ -117,7 +117,7 @@ class CorpusIndex:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole corpus."""
+        """Tokens of the corpus."""
         return int(self.lengths.sum(dtype=np.int64))
 
     def split_tokens(self, share: tuple[float, float]) -> int:
@@ -148,7 +148,7 @@ class CorpusIndex:
 
 
 def open_index(prefix: str) -> CorpusIndex:
-    """Open a corpus's index and see that both files are whole.
+    """Open a corpus's index and check that both files are complete.
 
     Raises:
         DataError: the corpus is missing, unfinished, damaged or empty.

@@ -1,7 +1,7 @@
 """Micro-batches of a run, addressed by the number of samples consumed.
 
 The position in the data is one integer, `consumed_samples`, that does not depend on how many data-parallel ranks
-there are: any number of ranks sees the same samples in every global batch, and a run goes on anywhere.
+there are: any number of ranks sees the same samples in every global batch, so a run resumes on any grid.
 """
 
 import time

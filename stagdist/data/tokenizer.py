@@ -1,4 +1,4 @@
-"""Tokenizers: loading, training, and how many bytes of text each token stands for.
+"""Tokenizers: loading, training, and how many bytes of text each token represents.
 
 Every tokenizer is a `tokenizer.json` of the `tokenizers` library, bytes included (byte-level, no merges), so that an
 exported model directory carries one that `transformers` loads. Text is always encoded as text: a document in which
@@ -112,7 +112,7 @@ class Tokenizer:
         return str(self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for; 0 for special tokens and unused ids.
+        """UTF-8 bytes that each token represents; 0 for special tokens and unused ids.
 
         For byte-level tokenizers the sum over an encoded text is exactly the length of its UTF-8 (of its normalised
         form, where the tokenizer normalises). For SentencePiece-like ones the blank that many put before a text
@@ -190,7 +190,7 @@ def _sentencepiece_bytes(token: str) -> int:
 
 
 def byte_alphabet() -> list[str]:
-    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table)."""
+    """The printable character that represents each byte in byte-level vocabularies (GPT-2's table)."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), 256)]
     table = {byte: chr(byte) for byte in plain}
     rest = (byte for byte in range(256) if byte not in table)

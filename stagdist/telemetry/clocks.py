@@ -1,4 +1,4 @@
-"""Clocks for spans: the host's, and one that times the work of a GPU without waiting for it."""
+"""Clocks for spans: one for the host, and one for the work of a GPU that does not wait for it."""
 
 import time
 from collections import deque

@@ -1,4 +1,4 @@
-"""What the device could do at best, and how much memory this process holds."""
+"""Peak performance of a device, and memory that this process holds."""
 
 import re
 import sys
@@ -54,7 +54,7 @@ def peak_flops(device_name: str | None, dtype: Precision) -> float | None:
     (MIG), whose share the name does not give.
 
     Args:
-        device_name: as `torch.cuda.get_device_name()` tells it; None stands for a CPU.
+        device_name: as `torch.cuda.get_device_name()` returns it; None for a CPU.
         dtype: precision of the matrix products.
     """
     if dtype not in ("bf16", "fp16", "fp32"):

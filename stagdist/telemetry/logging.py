@@ -1,4 +1,4 @@
-"""Where log lines go: rank 0 to the console in short form, every rank to its own file, frameworks kept quiet.
+"""Logging: rank 0 writes short lines to the console, every rank writes to its own file, frameworks are quiet.
 
 Nothing of level WARNING or above is lost: on ranks other than 0 the console shows our own warnings and everybody's
 errors, and the file of the rank holds the rest.
@@ -63,7 +63,7 @@ def log_path(folder: str | Path, rank: int) -> Path:
 
 
 class _ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Short lines for a person; keeps an active progress bar whole."""
+    """Short lines on the console that do not break an active progress bar."""
 
     def __init__(self, rank: int, stream: TextIO | None) -> None:
         super().__init__(stream or sys.stderr)

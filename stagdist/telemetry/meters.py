@@ -29,7 +29,7 @@ class ThroughputMeter:
     `start` once before the first step, `record` after every step, `paused` around what is not training.
 
     Args:
-        flops_per_token: model FLOP of forward and backward pass per token of the whole model (no recomputation).
+        flops_per_token: model FLOP of forward and backward pass per token of the model (no recomputation).
         tokens_per_step: tokens of one optimizer step over all replicas.
         num_devices: devices (or processes on CPUs) that share the work.
         peak_flops: peak FLOP/s of one device, None where it is not known.

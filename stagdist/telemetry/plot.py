@@ -38,7 +38,7 @@ def plot_loss(metrics_jsonl: str | Path, png: str | Path, title: str) -> None:
 
 
 def read_losses(metrics_jsonl: str | Path, split: str) -> list[tuple[int, float]]:
-    """Steps and losses of one split, in order; steps whose loss was not finite are left out."""
+    """Steps and losses of one split; steps whose loss was not finite are left out."""
     losses = []
     with open(metrics_jsonl, encoding="utf-8") as lines:
         for line in lines:

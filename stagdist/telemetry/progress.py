@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar on a terminal, otherwise a plain line from time to time."""
+"""Progress of a training run: a bar on a terminal, otherwise a line at intervals."""
 
 import sys
 import time
@@ -26,7 +26,7 @@ class StepReport:
 
 
 class Progress:
-    """Shows the reports of rank 0; other ranks make it with `enabled=False` and it stays silent.
+    """Shows the reports of rank 0. Other ranks pass `enabled=False`, and nothing is shown.
 
     Args:
         total_steps: last step of the run.
@@ -131,7 +131,6 @@ def with_unit(number: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as `1:02:03`, with days in front where there are any."""
-    whole = round(seconds)
-    days, rest = divmod(whole, 86400)
+    days, rest = divmod(round(seconds), 86400)
     clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
     return f"{days}d {clock}" if days else clock

@@ -1,7 +1,7 @@
 """Signs of life of one rank: the step and the phase it is in, in a small file that a watcher on the host reads.
 
-Writing costs about a microsecond and never fails for want of a reader. A rank that is killed or frozen leaves the
-last sign as it was; how old it is tells the watcher more than any message could.
+Writing takes about a microsecond and needs no reader. A rank that is killed or frozen leaves the
+last sign; its age shows the watcher that the rank hangs.
 """
 
 import faulthandler
@@ -78,7 +78,7 @@ class Pulse:
     """Gives signs of life.
 
     Args:
-        path: file for them; None: nobody watches.
+        path: file for them; None: there is no watcher.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -139,7 +139,7 @@ class PulseReader:
         path.write_bytes(_FORM.pack(*self._latest))
 
     def read(self) -> Sign:
-        """The latest whole sign of life."""
+        """The latest complete sign of life."""
         values = _FORM.unpack(self._path.read_bytes())
         if values[0] == values[-1]:  # else it is being written right now
             self._latest = values

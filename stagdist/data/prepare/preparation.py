@@ -1,6 +1,6 @@
-"""Prepare a corpus: tokenise input, shuffle its documents, write the indexed format.
+"""Prepare a corpus: tokenize input, shuffle its documents, write the indexed format.
 
-In two passes, with memory that grows by 28 bytes per document only. First each rank tokenises its run of the pieces,
+In two passes, with memory that grows by 28 bytes per document only. First each rank tokenizes its run of the pieces,
 in order, into a temporary part file. Then one permutation of all documents, made from the seed alone, is drawn, and
 each rank copies its share of the shuffled corpus out of the (memory-mapped) parts. The result is the same, byte for
 byte, for every number of ranks and workers. While it runs the disk holds the tokens twice.
@@ -40,7 +40,7 @@ class Prepared:
 
 @dataclass
 class _Part:
-    """What one rank tokenised: the books of its part file."""
+    """What one rank tokenized: the counters of its part file."""
 
     lengths: np.ndarray
     text_bytes: int = 0
@@ -67,7 +67,7 @@ def prepare(
     Args:
         inputs: files, directories, globs, `hub:NAME` or `owner/name`.
         seed: of the order of documents; None keeps the order of the input.
-        workers: tokenising processes on each rank.
+        workers: tokenizing processes on each rank.
         ranks: the ranks of `mpirun`; every one of them calls this.
 
     Raises:
@@ -82,7 +82,7 @@ def prepare(
     dtype = token_dtype(tokenizer.vocab_size)
     with _partial_files(prefix, ranks):
         share = _share(pieces, ranks)
-        part = _tokenise(share, prefix, options, tokenizer, dtype, workers=workers, progress=progress, ranks=ranks)
+        part = _tokenize(share, prefix, options, tokenizer, dtype, workers=workers, progress=progress, ranks=ranks)
         parts: list[_Part] = ranks.gather(part)
         description = _describe(parts, tokenizer, tokenizer_source, inputs, seed, dtype)
         _write_shuffled(prefix, parts, dtype, seed, ranks)
@@ -139,7 +139,7 @@ def _partial_files(prefix: str, ranks: Ranks) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"cannot prepare {prefix}: {error}; mend that and start again, nothing was left behind"
+            f"cannot prepare {prefix}: {error}; correct that and start again; nothing was left behind"
         ) from error
     finally:
         # a failing rank clears for all: the others may never get here
@@ -147,7 +147,7 @@ def _partial_files(prefix: str, ranks: Ranks) -> Iterator[None]:
             clear()
 
 
-def _tokenise(
+def _tokenize(
     pieces: list[Piece],
     prefix: str,
     options: ReadOptions,
@@ -161,7 +161,7 @@ def _tokenise(
     """First pass: this rank's pieces into its part file."""
     lengths, part = [np.zeros(0, np.int32)], _Part(np.zeros(0, np.int32))
     total = sum(piece.size for piece in pieces)
-    with _part_path(prefix, ranks.rank).open("wb") as stream, _bar(total, "tokenising", progress, ranks) as advance:
+    with _part_path(prefix, ranks.rank).open("wb") as stream, _bar(total, "tokenizing", progress, ranks) as advance:
         for batch in encode_pieces(pieces, options, tokenizer, dtype, workers=workers):
             stream.write(batch.tokens.data)
             lengths.append(batch.lengths)
@@ -191,7 +191,7 @@ def _bar(total: int, action: str, progress: bool, ranks: Ranks) -> Iterator[Call
 
 
 def _order(documents: int, seed: int | None) -> np.ndarray:
-    """Input number of each output document; RandomState is frozen, so a seed means the same for ever."""
+    """Input number of each output document; RandomState is frozen, so the order for a seed never changes."""
     if seed is None:
         return np.arange(documents)
     return np.random.RandomState(seed).permutation(documents)
