@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,13 @@ from benchmarks.decoding.contestants import DROPPED_STEPS, Load
 from benchmarks.decoding.measurement import SEQUENTIAL, Measurement, Settings
 from benchmarks.decoding.shapes import baseline, changed, default_splits, parse_split
 from benchmarks.decoding.site import DecodeSite
-from benchmarks.decoding.spans import Instrumented, PhaseClock, instrument, phases, with_phases, write_traces
+from benchmarks.decoding.spans import Instrumented, instrument, phases, with_phases, write_traces
 from benchmarks.decoding.sweeps import DEFAULT_AXES, Sweeps, check_axes, describe, parse_axis
 from benchmarks.decoding.table import table
 from benchmarks.decoding.timeline import Panel, draw_timeline
 from stagdist.config.loading import load_config
 from stagdist.config.parts import ModelConfig
-from stagdist.decode.runtime.build import EngineOptions, joined_world, place_model
+from stagdist.decode.runtime.build import EngineOptions, joined_world, plan_decoding
 from stagdist.decode.topology import HEAD_LAYOUTS
 from stagdist.errors import ConfigError
 from stagdist.parallel.device import choose_device
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device, int(os.environ.get("LOCAL_RANK", "0")))
     torch.set_num_threads(arguments.threads)
     options = settings.options_for(settings.load, settings.heads[0])
-    start = place_model(settings.staggered(settings.splits[0]), options, processes)
+    start = plan_decoding(settings.staggered(settings.splits[0]), options, processes)
     with joined_world(start, device) as transport:
         site = DecodeSite(transport, device, arguments.threads, arguments.timeout)
         results = measure(site, settings, axes, trace=arguments.trace, timeline=arguments.timeline)
@@ -198,11 +199,9 @@ def _look_into(measurement: Measurement) -> tuple[dict[str, Instrumented], dict[
     }
     found, breakdown = {}, {}
     for name, (model, layout) in models.items():
-        clock = PhaseClock(site.clock())
-        whole = measurement.engine(model, settings.load, layout)
-        found[name] = instrument(site, whole, settings.load, RECORDED_RUNS)
-        parted = measurement.engine(model, settings.load, layout, lap=clock.lap)  # runs eagerly
-        inside = phases(site, parted, clock, settings.load, RECORDED_RUNS)
+        build = partial(measurement.engine, model, settings.load, layout)
+        found[name] = instrument(site, build, settings.load, RECORDED_RUNS)
+        inside = phases(site, build, settings.load, RECORDED_RUNS)
         breakdown[name] = with_phases(found[name].breakdown, inside)
     return found, breakdown
 
@@ -240,7 +239,7 @@ def _check_places(settings: Settings, axes: dict[str, Any], processes: int) -> N
             " give fewer tokens, or 0 for none"
         )
     for split in settings.splits:
-        place_model(settings.staggered(split), settings.options_for(settings.load), processes)
+        plan_decoding(settings.staggered(split), settings.options_for(settings.load), processes)
 
 
 if __name__ == "__main__":

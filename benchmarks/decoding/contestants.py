@@ -17,11 +17,12 @@ from stagdist.decode.layers.runner import Lap
 from stagdist.decode.layers.weights import random_reader
 from stagdist.decode.operations import operate
 from stagdist.decode.request import Request, SamplingParams
-from stagdist.decode.runtime.build import EngineOptions, build_stage, place_model
+from stagdist.decode.runtime.build import EngineOptions, build_stage, plan_decoding
 from stagdist.decode.runtime.slots import Control, Operation
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.sampler import Choice
-from stagdist.parallel.device import synchronize
+from stagdist.parallel.device import on_cuda, synchronize
+from stagdist.telemetry.spans import SpanRecorder
 
 Name = TypeVar("Name", bound=Hashable)
 SEED = 20250
@@ -90,20 +91,25 @@ class EngineContestant:
     Args:
         options: grid, head layout, slots.
         delay_s: artificial delay of hand-offs.
+        recorder: gets the spans of all runs.
         lap: called at the end of each phase. Steps then run eagerly, because a graph calls it only at its capture.
     """
 
     def __init__(
         self, site: DecodeSite, model: ModelConfig, options: EngineOptions, *, delay_s: float = 0.0,
-        lap: Lap | None = None,
+        recorder: SpanRecorder | None = None, lap: Lap | None = None,
     ):  # fmt: skip
         self._before, self.grown_bytes = site.held_bytes(), 0
         if lap is not None:
             options = replace(options, graphs=False)
+        elif recorder is not None and site.size == 1 and on_cuda(site.device):
+            options = replace(options, graphs=True)  # as without a recorder
         self.site, self.model, self.options = site, model, options
-        self.placement = place_model(model, options, site.size)
+        self.plan = plan_decoding(model, options, site.size)
         self.transport = site.transport(options.tensor_parallel_size, delay_s, combined=model.combine_sections)
-        self.stage = build_stage(self.placement, random_reader(SEED, site.device), site.device, self.transport, lap=lap)
+        self.stage = build_stage(
+            self.plan, random_reader(SEED, site.device), site.device, self.transport, recorder=recorder, lap=lap
+        )
 
     def __call__(self, load: Load) -> Served:
         """Serve one batch of requests from prompt to end."""
@@ -194,30 +200,34 @@ class PrefillContestant:
     def __init__(
         self, site: DecodeSite, model: ModelConfig, options: EngineOptions, prompt_length: int, *, alone: bool
     ):
-        self._site, self._prompt_length, self._vocab_size = site, prompt_length, model.vocab_size
-        self.chunk_size = options.chunk_size
-        options = replace(options, max_context=prompt_length + 1, graphs=False)  # no steps
+        self._site, self._alone, self._prompt_length, self._vocab_size = site, alone, prompt_length, model.vocab_size
+        self._model, self._options = model, replace(options, max_context=prompt_length + 1, graphs=False)  # no steps
         self._transport = None if alone else site.transport(combined=model.combine_sections)
-        self._stage = None
-        if not alone or site.rank == 0:
-            placement = place_model(model, options, 1 if alone else site.size)
-            self._stage = build_stage(placement, random_reader(SEED, site.device), site.device, self._transport)
+        self._build(options.chunk_size)
 
-    def __call__(self, chunk_size: int | None = None) -> float:
+    def _build(self, chunk_size: int) -> None:
+        self.chunk_size, self._stage = chunk_size, None
+        if not self._alone or self._site.rank == 0:
+            options = replace(self._options, chunk_size=chunk_size)
+            plan = plan_decoding(self._model, options, 1 if self._alone else self._site.size)
+            reader = random_reader(SEED, self._site.device)
+            self._stage = build_stage(plan, reader, self._site.device, self._transport)
+
+    def __call__(self) -> float:
         """Seconds to the first token; 0 on the other ranks."""
         self._site.barrier()
-        seconds = 0.0
-        if self._stage is not None:
-            self._stage.limits = replace(self._stage.limits, chunk_size=chunk_size or self.chunk_size)
-            seconds = self._serve(self._stage)
+        seconds = 0.0 if self._stage is None else self._serve(self._stage)
         self._site.barrier()
         return seconds
 
     def choose_chunk(self, sizes: tuple[int, ...], repeats: int = 2) -> dict[int, float]:
         """Use the fastest size from now on; seconds of each."""
-        readings = self._site.from_first({size: min(self(size) for _ in range(repeats)) for size in sizes})
-        self.chunk_size = min(readings, key=lambda size: readings[size])
-        return dict(readings)
+        readings = {}
+        for size in sizes:
+            self._build(size)
+            readings[size] = self._site.from_first(min(self() for _ in range(repeats)))
+        self._build(min(readings, key=lambda size: readings[size]))
+        return readings
 
     def _serve(self, stage: Stage) -> float:
         if self._site.rank:

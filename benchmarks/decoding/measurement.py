@@ -22,7 +22,7 @@ from benchmarks.decoding.plain_step import rank_edges
 from benchmarks.decoding.shapes import Split, baseline, changed, split_name
 from benchmarks.decoding.site import DecodeSite
 from stagdist.config.parts import ModelConfig
-from stagdist.decode.runtime.build import EngineOptions, place_model
+from stagdist.decode.runtime.build import EngineOptions, plan_decoding
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.topology import HeadLayout
 from stagdist.errors import ConfigError, StagdistError
@@ -203,7 +203,7 @@ class Measurement:
 
     def row(self, name: str, engine: EngineContestant, served: list[Served], load: Load) -> dict[str, Any]:
         """Results of an engine, with its bytes and bounds. All ranks call it."""
-        stage, topology = engine.stage, engine.placement.topology
+        stage, topology = engine.stage, engine.plan.topology
         mine = {
             "weights_bytes": sum(tensor.nbytes for tensor in stage.weights.tensors()),
             "kv_bytes": stage.kv_bytes,
@@ -251,7 +251,7 @@ class Measurement:
         if self.site.size == 1:
             return False
         try:
-            place_model(model, self.settings.options_for(load, tensor=self.site.size), self.site.size)
+            plan_decoding(model, self.settings.options_for(load, tensor=self.site.size), self.site.size)
         except ConfigError as error:
             self.left_out["sequential tensor parallel"] = str(error)
             return False

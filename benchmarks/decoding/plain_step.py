@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from stagdist.config.parts import ModelConfig
-from stagdist.decode.layers.rows import Angles
+from stagdist.decode.layers.cells import Angles
 from stagdist.decode.layers.weights import Device, LayerWeights, SectionWeights
 from stagdist.decode.runtime.stage import Stage
 from stagdist.parallel.device import on_cuda

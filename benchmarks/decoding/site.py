@@ -34,6 +34,7 @@ class DecodeSite:
     def __init__(self, transport: Transport | None, device: str, threads: int, timeout_s: float):
         self.device, self.threads, self._timeout_s, self._host = device, threads, timeout_s, None
         self.rank, self.size = (0, 1) if transport is None else (transport.rank, transport.grid.world_size)
+        self.stage = 0 if transport is None else transport.stage
         self._transports = {} if transport is None else {(1, 0.0, transport.combined): transport}
         if transport is not None:
             self._host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))

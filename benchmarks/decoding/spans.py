@@ -3,7 +3,7 @@
 import itertools
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,37 +151,51 @@ class Instrumented:
         return [hand_off_slack_s(above, below, self.lag) for above, below in itertools.pairwise(self.stretches)]
 
 
-def instrument(site: DecodeSite, engine: EngineContestant, load: Load, repeats: int) -> Instrumented:
-    """Record several runs and keep the one whose step took the median time. All ranks call it."""
-    stage, topology = engine.stage, engine.placement.topology
-    recorders = []
+def instrument(site: DecodeSite, build: Callable[..., EngineContestant], load: Load, repeats: int) -> Instrumented:
+    """Record several runs and keep the one whose step took the median time. All ranks call it.
+
+    Args:
+        build: makes the contestant with a recorder.
+    """
+    recorder = SpanRecorder(rank=site.rank, stage=site.stage, clock=site.clock())
+    engine = build(recorder=recorder)
+    stage, topology = engine.stage, engine.plan.topology
+    runs = []
     for _ in range(repeats):
-        recorders.append(SpanRecorder(rank=site.rank, stage=stage.index, clock=site.clock()))
-        stage.recorder = recorders[-1]
+        recorder.clear()
         engine(load)
-    stage.recorder = None
-    times = [counted_steps(recorder.spans).step_s for recorder in recorders]
-    chosen = recorders[site.from_first(times.index(statistics.median_low(times)))]
-    stretches = site.gather(counted_steps(chosen.spans))
+        runs.append((counted_steps(recorder.spans), _trace_text(recorder)))
+    times = [stretch.step_s for stretch, _ in runs]
+    stretch, trace = runs[site.from_first(times.index(statistics.median_low(times)))]
+    stretches = site.gather(stretch)
     breakdown = [milliseconds_per_step(stretch) for stretch in stretches]
     # Choosing a token from a sharded head is mostly waiting for other ranks.
     own = ("compute", "head") if topology.head == "sharded" else ("compute", "head", "sampling")
     share = max(sum(each[name] for name in own) / each["step"] for each in breakdown)
     layers = sum(engine.model.section_layers[section] for section in topology.sections(stage.index))
+    return Instrumented(stretches, breakdown, share, site.gather(trace), tuple(site.gather(layers)), topology.lag)
+
+
+def _trace_text(recorder: SpanRecorder) -> str:
     with tempfile.TemporaryDirectory(prefix="stagdist-trace-") as folder:
         path = Path(folder) / "trace.json"
-        chosen.write_trace(path)
-        traces = site.gather(path.read_text(encoding="utf-8"))
-    return Instrumented(stretches, breakdown, share, traces, tuple(site.gather(layers)), topology.lag)
+        recorder.write_trace(path)
+        return path.read_text(encoding="utf-8")
 
 
 def phases(
-    site: DecodeSite, engine: EngineContestant, clock: PhaseClock, load: Load, repeats: int
+    site: DecodeSite, build: Callable[..., EngineContestant], load: Load, repeats: int
 ) -> list[dict[str, float]]:
-    """Milliseconds per step of the phases inside sections, of each rank; medians of runs with `clock.lap`."""
-    readings = []
+    """Milliseconds per step of the phases inside sections, of each rank; medians of several runs.
+
+    Args:
+        build: makes the contestant with a recorder and a `lap`.
+    """
+    clock = PhaseClock(site.clock())
+    recorder = SpanRecorder(rank=site.rank, clock=clock)
+    engine, readings = build(recorder=recorder, lap=clock.lap), []
     for _ in range(repeats):
-        engine.stage.recorder = recorder = SpanRecorder(rank=site.rank, clock=clock)
+        recorder.clear()
         clock.clear()
         engine(load)
         stretch = counted_steps(recorder.spans)

@@ -131,7 +131,12 @@ class Sweeps:
             delay_ms: (self._measurement.engine(model, load, self._head, delay_s=delay_ms / 1e3), load)
             for delay_ms in delays_ms
         }
-        recorded = instrument(site, engines[0.0][0], load, SLACK_RUNS)
+        recorded = instrument(
+            site,
+            lambda recorder: self._measurement.engine(model, load, self._head, recorder=recorder),
+            load,
+            SLACK_RUNS,
+        )
         slacks_s = recorded.slacks_s()
         readings = self._alternate(engines)
         if site.rank:

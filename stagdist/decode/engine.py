@@ -146,12 +146,8 @@ class Engine:
             TransportError: a rank is gone.
         """
         self._sink = sink
-        self._stage.host_work = self._tell_all
-        try:
-            operate(self._stage, self._transport, self)
-        finally:
-            self._stage.host_work = lambda: None  # a reference cycle would keep the stage's memory
-        self._tell_all()
+        operate(self._stage, self._transport, self)
+        self.host_work()
         with self._served_lock:
             self._ended = True
         self._take_inbox()
@@ -219,11 +215,11 @@ class Engine:
                     self.smallest_margin = min(self.smallest_margin, margins[row])
                 self._take_token(running, tokens[row], None if logprobs is None else logprobs[row], now)
         if admitted or self._stage.topology.num_stages == 1:
-            self._tell_all()
+            self.host_work()
 
     def rest(self) -> None:
         """Wait for work, at most until the others must hear from us."""
-        self._tell_all()
+        self.host_work()
         self._wake.wait(self._heartbeat_s)
         self._wake.clear()
 
@@ -289,7 +285,8 @@ class Engine:
         if running not in self._untold:
             self._untold.append(running)
 
-    def _tell_all(self) -> None:
+    def host_work(self) -> None:
+        """Give out what is new, while later stages compute."""
         untold, self._untold = self._untold, []
         for running in untold:
             self._tell(running)

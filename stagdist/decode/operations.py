@@ -32,8 +32,11 @@ class Owner(Protocol):
     def took(self, control: Control, choice: Choice) -> None:
         """Take the tokens of an operation."""
 
+    def host_work(self) -> None:
+        """Handle text and requests while later stages compute."""
+
     def rest(self) -> None:
-        """Nothing to do: return when there may be, or when the others must hear from us."""
+        """Nothing to do: return when there may be, or when the other ranks need a sign of life."""
 
 
 class _Line:
@@ -103,6 +106,7 @@ def operate(stage: Stage, transport: Transport | None, owner: Owner | None) -> N
 
 
 def _operate(line: _Line, stage: Stage, owner: Owner | None) -> None:
+    host_work = None if owner is None else owner.host_work
     line.post()
     while True:
         stage.pulse.beat(Phase.RECEIVE)
@@ -118,8 +122,8 @@ def _operate(line: _Line, stage: Stage, owner: Owner | None) -> None:
             continue
         line.post()
         if control.operation is Operation.ADMIT:
-            choice = stage.prefill(control.slot, *line.admission(control))
+            choice = stage.prefill(control.slot, *line.admission(control), host_work)
         else:
-            choice = stage.step()
+            choice = stage.step(host_work)
         if owner is not None:
             owner.took(control, choice)

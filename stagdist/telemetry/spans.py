@@ -78,6 +78,11 @@ class SpanRecorder:
             where = self._stage if stage is None else stage
             self._marked.append(Span(name, category, where, step, begin, clock.mark()))
 
+    def clear(self) -> None:
+        """Drop all spans."""
+        self._marked.clear()
+        self.dropped = 0
+
     def write_trace(self, path: str | Path) -> None:
         """Write the spans as a Chrome trace (JSON), aside and then renamed.
 

@@ -21,7 +21,7 @@ from benchmarks.decoding.site import DecodeSite
 from benchmarks.decoding.sweeps import parse_axis, predicted_step_s
 from stagdist.config.loading import load_config
 from stagdist.decode.layers.weights import Device, random_reader
-from stagdist.decode.runtime.build import EngineOptions, build_stage, place_model
+from stagdist.decode.runtime.build import EngineOptions, build_stage, plan_decoding
 from stagdist.errors import ConfigError, StagdistError
 from tests.benchmarks.tiny import write_tiny
 from tests.ranks import run_ranks
@@ -76,7 +76,7 @@ def test_the_measured_steps_lie_around_the_context() -> None:
 def test_a_step_reads_every_weight_but_the_embedding_and_the_cache_up_to_its_position(tiny: str) -> None:
     model = load_config(tiny).model
     options = EngineOptions(max_context=64, num_slots=2)
-    stage = build_stage(place_model(model, options, 1), random_reader(0), "cpu", None)
+    stage = build_stage(plan_decoding(model, options, 1), random_reader(0), "cpu", None)
     tensors = sum(tensor.nbytes for tensor in stage.weights.tensors())
     assert stage.weights.embedding is not None
     one, both = step_bytes(stage, 16, 1), step_bytes(stage, 16, 2)

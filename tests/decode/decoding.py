@@ -16,7 +16,7 @@ from stagdist.config.parts import ModelConfig
 from stagdist.decode.engine import Completion, Engine, completion
 from stagdist.decode.operations import operate
 from stagdist.decode.request import Request, RequestOutput
-from stagdist.decode.runtime.build import EngineOptions, Placement, build_stage, place_model
+from stagdist.decode.runtime.build import DecodePlan, EngineOptions, build_stage, plan_decoding
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.parallel.layout import ParameterSpec
@@ -108,23 +108,21 @@ class World:
             dist.init_process_group("gloo")
         self._transports: dict[tuple[int, bool, float], Transport] = {}
 
-    def transport(self, placement: Placement) -> Transport | None:
+    def transport(self, plan: DecodePlan) -> Transport | None:
         """Communicators of a case; None in a world of one."""
         if self.size == 1:
             return None
-        key = placement.grid.tensor, placement.topology.combined, placement.options.hand_off_delay_s
+        key = plan.grid.tensor, plan.topology.combined, plan.options.hand_off_delay_s
         if key not in self._transports:
             _, combined, delay_s = key
-            self._transports[key] = Transport(
-                placement.grid, "cpu", TIMEOUT_S, combined=combined, hand_off_delay_s=delay_s
-            )
+            self._transports[key] = Transport(plan.grid, "cpu", TIMEOUT_S, combined=combined, hand_off_delay_s=delay_s)
         return self._transports[key]
 
     def stage(self, case: Case) -> tuple[Stage, Transport | None]:
         """This rank's share of the model of a case."""
-        placement = place_model(ModelConfig(**config_of(case.keys)), case.options, self.size)
-        transport = self.transport(placement)
-        return build_stage(placement, reader(case), "cpu", transport), transport
+        plan = plan_decoding(ModelConfig(**config_of(case.keys)), case.options, self.size)
+        transport = self.transport(plan)
+        return build_stage(plan, reader(case), "cpu", transport), transport
 
 
 def engine_of(case: Case, stage: Stage, transport: Transport | None, heartbeat_s: float = 20.0) -> Engine:

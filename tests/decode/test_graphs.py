@@ -14,7 +14,7 @@ from stagdist.decode.frontend.generate import _show_captures
 from stagdist.decode.layers.weights import Device
 from stagdist.decode.request import Request, RequestOutput, SamplingParams
 from stagdist.decode.runtime import graphs
-from stagdist.decode.runtime.build import EngineOptions, place_model
+from stagdist.decode.runtime.build import EngineOptions, plan_decoding
 from stagdist.decode.runtime.graphs import StepGraphs, reach_buckets, row_buckets
 from stagdist.decode.topology import Limits
 from stagdist.errors import ConfigError
@@ -147,7 +147,7 @@ def test_recurrent_decoding_works_with_fixed_shapes() -> None:
 
 def test_graphs_are_refused_where_a_step_spans_processes() -> None:
     with pytest.raises(ConfigError, match="one process"):
-        place_model(ModelConfig(**config_of({})), EngineOptions(graphs=True), 2)
+        plan_decoding(ModelConfig(**config_of({})), EngineOptions(graphs=True), 2)
 
 
 # --- captured ---------------------------------------------------------------------------------------------------

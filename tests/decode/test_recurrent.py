@@ -7,7 +7,7 @@ import torch
 
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.request import Request, SamplingParams
-from stagdist.decode.runtime.build import EngineOptions, place_model
+from stagdist.decode.runtime.build import EngineOptions, plan_decoding
 from stagdist.errors import ConfigError
 from tests.decode.decoding import Case, config_of, parameters_of, prompt, run_cases
 from tests.reference import stagformer as reference
@@ -104,4 +104,4 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
 def test_what_has_no_recurrence_is_refused_with_the_reason(name: str) -> None:
     keys, world, reason = REFUSED[name]
     with pytest.raises(ConfigError, match=f"recurrent decoding is defined for two sections.*{reason}"):
-        place_model(ModelConfig(**config_of(keys)), EngineOptions(recurrent=True), world)
+        plan_decoding(ModelConfig(**config_of(keys)), EngineOptions(recurrent=True), world)

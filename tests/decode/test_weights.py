@@ -11,7 +11,7 @@ from torch import Tensor
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.cache import SectionCache
 from stagdist.decode.layers.weights import Device, Shard, StageWeights, WeightLoader
-from stagdist.decode.runtime.build import EngineOptions, Placement, build_stage, place_model
+from stagdist.decode.runtime.build import DecodePlan, EngineOptions, build_stage, plan_decoding
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.warm_up import Unconnected
 from stagdist.decode.topology import HEAD_LAYOUTS, HeadLayout
@@ -43,48 +43,48 @@ class Recorder:
         return part
 
 
-def ranks(placement: Placement) -> Iterator[tuple[int, int]]:
+def ranks(plan: DecodePlan) -> Iterator[tuple[int, int]]:
     """(stage, tensor rank) of every rank."""
-    for stage in range(placement.grid.pipe):
-        for tensor in range(placement.grid.tensor):
+    for stage in range(plan.grid.pipe):
+        for tensor in range(plan.grid.tensor):
             yield stage, tensor
 
 
-def load(placement: Placement, stage: int, tensor: int) -> tuple[StageWeights, Recorder]:
+def load(plan: DecodePlan, stage: int, tensor: int) -> tuple[StageWeights, Recorder]:
     """The weights of one rank, and what was read for them."""
-    read = Recorder(placement.model)
-    shard = Shard(tensor, placement.grid.tensor)
-    loader = WeightLoader(placement.model, read, shard, Device("cpu", torch.float64))
-    return loader.stage(placement.topology, stage), read
+    read = Recorder(plan.model)
+    shard = Shard(tensor, plan.grid.tensor)
+    loader = WeightLoader(plan.model, read, shard, Device("cpu", torch.float64))
+    return loader.stage(plan.topology, stage), read
 
 
-def head_rows(placement: Placement, stage: int, tensor: int) -> range:
+def head_rows(plan: DecodePlan, stage: int, tensor: int) -> range:
     """A rank's part of the vocabulary, written from the rule: equal parts, the last ones may get fewer."""
-    parts, sharded = placement.grid.tensor, placement.topology.head == "sharded"
-    if not sharded and stage < placement.grid.pipe - 1:
+    parts, sharded = plan.grid.tensor, plan.topology.head == "sharded"
+    if not sharded and stage < plan.grid.pipe - 1:
         return range(0)
     own = stage * parts + tensor if sharded else tensor
-    parts *= placement.grid.pipe if sharded else 1
-    vocabulary = placement.model.vocab_size
+    parts *= plan.grid.pipe if sharded else 1
+    vocabulary = plan.model.vocab_size
     each = -(-vocabulary // parts)
     return range(min(own * each, vocabulary), min((own + 1) * each, vocabulary))
 
 
-def expected_bytes(placement: Placement, stage: int, tensor: int) -> int:
+def expected_bytes(plan: DecodePlan, stage: int, tensor: int) -> int:
     """What a rank must hold, from the layout that training uses and its share of the head."""
-    model, size = placement.model, placement.grid.tensor
+    model, size = plan.model, plan.grid.tensor
     total = 0
-    for spec in stage_parameters(model, placement.grid.pipe, stage):
+    for spec in stage_parameters(model, plan.grid.pipe, stage):
         if spec.vocabulary or spec.name in ("output_norm.weight", "section_mix"):
             continue
         shape = spec.local_shape(size)
         total += torch.Size(shape).numel()
     if model.combine_sections:
-        total += model.num_sections // placement.grid.pipe
-    rows = head_rows(placement, stage, tensor)
+        total += model.num_sections // plan.grid.pipe
+    rows = head_rows(plan, stage, tensor)
     has_embedding = model.staggered or stage == 0
     total += model.vocab_size * model.hidden_size * has_embedding
-    if placement.topology.head == "sharded" or stage == placement.grid.pipe - 1:
+    if plan.topology.head == "sharded" or stage == plan.grid.pipe - 1:
         total += model.hidden_size
         if not (model.tie_word_embeddings and has_embedding):
             total += len(rows) * model.hidden_size
@@ -102,18 +102,18 @@ def test_a_rank_holds_and_reads_its_sections_the_embedding_and_its_share_of_the_
     name: str, grid: tuple[int, int], head: HeadLayout
 ) -> None:
     model = ModelConfig(**config_of(VARIANTS[name]))
-    placement = place_model(model, EngineOptions(grid[1], head, precision="fp64"), grid[0] * grid[1])
+    plan = plan_decoding(model, EngineOptions(grid[1], head, precision="fp64"), grid[0] * grid[1])
     # Each section's scalar of the mix keeps the p values alive that were read with it.
     mix_bytes = model.num_sections**2 * BYTES if model.combine_sections else 0
     read_somewhere = Counter[str]()
-    for stage, tensor in ranks(placement):
-        weights, read = load(placement, stage, tensor)
-        expected = expected_bytes(placement, stage, tensor)
+    for stage, tensor in ranks(plan):
+        weights, read = load(plan, stage, tensor)
+        expected = expected_bytes(plan, stage, tensor)
         assert expected <= held_bytes(weights) <= expected + mix_bytes
         assert read.nbytes <= expected + mix_bytes, "more was read than is held"
         for entry, count in read.counts.items():
             assert entry == "section_mix" or count.max() <= 1, f"{entry} was read twice"
-        assert len(head_rows(placement, stage, tensor)) == (0 if weights.head is None else len(weights.head))
+        assert len(head_rows(plan, stage, tensor)) == (0 if weights.head is None else len(weights.head))
         read_somewhere.update({entry: int(count.bool().sum()) for entry, count in read.counts.items()})
     assert set(read_somewhere) == {spec.name for spec in model_parameters(model)}
     for spec in model_parameters(model):
@@ -122,26 +122,26 @@ def test_a_rank_holds_and_reads_its_sections_the_embedding_and_its_share_of_the_
 
 def test_a_rank_reads_nothing_of_other_sections() -> None:
     model = ModelConfig(**config_of(VARIANTS["four sections"]))
-    placement = place_model(model, EngineOptions(), 4)
+    plan = plan_decoding(model, EngineOptions(), 4)
     for stage in range(4):
-        _, read = load(placement, stage, 0)
+        _, read = load(plan, stage, 0)
         touched = {name.split(".")[1] for name, count in read.counts.items() if "sections." in name and count.any()}
         assert touched == {str(stage)}
 
 
 def test_the_accounting_notices_a_whole_matrix_where_a_slice_would_do() -> None:
     model = ModelConfig(**config_of({}))
-    placement = place_model(model, EngineOptions(2, precision="fp64"), 2)
-    whole = place_model(model, EngineOptions(1, precision="fp64"), 1)
+    plan = plan_decoding(model, EngineOptions(2, precision="fp64"), 2)
+    whole = plan_decoding(model, EngineOptions(1, precision="fp64"), 1)
     weights, read = load(whole, 0, 0)
-    assert held_bytes(weights) > expected_bytes(placement, 0, 0)
-    assert read.nbytes > expected_bytes(placement, 0, 0)
+    assert held_bytes(weights) > expected_bytes(plan, 0, 0)
+    assert read.nbytes > expected_bytes(plan, 0, 0)
 
 
-def built(placement: Placement, stage: int, tensor: int) -> Stage:
+def built(plan: DecodePlan, stage: int, tensor: int) -> Stage:
     """The stage of a rank with its caches."""
-    alone = None if placement.grid.world_size == 1 else Unconnected(placement.grid, stage, tensor)
-    return build_stage(placement, Recorder(placement.model), "cpu", alone)
+    alone = None if plan.grid.world_size == 1 else Unconnected(plan.grid, stage, tensor)
+    return build_stage(plan, Recorder(plan.model), "cpu", alone)
 
 
 @pytest.mark.parametrize(("name", "grid"), FITTING)
@@ -149,17 +149,17 @@ def test_caches_hold_own_sections_and_heads_and_of_a_memory_only_the_window(name
     model = ModelConfig(**config_of(VARIANTS[name]))
     slots, context = 3, 20
     options = EngineOptions(grid[1], precision="fp64", num_slots=slots, max_context=context)
-    placement = place_model(model, options, grid[0] * grid[1])
+    plan = plan_decoding(model, options, grid[0] * grid[1])
     per_head = 2 * slots * model.head_width * BYTES // grid[1]
-    for stage, tensor in ranks(placement):
+    for stage, tensor in ranks(plan):
         expected = 0
-        for section in placement.topology.sections(stage):
+        for section in plan.topology.sections(stage):
             layers = model.section_layers[section]
             expected += layers * per_head * model.key_value_heads * context
             if model.staggered and section > 0:
                 entries = min(model.cross_attention_window or context, context)
                 expected += layers * per_head * model.cross_key_value_heads * entries
-        assert built(placement, stage, tensor).kv_bytes == expected
+        assert built(plan, stage, tensor).kv_bytes == expected
 
 
 def test_the_cache_of_a_window_does_not_grow_with_the_context() -> None:
@@ -198,7 +198,7 @@ REFUSED: dict[str, tuple[dict[str, Any], EngineOptions, int, str]] = {
 def test_a_model_that_does_not_fit_is_refused_before_anything_is_built(name: str) -> None:
     keys, options, world, reason = REFUSED[name]
     with pytest.raises(ConfigError, match=reason):
-        place_model(ModelConfig(**config_of(keys)), options, world)
+        plan_decoding(ModelConfig(**config_of(keys)), options, world)
 
 
 @pytest.mark.parametrize(

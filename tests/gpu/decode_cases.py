@@ -16,7 +16,7 @@ from stagdist.config.parts import ModelConfig
 from stagdist.decode.engine import Engine
 from stagdist.decode.request import Request, SamplingParams
 from stagdist.decode.runtime import graphs
-from stagdist.decode.runtime.build import EngineOptions, build_stage, place_model
+from stagdist.decode.runtime.build import EngineOptions, build_stage, plan_decoding
 from stagdist.decode.runtime.stage import Stage
 from stagdist.model.precision import DTYPES
 from stagdist.parallel.device import on_cuda
@@ -87,8 +87,8 @@ def small_case(variant: str, *, use_graphs: bool = True) -> Case:
 
 def build(case: Case, device: str) -> Stage:
     """The stage of a case, with all graphs captured."""
-    placement = place_model(ModelConfig(**config_of(case.keys)), case.options, 1)
-    return build_stage(placement, reader(case), device, None)
+    plan = plan_decoding(ModelConfig(**config_of(case.keys)), case.options, 1)
+    return build_stage(plan, reader(case), device, None)
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def test_the_precision_is_bf16_on_a_gpu_and_fp32_on_a_cpu_unless_the_user_names_
 ) -> None:
     monkeypatch.setattr(generation, "choose_device", lambda choice, local_rank: device)
     task = Task(model, EngineOptions(precision=asked), SamplingParams(), prompts=("a",))
-    assert prepare(task, Place(0, 1, 0)).placement.options.precision == precision
+    assert prepare(task, Place(0, 1, 0)).plan.options.precision == precision
 
 
 def test_text_keeps_the_order_of_the_prompts_and_the_summary_has_the_numbers(model: Path) -> None:

@@ -13,7 +13,7 @@ from stagdist.config.parts import ModelConfig
 from stagdist.decode.engine import Engine
 from stagdist.decode.operations import operate
 from stagdist.decode.request import Request, SamplingParams
-from stagdist.decode.runtime.build import EngineOptions, Placement, build_stage, place_model
+from stagdist.decode.runtime.build import DecodePlan, EngineOptions, build_stage, plan_decoding
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.runtime.warm_up import dry_pass
@@ -56,7 +56,7 @@ class Layout:
         more = [word for word, holds in (("combined", self.combined), ("traced", self.traced)) if holds]
         return f"{self.stages}x{self.tensor} {kind} {self.head} {' '.join(more)}".strip()
 
-    def placement(self) -> Placement:
+    def plan(self) -> DecodePlan:
         """The model on its ranks."""
         keys: dict[str, Any] = {
             "vocab_size": 36,
@@ -77,7 +77,7 @@ class Layout:
             chunk_size=self.chunk,
             graphs=False,
         )
-        return place_model(ModelConfig(**keys), options, self.stages * self.tensor)
+        return plan_decoding(ModelConfig(**keys), options, self.stages * self.tensor)
 
 
 def request(name: str, prompt_length: int, new_tokens: int, **params: Any) -> Request:
@@ -103,13 +103,13 @@ def recorded(layout: Layout, rules: Rules = NCCL, *, dry_pass: DryPass) -> list[
     Args:
         dry_pass: in place of the one that loads kernels, where the rules ask for one.
     """
-    placement, mailbox = layout.placement(), Mailbox()
-    size = placement.grid.world_size
+    plan, mailbox = layout.plan(), Mailbox()
+    size = plan.grid.world_size
     recorders = [Recorder(rank, size, mailbox) for rank in range(size)]
     for recorder in recorders:
         patched = mock.patch("stagdist.decode.runtime.build.dry_pass", partial(dry_pass, recorder))
         with patched, recorder.recording():
-            _run(layout, placement, rules, recorder)
+            _run(layout, plan, rules, recorder)
     return recorders
 
 
@@ -149,10 +149,10 @@ def any_keys(ranks: Sequence[Program]) -> list[Program]:
     ]
 
 
-def _run(layout: Layout, placement: Placement, rules: Rules, recorder: Recorder) -> None:
-    transport = Transport(placement.grid, "cpu", 60.0, combined=placement.topology.combined, rules=rules)
+def _run(layout: Layout, plan: DecodePlan, rules: Rules, recorder: Recorder) -> None:
+    transport = Transport(plan.grid, "cpu", 60.0, combined=plan.topology.combined, rules=rules)
     spans = SpanRecorder(rank=recorder.rank, clock=EventClock(Mark)) if layout.traced else None
-    stage = build_stage(placement, read_constant, "cpu", transport, recorder=spans)
+    stage = build_stage(plan, read_constant, "cpu", transport, recorder=spans)
     if recorder.rank:
         operate(stage, transport, None)
         return

@@ -153,10 +153,10 @@ def _report(fault: Fault, writing: int) -> None:
 def _decode(fault: Fault) -> Callable[[], str]:
     """Prepare to decode one request."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=START_S))
-    placement = DECODING[fault.where].placement()
-    combined, rules = placement.topology.combined, NCCL if fault.nccl else GLOO
-    transport = Transport(placement.grid, "cpu", fault.timeout_s, combined=combined, rules=rules)
-    stage = build_stage(placement, read_constant, "cpu", transport)
+    plan = DECODING[fault.where].plan()
+    combined, rules = plan.topology.combined, NCCL if fault.nccl else GLOO
+    transport = Transport(plan.grid, "cpu", fault.timeout_s, combined=combined, rules=rules)
+    stage = build_stage(plan, read_constant, "cpu", transport)
 
     def in_faulty_step() -> None:
         if transport.step == FAULTY_STEP:

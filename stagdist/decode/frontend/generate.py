@@ -27,12 +27,12 @@ from stagdist.decode.frontend.prompts import (
 from stagdist.decode.operations import operate
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.runtime.build import (
+    DecodePlan,
     EngineOptions,
-    Placement,
     build_stage,
     default_precision,
     joined_world,
-    place_model,
+    plan_decoding,
 )
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
@@ -87,7 +87,7 @@ class Prepared:
     task: Task
     place: Place
     reader: ModelReader
-    placement: Placement
+    plan: DecodePlan
     tokenizer: Tokenizer
     end_tokens: frozenset[int]
     device: str
@@ -105,7 +105,7 @@ def prepare(task: Task, place: Place) -> Prepared:
     reader = ModelReader(task.model)
     device = choose_device(task.device, place.local_rank)
     options = replace(task.engine, precision=task.engine.precision or default_precision(device))
-    placement = place_model(reader.model, options, place.world_size)
+    plan = plan_decoding(reader.model, options, place.world_size)
     tokenizer = load_tokenizer(task.model)
     end_tokens = _end_tokens(task.model, tokenizer)
     if task.prompts_file is not None:
@@ -114,7 +114,7 @@ def prepare(task: Task, place: Place) -> Prepared:
         raise ConfigError("there are no prompts: give --prompt, --prompts-file or lines on standard input")
     if task.trace is not None:
         _check_trace(task.trace)
-    return Prepared(task, place, reader, placement, tokenizer, end_tokens, device)
+    return Prepared(task, place, reader, plan, tokenizer, end_tokens, device)
 
 
 def _end_tokens(model: Path, tokenizer: Tokenizer) -> frozenset[int]:
@@ -149,10 +149,10 @@ def generate(prepared: Prepared, interrupts: Interrupts | None, pulse: Pulse) ->
 
 def _work(prepared: Prepared, interrupts: Interrupts | None, pulse: Pulse) -> int:
     task = prepared.task
-    with joined_world(prepared.placement, prepared.device) as transport:
+    with joined_world(prepared.plan, prepared.device) as transport:
         recorder = _recorder(prepared, transport) if task.trace is not None else None
         stage = build_stage(
-            prepared.placement,
+            prepared.plan,
             prepared.reader.read,
             prepared.device,
             transport,
@@ -180,7 +180,7 @@ class _Server:
             transport,
             tokenizer=prepared.tokenizer,
             end_tokens=prepared.end_tokens,
-            heartbeat_s=prepared.placement.options.timeout_s / HEARTBEATS,
+            heartbeat_s=prepared.plan.options.timeout_s / HEARTBEATS,
         )
         self._answers = Answers(
             sys.stdout,
@@ -244,7 +244,7 @@ class _Server:
         if answers.taken == 0 and code is None:
             raise StagdistError("there were no prompts: give --prompt, --prompts-file or lines on standard input")
         self._say(f"{answers.summary()}; {self._grid()}")
-        if self._prepared.placement.options.want_margins:
+        if self._prepared.plan.options.want_margins:
             self._say(f"smallest top-2 margin {self._engine.smallest_margin:.3g}")
         if code is not None:
             unfinished = f"; {cut_off} prompt{'s' * (cut_off != 1)} unfinished" if cut_off else ""
@@ -253,7 +253,7 @@ class _Server:
         return 1 if answers.failed else 0
 
     def _say_what_runs(self) -> None:
-        model = self._prepared.placement.model
+        model = self._prepared.plan.model
         if model.staggered and model.stagger == 0 and model.num_sections > 1:
             self._say("stagger is 0: within a step the sections run one after the other, not side by side")
         task = self._prepared.task
@@ -261,11 +261,11 @@ class _Server:
             self._say("one prompt per line; Ctrl-D ends")
 
     def _grid(self) -> str:
-        placement = self._prepared.placement
-        grid, options = placement.grid, placement.options
+        plan = self._prepared.plan
+        grid, options = plan.grid, plan.options
         layout = "1 process" if grid.world_size == 1 else f"pipe {grid.pipe} x tensor {grid.tensor}"
         head = f", {options.head} head" if grid.pipe > 1 else ""
-        return f"{layout}, {placement.model.num_sections} sections{head}, {options.precision} on {self._device_name()}"
+        return f"{layout}, {plan.model.num_sections} sections{head}, {options.precision} on {self._device_name()}"
 
     def _device_name(self) -> str:
         return self._prepared.device.partition(":")[0]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stagdist.decode.layers.cache import SectionCache
-from stagdist.decode.layers.rows import Place
+from stagdist.decode.layers.cells import Cells
 from stagdist.decode.layers.runner import Lap, LayerMath
 from stagdist.decode.layers.weights import SectionWeights
 
@@ -32,7 +32,7 @@ class BatchedSections:
         for section, cache in caches.items():
             cache.self_kv = self._self_kv[:, :, section :: self.count]
 
-    def begin(self, embedded: Tensor, wide: Place) -> Tensor:
+    def begin(self, embedded: Tensor, wide: Cells) -> Tensor:
         """First self-attention of all sections.
 
         Shapes: embedded [B, 1, H] -> [B p, 1, H]; `wide` places B p rows.
@@ -43,13 +43,13 @@ class BatchedSections:
         return hidden
 
     def finish(
-        self, hidden: Tensor, wide: Place, place: Place, previous: Sequence[Tensor], null_rows: Tensor | None
+        self, hidden: Tensor, wide: Cells, cells: Cells, previous: Sequence[Tensor], null_rows: Tensor | None
     ) -> dict[int, Tensor]:
         """Everything after `begin`.
 
         Args:
             previous: [B, 1, H] for each section but the first.
-            place: of the B requests, for cross-attention.
+            cells: of the B requests, for cross-attention.
 
         Returns: [B, 1, H], the output of each section.
         """
@@ -57,26 +57,26 @@ class BatchedSections:
         for section, states in enumerate(previous, start=1):
             cache = self._caches[section].memory_kv
             assert cache is not None
-            new = self._math.project_memory(self._weights[section], states, null_rows, place)
-            memories.append(place.store_memory(cache, new))
+            new = self._math.project_memory(self._weights[section], states, null_rows, cells)
+            memories.append(cells.store_memory(cache, new))
         self._told("cross_attention")
         for index in range(len(self._weights[0].layers)):
             if index:
                 layer = self._weights[0].layers[index]
                 hidden = self._math.self_attention(layer, hidden, wide, self._self_kv[index])
                 self._told("self_attention")
-            hidden = self._cross(index, hidden, place, [memory[index] for memory in memories])
+            hidden = self._cross(index, hidden, cells, [memory[index] for memory in memories])
             self._told("cross_attention")
             hidden = self._math.mlp(self._weights[0].layers[index], hidden)
             self._told("mlp")
         by_section = hidden.unflatten(0, (-1, self.count))
         return {section: by_section[:, section] for section in range(self.count)}
 
-    def _cross(self, index: int, hidden: Tensor, place: Place, memories: Sequence[Tensor]) -> Tensor:
+    def _cross(self, index: int, hidden: Tensor, cells: Cells, memories: Sequence[Tensor]) -> Tensor:
         by_section = list(hidden.unflatten(0, (-1, self.count)).unbind(1))  # p of [B, 1, H]
         for section, memory in enumerate(memories, start=1):
             layer = self._weights[section].layers[index]
-            by_section[section] = self._math.cross_attention(layer, by_section[section], place, memory)
+            by_section[section] = self._math.cross_attention(layer, by_section[section], cells, memory)
         return torch.stack(by_section, dim=1).flatten(0, 1)
 
     def _told(self, phase: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.cache import SectionCache
-from stagdist.decode.layers.rows import Place, rotate
+from stagdist.decode.layers.cells import Cells, rotate
 from stagdist.decode.layers.weights import LayerWeights, SectionWeights
 
 Reduce = Callable[[Tensor], Tensor]
@@ -42,24 +42,24 @@ class LayerMath:
         """RMSNorm. Shapes: [..., H]."""
         return F.rms_norm(hidden, weight.shape, weight, self.eps)
 
-    def self_attention(self, layer: LayerWeights, hidden: Tensor, place: Place, cache: Tensor) -> Tensor:
+    def self_attention(self, layer: LayerWeights, hidden: Tensor, cells: Cells, cache: Tensor) -> Tensor:
         """Residual stream after self-attention. Shapes: hidden [B, S, H], cache of one layer [2, B, K, S, D]."""
         states = F.linear(self.norm(hidden, layer.self_attention_norm), layer.qkv)
         states = states.unflatten(-1, (self.heads + 2 * self.key_heads, self.width))
         turning = self.heads + self.key_heads
-        turned = rotate(states[:, :, :turning], place.cos, place.sin)
+        turned = rotate(states[:, :, :turning], cells.cos, cells.sin)
         states[:, :, self.heads : turning] = turned[:, :, self.heads :]
         new = states[:, :, self.heads :].unflatten(2, (2, self.key_heads))
-        keys, values = place.store_self(cache, new)
+        keys, values = cells.store_self(cache, new)
         query = turned[:, :, : self.heads].transpose(1, 2)
-        return hidden + self._attend(query, keys, values, layer.o, place.self_mask, place.causal)
+        return hidden + self._attend(query, keys, values, layer.o, cells.self_mask, cells.causal)
 
-    def cross_attention(self, layer: LayerWeights, hidden: Tensor, place: Place, memory: Tensor) -> Tensor:
+    def cross_attention(self, layer: LayerWeights, hidden: Tensor, cells: Cells, memory: Tensor) -> Tensor:
         """Residual stream after cross-attention. Shapes: hidden [B, S, H], memory [2, B, C, entries, D]."""
         assert layer.cross_attention_norm is not None and layer.cross_q is not None and layer.cross_o is not None
         states = F.linear(self.norm(hidden, layer.cross_attention_norm), layer.cross_q)
-        query = rotate(states.unflatten(-1, (self.heads, self.width)), place.cos, place.sin).transpose(1, 2)
-        return hidden + self._attend(query, memory[0], memory[1], layer.cross_o, place.memory_mask, place.memory_causal)
+        query = rotate(states.unflatten(-1, (self.heads, self.width)), cells.cos, cells.sin).transpose(1, 2)
+        return hidden + self._attend(query, memory[0], memory[1], layer.cross_o, cells.memory_mask, cells.memory_causal)
 
     def mlp(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
         """Residual stream after SwiGLU. Shapes: [B, S, H]."""
@@ -67,7 +67,7 @@ class LayerMath:
         return hidden + self._summed(F.linear(F.silu(gate) * up, layer.down))
 
     def project_memory(
-        self, weights: SectionWeights, previous: Tensor, null_rows: Tensor | None, place: Place
+        self, weights: SectionWeights, previous: Tensor, null_rows: Tensor | None, cells: Cells
     ) -> Tensor:
         """Keys (rotated) and values of the memory for all layers at once.
 
@@ -82,7 +82,7 @@ class LayerMath:
         states = F.linear(memory, weights.memory_kv)
         states = states.unflatten(-1, (len(weights.layers), 2, self.memory_heads, self.width))
         keys = states[:, :, :, 0]
-        states[:, :, :, 0] = rotate(keys, place.cos[..., None, :, :], place.sin[..., None, :, :])
+        states[:, :, :, 0] = rotate(keys, cells.cos[..., None, :, :], cells.sin[..., None, :, :])
         return states
 
     def _attend(
@@ -104,14 +104,14 @@ class SectionRunner:
         self.math, self.weights, self.cache = math, weights, cache
         self._lap = lap
 
-    def begin(self, hidden: Tensor, place: Place) -> Tensor:
+    def begin(self, hidden: Tensor, cells: Cells) -> Tensor:
         """The first self-attention: all that can be done before the memory is there. Shapes: [B, S, H]."""
-        hidden = self.math.self_attention(self.weights.layers[0], hidden, place, self.cache.self_kv[0])
+        hidden = self.math.self_attention(self.weights.layers[0], hidden, cells, self.cache.self_kv[0])
         if self._lap is not None:
             self._lap("self_attention")
         return hidden
 
-    def finish(self, hidden: Tensor, place: Place, previous: Tensor | None, null_rows: Tensor | None) -> Tensor:
+    def finish(self, hidden: Tensor, cells: Cells, previous: Tensor | None, null_rows: Tensor | None) -> Tensor:
         """Everything after `begin`.
 
         Args:
@@ -125,17 +125,17 @@ class SectionRunner:
         memory: Tensor | None = None
         if previous is not None:
             assert self.cache.memory_kv is not None
-            new = math.project_memory(self.weights, previous, null_rows, place)
-            memory = place.store_memory(self.cache.memory_kv, new)
+            new = math.project_memory(self.weights, previous, null_rows, cells)
+            memory = cells.store_memory(self.cache.memory_kv, new)
             if lap is not None:
                 lap("cross_attention")
         for index, layer in enumerate(self.weights.layers):
             if index:
-                hidden = math.self_attention(layer, hidden, place, self.cache.self_kv[index])
+                hidden = math.self_attention(layer, hidden, cells, self.cache.self_kv[index])
                 if lap is not None:
                     lap("self_attention")
             if memory is not None:
-                hidden = math.cross_attention(layer, hidden, place, memory[index])
+                hidden = math.cross_attention(layer, hidden, cells, memory[index])
                 if lap is not None:
                     lap("cross_attention")
             hidden = math.mlp(layer, hidden)

@@ -43,7 +43,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's place on the tensor axis."""
+    """This rank's position on the tensor axis."""
 
     rank: int = 0
     size: int = 1
@@ -121,7 +121,7 @@ class WeightLoader:
 
     Args:
         read: gives slices of parameters.
-        shard: place on the tensor axis.
+        shard: position on the tensor axis.
     """
 
     def __init__(self, model: ModelConfig, read: ReadSlice, shard: Shard, device: Device):

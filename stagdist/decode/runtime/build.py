@@ -1,8 +1,8 @@
-"""From a model directory to a stage on this rank: what fits, which grid, which weights."""
+"""From a model directory to a stage on this rank: checks, grid, weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -11,10 +11,11 @@ from stagdist.checkpoint.published.reader import ReadSlice
 from stagdist.config.checks import tensor_parallel_problems
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.runner import Lap
-from stagdist.decode.layers.weights import Device, Shard, StageWeights, WeightLoader
+from stagdist.decode.layers.weights import Device, Shard, WeightLoader
 from stagdist.decode.runtime.graphs import CaptureProgress, FixedStep, StepGraphs
 from stagdist.decode.runtime.hosted_sections import StageSections
 from stagdist.decode.runtime.readout import Readout
+from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.runtime.warm_up import Unconnected, dry_limits, dry_pass
@@ -90,8 +91,8 @@ def default_precision(device: str) -> str:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """A model on a grid, checked; nothing is built yet."""
+class DecodePlan:
+    """A model on a grid, checked before any process group exists; nothing is built yet."""
 
     model: ModelConfig
     topology: Topology
@@ -100,8 +101,8 @@ class Placement:
     options: EngineOptions
 
 
-def place_model(model: ModelConfig, options: EngineOptions, world_size: int) -> Placement:
-    """Decide how a model lies on `world_size` ranks.
+def plan_decoding(model: ModelConfig, options: EngineOptions, world_size: int) -> DecodePlan:
+    """Decide how a model is distributed over `world_size` ranks.
 
     Raises:
         ConfigError: it does not fit, with the remedy.
@@ -115,18 +116,18 @@ def place_model(model: ModelConfig, options: EngineOptions, world_size: int) -> 
     if problems := tensor_parallel_problems(model, tensor, "--tensor-parallel-size"):
         raise ConfigError("; ".join(problems))
     if options.graphs and world_size > 1:
-        raise ConfigError("graphs hold a whole step, which needs all sections in one process; start one process")
+        raise ConfigError("a graph holds a complete step, which needs all sections in one process; start one process")
     topology = topology_for(model, world_size // tensor, options.head, recurrent=options.recurrent)
     known = model.max_position_embeddings
     context = known if options.max_context is None else options.max_context
     if not 1 <= context <= known:
-        raise ConfigError(f"max_context is {context}, the model knows positions up to {known}; give 1 to {known}")
+        raise ConfigError(f"max_context is {context}, the model has positions up to {known}; give 1 to {known}")
     limits = Limits(options.num_slots, context, options.chunk_size)
-    return Placement(model, topology, Grid(world_size // tensor, 1, tensor), limits, options)
+    return DecodePlan(model, topology, Grid(world_size // tensor, 1, tensor), limits, options)
 
 
 @contextmanager
-def joined_world(placement: Placement, device: str) -> Iterator[Transport | None]:
+def joined_world(plan: DecodePlan, device: str) -> Iterator[Transport | None]:
     """The communicators of this rank while the block runs; None in a world of one.
 
     The environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) names the world. After an error in the block the
@@ -135,28 +136,28 @@ def joined_world(placement: Placement, device: str) -> Iterator[Transport | None
     Raises:
         TransportError: the processes did not meet.
     """
-    if placement.grid.world_size == 1:
+    if plan.grid.world_size == 1:
         if on_cuda(device):
             torch.cuda.set_device(device)  # events and graphs use the current device
         yield None
         return
-    options = placement.options
+    options = plan.options
     join_world(device, options.timeout_s, start_timeout_s=max(START_S, options.timeout_s))
     transport = Transport(
-        placement.grid,
+        plan.grid,
         device,
         options.timeout_s,
-        combined=placement.topology.combined,
+        combined=plan.topology.combined,
         hand_off_delay_s=options.hand_off_delay_s,
     )
     yield transport
     transport.close()
-    # After an error the process ends, which tells the others; taking groups down could wait for a rank that is gone.
+    # After an error the process exits, which the others detect; destroying groups could wait for a dead rank.
     dist.destroy_process_group()
 
 
 def build_stage(
-    placement: Placement,
+    plan: DecodePlan,
     read: ReadSlice,
     device: str,
     transport: Transport | None,
@@ -175,56 +176,40 @@ def build_stage(
         progress: called after each CUDA graph that is captured.
     """
     choose_attention(training=False)
-    options = placement.options
+    options = plan.options
     where = Device(device, DTYPES[options.precision or default_precision(device)])
     index, rank = (0, 0) if transport is None else (transport.stage, transport.tensor_rank)
-    loader = WeightLoader(placement.model, read, Shard(rank, placement.grid.tensor), where)
-    weights = loader.stage(placement.topology, index)
-    if transport is not None and not transport.rules.early_receives:
-        alone = Unconnected(placement.grid, transport.stage, transport.tensor_rank)
-        dry_pass(_assemble(placement, weights, where, alone, dry_limits(placement.limits)))
-    graphs = options.graphs
-    if graphs is None:
-        graphs = transport is None and on_cuda(device) and recorder is None and lap is None
-    return _assemble(
-        placement,
-        weights,
+    weights = WeightLoader(plan.model, read, Shard(rank, plan.grid.tensor), where).stage(plan.topology, index)
+    setup = StageSetup(
+        plan.model,
+        plan.topology,
+        plan.limits,
         where,
-        transport,
-        placement.limits,
-        recorder=recorder,
-        lap=lap,
-        wants_graphs=graphs,
-        progress=progress,
-    )
-
-
-def _assemble(
-    placement: Placement,
-    weights: StageWeights,
-    where: Device,
-    transport: Transport | None,
-    limits: Limits,
-    *,
-    recorder: SpanRecorder | None = None,
-    lap: Lap | None = None,
-    wants_graphs: bool = False,
-    progress: CaptureProgress | None = None,
-) -> Stage:
-    model, topology, options = placement.model, placement.topology, placement.options
-    readout = Readout(
-        model,
-        topology,
         weights,
-        where,
-        limits.num_slots,
         transport,
         want_margins=options.want_margins,
         keep_logits=options.keep_logits,
+        lap=lap,
     )
-    sections = StageSections(model, topology, weights, limits, where, transport, lap)
+    if transport is not None and not transport.rules.early_receives:
+        alone = Unconnected(plan.grid, transport.stage, transport.tensor_rank)
+        dry_pass(_assemble(replace(setup, transport=alone, limits=dry_limits(plan.limits), lap=None)))
+    graphs = options.graphs
+    if graphs is None:
+        graphs = transport is None and on_cuda(device) and recorder is None and lap is None
+    return _assemble(setup, recorder=recorder, wants_graphs=graphs, progress=progress)
+
+
+def _assemble(
+    setup: StageSetup,
+    *,
+    recorder: SpanRecorder | None = None,
+    wants_graphs: bool = False,
+    progress: CaptureProgress | None = None,
+) -> Stage:
+    readout, sections = Readout(setup), StageSections(setup)
     graphs: StepGraphs | None = None
     if wants_graphs:
-        graphs = StepGraphs(FixedStep(sections, readout), where, limits)
+        graphs = StepGraphs(FixedStep(sections, readout), setup.device, setup.limits)
         graphs.capture(progress)
-    return Stage(sections, limits, readout, transport, recorder=recorder, graphs=graphs)
+    return Stage(setup, sections, readout, recorder=recorder, graphs=graphs)

@@ -56,7 +56,7 @@ class FixedStep:
 
     def __init__(self, sections: StageSections, readout: Readout):
         self._sections, self._readout = sections, readout
-        self._program = schedule.decode_step(sections.topology, sections.index, 0, 0)
+        self._program = schedule.decode_step(sections.topology, sections.setup.index, 0, 0)
         several = on_cuda(sections.device.name) and len(sections.weights.sections) > 1
         self._streams: dict[int, torch.cuda.Stream] = {}
         if several:

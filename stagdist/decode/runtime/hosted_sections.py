@@ -1,4 +1,4 @@
-"""This rank's sections at work: which rows, which positions, and what each section sees of the one before."""
+"""Runs this rank's sections: which rows, which positions, and what each section sees of the previous one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,27 +7,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.batched import BatchedSections
 from stagdist.decode.layers.cache import SectionCache
-from stagdist.decode.layers.rows import Angles, ChunkPlace, Place, StepPlace, step_place
-from stagdist.decode.layers.runner import Lap, LayerMath, SectionRunner
-from stagdist.decode.layers.weights import Device, StageWeights
+from stagdist.decode.layers.cells import Angles, Cells, ChunkCells, StepCells, step_cells
+from stagdist.decode.layers.runner import LayerMath, SectionRunner
 from stagdist.decode.runtime.hand_off import LocalHandOff, PromptMemory, Tails
-from stagdist.decode.runtime.transport import Transport
-from stagdist.decode.topology import Limits, Topology
+from stagdist.decode.runtime.setup import StageSetup
+
+
+@dataclass
+class ChunkedPrompt:
+    """The prompt that a prefill runs, chunk by chunk.
+
+    Attributes:
+        input_ids: int64 [S] on the device.
+        bounds: begin and end of each chunk.
+        memories: outputs of the previous section, by section.
+    """
+
+    input_ids: Tensor
+    bounds: list[tuple[int, int]]
+    memories: dict[int, PromptMemory]
 
 
 @dataclass
 class Call:
-    """What one run of a schedule works on.
+    """What one run of a schedule works on: a step of several requests, or the prefill of one.
 
     Attributes:
         slots: of the rows.
         next_positions: of the tokens being chosen.
         step: number of the decode step.
-        place: of the rows in the caches.
-        wide: of all sections' rows, where they are one batch.
+        prompt: what a prefill runs; None for a step.
+        cells: cache entries that the rows write and read.
+        wide: the same for the rows of all sections, if these are one batch.
         embedded: token embeddings [B, 1, H], once some section asked for them.
         begun: [B, 1, H], between the two halves of a section.
         carried: [B, S, H] from the stage before.
@@ -38,8 +51,9 @@ class Call:
     slots: Sequence[int]
     next_positions: Sequence[int]
     step: int = 0
-    place: Place | None = None
-    wide: Place | None = None
+    prompt: ChunkedPrompt | None = None
+    cells: Cells | None = None
+    wide: Cells | None = None
     embedded: Tensor | None = None
     begun: Tensor | None = None
     carried: Tensor | None = None
@@ -48,39 +62,28 @@ class Call:
 
     @property
     def rows(self) -> int:
-        """B."""
+        """Number of rows, B."""
         return len(self.slots)
+
+    def last_positions(self) -> dict[int, Tensor]:
+        """Output of each section at the last position: all of a step, the end of a prompt. Shapes: [B, 1, H]."""
+        return {section: output[:, -1:] for section, output in self.outputs.items()}
 
 
 class StageSections:
-    """Weights, caches and hand-offs of the sections of one rank; knows nothing of schedules.
-
-    Args:
-        weights: this rank's.
-        transport: tells the stage and sums over tensor ranks; None in a world of one.
-        lap: told when a phase inside a section ends.
+    """Weights, caches and hand-offs of the sections of one rank; independent of schedules.
 
     Attributes:
-        index: the stage.
         tokens: int64 [slots], the token that each slot feeds next; read at every step.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        topology: Topology,
-        weights: StageWeights,
-        limits: Limits,
-        device: Device,
-        transport: Transport | None = None,
-        lap: Lap | None = None,
-    ):
-        self.model, self.topology, self.weights, self.device = model, topology, weights, device
-        self.index = 0 if transport is None else transport.stage
+    def __init__(self, setup: StageSetup):
+        self.setup, self.topology, self.weights, self.device = setup, setup.topology, setup.weights, setup.device
+        model, topology, weights, device = setup.model, setup.topology, setup.weights, setup.device
+        limits, tensor, lap = setup.limits, setup.tensor_size, setup.lap
         self.tokens = torch.zeros(limits.num_slots, dtype=torch.int64, device=device.name)
         self._angles = Angles(model, device)
-        tensor = 1 if transport is None else transport.grid.tensor
-        math = LayerMath(model, tensor, None if transport is None else transport.tensor_sum())
+        math = LayerMath(model, tensor, None if setup.transport is None else setup.transport.tensor_sum())
         self.caches: dict[int, SectionCache] = {}
         for section in weights.sections:
             self.caches[section] = SectionCache(
@@ -99,7 +102,7 @@ class StageSections:
             section: SectionRunner(math, of_section, self.caches[section], lap)
             for section, of_section in weights.sections.items()
         }
-        sections = topology.sections(self.index)
+        sections = topology.sections(setup.index)
         self.last = sections[-1]
         self._tails = Tails(topology.lag)
         self._local: dict[int, LocalHandOff] = {}
@@ -114,30 +117,30 @@ class StageSections:
     def step_call(self, positions: Sequence[int], step: int) -> Call:
         """A step of rows 0 to len(positions) - 1."""
         call = self.bare_call(positions, step)
-        call.place = step_place(self._angles, positions, self.device)
+        call.cells = step_cells(self._angles, positions, self.device)
         if self._batched is not None:
-            call.wide = step_place(self._angles, positions, self.device, self._batched.count)
+            call.wide = step_cells(self._angles, positions, self.device, self._batched.count)
         call.null_rows = self._null_rows(positions)
         return call
 
     def bare_call(self, positions: Sequence[int], step: int) -> Call:
-        """A step whose sections run elsewhere, in a graph."""
+        """A step whose sections run in a graph."""
         return Call(range(len(positions)), [position + 1 for position in positions], step)
 
     def fixed_call(self, positions: Tensor, reach: int) -> Call:
-        """A step whose shapes depend on nothing but the arguments. Shapes: positions int64 [B], on the device."""
+        """A step whose shapes depend on the arguments alone. Shapes: positions int64 [B], on the device."""
         call = Call(range(len(positions)), ())
-        call.place = StepPlace(self._angles, positions, reach)
+        call.cells = StepCells(self._angles, positions, reach)
         if self._batched is not None:
-            call.wide = StepPlace(self._angles, positions, reach, repeats=self._batched.count)
+            call.wide = StepCells(self._angles, positions, reach, repeats=self._batched.count)
         if self.topology.staggered and self.topology.lag:
             call.null_rows = (positions < self.topology.lag)[:, None]
         call.embedded = self._embed(self.tokens[: call.rows, None])
         return call
 
     def begin(self, call: Call, section: int) -> None:
-        """The first self-attention of a section (of all, where they are one batch)."""
-        assert call.place is not None
+        """The first self-attention of a section (of all, if they are one batch)."""
+        assert call.cells is not None
         if self.topology.staggered or section == 0:
             if call.embedded is None:
                 call.embedded = self._embed(self.tokens[: call.rows, None])
@@ -147,57 +150,63 @@ class StageSections:
             assert stream is not None
             hidden = stream
         if self._batched is None:
-            call.begun = self._runners[section].begin(hidden, call.place)
+            call.begun = self._runners[section].begin(hidden, call.cells)
         else:
             assert call.wide is not None
             call.begun = self._batched.begin(hidden, call.wide)
 
     def finish(self, call: Call, section: int) -> None:
         """The rest of a section; its output joins `call.outputs`."""
-        assert call.place is not None and call.begun is not None
+        assert call.cells is not None and call.begun is not None
         if self._batched is None:
             previous = self._previous(call, section)
-            call.outputs[section] = self._runners[section].finish(call.begun, call.place, previous, call.null_rows)
+            call.outputs[section] = self._runners[section].finish(call.begun, call.cells, previous, call.null_rows)
         else:
             assert call.wide is not None
             memories = [self._local[later].oldest(call.rows)[:, None] for later in sorted(self._local)]
-            call.outputs = self._batched.finish(call.begun, call.wide, call.place, memories, call.null_rows)
+            call.outputs = self._batched.finish(call.begun, call.wide, call.cells, memories, call.null_rows)
 
     def push_local(self, call: Call) -> None:
-        """Hand the outputs of a step on between the sections of this rank, after all have run."""
+        """Store the outputs of a step for the next sections of this rank, after all have run."""
         for section, hand_off in self._local.items():
             source = section if self.topology.recurrent else section - 1
             hand_off.push(call.outputs[source][:, 0])
 
     # --- prompts ------------------------------------------------------------------------------------------------
 
-    def prompt_memories(self) -> dict[int, PromptMemory]:
-        """A shifter of outputs for each section."""
-        return {section: PromptMemory(self.topology.lag) for section in self.weights.sections}
+    def prompt_call(self, slot: int, input_ids: Sequence[int], bounds: list[tuple[int, int]]) -> Call:
+        """The prefill of a prompt into a slot, in chunks."""
+        memories = {section: PromptMemory(self.topology.lag) for section in self.weights.sections}
+        prompt = ChunkedPrompt(self.device.upload(input_ids, torch.int64), bounds, memories)
+        return Call([slot], [len(input_ids)], prompt=prompt)
 
-    def run_chunk(self, call: Call, memories: dict[int, PromptMemory], section: int, ids: Tensor, start: int) -> None:
-        """One section over one chunk of a prompt. Shapes: ids int64 [S], whose first stands at `start`."""
-        place = ChunkPlace(self._angles, call.slots[0], start, len(ids))
+    def run_chunk(self, call: Call, section: int, chunk: int) -> None:
+        """One section over one chunk of a prompt; its output joins `call.outputs`."""
+        assert call.prompt is not None
+        (start, end), memories = call.prompt.bounds[chunk], call.prompt.memories
+        input_ids = call.prompt.input_ids[start:end]
+        cells = ChunkCells(self._angles, call.slots[0], start, end - start)
         before = call.outputs.get(section - 1, call.carried)
         previous = null_rows = None
         if self.topology.staggered and section > 0:
             assert before is not None
             previous = memories[section].shift(before)
-            null_rows = self._null_rows(place.positions)
+            null_rows = self._null_rows(cells.positions)
             null_rows = None if null_rows is None else null_rows.T
-        hidden = before if before is not None and not self.topology.staggered else self._embed(ids[None])
+        hidden = before if before is not None and not self.topology.staggered else self._embed(input_ids[None])
         runner = self._runners[section]
-        call.outputs[section] = runner.finish(runner.begin(hidden, place), place, previous, null_rows)
+        call.outputs[section] = runner.finish(runner.begin(hidden, cells), cells, previous, null_rows)
 
-    def keep_tails(self, slot: int, first_step: int, memories: dict[int, PromptMemory]) -> None:
-        """The last rows of a prompt are the first hand-offs of its request."""
+    def keep_tails(self, call: Call, first_step: int) -> None:
+        """Keep the last rows of a prompt, which are the first hand-offs of its request."""
         if not self.topology.lag:
             return
-        for section, memory in memories.items():
+        assert call.prompt is not None
+        for section, memory in call.prompt.memories.items():
             if section in self._local:
-                self._local[section].fill(slot, memory.tail)
+                self._local[section].fill(call.slots[0], memory.tail)
             elif section > 0:
-                self._tails.fill(slot, first_step, memory.tail)
+                self._tails.fill(call.slots[0], first_step, memory.tail)
 
     def young_memory(self, rows: int, step: int) -> Tensor:
         """What the first section of this rank looks at newly while no hand-off of a step has come. Shapes: [B, H]."""
@@ -205,9 +214,9 @@ class StageSections:
 
     # --- inside -------------------------------------------------------------------------------------------------
 
-    def _embed(self, ids: Tensor) -> Tensor:
+    def _embed(self, input_ids: Tensor) -> Tensor:
         assert self.weights.embedding is not None, "a stage without embedding was given tokens"
-        return F.embedding(ids, self.weights.embedding)
+        return F.embedding(input_ids, self.weights.embedding)
 
     def _previous(self, call: Call, section: int) -> Tensor | None:
         """What a section's rows look at newly in this step. Shapes: [B, 1, H]."""

@@ -1,4 +1,4 @@
-"""From section outputs to the next token: combination, head, choice, and the token's way to all stages."""
+"""From section outputs to the next token: combination, head, choice, and sending the token to all stages."""
 
 from collections.abc import Sequence
 
@@ -6,50 +6,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stagdist.config.parts import ModelConfig
-from stagdist.decode.layers.weights import Device, StageWeights
 from stagdist.decode.request import SamplingParams
-from stagdist.decode.runtime.transport import Transport
+from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.sampler import Choice, Sampler
-from stagdist.decode.topology import Topology
 
 
 class Readout:
-    """The end of a step on this rank.
+    """The end of a step on this rank: from the last hidden states to a token that all ranks know.
 
-    Args:
-        transport: None in a world of one.
-        want_margins: also give the difference between the best and the second best score of every choice.
-        keep_logits: keep the logits of the last step in `logits`, where this rank holds a part of the head.
+    Attributes:
+        logits: of the last step, if the setup keeps them and this rank holds a part of the head.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        topology: Topology,
-        weights: StageWeights,
-        device: Device,
-        num_slots: int,
-        transport: Transport | None = None,
-        *,
-        want_margins: bool = False,
-        keep_logits: bool = False,
-    ):
-        self._model, self._topology, self._weights, self._device = model, topology, weights, device
-        self._transport = transport
+    def __init__(self, setup: StageSetup):
+        self._setup, self._model, self._weights = setup, setup.model, setup.weights
+        topology, weights = setup.topology, setup.weights
         self._sharded = topology.head == "sharded" and topology.num_stages > 1
-        self._margins, self._keep_logits = want_margins, keep_logits
         self._num_logprobs: dict[int, int] = {}
-        tensor = 1 if transport is None else transport.grid.tensor
-        shares = tensor * (topology.num_stages if topology.head == "sharded" else 1)
+        shares = setup.tensor_size * (topology.num_stages if topology.head == "sharded" else 1)
         self.sampler = Sampler(
-            num_slots=num_slots,
-            vocab_size=model.vocab_size,
+            num_slots=setup.limits.num_slots,
+            vocab_size=setup.model.vocab_size,
             first_token=weights.first_token,
             num_tokens=0 if weights.head is None else len(weights.head),
-            slice_size=-(-model.vocab_size // shares),
-            device=device,
-            want_margins=want_margins,
+            slice_size=-(-setup.model.vocab_size // shares),
+            device=setup.device,
+            want_margins=setup.want_margins,
         )
         self._hidden: Tensor | None = None
         self.logits: Tensor | None = None
@@ -79,27 +61,27 @@ class Readout:
             assert weights.mix is not None
             parts.append(weights.mix * outputs[section])
         partial = torch.stack(parts).sum(0)
-        alone = self._transport is None or self._topology.num_stages == 1
-        self._hidden = partial if alone else self._link.sum_over_stages(partial, root)
+        alone = self._setup.topology.num_stages == 1
+        self._hidden = partial if alone else self._setup.link.sum_over_stages(partial, root)
 
     def ask(self, slots: Sequence[int]) -> None:
-        """Say where what the last stage will publish goes: its output for a sharded head, else the choice."""
+        """Announce the receive of what the last stage will publish: its output for a sharded head, else the choice."""
         if self._sharded:
             shape = (len(slots), 1, self._model.hidden_size)
-            self._link.ask(torch.empty(shape, dtype=self._device.dtype, device=self._device.name))
+            self._setup.link.ask(torch.empty(shape, dtype=self._setup.device.dtype, device=self._setup.device.name))
             return
         width, _ = self._message_width(slots)
         dtype = torch.int64 if width == 1 else torch.float64
         shape = (len(slots), width) if width > 1 else (len(slots),)  # type: ignore[assignment]
-        self._link.ask(torch.empty(shape, dtype=dtype, device=self._device.name))
+        self._setup.link.ask(torch.empty(shape, dtype=dtype, device=self._setup.device.name))
 
     def share(self, last_output: Tensor | None) -> None:
         """Give the last section's output to all stages. Shapes: [B, 1, H], None elsewhere."""
         if last_output is None:
-            self._hidden = self._link.published()
+            self._hidden = self._setup.link.published()
             return
         self._hidden = last_output.contiguous()
-        self._link.publish(self._hidden)
+        self._setup.link.publish(self._hidden)
 
     def head(self, last_output: Tensor | None) -> None:
         """Logits of this rank's slice of the vocabulary."""
@@ -120,16 +102,16 @@ class Readout:
         alone = self.sampler.likeliest_alone(self.logits, slots)
         if alone is not None:
             self._choice = alone
-            if not self._keep_logits:
+            if not self._setup.keep_logits:
                 self.logits = None
             return
-        places = self._device.upload(positions, torch.int64)
+        places = self._setup.device.upload(positions, torch.int64)
         candidates = self.sampler.candidates(self.logits, slots, places)
-        if not self._keep_logits:
+        if not self._setup.keep_logits:
             self.logits = None
         gathered = candidates[None]
-        if self._transport is not None:
-            gathered = self._transport.gather(candidates, everywhere=self._sharded)
+        if self._setup.transport is not None:
+            gathered = self._setup.transport.gather(candidates, everywhere=self._sharded)
         self._choice = self.sampler.choose(gathered, slots, places)
         self.sampler.observe(self._choice.tokens, slots)
 
@@ -141,27 +123,22 @@ class Readout:
             parts.append(choice.margins[:, None])
         if choice.logprobs is not None:
             parts.append(choice.logprobs)
-        self._link.publish(torch.cat(parts, dim=1) if len(parts) > 1 else choice.tokens)
+        self._setup.link.publish(torch.cat(parts, dim=1) if len(parts) > 1 else choice.tokens)
 
     def receive(self, slots: Sequence[int]) -> None:
         """Take the choice of the last stage."""
         width, widest = self._message_width(slots)
-        message = self._link.published()
+        message = self._setup.link.published()
         if width == 1:
             self._choice = Choice(message, None, None)
             return
         self._choice = Choice(
             message[:, 0].long(),
-            None if widest is None else message[:, 1 + self._margins :],
-            message[:, 1] if self._margins else None,
+            None if widest is None else message[:, 1 + self._setup.want_margins :],
+            message[:, 1] if self._setup.want_margins else None,
         )
 
     def _message_width(self, slots: Sequence[int]) -> tuple[int, int | None]:
         """Values of each row of a published choice, and the largest number of log-probabilities asked for."""
         widest = max((self._num_logprobs[slot] for slot in slots if slot in self._num_logprobs), default=None)
-        return 1 + self._margins + (0 if widest is None else 1 + 2 * widest), widest
-
-    @property
-    def _link(self) -> Transport:
-        assert self._transport is not None, "a message to other stages in a world of one"
-        return self._transport
+        return 1 + self._setup.want_margins + (0 if widest is None else 1 + 2 * widest), widest

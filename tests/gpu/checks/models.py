@@ -15,7 +15,7 @@ from stagdist.config.parts import ModelConfig
 from stagdist.decode.engine import Engine
 from stagdist.decode.layers.weights import random_reader
 from stagdist.decode.request import Request, RequestOutput, SamplingParams
-from stagdist.decode.runtime.build import EngineOptions, build_stage, place_model
+from stagdist.decode.runtime.build import EngineOptions, build_stage, plan_decoding
 from stagdist.parallel.device import on_cuda
 from stagdist.telemetry.clocks import EventClock
 from stagdist.telemetry.spans import SpanRecorder
@@ -86,9 +86,9 @@ class Decoder:
     """
 
     def __init__(self, setting: Setting, model: ModelConfig, *, graphs: bool, recorder: SpanRecorder | None = None):
-        placement = place_model(model, EngineOptions(precision="bf16", graphs=graphs), 1)
+        plan = plan_decoding(model, EngineOptions(precision="bf16", graphs=graphs), 1)
         device, self._vocab_size = setting.device, model.vocab_size
-        self.stage = build_stage(placement, random_reader(0, device), device, None, recorder=recorder)
+        self.stage = build_stage(plan, random_reader(0, device), device, None, recorder=recorder)
 
     def run(self, prompt_length: int, new_tokens: int, temperature: float = 0.0) -> Decoded:
         """Serve one request."""

@@ -13,7 +13,7 @@ from stagdist.config.parts import ModelConfig
 from stagdist.decode.engine import Engine
 from stagdist.decode.operations import operate
 from stagdist.decode.request import Request, SamplingParams
-from stagdist.decode.runtime.build import EngineOptions, build_stage, joined_world, place_model
+from stagdist.decode.runtime.build import EngineOptions, build_stage, joined_world, plan_decoding
 from stagdist.decode.topology import HeadLayout
 from stagdist.parallel.device import choose_device
 from stagdist.telemetry.spans import Span
@@ -40,12 +40,12 @@ def decode(setting: Setting, head: HeadLayout, *, combined: bool = False, traced
     """Decode on two stages; the tokens must be those of one process on the CPU, in fp64."""
     check_ranks_can_meet(setting)
     case = _case(setting, head, combined)
-    placement = place_model(ModelConfig(**config_of(case.keys)), case.options, 2)
+    plan = plan_decoding(ModelConfig(**config_of(case.keys)), case.options, 2)
     device = choose_device(setting.rank_device)
-    with joined_world(placement, device) as transport:
+    with joined_world(plan, device) as transport:
         assert transport is not None
         recorder = span_recorder(device, transport.rank, transport.stage) if traced else None
-        stage = build_stage(placement, reader(case), device, transport, recorder=recorder)
+        stage = build_stage(plan, reader(case), device, transport, recorder=recorder)
         if transport.rank > 0:
             operate(stage, transport, None)
             return {}

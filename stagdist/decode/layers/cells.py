@@ -28,7 +28,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
 
 
-class ChunkPlace:
+class ChunkCells:
     """Consecutive positions of one request: a chunk of its prompt, or one step when it is alone.
 
     Args:
@@ -95,7 +95,7 @@ class ChunkPlace:
         return seen[:, :, None]
 
 
-class StepPlace:
+class StepCells:
     """One position of each of several requests, in rows 0 to B - 1 of the caches.
 
     Args:
@@ -122,12 +122,12 @@ class StepPlace:
         return held[:, None, None]
 
     def store_self(self, cache: Tensor, new: Tensor) -> Tensor:
-        """As `ChunkPlace.store_self`. Shapes: new [B, 1, 2, K, D] -> [2, B, K, longest, D]."""
+        """As `ChunkCells.store_self`. Shapes: new [B, 1, 2, K, D] -> [2, B, K, longest, D]."""
         cache[:, self.rows, :, self.tensor] = new[:, 0]
         return cache[:, : len(self.rows), :, : self.longest]
 
     def store_memory(self, cache: Tensor, new: Tensor) -> Tensor:
-        """As `ChunkPlace.store_memory`. Shapes: new [B, 1, L, 2, C, D] -> [L, 2, B, C, entries, D]."""
+        """As `ChunkCells.store_memory`. Shapes: new [B, 1, L, 2, C, D] -> [L, 2, B, C, entries, D]."""
         window = cache.shape[4]
         cache[:, :, self.rows, :, self.tensor % window] = new[:, 0]
         entries = min(self.longest, window)
@@ -136,16 +136,16 @@ class StepPlace:
         return cache[:, :, : len(self.rows), :, :entries]
 
 
-Place = ChunkPlace | StepPlace
+Cells = ChunkCells | StepCells
 
 
-def step_place(angles: Angles, positions: Sequence[int], device: Device, repeats: int = 1) -> Place:
+def step_cells(angles: Angles, positions: Sequence[int], device: Device, repeats: int = 1) -> Cells:
     """The place of a step; one row alone is written without indices."""
     if len(positions) == 1 and repeats == 1:
-        return ChunkPlace(angles, 0, positions[0], 1)
+        return ChunkCells(angles, 0, positions[0], 1)
     tensor = device.upload(positions, torch.int64)
     uniform = min(positions) == max(positions)
-    return StepPlace(angles, tensor, max(positions) + 1, uniform=uniform, repeats=repeats)
+    return StepCells(angles, tensor, max(positions) + 1, uniform=uniform, repeats=repeats)
 
 
 def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
