@@ -131,12 +131,8 @@ class Sweeps:
             delay_ms: (self._measurement.engine(model, load, self._head, delay_s=delay_ms / 1e3), load)
             for delay_ms in delays_ms
         }
-        recorded = instrument(
-            site,
-            lambda recorder: self._measurement.engine(model, load, self._head, recorder=recorder),
-            load,
-            SLACK_RUNS,
-        )
+        build = partial(self._measurement.engine, model, load, self._head)
+        recorded = instrument(site, build, load, SLACK_RUNS)
         slacks_s = recorded.slacks_s()
         readings = self._alternate(engines)
         if site.rank:

@@ -190,7 +190,7 @@ REFUSED: dict[str, tuple[dict[str, Any], EngineOptions, int, str]] = {
         "num_key_value_heads 1 is not a multiple of --tensor-parallel-size 2",
     ),
     "inner width": ({"intermediate_size": 25}, EngineOptions(2), 2, "intermediate_size 25"),
-    "context": ({}, EngineOptions(max_context=CONTEXT + 1), 1, f"knows positions up to {CONTEXT}"),
+    "context": ({}, EngineOptions(max_context=CONTEXT + 1), 1, f"has positions up to {CONTEXT}"),
 }
 
 

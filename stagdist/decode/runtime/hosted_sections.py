@@ -65,10 +65,6 @@ class Call:
         """Number of rows, B."""
         return len(self.slots)
 
-    def last_positions(self) -> dict[int, Tensor]:
-        """Output of each section at the last position: all of a step, the end of a prompt. Shapes: [B, 1, H]."""
-        return {section: output[:, -1:] for section, output in self.outputs.items()}
-
 
 class StageSections:
     """Weights, caches and hand-offs of the sections of one rank; independent of schedules.
