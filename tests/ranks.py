@@ -10,6 +10,8 @@ once, on the CPU, and ranks are forks of it; ranks with an `env` of their own ar
 hash seed, the state of numpy's generator and whatever modules read from the environment when they are imported: what
 hangs on such things is left to the tests that start ranks through a launcher. Variables that Python itself reads when
 it starts have no effect in `env`.
+
+`fork_script` runs a script in forks of the same server, as `python script arguments` would.
 """
 
 import contextlib
@@ -21,13 +23,15 @@ import multiprocessing
 import os
 import pickle
 import random
+import runpy
 import signal
 import socket
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -80,6 +84,57 @@ def run_ranks(
             _end(ranks)
             theirs.close()
             ours.close()
+
+
+@dataclass(frozen=True)
+class Script:
+    """A Python script and the surroundings of its processes.
+
+    Attributes:
+        path: the script, run as `__main__`.
+        arguments: its command line.
+        folder: working directory.
+        out, err: files to append standard output and standard error to; they may be the same.
+        given: file that is standard input.
+        before: called in every process before the script runs, to plant a fault; a function of a module.
+    """
+
+    path: Path
+    arguments: tuple[str, ...]
+    folder: Path
+    out: Path
+    err: Path
+    given: Path = Path(os.devnull)
+    before: Callable[[], None] | None = None
+
+
+def fork_script(script: Script, world_size: int | None) -> list[BaseProcess]:
+    """Run a script in forks of the server: `world_size` ranks, or a process without a launcher where it is None.
+
+    A process ends without Python's `atexit`, and nobody ends the ranks of a world of which one has failed: callers do.
+    """
+    variables = _environment(world_size or 1, {})
+    _start_server(variables)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    alone = {name: value for name, value in variables.items() if name not in names}
+    processes: list[BaseProcess] = []
+    for rank in range(world_size or 1):
+        place = alone if world_size is None else {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        context = multiprocessing.get_context("forkserver")
+        processes.append(context.Process(target=_run_script, args=(script, place)))
+        _begin(processes[-1], rank)
+    return processes
+
+
+def end_processes(processes: list[BaseProcess]) -> None:
+    """Kill forks that still run, with what is in their process groups."""
+    for process in processes:
+        if process.exitcode is None and process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # one that has not come to lead its group yet
+    for process in processes:
+        process.join()
 
 
 def free_port() -> int:
@@ -207,11 +262,33 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _run(folder: Path, rank: int, variables: Mapping[str, str], all_done: Connection) -> None:
+def _begin_rank(variables: Mapping[str, str]) -> None:
     os.setsid()
     end_with_parent()
     os.environ.clear()
     os.environ.update(variables)
+
+
+def _run_script(script: Script, variables: Mapping[str, str]) -> None:
+    _begin_rank(variables)
+    os.chdir(script.folder)
+    appending = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    for standard, (path, flags) in enumerate(
+        [(script.given, os.O_RDONLY), (script.out, appending), (script.err, appending)]
+    ):
+        descriptor = os.open(path, flags)
+        os.dup2(descriptor, standard)
+        os.close(descriptor)
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.argv = [str(script.path), *script.arguments]
+    if script.before is not None:
+        script.before()
+    runpy.run_path(str(script.path), run_name="__main__")
+
+
+def _run(folder: Path, rank: int, variables: Mapping[str, str], all_done: Connection) -> None:
+    _begin_rank(variables)
     with _log(folder, rank).open("wb") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
