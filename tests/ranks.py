@@ -11,7 +11,7 @@ hash seed, the state of numpy's generator and whatever modules read from the env
 hangs on such things is left to the tests that start ranks through a launcher. Variables that Python itself reads when
 it starts have no effect in `env`.
 
-`fork_script` runs a script in forks of the same server, as `python script arguments` would.
+`fork_script` runs a script in forks of the same server as `python script arguments` would, `run_script` to its end.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ import random
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -124,6 +125,26 @@ def fork_script(script: Script, world_size: int | None) -> list[BaseProcess]:
         processes.append(context.Process(target=_run_script, args=(script, place)))
         _begin(processes[-1], rank)
     return processes
+
+
+def run_script(path: Path, *arguments: str | Path, timeout_s: float = 120) -> "subprocess.CompletedProcess[str]":
+    """Run a script to its end in one fork without a launcher, in the working directory of this process.
+
+    Raises:
+        AssertionError: it still runs after `timeout_s`.
+    """
+    words = tuple(map(str, arguments))
+    with tempfile.TemporaryDirectory(prefix="stagdist-script-") as name:
+        out, err = Path(name, "out"), Path(name, "err")
+        processes = fork_script(Script(path, words, Path.cwd(), out, err), None)
+        try:
+            processes[0].join(timeout_s)
+            code = processes[0].exitcode
+        finally:
+            end_processes(processes)
+        printed, errors = (file.read_text(errors="replace") if file.exists() else "" for file in (out, err))
+        assert code is not None, f"still running after {timeout_s:g} s:\n{printed}{errors}"
+        return subprocess.CompletedProcess([str(path), *words], code, printed, errors)
 
 
 def end_processes(processes: list[BaseProcess]) -> None:
