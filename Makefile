@@ -94,7 +94,7 @@ faults: $(STAMP) ## Plant every fault under every launcher in the lab (root; FAU
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.lab.fault_report $(if $(FAULTS),--faults $(FAULTS)) \
 		$(if $(LAUNCHERS),--launchers $(LAUNCHERS)) $(if $(FRESH),--fresh) --output benchmarks/faults.json
 
-lab: $(STAMP) ## Bring up two hosts on this machine (root; HOSTS= SLOTS= SPARES= SHARED=), and tell how to use them
+lab: $(STAMP) ## Bring up two hosts on this machine (root; HOSTS= SLOTS= SPARES= SHARED=), and explain how to use them
 	@$(BIN)/python -m tests.lab.hosts up $(if $(HOSTS),--hosts $(HOSTS)) $(if $(SLOTS),--slots $(SLOTS)) \
 		$(if $(SPARES),--spares $(SPARES)) $(if $(SHARED),--shared $(SHARED))
 

@@ -1,4 +1,4 @@
-"""Run a function on several real processes and bring back what each returned.
+"""Run a function on several real processes and return the result of each.
 
     losses = run_ranks("tests.training.test_parity:train_all", 4, {"cases": [...]})
 
@@ -8,7 +8,7 @@ finds its place in the usual variables (RANK, WORLD_SIZE, MASTER_ADDR, ...) and 
 Importing the frameworks takes seconds of processor time. A server process (`multiprocessing`'s fork server) does it
 once, on the CPU, and ranks are forks of it; ranks with an `env` of their own are fresh processes. Forks share Python's
 hash seed, the state of numpy's generator and whatever modules read from the environment when they are imported: what
-hangs on such things is left to the tests that start ranks through a launcher. Variables that Python itself reads when
+depends on such things is left to the tests that start ranks through a launcher. Variables that Python itself reads when
 it starts have no effect in `env`.
 
 `fork_script` runs a script in forks of the same server as `python script arguments` would, `run_script` to its end.
@@ -62,7 +62,7 @@ def run_ranks(
     The ranks see no GPU unless `env` (added to this process's environment) says otherwise.
 
     Raises:
-        RankError: the first rank that failed, not those that its death pulled down; or the time is up.
+        RankError: the first rank that failed, not those that failed because of it; or the time is up.
     """
     with tempfile.TemporaryDirectory(prefix="stagdist-ranks-") as name:
         folder = Path(name)
@@ -112,7 +112,7 @@ class Script:
 def fork_script(script: Script, world_size: int | None) -> list[BaseProcess]:
     """Run a script in forks of the server: `world_size` ranks, or a process without a launcher where it is None.
 
-    A process ends without Python's `atexit`, and nobody ends the ranks of a world of which one has failed: callers do.
+    A process ends without Python's `atexit`. Callers end the other ranks of a world in which one has failed.
     """
     variables = _environment(world_size or 1, {})
     _start_server(variables)
@@ -153,7 +153,7 @@ def end_processes(processes: list[BaseProcess]) -> None:
         if process.exitcode is None and process.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.kill()  # one that has not come to lead its group yet
+            process.kill()  # one that does not lead its group yet
     for process in processes:
         process.join()
 
@@ -218,7 +218,7 @@ def _wait(ranks: list[BaseProcess], folder: Path, deadline: float, timeout_s: fl
     while True:
         ended = [rank for rank, process in enumerate(ranks) if process.exitcode is not None]
         if ended:
-            time.sleep(GRACE_S)  # the first failure and what it pulls down come close together: see them all
+            time.sleep(GRACE_S)  # the first failure and those it causes are close together: collect them all
             raise _first_failure(ranks, folder)
         if all(_result(folder, rank).exists() for rank in range(len(ranks))):
             return
@@ -233,7 +233,7 @@ def _wait(ranks: list[BaseProcess], folder: Path, deadline: float, timeout_s: fl
 
 
 def _first_failure(ranks: list[BaseProcess], folder: Path) -> RankError:
-    """The rank whose failure came first. One that died without a word comes before those that could report."""
+    """The rank whose failure came first. One that ended without a report comes first."""
     reports: list[tuple[float, int, str]] = []
     for rank, process in enumerate(ranks):
         if _failure(folder, rank).exists():
@@ -253,7 +253,7 @@ def _end(ranks: list[BaseProcess]) -> None:
     for process, pid in started:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-        process.kill()  # one that has not come to lead its group yet
+        process.kill()  # one that does not lead its group yet
     for process, _ in started:
         process.join()
         process.close()
@@ -279,7 +279,7 @@ def _failure(folder: Path, rank: int) -> Path:
 
 
 def end_with_parent() -> None:
-    """Let this process be killed when its parent ends: ranks with their server, the server with the test run."""
+    """Have the kernel kill this process when its parent ends: ranks with their server, the server with the test run."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -331,7 +331,7 @@ def _run(folder: Path, rank: int, variables: Mapping[str, str], all_done: Connec
 
 
 def _leave(path: Path, content: bytes) -> None:
-    """Write aside and rename, so that the parent never reads half a file."""
+    """Write to another file and rename it, so that the parent never reads an incomplete one."""
     aside = path.with_suffix(".part")
     aside.write_bytes(content)
     aside.rename(path)

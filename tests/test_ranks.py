@@ -60,7 +60,7 @@ def leave_early(_: Any) -> None:
 
 
 def hang_on_rank_1(folder: str) -> str:
-    """Rank 1 never returns and has a child that would not either."""
+    """Rank 1 never returns, and neither does its child."""
     import subprocess
 
     if os.environ["RANK"] == "0":
@@ -144,7 +144,7 @@ def test_ranks_and_their_server_end_with_a_test_run_that_is_killed(tmp_path: Pat
         finally:
             owner.kill()
     rank, child = map(int, (tmp_path / "pids").read_text().split())
-    os.kill(child, signal.SIGKILL)  # what a rank has started is not its concern
+    os.kill(child, signal.SIGKILL)  # processes that a rank has started are not ended
     assert rank in family and all(_gone(pid) for pid in family if pid != child)
 
 
@@ -204,7 +204,7 @@ def test_a_script_that_hangs_or_raises_is_ended_and_seen(tmp_path: Path) -> None
 
 
 def _gone(pid: int) -> bool:
-    """Whether a process has ended; a zombie that nobody has reaped counts as ended."""
+    """Whether a process has ended; a zombie counts as ended."""
     for _ in range(100):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]

@@ -163,8 +163,8 @@ def test_stop_texts_and_ids_end_an_answer(model: Path) -> None:
 
 def test_an_answer_ends_where_transformers_would_end_it(model: Path, tmp_path: Path) -> None:
     arguments = ["--prompt", "abc", "--json", "--max-new-tokens", "30", "--temperature", "0"]
-    (whole,) = answers(run_ranks_to_end(model, *arguments, "--ignore-eos"))
-    ids = whole["token_ids"]
+    (complete,) = answers(run_ranks_to_end(model, *arguments, "--ignore-eos"))
+    ids = complete["token_ids"]
     stated = shutil.copytree(model, tmp_path / "stated")
     (stated / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, ids[10]], "do_sample": False}))
     (ended,) = answers(run_ranks_to_end(stated, *arguments))
