@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine, set-up included:
 #   make quickstart [CORPUS="a.txt b.jsonl"]    train a small StagFormer on two processes
-#   make test                                   lint and the whole test suite
+#   make test                                   lint and the test suite
 # Everything is installed into .venv from pyproject.toml, at the versions of constraints.txt.
 
 SHELL := /bin/bash
@@ -30,7 +30,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for candidate in python3 python3.12 python3.11; do \
 	"$$candidate" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$candidate"; break; }; done)
 
-.PHONY: help install quickstart test lint reshard-matrix gpu-check lab lab-matrix faults clean
+.PHONY: help install quickstart test test-all ruff lint reshard-matrix gpu-check lab lab-matrix faults clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -60,19 +60,25 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP) ## Train a small StagFormer on CORPUS="files" (default: Python's own source)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/quickstart.py $(if $(strip $(CORPUS)),--corpus $(CORPUS))
 
-lint: $(STAMP) ## Ruff and mypy
+ruff: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint: ruff ## Ruff and mypy
 	$(BIN)/mypy
 
-# One thread per process: several ranks share the cores, and sums keep one order. No test may reach for the network.
-test lab-matrix: export OMP_NUM_THREADS := 1
-test lab-matrix: export HF_HUB_OFFLINE := 1
-test lab-matrix: export TOKENIZERS_PARALLELISM := false
-test lab-matrix: export WANDB_MODE := offline
-test lab-matrix: export MPLBACKEND := Agg
-test: lint ## Lint and the whole test suite (PYTEST_ARGS="-k name" narrows it)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+# One thread per process: several ranks share the cores, and sums keep one order. No test may use the network.
+test test-all lab-matrix: export OMP_NUM_THREADS := 1
+test test-all lab-matrix: export HF_HUB_OFFLINE := 1
+test test-all lab-matrix: export TOKENIZERS_PARALLELISM := false
+test test-all lab-matrix: export WANDB_MODE := offline
+test test-all lab-matrix: export MPLBACKEND := Agg
+# With arguments one pytest process runs what they select, without them mypy and two processes run at once.
+test: ruff ## Lint and the test suite (PYTEST_ARGS="-k name" narrows it)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m $(if $(PYTEST_ARGS),pytest,tests.suite) -m "not slow" $(PYTEST_ARGS)
+
+test-all: ruff ## The same with the slow tests, for every night
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m $(if $(PYTEST_ARGS),pytest,tests.suite) $(PYTEST_ARGS)
 
 reshard-matrix: export OMP_NUM_THREADS := 1
 reshard-matrix: $(STAMP) ## Train on every grid, convert to every other, compare losses
@@ -87,7 +93,7 @@ faults: $(STAMP) ## Plant every fault under every launcher in the lab (root; FAU
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.lab.fault_report $(if $(FAULTS),--faults $(FAULTS)) \
 		$(if $(LAUNCHERS),--launchers $(LAUNCHERS)) $(if $(FRESH),--fresh) --output benchmarks/results/faults.json
 
-lab: $(STAMP) ## Bring up two hosts on this machine (root; HOSTS= SLOTS= SPARES= SHARED=), and tell how to use them
+lab: $(STAMP) ## Bring up two hosts on this machine (root; HOSTS= SLOTS= SPARES= SHARED=), and explain how to use them
 	@$(BIN)/python -m tests.lab.hosts up $(if $(HOSTS),--hosts $(HOSTS)) $(if $(SLOTS),--slots $(SLOTS)) \
 		$(if $(SPARES),--spares $(SPARES)) $(if $(SHARED),--shared $(SHARED))
 

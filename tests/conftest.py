@@ -2,7 +2,7 @@
 
 import os
 
-# Before torch is imported: ranks share the cores, sums keep one order, and no test reaches for the network.
+# Before torch is imported: ranks share the cores, sums keep one order, and no test uses the network.
 for name, value in {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -16,7 +16,7 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `gpu` and `lab` tests, with the reason, where there is no device or no right to make namespaces."""
+    """Skip `gpu` and `lab` tests, with the reason, where there is no device or no permission to make namespaces."""
     for marker, reason in (("gpu", _without_gpu), ("lab", _without_namespaces)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and (problem := reason()):

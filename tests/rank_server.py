@@ -5,5 +5,11 @@ import importlib
 from tests.ranks import end_with_parent
 
 end_with_parent()
-for module in ("stagdist.training.pretrain", "stagdist.decode.engine", "torch._dynamo"):  # the last: any optimizer's
+for module in (
+    "stagdist.training.pretrain",
+    "stagdist.decode.frontend.generate",
+    "torch._dynamo",  # any optimizer imports it
+    "matplotlib.backends.backend_agg",
+    "deepspeed.module_inject.auto_ep_layer",  # any engine imports it
+):
     importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Run a function on several real processes and bring back what each returned.
+"""Run a function on several real processes and return the result of each.
 
     losses = run_ranks("tests.training.test_parity:train_all", 4, {"cases": [...]})
 
@@ -8,8 +8,10 @@ finds its place in the usual variables (RANK, WORLD_SIZE, MASTER_ADDR, ...) and 
 Importing the frameworks takes seconds of processor time. A server process (`multiprocessing`'s fork server) does it
 once, on the CPU, and ranks are forks of it; ranks with an `env` of their own are fresh processes. Forks share Python's
 hash seed, the state of numpy's generator and whatever modules read from the environment when they are imported: what
-hangs on such things is left to the tests that start ranks through a launcher. Variables that Python itself reads when
+depends on such things is left to the tests that start ranks through a launcher. Variables that Python itself reads when
 it starts have no effect in `env`.
+
+`fork_script` runs a script in forks of the same server as `python script arguments` would, `run_script` to its end.
 """
 
 import contextlib
@@ -21,13 +23,16 @@ import multiprocessing
 import os
 import pickle
 import random
+import runpy
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -57,7 +62,7 @@ def run_ranks(
     The ranks see no GPU unless `env` (added to this process's environment) says otherwise.
 
     Raises:
-        RankError: the first rank that failed, not those that its death pulled down; or the time is up.
+        RankError: the first rank that failed, not those that failed because of it; or the time is up.
     """
     with tempfile.TemporaryDirectory(prefix="stagdist-ranks-") as name:
         folder = Path(name)
@@ -80,6 +85,77 @@ def run_ranks(
             _end(ranks)
             theirs.close()
             ours.close()
+
+
+@dataclass(frozen=True)
+class Script:
+    """A Python script and the surroundings of its processes.
+
+    Attributes:
+        path: the script, run as `__main__`.
+        arguments: its command line.
+        folder: working directory.
+        out, err: files to append standard output and standard error to; they may be the same.
+        given: file that is standard input.
+        before: called in every process before the script runs, to plant a fault; a function of a module.
+    """
+
+    path: Path
+    arguments: tuple[str, ...]
+    folder: Path
+    out: Path
+    err: Path
+    given: Path = Path(os.devnull)
+    before: Callable[[], None] | None = None
+
+
+def fork_script(script: Script, world_size: int | None) -> list[BaseProcess]:
+    """Run a script in forks of the server: `world_size` ranks, or a process without a launcher where it is None.
+
+    A process ends without Python's `atexit`. Callers end the other ranks of a world in which one has failed.
+    """
+    variables = _environment(world_size or 1, {})
+    _start_server(variables)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    alone = {name: value for name, value in variables.items() if name not in names}
+    processes: list[BaseProcess] = []
+    for rank in range(world_size or 1):
+        place = alone if world_size is None else {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        context = multiprocessing.get_context("forkserver")
+        processes.append(context.Process(target=_run_script, args=(script, place)))
+        _begin(processes[-1], rank)
+    return processes
+
+
+def run_script(path: Path, *arguments: str | Path, timeout_s: float = 120) -> "subprocess.CompletedProcess[str]":
+    """Run a script to its end in one fork without a launcher, in the working directory of this process.
+
+    Raises:
+        AssertionError: it still runs after `timeout_s`.
+    """
+    words = tuple(map(str, arguments))
+    with tempfile.TemporaryDirectory(prefix="stagdist-script-") as name:
+        out, err = Path(name, "out"), Path(name, "err")
+        processes = fork_script(Script(path, words, Path.cwd(), out, err), None)
+        try:
+            processes[0].join(timeout_s)
+            code = processes[0].exitcode
+        finally:
+            end_processes(processes)
+        printed, errors = (file.read_text(errors="replace") if file.exists() else "" for file in (out, err))
+        assert code is not None, f"still running after {timeout_s:g} s:\n{printed}{errors}"
+        return subprocess.CompletedProcess([str(path), *words], code, printed, errors)
+
+
+def end_processes(processes: list[BaseProcess]) -> None:
+    """Kill forks that still run, with what is in their process groups."""
+    for process in processes:
+        if process.exitcode is None and process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # one that does not lead its group yet
+    for process in processes:
+        process.join()
 
 
 def free_port() -> int:
@@ -142,7 +218,7 @@ def _wait(ranks: list[BaseProcess], folder: Path, deadline: float, timeout_s: fl
     while True:
         ended = [rank for rank, process in enumerate(ranks) if process.exitcode is not None]
         if ended:
-            time.sleep(GRACE_S)  # the first failure and what it pulls down come close together: see them all
+            time.sleep(GRACE_S)  # the first failure and those it causes are close together: collect them all
             raise _first_failure(ranks, folder)
         if all(_result(folder, rank).exists() for rank in range(len(ranks))):
             return
@@ -157,7 +233,7 @@ def _wait(ranks: list[BaseProcess], folder: Path, deadline: float, timeout_s: fl
 
 
 def _first_failure(ranks: list[BaseProcess], folder: Path) -> RankError:
-    """The rank whose failure came first. One that died without a word comes before those that could report."""
+    """The rank whose failure came first. One that ended without a report comes first."""
     reports: list[tuple[float, int, str]] = []
     for rank, process in enumerate(ranks):
         if _failure(folder, rank).exists():
@@ -177,7 +253,7 @@ def _end(ranks: list[BaseProcess]) -> None:
     for process, pid in started:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-        process.kill()  # one that has not come to lead its group yet
+        process.kill()  # one that does not lead its group yet
     for process, _ in started:
         process.join()
         process.close()
@@ -203,15 +279,37 @@ def _failure(folder: Path, rank: int) -> Path:
 
 
 def end_with_parent() -> None:
-    """Let this process be killed when its parent ends: ranks with their server, the server with the test run."""
+    """Have the kernel kill this process when its parent ends: ranks with their server, the server with the test run."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _run(folder: Path, rank: int, variables: Mapping[str, str], all_done: Connection) -> None:
+def _begin_rank(variables: Mapping[str, str]) -> None:
     os.setsid()
     end_with_parent()
     os.environ.clear()
     os.environ.update(variables)
+
+
+def _run_script(script: Script, variables: Mapping[str, str]) -> None:
+    _begin_rank(variables)
+    os.chdir(script.folder)
+    appending = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    for standard, (path, flags) in enumerate(
+        [(script.given, os.O_RDONLY), (script.out, appending), (script.err, appending)]
+    ):
+        descriptor = os.open(path, flags)
+        os.dup2(descriptor, standard)
+        os.close(descriptor)
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.argv = [str(script.path), *script.arguments]
+    if script.before is not None:
+        script.before()
+    runpy.run_path(str(script.path), run_name="__main__")
+
+
+def _run(folder: Path, rank: int, variables: Mapping[str, str], all_done: Connection) -> None:
+    _begin_rank(variables)
     with _log(folder, rank).open("wb") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
@@ -233,7 +331,7 @@ def _run(folder: Path, rank: int, variables: Mapping[str, str], all_done: Connec
 
 
 def _leave(path: Path, content: bytes) -> None:
-    """Write aside and rename, so that the parent never reads half a file."""
+    """Write to another file and rename it, so that the parent never reads an incomplete one."""
     aside = path.with_suffix(".part")
     aside.write_bytes(content)
     aside.rename(path)

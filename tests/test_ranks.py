@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.ranks import ROOT, RankError, run_ranks
+from tests.ranks import ROOT, RankError, Script, end_processes, fork_script, run_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -60,7 +60,7 @@ def leave_early(_: Any) -> None:
 
 
 def hang_on_rank_1(folder: str) -> str:
-    """Rank 1 never returns and has a child that would not either."""
+    """Rank 1 never returns, and neither does its child."""
     import subprocess
 
     if os.environ["RANK"] == "0":
@@ -144,7 +144,7 @@ def test_ranks_and_their_server_end_with_a_test_run_that_is_killed(tmp_path: Pat
         finally:
             owner.kill()
     rank, child = map(int, (tmp_path / "pids").read_text().split())
-    os.kill(child, signal.SIGKILL)  # what a rank has started is not its concern
+    os.kill(child, signal.SIGKILL)  # processes that a rank has started are not ended
     assert rank in family and all(_gone(pid) for pid in family if pid != child)
 
 
@@ -153,8 +153,58 @@ def test_a_missing_target_says_so() -> None:
         run_ranks("tests.test_ranks:no_such_function", 1)
 
 
+SCRIPT = """
+import os, sys
+assert __name__ == "__main__" and sys.argv[0] == __file__
+words = [os.environ.get(name, "-") for name in ("RANK", "WORLD_SIZE")] + sys.argv[1:] + [os.path.basename(os.getcwd())]
+sys.stdout.write(" ".join(words + [sys.stdin.read()]) + "\\n")
+print("an error of " + words[0], file=sys.stderr)
+if words[0] == "1":
+    sys.stdout.flush()
+    os._exit(7)
+sys.exit(3 if words[0] == "-" else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("world_size", "codes", "lines"),
+    [(None, [3], ["- - argument run given"]), (2, [0, 7], ["0 2 argument run given", "1 2 argument run given"])],
+)
+def test_forks_run_a_script_as_python_would(
+    tmp_path: Path, world_size: int | None, codes: list[int], lines: list[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    paths = {name: tmp_path / name for name in ("out", "err", "given", "script.py")}
+    paths["script.py"].write_text(SCRIPT)
+    paths["given"].write_text("given")
+    script = Script(paths["script.py"], ("argument",), folder, paths["out"], paths["err"], paths["given"])
+    processes = fork_script(script, world_size)
+    try:
+        for process in processes:
+            process.join(30)
+        assert [process.exitcode for process in processes] == codes
+        assert sorted(paths["out"].read_text().splitlines()) == lines
+        errors = sorted(paths["err"].read_text().splitlines())
+        assert errors == [f"an error of {line[0]}" for line in lines]
+    finally:
+        end_processes(processes)
+
+
+def test_a_script_that_hangs_or_raises_is_ended_and_seen(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text("import os, time\nif os.environ['RANK'] == '0': raise ValueError('seven')\ntime.sleep(600)\n")
+    processes = fork_script(Script(path, (), tmp_path, tmp_path / "out", tmp_path / "out"), 2)
+    pids = [process.pid or 0 for process in processes]
+    processes[0].join(30)
+    assert processes[0].exitcode == 1 and "ValueError: seven" in (tmp_path / "out").read_text()
+    assert processes[1].exitcode is None
+    end_processes(processes)
+    assert processes[1].exitcode == -signal.SIGKILL and all(_gone(pid) for pid in pids)
+
+
 def _gone(pid: int) -> bool:
-    """Whether a process has ended; a zombie that nobody has reaped counts as ended."""
+    """Whether a process has ended; a zombie counts as ended."""
     for _ in range(100):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]

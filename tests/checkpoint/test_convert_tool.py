@@ -16,15 +16,16 @@ from stagdist.checkpoint.convert.inspection import inspect
 from stagdist.checkpoint.convert.verify import verify
 from stagdist.errors import CheckpointError
 from tests.checkpoint.synthetic import file_contents, model_directory, training_checkpoint
+from tests.ranks import Script, end_processes, fork_script, run_script
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py")]
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
 VERBS = ("export", "import", "reshard", "upcycle", "split", "merge", "inspect", "verify")
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Call the tool."""
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return run_script(TOOL, *arguments)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -38,7 +39,8 @@ def test_a_checkpoint_goes_through_the_verbs(tmp_path: Path) -> None:
     exported = run("export", tmp_path / "run", tmp_path / "model")
     assert exported.returncode == 0, exported.stderr
     assert "so are the logits on 32 tokens of text" in exported.stdout
-    same = run("verify", tmp_path / "run", tmp_path / "model", "--json")
+    words = [sys.executable, str(TOOL), "verify", str(tmp_path / "run"), str(tmp_path / "model"), "--json"]
+    same = subprocess.run(words, capture_output=True, text=True, timeout=120)  # a process that imports all it needs
     assert same.stderr == "", "no warnings of frameworks that a comparison does not need"
     assert same.returncode == 0 and json.loads(same.stdout)["largest_difference"] == 0.0, same.stdout
 
@@ -66,16 +68,16 @@ LARGE = {"hidden_size": 256, "intermediate_size": 1024, "section_layers": [4, 4]
 
 def kill(arguments: Sequence[str | Path], when: Callable[[], object]) -> None:
     """Start the tool and kill it as soon as `when` holds."""
-    process = subprocess.Popen(
-        [*COMMAND, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not when():
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+    nowhere = Path(os.devnull)
+    processes = fork_script(Script(TOOL, tuple(map(str, arguments)), Path.cwd(), nowhere, nowhere), None)
+    try:
+        deadline = time.monotonic() + 60
+        while not when():
+            assert processes[0].exitcode is None and time.monotonic() < deadline, "it ended before it could be killed"
+            time.sleep(0.002)
+    finally:
+        end_processes(processes)
+    assert processes[0].exitcode == -signal.SIGKILL, "it ended before it was killed"
 
 
 def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.training.engine.section_engine import StepTimes, build_module, wrap_module
-from tests.launch.runs import PRETRAIN, _environment, losses, tiny_config, write_config
+from tests.launch.runs import PRETRAIN, environment, losses, tiny_config, write_config
 from tests.ranks import run_ranks
 from tests.reference.stagformer import forward, loss
 from tests.reference.variants import VARIANTS
@@ -121,7 +121,7 @@ def test_a_run_finds_the_device_by_itself_and_learns(corpus: Path, tmp_path: Pat
     command = [sys.executable, str(PRETRAIN), "--config", str(write_config(tmp_path, config))]
     visible = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
     done = subprocess.run(
-        [*command, "--set", "parallel.pipeline_parallel_size=1"], cwd=tmp_path, env=_environment() | visible,
+        [*command, "--set", "parallel.pipeline_parallel_size=1"], cwd=tmp_path, env=environment() | visible,
         capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

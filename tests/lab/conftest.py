@@ -13,7 +13,7 @@ from tests.lab.drill import supervised_config
 from tests.lab.hosts import Lab
 from tests.lab.launching import GRIDS, run_config
 from tests.lab.wiring import obstacle, sweep
-from tests.launch.runs import launch, losses
+from tests.launch.runs import losses, pretrain
 
 Losses = Callable[[str], dict[int, float]]
 """Losses by step of the run on a grid, by its name."""
@@ -56,7 +56,7 @@ def lab_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def local_losses(tmp_path_factory: pytest.TempPathFactory, lab_corpus: Path) -> Losses:
-    """Losses by step of a grid, run once by `deepspeed --num_accelerators` on this machine."""
+    """Losses by step of a grid, run once on forked ranks of this machine."""
     return _run_once(tmp_path_factory, lambda grid: run_config(lab_corpus, grid))
 
 
@@ -72,7 +72,7 @@ def _run_once(folders: pytest.TempPathFactory, config_of: Callable[[str], dict[s
     def of(grid: str) -> dict[int, float]:
         if grid not in known:
             folder = folders.mktemp(f"local-{grid}")
-            run = launch(folder, config_of(grid), ranks=2 * GRIDS[grid].slots)
+            run = pretrain(folder, config_of(grid), ranks=2 * GRIDS[grid].slots)
             assert run.wait() == 0, run.text()
             known[grid] = losses(folder, "run")
         return known[grid]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.lab.hosts import Lab
 from tests.lab.launching import GRIDS, LAUNCHERS, VARIABLES, finish, pretrain, start, whole_matrix
-from tests.launch.generating import GENERATE, generate, write_model
+from tests.launch.generating import GENERATE, run_ranks_to_end, write_model
 from tests.launch.runs import losses
 
 pytestmark = pytest.mark.lab
@@ -68,7 +68,7 @@ GENERATIONS = [
 def test_sections_on_two_hosts_write_the_text_of_one_process(clean_lab: Lab, tmp_path: Path, launcher: str) -> None:
     model = write_model(tmp_path / "model")
     wanted = ["--prompt", "def main(", "--max-new-tokens", "24", "--seed", "5", "--json"]
-    alone = generate("python", model, *wanted)
+    alone = run_ranks_to_end(model, *wanted)
     assert alone.returncode == 0, alone.stderr.decode()
     text = finish(
         start(clean_lab, launcher, tmp_path, [str(GENERATE), "--model", str(model), "--device", "cpu", *wanted])

@@ -1,4 +1,4 @@
-"""A small real corpus for runs through the launcher."""
+"""A small real corpus for training runs, and the end of what tests have started."""
 
 import sysconfig
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def nothing_goes_on() -> Iterator[None]:
-    """End what a failed test has left."""
+def nothing_outlives_its_test() -> Iterator[None]:
+    """End what a test has left running."""
     yield
     while UNDER_WAY:
         process, end = UNDER_WAY.pop()

@@ -1,7 +1,5 @@
-"""A corpus that cannot be trained on is told in one line with the remedy, and nothing is left behind."""
+"""A corpus that cannot be trained on is reported in one line with the remedy, and nothing is left behind."""
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 
 from stagdist.data.indexed import corpus_path, write_index
-from tests.launch.runs import PRETRAIN, _environment, launch, tiny_config, write_config
+from tests.launch.runs import Run, pretrain, pretrain_alone, tiny_config
 
 pytestmark = pytest.mark.ranks
 
@@ -20,12 +18,12 @@ SEQUENCE = 32
 
 @dataclass(frozen=True)
 class BadCorpus:
-    """A corpus and what must be said about it.
+    """A corpus and what must be reported about it.
 
     Attributes:
         documents: lengths in tokens; None where there is no corpus at all.
         complaint: what is wrong.
-        remedy: what a person can do.
+        remedy: what the user can do.
     """
 
     name: str
@@ -42,14 +40,14 @@ class BadCorpus:
                 write_index(stream, np.array(self.documents, dtype=np.int32), np.uint16)
         return prefix
 
-    def check(self, text: str, folder: Path) -> None:
-        """Exactly one line tells the problem and the remedy, and no folder of a run was begun."""
-        errors = [line for line in text.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1, text
-        for part in (str(folder / self.name), self.complaint, self.remedy):
+    def check(self, run: Run) -> None:
+        """Exactly one line states the problem and the remedy, and no folder of a run was begun."""
+        errors = run.errors()
+        assert len(errors) == 1, run.text()
+        for part in (str(run.folder / self.name), self.complaint, self.remedy):
             assert part in errors[0], f"{part!r} is not in {errors[0]!r}"
-        assert "Traceback" not in text, text
-        assert not (folder / "runs").exists()
+        assert "Traceback" not in run.text(), run.text()
+        assert not (run.folder / "runs").exists()
 
 
 BAD_CORPORA = [
@@ -65,16 +63,14 @@ def config_for(prefix: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("bad", BAD_CORPORA, ids=lambda bad: bad.name)
-def test_a_bad_corpus_is_told_in_one_line_with_the_remedy(bad: BadCorpus, tmp_path: Path) -> None:
-    config = write_config(tmp_path, config_for(bad.write(tmp_path)))
-    command = [sys.executable, str(PRETRAIN), "--config", str(config), "--set", "parallel.pipeline_parallel_size=1"]
-    done = subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2, done.stderr
-    bad.check(done.stdout + done.stderr, tmp_path)
+def test_a_bad_corpus_is_reported_in_one_line_with_the_remedy(bad: BadCorpus, tmp_path: Path) -> None:
+    run = pretrain_alone(tmp_path, config_for(bad.write(tmp_path)))
+    assert run.wait() == 2, run.text()
+    bad.check(run)
 
 
-def test_two_ranks_tell_it_once(tmp_path: Path) -> None:
+def test_two_ranks_report_it_once(tmp_path: Path) -> None:
     bad = next(bad for bad in BAD_CORPORA if bad.name == "short")
-    run = launch(tmp_path, config_for(bad.write(tmp_path)))
-    assert run.wait(timeout_s=120) != 0
-    bad.check(run.text(), tmp_path)
+    run = pretrain(tmp_path, config_for(bad.write(tmp_path)))
+    assert run.wait() == 2, run.text()
+    bad.check(run)

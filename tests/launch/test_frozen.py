@@ -4,23 +4,23 @@ import contextlib
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.launch.runs import Launch, launch, tiny_config
+from tests.launch.runs import Run, launch, pretrain, tiny_config
 
 pytestmark = pytest.mark.ranks
 
-TIMEOUT_S = 8
+TIMEOUT_S = 6
 ENDLESS = 100_000
 """More steps than any of these runs gets to do."""
 
 
 @contextlib.contextmanager
-def endless_run(corpus: Path, folder: Path) -> Iterator[tuple[Launch, list[psutil.Process]]]:
+def endless_run(start: Callable[..., Run], corpus: Path, folder: Path) -> Iterator[tuple[Run, list[psutil.Process]]]:
     """A run of two stages that is under way, and its ranks; nothing of it outlives the test."""
     config = tiny_config(
         corpus,
@@ -30,52 +30,53 @@ def endless_run(corpus: Path, folder: Path) -> Iterator[tuple[Launch, list[psuti
         data={"num_samples": 8 * ENDLESS},
         checkpoint={"interval_steps": 0},
     )
-    run = launch(folder, config)
-    ranks: list[psutil.Process] = []
+    run = start(folder, config)
+    run.wait_for_step(folder / "runs/run/metrics.jsonl", 6)
+    ranks = run.ranks()
+    assert len(ranks) == 2
     try:
-        run.wait_for_step(folder / "runs/run/metrics.jsonl", 6)
-        ranks = run.ranks()
-        assert len(ranks) == 2
         yield run, ranks
     finally:
         for rank in ranks:  # also those that the launcher no longer has among its children
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.kill()
-        if run.process.poll() is None:
-            run.end()
-
-
-def errors(run: Launch) -> list[str]:
-    """The lines that tell what went wrong."""
-    return [line for line in run.text().splitlines() if line.startswith("error: ")]
 
 
 def names_stage_and_step(line: str) -> bool:
-    """Whether a person can see from the line where and when it happened."""
+    """Whether the line says where and when it happened."""
     return all(re.search(rf"\b{word} \d+", line) for word in ("stage", "step"))
 
 
 def test_a_frozen_rank_is_noticed_and_the_error_names_stage_and_step(corpus: Path, tmp_path: Path) -> None:
-    with endless_run(corpus, tmp_path) as (run, (first, second)):
+    with endless_run(pretrain, corpus, tmp_path) as (run, (first, second)):
         second.send_signal(signal.SIGSTOP)
         frozen_at = time.monotonic()
         ended, _ = psutil.wait_procs([first], timeout=TIMEOUT_S + 12)
         waited_s = time.monotonic() - frozen_at
         assert ended, f"rank 0 still waits after {waited_s:.1f} s\n{run.text()}"
         assert waited_s > TIMEOUT_S / 2, f"rank 0 gave up after {waited_s:.1f} s, the limit is {TIMEOUT_S} s"
-        told = errors(run)
-        assert len(told) == 1 and names_stage_and_step(told[0]), run.text()
-        # The launcher waits for its frozen rank; once that is gone it must report the failure.
+        reported = run.errors()
+        assert len(reported) == 1 and names_stage_and_step(reported[0]), run.text()
         second.kill()
         assert run.wait(timeout_s=20) != 0
-        assert len(errors(run)) == 1 and "Traceback" not in run.text(), run.text()
+        assert len(run.errors()) == 1 and "Traceback" not in run.text(), run.text()
 
 
-def test_a_killed_rank_ends_the_run_without_a_stack_trace(corpus: Path, tmp_path: Path) -> None:
-    with endless_run(corpus, tmp_path) as (run, (first, second)):
+def test_a_killed_rank_ends_the_other_with_stage_and_step(corpus: Path, tmp_path: Path) -> None:
+    with endless_run(pretrain, corpus, tmp_path) as (run, (first, second)):
+        second.kill()
+        ended, _ = psutil.wait_procs([first], timeout=TIMEOUT_S)
+        assert ended, f"rank 0 still waits for rank 1, which is gone\n{run.text()}"
+        assert run.wait(timeout_s=20) != 0
+        assert len(run.errors()) == 1 and names_stage_and_step(run.errors()[0]), run.text()
+        assert "Traceback" not in run.text(), run.text()
+
+
+def test_a_launcher_ends_the_other_ranks_of_one_that_is_killed(corpus: Path, tmp_path: Path) -> None:
+    with endless_run(launch, corpus, tmp_path) as (run, (first, second)):
         second.kill()
         assert run.wait(timeout_s=20) != 0
         assert not first.is_running()
-        told = errors(run)
-        assert len(told) <= 1 and all(map(names_stage_and_step, told)), run.text()
+        reported = run.errors()  # rank 0 may be ended before it reports
+        assert len(reported) <= 1 and all(map(names_stage_and_step, reported)), run.text()
         assert "Traceback" not in run.text(), run.text()

@@ -16,7 +16,8 @@ from stagdist.decode.frontend import generate as generation
 from stagdist.decode.frontend.generate import Place, Task, prepare
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.runtime.build import EngineOptions
-from tests.launch.generating import command, error_lines, generate, running, write_model
+from tests.launch.faults import only_rank_0
+from tests.launch.generating import Done, command, error_lines, generate, run_ranks_to_end, start_command, write_model
 
 pytestmark = pytest.mark.ranks
 
@@ -54,7 +55,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def answers(done: "subprocess.CompletedProcess[bytes]") -> list[dict[str, Any]]:
+def answers(done: Done) -> list[dict[str, Any]]:
     """The JSON objects of a run by index; DeepSpeed's launcher reports a code that is not 0 on standard output."""
     lines = [line for line in done.stdout.splitlines() if not line.startswith(b"[20")]
     return sorted(map(json.loads, lines), key=lambda answer: answer["index"])
@@ -94,9 +95,10 @@ def test_every_launcher_gives_the_same_answers_and_bad_prompts_harm_no_other(
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
     assert {event["pid"] for event in events} == {0, 1} and list(tmp_path.iterdir()) == [trace]
 
-    split = generate("torchrun", model, *arguments, "--tensor-parallel-size", "2", "--batch-size", "2")
-    assert split.returncode == 1 and comparable(answers(split)) == comparable(found), split.stderr.decode()
-    assert "pipe 1 x tensor 2" in split.stderr.decode()
+    for launcher in ("torchrun", "mpirun"):
+        split = generate(launcher, model, *arguments, "--tensor-parallel-size", "2", "--batch-size", "2")
+        assert split.returncode == 1 and comparable(answers(split)) == comparable(found), split.stderr.decode()
+        assert "pipe 1 x tensor 2" in split.stderr.decode()
 
 
 @pytest.mark.parametrize(
@@ -113,9 +115,9 @@ def test_the_precision_is_bf16_on_a_gpu_and_fp32_on_a_cpu_unless_the_user_names_
 def test_text_keeps_the_order_of_the_prompts_and_the_summary_has_the_numbers(model: Path) -> None:
     arguments = ["--prompt", "first ", "--prompt", b"caf\xe9".decode("utf-8", "surrogateescape"), "--prompt", "é "]
     sampling = ["--max-new-tokens", "9", "--temperature", "0.9", "--seed", "7", "--ignore-eos"]
-    together = generate("python", model, *arguments, *sampling, "--batch-size", "2", "--margins")
+    together = run_ranks_to_end(model, *arguments, *sampling, "--batch-size", "2", "--margins")
     alone = [
-        generate("python", model, "--prompt", text, *sampling[:-2], seed, "--ignore-eos")
+        run_ranks_to_end(model, "--prompt", text, *sampling[:-2], seed, "--ignore-eos")
         for text, seed in (("first ", "7"), ("é ", "9"))
     ]
     assert together.returncode == 1 and [done.returncode for done in alone] == [0, 0], together.stderr.decode()
@@ -129,62 +131,53 @@ def test_text_keeps_the_order_of_the_prompts_and_the_summary_has_the_numbers(mod
 
 
 def test_a_line_of_standard_input_is_answered_while_it_stays_open(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "two").mkdir()
-    words = command("deepspeed", model, "--max-new-tokens", "5", "--ignore-eos", "--timeout", "3")
-    expected = generate("python", model, "--max-new-tokens", "5", "--ignore-eos", given=b"one\n\xff\nthree\n")
+    words = command("deepspeed", model, "--max-new-tokens", "5", "--ignore-eos", "--timeout", "2")
+    expected = run_ranks_to_end(model, "--max-new-tokens", "5", "--ignore-eos", given=b"one\n\xff\nthree\n")
     assert expected.returncode == 1 and "line 2 of standard input is not UTF-8" in expected.stderr.decode()
-    with running(tmp_path / "two", words) as run:
-        run.give(b"one\n")
-        first = run.wait_for(len(b"one") + 6)
-        assert expected.stdout.startswith(first)
-        # An idle engine outlives its timeout several times over.
-        with pytest.raises(subprocess.TimeoutExpired):
-            run.process.wait(7)
-        run.give(b"\xff\nthree\n")
-        run.wait_for(len(expected.stdout))
-        assert run.process.stdin is not None
-        run.process.stdin.close()
-        assert run.process.wait(30) == 1
-        assert run.out.read_bytes().startswith(expected.stdout)  # the launcher adds a line about the code
-        assert "line 2 of standard input is not UTF-8" in run.errors()
+    run = start_command(tmp_path, words)
+    run.give(b"one\n")
+    first = run.wait_for(len(b"one") + 6)
+    assert expected.stdout.startswith(first)
+    # An idle engine outlives its timeout more than once.
+    with pytest.raises(subprocess.TimeoutExpired):
+        run.process.wait(4.5)
+    run.give(b"\xff\nthree\n")
+    run.wait_for(len(expected.stdout))
+    assert run.process.stdin is not None
+    run.process.stdin.close()
+    assert run.wait(30) == 1
+    assert run.out.read_bytes().startswith(expected.stdout)  # the launcher adds a line about the code
+    assert "line 2 of standard input is not UTF-8" in run.text()
 
 
 def test_stop_texts_and_ids_end_an_answer(model: Path) -> None:
-    whole = generate("python", model, "--prompt", "abc", "--json", "--max-new-tokens", "40", "--ignore-eos")
-    (answer,) = answers(whole)
+    arguments = ["--prompt", "abc", "--json", "--max-new-tokens", "40", "--ignore-eos"]
+    (answer,) = answers(run_ranks_to_end(model, *arguments))
     ids = answer["token_ids"]
     letter = next(text for text in answer["text"] if text.isascii() and text.isprintable())
-    by_text = generate(
-        "python", model, "--prompt", "abc", "--json", "--max-new-tokens", "40", "--ignore-eos", "--stop", letter,
-        "--stop", "never seen",
-    )  # fmt: skip
-    (stopped,) = answers(by_text)
+    (stopped,) = answers(run_ranks_to_end(model, *arguments, "--stop", letter, "--stop", "never seen"))
     assert stopped["finish_reason"] == "stop" and stopped["text"] == answer["text"].partition(letter)[0]
-    by_id = generate(
-        "python", model, "--prompt", "abc", "--json", "--max-new-tokens", "40", "--ignore-eos", "--stop-token-id",
-        str(ids[10]),
-    )  # fmt: skip
-    (ended,) = answers(by_id)
+    (ended,) = answers(run_ranks_to_end(model, *arguments, "--stop-token-id", str(ids[10])))
     assert ended["token_ids"] == ids[: ids.index(ids[10]) + 1] and ended["finish_reason"] == "stop"
 
 
 def test_an_answer_ends_where_transformers_would_end_it(model: Path, tmp_path: Path) -> None:
     arguments = ["--prompt", "abc", "--json", "--max-new-tokens", "30", "--temperature", "0"]
-    (whole,) = answers(generate("python", model, *arguments, "--ignore-eos"))
-    ids = whole["token_ids"]
+    (complete,) = answers(run_ranks_to_end(model, *arguments, "--ignore-eos"))
+    ids = complete["token_ids"]
     stated = shutil.copytree(model, tmp_path / "stated")
     (stated / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, ids[10]], "do_sample": False}))
-    (ended,) = answers(generate("python", stated, *arguments))
+    (ended,) = answers(run_ranks_to_end(stated, *arguments))
     assert ended["token_ids"] == ids[: ids.index(ids[10]) + 1] and ended["finish_reason"] == "stop"
     theirs: Any = AutoModelForCausalLM.from_pretrained(stated, trust_remote_code=True, dtype="auto")
     prompt = torch.tensor([list(b"abc")])
     assert theirs.generate(prompt, max_new_tokens=30)[0, 3:].tolist() == ended["token_ids"]
-    (ignored,) = answers(generate("python", stated, *arguments, "--ignore-eos"))
+    (ignored,) = answers(run_ranks_to_end(stated, *arguments, "--ignore-eos"))
     assert ignored["token_ids"] == ids
 
 
 def test_stagger_0_runs_and_says_that_its_sections_take_turns(tmp_path: Path) -> None:
-    done = generate("python", write_model(tmp_path / "zero", stagger=0), "--prompt", "x", "--max-new-tokens", "3")
+    done = run_ranks_to_end(write_model(tmp_path / "zero", stagger=0), "--prompt", "x", "--max-new-tokens", "3")
     assert done.returncode == 0 and "sections run one after the other" in done.stderr.decode()
 
 
@@ -225,18 +218,14 @@ def _lose_shard(folder: Path) -> None:
     ids=["tensor", "shape", "cut", "shard", "weights", "tokenizer"],
 )
 def test_an_incomplete_directory_is_refused_before_any_group(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], complaint: str
+    model: Path, tmp_path: Path, damage: Callable[[Path], None], complaint: str
 ) -> None:
     folder = shutil.copytree(model, tmp_path / "damaged")
     damage(folder)
-    # A rank of a world whose other rank never starts: a group would wait for it.
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    words = ["env", "RANK=0", "WORLD_SIZE=2", "LOCAL_RANK=0", *command("python", folder, "--prompt", "x")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    errors = error_lines(done.stderr)
-    assert done.returncode == 2 and done.stdout == "", done.stderr
-    assert len(errors) == 1 and complaint in errors[0] and "Traceback" not in done.stderr, done.stderr
+    done = run_ranks_to_end(folder, "--prompt", "x", ranks=2, before=only_rank_0)
+    errors = error_lines(done.stderr.decode())
+    assert done.returncode == 2 and done.stdout == b"", done.stderr
+    assert len(errors) == 1 and complaint in errors[0] and b"Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -257,19 +246,9 @@ def test_an_incomplete_directory_is_refused_before_any_group(
     ],
 )
 def test_bad_arguments_get_one_line_from_one_rank(model: Path, arguments: list[str], complaint: str) -> None:
-    world = ["env", "MASTER_ADDR=127.0.0.1", "MASTER_PORT=1", "WORLD_SIZE=2", "CUDA_VISIBLE_DEVICES="]
-    words = command("python", model, "--prompt", "x", *arguments)
-    first, second = (
-        subprocess.Popen(
-            [*world, f"RANK={rank}", f"LOCAL_RANK={rank}", *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in (0, 1)
-    )  # fmt: skip
-    problem = first.communicate(timeout=60)[1]
-    second.kill()  # as a launcher does
-    errors = error_lines(problem) + error_lines(second.communicate()[1])
-    assert first.returncode == 2 and len(errors) == 1 and complaint in errors[0], problem
+    done = run_ranks_to_end(model, "--prompt", "x", *arguments, ranks=2)
+    errors = error_lines(done.stderr.decode())
+    assert done.returncode == 2 and len(errors) == 1 and complaint in errors[0], done.stderr
 
 
 @pytest.mark.parametrize("content", [None, b""], ids=["none", "empty"])
@@ -277,14 +256,14 @@ def test_a_file_of_prompts_that_gives_none_is_an_error(model: Path, tmp_path: Pa
     path = tmp_path / "prompts.txt"
     if content is not None:
         path.write_bytes(content)
-    done = generate("python", model, "--prompts-file", str(path))
+    done = run_ranks_to_end(model, "--prompts-file", str(path))
     assert done.returncode == (2 if content is None else 1) and len(error_lines(done.stderr.decode())) == 1
 
 
 def test_a_trace_that_cannot_be_written_is_refused_before_anything_runs(model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path, complaint in ((tmp_path / "file" / "trace.json", "cannot be written"), (tmp_path, "is a folder")):
-        done = generate("python", model, "--prompt", "x", "--trace", str(path))
+        done = run_ranks_to_end(model, "--prompt", "x", "--trace", str(path))
         errors = error_lines(done.stderr.decode())
         assert done.returncode == 2 and done.stdout == b"" and len(errors) == 1 and complaint in errors[0], errors
 

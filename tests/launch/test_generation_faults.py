@@ -1,4 +1,4 @@
-"""While text is generated a rank dies, freezes or is told to stop: the others end in time, with one line about it."""
+"""While text is generated a rank dies, freezes or is asked to stop: the others end in time, with one line about it."""
 
 import contextlib
 import re
@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.generating import GENERATE, Running, command, error_lines, running, write_model
-from tests.launch.runs import ROOT
+from tests.launch.generating import GENERATE, command, start_command, start_ranks, write_model
+from tests.launch.runs import ROOT, Launch, Run
 
 pytestmark = pytest.mark.ranks
 
-TIMEOUT_S = 5
+TIMEOUT_S = 4
 ENDLESS = 60_000
 """More tokens than any of these runs gets to generate."""
 
@@ -28,19 +28,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def endless(folder: Path, model: Path, launcher: str = "deepspeed") -> Iterator[tuple[Running, list[psutil.Process]]]:
-    """Two ranks that are generating, and nothing of them afterwards."""
+def endless(folder: Path, model: Path, launcher: str | None = None) -> Iterator[tuple[Run, list[psutil.Process]]]:
+    """Two ranks that are generating, and nothing of them afterwards; forks unless there is a launcher."""
     arguments = ["--prompt", "abc", "--max-new-tokens", str(ENDLESS), "--ignore-eos", "--timeout", str(TIMEOUT_S)]
-    with running(folder, command(launcher, model, *arguments)) as run:
-        run.wait_for(100)
-        ranks = run.ranks()
-        assert len(ranks) == 2, ranks
-        try:
-            yield run, ranks
-        finally:
-            for rank in ranks:  # also those that the launcher no longer has among its children
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    rank.kill()
+    if launcher is None:
+        run: Run = start_ranks(folder, model, *arguments)
+    else:
+        run = start_command(folder, command(launcher, model, *arguments))
+    run.wait_for(100)
+    ranks = run.ranks()
+    assert len(ranks) == 2, ranks
+    try:
+        yield run, ranks
+    finally:
+        for rank in ranks:  # also those that the launcher no longer has among its children
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
 
 
 def gone_after(ranks: list[psutil.Process], since_s: float, limit_s: float) -> float:
@@ -50,10 +53,10 @@ def gone_after(ranks: list[psutil.Process], since_s: float, limit_s: float) -> f
     return time.monotonic() - since_s
 
 
-def only_error(run: Running) -> str:
-    """The one line that tells what went wrong."""
-    errors = error_lines(run.errors())
-    assert len(errors) == 1 and "Traceback" not in run.errors(), run.errors()
+def only_error(run: Run) -> str:
+    """The one line that says what went wrong."""
+    errors = run.errors()
+    assert len(errors) == 1 and "Traceback" not in run.text(), run.text()
     return errors[0]
 
 
@@ -62,9 +65,9 @@ def test_a_killed_rank_ends_the_other_with_stage_and_step(model: Path, tmp_path:
     with endless(tmp_path, model) as (run, ranks):
         ranks[victim].kill()
         gone_after([ranks[1 - victim]], time.monotonic(), TIMEOUT_S)
-        assert run.process.wait(20) != 0
+        assert run.wait(20) != 0
         other = 1 - victim
-        assert re.search(rf"stage {other} \(rank {other}\) lost .* in step \d+ while", only_error(run)), run.errors()
+        assert re.search(rf"stage {other} \(rank {other}\) lost .* in step \d+ while", only_error(run)), run.text()
         assert run.out.read_bytes().startswith(b"abc")  # what was generated until then stays
 
 
@@ -75,19 +78,19 @@ def test_a_frozen_rank_ends_the_other_after_the_timeout(model: Path, tmp_path: P
         waited_s = gone_after([ranks[1 - victim]], time.monotonic(), TIMEOUT_S + 4)
         assert waited_s > TIMEOUT_S - 1, f"gave up after {waited_s:.1f} s"
         other = 1 - victim
-        assert re.search(rf"stage {other} \(rank {other}\) lost .* in step \d+ while", only_error(run)), run.errors()
-        ranks[victim].kill()  # the launcher waits for it
-        assert run.process.wait(20) != 0
+        assert re.search(rf"stage {other} \(rank {other}\) lost .* in step \d+ while", only_error(run)), run.text()
+        ranks[victim].kill()
+        assert run.wait(20) != 0
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_to_rank_0_ends_all_in_order(model: Path, tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_to_rank_0_shuts_all_down_cleanly(model: Path, tmp_path: Path, number: int, code: int) -> None:
     with endless(tmp_path, model) as (run, ranks):
         ranks[0].send_signal(number)
         gone_after(ranks, time.monotonic(), TIMEOUT_S)
-        assert run.process.wait(20) == code
-        assert error_lines(run.errors()) == [] and "interrupted; 1 prompt" in run.errors()
-        assert "decoding" in run.errors()  # the summary of what there was
+        assert run.wait(20) == code
+        assert run.errors() == [] and "interrupted; 1 prompt" in run.text()
+        assert "decoding" in run.text()  # the summary of what there was
         assert run.out.read_bytes().startswith(b"abc")
 
 
@@ -97,15 +100,16 @@ def test_a_signal_to_rank_0_ends_all_in_order(model: Path, tmp_path: Path, numbe
 )
 def test_a_signal_to_the_command_leaves_no_rank_behind(model: Path, tmp_path: Path, launcher: str, number: int) -> None:
     with endless(tmp_path, model, launcher) as (run, ranks):
-        family = psutil.Process(run.process.pid).children(recursive=True)
+        assert isinstance(run, Launch)
+        family = run.family()
         assert set(ranks) <= set(family)
-        if number == signal.SIGINT:  # a terminal sends it to everybody
+        if number == signal.SIGINT:  # a terminal sends it to all
             for process in family:
                 process.send_signal(number)
         run.process.send_signal(number)  # DeepSpeed's command does not pass it on
         gone_after(family, time.monotonic(), TIMEOUT_S + 4)
-        assert run.process.wait(20) != 0
-        assert error_lines(run.errors()) == [] and "interrupted; 1 prompt" in run.errors()
+        assert run.wait(20) != 0
+        assert run.errors() == [] and "interrupted; 1 prompt" in run.text()
 
 
 def test_a_second_interrupt_ends_a_rank_at_once_that_waits_for_a_frozen_one(model: Path, tmp_path: Path) -> None:
@@ -117,24 +121,19 @@ def test_a_second_interrupt_ends_a_rank_at_once_that_waits_for_a_frozen_one(mode
         assert ranks[0].is_running() and ranks[0].status() != psutil.STATUS_ZOMBIE
         ranks[0].send_signal(signal.SIGINT)
         assert gone_after(ranks[:1], time.monotonic(), 2) < 2
-        assert error_lines(run.errors()) == []
+        assert run.errors() == []
 
 
 def test_a_supervisor_names_a_rank_that_is_frozen_while_text_is_generated(model: Path, tmp_path: Path) -> None:
     supervised = [sys.executable, str(ROOT / "launch" / "run.py"), "--folder", str(tmp_path / "run")]
     supervised += ["--max-restarts", "0", "--hang-timeout-s", "3", "--", str(GENERATE), "--model", str(model)]
     words = [*supervised, "--device", "cpu", "--prompt", "abc", "--max-new-tokens", str(ENDLESS), "--ignore-eos"]
-    with running(tmp_path, words) as run:
-        log = tmp_path / "run" / "logs" / "attempt_001"
-        deadline = time.monotonic() + 90
-        while not any(path.stat().st_size for path in log.glob("rank_00000.*.log")):
-            assert run.process.poll() is None and time.monotonic() < deadline, run.errors()
-            time.sleep(0.05)
-        family = psutil.Process(run.process.pid).children(recursive=True)
-        ranks = {one.environ()["RANK"]: one for one in family if one.cmdline()[1:2] == [str(GENERATE)]}
-        frozen = ranks["1"]
-        frozen.send_signal(signal.SIGSTOP)
-        assert run.process.wait(30) == 1
-        last = run.errors().splitlines()[-1]
-        assert re.match(r"error: first error: rank 1 on \S+ is stuck in phase \w+ \(stopped, silent for \d s\)", last)
-        assert gone_after(family, time.monotonic(), 5) < 5
+    run = start_command(tmp_path, words)
+    log = tmp_path / "run" / "logs" / "attempt_001"
+    run.wait_until(lambda: any(path.stat().st_size for path in log.glob("rank_00000.*.log")), "text of rank 0")
+    family = run.family()
+    run.ranks()[1].send_signal(signal.SIGSTOP)
+    assert run.wait(30) == 1
+    last = run.text().splitlines()[-1]
+    assert re.match(r"error: first error: rank 1 on \S+ is stuck in phase \w+ \(stopped, silent for \d s\)", last)
+    assert gone_after(family, time.monotonic(), 5) < 5

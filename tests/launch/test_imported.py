@@ -15,7 +15,7 @@ from stagdist.data.tokenizer import train_bpe
 from stagdist.parallel.grid import Grid
 from stagdist.training.saving.resume import resumed_config
 from tests.checkpoint.synthetic import model_directory
-from tests.launch.runs import launch, losses, tiny_config
+from tests.launch.runs import losses, pretrain, tiny_config
 
 pytestmark = pytest.mark.ranks
 
@@ -33,7 +33,7 @@ def test_a_run_begins_from_an_imported_model_on_its_own_data_and_grid(corpus: Pa
     generation = {"eos_token_id": [3, 256], "pad_token_id": 0, "temperature": 0.6}
     (source / "generation_config.json").write_text(json.dumps(generation))
     import_model(source, tmp_path / "runs" / "tuned", Grid(1, 1, 1), None, Options())
-    run = launch(tmp_path, config)
+    run = pretrain(tmp_path, config)
     assert run.wait() == 0, run.text()
     assert "was saved on pipe x data x tensor 1x1x1, this run has 2x1x1" in run.text()
     assert "resumed from runs/tuned/checkpoints/step_00000000" in run.text()
@@ -54,15 +54,17 @@ def test_a_run_with_another_tokenizer_than_the_import_is_refused_once_until_that
     keys = config["model"] | {"num_key_value_heads": 2, "rope_theta": 10000.0}
     source = model_directory(tmp_path / "source", keys, tokenizer=train_bpe(["no merge of two"], 257))
     imported = import_model(source, tmp_path / "runs" / "tuned", Grid(2, 1, 1), None, Options()).directory
-    run = launch(tmp_path, config)
+    run = pretrain(tmp_path, config)
     assert run.wait() == 2, run.text()
-    told = [line for line in run.text().splitlines() if "error: " in line]
-    assert len(told) == 1 and "was imported with another tokenizer than data.tokenizer bytes holds" in told[0], told
-    assert "import the model again with --tokenizer bytes" in told[0] and "Traceback" not in run.text()
+    errors = run.errors()
+    assert len(errors) == 1 and "was imported with another tokenizer than data.tokenizer bytes holds" in errors[0], (
+        errors
+    )
+    assert "import the model again with --tokenizer bytes" in errors[0] and "Traceback" not in run.text()
 
     shutil.rmtree(imported)
     import_model(source, tmp_path / "runs" / "tuned", Grid(2, 1, 1), None, Options(tokenizer="bytes"))
-    again = launch(tmp_path, config)
+    again = pretrain(tmp_path, config)
     assert again.wait() == 0, again.text()
     assert sorted(losses(tmp_path, "tuned")) == [1]
 

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or cut short goes on as if nothing had happened."""
+"""A run that is killed, stopped or cut short continues as if nothing had happened."""
 
 import json
 import random
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.launch.runs import Launch, launch, losses, tiny_config
+from tests.launch.faults import fast_clock
+from tests.launch.runs import Run, losses, pretrain, tiny_config
 
 pytestmark = pytest.mark.ranks
 
@@ -24,14 +25,14 @@ def long_run(corpus: Path, name: str = "run") -> dict:  # type: ignore[type-arg]
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a run that nobody disturbed."""
+    """Folder of a run that was not disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    run = launch(folder, long_run(corpus))
+    run = pretrain(folder, long_run(corpus))
     assert run.wait() == 0, run.text()
     return folder
 
 
-def test_a_run_leaves_everything_a_person_needs(undisturbed: Path) -> None:
+def test_a_run_leaves_everything_the_user_needs(undisturbed: Path) -> None:
     run = undisturbed / "runs" / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == STEPS and summary["bad_steps"] == 0 and summary["tokens_per_s"] > 0
@@ -53,7 +54,7 @@ def test_a_killed_run_resumes_past_a_truncated_checkpoint_with_the_same_losses(
     corpus: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     step = random.SystemRandom().randint(12, STEPS - 12)
-    first = launch(tmp_path, long_run(corpus))
+    first = pretrain(tmp_path, long_run(corpus))
     first.wait_for_step(tmp_path / "runs/run/metrics.jsonl", step)
     first.ranks()[random.SystemRandom().randint(0, 1)].send_signal(signal.SIGKILL)
     assert first.wait() != 0
@@ -63,7 +64,7 @@ def test_a_killed_run_resumes_past_a_truncated_checkpoint_with_the_same_losses(
     with victim.open("r+b") as stream:
         stream.truncate(victim.stat().st_size - 7)
 
-    second = launch(tmp_path, long_run(corpus))
+    second = pretrain(tmp_path, long_run(corpus))
     assert second.wait() == 0, second.text()
     assert f"passing over runs/run/checkpoints/{newest.name}: {victim.name} has" in second.text(), second.text()
     assert "Traceback" not in first.text(), first.text()
@@ -74,11 +75,11 @@ def test_a_killed_run_resumes_past_a_truncated_checkpoint_with_the_same_losses(
 
 
 @pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGTERM), (0, signal.SIGUSR1)])
-def test_a_signal_to_any_rank_saves_and_ends_all_in_order(
+def test_a_signal_to_any_rank_makes_all_save_and_shut_down_cleanly(
     corpus: Path, undisturbed: Path, tmp_path: Path, rank: int, number: signal.Signals
 ) -> None:
     config = long_run(corpus) | {"checkpoint": {"interval_steps": 0}}
-    first = launch(tmp_path, config)
+    first = pretrain(tmp_path, config)
     first.wait_for_step(tmp_path / "runs/run/metrics.jsonl", 6)
     first.ranks()[rank].send_signal(number)
     assert first.wait(timeout_s=25) == 0, first.text()
@@ -89,13 +90,13 @@ def test_a_signal_to_any_rank_saves_and_ends_all_in_order(
     assert not (tmp_path / "runs/run/model").exists()
 
     if number is signal.SIGTERM:
-        second = launch(tmp_path, config)
+        second = pretrain(tmp_path, config)
         assert second.wait() == 0, second.text()
         assert losses(tmp_path, "run") == losses(undisturbed, "run")
 
 
 def test_wall_clock_limits_save_and_stop(corpus: Path, tmp_path: Path) -> None:
-    run = launch(
+    run = pretrain(
         tmp_path,
         long_run(corpus),
         "training.steps=100000",
@@ -103,6 +104,7 @@ def test_wall_clock_limits_save_and_stop(corpus: Path, tmp_path: Path) -> None:
         "checkpoint.interval_steps=0",
         "checkpoint.interval_minutes=0.02",
         "data.num_samples=900000",
+        before=fast_clock,
     )
     assert run.wait(timeout_s=120) == 0, run.text()
     assert "training.max_minutes is reached" in run.text()
@@ -111,16 +113,16 @@ def test_wall_clock_limits_save_and_stop(corpus: Path, tmp_path: Path) -> None:
 
 def test_steps_may_be_raised_up_to_the_samples_of_the_run_and_on_another_grid(corpus: Path, tmp_path: Path) -> None:
     config = tiny_config(corpus, "run", data={"num_samples": 96}, training={"steps": 8})
-    assert launch(tmp_path, config).wait() == 0
+    assert pretrain(tmp_path, config).wait() == 0
     before = losses(tmp_path, "run")
-    longer = launch(tmp_path, config, "training.steps=12", "parallel.pipeline_parallel_size=1")
+    longer = pretrain(tmp_path, config, "training.steps=12", "parallel.pipeline_parallel_size=1")
     assert longer.wait() == 0, longer.text()
     assert "was saved on pipe x data x tensor 2x1x1, this run has 1x2x1: rank 0 converts it" in longer.text()
     after = losses(tmp_path, "run")
     assert sorted(after) == list(range(1, 13)) and all(after[step] == loss for step, loss in before.items())
 
     refused = [
-        (launch(tmp_path, config, *overrides), complaint)
+        (pretrain(tmp_path, config, *overrides), complaint)
         for overrides, complaint in (
             (["training.steps=13", "data.num_samples=104"], "data.num_samples"),
             (["checkpoint.resume=never"], "checkpoint.resume is never"),
@@ -130,8 +132,8 @@ def test_steps_may_be_raised_up_to_the_samples_of_the_run_and_on_another_grid(co
         _refuses(run, complaint)
 
 
-def _refuses(run: Launch, complaint: str) -> None:
+def _refuses(run: Run, complaint: str) -> None:
     assert run.wait() != 0
-    errors = [line for line in run.text().splitlines() if line.startswith("error: ")]
+    errors = run.errors()
     assert len(errors) == 1 and complaint in errors[0], run.text()
     assert "Traceback" not in run.text()

@@ -1,0 +1,54 @@
+"""Faults to plant into forked ranks before their script runs (`before` of `tests.launch.runs.Forks`).
+
+This module imports nothing heavy: every rank with a fault imports it.
+"""
+
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable
+
+
+def slow_disk() -> None:
+    """Make every write of a checkpoint's files take long."""
+    _slow_down(lambda descriptor: None)
+
+
+def slow_disk_that_breaks() -> None:
+    """The same, and the writer of rank 1 fails at step 10."""
+    _slow_down(_break)
+
+
+def full_disk() -> None:
+    """Limit the size of files: a write fails as on a full disk, and no mount is needed."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30 * 1024, 30 * 1024))
+
+
+def fast_clock() -> None:
+    """Let time pass ten times as fast."""
+    real = time.monotonic
+    time.monotonic = lambda: 10 * real()
+
+
+def only_rank_0() -> None:
+    """Keep the other ranks from starting: a process group would wait for them."""
+    if os.environ["RANK"] != "0":
+        time.sleep(600)
+
+
+def _slow_down(fault: Callable[[int], None]) -> None:
+    original = os.fsync
+
+    def slow(descriptor: int) -> None:
+        if threading.current_thread().name == "checkpoint-writer":
+            time.sleep(0.7)
+            fault(descriptor)
+        original(descriptor)
+
+    os.fsync = slow  # type: ignore[assignment]  # it is called with descriptors only
+
+
+def _break(descriptor: int) -> None:
+    if os.environ["RANK"] == "1" and "step_00000010" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        raise ZeroDivisionError
