@@ -35,7 +35,8 @@ def device_of_ranks(choice: str) -> tuple[str, int, str | None]:
     """
     import torch
 
-    from stagdist.parallel.device import choose_device, on_cuda
+    from stagdist.parallel.device import on_cuda
+    from stagdist.parallel.world import choose_device
 
     device = choose_device(choice)
     if not on_cuda(device):

@@ -25,12 +25,13 @@ from benchmarks._bench.decode_sweeps import DEFAULT_AXES, Sweeps, check_axes, de
 from benchmarks._bench.decode_table import table
 from benchmarks._bench.results import check_outputs, write_results
 from benchmarks._bench.timeline import Panel, draw_timeline
+from stagdist.config.device_choice import DEVICE_CHOICES
 from stagdist.config.loading import load_config
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.runtime.build import EngineOptions, joined_world, place_model
 from stagdist.decode.topology import HEAD_LAYOUTS
 from stagdist.errors import ConfigError
-from stagdist.parallel.device import CHOICES, choose_device
+from stagdist.parallel.world import choose_device
 
 DEFAULT_CONFIG = ROOT / "configs" / "bench-decode.yaml"
 RECORDED_RUNS = 3
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", default="last,sharded", metavar="LAYOUTS", help="default: last,sharded")
     parser.add_argument("--prefill", type=int, default=1024, metavar="N", help="prompt of the prefill test, 0: none")
     parser.add_argument("--precision", default="fp32", help="fp32, bf16, fp16 or fp64 (default: fp32)")
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help=f"{CHOICES} (auto)")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help=f"{DEVICE_CHOICES} (auto)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each process (default: 1)")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="limit of waits between ranks")
     parser.add_argument(

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks._bench.twin import sequential_twin
-from stagdist.config.checks import model_problems
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import ConfigError
 
@@ -94,7 +93,7 @@ def changed(model: ModelConfig, keys: Mapping[str, Any]) -> ModelConfig:
         ConfigError: they contradict each other.
     """
     made = model.model_copy(update=dict(keys))
-    problems = model_problems(made)
+    problems = made.problems()
     if problems:
         raise ConfigError("; ".join(problems))
     return made

@@ -14,10 +14,10 @@ from typing import Any
 from benchmarks._bench.conditions import conditions, device_of_ranks
 from benchmarks._bench.results import check_outputs, write_results
 from benchmarks._bench.workers import Workers
+from stagdist.config.device_choice import DEVICE_CHOICES
 from stagdist.config.loading import load_config
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import ConfigError
-from stagdist.parallel.device import CHOICES
 from stagdist.parallel.grid import grid_for
 from stagdist.planning.plan import plan
 
@@ -166,7 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of --config")
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks for --config (default: the fewest)")
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="training steps of each case (default: 2)")
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help=f"{CHOICES} (auto)")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help=f"{DEVICE_CHOICES} (auto)")
 
 
 def run(arguments: argparse.Namespace) -> int:

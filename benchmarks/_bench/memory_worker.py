@@ -16,9 +16,9 @@ from torch import Tensor
 
 from benchmarks._bench.peaks import peak_bytes
 from stagdist.config.run_config import RunConfig
-from stagdist.parallel.device import choose_device
 from stagdist.parallel.grid import grid_for
 from stagdist.parallel.groups import Groups
+from stagdist.parallel.world import choose_device
 from stagdist.training.engine.distributed import start_distributed, stop_distributed
 from stagdist.training.engine.section_engine import SectionEngine, build_engine
 

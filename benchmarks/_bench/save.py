@@ -15,10 +15,10 @@ from benchmarks._bench.conditions import conditions, device_of_ranks
 from benchmarks._bench.figures import paired_ratios, spread
 from benchmarks._bench.results import check_outputs, write_results
 from benchmarks._bench.workers import Answer, Workers
+from stagdist.config.device_choice import DEVICE_CHOICES
 from stagdist.config.loading import load_config
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import ConfigError
-from stagdist.parallel.device import CHOICES
 from stagdist.parallel.grid import grid_for
 
 CONTESTANTS = ("plain", "synchronous", "asynchronous")
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="measured rounds (default: 20)")
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps after each save (default: 4)")
     parser.add_argument("--folder", metavar="DIR", help="where checkpoints go (default: a temporary folder)")
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help=f"{CHOICES} (auto)")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help=f"{DEVICE_CHOICES} (auto)")
 
 
 def run(arguments: argparse.Namespace) -> int:

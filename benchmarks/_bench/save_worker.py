@@ -17,8 +17,9 @@ import torch.distributed as dist
 from benchmarks._bench.memory_worker import random_batches
 from stagdist.checkpoint.training.directory import TrainingState
 from stagdist.config.run_config import RunConfig
-from stagdist.parallel.device import choose_device, synchronize
+from stagdist.parallel.device import synchronize
 from stagdist.parallel.grid import grid_for
+from stagdist.parallel.world import choose_device
 from stagdist.training.engine.agreement import Agreed, Agreement, StopSignals, Writing
 from stagdist.training.engine.distributed import start_distributed, stop_distributed
 from stagdist.training.engine.section_engine import build_engine

@@ -20,13 +20,13 @@ from benchmarks._bench.figures import imbalance, paired_ratios, pipeline_speedup
 from benchmarks._bench.results import check_outputs, write_results
 from benchmarks._bench.twin import sequential_twin
 from benchmarks._bench.workers import Answer, Workers
+from stagdist.config.device_choice import DEVICE_CHOICES
 from stagdist.config.loading import load_config
 from stagdist.config.parts import CorpusConfig, DataConfig
 from stagdist.config.run_config import RunConfig
 from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.errors import ConfigError, TrainingError
-from stagdist.parallel.device import CHOICES
 from stagdist.planning.flops import flops_per_token
 from stagdist.telemetry.hardware import Precision, peak_flops
 
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--micro-batches", type=int, default=8, metavar="M", help="micro-batches of an optimizer step (default: 8)"
     )
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="measured rounds (default: 20)")
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help=f"{CHOICES} (auto)")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help=f"{DEVICE_CHOICES} (auto)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each process (default: 1)")
     parser.add_argument(
         "--one-process",

@@ -23,7 +23,6 @@ from stagdist.model.cross_entropy import token_nats
 from stagdist.model.megatron import TensorParallel
 from stagdist.model.precision import STORED_DTYPES
 from stagdist.model.stagformer import StagFormer, canonical_slice
-from stagdist.parallel.device import choose_device
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import (
     Groups,
@@ -32,7 +31,7 @@ from stagdist.parallel.groups import (
     single_process,
 )
 from stagdist.parallel.layout import model_parameters
-from stagdist.parallel.rendezvous import join_world
+from stagdist.parallel.world import choose_device, join_world
 from stagdist.telemetry.score import TextScore
 
 """What a model may be run in."""

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagdist.parallel.device import on_cuda
-from stagdist.parallel.groups import WATCHDOG_GRACE_S
+from stagdist.parallel.world import WATCHDOG_GRACE_S
 
 _FOREVER = timedelta(days=365)
 _SPIN_S = 0.005

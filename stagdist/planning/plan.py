@@ -6,7 +6,7 @@ Nothing here needs processes, devices or corpora; `stagdist/planning/report.py` 
 from dataclasses import dataclass
 from math import prod
 
-from stagdist.config.run_config import RunConfig, world_problems
+from stagdist.config.run_config import RunConfig
 from stagdist.parallel.grid import Grid, grid_for
 from stagdist.parallel.layout import (
     model_parameters,
@@ -123,8 +123,8 @@ def plan(config: RunConfig, world_size: int, device: Device = "cpu", problems: t
     chosen = config.parallel.device
     on: Device = device if chosen == "auto" else "cuda" if chosen.startswith("cuda") else "cpu"
     divides = config.model.num_sections % config.pipeline_parallel_size == 0
-    found = list(problems) + (world_problems(config, world_size) if divides else []) + _missing_data(config)
-    grid = grid_for(config, world_size) if divides and not world_problems(config, world_size) else None
+    found = list(problems) + (config.world_problems(world_size) if divides else []) + _missing_data(config)
+    grid = grid_for(config, world_size) if divides and not config.world_problems(world_size) else None
     splits = grid is not None and not problems
     stages = _stages(config, grid if splits else None, on) if divides else ()
     return Plan(

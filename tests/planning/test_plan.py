@@ -126,7 +126,7 @@ def test_a_world_that_does_not_fit_is_a_reason_not_an_exception(world_size: int)
 
 @pytest.mark.parametrize("world_size", [0, -2])
 def test_no_ranks_are_a_reason(world_size: int) -> None:
-    assert f"world size {world_size} is no number of ranks" in planned(world_size).problems[0]
+    assert f"world size {world_size} is not a number of ranks" in planned(world_size).problems[0]
 
 
 def test_a_run_without_a_corpus_would_not_start() -> None:
