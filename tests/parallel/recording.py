@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -71,8 +72,15 @@ class Mailbox:
         return self.letters[group.number, source, target][number]
 
 
+@cache
+def _operation(func: Any) -> str | None:
+    """Name of an operation of torch that does something on the device; None for views and the like."""
+    name: str = func.overloadpacket.__name__
+    return None if func.is_view or name.startswith(NO_KERNEL) else name
+
+
 def _kernel(operation: str, args: Sequence[Any]) -> str:
-    """Name of a kernel: another one for matrix products of another number of rows, and attention over other keys."""
+    """Name of a kernel. Matrix products of other shapes, and attention over other keys, have other kernels."""
     if any(part in operation for part in PRODUCTS):
         return operation + str([tuple(each.shape) for each in args if isinstance(each, Tensor)])
     if "attention" in operation:
@@ -118,13 +126,11 @@ class Recorder(TorchDispatchMode):
     # --- compute ------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if self._quiet:
-            pass
-        elif name == "_local_scalar_dense":
-            self.program.append(HostWait())
-        elif not func.is_view and not name.startswith(NO_KERNEL):
-            self.launch(_kernel(name, args))
+        if not self._quiet and (name := _operation(func)):
+            if name == "_local_scalar_dense":
+                self.program.append(HostWait())
+            else:
+                self.launch(_kernel(name, args))
         return func(*args, **(kwargs or {}))
 
     @contextmanager

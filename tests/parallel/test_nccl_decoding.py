@@ -3,19 +3,20 @@
 import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.warm_up import dry_pass
 from stagdist.decode.topology import HEAD_LAYOUTS
-from tests.parallel.nccl_decoding import Layout, any_keys, programs, recorded
-from tests.parallel.nccl_rules import COMPUTE, Collective, Machine, Program, QueueOf, Receive, Send, Stream
+from tests.parallel.nccl_decoding import Layout, alike, any_keys, programs, recorded
+from tests.parallel.nccl_rules import COMPUTE, Collective, Launch, Machine, Program, QueueOf, Receive, Send, Stream
 from tests.parallel.recording import EARLY, KEYS, Recorder
 
 FEW_STAGES = (1, 2, 3, 4)
 """With the dry pass, every kernel chosen by shape, and no room in buffers; more stages take too long to record so."""
-MORE_STAGES = (5, 6, 7, 8)
+MORE_STAGES = (5, 8)
 
 
 def layouts(stages: int) -> list[Layout]:
@@ -86,6 +87,10 @@ def test_no_layout_of_many_stages_hangs(stages: int) -> None:
         assert not Machine(ranks, synchronize=True).play(), f"{layout}: a host that waits after every action"
         for queues in (8, 32):
             assert not Machine(ranks, lazy=False, queue_of=round_robin(queues)).play(), f"{layout}: {queues} queues"
+
+
+@pytest.mark.parametrize("stages", [5, 6, 7, 8])
+def test_no_sharded_head_of_many_stages_hangs(stages: int) -> None:
     does_not_hang(Layout(stages, 1, "sharded", combined=True))
 
 
@@ -159,6 +164,32 @@ def test_the_dry_pass_loads_all_but_chunks_of_other_lengths_and_attention_over_o
         later = recorder.loaded - before
         chunk = {name for name in later if "[(1, 3, " in name}
         assert chunk and all(KEYS in name for name in later - chunk)
+
+
+@pytest.mark.parametrize(
+    ("layout", "other"),
+    [
+        (Layout(1, None, "sharded", tensor=2), Layout(1, tensor=2)),
+        (Layout(1, 2, "sharded", combined=True, tensor=2), Layout(1, combined=True, tensor=2)),
+        (Layout(3, 2, combined=True), Layout(3, combined=True)),
+        (Layout(3, 2, "sharded"), Layout(3, 1, "sharded")),
+        (Layout(3, None, "sharded"), Layout(3, 0, "sharded")),
+    ],
+    ids=str,
+)
+def test_stages_that_are_alike_have_the_same_dry_pass(layout: Layout, other: Layout) -> None:
+    kernels: dict[Hashable, list[list[str]]] = {}
+
+    def noting(recorder: Recorder, stage: Stage, of: Layout) -> None:
+        begin = len(recorder.program)
+        dry_pass(stage)
+        launched = [action.name for action in recorder.program[begin:] if isinstance(action, Launch)]
+        kernels.setdefault((alike(of, stage.index), recorder.rank % of.tensor), []).append(launched)
+
+    for each in (layout, other):
+        recorded(each, dry_pass=partial(noting, of=each))
+    assert any(len(found) > 1 for found in kernels.values())
+    assert all(one == found[0] for found in kernels.values() for one in found)
 
 
 def test_without_the_dry_pass_a_message_without_room_in_buffers_hangs_a_sharded_head() -> None:
