@@ -81,7 +81,7 @@ class Layout:
 
 
 def request(name: str, prompt_length: int, new_tokens: int, **params: Any) -> Request:
-    """A request that ends by its length; greedy unless told otherwise."""
+    """A request that ends by its length; greedy by default."""
     params = {"temperature": 0.0, **params}
     sampling = SamplingParams(max_new_tokens=new_tokens, ignore_end_of_document=True, **params)
     return Request(name, tuple(range(1, prompt_length + 1)), sampling)
@@ -93,8 +93,8 @@ REQUESTS = (
     request("late", 2, 2),
     request("again", 3, 3),
 )
-"""Prefill of several chunks, the last one shorter, admission while another request runs, a slot that is filled again,
-every number of rows, rest at the end."""
+"""Prefill of several chunks, the last one shorter; admission while another request runs; a slot that is used again;
+every number of rows; an idle engine at the end."""
 
 
 def recorded(layout: Layout, rules: Rules = NCCL, *, dry_pass: DryPass) -> list[Recorder]:
@@ -180,7 +180,7 @@ class Mark:
         """No work for the device."""
 
     def synchronize(self) -> None:
-        """Wait for the device, as the clock does once when it is made."""
+        """Wait for the device, as the clock does once when it is created."""
         torch.cuda.synchronize()
 
     def query(self) -> bool:
@@ -189,7 +189,7 @@ class Mark:
 
 
 def read_constant(spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
-    """Weights that are all alike."""
+    """Weights of one constant."""
     shape = list(spec.shape)
     shape[dim] = stop - start
     return torch.full(shape, 0.1)
