@@ -43,7 +43,7 @@ from stagdist.config.parts import ModelConfig
 from stagdist.decode.runtime.build import EngineOptions, joined_world, plan_decoding
 from stagdist.decode.topology import HEAD_LAYOUTS
 from stagdist.errors import ConfigError
-from stagdist.parallel.device import choose_device
+from stagdist.parallel.world import choose_device
 
 DEFAULT_CONFIG = ROOT / "configs" / "bench-decode.yaml"
 RECORDED_RUNS = 3

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.set)
     grid = grid_for(config, world.size)
 
-    from stagdist.parallel.device import choose_device
+    from stagdist.parallel.world import choose_device
 
     device = choose_device(config.parallel.device, world.local_rank, option="parallel.device")
     # Spares DeepSpeed its own guess, which on a GPU machine would overrule parallel.device: cpu.

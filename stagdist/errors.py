@@ -1,18 +1,18 @@
-"""The exceptions of stagdist: what a person can mend, told with the values and the remedy."""
+"""The exceptions of stagdist: errors that the user can fix, with the values and the remedy."""
 
 
 class StagdistError(Exception):
     """Base of every error that is shown to the user as one line instead of a stack trace.
 
     Attributes:
-        everywhere: every rank raises the same error, so one of them speaks for all.
+        everywhere: every rank raises the same error, so only one of them reports it.
     """
 
     everywhere = False
 
 
 class ConfigError(StagdistError, ValueError):
-    """Something a person typed cannot work: a key, a value, a path, a combination."""
+    """User input is invalid: a key, a value, a path, a combination."""
 
 
 class DataError(StagdistError, RuntimeError):
@@ -24,8 +24,8 @@ class CheckpointError(StagdistError, RuntimeError):
 
 
 class TrainingError(StagdistError, RuntimeError):
-    """Training cannot go on, for example after too many steps that were not finite."""
+    """Training cannot continue, for example after too many steps that were not finite."""
 
 
 class TransportError(StagdistError, RuntimeError):
-    """Communication between ranks failed; names stage, peer and step."""
+    """Communication between ranks failed; the message has stage, peer and step."""

@@ -18,21 +18,21 @@ from stagdist.parallel.world import OTHERS_WAIT_S, join_launcher
 EXAMPLES = """\
 examples:
   python tools/evaluate.py perplexity --model runs/quickstart/model --text book.txt --json score.json
-  the newest checkpoint of a run, every token with at least 384 of 512 tokens before it:
+  the newest checkpoint of a run; every token has at least 384 tokens of context:
     python tools/evaluate.py perplexity --model runs/quickstart --text book.txt --window 512 --stride 128
-  a model too large for one device, the text divided among the rest (torchrun does as well):
+  a model too large for one device; two groups of four divide the text (torchrun works too):
     deepspeed --num_accelerators 8 tools/evaluate.py perplexity --model DIR --text book.txt --tensor-parallel-size 4
-  tasks of lm-evaluation-harness (pip install -c constraints.txt -e '.[eval]'), its own or from files:
+  tasks of lm-evaluation-harness (pip install -c constraints.txt -e '.[eval]'), built in or from files:
     python tools/evaluate.py harness --model DIR --tasks hellaswag,arc_easy --json results.json
     python tools/evaluate.py harness --model DIR --tasks local_mc --include-path tasks/ --limit 100
 """
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; DeepSpeed's launcher adds --local_rank.
+    """Parse the command line; DeepSpeed's launcher adds --local_rank.
 
     Raises:
-        ConfigError: it cannot be understood.
+        ConfigError: it is invalid.
     """
     parser = RanksParser(
         prog="evaluate.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -45,38 +45,41 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows of a forward pass (default: 8)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows per forward pass (default: 8)")
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="what the model is run in (default: as it is stored)"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="dtype of the computation (default: of the stored weights)",
     )
 
 
 def _add_perplexity(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Score a text as one document; its first token has nothing before it and is not scored."
+    parser.description = "Score a text as one document. The first token has no context and is not scored."
     parser.add_argument(
         "--model",
         required=True,
         metavar="DIR",
-        help="model directory, training checkpoint, or a run's folder (its newest complete checkpoint)",
+        help="model directory, training checkpoint, or the folder of a run (its newest complete checkpoint)",
     )
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
-    parser.add_argument("--window", type=int, metavar="N", help="tokens seen at once (default: all the model knows)")
+    parser.add_argument("--window", type=int, metavar="N", help="tokens seen at once (default: the model's maximum)")
     parser.add_argument(
-        "--stride", type=int, metavar="N", help="tokens from window to window (default: the window, no overlap)"
+        "--stride",
+        type=int,
+        metavar="N",
+        help="tokens between window starts (default: the window, no overlap)",
     )
-    parser.add_argument("--tokenizer", metavar="DIR|bytes", help="default: that of the model or of the run")
+    parser.add_argument("--tokenizer", metavar="DIR|bytes", help="default: the tokenizer of the model or of the run")
     parser.add_argument(
         "--tensor-parallel-size",
         type=int,
         default=1,
         metavar="N",
-        help="processes that split every matrix; the rest of those a launcher started divide the text (default: 1)",
+        help="processes that split every matrix; groups of this size divide the text (default: 1)",
     )
-    parser.add_argument(
-        "--trust-pickle", action="store_true", help="read a checkpoint although its files could run code"
-    )
+    parser.add_argument("--trust-pickle", action="store_true", help="read a checkpoint although its files can run code")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_common(parser)
 
@@ -84,17 +87,17 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
 def _add_harness(parser: argparse.ArgumentParser) -> None:
     parser.description = "Run tasks of lm-evaluation-harness on a model directory, in one process."
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="model directory, or the folder of a run with one"
+        "--model", required=True, metavar="DIR", help="model directory, or the folder of a run that contains one"
     )
     parser.add_argument("--tasks", required=True, metavar="A,B", help="names of tasks or groups")
-    parser.add_argument("--include-path", metavar="DIR", help="folder with task files of your own")
-    parser.add_argument("--limit", type=float, metavar="N", help="documents per task; below 1, a share of them")
+    parser.add_argument("--include-path", metavar="DIR", help="folder with your own task files")
+    parser.add_argument("--limit", type=float, metavar="N", help="documents per task, or a fraction of them if below 1")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each document")
     _add_common(parser)
 
 
 def perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Score the text and say what came out."""
+    """Score the text and print the result."""
     from stagdist.telemetry.logging import setup_logging
 
     setup_logging(_rank(), None)
@@ -130,7 +133,7 @@ def perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def harness(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the tasks and print the harness's table."""
+    """Run the tasks and print the table of the harness."""
     if join_launcher().size > 1:
         raise ConfigError("harness runs in one process; start it without a launcher")
     from stagdist.evaluation.harness import results_table, run_tasks
@@ -162,14 +165,14 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _progress(silent: bool) -> Callable[[int, int], None]:
+def _progress(hidden: bool) -> Callable[[int, int], None]:
     from tqdm import tqdm
 
-    bars: list[Any] = []  # made when there is something to show: an error before that stands on a line of its own
+    bars: list[Any] = []  # created at the first window, so that an error before it is not printed into the bar
 
     def report(done: int, total: int) -> None:
         if not bars:
-            bars.append(tqdm(total=total, unit="window", disable=silent, leave=False))
+            bars.append(tqdm(total=total, unit="window", disable=hidden, leave=False))
         bars[0].update(done - bars[0].n)
         if done == total:
             bars[0].close()
@@ -182,7 +185,7 @@ def main() -> int:
     try:
         arguments = parse()
     except ConfigError as error:
-        if _rank() == 0:  # what was typed is wrong on every rank
+        if _rank() == 0:  # the same on every rank
             print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -191,8 +194,8 @@ def main() -> int:
             join_launcher().share_cores()  # before torch is imported
             run(arguments)
         except (StagdistError, OSError):
-            # The first rank speaks at once. The others wait: normally the launcher ends them before their turn, and
-            # what they alone have met is still told.
+            # Rank 0 reports immediately. The others wait, so that the launcher normally stops them first, but an error
+            # that only they have met is still reported.
             if _rank() > 0:
                 time.sleep(OTHERS_WAIT_S)
             raise

@@ -173,9 +173,8 @@ def judge() -> dict[str, Any]:
         return [token for ids in by.encode_batch(texts) for token in (*ids, by.end_of_document)]
 
     def bigram(by: Tokenizer) -> float:
-        model = WittenBellBigram(by.vocab_size)
-        model.fit([stream(train, by)])
-        return model.bits_per_byte(stream(held_out, by), by.token_bytes())
+        model = WittenBellBigram(stream(train, by), by.vocab_size)
+        return model.score(stream(held_out, by), by.token_bytes()).bits_per_byte
 
     tokenizer = load_tokenizer(str(RUN / "model"))
     ids = stream(held_out, tokenizer)

@@ -1,7 +1,7 @@
-"""Write docs/configuration.md from the schema in stagdist/config.py.
+"""Write docs/configuration.md from the schema in stagdist/config/.
 
 python tools/write_config_reference.py            writes the page
-python tools/write_config_reference.py --check    says whether it is current, and exits with 1 if not
+python tools/write_config_reference.py --check    exits with code 1 if the page is not up to date
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic_core import PydanticUndefined
 
-from stagdist.config.parts import ConfigPart
+from stagdist.config.base import ConfigPart
 from stagdist.config.run_config import OWNED_DEEPSPEED_KEYS
 from stagdist.config.schema import Key, inner_part, is_list, schema_keys
 
@@ -23,19 +23,19 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 INTRODUCTION = """\
 # Configuration
 
-<!-- Written by tools/write_config_reference.py from stagdist/config.py; change the schema, not this page. -->
+<!-- Written by tools/write_config_reference.py from stagdist/config/; edit the schema, not this page. -->
 
-A run is described by one YAML file; `configs/` holds files to start from. Any key can be set on the command line:
+A run is configured by one YAML file; `configs/` contains examples. Any key can be set on the command line:
 
 ```
 deepspeed launch/pretrain.py --config configs/quickstart.yaml --set training.steps=100 --set data.seed=7
 ```
 
-`--set` may be repeated; its value is read as YAML, and a number in a path is the index of a list. A key that does not
-exist is refused with the nearest name that does, and all problems of a file are told at once.
+`--set` can be repeated. Its value is parsed as YAML, and a number in a path is the index of a list. An unknown key is
+refused with the nearest known name, and all problems of a file are reported together.
 
-Paths are relative to the folder the run is started in. The files in `configs/` expect their corpus under `data/`, for
-example `data/pile-neox.bin` and `.idx`; the comment at the head of each file says how to make it.
+Paths are relative to the folder in which the run is started. The files in `configs/` expect their corpus under `data/`,
+for example `data/pile-neox.bin` and `.idx`; the comment at the top of each file shows how to prepare it.
 
 `--dry-run [--world-size N]` prints the resolved configuration, the grid, the parameters of every section and stage,
 the memory of a rank, and every reason why the run would not start. It needs neither processes nor GPUs:
@@ -44,18 +44,18 @@ the memory of a rank, and every reason why the run would not start. It needs nei
 python launch/pretrain.py --config configs/paper-stagformer-2x18-2.9b.yaml --dry-run --world-size 64
 ```
 
-Its exit code is 0 where the run would start and 2 where it would not. `parallel.device: auto` is planned as a CPU,
-which keeps more; `--set parallel.device=cuda` plans for GPUs.
+The exit code is 0 if the run would start and 2 if it would not. `parallel.device: auto` is planned as a CPU, which
+keeps more activations; `--set parallel.device=cuda` plans for GPUs.
 
-In the tables below, a key without a default must be given. `null` is written as in YAML: no value.
+In the tables below, a key marked **required** has no default. `null` means no value, as in YAML.
 """
 
 DEEPSPEED = """\
 ## `deepspeed`
 
-Everything under `deepspeed` is handed to DeepSpeed as it is, for example
-`deepspeed: {comms_logger: {enabled: true}}`. ZeRO stage 1 is always on, and the only stage that works with a
-pipeline. These keys are refused, because stagdist derives them from its own:
+All keys under `deepspeed` are passed to DeepSpeed unchanged, for example
+`deepspeed: {comms_logger: {enabled: true}}`. ZeRO stage 1 is always enabled; it is the only stage that works with a
+pipeline. The following keys are refused, because stagdist derives them from its own keys:
 
 | key of DeepSpeed | set instead |
 |---|---|
@@ -63,7 +63,7 @@ pipeline. These keys are refused, because stagdist derives them from its own:
 
 
 def main() -> int:
-    """Write the page, or compare it; returns the exit code."""
+    """Write or compare the page; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     arguments = parser.parse_args()
@@ -73,12 +73,12 @@ def main() -> int:
         return 0
     current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == reference()
     if not current:
-        sys.stderr.write(f"{PAGE.name} is not current; run: python tools/write_config_reference.py\n")
+        sys.stderr.write(f"{PAGE.name} is not up to date; run: python tools/write_config_reference.py\n")
     return 0 if current else 1
 
 
 def reference() -> str:
-    """The whole page: a table for every part of the configuration."""
+    """The page: a table for every part of the configuration."""
     tables: dict[str, list[str]] = {"": []}
     meanings: dict[str, tuple[str, type[ConfigPart]]] = {}
     for key in schema_keys():
@@ -92,15 +92,15 @@ def reference() -> str:
     described: set[type[ConfigPart]] = set()
     for part, rows in tables.items():
         description, inner = meanings[part]
-        if inner not in described:  # the entries of all lists of corpora have one table
+        if inner not in described:  # the lists of corpora share one table
             described.add(inner)
             text += _table(f"## {_title(part)}", (inner.__doc__ or description).strip(), rows)
     return text + DEEPSPEED + "".join(f"| `{key}` | `{ours}` |\n" for key, ours in OWNED_DEEPSPEED_KEYS.items())
 
 
 def _title(part: str) -> str:
-    """Heading of a part: its path, with every list of corpora named once."""
-    return "Entries of `data.corpora` and its sisters" if part.endswith(".0") else f"`{part}`"
+    """Heading of a part: its path. The lists of corpora share one heading."""
+    return "Entries of `data.corpora` and of the other lists of corpora" if part.endswith(".0") else f"`{part}`"
 
 
 def _table(heading: str, meaning: str, rows: list[str]) -> str:
@@ -132,7 +132,7 @@ _PLAIN_WORDS = {int: "integer", float: "number", str: "text", bool: "true or fal
 
 
 def type_words(kind: Any, metadata: list[Any]) -> str:
-    """The type of a key and its limits in words."""
+    """The type of a key and its limits as text."""
     origin, inner = get_origin(kind), get_args(kind)
     if hasattr(kind, "__metadata__"):  # Annotated
         return type_words(kind.__origin__, [*kind.__metadata__, *metadata])
@@ -150,7 +150,7 @@ def type_words(kind: Any, metadata: list[Any]) -> str:
 
 
 def _limits(metadata: list[Any]) -> str:
-    """Limits of a number, from pydantic's constraints however deeply they are nested."""
+    """Limits of a number, from pydantic's constraints at any depth."""
     found: dict[str, float] = {}
     for one in metadata:
         for constraint in [one, *getattr(one, "metadata", [])]:

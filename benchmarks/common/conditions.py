@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from stagdist.parallel.device import choose_device, on_cuda
+from stagdist.parallel.device import on_cuda
+from stagdist.parallel.world import choose_device
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "deepspeed", "megatron-core")

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stagdist.config.checks import model_problems
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import ConfigError
 
@@ -91,7 +90,7 @@ def changed(model: ModelConfig, keys: Mapping[str, Any]) -> ModelConfig:
             f"the split {split_name(made.section_layers)} has {made.num_layers} layers and the model "
             f"{model.num_layers}; only models of equal depth are compared"
         )
-    if problems := model_problems(made):
+    if problems := made.problems():
         raise ConfigError("; ".join(problems))
     return made
 

@@ -21,8 +21,9 @@ from stagdist.data.corpus import build_splits
 from stagdist.data.loader import BatchPlan, Loader, on_device
 from stagdist.data.tokenizer import load_tokenizer
 from stagdist.model.megatron import TensorParallel
-from stagdist.parallel.device import choose_device, on_cuda, synchronize
+from stagdist.parallel.device import on_cuda, synchronize
 from stagdist.parallel.grid import grid_for
+from stagdist.parallel.world import choose_device
 from stagdist.telemetry.pulse import Pulse
 from stagdist.training.engine.distributed import start_distributed, stop_distributed
 from stagdist.training.engine.exchange import hand_off_kinds

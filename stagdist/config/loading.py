@@ -1,7 +1,6 @@
-"""Reading and writing configurations: YAML files, overrides on the command line, errors in plain words.
+"""Read and write configurations: YAML files, overrides from the command line, readable errors.
 
-What may be configured is said in `stagdist/config.py`; this module turns a file into a `RunConfig`, names every
-problem at once by the path of its key, and writes a configuration back. It opens no file but the one it is given.
+A file becomes a `RunConfig`, or one error that lists every problem by the path of its key. No other file is opened.
 """
 
 import re
@@ -12,7 +11,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from stagdist.config.parts import ConfigPart, ModelConfig
+from stagdist.config.base import ConfigPart
+from stagdist.config.parts import ModelConfig
 from stagdist.config.run_config import RunConfig
 from stagdist.config.schema import meaning, unknown_keys
 from stagdist.errors import ConfigError
@@ -25,7 +25,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     `data.corpora.0.prefix=data/pile`.
 
     Raises:
-        ConfigError: the file is missing or is no YAML, or with every problem of the configuration, one per line.
+        ConfigError: the file is missing, not YAML, or not a valid configuration; lists every problem, one per line.
     """
     config, problems = read_config(path, overrides)
     if problems or config is None:
@@ -34,12 +34,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | None, list[str]]:
-    """As `load_config`, but hands the problems back: an inconsistent configuration comes with its problems.
+    """As `load_config`, but returns the problems: a contradictory configuration is returned together with them.
 
-    Returns: the configuration, None where some key is unknown, missing or of a wrong kind; every problem found.
+    Returns: the configuration, or None if a key is unknown, missing or of the wrong type; every problem found.
 
     Raises:
-        ConfigError: the file is missing or no YAML, or an override has no place in it.
+        ConfigError: the file is missing or not YAML, or an override cannot be applied to it.
     """
     keys = _read_yaml(Path(path))
     for override in overrides:
@@ -48,42 +48,42 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunCon
 
 
 def validate(keys: Mapping[str, Any]) -> tuple[RunConfig | None, list[str]]:
-    """A configuration from nested mappings, with every problem found; None where a single key is already wrong."""
+    """A configuration from nested mappings, with every problem found; None if a single key is wrong."""
     unknown = unknown_keys(keys)
-    contradictions: list[str] = []  # filled by the cross-checks of stagdist/config.py instead of being raised
+    contradictions: list[str] = []  # filled by the checks instead of being raised
     try:
         config = RunConfig.model_validate(dict(keys), context=contradictions)
     except ValidationError as error:
-        wrong = [_in_plain_words(one) for one in error.errors() if one["type"] != "extra_forbidden"]
+        wrong = [_readable(one) for one in error.errors() if one["type"] != "extra_forbidden"]
         return None, unknown + wrong + contradictions
     return config, contradictions
 
 
 def validate_model(keys: Mapping[str, Any]) -> tuple[ModelConfig | None, list[str]]:
-    """As `validate`, for the shape of a model alone; problems name keys as a run's configuration does."""
+    """As `validate`, for the model part alone; problems name its keys as in a run's configuration, `model.KEY`."""
     contradictions: list[str] = []
     try:
         return ModelConfig.model_validate(dict(keys), context=contradictions), contradictions
     except ValidationError as error:
-        return None, [_in_plain_words(one | {"loc": ("model", *one["loc"])}) for one in error.errors()]
+        return None, [_readable(one | {"loc": ("model", *one["loc"])}) for one in error.errors()]
 
 
 def refusal(path: str | Path, problems: Sequence[str]) -> str:
-    """One message that names the file and every problem."""
+    """One error message with the file and every problem."""
     if len(problems) == 1:
         return f"{path}: {problems[0]}"
     return f"{path} has {len(problems)} problems:" + "".join(f"\n  - {problem}" for problem in problems)
 
 
 def dump_config(config: RunConfig) -> str:
-    """The whole configuration as YAML, defaults included; reading it again gives an equal configuration."""
+    """The complete configuration as YAML, with defaults; loading it again gives an equal configuration."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
 def differences(first: ConfigPart, second: ConfigPart) -> dict[str, tuple[Any, Any]]:
-    """Paths of the keys in which two configurations (or two equal parts of them) differ, with both values.
+    """Paths of the keys in which two configurations (or the same part of two) differ, with both values.
 
-    Keys of the model that are null are compared by what they stand for, so writing a default out is no difference.
+    Null keys of the model are compared by their resolved values, so an explicit default is not a difference.
     """
     left, right = dict(_leaves(_resolved(first))), dict(_leaves(_resolved(second)))
     paths = list(left) + [path for path in right if path not in left]
@@ -94,7 +94,7 @@ def differences(first: ConfigPart, second: ConfigPart) -> dict[str, tuple[Any, A
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which 3e-4 is a number, as in YAML 1.2, and a key may not be given twice."""
+    """YAML with 3e-4 as a number, as in YAML 1.2, and without duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
@@ -116,11 +116,11 @@ _StrictLoader.add_implicit_resolver(
 
 def _parse_yaml(text: str, origin: str) -> Any:
     try:
-        return yaml.load(text, _StrictLoader)  # it is a SafeLoader
+        return yaml.load(text, _StrictLoader)  # a SafeLoader
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None
     except RecursionError:
-        raise ConfigError(f"{origin}: lists or mappings are nested too deeply to be read") from None
+        raise ConfigError(f"{origin}: lists or mappings are nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -141,7 +141,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _apply_override(keys: dict[str, Any], override: str) -> None:
-    """Set one key, making the mappings and list entries on the way to it."""
+    """Set one key, creating the mappings and list entries on its path."""
     path, equals, text = override.partition("=")
     parts = path.strip().split(".")
     if not equals or not all(parts):
@@ -156,13 +156,13 @@ def _apply_override(keys: dict[str, Any], override: str) -> None:
 
 
 def _enter(place: Any, part: str, below: Any, *, replace: bool, here: str, override: str) -> Any:
-    """What `part` of a mapping or list holds, after putting `below` there if nothing is or `replace` says so."""
+    """The value at `part` of a mapping or list, after setting it to `below` if it is empty or `replace` is true."""
     index: Any = part
     if isinstance(place, list):
         if not part.isdigit() or int(part) > len(place):
             raise ConfigError(
                 f"override {override!r}: {here} has {len(place)} entries in the file, there is no entry {part}; "
-                f"give the whole list as {here}=[...]"
+                f"give the complete list as {here}=[...]"
             )
         index = int(part)
         if index == len(place):
@@ -175,12 +175,12 @@ def _enter(place: Any, part: str, below: Any, *, replace: bool, here: str, overr
     return held
 
 
-# ---- problems in plain words ----
+# ---- readable problems ----
 
 _EXPECTED = {
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
     "float_type": "a number",
     "float_parsing": "a number",
     "finite_number": "a finite number",
@@ -200,11 +200,11 @@ _EXPECTED = {
     "string_too_short": "text of at least {min_length} character",
     "literal_error": "{expected}",
 }
-"""What a key must hold, by the kind of pydantic's error; the words in braces are the error's own values."""
+"""The expected value by the type of pydantic's error; braces are filled with values of the error."""
 
 
-def _in_plain_words(error: Mapping[str, Any]) -> str:
-    """A problem by the path of its key, without the words of the validation library."""
+def _readable(error: Mapping[str, Any]) -> str:
+    """A problem with the path of its key, without the vocabulary of the validation library."""
     path, kind = ".".join(str(part) for part in error["loc"]), error["type"]
     if kind == "missing":
         return f"{path} is missing{meaning(path)}"
@@ -218,7 +218,7 @@ def _in_plain_words(error: Mapping[str, Any]) -> str:
 
 
 def _resolved(part: ConfigPart) -> ConfigPart:
-    """The same part with those nulls of the model filled in that stand for a value of another key."""
+    """The same part with the null keys of the model replaced by the values that they default to."""
     if isinstance(part, RunConfig):
         return part.model_copy(update={"model": _resolved(part.model)})
     if isinstance(part, ModelConfig):
@@ -232,7 +232,7 @@ def _resolved(part: ConfigPart) -> ConfigPart:
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Path and value of everything that is neither a mapping nor a list of mappings."""
+    """Path and value of every key that holds neither a mapping nor a list of mappings."""
     if isinstance(value, BaseModel):
         value = {name: getattr(value, name) for name in type(value).model_fields}
     entries: Sequence[tuple[Any, Any]] = ()

@@ -1,46 +1,23 @@
-"""The whole configuration of a run: frozen pydantic models, every key documented.
+"""The parts of a run's configuration: every key with its type, default and description.
 
-This module only says what may be configured and refuses what cannot work. It imports no framework: reading a
-configuration takes milliseconds and needs no process group. Reading files and overrides is `load_config` in
-`stagdist/config/loading.py`; what a configuration costs is planned in `stagdist/planning/plan.py`.
+Each part checks its own values; `checks` holds the checks between parts. No framework is imported, so reading a
+configuration takes milliseconds.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
-from stagdist.config.checks import data_problems, model_problems
-
-
-def _no_truth_value(value: Any) -> Any:
-    """Python counts true as 1, a person who writes `steps: true` does not mean one step."""
-    if isinstance(value, bool):
-        raise ValueError(f"is {str(value).lower()}, must be a number")
-    return value
-
-
-_Number = BeforeValidator(_no_truth_value)
-Positive = Annotated[int, Field(ge=1), _Number]
-NonNegative = Annotated[int, Field(ge=0), _Number]
-PositiveFloat = Annotated[float, Field(gt=0), _Number]
-NonNegativeFloat = Annotated[float, Field(ge=0), _Number]
-Share = Annotated[float, Field(ge=0, le=1), _Number]
-
-
-class ConfigPart(BaseModel):
-    """Base of every part of the configuration: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), validate_default=True, allow_inf_nan=False
-    )
-
-
-def report_problems(problems: list[str], found: ValidationInfo) -> None:
-    """Collect the problems of a cross-check where the caller gave a list as context, otherwise raise them."""
-    if problems and isinstance(found.context, list):
-        found.context.extend(problems)
-    elif problems:
-        raise ValueError("; ".join(problems))
+from stagdist.config.base import (
+    ConfigPart,
+    NonNegative,
+    NonNegativeFloat,
+    Number,
+    Positive,
+    PositiveFloat,
+    Share,
+    report_problems,
+)
 
 
 class RopeScaling(ConfigPart):
@@ -54,7 +31,7 @@ class RopeScaling(ConfigPart):
 
 
 class ModelConfig(ConfigPart):
-    """Shape of the model (design: a Llama cut into sections)."""
+    """Shape of the model: a Llama divided into sections."""
 
     vocab_size: Positive = Field(..., description="Rows of the embedding; at least the tokenizer's vocabulary.")
     hidden_size: Positive = Field(..., description="Width of the residual stream.")
@@ -73,9 +50,9 @@ class ModelConfig(ConfigPart):
         ..., min_length=1, description="Layers of each section; the number of entries is p."
     )
     connection: Literal["staggered", "sequential"] = Field(
-        "staggered", description="staggered: StagFormer. sequential: the plain Transformer cut at the same places."
+        "staggered", description="staggered: StagFormer. sequential: the plain Transformer divided at the same layers."
     )
-    stagger: Annotated[int, Field(ge=0, le=2), _Number] = Field(
+    stagger: Annotated[int, Field(ge=0, le=2), Number] = Field(
         1, description="Positions by which the memory lags; 0 is a control that cannot decode in parallel."
     )
     cross_attention_window: Positive | None = Field(
@@ -85,7 +62,8 @@ class ModelConfig(ConfigPart):
         None, description="Key/value heads of cross-attention; null means num_key_value_heads."
     )
     share_section_weights: bool = Field(
-        False, description="Equal sections share self-attention and MLP; cross-attention stays their own."
+        False,
+        description="Equal sections share self-attention and MLP; cross-attention is never shared.",
     )
     combine_sections: bool = Field(
         False, description="The head reads a learned linear combination of all section outputs."
@@ -123,12 +101,59 @@ class ModelConfig(ConfigPart):
 
     @model_validator(mode="after")
     def _consistent(self, found: ValidationInfo) -> "ModelConfig":
-        report_problems(model_problems(self), found)
+        report_problems(self.problems(), found)
         return self
+
+    def problems(self) -> list[str]:
+        """Every contradiction between the keys of this part."""
+        heads, problems = self.num_attention_heads, []
+        not_a_multiple = f"model.hidden_size {self.hidden_size} is not a multiple of model.num_attention_heads {heads}"
+        if self.head_dim is None and self.hidden_size % heads:
+            problems.append(f"{not_a_multiple}; change one of them or set model.head_dim")
+        elif self.hidden_size % heads and not self.staggered:
+            problems.append(
+                f"{not_a_multiple}; a sequential model is exported as a Llama, and transformers refuses to load one "
+                "with these sizes, whatever model.head_dim is: change one of them"
+            )
+        if self.head_width % 2:
+            problems.append(f"the head width {self.head_width} is odd, but rotary embeddings rotate pairs of values")
+        for key, value in (
+            ("num_key_value_heads", self.key_value_heads),
+            ("cross_attention_key_value_heads", self.cross_key_value_heads),
+        ):
+            if heads % value:
+                problems.append(f"model.num_attention_heads {heads} is not a multiple of model.{key} {value}")
+        if not self.staggered:
+            problems += [
+                f"model.{key} is {getattr(self, key)!r}, but only a staggered model has it; "
+                "remove it or set model.connection: staggered"
+                for key in _STAGGERED_ONLY
+                if getattr(self, key) != type(self).model_fields[key].default
+            ]
+        if self.share_section_weights and len(set(self.section_layers)) > 1:
+            problems.append(
+                f"model.share_section_weights needs equal sections, model.section_layers is {list(self.section_layers)}"
+            )
+        if self.cross_attention_window is not None and self.cross_attention_window > self.max_position_embeddings:
+            problems.append(
+                f"model.cross_attention_window {self.cross_attention_window} is longer than "
+                f"model.max_position_embeddings {self.max_position_embeddings}; use null for no window"
+            )
+        return problems
+
+
+_STAGGERED_ONLY = (
+    "stagger",
+    "cross_attention_window",
+    "cross_attention_key_value_heads",
+    "share_section_weights",
+    "combine_sections",
+)
+"""Keys that a sequential model must leave at their defaults."""
 
 
 class ParallelConfig(ConfigPart):
-    """How ranks are laid out; what is left of the world is the data-parallel size."""
+    """How ranks are laid out; the data-parallel size is the world size divided by the other two."""
 
     pipeline_parallel_size: Positive | None = Field(
         None, description="Pipeline stages; divides the number of sections. null: one stage per section."
@@ -143,9 +168,9 @@ class ParallelConfig(ConfigPart):
 
 
 class CorpusConfig(ConfigPart):
-    """One tokenised corpus and its share of a blend."""
+    """One tokenized corpus and its share of a blend."""
 
-    prefix: str = Field(..., description="Path of the .bin/.idx pair without its ending.")
+    prefix: str = Field(..., description="Path of the .bin/.idx pair without the extension.")
     weight: PositiveFloat = Field(1.0, description="Relative weight in the blend.")
 
 
@@ -156,7 +181,7 @@ class DataConfig(ConfigPart):
         "bytes", description="Directory or tokenizer.json of the tokenizer; `bytes` for one token per byte."
     )
     corpora: tuple[CorpusConfig, ...] = Field(
-        (), description="Corpora blended by weight and cut into train, validation and test by data.split."
+        (), description="Corpora blended by weight and divided into train, validation and test by data.split."
     )
     split: tuple[float, float, float] = Field(
         (98.0, 1.0, 1.0), description="Shares of the documents for train, validation and test (with data.corpora)."
@@ -169,17 +194,28 @@ class DataConfig(ConfigPart):
     )
     num_samples: Positive | None = Field(
         None,
-        description="Training sequences the order of samples is made for; fixed for a run. "
+        description="Training sequences for which the order of samples is computed; fixed for a run. "
         "null means training.steps * training.global_batch_size.",
     )
     cache_directory: str | None = Field(
-        None, description="Where index maps are kept; shared by all ranks. null: beside the first corpus."
+        None, description="Where index maps are stored; shared by all ranks. null: next to the first corpus."
     )
     seed: NonNegative = Field(1234, description="Seed of the order of samples.")
 
     @model_validator(mode="after")
-    def _one_way(self, found: ValidationInfo) -> "DataConfig":
-        report_problems(data_problems(self), found)
+    def _consistent(self, found: ValidationInfo) -> "DataConfig":
+        problems = []
+        separate = self.train_corpora or self.validation_corpora or self.test_corpora
+        if self.corpora and separate:
+            problems.append(
+                "data.corpora (divided by data.split) excludes data.train_corpora, data.validation_corpora and "
+                "data.test_corpora; use one or the other"
+            )
+        elif separate and not self.train_corpora:
+            problems.append("data.train_corpora is empty, but data.validation_corpora or data.test_corpora is not")
+        if min(self.split) < 0 or self.split[0] <= 0:
+            problems.append(f"data.split {list(self.split)} must not be negative and needs a share for training")
+        report_problems(problems, found)
         return self
 
 
@@ -222,17 +258,17 @@ class TrainingConfig(ConfigPart):
     activation_checkpointing: Literal["none", "layer"] = Field(
         "none", description="layer: keep only the input of each layer and recompute it in the backward pass."
     )
-    seed: NonNegative = Field(1234, description="Seed of the initialisation.")
+    seed: NonNegative = Field(1234, description="Seed of the initialization.")
     deterministic: bool = Field(
         False,
-        description="Use only kernels that give the same bits every time, so that a run on GPUs can be repeated "
-        "exactly on the same grid, GPUs and libraries; slower. CPUs need no such choice. May change on resume.",
+        description="Use only deterministic kernels, so that a run on GPUs can be repeated exactly with the same grid, "
+        "GPUs and libraries; slower. No effect on CPUs, which are deterministic. May change on resume.",
     )
     max_bad_steps: NonNegative = Field(
-        3, description="Steps with a loss or gradient that is not finite before the run ends without saving."
+        3, description="Steps with a loss or gradient that is not finite before the run stops without saving."
     )
     max_minutes: PositiveFloat | None = Field(
-        None, description="Wall-clock limit; the run saves and ends in order when it is reached."
+        None, description="Wall-clock limit; the run saves and shuts down cleanly when it is reached."
     )
 
     def num_micro_batches(self, data_parallel_size: int) -> int:
@@ -241,30 +277,31 @@ class TrainingConfig(ConfigPart):
 
 
 class EvaluationConfig(ConfigPart):
-    """Evaluation on the validation split during the run and on the test split at its end."""
+    """Evaluation on the validation split during the run and on the test split at the end."""
 
     interval_steps: NonNegative = Field(0, description="Evaluate every N steps; 0 switches it off.")
     num_batches: Positive = Field(4, description="Global batches per evaluation.")
 
 
 class CheckpointConfig(ConfigPart):
-    """When training state is saved and from where it resumes."""
+    """When training state is saved, and whether a run resumes."""
 
     interval_steps: NonNegative = Field(0, description="Save every N steps; 0: only at the end.")
     interval_minutes: PositiveFloat | None = Field(None, description="Save every M minutes as well.")
-    keep_last: NonNegative = Field(2, description="Complete checkpoints kept; 0 keeps all.")
+    keep_last: NonNegative = Field(2, description="Number of complete checkpoints to keep; 0 keeps all.")
     asynchronous: bool = Field(
         True,
-        description="Write files beside the training, which pauses only for the copy to host memory; needs host memory "
+        description="Write files in the background; training pauses only for the copy to host memory, which needs room "
         "for one more copy of the training state. false: training waits for the disk.",
     )
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: go on from the newest complete checkpoint. never: refuse a run that has one."
+        "auto",
+        description="auto: resume from the newest complete checkpoint. never: refuse a run that has one.",
     )
 
 
 class WandbConfig(ConfigPart):
-    """Weights & Biases; offline when there is no key or no network."""
+    """Weights & Biases; offline without a key or a network."""
 
     enabled: bool = Field(False, description="Send metrics to wandb.")
     project: str = Field("stagdist", description="Project of the run.")
@@ -272,7 +309,7 @@ class WandbConfig(ConfigPart):
 
 
 class LoggingConfig(ConfigPart):
-    """What a person watches."""
+    """Progress, metrics and where they are reported."""
 
     interval_steps: Positive = Field(1, description="Write metrics every N steps.")
     progress_bar: bool = Field(True, description="Show a progress bar on rank 0.")

@@ -4,10 +4,10 @@ from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from stagdist.config.checks import run_problems, world_problems
+from stagdist.config import checks
+from stagdist.config.base import ConfigPart, report_problems
 from stagdist.config.parts import (
     CheckpointConfig,
-    ConfigPart,
     DataConfig,
     EvaluationConfig,
     LoggingConfig,
@@ -16,7 +16,6 @@ from stagdist.config.parts import (
     ParallelConfig,
     SchedulerConfig,
     TrainingConfig,
-    report_problems,
 )
 from stagdist.errors import ConfigError
 
@@ -42,11 +41,11 @@ OWNED_DEEPSPEED_KEYS: dict[str, str] = {
     "checkpoint": "checkpoint.*",
     "seed": "training.seed",
 }
-"""DeepSpeed keys that stagdist derives itself, with the key of ours to use instead."""
+"""Keys of DeepSpeed that stagdist derives, with the stagdist key to use instead."""
 
 
 class RunConfig(ConfigPart):
-    """One run, whole."""
+    """The configuration of one run."""
 
     name: str = Field(..., min_length=1, description="Name of the run; its folder is runs_directory/name.")
     runs_directory: str = Field("runs", description="Folder of all runs.")
@@ -60,7 +59,8 @@ class RunConfig(ConfigPart):
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Saving and resuming.")
     logging: LoggingConfig = Field(LoggingConfig(), description="Progress, metrics, TensorBoard, wandb.")
     deepspeed: dict[str, Any] = Field(
-        {}, description="Further keys of DeepSpeed's JSON, passed through; a key that stagdist owns is refused."
+        {},
+        description="Further keys of DeepSpeed's JSON, passed on unchanged; a key that stagdist derives is refused.",
     )
 
     @property
@@ -87,7 +87,7 @@ class RunConfig(ConfigPart):
     @classmethod
     def _plain_name(cls, name: str) -> str:
         if "/" in name or name in (".", ".."):
-            raise ValueError(f"is {name!r}, a path; name is the last part of the run folder, see runs_directory")
+            raise ValueError(f"is {name!r}, a path; give the name of the run's folder inside runs_directory")
         return name
 
     @field_validator("deepspeed")
@@ -100,16 +100,27 @@ class RunConfig(ConfigPart):
 
     @model_validator(mode="after")
     def _consistent(self, found: ValidationInfo) -> "RunConfig":
-        report_problems(run_problems(self), found)
+        report_problems(
+            checks.layout_problems(self.model, self.pipeline_parallel_size, self.parallel.tensor_parallel_size)
+            + checks.training_problems(self.model, self.parallel, self.training, self.sequence_length, self.num_samples)
+            + checks.zero_problems(self.deepspeed)
+            + checks.scheduler_problems(self.scheduler, self.training.steps),
+            found,
+        )
         return self
+
+    def world_problems(self, world_size: int) -> list[str]:
+        """Why a valid configuration cannot run on `world_size` ranks."""
+        return checks.world_problems(
+            self.training, self.pipeline_parallel_size, self.parallel.tensor_parallel_size, world_size
+        )
 
 
 def require_world(config: RunConfig, world_size: int) -> None:
-    """Refuse a world size that the configuration does not fit.
+    """Refuse a world size that does not fit the configuration.
 
     Raises:
         ConfigError: with every reason.
     """
-    problems = world_problems(config, world_size)
-    if problems:
+    if problems := config.world_problems(world_size):
         raise ConfigError("; ".join(problems))

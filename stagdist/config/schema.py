@@ -1,4 +1,4 @@
-"""The schema of the configuration, walked: every key with its path, and the nearest name of an unknown one."""
+"""Every key of the configuration with its path, and the nearest name of an unknown key."""
 
 import difflib
 import re
@@ -8,13 +8,13 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from stagdist.config.parts import ConfigPart
+from stagdist.config.base import ConfigPart
 from stagdist.config.run_config import RunConfig
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key of the schema: its path such as `optimizer.betas`, the part that holds it, and its field."""
+    """One key of the schema: its path such as `optimizer.betas`, the part that contains it, and its field."""
 
     path: str
     owner: type[ConfigPart]
@@ -22,7 +22,7 @@ class Key:
 
 
 def schema_keys(part: type[ConfigPart] = RunConfig, prefix: str = "") -> Iterator[Key]:
-    """Every key of the schema in the order of its definition; an entry of a list is written `0`."""
+    """Every key of the schema in the order of definition; a list entry has the index `0`."""
     for name, field in part.model_fields.items():
         path = f"{prefix}{name}"
         yield Key(path, part, field)
@@ -48,7 +48,7 @@ def is_list(field: FieldInfo) -> bool:
 
 
 def unknown_keys(keys: Mapping[str, Any], part: type[ConfigPart] = RunConfig, prefix: str = "") -> list[str]:
-    """A problem, with the nearest known name, for each key that the schema does not have."""
+    """One problem, with the nearest known name, for each key that is not in the schema."""
     problems = []
     for name, value in keys.items():
         field = part.model_fields.get(name)
@@ -78,7 +78,7 @@ def _unknown(path: str, part: type[ConfigPart], prefix: str) -> str:
 
 
 def meaning(path: str) -> str:
-    """The description of a key in brackets, to help with a missing or wrong value."""
+    """The description of a key in parentheses, for messages about a missing or wrong value."""
     pattern = re.sub(r"\.\d+", ".0", path)
     for key in schema_keys():
         if key.path in (pattern, pattern.removesuffix(".0")):

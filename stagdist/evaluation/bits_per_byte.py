@@ -1,12 +1,12 @@
 """How well a model predicts a text: nats, perplexity and bits per byte, comparable between tokenizers.
 
-The definition used everywhere: the text is cut into windows of `window` tokens without overlap; its first token is
-not scored; every other token is scored exactly once, given what stands before it inside its window. Window `k` reads
-the tokens `kL .. (k+1)L - 1` and predicts `kL + 1 .. (k+1)L`. Bits per byte are the nats, divided by ln 2 and by the
-UTF-8 bytes of the scored tokens.
+Definition: the text is divided into windows of `window` = L tokens without overlap. The first token of the text is not
+scored; every other token is scored exactly once, given the tokens before it in its window. Window `k` reads the tokens
+`kL .. (k+1)L - 1` and predicts `kL + 1 .. (k+1)L`. Bits per byte are the nats, divided by ln 2 and by the UTF-8 bytes
+of the scored tokens.
 
-With a `stride` R below L windows overlap: window `k` begins at `kR` and scores only what no earlier one has, so every
-token but those of the first window has at least `L - R` tokens before it. That costs L / R times the work.
+With a `stride` R below L, windows overlap: window `k` begins at `kR` and scores only tokens that no earlier window has
+scored, so every token outside the first window has at least `L - R` tokens before it. That takes L / R times the work.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,11 +24,11 @@ TokenNats = Callable[[Tensor, Tensor], Tensor]
 """Loss of every label: (input_ids [B, S], labels [B, S]) -> nats [B, S]."""
 
 PAD_ID = 0
-"""Fills the end of the last window; causal models never look at it and its loss is left out."""
+"""Padding of the last window. A causal model does not attend to it, and its loss is not counted."""
 
 
 def read_text(path: str | Path) -> str:
-    """A whole text file, line ends as they are.
+    """The content of a text file, with its line ends unchanged.
 
     Raises:
         DataError: it is missing or not UTF-8.
@@ -61,9 +61,9 @@ def score_text(
         token_bytes: UTF-8 bytes of every token of the vocabulary, [V]; 0 for special tokens.
         stride: tokens from the beginning of one window to that of the next; None for no overlap.
         batch_size: windows per call.
-        fixed_shape: every call gets exactly [batch_size, window], as an engine with fixed buffers needs; otherwise
-            the last call may have fewer rows and a text shorter than a window is not padded.
-        part: (i, n) scores every n-th window from the i-th on; the scores of all n parts add up to that of the text.
+        fixed_shape: every call gets exactly [batch_size, window], which an engine with fixed buffers needs. Otherwise
+            the last call may have fewer rows, and a text shorter than a window is not padded.
+        part: (i, n) scores every n-th window, starting at the i-th; the scores of all n parts add up to the total.
 
     Raises:
         DataError: the text has fewer than two tokens, tokens outside the vocabulary, or no bytes.
@@ -84,19 +84,19 @@ def score_text(
 
 
 def count_windows(num_tokens: int, window: int, stride: int | None = None) -> int:
-    """Windows that a text of so many tokens is cut into."""
+    """Number of windows of a text of `num_tokens` tokens."""
     stride = window if stride is None else stride
     if window < 1 or not 1 <= stride <= window:
-        raise ValueError(f"window is {window} and stride {stride}; needed is 1 <= stride <= window")
+        raise ValueError(f"window is {window} and stride {stride}; 1 <= stride <= window is required")
     return 1 + max(0, -(-(num_tokens - 1 - window) // stride))
 
 
 def text_windows(
     tokens: np.ndarray, window: int, stride: int | None = None, chosen: Sequence[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs, labels and which labels count, of some windows of a text, or of all.
+    """Inputs, labels, and which labels are scored, of the chosen windows of a text, or of all windows.
 
-    Shapes: each [windows, window]; the last window is filled with `PAD_ID` that does not count.
+    Shapes: each [windows, window]; the last window is padded with `PAD_ID`, which is not scored.
     """
     rows = np.arange(count_windows(len(tokens), window, stride)) if chosen is None else np.asarray(chosen)
     stride = window if stride is None else stride
@@ -115,23 +115,23 @@ def scored_bytes(tokens: np.ndarray, token_bytes: np.ndarray) -> int:
         DataError: fewer than two tokens, tokens outside the vocabulary, or no bytes.
     """
     if len(tokens) < 2:
-        raise DataError(f"a text of {len(tokens)} tokens cannot be scored: the first is never, so give at least two")
+        raise DataError(f"a text of {len(tokens)} tokens cannot be scored: the first is not scored, give at least two")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= len(token_bytes):
         raise DataError(
-            f"the text holds tokens {low}..{high}, but the vocabulary has {len(token_bytes)}; "
+            f"the text contains tokens {low}..{high}, but the vocabulary has {len(token_bytes)}; "
             "it was made with another tokenizer"
         )
     total = int(token_bytes[tokens[1:]].sum(dtype=np.int64))
     if total == 0:
-        raise DataError(f"the {len(tokens) - 1} scored tokens stand for no bytes: all are special tokens")
+        raise DataError(f"the {len(tokens) - 1} scored tokens have no bytes: all are special tokens")
     return total
 
 
 def nats_from_logits(logits: Callable[[Tensor], Tensor]) -> TokenNats:
-    """Make a loss of every label from a model that gives logits.
+    """The loss of every label, computed from a model that returns logits.
 
-    Shapes: logits takes input_ids [B, S] and gives [B, S, V]; V may be padded beyond the vocabulary with minus
+    Shapes: logits takes input_ids [B, S] and returns [B, S, V]; V may be padded beyond the vocabulary with minus
     infinity.
     """
 
@@ -145,7 +145,7 @@ def nats_from_logits(logits: Callable[[Tensor], Tensor]) -> TokenNats:
 
 
 def _with_rows(array: np.ndarray, rows: int) -> np.ndarray:
-    """Fill up with rows of padding (False for the mask)."""
+    """Append rows of padding (False for the mask)."""
     filled = np.zeros((rows, array.shape[1]), dtype=array.dtype)
     filled[: len(array)] = array
     return filled
@@ -155,6 +155,6 @@ def _batch_nats(nats: TokenNats, inputs: np.ndarray, labels: np.ndarray, scored:
     with torch.no_grad():
         losses = nats(torch.from_numpy(inputs), torch.from_numpy(labels))
     if tuple(losses.shape) != scored.shape:
-        raise ValueError(f"nats gave shape {tuple(losses.shape)} for labels of shape {scored.shape}")
-    # A masked sum, not a product: the loss of padding may be anything, even infinite.
+        raise ValueError(f"nats returned shape {tuple(losses.shape)} for labels of shape {scored.shape}")
+    # Select, do not multiply: the loss of padding can be infinite.
     return float(losses.detach().to("cpu", torch.float64)[torch.from_numpy(scored)].sum())

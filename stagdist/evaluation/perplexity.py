@@ -1,20 +1,19 @@
 """Perplexity and bits per byte of a text file, for a model directory or a training checkpoint, on one or more ranks.
 
-Ranks split the matrices (tensor parallelism) and then the windows of the text; the score does not depend on how many
-there are, apart from rounding.
+Ranks split the matrices (tensor parallelism), and the groups that hold a complete model split the windows of the text.
+The score does not depend on the number of ranks, apart from rounding.
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagdist.checkpoint.convert.find import WeightSource, open_weights, source_tokenizer
+from stagdist.checkpoint.convert.find import open_weights, source_tokenizer
+from stagdist.checkpoint.published.load_model import load_weights
 from stagdist.config.checks import tensor_parallel_problems
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import ConfigError, DataError
@@ -22,20 +21,9 @@ from stagdist.evaluation.bits_per_byte import count_windows, read_text, score_te
 from stagdist.model.cross_entropy import token_nats
 from stagdist.model.megatron import TensorParallel
 from stagdist.model.precision import STORED_DTYPES
-from stagdist.model.stagformer import StagFormer, canonical_slice
-from stagdist.parallel.device import choose_device
-from stagdist.parallel.grid import Grid
-from stagdist.parallel.groups import (
-    Groups,
-    build_groups,
-    set_default_timeout,
-    single_process,
-)
-from stagdist.parallel.layout import model_parameters
-from stagdist.parallel.rendezvous import join_world
+from stagdist.parallel.groups import Groups, world_groups
+from stagdist.parallel.world import choose_device
 from stagdist.telemetry.score import TextScore
-
-"""What a model may be run in."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +31,13 @@ class Scoring:
     """How a text is scored.
 
     Attributes:
-        window: tokens the model sees at once; None for all it was made for.
-        stride: tokens from window to window; None for `window`, that is no overlap.
+        window: tokens that the model sees at once; None for the maximum of the model.
+        stride: tokens from the start of one window to the next; None for `window`, so that windows do not overlap.
         batch_size: windows per forward pass and rank.
-        dtype: a name of `STORED_DTYPES`; None for that of the stored weights.
-        device: auto, cpu or cuda.
-        tensor_parallel_size: ranks that split every matrix; the rest of the world splits the windows.
-        tokenizer: where the tokenizer is, unless the model says it.
+        dtype: a name of `STORED_DTYPES`; None for the dtype of the stored weights.
+        device: as for `choose_device`.
+        tensor_parallel_size: ranks that split every matrix; the world divided by it splits the windows.
+        tokenizer: path of the tokenizer; None for the tokenizer of the model.
         trust_pickle: read checkpoints whose files can run code.
         timeout_s: limit of every collective.
     """
@@ -67,7 +55,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Scored:
-    """The score of a text, with the window and stride that it was scored with."""
+    """The score of a text, and the window and stride that were used."""
 
     score: TextScore
     window: int
@@ -77,12 +65,12 @@ class Scored:
 def score_file(
     model: str | Path, text: str | Path, scoring: Scoring, report: Callable[[int, int], None] = lambda done, total: None
 ) -> Scored:
-    """Score a UTF-8 text as one document. Called on every rank of the world that RANK and WORLD_SIZE name.
+    """Score a UTF-8 text as one document. Called on every rank of the world in the environment (RANK, WORLD_SIZE).
 
     Args:
-        model: model directory, training checkpoint, or a run's folder for its newest complete checkpoint.
+        model: model directory, training checkpoint, or the folder of a run for its newest complete checkpoint.
         text: file to read.
-        report: told how many of how many windows this rank has read.
+        report: called with the number of windows that this rank has scored, and their total.
 
     Raises:
         ConfigError: a setting does not fit the model or the world.
@@ -95,14 +83,14 @@ def score_file(
     tokenizer = source_tokenizer(source, scoring.tokenizer)
     if tokenizer.vocab_size > source.model.vocab_size:
         raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {source.model.vocab_size}; it is another's"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {source.model.vocab_size}; use the model's"
         )
     device = choose_device(scoring.device, int(os.environ.get("LOCAL_RANK", "0")))
     ids = tokenizer.encode(content)
     with world_groups(scoring.tensor_parallel_size, device, scoring.timeout_s) as groups:
         dtype = source.dtype if scoring.dtype is None else STORED_DTYPES[scoring.dtype]
         parallel = TensorParallel(groups.tensor, dtype)
-        runner = load_weights(source, parallel).to(device)
+        runner = load_weights(source.model, source.weight, parallel).to(device)
         part = (groups.place.data, groups.grid.data)
         windows = len(range(part[0], count_windows(len(ids), window, stride), part[1]))
         done = 0
@@ -121,41 +109,16 @@ def score_file(
         return Scored(_sum(score, groups), window, stride)
 
 
-def load_weights(source: WeightSource, parallel: TensorParallel) -> StagFormer:
-    """The whole model with this tensor rank's slices, in evaluation mode and in `parallel.dtype`."""
-    model = StagFormer(source.model, parallel)
-    specs = {spec.name: spec for spec in model_parameters(source.model)}
-    with torch.no_grad():
-        for name, parameter in model.canonical_parameters().items():
-            parameter.copy_(canonical_slice(specs, name, source.weight, parallel))
-    return model.eval()
-
-
-@contextmanager
-def world_groups(tensor_size: int, device: str, timeout_s: float) -> Iterator[Groups]:
-    """The groups of this world: tensor axis of the given size, data axis for the rest; no sockets in a world of one."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
-        with single_process(timeout_s, device) as groups:
-            yield groups
-        return
-    set_default_timeout(timeout_s)
-    join_world(device, timeout_s)
-    yield build_groups(Grid(1, world_size // tensor_size, tensor_size), timeout_s)
-    # After an error the process ends, which tells the others; taking groups down could wait for a rank that is gone.
-    dist.destroy_process_group()
-
-
 def _checked(scoring: Scoring, model: ModelConfig) -> tuple[int, int]:
-    """Window and stride.
+    """The window and stride to use.
 
     Raises:
-        ConfigError: a setting does not fit.
+        ConfigError: a setting does not fit the model or the world.
     """
     window = model.max_position_embeddings if scoring.window is None else scoring.window
     stride = window if scoring.stride is None else scoring.stride
     if not 1 <= window <= model.max_position_embeddings:
-        raise ConfigError(f"--window is {window}; the model knows 1 to {model.max_position_embeddings} positions")
+        raise ConfigError(f"--window is {window}; the model supports 1 to {model.max_position_embeddings} positions")
     if not 1 <= stride <= window:
         raise ConfigError(f"--stride is {stride}; it must be between 1 and the window, {window}")
     if scoring.batch_size < 1:
@@ -172,7 +135,7 @@ def _checked(scoring: Scoring, model: ModelConfig) -> tuple[int, int]:
 
 
 def _sum(score: TextScore, groups: Groups) -> TextScore:
-    """The scores of all parts together; the ranks of a tensor group have the same one."""
+    """The sum of the scores of all parts; the ranks of a tensor group have the same part."""
     parts: list[tuple[int, TextScore] | None] = [None] * groups.grid.world_size
     dist.all_gather_object(parts, (groups.place.tensor, score), group=groups.control)
     return sum((part[1] for part in parts if part is not None and part[0] == 0), TextScore(0, 0.0, 0))

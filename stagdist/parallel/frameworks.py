@@ -1,4 +1,4 @@
-"""The only door to megatron-core outside of data: what is used of it, imported without what is not."""
+"""The parts of megatron-core that stagdist uses outside `data`, imported without its optional dependencies."""
 
 import warnings
 

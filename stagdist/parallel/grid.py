@@ -1,4 +1,4 @@
-"""Which rank stands where: ranks <-> (pipe, data, tensor), tensor fastest. Pure integers, no torch.
+"""The grid of ranks: rank <-> (pipe, data, tensor), tensor fastest. Pure integers, no torch.
 
 The order is that of DeepSpeed's `PipeModelDataParallelTopology`, which is checked against it when training starts, and
 of megatron-core's default.
@@ -12,7 +12,7 @@ from stagdist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Coordinate:
-    """Place of one rank on the three axes, each counted from 0."""
+    """Position of one rank on the three axes, from 0."""
 
     pipe: int
     data: int
@@ -44,7 +44,7 @@ class Grid:
         return self.pipe * self.data * self.tensor
 
     def coordinate(self, rank: int) -> Coordinate:
-        """Place of a rank.
+        """Coordinate of a rank.
 
         Raises:
             ConfigError: the rank is outside the grid.
@@ -56,7 +56,7 @@ class Grid:
         return Coordinate(pipe, data, tensor)
 
     def rank(self, pipe: int, data: int, tensor: int) -> int:
-        """Rank at a place."""
+        """Rank at a coordinate."""
         return (pipe * self.data + data) * self.tensor + tensor
 
     def tensor_groups(self) -> list[list[int]]:
@@ -68,15 +68,15 @@ class Grid:
         return [[self.rank(p, d, t) for d in range(self.data)] for p in range(self.pipe) for t in range(self.tensor)]
 
     def pipe_groups(self) -> list[list[int]]:
-        """Ranks that pass activations to each other, first stage first."""
+        """Ranks that pass activations to each other, in the order of their stages."""
         return [[self.rank(p, d, t) for p in range(self.pipe)] for d in range(self.data) for t in range(self.tensor)]
 
 
 def grid_for(config: RunConfig, world_size: int) -> Grid:
-    """The grid of a configuration on `world_size` ranks; data parallelism takes what is left.
+    """The grid of a configuration on `world_size` ranks; data parallelism takes the remaining ranks.
 
     Raises:
-        ConfigError: the world size does not fit, with every reason.
+        ConfigError: the world size does not fit; lists every reason.
     """
     require_world(config, world_size)
     pipe, tensor = config.pipeline_parallel_size, config.parallel.tensor_parallel_size

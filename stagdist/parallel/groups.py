@@ -1,25 +1,18 @@
 """Process groups: one for each set of ranks that communicates, all with a time limit."""
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 
-import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 from stagdist.errors import ConfigError
-from stagdist.parallel.device import on_cuda
 from stagdist.parallel.grid import Coordinate, Grid
-
-WATCHDOG_GRACE_S = 60.0
-"""Seconds that NCCL's watchdog waits longer than the host.
-
-The watchdog aborts the process. The deadline of the host raises an error that names stage, peer and step, so it must
-come first.
-"""
+from stagdist.parallel.world import WATCHDOG_GRACE_S, join_world
 
 
 @dataclass(frozen=True)
@@ -30,7 +23,7 @@ class Groups:
         grid: sizes of the axes.
         place: coordinate of this rank.
         tensor: ranks that split the same matrices.
-        control: all ranks over gloo, for host-side agreements that must not touch the device's queue.
+        control: all ranks over gloo, for agreements between hosts that must not use the device's queue.
         by_ranks: the groups that `group_of` has returned, by their sorted global ranks.
     """
 
@@ -44,8 +37,8 @@ class Groups:
     def reused(self) -> Iterator[None]:
         """Inside, `torch.distributed.new_group` returns the existing group of the same ranks, if there is one.
 
-        DeepSpeed asks for six groups or more, several of them of the same ranks. On nccl each would be a communicator
-        with a stream and buffers. Sharing one is safe: all ranks launch DeepSpeed's collectives in the same order.
+        DeepSpeed creates at least six groups, several of them of the same ranks. With nccl each would be a communicator
+        with its own stream and buffers. Sharing is safe: all ranks launch DeepSpeed's collectives in the same order.
         """
         original = dist.new_group
         dist.new_group = partial(group_of, by_ranks=self.by_ranks)  # type: ignore[assignment]
@@ -56,10 +49,10 @@ class Groups:
 
 
 def group_of(ranks: Iterable[int], by_ranks: dict[tuple[int, ...], dist.ProcessGroup]) -> dist.ProcessGroup:
-    """The one group of some ranks, made at the first request; called on every rank of the world.
+    """The one group of a set of ranks, created at the first request. Called on every rank of the world.
 
     Returns:
-        The group; on a rank outside of it what `torch.distributed.new_group` returns there.
+        The group; on other ranks, what `torch.distributed.new_group` returns there.
     """
     key = tuple(sorted(ranks))
     if key not in by_ranks:
@@ -68,16 +61,16 @@ def group_of(ranks: Iterable[int], by_ranks: dict[tuple[int, ...], dist.ProcessG
 
 
 def set_default_timeout(timeout_s: float) -> None:
-    """Set the limit of every group made from now on, also of those that DeepSpeed makes.
+    """Set the time limit of every group created from now on, including DeepSpeed's.
 
-    Its `new_group` calls pass no limit and would otherwise wait torch's 10 or 30 minutes for a frozen peer.
+    DeepSpeed's `new_group` calls pass no limit; they would wait torch's default of 10 or 30 minutes for a frozen peer.
     """
     c10d.default_pg_timeout = timedelta(seconds=timeout_s)
     c10d.default_pg_nccl_timeout = timedelta(seconds=timeout_s + WATCHDOG_GRACE_S)
 
 
 def build_groups(grid: Grid, timeout_s: float) -> Groups:
-    """Make the tensor and control groups; the default group exists already.
+    """Create the tensor and control groups; the default group exists already.
 
     Raises:
         ConfigError: the world is not as large as the grid.
@@ -94,18 +87,33 @@ def build_groups(grid: Grid, timeout_s: float) -> Groups:
 
 
 @contextmanager
-def single_process(timeout_s: float = 600.0, device: str = "cpu") -> Iterator[Groups]:
-    """A world of one rank without sockets, for tools that run the model in one process.
+def world_groups(
+    tensor_size: int, device: str, timeout_s: float, environment: Mapping[str, str] = os.environ
+) -> Iterator[Groups]:
+    """Join the world of the environment and build its groups, without pipeline stages; leave the world at the end.
 
     Args:
-        device: `cpu` (gloo) or `cuda:N` (nccl), which becomes this process's current device.
+        tensor_size: size of the tensor axis; the data axis takes the remaining ranks.
+        device: as for `join_world`.
+
+    Raises:
+        TransportError: the processes did not meet.
     """
     set_default_timeout(timeout_s)
-    if on_cuda(device):
-        torch.cuda.set_device(device)
-    # gloo takes tensors of a GPU too, but copies them to the host and back.
-    dist.init_process_group("nccl" if on_cuda(device) else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    join_world(device, timeout_s, environment=environment)
+    size = dist.get_world_size()
+    failed = True
     try:
-        yield build_groups(Grid(1, 1, 1), timeout_s)
+        yield build_groups(Grid(1, size // tensor_size, tensor_size), timeout_s)
+        failed = False
     finally:
-        dist.destroy_process_group()
+        # After an error the process exits, which the other ranks notice. Destroying groups could wait for a lost peer.
+        if size == 1 or not failed:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def single_process(timeout_s: float = 600.0, device: str = "cpu") -> Iterator[Groups]:
+    """A world of one rank, for tools that run the model in one process, whatever the environment says."""
+    with world_groups(1, device, timeout_s, environment={}) as groups:
+        yield groups

@@ -1,6 +1,6 @@
-"""Who owns what: every parameter of a model by its canonical name, and what each stage holds. Pure, no torch.
+"""Every parameter of a model by its canonical name, and which stage holds it. Pure, no torch.
 
-The table made here is the one source for parameter counts, initialisation, sharding, checkpoints and exports.
+This table is the only source for parameter counts, initialization, sharding, checkpoints and exports.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from stagdist.config.parts import ModelConfig
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter of the whole model.
+    """One parameter of the model.
 
     Attributes:
         name: canonical name, as in a model directory.
@@ -32,12 +32,12 @@ class ParameterSpec:
 
     @property
     def decays(self) -> bool:
-        """Weight decay reaches every matrix and no vector."""
+        """Weight decay applies to every matrix and no vector."""
         return len(self.shape) > 1
 
     @property
     def numel(self) -> int:
-        """Values of the whole parameter, unpadded."""
+        """Number of values of the global parameter, unpadded."""
         return prod(self.shape)
 
     def local_shape(self, tensor_size: int) -> tuple[int, ...]:
@@ -56,10 +56,7 @@ def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
 
 
 def model_parameters(model: ModelConfig) -> list[ParameterSpec]:
-    """Every parameter of the model once, in the order of the computation.
-
-    Source: design section 1 (initialisation) and 5 (names).
-    """
+    """Every parameter of the model once, in the order of the computation."""
     specs = [embedding_parameter(model)]
     for section in range(model.num_sections):
         specs += section_parameters(model, section)
@@ -75,7 +72,7 @@ def embedding_parameter(model: ModelConfig) -> ParameterSpec:
 
 
 def head_parameters(model: ModelConfig) -> list[ParameterSpec]:
-    """The final norm, and the head's own matrix unless it is tied."""
+    """The final norm, and the matrix of the head unless it is tied."""
     specs = [ParameterSpec("output_norm.weight", (model.hidden_size,), fill=1.0)]
     if not model.tie_word_embeddings:
         shape = (model.vocab_size, model.hidden_size)
@@ -141,7 +138,7 @@ class StageLayout:
 
     Attributes:
         sections: indices of its sections.
-        embedding: it needs the token embedding to begin its sections.
+        embedding: it needs the token embedding for the input of its sections.
         shared_core: it needs the weights that all sections share.
         head: it ends with the final norm and the head.
         tied_head: its head reads the embedding's matrix.
@@ -155,7 +152,7 @@ class StageLayout:
 
     @property
     def holds_embedding(self) -> bool:
-        """The embedding's matrix lies on this stage, for input, head or both."""
+        """The embedding's matrix is on this stage, for input, head or both."""
         return self.embedding or self.tied_head
 
 
@@ -174,7 +171,7 @@ def stage_layout(model: ModelConfig, pipe_size: int, stage: int) -> StageLayout:
 
 
 def stage_parameters(model: ModelConfig, pipe_size: int, stage: int) -> Iterator[ParameterSpec]:
-    """Parameters that lie on a stage, copies of tied and shared ones included.
+    """Parameters of a stage, including copies of tied and shared ones.
 
     Of `section_mix` a stage holds one value for each of its sections.
     """
@@ -192,9 +189,9 @@ def stage_parameters(model: ModelConfig, pipe_size: int, stage: int) -> Iterator
 
 
 def micro_batches_in_flight(pipe_size: int, stage: int, num_micro_batches: int) -> int:
-    """Most micro-batches that have run forward but not backward on a stage, at any moment of an optimizer step.
+    """Maximum number of micro-batches in an optimizer step that have run forward but not backward on a stage.
 
-    Eager 1F1B: every stage runs two ahead of the next one, so that its results are there before they are needed.
-    Plain 1F1B runs one ahead, holds fewer activations, and waits for every transfer.
+    In eager 1F1B every stage is two micro-batches ahead of the next one, so that results arrive before they are needed.
+    Plain 1F1B is one ahead: it holds fewer activations, but waits for every transfer.
     """
     return min(2 * (pipe_size - stage) - 1, num_micro_batches)

@@ -1,4 +1,4 @@
-"""Imports of frameworks without what they load on the way and nobody here uses.
+"""Imports of frameworks without the unused modules that they load.
 
 Some modules of megatron-core and DeepSpeed decorate functions with `torch.compile` when they are imported. We call none
 of these functions, but the decorator alone loads torch's compiler, more than a second of processor time in every rank.

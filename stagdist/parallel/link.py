@@ -1,17 +1,16 @@
-"""Point-to-point traffic between ranks, with one rule for each backend.
+"""Point-to-point messages between ranks, with rules for each backend.
 
-Every directed edge between two ranks has a communicator of its own, so that messages of an edge arrive in the order in
-which they are sent and no edge holds up another.
+Each directed edge between two ranks has its own communicator, so that the messages of an edge arrive in the order in
+which they are sent and no edge blocks another.
 
-On gloo a receive is posted as soon as the rank knows that the message will come: a message without a posted receive
-costs its sender milliseconds. On NCCL a posted receive is a kernel that spins on the device until the peer sends. What
-is enqueued behind it on the same communicator or hardware queue waits, and so does loading a kernel. Therefore
-**nothing is enqueued on NCCL whose end depends on work that this rank has not launched yet**: a receive is posted where
-it is waited for, or where the next one is announced. `tests/parallel/test_nccl_decoding.py` and `test_nccl_training.py`
-play decoding and training under these rules.
+On gloo a receive is posted as soon as it is certain that the message will be sent, because a message without a posted
+receive delays its sender by milliseconds. On NCCL a posted receive is a kernel that spins on the device until the peer
+sends. Everything enqueued behind it on the same communicator or hardware queue waits, and so does loading a kernel.
+Therefore **nothing is enqueued on NCCL whose completion depends on work that this rank has not launched yet**: a
+receive is posted where it is waited for, or where the next one is announced. `tests/parallel/test_nccl_decoding.py` and
+`test_nccl_training.py` simulate decoding and training under these rules.
 """
 
-import re
 import threading
 import time
 from collections import deque
@@ -26,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagdist.parallel.device import on_cuda
-from stagdist.parallel.groups import WATCHDOG_GRACE_S
+from stagdist.parallel.lost_peer_phrases import short_reason
+from stagdist.parallel.world import WATCHDOG_GRACE_S
 
 _FOREVER = timedelta(days=365)
 _SPIN_S = 0.005
@@ -38,18 +38,18 @@ TransportError with stage, peer, step and remedy."""
 
 
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-"""torch's collective that gathers into one tensor; torch 2.13 renamed it."""
+"""torch's collective that gathers into one tensor, renamed in torch 2.13."""
 
 Key = tuple[str, int]
-"""Name of a message within its edge: what kind it is of, and its number."""
+"""Name of a message within its edge: its kind and number."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a backend does with an operation that cannot end yet.
+    """What a backend does with an operation that cannot complete yet.
 
     Attributes:
-        early_receives: a posted receive costs nothing until its message comes.
+        early_receives: a posted receive costs nothing until its message arrives.
         wait_blocks: `wait` blocks the host and raises. Otherwise it only orders streams on the device.
     """
 
@@ -62,12 +62,12 @@ NCCL = Rules(early_receives=False, wait_blocks=False)
 
 
 def rules_of(device: str | torch.device) -> Rules:
-    """The rules of the backend that serves a device."""
+    """The rules of the backend for a device."""
     return NCCL if on_cuda(device) else GLOO
 
 
 def new_group(ranks: Sequence[int], rules: Rules, timeout_s: float) -> dist.ProcessGroup:
-    """A communicator of these ranks. All ranks of the world call this, in the same order."""
+    """Create a communicator of these ranks. All ranks of the world call this, in the same order."""
     grace_s = 0.0 if rules.wait_blocks else WATCHDOG_GRACE_S
     return dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s + grace_s))
 
@@ -77,10 +77,10 @@ class Edge:
     """One end of a directed edge.
 
     Attributes:
-        what: what travels on it, with an article, for errors.
+        what: what is sent on it, with an article, for error messages.
         group: communicator that only this edge uses.
         peer: global rank at the other end.
-        errors: names the edge in errors.
+        errors: adds the edge to error messages.
     """
 
     what: str
@@ -89,8 +89,8 @@ class Edge:
     errors: Errors
 
     def warm_up(self, probe: Tensor, *, sends: bool) -> None:
-        """Use the communicator once. The first use makes connections and blocks until both ends are there."""
-        with self.errors("while the communicators were made", self.peer):
+        """Use the communicator once. The first use connects and blocks until both ends have called it."""
+        with self.errors("while the communicators were created", self.peer):
             (dist.send if sends else dist.recv)(probe, self.peer, group=self.group)
 
 
@@ -98,7 +98,7 @@ class Inbox:
     """The receiving end of an edge.
 
     Args:
-        waits: keeps the receives that the device has not finished.
+        waits: records the receives that the device has not finished.
     """
 
     def __init__(self, edge: Edge, rules: Rules, waits: "DeviceWaits"):
@@ -107,28 +107,28 @@ class Inbox:
         self._posted: dict[Key, tuple[list[dist.Work], tuple[Tensor, ...]]] = {}
 
     def expect(self, key: Key, *buffers: Tensor) -> None:
-        """Say where the next message goes. Messages arrive in the order of these calls.
+        """Announce the buffers of the next message. Messages arrive in the order of these calls.
 
         Args:
-            key: names the message for `take`.
+            key: the name to pass to `take`.
         """
         if self._rules.early_receives:
             self._expected.append((key, buffers))
             self._post_up_to(key)
             return
-        # The peer has launched the older messages before this one is announced. Left open, a large one would keep the
-        # peer's device busy until it is taken, and a kernel that the peer loads meanwhile would wait for that.
+        # The peer has launched the older messages by now. Without a posted receive, a large one would occupy the peer's
+        # device until it is taken, and a kernel that the peer loads in that time would wait for it.
         if self._expected:
             self._post_up_to(self._expected[-1][0])
         self._expected.append((key, buffers))
 
     def take(self, key: Key) -> tuple[Tensor, ...]:
-        """An expected message, in its buffers. Messages may be taken in another order than they arrive.
+        """Wait for an expected message and return its buffers. Messages can be taken in any order.
 
-        On NCCL work that is enqueued later runs after its arrival.
+        On NCCL, work that is enqueued later runs after the arrival.
 
         Raises:
-            TransportError: the peer is gone or silent (on NCCL `DeviceWaits.wait` raises it).
+            TransportError: the peer ended or does not respond (on NCCL, `DeviceWaits.wait` raises it).
         """
         if key not in self._posted:
             self._post_up_to(key)
@@ -140,33 +140,33 @@ class Inbox:
         return buffers
 
     def _post_up_to(self, key: Key) -> None:
-        """Post the receives of all expected messages up to this one: the peer has sent the older ones before."""
+        """Post the receives of all expected messages up to this one; the peer sends older ones first."""
         posted = None
         while posted != key:
             posted, buffers = self._expected.popleft()
             self._posted[posted] = (self._post(buffers), buffers)
 
     def _post(self, buffers: Iterable[Tensor]) -> list[dist.Work]:
-        with self._edge.errors(f"while it asked for {self._edge.what}", self._edge.peer):
+        with self._edge.errors(f"while it posted a receive for {self._edge.what}", self._edge.peer):
             works = [dist.irecv(buffer, self._edge.peer, group=self._edge.group) for buffer in buffers]
         return [work for work in works if work is not None]
 
 
 class Outbox:
-    """The sending end of an edge. A send is waited for only when its place among those in flight is needed."""
+    """The sending end of an edge. A send is waited for only when the limit of sends in flight is reached."""
 
     def __init__(self, edge: Edge):
         self._edge = edge
-        # The tensors are kept with the work: they must live until they have left.
+        # The tensors are kept with the work, because they must live until they are sent.
         self._pending: deque[tuple[list[dist.Work], tuple[Tensor, ...]]] = deque()
 
     def send(self, *tensors: Tensor, in_flight: int) -> None:
-        """Send one message after waiting until at most `in_flight` older ones are on their way.
+        """Send one message after waiting until at most `in_flight` older ones are in flight.
 
         The tensors must be contiguous and must not be written again.
 
         Raises:
-            TransportError: the peer is gone or silent, found by this send or by an older one.
+            TransportError: the peer of this send or of an older one ended or does not respond.
         """
         while len(self._pending) > in_flight:
             self._wait_for_oldest()
@@ -175,10 +175,10 @@ class Outbox:
         self._pending.append((works, tensors))
 
     def finish(self) -> None:
-        """Wait until everything has left.
+        """Wait until everything is sent.
 
         Raises:
-            TransportError: as `send`.
+            TransportError: as for `send`.
         """
         while self._pending:
             self._wait_for_oldest()
@@ -190,35 +190,35 @@ class Outbox:
 
     def _wait_for_oldest(self) -> None:
         works, _ = self._pending.popleft()
-        with self._edge.errors(f"while {self._edge.what} was on its way", self._edge.peer):
+        with self._edge.errors(f"while {self._edge.what} was in flight", self._edge.peer):
             for work in works:
                 work.wait()
 
 
 class Event(Protocol):
-    """A point in the work of a device."""
+    """A point in the work queue of a device."""
 
     def query(self) -> bool:
         """Whether the device has passed it."""
 
 
 def record_event(device: str | torch.device) -> Event:
-    """The point that the current stream has reached when everything enqueued so far has run."""
+    """Record the point of the current stream after everything enqueued so far."""
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(torch.device(device)))
     return event
 
 
 class DeviceWaits:
-    """The places where the host waits for the device, each with a deadline and an eye on the peers.
+    """Waits of the host for the device, with a deadline and a check of the peers.
 
-    NCCL's `wait` neither blocks nor raises, so a lost peer shows only in work that never ends. On a backend whose
-    `wait` blocks there is nothing to wait for here, and `wait` returns at once.
+    NCCL's `wait` neither blocks nor raises, so a lost peer shows only as work that never completes. On a backend whose
+    `wait` blocks, the method `wait` of this class returns immediately.
 
     Args:
         timeout_s: limit of every wait.
-        peers: the ranks that are watched; None: no rank is.
-        errors: names what a wait was for when no receive explains it.
+        peers: the watched ranks; None for no check.
+        errors: describes the purpose of a wait when no receive explains its failure.
     """
 
     def __init__(
@@ -228,18 +228,18 @@ class DeviceWaits:
         self._in_flight: deque[tuple[Sequence[dist.Work], Edge]] = deque()
 
     def note(self, works: Sequence[dist.Work], edge: Edge) -> None:
-        """Remember receives that were enqueued: the oldest that has not ended explains a wait that fails."""
+        """Record enqueued receives. The oldest one that has not completed explains a failed wait."""
         if self._rules.wait_blocks:
             return
         while self._in_flight and all(work.is_completed() for work in self._in_flight[0][0]):
-            self._in_flight.popleft()  # a handle keeps what was received
+            self._in_flight.popleft()  # a handle keeps the received tensors alive
         self._in_flight.append((works, edge))
 
     def wait(self, doing: str) -> None:
-        """Return when the device has done everything that was enqueued on the current stream.
+        """Return when the device has finished everything enqueued on the current stream.
 
         Raises:
-            TransportError: a watched peer has ended, or the time is up.
+            TransportError: a watched peer ended, or the time limit was reached.
         """
         if self._rules.wait_blocks:
             return
@@ -255,7 +255,7 @@ class DeviceWaits:
         self._in_flight.clear()
 
     def _fail(self, doing: str, lost: "tuple[int, str] | None") -> None:
-        """Blame the peer that has ended, else the one whose message is the oldest that has not come."""
+        """Raise for the peer that ended, otherwise for the peer of the oldest message that has not arrived."""
         peer, reason = lost or (None, f"Timed out waiting {self._timeout_s:g} s for the device")
         late = [edge for works, edge in self._in_flight if not all(work.is_completed() for work in works)]
         blamed = [edge for edge in late if peer in (None, edge.peer)]
@@ -268,13 +268,13 @@ class DeviceWaits:
 
 
 class PeerWatch:
-    """Notices on the host when a peer's process ends, within a second. A frozen peer stays unnoticed.
+    """Detects on the host, within a second, that a peer's process ended. A frozen peer is not detected.
 
-    For each peer a thread waits for a message that only `close` sends. The connection breaks when the process ends.
+    For each peer, a thread waits for a message that only `close` sends. The connection breaks when the process ends.
 
     Args:
-        ranks: those that this rank watches; each of them watches this one. Every rank of the world builds a watch.
-        timeout_s: for all ranks to come.
+        ranks: the ranks to watch; each of them watches this one. Every rank of the world creates a watch.
+        timeout_s: limit for all ranks to connect.
     """
 
     def __init__(self, ranks: Iterable[int], timeout_s: float):
@@ -285,17 +285,17 @@ class PeerWatch:
             thread.start()
 
     def lost(self) -> tuple[int, str] | None:
-        """The first rank that has ended, and what the backend said; None while all are there."""
+        """The first rank that ended and the reason from the backend; None while all are connected."""
         return self._lost[0] if self._lost else None
 
     def close(self, timeout_s: float) -> None:
-        """Part from all peers, which do the same. One that does not answer in time is left alone."""
+        """Disconnect from all peers, which do the same. A peer that does not respond in time is ignored."""
         deadline_s = time.monotonic() + timeout_s
-        there = self._threads.keys() - {rank for rank, _ in self._lost}
-        farewells = [dist.isend(torch.zeros(1), rank, group=self._group) for rank in there]
+        connected = self._threads.keys() - {rank for rank, _ in self._lost}
+        goodbyes = [dist.isend(torch.zeros(1), rank, group=self._group) for rank in connected]
         for thread in self._threads.values():
             thread.join(max(0.0, deadline_s - time.monotonic()))
-        farewells.clear()  # kept until they have arrived
+        goodbyes.clear()  # kept until they have arrived
 
     def _watch(self, rank: int) -> None:
         try:
@@ -304,9 +304,3 @@ class PeerWatch:
             work.wait(_FOREVER)
         except RuntimeError as error:
             self._lost.append((rank, short_reason(error)))
-
-
-def short_reason(error: Exception) -> str:
-    """What gloo or NCCL says, without the place in its source and its general advice."""
-    first = str(error).partition("\n")[0]
-    return re.sub(r"^\[[^]]*\.cc:\d+\] ", "", first).partition(". This is typically")[0] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Environment variables that ranks read from a private file, because no command line may show them."""
+"""Environment variables that ranks read from a private file, so that they do not appear on a command line."""
 
 import os
 import re
@@ -10,16 +10,16 @@ from pathlib import Path
 from stagdist.errors import ConfigError
 
 PRIVATE_FILE = "STAGDIST_PRIVATE_ENV"
-"""Variable that names the private file."""
+"""Variable that holds the path of the private file."""
 
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def load_private(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Read the private file that the environment names, if any, into the environment; what has a value already stays.
+    """Load the private file, if the environment names one, into the environment. Variables with a value are kept.
 
     Raises:
-        ConfigError: it is missing, damaged, or others can read it.
+        ConfigError: the file is missing, damaged, or accessible to others.
     """
     name = environment.get(PRIVATE_FILE)
     if name is None:
@@ -39,6 +39,6 @@ def load_private(environment: MutableMapping[str, str] = os.environ) -> None:
     for word in words:
         key, found, value = word.partition("=")
         if not found or not VARIABLE_NAME.fullmatch(key):
-            raise ConfigError(f"{PRIVATE_FILE} {name} is damaged: it holds more than NAME=VALUE lines; {remedy}")
-        if not environment.get(key):  # an empty one may stand for it on the command line
+            raise ConfigError(f"{PRIVATE_FILE} {name} is damaged: it contains more than NAME=VALUE lines; {remedy}")
+        if not environment.get(key):  # an empty value on the command line is a placeholder
             environment[key] = value

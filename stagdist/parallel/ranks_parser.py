@@ -1,4 +1,4 @@
-"""Command lines that every rank parses, and the supervisor before them: what is wrong with one is told once."""
+"""Command lines that every rank parses, and the supervisor before them. One rank reports an error for all."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from stagdist.errors import ConfigError
 
 
 class RanksParser(argparse.ArgumentParser):
-    """Raises where argparse would print usage and exit: all ranks get the same command line, and one of them speaks."""
+    """Raises where argparse would print the usage and exit, because all ranks have the same command line."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line.
+        """Report an invalid command line.
 
         Raises:
             ConfigError: always, the same on every rank.
@@ -28,17 +28,17 @@ examples:
       --set training.micro_batch_size=8 --set parallel.tensor_parallel_size=2
   python launch/pretrain.py --config configs/quickstart.yaml --dry-run --world-size 64
 
-A run goes on by itself from its newest complete checkpoint: type the same command again.
-SIGTERM or SIGUSR1 to any rank makes all ranks save and end in order.
-Every key is explained in docs/configuration.md.
+To resume a run from its newest complete checkpoint, type the same command again.
+After SIGTERM or SIGUSR1 to any rank, all ranks save and shut down cleanly.
+All keys are documented in docs/configuration.md.
 """
 
 
 def pretrain_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line of launch/pretrain.py; DeepSpeed's launcher adds --local_rank.
+    """Parse the command line of launch/pretrain.py; DeepSpeed's launcher adds --local_rank.
 
     Raises:
-        ConfigError: it cannot be understood.
+        ConfigError: it is invalid.
     """
     parser = RanksParser(
         prog="pretrain.py",
@@ -55,7 +55,7 @@ def pretrain_arguments(arguments: Sequence[str] | None = None) -> argparse.Names
         metavar="KEY=VALUE",
         help="override one key, for example a.b=3; repeatable",
     )
-    add("--dry-run", action="store_true", help="print grid, parameters, memory and every obstacle; start nothing")
+    add("--dry-run", action="store_true", help="print grid, parameters, memory and every problem; start nothing")
     add("--world-size", type=int, metavar="N", help="ranks to plan for (with --dry-run)")
     add(
         "--trust-pickle",
@@ -65,5 +65,5 @@ def pretrain_arguments(arguments: Sequence[str] | None = None) -> argparse.Names
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     if parsed.world_size is not None and not parsed.dry_run:
-        parser.error("--world-size belongs to --dry-run; a run takes its size from the launcher")
+        parser.error("--world-size needs --dry-run; a run gets its size from the launcher")
     return parsed

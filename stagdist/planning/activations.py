@@ -1,7 +1,7 @@
-"""Bytes that autograd and the pipeline keep for micro-batches in flight. Pure, no torch.
+"""Bytes that autograd and the pipeline hold for micro-batches in flight. Pure, no torch.
 
-The terms name the tensors that `stagdist/model` leaves in autograd's graph and that DeepSpeed's pipeline engine keeps
-in its buffers. A function whose name ends in `per_token` gives bytes for one token of a micro-batch, on one rank.
+The terms are the tensors that `stagdist/model` saves for autograd and that DeepSpeed's pipeline engine keeps in its
+buffers. A function whose name ends in `per_token` returns bytes for one token of a micro-batch, on one rank.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ INDEX = 8
 
 @dataclass(frozen=True)
 class ActivationSetting:
-    """What the sizes depend on, besides the model.
+    """What the sizes depend on, in addition to the model.
 
     Attributes:
         sequences: sequences of a micro-batch.
         length: tokens of a sequence.
         element: bytes of an activation.
         tensor: tensor-parallel size.
-        fused_norm: RMSNorm is one kernel (CUDA); otherwise it is composed of several, which keep fp32 values.
+        fused_norm: RMSNorm is one kernel (CUDA); otherwise it is several operations, which save fp32 values.
         checkpoint_layers: only the input of each layer is kept.
     """
 
@@ -45,8 +45,8 @@ class BackwardMoment:
     """Bytes at one point of a backward pass.
 
     Attributes:
-        activations: kept for micro-batches in flight.
-        buffers: made and dropped again, less gradients that do not exist yet.
+        activations: held for micro-batches in flight.
+        buffers: temporary tensors, minus gradients that do not exist yet.
     """
 
     activations: int
@@ -54,44 +54,45 @@ class BackwardMoment:
 
     @property
     def total(self) -> int:
-        """Both together."""
+        """The sum."""
         return self.activations + self.buffers
 
 
 def busiest_moment(
-    model: ModelConfig, layout: StageLayout, setting: ActivationSetting, in_flight: int, unmade: int = 0
+    model: ModelConfig, layout: StageLayout, setting: ActivationSetting, in_flight: int, new_gradients: int = 0
 ) -> BackwardMoment:
-    """The point of a forward and backward pass at which a stage holds most.
+    """The point of a forward and backward pass at which a stage holds the most bytes.
 
     Args:
         in_flight: micro-batches that have run forward only.
-        unmade: bytes of gradients that this pass makes; 0 where one before it has made them.
+        new_gradients: bytes of gradients that this pass creates; 0 if an earlier pass created them.
     """
     tokens, matrix = setting.tokens, _vocabulary_matrix(model, setting)
     layers = sum(section_per_token(model, setting, section) for section in layout.sections) * tokens
     pipe = pipe_buffers_per_token(model, layout, setting) * tokens
-    received = 2 * _carry_per_token(model, setting) * tokens  # one activation and one gradient on the wire
-    logits = logits_per_token(model, setting) * tokens if layout.head else 0  # kept until the backward pass is over
+    received = 2 * _carry_per_token(model, setting) * tokens  # one activation and one gradient in transfer
+    logits = logits_per_token(model, setting) * tokens if layout.head else 0  # kept until the end of the backward pass
     always = (in_flight - 1) * (layers + pipe) + received + pipe + logits
     uses = _embedding_uses(model, layout)
-    # A matrix has its gradient by then: the embedding for the first of its uses, or the head.
-    waiting = matrix if uses > 1 or (unmade and layout.head) else 0
+    # One matrix has its gradient by then: the embedding for the first of its uses, or the head.
+    waiting = matrix if uses > 1 or (new_gradients and layout.head) else 0
+    backward = layer_backward_per_token(model, layout, setting) * tokens
     moments = [
-        # The deepest layer of the newest micro-batch: all that its forward pass kept is still there.
-        BackwardMoment(always + layers, layer_backward_per_token(model, layout, setting) * tokens + waiting - unmade),
-        # The embedding, at the end: its dense gradient meets those of its other uses on this stage.
+        # The last layer of the newest micro-batch: everything that its forward pass saved is still held.
+        BackwardMoment(always + layers, backward + waiting - new_gradients),
+        # The embedding, at the end: its dense gradient is added to those of its other uses on this stage.
         BackwardMoment(always, min(uses, 2) * matrix + 2 * model.hidden_size * setting.element * tokens),
     ]
     if layout.head:
         # The head: a gradient of the logits, and of the matrix before it is added to the earlier ones.
         head = head_per_token(model, setting) * tokens
         cast = logits if setting.element < FP32 else 0
-        moments.append(BackwardMoment(always + layers + head, matrix + cast - unmade))
+        moments.append(BackwardMoment(always + layers + head, matrix + cast - new_gradients))
     return max(moments, key=lambda moment: moment.total)
 
 
 def norm_per_token(model: ModelConfig, setting: ActivationSetting) -> int:
-    """One RMSNorm and its output, which the projections after it keep."""
+    """One RMSNorm and its output, which the projections after it save."""
     width, element = model.hidden_size, setting.element
     if setting.fused_norm:
         return 2 * width * element + FP32
@@ -100,7 +101,7 @@ def norm_per_token(model: ModelConfig, setting: ActivationSetting) -> int:
 
 
 def attention_per_token(model: ModelConfig, setting: ActivationSetting, key_value_heads: int, masked: bool) -> int:
-    """Rotated queries and keys, values, output and log-sum-exp of one attention; an explicit mask where it has one."""
+    """Rotated queries and keys, values, output and log-sum-exp of one attention, and the explicit mask, if any."""
     heads = 2 * model.num_attention_heads + 2 * key_value_heads
     log_sum = model.num_attention_heads // setting.tensor * FP32
     mask = setting.length * setting.element // setting.sequences if masked else 0
@@ -113,7 +114,7 @@ def mlp_per_token(model: ModelConfig, setting: ActivationSetting) -> int:
 
 
 def layer_per_token(model: ModelConfig, setting: ActivationSetting, section: int) -> int:
-    """All that one layer of a section leaves in the graph."""
+    """Everything that one layer of a section saves for its backward pass."""
     kept = 2 * norm_per_token(model, setting) + mlp_per_token(model, setting)
     kept += attention_per_token(model, setting, model.key_value_heads, masked=False)
     if model.staggered and section > 0:
@@ -125,7 +126,7 @@ def layer_per_token(model: ModelConfig, setting: ActivationSetting, section: int
 
 
 def section_per_token(model: ModelConfig, setting: ActivationSetting, section: int) -> int:
-    """All that one section leaves in the graph: its layers, tokens and, where it has one, its shifted memory."""
+    """Everything that one section saves for its backward pass: layers, tokens and, if present, its shifted memory."""
     width, element = model.hidden_size, setting.element
     layer = width * element if setting.checkpoint_layers else layer_per_token(model, setting, section)
     kept = model.section_layers[section] * layer
@@ -134,12 +135,12 @@ def section_per_token(model: ModelConfig, setting: ActivationSetting, section: i
     if model.staggered and section > 0:
         kept += norm_per_token(model, setting)  # its output is replaced by the shifted copy of equal size
     if model.combine_sections:
-        kept += width * element  # the output, kept for the gradient of its share in the mix
+        kept += width * element  # the output, kept for the gradient of its weight in the mix
     return kept
 
 
 def layer_backward_per_token(model: ModelConfig, layout: StageLayout, setting: ActivationSetting) -> int:
-    """Gradients inside one layer, and with layer checkpointing the layer run again."""
+    """Gradients inside one layer and, with layer checkpointing, the recomputed layer."""
     gradients = (2 * model.intermediate_size // setting.tensor + 3 * model.hidden_size) * setting.element
     if not setting.checkpoint_layers:
         return gradients
@@ -158,13 +159,13 @@ def logits_per_token(model: ModelConfig, setting: ActivationSetting) -> int:
 
 
 def pipe_buffers_per_token(model: ModelConfig, layout: StageLayout, setting: ActivationSetting) -> int:
-    """What the pipeline engine keeps for one micro-batch in flight: its input, and its output until it is sent."""
+    """What the pipeline engine holds for one micro-batch in flight: its input, and its output until it is sent."""
     carry = _carry_per_token(model, setting)
     return (carry if layout.sections.start > 0 else INDEX) + (INDEX if layout.head else carry)
 
 
 def _carry_per_token(model: ModelConfig, setting: ActivationSetting) -> int:
-    """What travels from stage to stage: hidden states, with combined sections the accumulator, and the tokens."""
+    """What one stage sends to the next: hidden states, the accumulator with combined sections, and the tokens."""
     tensors = 2 if model.combine_sections else 1
     return tensors * model.hidden_size * setting.element + (INDEX if model.staggered else 0)
 
@@ -180,6 +181,6 @@ def _vocabulary_matrix(model: ModelConfig, setting: ActivationSetting) -> int:
 
 
 def _embedding_uses(model: ModelConfig, layout: StageLayout) -> int:
-    """How often one pass over a stage uses the embedding's matrix."""
+    """Number of uses of the embedding's matrix in one pass over a stage."""
     lookups = len(layout.sections) if model.staggered else int(layout.sections.start == 0)
     return lookups + int(layout.tied_head)

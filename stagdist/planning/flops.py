@@ -1,8 +1,8 @@
-"""Floating-point operations of training, counted from the shape of the model. Pure integers, no torch.
+"""Floating-point operations of training, computed from the shape of the model. Pure integers, no torch.
 
-Model FLOPs: what the mathematics needs, a multiply and an add counting as two. A backward pass costs twice a forward
-pass. Recomputation under activation checkpointing, norms, rotations and the softmax are not counted, as is usual for
-MFU. Attention is counted exactly: only pairs of positions that the mask lets through.
+Model FLOPs: a multiply and an add count as two. A backward pass costs twice a forward pass. Recomputation under
+activation checkpointing, norms, rotary embeddings and the softmax are not counted, as is usual for MFU. Attention is
+counted exactly: only pairs of positions that the mask allows.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from stagdist.config.parts import ModelConfig
 
 FORWARD_AND_BACKWARD = 3
-"""Training costs one forward pass and a backward pass of twice its price."""
+"""A forward pass, and a backward pass that costs twice as much."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class SectionFlops:
     """Training FLOPs per token of one section.
 
     Attributes:
-        projections: all products with weights in the layers, keys and values of cross-attention included.
+        projections: all products with weights in the layers, including those of cross-attention.
         attention: scores and weighted sums of self-attention.
-        cross_attention: the same of cross-attention.
-        head: the product with the head's matrix; only the last section has it.
+        cross_attention: scores and weighted sums of cross-attention.
+        head: the product with the matrix of the head; 0 except in the last section.
     """
 
     projections: float
@@ -31,12 +31,12 @@ class SectionFlops:
 
     @property
     def total(self) -> float:
-        """Everything together."""
+        """The sum."""
         return self.projections + self.attention + self.cross_attention + self.head
 
 
 def attended_pairs(length: int, window: int | None = None) -> int:
-    """Pairs (query, key) of a causal mask over `length` positions, each query seeing at most `window` keys."""
+    """Pairs (query, key) of a causal mask over `length` positions; a query attends to at most `window` keys."""
     full = length if window is None else min(window, length)
     return full * (full + 1) // 2 + (length - full) * full
 
@@ -47,7 +47,7 @@ def section_flops(model: ModelConfig, sequence_length: int) -> list[SectionFlops
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Training FLOPs per token of the whole model, averaged over a sequence."""
+    """Training FLOPs per token of the complete model, averaged over a sequence."""
     return sum(section.total for section in section_flops(model, sequence_length))
 
 
@@ -75,5 +75,5 @@ def _attention_weights(model: ModelConfig, key_value_heads: int) -> int:
 
 
 def _pair_flops(model: ModelConfig) -> int:
-    """Forward FLOPs of one query looking at one key, over all heads: its score, and its share of the sum."""
+    """Forward FLOPs of one pair (query, key) over all heads: the score, and its part of the weighted sum."""
     return 4 * model.num_attention_heads * model.head_width

@@ -1,9 +1,9 @@
-"""Bytes that one rank of a stage holds while training: a model of DeepSpeed's engine in named terms. Pure, no torch.
+"""Bytes that one rank of a stage holds during training, estimated for DeepSpeed's engine. Pure, no torch.
 
-Three moments compete for the peak: a backward pass (with the activations of every micro-batch in flight), the
-reduction of the gradients, and the optimizer's step. Weights, gradients and optimizer state are held at all three.
-The terms follow what DeepSpeed 0.19 (`zero/stage_1_and_2.py`, `bf16_optimizer.py`, `pipe/engine.py`) really keeps;
-what the allocator, the process groups and the frameworks themselves take is not counted.
+The peak is reached at one of three moments: in a backward pass (with the activations of every micro-batch in flight),
+in the reduction of the gradients, or in the step of the optimizer. Weights, gradients and optimizer state are held at
+all three. The terms follow the implementation of DeepSpeed 0.19 (`zero/stage_1_and_2.py`, `bf16_optimizer.py`,
+`pipe/engine.py`). Memory of the allocator, the process groups and the frameworks is not counted.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ Device = Literal["cpu", "cuda"]
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 REDUCE_BUCKET_ELEMENTS = 50_000_000
-"""Gradients that are reduced together, unless `deepspeed.zero_optimization.reduce_bucket_size` says otherwise.
+"""Gradients that are reduced together, unless `deepspeed.zero_optimization.reduce_bucket_size` is set.
 
-DeepSpeed's own 5e8 would copy all gradients of most stages at once.
+DeepSpeed's default of 5e8 would copy all gradients of most stages at once.
 """
 FP64 = 8
-"""DeepSpeed's ZeRO takes the norm of a gradient from a copy in double precision."""
+"""DeepSpeed's ZeRO computes the norm of a gradient from a copy in double precision."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,13 @@ class StageMemory:
 
     Attributes:
         weights: weights in the precision of the forward pass.
-        gradients: gradients of all micro-batches together, in all their copies.
+        gradients: accumulated gradients, in all their copies.
         optimizer: this replica's share of the fp32 weights and of the two moments.
         tables: rotary tables.
-        activations: what autograd and the pipeline keep for micro-batches in flight, at the busiest moment.
-        backward_buffers: what a backward pass makes and drops again while the activations are held, less gradients that
-            do not exist yet.
-        reduction_buffers: what the reduction of the gradients makes and drops again.
-        step_buffers: the same of the optimizer's step.
+        activations: held by autograd and the pipeline for micro-batches in flight, at the moment of most memory.
+        backward_buffers: temporary tensors of a backward pass at that moment, minus gradients that do not exist yet.
+        reduction_buffers: temporary tensors of the reduction of the gradients.
+        step_buffers: temporary tensors of the step of the optimizer.
     """
 
     weights: int
@@ -59,7 +58,7 @@ class StageMemory:
 
     @property
     def moments(self) -> dict[str, int]:
-        """Bytes at each of the moments that compete for the peak."""
+        """Bytes at each of the moments at which the peak can be."""
         return {
             "backward pass": self.held + self.activations + self.backward_buffers,
             "gradient reduction": self.held + self.reduction_buffers,
@@ -68,7 +67,7 @@ class StageMemory:
 
     @property
     def peak_moment(self) -> str:
-        """The moment that decides."""
+        """The moment of the peak."""
         return max(self.moments, key=lambda name: self.moments[name])
 
     @property
@@ -79,7 +78,7 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class _States:
-    """Bytes of weights, gradients and optimizer, and of the buffers with which they are worked on."""
+    """Bytes of weights, gradients and optimizer state, and of the buffers that process them."""
 
     weights: int
     gradients: int
@@ -89,7 +88,7 @@ class _States:
 
 
 def stage_memory(config: RunConfig, grid: Grid, stage: int, device: Device) -> StageMemory:
-    """Bytes of one rank of `stage`, on a grid that fits the configuration."""
+    """Bytes on one rank of `stage`, for a grid that fits the configuration."""
     sizes = [prod(spec.local_shape(grid.tensor)) for spec in stage_parameters(config.model, grid.pipe, stage)]
     setting = activation_setting(config, grid, device)
     bf16 = config.training.precision == "bf16"
@@ -110,21 +109,21 @@ def stage_memory(config: RunConfig, grid: Grid, stage: int, device: Device) -> S
 def _busiest_pass(
     config: RunConfig, grid: Grid, stage: int, setting: ActivationSetting, gradients: int
 ) -> BackwardMoment:
-    """The busiest moment of all backward passes of a step; the first of them begins without gradients."""
+    """The moment of most memory in the backward passes of a step; the first pass begins without gradients."""
     layout, training = stage_layout(config.model, grid.pipe, stage), config.training
     micro_batches = training.num_micro_batches(grid.data)
     in_flight = micro_batches_in_flight(grid.pipe, stage, micro_batches)
     if micro_batches > in_flight:
         return busiest_moment(config.model, layout, setting, in_flight)
     # No later pass has as many micro-batches in flight as the first.
-    passes = [busiest_moment(config.model, layout, setting, in_flight, unmade=gradients)]
+    passes = [busiest_moment(config.model, layout, setting, in_flight, new_gradients=gradients)]
     if in_flight > 1:
         passes.append(busiest_moment(config.model, layout, setting, in_flight - 1))
     return max(passes, key=lambda moment: moment.total)
 
 
 def activation_setting(config: RunConfig, grid: Grid, device: Device) -> ActivationSetting:
-    """What the sizes of activations depend on in a run."""
+    """The settings of a run that determine the sizes of activations."""
     training = config.training
     return ActivationSetting(
         sequences=training.micro_batch_size,
@@ -137,7 +136,7 @@ def activation_setting(config: RunConfig, grid: Grid, device: Device) -> Activat
 
 
 def _zero_states(config: RunConfig, sizes: list[int], replicas: int, element: int) -> _States:
-    """DeepSpeedZeroOptimizer at stage 1: gradients in the precision of the weights, whole on every replica."""
+    """DeepSpeedZeroOptimizer at stage 1: gradients in the precision of the weights, complete on every replica."""
     total, share = sum(sizes), -(-sum(sizes) // replicas)
     bucket = config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS)
     return _States(
@@ -145,17 +144,17 @@ def _zero_states(config: RunConfig, sizes: list[int], replicas: int, element: in
         gradients=element * total,
         optimizer=3 * FP32 * share,
         reduction_buffers=element * copied_elements(sizes, int(bucket)),
-        # The share of the gradients is flattened before the gradients are dropped.
+        # The share of the gradients is flattened before the gradients are freed.
         step_buffers=max(FP64 * max(sizes), element * share + (FP32 * share if element < FP32 else 0)),
     )
 
 
 def copied_elements(sizes: list[int], bucket: int) -> int:
-    """Elements of the largest bucket that is copied for its reduction; a gradient alone in one is reduced in place.
+    """Elements of the largest bucket that is copied for its reduction. A bucket of one gradient is reduced in place.
 
     Args:
         sizes: elements of the gradients, in the order in which they are reduced.
-        bucket: a gradient that would pass it begins a new one; none is ever cut.
+        bucket: maximum elements of a bucket. A gradient that exceeds it begins a new bucket; gradients are never split.
     """
     largest = elements = members = 0
     for size in sizes:
@@ -168,9 +167,9 @@ def copied_elements(sizes: list[int], bucket: int) -> int:
 
 
 def _bf16_states(config: RunConfig, sizes: list[int], replicas: int) -> _States:
-    """BF16_Optimizer: bf16 gradients of one backward pass, added to fp32 gradients that are kept."""
+    """BF16_Optimizer: bf16 gradients of one backward pass are added to fp32 gradients, which are kept."""
     total, share = sum(sizes), -(-sum(sizes) // replicas)
-    # The flat fp32 gradients are reduced where they lie, unless the user asks for a narrower type on the wire.
+    # The flat fp32 gradients are reduced in place, unless the user configures a narrower communication dtype.
     sent = 0 if config.deepspeed.get("communication_data_type", "fp32") == "fp32" else 2 * max(sizes)
     return _States(
         weights=2 * total,

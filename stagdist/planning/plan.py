@@ -1,12 +1,12 @@
-"""What a run would be: grid, parameters, memory and FLOPs, and every reason why it would not start. Pure, no torch.
+"""Plan a run: grid, parameters, memory and FLOPs, and every reason why it would not start. Pure, no torch.
 
-Nothing here needs processes, devices or corpora; `stagdist/planning/report.py` writes a plan down for people.
+No processes, devices or corpora are needed. `stagdist/planning/report.py` prints a plan.
 """
 
 from dataclasses import dataclass
 from math import prod
 
-from stagdist.config.run_config import RunConfig, world_problems
+from stagdist.config.run_config import RunConfig
 from stagdist.parallel.grid import Grid, grid_for
 from stagdist.parallel.layout import (
     model_parameters,
@@ -19,7 +19,7 @@ from stagdist.planning.flops import SectionFlops, section_flops
 from stagdist.planning.memory import Device, StageMemory, stage_memory
 
 IMBALANCE = 1.1
-"""A slowest stage so much above the mean is worth a warning."""
+"""FLOPs of the slowest stage relative to the mean from which a warning is given."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class SectionPlan:
     """One section.
 
     Attributes:
-        layers: its layers.
-        parameters: values that it has for itself; with shared weights the first section has the common ones.
+        layers: number of layers.
+        parameters: number of its own values; shared weights are counted in the first section.
         flops: training FLOPs per token.
     """
 
@@ -43,11 +43,11 @@ class StagePlan:
 
     Attributes:
         sections: indices of its sections.
-        parameters: values on the stage over all its tensor ranks, copies included, padding of the vocabulary not.
-        copies: of these, values that an earlier stage holds as well (tied embedding, shared weights).
-        parameters_per_rank: values on one of its ranks, padding included.
+        parameters: values on all tensor ranks of the stage, with copies, without padding of the vocabulary.
+        copies: how many of them an earlier stage holds too (tied embedding, shared weights).
+        parameters_per_rank: values on one of its ranks, with padding.
         flops: training FLOPs per token.
-        memory: bytes of one of its ranks; None where the world size does not fit.
+        memory: bytes on one of its ranks; None if the world size does not fit.
     """
 
     sections: range
@@ -60,19 +60,19 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on a number of ranks.
+    """The plan of a run on a number of ranks.
 
     Attributes:
-        config: what was planned.
+        config: the planned configuration.
         world_size: number of ranks.
-        device: kind of device that memory is counted for.
-        grid: layout of the ranks; None where they do not fit.
+        device: kind of device for which memory is estimated.
+        grid: layout of the ranks; None if they do not fit.
         parameters: values of the model, each counted once.
         sections: the sections, first to last.
-        stages: the pipeline stages; empty where the sections cannot be dealt out.
-        micro_batches: micro-batches of a replica per optimizer step; None where the ranks do not fit.
+        stages: the pipeline stages; empty if the sections cannot be divided among them.
+        micro_batches: micro-batches per replica and optimizer step; None if the ranks do not fit.
         problems: every reason why the run would not start.
-        warnings: what works, but is probably not meant.
+        warnings: settings that work but are probably not intended.
     """
 
     config: RunConfig
@@ -93,12 +93,12 @@ class Plan:
 
     @property
     def flops_per_token(self) -> float:
-        """Training FLOPs per token of the whole model."""
+        """Training FLOPs per token of the complete model."""
         return sum(section.flops.total for section in self.sections)
 
     @property
     def speedup_bound(self) -> float | None:
-        """Most that the pipeline can gain over one device, stages taking the time of their FLOPs and messages none."""
+        """Upper bound of the speed-up over one device, if time is proportional to FLOPs and messages take none."""
         if self.micro_batches is None or not self.stages:
             return None
         times = [stage.flops for stage in self.stages]
@@ -106,7 +106,7 @@ class Plan:
 
     @property
     def bubble_bound(self) -> float | None:
-        """Least share of the stages' time that is spent idle, from filling, draining and imbalance."""
+        """Lower bound of the idle share of the stages' time, from filling, draining and imbalance."""
         bound = self.speedup_bound
         return None if bound is None else 1 - bound / len(self.stages)
 
@@ -115,16 +115,16 @@ def plan(config: RunConfig, world_size: int, device: Device = "cpu", problems: t
     """Plan a run.
 
     Args:
-        config: may be inconsistent, if `problems` says so.
+        config: may be inconsistent if `problems` says why.
         world_size: number of ranks.
-        device: counted for where `parallel.device` is auto.
-        problems: those of the configuration that are known already.
+        device: kind of device to assume if `parallel.device` is auto.
+        problems: problems of the configuration that were found before.
     """
     chosen = config.parallel.device
     on: Device = device if chosen == "auto" else "cuda" if chosen.startswith("cuda") else "cpu"
     divides = config.model.num_sections % config.pipeline_parallel_size == 0
-    found = list(problems) + (world_problems(config, world_size) if divides else []) + _missing_data(config)
-    grid = grid_for(config, world_size) if divides and not world_problems(config, world_size) else None
+    found = list(problems) + (config.world_problems(world_size) if divides else []) + _missing_data(config)
+    grid = grid_for(config, world_size) if divides and not config.world_problems(world_size) else None
     splits = grid is not None and not problems
     stages = _stages(config, grid if splits else None, on) if divides else ()
     return Plan(
@@ -135,14 +135,10 @@ def plan(config: RunConfig, world_size: int, device: Device = "cpu", problems: t
         parameters=sum(spec.numel for spec in model_parameters(config.model)),
         sections=_sections(config),
         stages=stages,
-        micro_batches=None if grid is None else _micro_batches(config, grid),
+        micro_batches=None if grid is None else config.training.num_micro_batches(grid.data),
         problems=tuple(found),
         warnings=tuple(_warnings(config, grid, stages)),
     )
-
-
-def _micro_batches(config: RunConfig, grid: Grid) -> int:
-    return config.training.num_micro_batches(grid.data)
 
 
 def _sections(config: RunConfig) -> tuple[SectionPlan, ...]:
@@ -158,7 +154,7 @@ def _sections(config: RunConfig) -> tuple[SectionPlan, ...]:
 
 
 def _stages(config: RunConfig, grid: Grid | None, device: Device) -> tuple[StagePlan, ...]:
-    """All stages; without a grid, tensor size and memory are left out."""
+    """All stages; without a grid, tensor parallelism and memory are not considered."""
     model, pipe = config.model, config.pipeline_parallel_size
     flops = section_flops(model, config.sequence_length)
     seen: set[str] = set()
@@ -176,7 +172,7 @@ def _stages(config: RunConfig, grid: Grid | None, device: Device) -> tuple[Stage
                 memory=stage_memory(config, grid, stage, device) if grid else None,
             )
         )
-        seen |= set(specs) - {"section_mix"}  # a stage holds the values of its own sections only
+        seen |= set(specs) - {"section_mix"}  # each stage holds only the values of its own sections
     return tuple(stages)
 
 
@@ -188,14 +184,14 @@ def _missing_data(config: RunConfig) -> list[str]:
 
 def _warnings(config: RunConfig, grid: Grid | None, stages: tuple[StagePlan, ...]) -> list[str]:
     warnings = []
-    if grid is not None and (count := _micro_batches(config, grid)) < grid.pipe:
+    if grid is not None and (count := config.training.num_micro_batches(grid.data)) < grid.pipe:
         warnings.append(
             f"{count} micro-batch{'es' if count > 1 else ''} cannot keep {grid.pipe} stages busy; raise "
             "training.global_batch_size or lower training.micro_batch_size"
         )
     if stages and max(stage.flops for stage in stages) * len(stages) > IMBALANCE * sum(s.flops for s in stages):
         shares = ", ".join(f"{stage.flops * len(stages) / sum(s.flops for s in stages):.2f}" for stage in stages)
-        warnings.append(f"stages are unequal: FLOPs relative to the mean are {shares}; move model.section_layers")
+        warnings.append(f"stages are unequal: FLOPs relative to the mean are {shares}; change model.section_layers")
     model, tensor = config.model, config.parallel.tensor_parallel_size
     if padded_vocab_size(model.vocab_size, tensor) != model.vocab_size:
         warnings.append(
@@ -203,7 +199,7 @@ def _warnings(config: RunConfig, grid: Grid | None, stages: tuple[StagePlan, ...
             f"parallel.tensor_parallel_size {tensor}"
         )
     if model.staggered and model.num_sections > 1 and model.stagger == 0:
-        warnings.append("model.stagger is 0: the control that cannot decode its sections in parallel")
+        warnings.append("model.stagger is 0: a control experiment whose sections cannot decode in parallel")
     held_out = config.data.validation_corpora or (config.data.corpora and config.data.split[1] > 0)
     if config.evaluation.interval_steps and not held_out:
         warnings.append("evaluation.interval_steps is set, but no corpus has a validation share")

@@ -1,4 +1,4 @@
-"""The dry run: a plan written down for people, without processes or devices."""
+"""The dry run: print the plan of a run, without processes or devices."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,19 +11,19 @@ from stagdist.planning.memory import Device, StageMemory
 from stagdist.planning.plan import Plan, plan
 
 RUNS, REFUSED = 0, 2
-"""Exit codes: the run would start; it would not."""
+"""Exit codes: the run would start, or it would not."""
 
 
 def dry_run(
     path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None, device: Device = "cpu"
 ) -> tuple[str, int]:
-    """What `--dry-run` prints, and its exit code: 0 where the run would start, 2 where it would not.
+    """The output of `--dry-run`, and its exit code: 0 if the run would start, 2 if it would not.
 
     Args:
         path: configuration file.
         overrides: as for `load_config`.
-        world_size: number of ranks; None for the fewest that the configuration needs.
-        device: counted for where `parallel.device` is auto.
+        world_size: number of ranks; None for the smallest number that fits the configuration.
+        device: kind of device to assume if `parallel.device` is auto.
     """
     try:
         config, problems = read_config(path, overrides)
@@ -68,7 +68,7 @@ def _sections(planned: Plan) -> str:
     model = planned.config.model
     rows = []
     for index, section in enumerate(planned.sections):
-        shared = "  besides what it shares with section 1" if model.share_section_weights and index else ""
+        shared = "  plus the weights shared with section 1" if model.share_section_weights and index else ""
         rows.append([f"section {index + 1}", f"{section.layers} layers", f"{section.parameters:,}{shared}"])
     rest = planned.parameters - sum(section.parameters for section in planned.sections)
     tied = "embedding (tied to the head), final norm" if model.tie_word_embeddings else "embedding, head, final norm"
@@ -79,13 +79,13 @@ def _sections(planned: Plan) -> str:
 
 def _stages(planned: Plan) -> str:
     if not planned.stages:
-        return "the sections cannot be dealt out to the stages\n"
+        return "the sections cannot be divided among the stages\n"
     rows = [["stage", "sections", "parameters", "of these copies", "per rank"]]
     for index, stage in enumerate(planned.stages):
         names = "-".join(sorted({str(stage.sections.start + 1), str(stage.sections.stop)}, key=int))
         counts = [f"{stage.parameters:,}", f"{stage.copies:,}", f"{stage.parameters_per_rank:,}"]
         rows.append([f"{index}", names, *counts])
-    return _table(rows) + "Copies are tied or shared tensors that an earlier stage holds too.\n"
+    return _table(rows) + "Copies are tied or shared tensors that an earlier stage also holds.\n"
 
 
 def _memory(planned: Plan) -> str:
@@ -98,8 +98,8 @@ def _memory(planned: Plan) -> str:
         return "unknown until the ranks fit\n"
     auto = " (parallel.device is auto)" if planned.config.parallel.device == "auto" else ""
     return _table(rows) + (
-        f"Peak bytes of tensors, counted for {planned.device}{auto}. Activations are those at the busiest moment of a\n"
-        "backward pass; buffers are what the moment of the peak needs besides, less what it has dropped.\n"
+        f"Peak bytes of tensors, estimated for {planned.device}{auto}. Activations: most bytes held at once during a\n"
+        "backward pass. Buffers: temporary tensors at the moment of the peak, minus tensors freed by then.\n"
     )
 
 
@@ -134,13 +134,13 @@ def _work(planned: Plan) -> str:
 
 
 def _files(config: RunConfig) -> list[str]:
-    """What the run would miss on this machine; another machine may have it."""
+    """Files of the run that do not exist on this machine; they may exist on the hosts of the run."""
     data = config.data
     corpora: tuple[CorpusConfig, ...] = data.corpora + data.train_corpora + data.validation_corpora + data.test_corpora
-    wanted = [f"{corpus.prefix}{ending}" for corpus in corpora for ending in (".bin", ".idx")]
+    needed = [f"{corpus.prefix}{ending}" for corpus in corpora for ending in (".bin", ".idx")]
     if data.tokenizer != "bytes":
-        wanted.append(data.tokenizer)
-    return [f"{path} is not on this machine" for path in dict.fromkeys(wanted) if not Path(path).exists()]
+        needed.append(data.tokenizer)
+    return [f"{path} is not on this machine" for path in dict.fromkeys(needed) if not Path(path).exists()]
 
 
 def _heading(title: str) -> str:
@@ -148,7 +148,7 @@ def _heading(title: str) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first flush left."""
+    """Aligned columns: the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:

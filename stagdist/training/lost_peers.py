@@ -8,12 +8,10 @@ import torch.distributed as dist
 
 from stagdist.errors import StagdistError, TransportError
 from stagdist.parallel.groups import Groups
+from stagdist.parallel.lost_peer_phrases import backend_lost_peer
 from stagdist.telemetry.logging import ONLY_IN_FILE
 
 LOG = logging.getLogger(__name__)
-
-_SIGNS_OF_A_LOST_PEER = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL error")
-"""What gloo's and nccl's errors contain when a peer is gone or silent."""
 
 
 @contextmanager
@@ -34,7 +32,7 @@ def naming_lost_peers(groups: Groups, timeout_s: float, doing: str) -> Iterator[
             raise  # a disk may time out too, and says so itself
         if isinstance(error, TransportError):
             says = str(error)
-        elif any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PEER):
+        elif backend_lost_peer(str(error)):
             says = f"another rank ended, or did not answer within parallel.timeout_s = {timeout_s:.0f} s"
         else:
             raise

@@ -105,8 +105,8 @@ def test_an_unknown_key_like_none_is_refused_with_all_siblings(small: Path) -> N
 @pytest.mark.parametrize(
     "override, words",
     [
-        ("training.steps=many", "training.steps is 'many', must be a whole number (Optimizer steps of the run)"),
-        ("training.steps=1.5", "training.steps is 1.5, must be a whole number"),
+        ("training.steps=many", "training.steps is 'many', must be an integer (Optimizer steps of the run)"),
+        ("training.steps=1.5", "training.steps is 1.5, must be an integer"),
         ("training.steps=true", "training.steps is true, must be a number"),
         ("training.steps=0", "training.steps is 0, must be at least 1"),
         ("optimizer.learning_rate=0", "optimizer.learning_rate is 0, must be more than 0"),
@@ -129,7 +129,7 @@ def test_an_unknown_key_like_none_is_refused_with_all_siblings(small: Path) -> N
 def test_a_wrong_value_is_refused_in_plain_words(small: Path, override: str, words: str) -> None:
     message = refused(small, override)
     assert words in message
-    assert "\n" not in message, "a single problem is told in one line"
+    assert "\n" not in message, "a single problem is one line"
 
 
 def test_heads_that_transformers_refuses_in_a_llama_are_refused_before_it_is_trained(small: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_missing_key_is_named_with_its_meaning(tmp_path: Path) -> None:
     assert "training.global_batch_size is missing (Sequences per optimizer step" in message
 
 
-def test_every_problem_is_told_at_once(small: Path) -> None:
+def test_all_problems_are_reported_together(small: Path) -> None:
     wrong_values = refused(small, "training.steps=x", "optimizer.eps=-1", "modle=1", "model.vocab_size=0")
     assert "4 problems" in wrong_values and wrong_values.count("\n  - ") == 4
     contradictions = refused(

@@ -17,7 +17,7 @@ TOKEN_BYTES = np.array([0, 1, 2, 3, 1, 1, 4, 1, 2, 1, 1], np.int32)
 
 
 def _context_nats(inputs: Tensor, labels: Tensor) -> Tensor:
-    """A causal loss that tells which context each label had: it hashes the prefix of its row."""
+    """A causal loss that identifies the context of each label: it hashes the prefix of its row."""
     prefix = torch.cumsum(inputs * (torch.arange(inputs.shape[1]) + 3), dim=1)
     return ((prefix * 7 + labels * 13) % 101).double() / 10
 

@@ -1,4 +1,4 @@
-"""tools/evaluate.py: the score is that of the formulas, on any ranks; what is wrong is told in one line."""
+"""tools/evaluate.py: the score equals the definition on any number of ranks; an error is one line."""
 
 import json
 import math
@@ -32,7 +32,7 @@ MODEL = BASE | VARIANTS["grouped queries"] | {"vocab_size": 257}
 
 
 def write(directory: Path, **change: Any) -> dict[str, torch.Tensor]:
-    """A directory of random weights that reads bytes; the weights by canonical name."""
+    """A model directory of random weights with the byte tokenizer; the weights by canonical name."""
     model, tokenizer = ModelConfig(**MODEL | change), byte_tokenizer()
     parameters = reference.random_parameters(model, seed=3, perturb=True)
     with ModelDirectoryWriter(directory, model, torch.float32, tokenizer.end_of_document) as writer:
@@ -53,7 +53,7 @@ def nats_by_definition(parameters: dict[str, torch.Tensor], window: int, stride:
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment that the tool would otherwise complete for the rest of the tests."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
@@ -109,8 +109,8 @@ def test_ranks_that_split_windows_or_matrices_find_the_same_score(place: Path, t
         assert result == pytest.approx(expected, rel=1e-6)
 
 
-def assert_told_in_one_line(capsys: pytest.CaptureFixture[str], complaint: str) -> None:
-    """One line of error and nothing else."""
+def assert_one_line(capsys: pytest.CaptureFixture[str], complaint: str) -> None:
+    """Standard error has one line and standard output none."""
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and complaint in captured.err
@@ -124,7 +124,7 @@ def assert_told_in_one_line(capsys: pytest.CaptureFixture[str], complaint: str) 
         (("--text", "empty.txt"), "a text of 0 tokens cannot be scored"),
         (("--model", "absent"), "absent is no directory"),
         (("--model", "."), "neither checkpoints nor a model directory"),
-        (("--window", "17"), "--window is 17; the model knows 1 to 16"),
+        (("--window", "17"), "--window is 17; the model supports 1 to 16"),
         (("--window", "8", "--stride", "9"), "--stride is 9; it must be between 1 and the window, 8"),
         (("--batch-size", "0"), "--batch-size is 0"),
         (("--tensor-parallel-size", "2"), "1 processes cannot be split into tensor groups of 2"),
@@ -133,7 +133,7 @@ def assert_told_in_one_line(capsys: pytest.CaptureFixture[str], complaint: str) 
         (("--model", "small"), "the tokenizer has 257 tokens, the model 37"),
     ],
 )
-def test_what_cannot_work_is_one_line_and_code_2(
+def test_invalid_arguments_are_one_line_and_code_2(
     place: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -146,7 +146,7 @@ def test_what_cannot_work_is_one_line_and_code_2(
         write(place / "small", vocab_size=37)
     defaults = ("--model", "model", "--text", "text.txt", "--quiet", "--device", "cpu")
     assert evaluate(monkeypatch, "perplexity", *defaults, *arguments) == 2
-    assert_told_in_one_line(capsys, complaint)
+    assert_one_line(capsys, complaint)
 
 
 @pytest.mark.ranks
@@ -154,23 +154,27 @@ def test_what_cannot_work_is_one_line_and_code_2(
     ("launcher", "arguments", "complaint"),
     [
         (("deepspeed", "--num_accelerators", "2", "--master_port"), ("--model", "absent"), "absent is no directory"),
-        (("torchrun", "--nproc-per-node", "2", "--master-port"), ("--window", "17"), "--window is 17; the model knows"),
+        (
+            ("torchrun", "--nproc-per-node", "2", "--master-port"),
+            ("--window", "17"),
+            "--window is 17",
+        ),
     ],
     ids=["deepspeed", "torchrun"],
 )
-def test_of_several_ranks_one_tells_what_is_wrong(
+def test_one_of_several_ranks_reports_an_error(
     place: Path, launcher: tuple[str, ...], arguments: tuple[str, ...], complaint: str
 ) -> None:
     common = ("perplexity", "--model", "model", "--text", "text.txt", "--quiet", "--device", "cpu")
     ended = call(*launcher, str(free_port()), str(ROOT / "tools" / "evaluate.py"), *common, *arguments)
     assert ended.returncode != 0
-    told = [line for line in (ended.stdout + ended.stderr).splitlines() if line.startswith("error: ")]
-    assert len(told) == 1 and complaint in told[0], ended.stdout + ended.stderr
+    reported = [line for line in (ended.stdout + ended.stderr).splitlines() if line.startswith("error: ")]
+    assert len(reported) == 1 and complaint in reported[0], ended.stdout + ended.stderr
     assert 'evaluate.py", line' not in ended.stderr, "a stack of the tool"
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_command_line_that_cannot_be_understood_is_told_by_the_first_rank(
+def test_an_invalid_command_line_is_reported_by_the_first_rank(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
 ) -> None:
     monkeypatch.setenv("RANK", rank)
@@ -198,16 +202,16 @@ def test_a_run_its_checkpoint_and_its_export_have_one_score(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--tasks", ""), "--tasks names no task"),
-        (("--tasks", ","), "--tasks names no task"),
-        (("--include-path", "absent"), "--include-path absent is no folder"),
+        (("--tasks", ""), "--tasks is empty"),
+        (("--tasks", ","), "--tasks is empty"),
+        (("--include-path", "absent"), "--include-path absent is not a folder"),
         (("--batch-size", "0"), "--batch-size is 0; it must be at least 1"),
         (("--limit", "0"), "--limit is 0; it must be above 0"),
         (("--limit", "nan"), "--limit is nan"),
         (("--num-fewshot", "-1"), "--num-fewshot is -1"),
     ],
 )
-def test_what_cannot_work_with_the_harness_is_one_line_and_code_2(
+def test_invalid_arguments_of_the_harness_are_one_line_and_code_2(
     place: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -215,10 +219,10 @@ def test_what_cannot_work_with_the_harness_is_one_line_and_code_2(
     complaint: str,
 ) -> None:
     assert evaluate(monkeypatch, "harness", "--model", "model", "--tasks", "local_mc", *arguments) == 2
-    assert_told_in_one_line(capsys, complaint)
+    assert_one_line(capsys, complaint)
 
 
-def test_without_the_harness_the_extra_is_named(
+def test_a_missing_harness_is_reported_with_the_extra_to_install(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(harness.PACKAGES, "no_such_module", "no-such-package")
@@ -227,7 +231,7 @@ def test_without_the_harness_the_extra_is_named(
     assert "no-such-package" in line and "pip install 'stagdist[eval]'" in line and line.count("\n") == 1
 
 
-def test_the_harness_takes_a_run_for_its_model_and_a_checkpoint_for_none(tmp_path: Path) -> None:
+def test_the_harness_accepts_the_folder_of_a_run_and_refuses_a_checkpoint(tmp_path: Path) -> None:
     write(tmp_path / "run" / "model")
     assert harness.harness_directory(tmp_path / "run") == tmp_path / "run" / "model"
     assert harness.harness_directory(tmp_path / "run" / "model") == tmp_path / "run" / "model"
@@ -262,7 +266,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("connection", ["staggered", "sequential"])
-def test_a_task_of_a_file_runs_also_by_the_command_of_the_harness(
+def test_a_task_from_a_file_has_the_same_result_as_with_lm_eval(
     tmp_path: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], connection: str
 ) -> None:
     model_directory(tmp_path / "run" / "model", {"connection": connection})
@@ -273,7 +277,7 @@ def test_a_task_of_a_file_runs_also_by_the_command_of_the_harness(
     assert scores["acc,none"] in (0.25, 0.75)
     assert "local_mc" in capsys.readouterr().out
     assert evaluate(monkeypatch, "harness", "--tasks", "no_such_task", *ours) == 2
-    assert "knows no task no_such_task" in capsys.readouterr().err
+    assert "has no task no_such_task" in capsys.readouterr().err
 
     ended = call(
         "lm_eval", "run", "--model", "hf", "--model_args", "pretrained=run/model,trust_remote_code=True",
@@ -287,7 +291,7 @@ def test_a_task_of_a_file_runs_also_by_the_command_of_the_harness(
 
 
 def call(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command of this environment, started by nobody's launcher."""
+    """A command of this environment, without the variables of a launcher."""
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in ranks}
     folder = Path(sys.executable).parent

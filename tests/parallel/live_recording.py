@@ -1,4 +1,4 @@
-"""What a real rank enqueues while it runs, recorded beside the run: torch's process groups are patched."""
+"""Records what a real rank enqueues while it runs: torch's process groups are patched."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,7 +9,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.parallel.nccl_rules import Action, Collective, Hear, HostWait, Launch, Meet, Receive, Send, StreamWait, Tell
+from tests.parallel.nccl_rules import (
+    Action,
+    Collective,
+    HostBarrier,
+    HostRecv,
+    HostSend,
+    HostWait,
+    Launch,
+    Receive,
+    Send,
+    StreamWait,
+)
 from tests.parallel.recording import NO_KERNEL
 
 COLLECTIVES = ("allreduce", "reduce", "broadcast", "allgather", "_allgather_base", "all_gather_single", "barrier")
@@ -29,7 +40,7 @@ NOT_RECORDED = (
     "monitored_barrier",
     "recv_anysource",
 )
-"""Operations that no rank uses; one that is used all the same raises, so that a new DeepSpeed is noticed."""
+"""Operations that no rank uses. They raise, so that a DeepSpeed release that uses one is noticed."""
 
 
 class Handle:
@@ -39,7 +50,7 @@ class Handle:
         self._work, self._on_wait = work, on_wait
 
     def wait(self, *arguments: Any) -> Any:
-        """As torch's."""
+        """As in torch."""
         self._on_wait()
         return self._work.wait(*arguments)
 
@@ -55,10 +66,10 @@ def _refused(name: str) -> Callable[..., Any]:
 
 
 class LiveRecorder(TorchDispatchMode):
-    """One real rank's program while it is open.
+    """Records the program of one real rank while it is open.
 
     Args:
-        control: group of the hosts; what it does is no work of the device.
+        control: group of the hosts; its operations are not work of the device.
 
     Attributes:
         program: the actions so far.
@@ -71,7 +82,7 @@ class LiveRecorder(TorchDispatchMode):
         self._loaded: set[str] = set()
         self._communications = self._meetings = 0
         self._letters: dict[tuple[int, int], int] = {}
-        # Releases of torch differ in the name of the same operation.
+        # Releases of torch use different names for the same operation.
         names = [name for name in (*COLLECTIVES, "send", "recv") if hasattr(dist.ProcessGroup, name)]
         self._originals = {name: getattr(dist.ProcessGroup, name) for name in names}
 
@@ -93,8 +104,8 @@ class LiveRecorder(TorchDispatchMode):
                 stack.enter_context(mock.patch.object(dist.ProcessGroup, name, self._collective(name)))
             for name in NOT_RECORDED:
                 stack.enter_context(mock.patch.object(dist.ProcessGroup, name, _refused(name), create=True))
-            stack.enter_context(mock.patch.object(dist.ProcessGroup, "send", self._message("send", Send, Tell)))
-            stack.enter_context(mock.patch.object(dist.ProcessGroup, "recv", self._message("recv", Receive, Hear)))
+            stack.enter_context(mock.patch.object(dist.ProcessGroup, "send", self._message("send", Send, HostSend)))
+            stack.enter_context(mock.patch.object(dist.ProcessGroup, "recv", self._message("recv", Receive, HostRecv)))
             stack.enter_context(self)
             yield self
 
@@ -108,7 +119,7 @@ class LiveRecorder(TorchDispatchMode):
             work = self._originals[name](group, *arguments, **options)
             if group.group_name == self._control:
                 self._meetings += 1
-                self.program.append(Meet(self._meetings, members))
+                self.program.append(HostBarrier(self._meetings, members))
                 return work
             if len(members) == 1:
                 return work
@@ -119,7 +130,7 @@ class LiveRecorder(TorchDispatchMode):
 
         return call
 
-    def _message(self, name: str, action: type[Send] | type[Receive], letter: type[Tell] | type[Hear]) -> Any:
+    def _message(self, name: str, action: type[Send] | type[Receive], letter: type[HostSend] | type[HostRecv]) -> Any:
         def call(group: dist.ProcessGroup, tensors: list[Tensor], place: int, tag: int = 0) -> Any:
             peer, rank = dist.get_process_group_ranks(group)[place], dist.get_rank()
             work = self._originals[name](group, tensors, place, tag)

@@ -1,4 +1,4 @@
-"""gloo that behaves like NCCL: `wait` neither blocks for long nor raises, and a device that a lost message stops."""
+"""A double of NCCL on gloo: `wait` neither blocks for long nor raises, and a lost message stops the device."""
 
 import inspect
 import threading
@@ -19,33 +19,33 @@ WRITTEN = {"irecv": "tensor", ALL_GATHER: "output_tensor"}
 
 
 class Stream:
-    """The compute stream of a device, and what is behind it: it stands still while a message that it needs is missing.
+    """The compute stream of a device with its queue. It stops while a message that it needs is missing.
 
     Args:
-        patience_s: how long the host waits for such a message before it goes on without: its tensors are wrong then.
+        patience_s: how long the host waits for such a message before it continues with wrong tensors.
     """
 
     def __init__(self, patience_s: float) -> None:
         self._patience_s = patience_s
         self._lock = threading.Lock()
-        self._line: deque[tuple[Work, bool]] = deque()  # what is to come: an operation to begin, or one to wait for
+        self._line: deque[tuple[Work, bool]] = deque()  # pending: an operation to begin, or one to wait for
 
     def enqueue(self, work: "Work") -> None:
-        """Begin an operation as soon as the stream gets there."""
+        """Begin an operation as soon as the stream reaches it."""
         self._append(work, False)
 
     def wait(self, work: "Work") -> None:
-        """Let the stream wait for an operation, and the host for a moment."""
+        """Make the stream wait for an operation, and the host for a moment."""
         if self.query():
             work.ended.wait(self._patience_s)
         self._append(work, True)
 
     def query(self) -> bool:
-        """Whether the stream has done everything."""
+        """Whether the stream is idle."""
         return not self._line
 
     def advance(self) -> None:
-        """Go on as far as possible."""
+        """Run as far as possible."""
         with self._lock:
             while self._line:
                 work, awaited = self._line[0]
@@ -62,7 +62,7 @@ class Stream:
 
 
 class Work:
-    """A handle like NCCL's: an operation that does not end stops the device, not the host, and says nothing.
+    """A handle as in NCCL: an operation that does not complete stops the device, not the host, and raises nothing.
 
     Args:
         post: starts the operation over gloo.
@@ -78,7 +78,7 @@ class Work:
         threading.Thread(target=self._run, args=(self._started(),), daemon=True).start()
 
     def wait(self, timeout: Any = None) -> bool:
-        """Return soon, whatever happened."""
+        """Return soon, even after a failure."""
         self._stream.wait(self)
         return True
 
@@ -105,7 +105,7 @@ class Work:
 
 @contextmanager
 def like_nccl(patience_s: float) -> Iterator[None]:
-    """Inside, messages, collectives and events are NCCL's, but for groups that ask for gloo."""
+    """Inside, messages, collectives and events behave as in NCCL, except in groups created with gloo."""
     stream = Stream(patience_s)
     hosts: set[Any] = set()
     new_group = dist.new_group
@@ -124,7 +124,7 @@ def like_nccl(patience_s: float) -> Iterator[None]:
             if bound.get("group") in hosts:
                 return operation(**bound)
             if operation.__name__ in WRITTEN:
-                bound[WRITTEN[operation.__name__]].zero_()  # the host goes on with it if the message does not come
+                bound[WRITTEN[operation.__name__]].zero_()  # the host continues with it if the message does not arrive
             if "async_op" not in signature.parameters:
                 return Work(lambda: operation(**bound), stream)
             work = Work(lambda: operation(**bound | {"async_op": True}), stream)

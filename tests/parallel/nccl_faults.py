@@ -1,4 +1,4 @@
-"""Ranks that are killed, frozen or silent in the middle of a step; each plays its part in a child that reports."""
+"""Ranks that are killed, frozen or unresponsive in the middle of a step. Each runs in a child process that reports."""
 
 import json
 import os
@@ -36,20 +36,22 @@ REQUEST = request("0", 7, 8)
 END_S = 12.0
 START_S = 30.0
 RANKS = 3
+AT_ONCE = 2
+"""Faults that are run concurrently: most of their time is waiting."""
 
 DECODING = {
     "chunk": Layout(RANKS),
     "hand-off": Layout(RANKS),
     "sum": Layout(RANKS, head="sharded", combined=True),
 }
-"""Where a fault strikes while decoding: after a chunk of the prompt has run, after the hand-off of a step has been
-sent, before section outputs are summed."""
+"""Where a fault occurs while decoding: after a chunk of the prompt, after the hand-off of a step is sent, before the
+outputs of sections are summed."""
 TRAINING = {
     "forward": schedule.ForwardPass,
     "tied gradients": schedule.ReduceTiedGrads,
     "update": schedule.OptimizerStep,
 }
-"""Where a fault strikes while training: after the second forward pass of a step, before gradients are summed over the
+"""Where a fault occurs while training: after the second forward pass of a step, before gradients are summed over the
 stages, before the update."""
 
 
@@ -59,10 +61,10 @@ class Fault:
 
     Attributes:
         how: `killed`, `frozen`, `silent` (alive, but stuck), or `none`.
-        rank: to whom.
+        rank: the rank that fails.
         where: a key of `DECODING` or `TRAINING`.
-        nccl: on the double; otherwise plain gloo.
-        port: where the ranks meet.
+        nccl: with the NCCL double; otherwise plain gloo.
+        port: of the store.
     """
 
     how: str
@@ -73,7 +75,7 @@ class Fault:
     timeout_s: float
 
     def strike(self) -> None:
-        """Let it happen, if this is the rank."""
+        """Fail, if this is the rank."""
         if dist.get_rank() != self.rank:
             return
         if self.how == "killed":
@@ -85,18 +87,25 @@ class Fault:
 
 
 def play(payload: tuple[list[Fault], Path]) -> list[dict[str, Any]]:
-    """Every fault in a child of its own; what this rank heard, and after how many seconds.
+    """Run every fault in its own child process, `AT_ONCE` of them concurrently.
 
-    The payload has a folder through which the ranks meet.
+    Args:
+        payload: the faults, and a folder through which the ranks synchronize.
+
+    Returns:
+        For each fault, what this rank reported and after how many seconds.
     """
     faults, folder = payload
-    heard = []
-    for number, fault in enumerate(faults):
-        _arrive(folder, f"{number}.ready")
-        while _arrived(folder, f"{number}.ready") < RANKS:
+    reports: list[dict[str, Any]] = []
+    for first in range(0, len(faults), AT_ONCE):
+        _arrive(folder, f"{first}.ready")
+        while _arrived(folder, f"{first}.ready") < RANKS:
             time.sleep(0.01)
-        heard.append(_in_child(fault, folder, f"{number}.done"))
-    return heard
+        numbers = range(first, min(first + AT_ONCE, len(faults)))
+        children = {number: _start(faults[number]) for number in numbers}
+        _wait(children, folder)
+        reports += [children[number].report() for number in numbers]
+    return reports
 
 
 def _arrive(folder: Path, name: str) -> None:
@@ -107,29 +116,48 @@ def _arrived(folder: Path, name: str) -> int:
     return len(list(folder.glob(f"{name}.*")))
 
 
-def _in_child(fault: Fault, folder: Path, done: str) -> dict[str, Any]:
-    """What the child reports; one that is stuck is ended when all others have reported."""
+@dataclass(frozen=True)
+class Child:
+    """A child process and the pipe with its report."""
+
+    process: int
+    pipe: int
+
+    def report(self) -> dict[str, Any]:
+        """The report of a child that has ended."""
+        with os.fdopen(self.pipe) as stream:
+            text = stream.read()
+        found: dict[str, Any] = json.loads(text) if text else {"says": "nothing"}
+        return found
+
+
+def _start(fault: Fault) -> Child:
     reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
+    process = os.fork()
+    if not process:
         _report(fault, writing)
     os.close(writing)
+    return Child(process, reading)
+
+
+def _wait(children: dict[int, Child], folder: Path) -> None:
+    """Wait until all children have ended. One that is stuck is killed when the same child of all other ranks has."""
     deadline_s = time.monotonic() + END_S
-    while os.waitpid(child, os.WNOHANG) == (0, 0):
-        if time.monotonic() > deadline_s or _arrived(folder, done) == RANKS - 1:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            break
+    running = dict(children)
+    while running:
+        for number, child in list(running.items()):
+            if os.waitpid(child.process, os.WNOHANG) == (0, 0):
+                if time.monotonic() < deadline_s and _arrived(folder, f"{number}.done") < RANKS - 1:
+                    continue
+                os.kill(child.process, signal.SIGKILL)
+                os.waitpid(child.process, 0)
+            del running[number]
+            _arrive(folder, f"{number}.done")
         time.sleep(0.02)
-    _arrive(folder, done)
-    with os.fdopen(reading) as stream:
-        text = stream.read()
-    heard: dict[str, Any] = json.loads(text) if text else {"says": "nothing"}
-    return heard
 
 
 def _report(fault: Fault, writing: int) -> None:
-    """In the child: run, and say what was heard."""
+    """In the child: run, and write what this rank reports."""
     code = 1
     try:
         os.environ["MASTER_PORT"] = str(fault.port)
@@ -142,7 +170,7 @@ def _report(fault: Fault, writing: int) -> None:
             except TransportError as error:
                 says = str(error)
         os.write(writing, json.dumps({"says": says, "seconds": time.monotonic() - began_s}).encode())
-        time.sleep(0.5)  # the others must not take this end for the fault
+        time.sleep(0.5)  # the other ranks must not mistake this exit for the fault
         code = 0
     except Exception:
         traceback.print_exc()

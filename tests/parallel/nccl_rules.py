@@ -1,16 +1,16 @@
-"""NCCL's rules, played on what ranks would enqueue: which programs come to their end, and which hang.
+"""A simulation of NCCL's rules for the programs that ranks would enqueue: which complete, and which hang.
 
 The rules:
 
-- every communicator has one stream, in which its operations run in order, point-to-point and collectives alike;
-- an operation begins when everything is done that its rank had enqueued on the compute stream before it;
-- a receive ends after its send has begun, a collective after all members have begun it;
-- a send ends at once where the message fits into NCCL's buffers, else after its receive has begun;
-- `wait` lets the compute stream wait, never the host;
-- the first launch of a kernel loads it, and the host waits until the device has done all it has;
-- the first use of a connection makes it: the host waits until the device has done all it has (there are kernels to
-  load and buffers to allocate), then for the hosts at the other ends, of a collective for those of all members;
-- streams that share a hardware queue run in the order in which the host has enqueued their operations.
+- every communicator has one stream, in which its operations run in order, both point-to-point and collectives;
+- an operation begins when everything that its rank enqueued on the compute stream before it is done;
+- a receive completes after its send has begun, a collective after all members have begun it;
+- a send completes immediately if the message fits into NCCL's buffers, otherwise after its receive has begun;
+- `wait` makes the compute stream wait, never the host;
+- the first launch of a kernel loads it: the host waits until the device is idle;
+- the first use of a connection creates it: the host waits until the device is idle (kernels are loaded and buffers
+  allocated), then for the hosts at the other ends (of a collective, for those of all members);
+- streams that share a hardware queue run in the order in which the host enqueued their operations.
 """
 
 from collections import defaultdict
@@ -66,25 +66,25 @@ class HostWait:
 
 @dataclass(frozen=True)
 class Drain:
-    """The host waits for the whole device."""
+    """The host waits for the complete device."""
 
 
 @dataclass(frozen=True)
-class Tell:
-    """A message from this host to another one."""
+class HostSend:
+    """A message from this host to another host."""
 
     name: Hashable
 
 
 @dataclass(frozen=True)
-class Hear:
+class HostRecv:
     """The host waits for the message of this name from another host."""
 
     name: Hashable
 
 
 @dataclass(frozen=True)
-class Meet:
+class HostBarrier:
     """The hosts of `members` wait for each other."""
 
     name: Hashable
@@ -92,7 +92,7 @@ class Meet:
 
 
 Communication = Send | Receive | Collective
-Action = Launch | Communication | StreamWait | HostWait | Drain | Tell | Hear | Meet
+Action = Launch | Communication | StreamWait | HostWait | Drain | HostSend | HostRecv | HostBarrier
 Program = Sequence[Action]
 QueueOf = Callable[[Stream], Hashable]
 
@@ -110,7 +110,7 @@ class Operation:
 
 @dataclass
 class Device:
-    """One rank: its host's place in the program, and what the device holds."""
+    """One rank: the position of its host in the program, and the work of its device."""
 
     place: int = 0
     queues: dict[Hashable, list[Operation]] = field(default_factory=lambda: defaultdict(list))
@@ -124,13 +124,13 @@ class Device:
 
 
 class Machine:
-    """Plays one program for each rank.
+    """Runs one program for each rank.
 
     Args:
-        buffered: sends end without their receive.
+        buffered: sends complete without their receive.
         lazy: kernels are loaded at their first launch, CUDA's default.
-        queue_of: hardware queue of a stream; None: each has its own.
-        synchronize: the host waits for the device after every action, as a tracer would that synchronizes.
+        queue_of: hardware queue of a stream; None: one per stream.
+        synchronize: the host waits for the device after every action, as a synchronizing tracer would.
     """
 
     def __init__(
@@ -146,11 +146,11 @@ class Machine:
         self._queue_of: QueueOf = queue_of or (lambda stream: stream)
         self._devices = [Device() for _ in programs]
         self._begun: dict[Hashable, int] = defaultdict(int)  # operations that have begun, by kind and communicator
-        self._told: set[Hashable] = set()
-        self._met: dict[Hashable, set[int]] = defaultdict(set)
+        self._sent: set[Hashable] = set()
+        self._reached: dict[Hashable, set[int]] = defaultdict(set)
 
     def play(self) -> list[str]:
-        """Where each rank that does not come to its end hangs; empty when all do."""
+        """Where each rank hangs that does not complete; empty if all complete."""
         moved = True
         while moved:
             moved = sum(self._advance(rank) for rank in range(len(self._programs))) > 0
@@ -167,7 +167,7 @@ class Machine:
         return moved
 
     def _host(self, rank: int, device: Device, action: Action) -> bool:
-        """Do one action; False while it has to wait."""
+        """Run one action; False while it has to wait."""
         if self._synchronize and device.open:
             return False
         match action:
@@ -189,17 +189,17 @@ class Machine:
                 return all(operation.done for operation in needed)
             case Drain():
                 return not device.open
-            case Tell(name):
-                self._told.add(name)
-            case Hear(name):
-                return name in self._told
-            case Meet(name, members):
-                self._met[name].add(rank)
-                return self._met[name] >= set(members)
+            case HostSend(name):
+                self._sent.add(name)
+            case HostRecv(name):
+                return name in self._sent
+            case HostBarrier(name, members):
+                self._reached[name].add(rank)
+                return self._reached[name] >= set(members)
         return True
 
     def _connected(self, rank: int, action: Communication) -> bool:
-        """Whether the hosts at all ends of a connection have come to its first use."""
+        """Whether the hosts at all ends of a connection have reached its first use."""
         connection: Hashable
         match action:
             case Send(group, peer):
@@ -208,11 +208,11 @@ class Machine:
                 connection, ends = ("connection", group, peer, rank), {rank, peer}
             case Collective(group, members):
                 connection, ends = ("connection", group), set(members)
-        if rank not in self._met[connection]:
+        if rank not in self._reached[connection]:
             if self._lazy and self._devices[rank].open:
                 return False
-            self._met[connection].add(rank)
-        return self._met[connection] >= ends
+            self._reached[connection].add(rank)
+        return self._reached[connection] >= ends
 
     def _enqueue(
         self, device: Device, action: Launch | Communication, stream: Stream, needs: list[Operation]

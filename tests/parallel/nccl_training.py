@@ -1,4 +1,4 @@
-"""Programs of training: the real exchange and schedules with stand-ins for compute, and whole real ranks."""
+"""Programs of training: the real exchange and schedules with stand-ins for compute, and complete real ranks."""
 
 import tempfile
 from dataclasses import dataclass
@@ -61,9 +61,9 @@ def programs(layout: Layout, rules: Rules = NCCL, *, dry: bool = True) -> list[P
 
 
 class StandIn:
-    """DeepSpeed's engine without tensors: our interpreter of instructions, hand-offs and waits are the real ones.
+    """DeepSpeed's engine without tensors. The executor of instructions, hand-offs and waits are the real ones.
 
-    What DeepSpeed itself enqueues is written down as `test_nccl_training.py` finds it in real ranks.
+    What DeepSpeed itself enqueues is imitated; `test_nccl_training.py` compares it with real ranks.
     """
 
     def __init__(self, recorder: Recorder, grid: Grid, num_micro_batches: int, rules: Rules):

@@ -1,12 +1,13 @@
-"""What one rank of the real code enqueues, written down without any other rank: `torch.distributed` is a recorder.
+"""Records what one rank of the real code enqueues, without any other rank: `torch.distributed` is replaced.
 
-Tensors live on the CPU and what would be received is zero. Every operation of torch is a launch of a kernel.
+Tensors are on the CPU, and received tensors are zero. Every operation of torch is a launch of a kernel.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -20,14 +21,14 @@ from tests.parallel.nccl_rules import (
     Action,
     Collective,
     Drain,
-    Hear,
+    HostBarrier,
+    HostRecv,
+    HostSend,
     HostWait,
     Launch,
-    Meet,
     Receive,
     Send,
     StreamWait,
-    Tell,
 )
 
 EARLY = Rules(early_receives=True, wait_blocks=False)
@@ -35,20 +36,20 @@ EARLY = Rules(early_receives=True, wait_blocks=False)
 PRODUCTS = ("mm", "addmm", "bmm", "linear")
 """Operations whose kernel is chosen by the shape."""
 KEYS = " over "
-"""In the name of an attention kernel, what follows is the shape of its keys."""
+"""Precedes the shape of the keys in the name of an attention kernel."""
 NO_KERNEL = ("empty", "new_empty", "equal", "lift_fresh", "detach", "_unsafe_view", "_reshape_alias", "resize_")
 
 
 @dataclass(frozen=True)
 class Group:
-    """A communicator: its number, in the order in which all ranks make them, and its members."""
+    """A communicator: its number, in the order of creation on all ranks, and its members."""
 
     number: int
     ranks: tuple[int, ...]
     gloo: bool = False
 
     def rank(self) -> int:
-        """Place of this process, as torch says it."""
+        """Rank of this process in the group, as in torch."""
         return self.ranks.index(dist.get_rank())
 
     def size(self) -> int:
@@ -58,21 +59,28 @@ class Group:
 
 @dataclass
 class Mailbox:
-    """Messages between hosts, from a rank that was recorded earlier to those recorded later."""
+    """Messages between hosts, from ranks recorded earlier to ranks recorded later."""
 
     letters: dict[tuple[int, int, int], list[Tensor]] = field(default_factory=dict)  # (group, source, target)
 
     def put(self, group: Group, source: int, target: int, tensor: Tensor) -> None:
-        """Leave a copy."""
+        """Store a copy."""
         self.letters.setdefault((group.number, source, target), []).append(tensor.clone())
 
     def take(self, group: Group, source: int, target: int, number: int) -> Tensor:
-        """The message of this number."""
+        """The message with this number."""
         return self.letters[group.number, source, target][number]
 
 
+@cache
+def _operation(func: Any) -> str | None:
+    """Name of an operation of torch that does something on the device; None for views and the like."""
+    name: str = func.overloadpacket.__name__
+    return None if func.is_view or name.startswith(NO_KERNEL) else name
+
+
 def _kernel(operation: str, args: Sequence[Any]) -> str:
-    """Name of a kernel: another one for matrix products of another number of rows, and attention over other keys."""
+    """Name of a kernel. Matrix products of other shapes, and attention over other keys, have other kernels."""
     if any(part in operation for part in PRODUCTS):
         return operation + str([tuple(each.shape) for each in args if isinstance(each, Tensor)])
     if "attention" in operation:
@@ -82,23 +90,23 @@ def _kernel(operation: str, args: Sequence[Any]) -> str:
 
 
 class Work:
-    """A handle, as torch gives it."""
+    """A handle, as torch returns it."""
 
     def __init__(self, on_wait: Callable[[], None]):
         self._on_wait = on_wait
 
     def wait(self, timeout: Any = None) -> bool:
-        """Record what a wait does."""
+        """Record the wait."""
         self._on_wait()
         return True
 
     def is_completed(self) -> bool:
-        """Never asked of a run that does not fail."""
+        """True; only failing runs use it."""
         return True
 
 
 class Recorder(TorchDispatchMode):
-    """One rank's program while it is active.
+    """Records the program of one rank while it is active.
 
     Attributes:
         program: the actions so far.
@@ -118,18 +126,16 @@ class Recorder(TorchDispatchMode):
     # --- compute ------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if self._quiet:
-            pass
-        elif name == "_local_scalar_dense":
-            self.program.append(HostWait())
-        elif not func.is_view and not name.startswith(NO_KERNEL):
-            self.launch(_kernel(name, args))
+        if not self._quiet and (name := _operation(func)):
+            if name == "_local_scalar_dense":
+                self.program.append(HostWait())
+            else:
+                self.launch(_kernel(name, args))
         return func(*args, **(kwargs or {}))
 
     @contextmanager
     def _quietly(self) -> Iterator[None]:
-        """Tensors inside are the recorder's own."""
+        """Operations inside are not recorded."""
         self._quiet = True
         try:
             yield
@@ -137,7 +143,7 @@ class Recorder(TorchDispatchMode):
             self._quiet = False
 
     def launch(self, name: str) -> None:
-        """A kernel. Of those in a row, only what is loaded and one more make a difference."""
+        """A kernel. In a row of launches only the first of each kernel, and one more, make a difference."""
         if name not in self.loaded or not self.program or not isinstance(self.program[-1], Launch):
             self.loaded.add(name)
             self.program.append(Launch(name))
@@ -146,7 +152,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def recording(self) -> Iterator["Recorder"]:
-        """Everything inside is this rank's."""
+        """Everything inside is recorded as this rank."""
         names = ("new_group", "isend", "irecv", "send", "recv", "all_reduce", "reduce", "broadcast", "barrier",
                  "get_rank", "get_world_size")  # fmt: skip
         environment = {"RANK": str(self.rank), "WORLD_SIZE": str(self.size), "LOCAL_RANK": str(self.rank)}
@@ -176,18 +182,18 @@ class Recorder(TorchDispatchMode):
         return Group(self._groups, tuple(members), gloo=backend == "gloo")
 
     def isend(self, tensor: Tensor, dst: int, group: Any = None, **_: Any) -> Work:
-        """A message. Over gloo it leaves when the peer has posted its receive, and `wait` blocks until then."""
+        """A message. Over gloo it is sent when the peer has posted its receive, and `wait` blocks until then."""
         group = group or self._world
         if not group.gloo:
             return self._communicate(Send(group.number, dst))
         with self._quietly():
             self._mailbox.put(group, self.rank, dst, tensor)
         name = self._letter(group, self.rank, dst)
-        self.program.append(Tell(("sent", *name)))
-        return Work(lambda: self.program.append(Hear(("posted", *name))))
+        self.program.append(HostSend(("sent", *name)))
+        return Work(lambda: self.program.append(HostRecv(("posted", *name))))
 
     def irecv(self, tensor: Tensor, src: int, group: Any = None, **_: Any) -> Work:
-        """A receive, posted; what comes is zero, over gloo what the peer has sent."""
+        """A posted receive; the result is zero, over gloo what the peer has sent."""
         group = group or self._world
         if not group.gloo:
             with self._quietly():
@@ -196,19 +202,19 @@ class Recorder(TorchDispatchMode):
         name = self._letter(group, src, self.rank)
         with self._quietly():
             tensor.copy_(self._mailbox.take(group, src, self.rank, name[-1]))
-        self.program.append(Tell(("posted", *name)))
-        return Work(lambda: self.program.append(Hear(("sent", *name))))
+        self.program.append(HostSend(("posted", *name)))
+        return Work(lambda: self.program.append(HostRecv(("sent", *name))))
 
     def send(self, tensor: Tensor, dst: int, group: Any = None, **_: Any) -> None:
-        """As `isend`, waited for."""
+        """`isend` and wait."""
         self.isend(tensor, dst, group).wait()
 
     def recv(self, tensor: Tensor, src: int, group: Any = None, **_: Any) -> None:
-        """As `irecv`, waited for."""
+        """`irecv` and wait."""
         self.irecv(tensor, src, group).wait()
 
     def all_reduce(self, tensor: Tensor, op: Any = None, group: Any = None, **_: Any) -> None:
-        """A collective; over gloo the hosts meet."""
+        """A collective; over gloo a barrier of the hosts."""
         self._all(group or self._world)
 
     def reduce(self, tensor: Tensor, dst: int, op: Any = None, group: Any = None, **_: Any) -> None:
@@ -216,7 +222,7 @@ class Recorder(TorchDispatchMode):
         self._all(group or self._world)
 
     def all_gather(self, output: Tensor, tensor: Tensor, group: Any = None, **_: Any) -> None:
-        """A collective; everyone gives what this rank gives."""
+        """A collective; all members contribute the same tensor as this rank."""
         with self._quietly():
             output.copy_(tensor.repeat(len(output) // len(tensor), *[1] * (tensor.dim() - 1)))
         self._all(group or self._world)
@@ -227,7 +233,7 @@ class Recorder(TorchDispatchMode):
         self.program.append(HostWait())
 
     def broadcast(self, tensor: Tensor, src: int = 0, group: Any = None, **_: Any) -> None:
-        """A collective. Over gloo it passes through the hosts between; here they all meet, which is more."""
+        """A collective. Over gloo it is simulated by a barrier, which is stricter."""
         group = group or self._world
         if group.gloo:
             with self._quietly():
@@ -259,7 +265,7 @@ class Recorder(TorchDispatchMode):
             return
         if group.gloo:
             self._meetings += 1
-            self.program.append(Meet((group.number, self._meetings), group.ranks))
+            self.program.append(HostBarrier((group.number, self._meetings), group.ranks))
         else:
             self._communicate(Collective(group.number, group.ranks)).wait()
 

@@ -20,7 +20,7 @@ PEER = 3
 
 @dataclass
 class Work:
-    """A handle of an operation that ends when a test says so."""
+    """A handle of an operation that completes when a test sets it."""
 
     log: list[str]
     name: str
@@ -31,13 +31,13 @@ class Work:
         self.log.append(f"wait {self.name}")
 
     def is_completed(self) -> bool:
-        """What the test says."""
+        """As set by the test."""
         return self.done
 
 
 @dataclass
 class Backend:
-    """Stands for `torch.distributed`: writes down what is posted."""
+    """Replaces `torch.distributed` and records what is posted."""
 
     log: list[str] = field(default_factory=list)
     works: list[Work] = field(default_factory=list)
@@ -135,7 +135,7 @@ def test_handles_of_messages_that_came_are_not_kept(backend: Backend) -> None:
 
 
 def stuck(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that stands still."""
+    """A device that never becomes idle."""
     never: Any = type("Event", (), {"query": lambda self: False})()
     monkeypatch.setattr(link, "record_event", lambda device: never)
 

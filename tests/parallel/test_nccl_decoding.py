@@ -1,25 +1,26 @@
-"""Decoding under NCCL's rules: no layout hangs, and what was done before would."""
+"""Decoding under NCCL's rules: no layout hangs, and negative controls do."""
 
 import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.warm_up import dry_pass
 from stagdist.decode.topology import HEAD_LAYOUTS
-from tests.parallel.nccl_decoding import Layout, any_keys, programs, recorded
-from tests.parallel.nccl_rules import COMPUTE, Collective, Machine, Program, QueueOf, Receive, Send, Stream
+from tests.parallel.nccl_decoding import Layout, alike, any_keys, programs, recorded
+from tests.parallel.nccl_rules import COMPUTE, Collective, Launch, Machine, Program, QueueOf, Receive, Send, Stream
 from tests.parallel.recording import EARLY, KEYS, Recorder
 
 FEW_STAGES = (1, 2, 3, 4)
 """With the dry pass, every kernel chosen by shape, and no room in buffers; more stages take too long to record so."""
-MORE_STAGES = (5, 6, 7, 8)
+MORE_STAGES = (5, 8)
 
 
 def layouts(stages: int) -> list[Layout]:
-    """Everything that one number of stages can be asked for; a single one gets two tensor ranks, to have peers."""
+    """Every way to decode on a number of stages. A single stage has two tensor ranks, to have peers."""
     tensor = 2 if stages == 1 else 1
     staggered = [
         Layout(stages, stagger, head, combined, tensor)
@@ -35,7 +36,7 @@ MORE = [
 
 
 def round_robin(queues: int) -> QueueOf:
-    """The hardware queue of each stream, in the order in which they are made."""
+    """The hardware queue of each stream, in the order of creation."""
     return lambda stream: 0 if stream == COMPUTE else int(str(stream)) % queues
 
 
@@ -55,7 +56,7 @@ def streams(ranks: Sequence[Program]) -> list[Stream]:
 
 
 def does_not_hang(layout: Layout) -> None:
-    """Play a layout as it ships."""
+    """Simulate a layout with the released settings."""
     ranks = programs(layout)
     assert not Machine(ranks).play(), f"{layout}: kernels that load at their first launch"
     assert not Machine(ranks, synchronize=True).play(), f"{layout}: a host that waits after every action"
@@ -86,6 +87,10 @@ def test_no_layout_of_many_stages_hangs(stages: int) -> None:
         assert not Machine(ranks, synchronize=True).play(), f"{layout}: a host that waits after every action"
         for queues in (8, 32):
             assert not Machine(ranks, lazy=False, queue_of=round_robin(queues)).play(), f"{layout}: {queues} queues"
+
+
+@pytest.mark.parametrize("stages", [5, 6, 7, 8])
+def test_no_sharded_head_of_many_stages_hangs(stages: int) -> None:
     does_not_hang(Layout(stages, 1, "sharded", combined=True))
 
 
@@ -102,7 +107,7 @@ def test_any_two_streams_may_share_a_hardware_queue_where_messages_have_room_in_
 
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_a_staggered_hand_off_without_room_in_buffers_must_not_share_a_hardware_queue(stages: int) -> None:
-    """It ends in the next step, after everything that its rank does in this one: hence 32 queues."""
+    """It completes in the next step, after all work of its rank in this step: hence 32 queues."""
     for layout in layouts(stages):
         ranks = programs(layout)
         pairs = list(itertools.combinations(streams(ranks), 2))
@@ -122,7 +127,7 @@ def test_a_staggered_hand_off_without_room_in_buffers_must_not_share_a_hardware_
 
 
 def hand_offs(ranks: Sequence[Program]) -> set[Stream]:
-    """The communicators from a stage to the next."""
+    """The communicators from one stage to the next."""
     return {
         action.group
         for rank, each in enumerate(ranks)
@@ -139,7 +144,7 @@ def tokens(ranks: Sequence[Program]) -> Stream:
 def test_one_hardware_queue_hangs() -> None:
     ranks = programs(Layout(2, 1))
     stuck = Machine(ranks, buffered=False, lazy=False, queue_of=lambda stream: 0).play()
-    assert len(stuck) == 2, "one queue would do: refuse it no longer"
+    assert len(stuck) == 2, "one queue works: allow it"
 
 
 # --- the dry pass -----------------------------------------------------------------------------------------------
@@ -161,12 +166,36 @@ def test_the_dry_pass_loads_all_but_chunks_of_other_lengths_and_attention_over_o
         assert chunk and all(KEYS in name for name in later - chunk)
 
 
+@pytest.mark.parametrize(
+    ("layout", "other"),
+    [
+        (Layout(1, None, "sharded", tensor=2), Layout(1, tensor=2)),
+        (Layout(3, 2), Layout(3)),
+        (Layout(3, 2, "sharded", combined=True), Layout(3, 1, "sharded", combined=True)),
+    ],
+    ids=str,
+)
+def test_stages_that_are_alike_have_the_same_dry_pass(layout: Layout, other: Layout) -> None:
+    kernels: dict[Hashable, list[list[str]]] = {}
+
+    def noting(recorder: Recorder, stage: Stage, of: Layout) -> None:
+        begin = len(recorder.program)
+        dry_pass(stage)
+        launched = [action.name for action in recorder.program[begin:] if isinstance(action, Launch)]
+        kernels.setdefault((alike(of, stage.index), recorder.rank % of.tensor), []).append(launched)
+
+    for each in (layout, other):
+        recorded(each, dry_pass=partial(noting, of=each))
+    assert any(len(found) > 1 for found in kernels.values())
+    assert all(one == found[0] for found in kernels.values() for one in found)
+
+
 def test_without_the_dry_pass_a_message_without_room_in_buffers_hangs_a_sharded_head() -> None:
     assert Machine(programs(Layout(2, 1, "sharded"), dry=False), buffered=False).play()
     assert not Machine(programs(Layout(2, 1, "sharded")), buffered=False).play()
 
 
-# --- what was done before hangs ---------------------------------------------------------------------------------
+# --- negative controls ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stages", [2, 4])

@@ -1,4 +1,4 @@
-"""The double of NCCL: what stops its stream, and that it goes on."""
+"""The double of NCCL: what stops its stream, and when it continues."""
 
 import threading
 import time
@@ -7,7 +7,7 @@ from tests.parallel.nccl_double import Stream, Work
 
 
 class Message:
-    """An operation of gloo that ends when it is told to."""
+    """An operation of gloo that completes when `comes` is set."""
 
     def __init__(self) -> None:
         self.begun, self.comes = False, threading.Event()
@@ -23,14 +23,14 @@ class Message:
 
 
 def becomes_idle(stream: Stream) -> bool:
-    """Whether the stream has soon done everything."""
+    """Whether the stream is idle soon."""
     deadline_s = time.monotonic() + 10.0
     while not stream.query() and time.monotonic() < deadline_s:
         time.sleep(0.001)
     return stream.query()
 
 
-def test_what_follows_a_late_message_begins_when_it_has_come() -> None:
+def test_operations_behind_a_late_message_begin_when_it_arrives() -> None:
     stream, late, after = Stream(patience_s=0.0), Message(), Message()
     Work(late.post, stream).wait()
     behind = Work(after.post, stream)
@@ -43,7 +43,7 @@ def test_what_follows_a_late_message_begins_when_it_has_come() -> None:
     assert becomes_idle(stream)
 
 
-def test_an_operation_that_fails_stops_the_stream_in_silence() -> None:
+def test_a_failed_operation_stops_the_stream_without_an_error() -> None:
     def lost() -> None:
         raise RuntimeError("Connection closed by peer")
 

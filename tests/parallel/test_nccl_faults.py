@@ -1,4 +1,4 @@
-"""Ranks that are killed, frozen or silent in a step, where `wait` does not raise: the errors are those of gloo."""
+"""Ranks that are killed, frozen or stuck in a step: where `wait` does not raise, the errors are those of gloo."""
 
 import re
 from pathlib import Path
@@ -42,22 +42,23 @@ TRAINING_ERROR = re.compile(
     r"|another rank ended, or did not answer within parallel.timeout_s = \d+ s)"
     r". Start the same command again: the run resumes from its newest checkpoint"
 )
-Heard = dict[Fault, list[dict[str, Any]]]
+Reports = dict[Fault, list[dict[str, Any]]]
 
 pytestmark = pytest.mark.ranks
 
 
 @pytest.fixture(scope="module")
-def heard(tmp_path_factory: pytest.TempPathFactory) -> Heard:
-    """What every rank heard of every fault, on both backends."""
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """What every rank reported for every fault, on both backends."""
     faults = [
         Fault("none", 0, where, nccl, free_port(), TIMEOUT_S["none"])
         for where in ("hand-off", "sum", "forward")
         for nccl in (False, True)
     ]
+    # Two are run at once. Sorted, two that wait for their time limit are.
     faults += [
         Fault(how, rank, where, nccl, free_port(), TIMEOUT_S[how])
-        for where, how, rank in CASES
+        for where, how, rank in sorted(CASES, key=lambda case: TIMEOUT_S[case[1]])
         for nccl in ((False, True) if (where, how, rank) in ON_GLOO else (True,))
     ]
     folder: Path = tmp_path_factory.mktemp("faults")
@@ -65,26 +66,26 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> Heard:
     return {fault: [rank[number] for rank in ranks] for number, fault in enumerate(faults)}
 
 
-def of(heard: Heard, where: str, how: str, rank: int, *, nccl: bool) -> list[dict[str, Any]]:
-    """What the ranks heard of one fault."""
+def of(reports: Reports, where: str, how: str, rank: int, *, nccl: bool) -> list[dict[str, Any]]:
+    """What the ranks reported for one fault."""
     wanted = (where, how, rank, nccl)
-    return next(said for each, said in heard.items() if (each.where, each.how, each.rank, each.nccl) == wanted)
+    return next(said for each, said in reports.items() if (each.where, each.how, each.rank, each.nccl) == wanted)
 
 
 @pytest.mark.parametrize("where", ["hand-off", "sum", "forward"])
-def test_without_a_fault_both_backends_do_the_same(heard: Heard, where: str) -> None:
-    gloo, nccl = (of(heard, where, "none", 0, nccl=which) for which in (False, True))
+def test_without_a_fault_both_backends_do_the_same(reports: Reports, where: str) -> None:
+    gloo, nccl = (of(reports, where, "none", 0, nccl=which) for which in (False, True))
     assert [rank["says"] for rank in gloo] == [rank["says"] for rank in nccl]
     assert gloo[0]["says"].startswith("[")
 
 
 @pytest.mark.parametrize(("where", "how", "victim"), CASES)
-def test_every_other_rank_says_what_it_lost_where_wait_does_not_raise(
-    heard: Heard, where: str, how: str, victim: int
+def test_every_other_rank_names_what_it_lost_where_wait_does_not_raise(
+    reports: Reports, where: str, how: str, victim: int
 ) -> None:
     form = TRAINING_ERROR if where in TRAINING else DECODING_ERROR
     for nccl in (True, False) if (where, how, victim) in ON_GLOO else (True,):
-        for rank, said in enumerate(of(heard, where, how, victim, nccl=nccl)):
+        for rank, said in enumerate(of(reports, where, how, victim, nccl=nccl)):
             if rank == victim:
                 assert said["says"] == "nothing"
                 continue
@@ -94,8 +95,8 @@ def test_every_other_rank_says_what_it_lost_where_wait_does_not_raise(
 
 
 @pytest.mark.parametrize(("where", "how", "victim"), [case for case in CASES if case[0] in DECODING and case[2]])
-def test_rank_0_names_a_lost_peer_while_decoding(heard: Heard, where: str, how: str, victim: int) -> None:
-    first = of(heard, where, how, victim, nccl=True)[0]
+def test_rank_0_names_a_lost_peer_while_decoding(reports: Reports, where: str, how: str, victim: int) -> None:
+    first = of(reports, where, how, victim, nccl=True)[0]
     if how == "killed":
         assert f"lost stage {victim} (rank {victim})" in first["says"]
     else:

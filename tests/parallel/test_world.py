@@ -17,7 +17,7 @@ def test_without_a_launcher_the_process_is_a_world_of_one() -> None:
 
 
 @pytest.mark.parametrize("local_size_key", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
-def test_deepspeed_and_torchrun_name_the_place(local_size_key: str) -> None:
+def test_the_variables_of_deepspeed_and_torchrun_are_read(local_size_key: str) -> None:
     environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", local_size_key: "4"}
     assert join_launcher(environment) == World(5, 8, 1, 4)
 
@@ -48,7 +48,7 @@ def test_srun_needs_a_master() -> None:
         join_launcher({key: value for key, value in SRUN.items() if key != "MASTER_ADDR"})
 
 
-def test_a_launcher_inside_of_a_slurm_job_has_the_word() -> None:
+def test_a_launcher_inside_a_slurm_job_takes_precedence() -> None:
     assert join_launcher(SRUN | {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == World(3, 4, 1, 1)
 
 
@@ -65,8 +65,8 @@ def test_tasks_of_this_host_are_read_from_slurms_list(text: str, node: str, size
     assert join_launcher(environment).local_size == size
 
 
-def test_a_list_of_tasks_that_cannot_be_read_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"SLURM_STEP_TASKS_PER_NODE is '8x3'; expected something like"):
+def test_an_invalid_list_of_tasks_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"SLURM_STEP_TASKS_PER_NODE is '8x3'; expected a list such as 8"):
         join_launcher(SRUN | {"SLURM_STEP_TASKS_PER_NODE": "8x3"})
 
 
@@ -100,24 +100,24 @@ def interface(
 
 @pytest.mark.parametrize(("first", "expected"), [("near", "eth0"), ("far", "ib0"), ("away", "ib0")])
 @pytest.mark.parametrize("own_name", ["debian", "unknown"])
-def test_where_the_own_name_means_loopback_the_interface_towards_the_first_host_is_taken(
+def test_a_host_name_that_resolves_to_loopback_selects_the_interface_towards_the_first_host(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_name: str, first: str, expected: str
 ) -> None:
     assert interface(monkeypatch, tmp_path, own_name, {"MASTER_ADDR": first}) == expected
 
 
-def test_gloo_is_left_alone_where_it_finds_its_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_interface_is_not_set_where_gloo_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert interface(monkeypatch, tmp_path, "server", {"MASTER_ADDR": "near"}) is None
     assert interface(monkeypatch, tmp_path, "debian", {"MASTER_ADDR": "127.0.0.1"}) is None
     assert interface(monkeypatch, tmp_path, "debian", {"MASTER_ADDR": "near", "GLOO_SOCKET_IFNAME": "x"}) == "x"
 
 
-def test_the_first_host_itself_takes_its_only_interface_or_asks(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_first_host_takes_its_only_interface_or_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     one = "\n".join(ROUTES.splitlines()[:2])
     assert interface(monkeypatch, tmp_path, "debian", {"MASTER_ADDR": "debian"}, one) == "eth0"
-    with pytest.raises(ConfigError, match=r"host name debian means a loopback.*eth0, ib0 none.*GLOO_SOCKET_IFNAME"):
+    with pytest.raises(
+        ConfigError, match=r"host name debian resolves to a loopback.*eth0, ib0 leads.*GLOO_SOCKET_IFNAME"
+    ):
         interface(monkeypatch, tmp_path, "debian", {"MASTER_ADDR": "debian"})
 
 
@@ -134,7 +134,7 @@ def test_contradicting_variables_are_refused(environment: dict[str, str]) -> Non
         join_launcher(environment)
 
 
-def test_processes_of_a_host_share_its_cores_unless_told_otherwise() -> None:
+def test_processes_of_a_host_share_its_cores_unless_omp_num_threads_is_set() -> None:
     cores = len(os.sched_getaffinity(0))
     alone: dict[str, str] = {}
     World(0, 1, 0, 1).share_cores(alone)
@@ -142,6 +142,6 @@ def test_processes_of_a_host_share_its_cores_unless_told_otherwise() -> None:
     crowded: dict[str, str] = {}
     World(0, 64, 0, 64).share_cores(crowded)
     assert crowded["OMP_NUM_THREADS"] == "1"
-    told = {"OMP_NUM_THREADS": "7"}
-    World(0, 2, 0, 2).share_cores(told)
-    assert told["OMP_NUM_THREADS"] == "7"
+    already_set = {"OMP_NUM_THREADS": "7"}
+    World(0, 2, 0, 2).share_cores(already_set)
+    assert already_set["OMP_NUM_THREADS"] == "7"

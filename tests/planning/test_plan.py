@@ -126,7 +126,7 @@ def test_a_world_that_does_not_fit_is_a_reason_not_an_exception(world_size: int)
 
 @pytest.mark.parametrize("world_size", [0, -2])
 def test_no_ranks_are_a_reason(world_size: int) -> None:
-    assert f"world size {world_size} is no number of ranks" in planned(world_size).problems[0]
+    assert f"world size {world_size} is not a number of ranks" in planned(world_size).problems[0]
 
 
 def test_a_run_without_a_corpus_would_not_start() -> None:
@@ -134,7 +134,7 @@ def test_a_run_without_a_corpus_would_not_start() -> None:
     assert "data.corpora is empty" in result.problems[0] and "tools/prepare_data.py" in result.problems[0]
 
 
-def test_what_is_probably_not_meant_is_warned_of() -> None:
+def test_settings_that_are_probably_not_intended_have_a_warning() -> None:
     def warned(world_size: int = 2, **changes: dict[str, Any]) -> str:
         return " | ".join(planned(world_size, **changes).warnings)
 
@@ -142,6 +142,6 @@ def test_what_is_probably_not_meant_is_warned_of() -> None:
     assert "stages are unequal" in warned(model={"section_layers": [1, 4]})
     assert "stages are unequal" not in warned(model={"section_layers": [4, 3], "vocab_size": 20})
     assert "padded to 102" in warned(8, model={"vocab_size": 101}, parallel={"tensor_parallel_size": 2})
-    assert "cannot decode its sections in parallel" in warned(model={"stagger": 0})
+    assert "sections cannot decode in parallel" in warned(model={"stagger": 0})
     assert "validation share" in warned(evaluation={"interval_steps": 1}, data={"split": [1, 0, 0]})
     assert "validation share" not in warned(evaluation={"interval_steps": 1})

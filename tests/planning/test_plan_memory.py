@@ -67,7 +67,7 @@ def test_the_first_backward_pass_begins_without_gradients() -> None:
     alone = memory(config(training={"global_batch_size": 2}, parallel=whole), 1)
     several = memory(config(training={"global_batch_size": 4}, parallel=whole), 1)
     assert alone.activations == several.activations
-    head = 16000 * 512 * 4  # made and added at once by a later pass, so that it counts for both
+    head = 16000 * 512 * 4  # created and added immediately in a later pass, so that it counts for both
     assert several.backward_buffers - alone.backward_buffers == pytest.approx(alone.gradients, abs=head)
 
 

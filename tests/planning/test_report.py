@@ -25,7 +25,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_run_that_would_start_is_described_whole(file: Path) -> None:
+def test_a_run_that_would_start_is_described_completely(file: Path) -> None:
     text, code = dry_run(file, ["optimizer.eps=1e-7"], 4)
     assert code == 0 and text.endswith("This run would start.\n")
     assert "4 ranks = pipe 2 x data 2 x tensor 1" in text
@@ -60,11 +60,11 @@ def test_every_reason_is_given_with_code_2(file: Path) -> None:
     assert "7 ranks do not fit" in text
 
 
-def test_sections_that_cannot_be_dealt_out_are_a_reason(file: Path) -> None:
+def test_sections_that_cannot_be_divided_are_a_reason(file: Path) -> None:
     text, code = dry_run(file, ["parallel.pipeline_parallel_size=3"], 6)
     assert code == 2
     assert "parallel.pipeline_parallel_size 3 does not divide the 2 sections" in text
-    assert "the sections cannot be dealt out to the stages" in text
+    assert "the sections cannot be divided among the stages" in text
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,6 @@ def test_a_missing_configuration_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_device_of_the_memory_is_named(file: Path) -> None:
-    assert "counted for cpu (parallel.device is auto)" in dry_run(file)[0]
-    assert "counted for cuda. " in dry_run(file, ["parallel.device=cuda"])[0]
-    assert "counted for cuda (parallel.device is auto)" in dry_run(file, device="cuda")[0]
+    assert "estimated for cpu (parallel.device is auto)" in dry_run(file)[0]
+    assert "estimated for cuda. " in dry_run(file, ["parallel.device=cuda"])[0]
+    assert "estimated for cuda (parallel.device is auto)" in dry_run(file, device="cuda")[0]

@@ -11,7 +11,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from stagdist.config.run_config import RunConfig
 from stagdist.parallel.groups import WATCHDOG_GRACE_S, set_default_timeout
-from stagdist.parallel.rendezvous import join_world
+from stagdist.parallel.world import join_world
 from stagdist.training.engine.section_engine import build_engine
 from tests.ranks import free_port, run_ranks
 from tests.training.parity_cases import Case

@@ -2,9 +2,9 @@
 
 import os
 
-from stagdist.parallel.device import choose_device
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import Groups, build_groups
+from stagdist.parallel.world import choose_device
 from stagdist.training.engine.distributed import start_distributed
 
 

@@ -19,7 +19,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from stagdist.cluster.doctor.facts import Boundary, Links, Reduction
-from stagdist.errors import ConfigError
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.world import World, join_launcher
 
@@ -207,16 +206,11 @@ def measure(grid: Grid, world: World, largest_bytes: int, timeout_s: float, star
     import torch
     import torch.distributed as dist
 
-    from stagdist.parallel.rendezvous import join_world
+    from stagdist.parallel.world import choose_device, join_world
 
     timeout = timedelta(seconds=timeout_s)
-    cuda = torch.cuda.is_available()
-    if cuda and world.local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"local rank {world.local_rank} has no device of its own, torch sees {torch.cuda.device_count()}; write "
-            "fewer slots into the hostfile"
-        )
-    device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
+    device = torch.device(choose_device("auto", world.local_rank))
+    cuda = device.type == "cuda"
     join_world(str(device), timeout_s, start_timeout_s=start_s)
     try:
         meter = Meter(grid, world.rank, device, largest_bytes)

@@ -20,6 +20,7 @@ from stagdist.cluster.hosts.remote import Finished, on_all, run_here, run_on
 from stagdist.cluster.hosts.shell_variables import write_private
 from stagdist.errors import TransportError
 from stagdist.parallel.grid import Grid
+from stagdist.parallel.lost_peer_phrases import peer_closed
 
 LAUNCHERS = ("pdsh", "openmpi", "torchrun")
 PROBE = "stagdist.cluster.doctor.link_probe"
@@ -127,15 +128,10 @@ def read_output(text: str, outputs: Sequence[Finished]) -> Links:
         return Links.from_json(json.loads(base64.b64decode("".join(parts[index] for index in sorted(parts)))))
     errors = _ERROR.findall(text)
     if errors:
-        first = sorted(errors, key=_is_echo)[0]
+        first = sorted(errors, key=peer_closed)[0]
         raise TransportError(f"{len(errors)} ranks failed, the first: {first}")
     if any(one.code is None for one in outputs) or _ALARM.search(text):
         raise TransportError(
             "the ranks did not end within the time limit; a network that swallows packets, or too short"
         )
     raise TransportError(f"the launcher failed: {next((one.reason for one in outputs if not one.ok), 'no answer')}")
-
-
-def _is_echo(error: str) -> bool:
-    """Whether a rank only tells that another one left."""
-    return "Connection closed by peer" in error or "reset by peer" in error

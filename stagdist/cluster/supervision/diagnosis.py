@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stagdist.cluster.supervision.rank_reports import RankView
+from stagdist.parallel.lost_peer_phrases import reports_lost_peer
 
 FaultKind = Literal["exit", "stuck", "silent", "missing", "launcher"]
 
@@ -17,12 +18,6 @@ MISSED_S = 3.0
 
 MENDED_BY_A_PERSON = 2
 """Exit code of a script that says: trying again will not help."""
-
-_LOST_PEER = (
-    "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL error", "did not meet",
-    "another rank ended", "the transfer failed", "collective operation timeout",
-)  # fmt: skip
-"""What a rank says when another one is gone; such errors are consequences."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +94,10 @@ def find_exit(ranks: Mapping[int, RankView], now: float, world_size: int) -> Fau
 def is_consequence(view: RankView) -> bool:
     """Whether a rank ended because of another one: it lost its peer, or the launcher ended it."""
     if view.exit_code == -signal.SIGABRT:  # NCCL's watchdog complains above the frames of its own stack
-        return any(sign in line for line in view.tail for sign in _LOST_PEER)
+        return any(map(reports_lost_peer, view.tail))
     if view.exit_code is not None and view.exit_code < 0:
         return view.exit_code == -signal.SIGTERM
-    return any(sign in error_line(view.tail) for sign in _LOST_PEER)
+    return reports_lost_peer(error_line(view.tail))
 
 
 def _explains(view: RankView) -> bool:

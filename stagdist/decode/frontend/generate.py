@@ -37,7 +37,8 @@ from stagdist.decode.runtime.build import (
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.errors import ConfigError, StagdistError, TransportError
-from stagdist.parallel.device import choose_device, on_cuda
+from stagdist.parallel.device import on_cuda
+from stagdist.parallel.world import choose_device
 from stagdist.telemetry.clocks import EventClock, HostClock
 from stagdist.telemetry.pulse import Pulse
 from stagdist.telemetry.spans import SpanRecorder, merge_traces

@@ -24,7 +24,7 @@ from stagdist.errors import ConfigError
 from stagdist.model.precision import DTYPES
 from stagdist.parallel.device import choose_attention, on_cuda
 from stagdist.parallel.grid import Grid
-from stagdist.parallel.rendezvous import join_world
+from stagdist.parallel.world import join_world
 from stagdist.telemetry.spans import SpanRecorder
 
 DEFAULT_CHUNK = 128

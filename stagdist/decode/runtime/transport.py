@@ -41,8 +41,8 @@ from stagdist.parallel.link import (
     Rules,
     new_group,
     rules_of,
-    short_reason,
 )
+from stagdist.parallel.lost_peer_phrases import short_reason
 
 TOKEN: Key = ("token", 0)
 """There is one at a time."""

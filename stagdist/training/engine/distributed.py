@@ -12,7 +12,7 @@ from torch import Tensor
 from stagdist.parallel.device import choose_attention, use_deterministic_kernels
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import Groups, build_groups, set_default_timeout
-from stagdist.parallel.rendezvous import join_world
+from stagdist.parallel.world import join_world
 
 
 def start_distributed(grid: Grid, device: str, timeout_s: float, *, deterministic: bool = False) -> Groups:

@@ -15,7 +15,7 @@ from stagdist.decode.operations import operate
 from stagdist.decode.request import Request, SamplingParams
 from stagdist.decode.runtime.build import EngineOptions, build_stage, joined_world, plan_decoding
 from stagdist.decode.topology import HeadLayout
-from stagdist.parallel.device import choose_device
+from stagdist.parallel.world import choose_device
 from stagdist.telemetry.spans import Span
 from tests.decode.decoding import Case, config_of, prompt, reader
 from tests.gpu.checks.decode_parity import tokens_of_one_process

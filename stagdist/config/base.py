@@ -1,0 +1,36 @@
+"""What the parts of the configuration are built from: the base class and the types of numbers."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+
+
+def _not_a_bool(value: Any) -> Any:
+    """Refuse `steps: true`, which Python would accept as 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"is {str(value).lower()}, must be a number")
+    return value
+
+
+Number = BeforeValidator(_not_a_bool)
+Positive = Annotated[int, Field(ge=1), Number]
+NonNegative = Annotated[int, Field(ge=0), Number]
+PositiveFloat = Annotated[float, Field(gt=0), Number]
+NonNegativeFloat = Annotated[float, Field(ge=0), Number]
+Share = Annotated[float, Field(ge=0, le=1), Number]
+
+
+class ConfigPart(BaseModel):
+    """Base of every part of the configuration: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), validate_default=True, allow_inf_nan=False
+    )
+
+
+def report_problems(problems: list[str], found: ValidationInfo) -> None:
+    """Append the problems to the list that the caller passed as validation context, or raise them without one."""
+    if problems and isinstance(found.context, list):
+        found.context.extend(problems)
+    elif problems:
+        raise ValueError("; ".join(problems))
