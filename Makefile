@@ -77,7 +77,7 @@ test: lint ## Lint and the whole test suite (PYTEST_ARGS="-k name" narrows it)
 reshard-matrix: export OMP_NUM_THREADS := 1
 reshard-matrix: $(STAMP) ## Train on every grid, convert to every other, compare losses
 	mkdir -p benchmarks
-	$(BIN)/python -m tests.training.reshard_matrix --output benchmarks/reshard-matrix.json
+	$(BIN)/python -m tests.training.saving.reshard_matrix --output benchmarks/reshard-matrix.json
 
 gpu-check: $(STAMP) ## Everything that only a GPU can show, 9 minutes at most (OUTPUT=FILE ONLY="names" NCCL=library)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.gpu.check $(if $(ONLY),--only $(ONLY)) \

@@ -24,9 +24,11 @@ from stagdist.parallel.grid import grid_for
 from stagdist.parallel.groups import Groups
 from stagdist.telemetry.pulse import Pulse
 from stagdist.training.engine.distributed import start_distributed
-from stagdist.training.engine.exchange import hand_off_kinds
+from stagdist.training.engine.pipeline import expected_hand_off
 from stagdist.training.engine.section_engine import build_engine
-from stagdist.training.saving.resume import load_checkpoint, newest_complete, on_this_grid, resumed_config
+from stagdist.training.saving.other_grid import on_this_grid
+from stagdist.training.saving.resume import load_checkpoint, newest_complete
+from stagdist.training.saving.resumed_config import resumed_config
 from stagdist.training.saving.save import save_checkpoint
 
 Reading = dict[str, float]
@@ -70,8 +72,8 @@ class Site:
         self.resumed = checkpoint is not None
         if checkpoint is not None:
             with on_this_grid(checkpoint, self._config, self.groups, Pulse()) as fitting:
-                load_checkpoint(build_engine(self._config, self.groups), fitting, self._config)
-        self._carried = hand_off_kinds(self._config, torch.float32)[0].shape
+                load_checkpoint(build_engine(self._config, self.groups), fitting, self._config.optimizer)
+        self._carried = _carried(self._config)
         self.started_s = time.perf_counter() - started
 
     def run(self, name: str, *, together: bool) -> Reading:
@@ -187,7 +189,7 @@ class RivalContestant:
         synchronize: Callable[[], None],
     ):
         num = config.training.num_micro_batches(groups.grid.data)
-        self._rival = TorchPipelining(config, stage, hand_off_kinds(config, torch.float32)[0].shape, num)
+        self._rival = TorchPipelining(config, stage, _carried(config), num)
         self._device = stage.embedding.embedding.weight.device
         self._loader, self._synchronize, self._batch = loader, synchronize, config.training.global_batch_size
         self._consumed_samples = 0
@@ -201,3 +203,9 @@ class RivalContestant:
         elapsed = time.perf_counter() - started
         self._consumed_samples += self._batch
         return {"seconds": elapsed, "loss": loss, "gradient_norm": self._rival.gradient_norm}
+
+
+def _carried(config: RunConfig) -> tuple[int, ...]:
+    """Shape of the float tensor that a stage hands to the next."""
+    batch = config.training.micro_batch_size
+    return tuple(expected_hand_off(config.model, batch, config.sequence_length, torch.float32).memory.shape)

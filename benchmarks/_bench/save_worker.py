@@ -46,7 +46,6 @@ class Site:
             self._groups.control, StopSignals(), config.training, config.checkpoint, time.monotonic()
         )
         self._agreed = Agreed((), 0, False, False)
-        self.engine.gate = self._gate
         self._train()  # the first step makes the optimizer's moments
 
     def run(self, contestant: str) -> dict[str, Any]:
@@ -83,7 +82,7 @@ class Site:
 
     def _train(self) -> float:
         started = time.perf_counter()
-        float(self.engine.train_batch(self._batches))
+        float(self.engine.train_batch(self._batches, self._gate))
         synchronize(self._device)  # the loss is known before the update is done
         self._done += 1
         return time.perf_counter() - started

@@ -1,10 +1,8 @@
-"""The only door to megatron-core outside of data: what is used of it, imported without what is not."""
+"""The only module outside of `data/` that imports megatron-core."""
 
 import warnings
 
-from stagdist.parallel.lean_imports import without_compiler, without_trackers
-
-with without_compiler(), without_trackers(), warnings.catch_warnings():
+with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of optional GPU packages
     from megatron.core import ModelParallelConfig
     from megatron.core.tensor_parallel import (

@@ -75,14 +75,13 @@ def _run(case: Case, groups: Groups) -> RankReport:
         dist.all_reduce(bad, group=groups.control)
         return not bad
 
-    engine.gate = gate
     for rate, (tokens, labels) in zip(LEARNING_RATES, case.batches(), strict=True):
         engine.set_learning_rate(rate)
-        loss = engine.train_batch(micro_batches(case, groups, tokens, labels))
+        loss = engine.train_batch(micro_batches(case, groups, tokens, labels), gate)
         report.losses.append(float(loss))
         report.norms.append(engine.gradient_norm())
     report.weights = _values(module)
-    report.logits = engine_logits(engine, groups, config, case.text())
+    report.logits = engine_logits(engine, groups, config.model.vocab_size, case.text())
     return report
 
 

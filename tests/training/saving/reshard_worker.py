@@ -12,7 +12,8 @@ from stagdist.parallel.grid import Coordinate
 from stagdist.parallel.groups import Groups
 from stagdist.telemetry.pulse import Pulse
 from stagdist.training.engine.section_engine import SectionEngine, build_engine
-from stagdist.training.saving.resume import load_checkpoint, newest_complete, on_this_grid
+from stagdist.training.saving.other_grid import on_this_grid
+from stagdist.training.saving.resume import load_checkpoint, newest_complete
 from stagdist.training.saving.save import save_checkpoint
 from tests.training.parity_cases import GLOBAL_BATCH, SEQUENCE, Case
 from tests.training.parity_worker import micro_batches
@@ -90,7 +91,7 @@ def _resume(leg: Leg, groups: Groups) -> LegReport:
     checkpoint = newest_complete(Path(config.folder) / "checkpoints", groups)
     assert checkpoint is not None
     with on_this_grid(checkpoint, config, groups, Pulse()) as fitting:
-        state = load_checkpoint(engine, fitting, config)
+        state = load_checkpoint(engine, fitting, config.optimizer)
     parameters = _parameters(engine)
     return LegReport(groups.place, parameters, _train(engine, leg, groups, state.step), state.step)
 

@@ -24,7 +24,7 @@ from tests.training.worlds import World
 
 pytestmark = pytest.mark.ranks
 
-WORKER = "tests.training.test_resume_variants:resume_cases"
+WORKER = "tests.training.saving.test_resume_variants:resume_cases"
 TIMEOUT_S = 120.0
 STEPS = len(LEARNING_RATES)
 OTHER_SEED = 99
@@ -87,7 +87,7 @@ def _save_and_resume(case: Case, config: RunConfig, groups: Groups) -> Report:
     fresh = _parameters(second)
     newest = newest_complete(Path(config.folder) / "checkpoints", groups)
     assert newest == saved, f"saved {saved}, found {newest}"
-    state_read = load_checkpoint(second, newest, config)
+    state_read = load_checkpoint(second, newest, config.optimizer)
     return Report(undisturbed, _train(second, case, groups), fresh, state_read)
 
 

@@ -31,7 +31,8 @@ from stagdist.training import publish as export
 from stagdist.training.engine.agreement import while_others_wait
 from stagdist.training.engine.section_engine import build_engine
 from stagdist.training.lost_peers import naming_lost_peers
-from stagdist.training.saving.resume import load_checkpoint, newest_complete, on_this_grid
+from stagdist.training.saving.other_grid import on_this_grid
+from stagdist.training.saving.resume import load_checkpoint, newest_complete
 from tests.checkpoint.synthetic import complete, file_contents, run_config, training_checkpoint
 from tests.ranks import run_ranks
 from tests.training.parity_cases import Case
@@ -60,7 +61,7 @@ def _told(action: Callable[[], object]) -> str:
 
 def _load(folder: Path, groups: Groups) -> object:
     engine: Any = SimpleNamespace(control=groups.control)  # it is refused before the engine is asked
-    return load_checkpoint(engine, folder, run_config({}))
+    return load_checkpoint(engine, folder, run_config({}).optimizer)
 
 
 class Watched(Pulse):
@@ -149,16 +150,15 @@ def groups_barrier(groups: Groups) -> None:
 
 def _exports(folder: Path, groups: Groups) -> dict[str, Any]:
     config = Case("stages", {}, (2, 1, 1)).config()
-    engine, tokenizer = build_engine(config, groups), load_tokenizer("bytes")
+    pulse, tokenizer = Watched(), load_tokenizer("bytes")
+    engine = build_engine(config, groups, pulse)
 
     def leave(directory: Path) -> str:
-        said = _told(lambda: export.export_model(engine, groups, config, tokenizer, directory))
+        said = _told(lambda: export.export_model(engine, groups, config.model, tokenizer, directory))
         groups_barrier(groups)
         return said
 
-    engine.pulse = pulse = Watched()
-    found: dict[str, Any] = {"export": leave(folder / "models" / "model"), "signs": pulse.phases}
-    engine.pulse = Pulse()
+    found: dict[str, Any] = {"export": leave(folder / "models" / "model"), "signs": list(pulse.phases)}
     before = file_contents(folder / "models" / "model")
     found["recorded"] = sorted(read_record(folder / "models" / "model").files)
     found["problems"] = inspect(folder / "models" / "model").problems
@@ -206,7 +206,7 @@ def launched(folder: Path) -> list[dict[str, Any]]:
         shutil.copytree(fits, checkpoints / ".for-8x8x8" / fits.name)
     (folder / "models" / "thesis").mkdir(parents=True)
     (folder / "models" / "thesis" / "chapter.txt").write_text("years of work")
-    return run_ranks("tests.training.test_resume_safety:scenarios", 2, folder, timeout_s=150)
+    return run_ranks("tests.training.saving.test_resume_safety:scenarios", 2, folder, timeout_s=150)
 
 
 @pytest.fixture(scope="module")

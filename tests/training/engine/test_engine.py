@@ -17,7 +17,7 @@ from tests.training.worlds import World
 
 pytestmark = pytest.mark.ranks
 
-TRAIN = "tests.training.test_engine:train"
+TRAIN = "tests.training.engine.test_engine:train"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Saving beside the training: the same files as by waiting, one save at a time, failures told on all ranks."""
+"""Saving during training: the same files as by waiting, one save at a time, failures reported on all ranks."""
 
 import mmap
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from stagdist.training.saving.host_copies import LARGE_BYTES, HostCopies
 from tests.ranks import run_ranks
 from tests.reference.variants import VARIANTS
 from tests.training.parity_cases import Case
-from tests.training.saving_worker import BROKEN_RANK, SavingReport
+from tests.training.saving.saving_worker import BROKEN_RANK, SavingReport
 
 CASES = [
     Case("stages", VARIANTS["combined"] | {"tie_word_embeddings": True}, (2, 1, 1)),
@@ -37,7 +37,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @cache
 def launch(folder: Path) -> list[dict[str, SavingReport]]:
     """One launch for all scenarios."""
-    return run_ranks("tests.training.saving_worker:run_scenarios", 2, (CASES, folder), timeout_s=200)
+    return run_ranks("tests.training.saving.saving_worker:run_scenarios", 2, (CASES, folder), timeout_s=200)
 
 
 def reports(folder: Path, case: Case, scenario: str) -> list[SavingReport]:
@@ -77,7 +77,7 @@ def storage_bytes(content: Any) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_files_equal_those_of_a_synchronous_save_although_training_went_on(case: Case, shared_folder: Path) -> None:
     found = reports(shared_folder, case, "same content")
-    assert all(report.votes == [Writing.RUNNING] * 2 for report in found), "nothing was written beside the training"
+    assert all(report.votes == [Writing.RUNNING] * 2 for report in found), "nothing was written during training"
     runs = shared_folder / case.name.replace(" ", "-") / "same-content"
     for step in ("step_00000001", "step_00000002"):
         ours, theirs = (runs / name / "checkpoints" / step for name in ("parity", "parity-synchronous"))
@@ -104,7 +104,7 @@ def test_a_save_waits_for_the_one_before_it(case: Case, shared_folder: Path) -> 
         waits = [line for line in report.log if line.startswith("the save of step 2 waited ")]
         assert len(waits) == 1 and waits[0].endswith(" s for that of step_00000001"), report.log
         assert report.listed == ["step_00000001", "step_00000002"]
-        assert sum("beside the training but for" in line for line in report.log) == 2, report.log
+        assert sum("during training except for" in line for line in report.log) == 2, report.log
 
 
 @pytest.mark.ranks
@@ -112,7 +112,7 @@ def test_a_save_waits_for_the_one_before_it(case: Case, shared_folder: Path) -> 
 def test_nothing_is_under_way_after_a_save_that_waits(case: Case, shared_folder: Path) -> None:
     for report in reports(shared_folder, case, "waited for"):
         assert report.listed == ["step_00000001", "step_00000002"]
-        assert not any("beside" in line for line in report.log), report.log
+        assert not any("during training" in line for line in report.log), report.log
 
 
 @pytest.mark.ranks

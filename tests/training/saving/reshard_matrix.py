@@ -1,6 +1,6 @@
 """Every grid to every other: train 10 steps, convert, and compare the next 10 losses with the run that never stopped.
 
-    python -m tests.training.reshard_matrix --output benchmarks/reshard-matrix.json
+    python -m tests.training.saving.reshard_matrix --output benchmarks/reshard-matrix.json
 
 The whole matrix takes about ten minutes on two cores, more beside other work; `make test` runs a star through 2x1x2
 instead.
@@ -24,7 +24,7 @@ from tests.ranks import run_ranks
 from tests.reference.variants import VARIANTS
 from tests.training.comparison import whole
 from tests.training.parity_cases import Case, label
-from tests.training.reshard_worker import Leg, LegReport
+from tests.training.saving.reshard_worker import Leg, LegReport
 
 STEPS = 10
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
@@ -81,7 +81,7 @@ def _launched(function: str, legs: Sequence[Leg]) -> dict[tuple[str, Sizes], lis
         here = sorted((leg for leg in legs if leg.case.world_size == size), key=lambda leg: leg.case.grid)
         for start in range(0, len(here), LEGS_OF_A_LAUNCH):
             part = here[start : start + LEGS_OF_A_LAUNCH]
-            ranks = run_ranks(f"tests.training.reshard_worker:{function}", size, part, timeout_s=600)
+            ranks = run_ranks(f"tests.training.saving.reshard_worker:{function}", size, part, timeout_s=600)
             found |= {(leg.name, leg.case.grid): [rank[index] for rank in ranks] for index, leg in enumerate(part)}
             print(f"{function}: {size} ranks, {start + len(part)} of {len(here)}", file=sys.stderr, flush=True)
     return found

@@ -9,7 +9,7 @@ from stagdist.checkpoint.training.directory import CONFIG, TrainingState
 from stagdist.config.loading import dump_config
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import ConfigError
-from stagdist.training.saving.resume import resumed_config
+from stagdist.training.saving.resumed_config import resumed_config
 from tests.launch.runs import tiny_config
 
 CORPORA, TOKENIZER = "identity of the corpora", "fingerprint of the tokenizer"

@@ -42,7 +42,9 @@ def _known_groups(device: torch.device) -> Iterator[tuple[str, int, float]]:
 
 
 def test_every_process_group_has_the_configured_timeout() -> None:
-    for rank, timeouts in enumerate(run_ranks("tests.training.test_timeouts:group_timeouts", 4, CASE, timeout_s=120)):
+    for rank, timeouts in enumerate(
+        run_ranks("tests.training.engine.test_timeouts:group_timeouts", 4, CASE, timeout_s=120)
+    ):
         wrong = {name: seconds for name, (_, seconds) in timeouts.items() if seconds != TIMEOUT_S}
         assert wrong == {}, f"rank {rank}"
         # The world, and the pipe and data axes, are among those that were looked at.
