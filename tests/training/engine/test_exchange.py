@@ -1,4 +1,4 @@
-"""The hand-off between real ranks: nobody waits for a send, order and content are kept, failures have a name."""
+"""The hand-off between real ranks: no rank waits for a send, order and content are kept, errors name the edge."""
 
 import time
 from datetime import timedelta
@@ -16,7 +16,7 @@ from stagdist.training.engine.pipeline import HandOff, expected_hand_off
 from stagdist.training.engine.train_schedule import TrainSchedule
 from tests.ranks import run_ranks
 
-STAGES, MICRO_BATCHES, NAP_S = 3, 6, 1.0
+STAGES, MICRO_BATCHES, NAP_S = 3, 6, 0.6
 TIMEOUT_S, LOST_S = 10.0, 4.0
 SHAPE = (2, 8, 300)
 EXPECTED = HandOff(torch.empty(SHAPE, device="meta"), torch.empty(2, 8, dtype=torch.int64, device="meta"))
@@ -41,7 +41,7 @@ def config(**model: Any) -> RunConfig:
 
 
 def all_cases(_: None) -> dict[str, Any]:
-    """Every check in one world of three stages; what the parent asserts on."""
+    """All checks in one world of three stages; returns what the tests compare."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     exchange, plain = (
         Exchange(Grid(STAGES, 1, 1), expected, "cpu", TIMEOUT_S) for expected in (EXPECTED, HandOff(EXPECTED.memory))
@@ -56,7 +56,7 @@ def all_cases(_: None) -> dict[str, Any]:
 
 
 def round_trip(exchange: Exchange, stage: int) -> dict[str, Any]:
-    """All micro-batches down and their gradients up; every stage adds one, and the second stage comes late."""
+    """All micro-batches down and their gradients up; every stage adds one, and the second stage starts late."""
     dist.barrier()
     exchange.begin([one for step in TrainSchedule(MICRO_BATCHES, STAGES, stage).steps() for one in step])
     if stage == 1:
@@ -123,7 +123,7 @@ def ranks() -> list[dict[str, Any]]:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("case", ["first", "second", "plain"])
-def test_order_and_content_survive_whatever_travels(ranks: list[dict[str, Any]], case: str) -> None:
+def test_order_and_content_are_kept(ranks: list[dict[str, Any]], case: str) -> None:
     for stage, rank in enumerate(ranks):
         down = [10.0 * number + stage for number in range(MICRO_BATCHES)]
         up = [float(number + STAGES - 1 - stage) for number in range(MICRO_BATCHES)]
@@ -134,12 +134,12 @@ def test_order_and_content_survive_whatever_travels(ranks: list[dict[str, Any]],
 
 
 @pytest.mark.ranks
-def test_a_sender_does_not_wait_for_a_peer_that_is_late(ranks: list[dict[str, Any]]) -> None:
+def test_a_sender_does_not_wait_for_a_late_peer(ranks: list[dict[str, Any]]) -> None:
     assert all(ranks[0][case]["two_sends_s"] < NAP_S / 2 for case in ("first", "second", "plain"))
 
 
 @pytest.mark.ranks
-def test_what_the_configuration_does_not_say_is_not_sent(ranks: list[dict[str, Any]]) -> None:
+def test_a_wrong_shape_is_not_sent(ranks: list[dict[str, Any]]) -> None:
     message = ranks[0]["wrong_shape"]
     assert "activations from stage 0 to stage 1" in message
     assert "[1, 8, 300] float32" in message and "[2, 8, 300] float32" in message
@@ -153,7 +153,7 @@ def test_a_lost_peer_is_named_with_its_stage(ranks: list[dict[str, Any]]) -> Non
     assert "rank 0" in message and "parallel.timeout_s" in message
 
 
-def test_the_configuration_says_what_travels() -> None:
+def test_the_hand_off_follows_from_the_configuration() -> None:
     assert described(config()) == [(SHAPE, torch.float32), ((2, 8), torch.int64)]
     assert described(config(connection="sequential"), torch.bfloat16) == [(SHAPE, torch.bfloat16)]
     assert described(config(combine_sections=True)) == [((2, *SHAPE), torch.float32), ((2, 8), torch.int64)]

@@ -1,4 +1,4 @@
-"""A checkpoint of any grid goes on on any other, by itself, with the losses of the run that never stopped."""
+"""A run resumes on any grid from a checkpoint of any other, with the losses of the run that was never stopped."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,13 +16,13 @@ from tests.training.saving.reshard_worker import Leg, LegReport
 
 pytestmark = pytest.mark.ranks
 
-STEPS = 3
-CENTRE = (2, 1, 2)
+STEPS = 2
+CENTER = (2, 1, 2)
 EVERYTHING = VARIANTS["shared"] | {"tie_word_embeddings": True, "combine_sections": True}
 MODELS = [
-    Case("separate", {}, CENTRE),
-    Case("shared, tied and combined", EVERYTHING, CENTRE),
-    Case("sequential, tied, bf16", VARIANTS["sequential, tied"], CENTRE, precision="bf16"),
+    Case("separate", {}, CENTER),
+    Case("shared, tied and combined", EVERYTHING, CENTER),
+    Case("sequential, tied, bf16", VARIANTS["sequential, tied"], CENTER, precision="bf16"),
 ]
 OTHER_GRIDS = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (1, 2, 2)]
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
@@ -43,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @cache
 def saved(runs: Path) -> dict[str, list[LegReport]]:
-    """Every model trained and saved on the centre and, the first of them, on every other grid; reports by run."""
+    """Every model trained and saved on the center and, the first of them, on every other grid; reports by run."""
     legs = [saving(runs, case) for case in MODELS] + [
         saving(runs, replace(MODELS[0], grid=grid)) for grid in OTHER_GRIDS
     ]
@@ -52,7 +52,7 @@ def saved(runs: Path) -> dict[str, list[LegReport]]:
 
 @cache
 def resumed(runs: Path) -> dict[str, list[LegReport]]:
-    """Every model from the centre to each other grid, and from there to the centre; reports by journey."""
+    """Every model from the center to each other grid, and from there to the center; reports by journey."""
     legs = [replace(saving(runs, case), case=replace(case, grid=grid)) for case in MODELS for grid in OTHER_GRIDS]
     legs += [replace(saving(runs, replace(MODELS[0], grid=grid)), case=MODELS[0]) for grid in OTHER_GRIDS]
     return _launched("resume_legs", legs)
@@ -69,19 +69,19 @@ def _launched(function: str, legs: list[Leg]) -> dict[str, list[LegReport]]:
 
 
 def journey(leg: Leg) -> str:
-    """The run and the grid that goes on."""
+    """The run and the grid on which it continues."""
     return f"{leg.name} on {label(leg.case.grid)}"
 
 
-JOURNEYS = [(case, CENTRE, grid) for case in MODELS for grid in OTHER_GRIDS] + [
-    (MODELS[0], grid, CENTRE) for grid in OTHER_GRIDS
+JOURNEYS = [(case, CENTER, grid) for case in MODELS for grid in OTHER_GRIDS] + [
+    (MODELS[0], grid, CENTER) for grid in OTHER_GRIDS
 ]
 
 
 @pytest.mark.parametrize(
     ("case", "start", "end"), JOURNEYS, ids=[f"{case.name} {label(a)} to {label(b)}" for case, a, b in JOURNEYS]
 )
-def test_training_goes_on_on_another_grid(
+def test_training_resumes_on_another_grid(
     case: Case, start: tuple[int, int, int], end: tuple[int, int, int], runs: Path
 ) -> None:
     leg = saving(runs, replace(case, grid=start))
@@ -97,4 +97,4 @@ def test_training_goes_on_on_another_grid(
         difference = max(abs(a - b) for a, b in zip(rank.losses, before[0].losses, strict=True))
         assert difference <= TOLERANCE[case.precision], (rank.losses, before[0].losses)
     checkpoints = runs / leg.name / "checkpoints"
-    assert [path.name for path in checkpoints.iterdir()] == [f"step_{STEPS:08d}"], "the copy for the grid must go"
+    assert [path.name for path in checkpoints.iterdir()] == [f"step_{STEPS:08d}"], "the grid copy was not removed"

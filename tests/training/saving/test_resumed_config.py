@@ -57,7 +57,7 @@ def test_what_keeps_the_samples_may_change(checkpoint: Path, sections: dict[str,
         ({"data": {"num_samples": 104}}, "data.num_samples was 96, is 104"),
         ({"training": {"global_batch_size": 4}}, "training.global_batch_size was 8, is 4"),
         ({"training": {"precision": "bf16"}}, "training.precision was 'fp32', is 'bf16'"),
-        ({"training": {"steps": 13}}, "begun for 96 samples, but training.steps 13 need 104; go up to step 12"),
+        ({"training": {"steps": 13}}, "begun for 96 samples, but training.steps 13 need 104; train to step 12"),
     ],
 )
 def test_what_would_change_model_or_samples_is_refused_by_name(
