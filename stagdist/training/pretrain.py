@@ -36,7 +36,7 @@ from stagdist.training.saving.other_grid import on_this_grid
 from stagdist.training.saving.resume import load_checkpoint, newest_complete
 from stagdist.training.saving.resumed_config import begun, resumed_config
 from stagdist.training.saving.save import Saver
-from stagdist.training.trainer import Outcome, Trainer
+from stagdist.training.trainer import Trainer, TrainingOutcome
 
 LOG = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def split_sizes(config: RunConfig) -> tuple[int, int, int]:
 
 def pretrain(
     config: RunConfig, grid: Grid, device: str, started_at: float, pulse: Pulse, *, trust_pickle: bool = False
-) -> Outcome:
+) -> TrainingOutcome:
     """Train, evaluate, export. Called on every rank with the same configuration.
 
     Args:
@@ -149,7 +149,7 @@ class _Run:
             return None
         return HeldOut(dataset, self._plan, self.config.evaluation, self.tokenizer.token_bytes())
 
-    def train(self, agreement: Agreement, state: TrainingState) -> Outcome:
+    def train(self, agreement: Agreement, state: TrainingState) -> TrainingOutcome:
         """Run the loop."""
         config, pin_memory = self.config, on_cuda(self.engine.device)
         loader = Loader(self.splits.train, self._plan, pin_memory=pin_memory, vocab_size=config.model.vocab_size)
@@ -172,7 +172,7 @@ class _Run:
         finally:
             loader.close()
 
-    def finish(self, outcome: Outcome, started_at: float) -> None:
+    def finish(self, outcome: TrainingOutcome, started_at: float) -> None:
         """Test split, model directory, loss curve and summary."""
         config, folder = self.config, Path(self.config.folder)
         with naming_lost_peers(self.groups, config.parallel.timeout_s, "end of the run"):
@@ -188,7 +188,7 @@ class _Run:
                 stream.write(json.dumps(self._summary(outcome, started_at), indent=2) + "\n")
             LOG.info("wrote %s", folder / "model")
 
-    def _summary(self, outcome: Outcome, started_at: float) -> dict[str, Any]:
+    def _summary(self, outcome: TrainingOutcome, started_at: float) -> dict[str, Any]:
         tokens = outcome.state.consumed_samples * self.config.sequence_length
         summary: dict[str, Any] = {
             "steps": outcome.state.step,

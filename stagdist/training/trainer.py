@@ -29,7 +29,7 @@ NamingPeers = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """How a training loop ended.
 
     Attributes:
@@ -72,7 +72,7 @@ class Trainer:
     naming_peers: NamingPeers
     _agreed: Agreed = field(default=Agreed((), 0, False, False), init=False)
 
-    def run(self, state: TrainingState) -> Outcome:
+    def run(self, state: TrainingState) -> TrainingOutcome:
         """Train to the last step, or until the ranks agree to stop; the state is saved at either end.
 
         Raises:
@@ -86,7 +86,7 @@ class Trainer:
         self.saver.release()
         return outcome
 
-    def _run(self, state: TrainingState) -> Outcome:
+    def _run(self, state: TrainingState) -> TrainingOutcome:
         saved_step, loss = state.step, None
         self.reporter.start(state.step)
         self.engine.pulse.beat(Phase.STEP, state.step)
@@ -109,7 +109,7 @@ class Trainer:
         if saved_step != state.step:
             self._save(state)
         self._finish_save(state.step)
-        return Outcome(state, state.step >= self.training.steps, loss)
+        return TrainingOutcome(state, state.step >= self.training.steps, loss)
 
     def _gate(self, finite: bool) -> bool:
         self._agreed = self.agreement.agree(finite, self.saver.vote())

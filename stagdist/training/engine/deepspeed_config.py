@@ -29,7 +29,7 @@ def deepspeed_config(
         "gradient_clipping": optimizer.max_grad_norm,
         "steps_per_print": NEVER,
         "wall_clock_breakdown": False,
-        # It would make a GPU wait for the host at every forward pass; the meters of stagdist take its place.
+        # It would make a GPU wait for the host at every forward pass; stagdist has its own meters.
         "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,
         "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},

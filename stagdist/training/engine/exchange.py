@@ -1,9 +1,9 @@
-"""Hand-off between neighboring stages while training: no stage waits for a send.
+"""Hand-off between neighboring stages during training: no stage waits for a send.
 
-DeepSpeed's own hand-off blocks in every send until the peer asks for the data, so that each transfer, and each
-moment in which one stage is late, is waited for by both. Here a stage goes on computing; its data leave as soon as
-they exist and arrive in a buffer that the peer has ready one micro-batch ahead (`stagdist/parallel/link.py` says when
-the receive itself is posted).
+DeepSpeed's own hand-off blocks in every send until the peer asks for the data, so both stages wait for each transfer
+and for each delay of the other. Here a stage continues to compute. Its data leave as soon as they exist and arrive in
+a buffer that the peer has ready one micro-batch ahead (`stagdist/parallel/link.py` describes when the receive is
+posted).
 """
 
 import itertools
@@ -24,11 +24,11 @@ from stagdist.training.engine.pipeline import HandOff
 
 MICRO_BATCH = "micro-batch"
 SENDS_IN_FLIGHT = 2
-"""Hand-offs of one edge that may be on their way before the sender waits for the oldest."""
+"""Hand-offs of one edge that may be in transit before the sender waits for the oldest."""
 
 
 class Arrivals:
-    """The hand-offs of one schedule on their way in. Each gets a buffer of its own, and one is always expected ahead.
+    """The incoming hand-offs of one schedule. Each has its own buffer, and one is always expected ahead.
 
     Args:
         expected: shapes and dtypes of a hand-off.
@@ -39,7 +39,7 @@ class Arrivals:
         self._expected = self._taken = self._due = 0
 
     def expect(self, hand_offs: int) -> None:
-        """Say how many hand-offs the schedule that begins now holds."""
+        """Set the number of hand-offs in the schedule that begins now."""
         self._expected = self._taken = 0
         self._due = hand_offs
         self._expect_next()
@@ -53,7 +53,7 @@ class Arrivals:
         tensors = self._inbox.take((MICRO_BATCH, self._taken))
         self._taken += 1
         self._expect_next()
-        return HandOff.from_tuple(tensors)
+        return HandOff(*tensors)
 
     def _expect_next(self) -> None:
         if self._expected < self._due:
@@ -63,7 +63,7 @@ class Arrivals:
 
 
 class Departures:
-    """The hand-offs on their way out, checked against what the peer expects.
+    """The outgoing hand-offs, checked against what the peer expects.
 
     Args:
         name: of the edge, for errors.
@@ -74,7 +74,7 @@ class Departures:
         self._name, self._outbox, self._expected = name, outbox, _described(expected)
 
     def send(self, hand_off: HandOff) -> None:
-        """Start one hand-off; waits only for the one before the last.
+        """Start to send one hand-off; waits only for the one before the last.
 
         Raises:
             TransportError: a tensor is not what the peer expects, or an earlier transfer failed.
@@ -89,7 +89,7 @@ class Departures:
         self._outbox.send(*tensors, in_flight=SENDS_IN_FLIGHT)
 
     def finish(self) -> None:
-        """Wait until everything has left."""
+        """Wait until everything is sent."""
         self._outbox.finish()
 
 
@@ -129,7 +129,7 @@ class Exchange:
         self._watch = PeerWatch(_neighbors(grid), timeout_s) if watches else None
         errors = partial(_failed, "hand-offs and sums of this step")
         self._waits = DeviceWaits(self.rules, device, timeout_s, errors, self._watch)
-        # Every rank makes every group, in one order, as torch wants it. Then neighbors make their connections.
+        # torch requires that every rank makes every group, in the same order. Then neighbors connect.
         pairs = [pair for ranks in grid.pipe_groups() for pair in enumerate(itertools.pairwise(ranks))]
         made = [[new_group(ranks, self.rules, timeout_s) for _ in ("down", "up")] for _, ranks in pairs]
         for (stage, ranks), groups in zip(pairs, made, strict=True):
@@ -137,20 +137,20 @@ class Exchange:
                 self._open(stage, *ranks, *groups)
 
     def begin(self, instructions: Sequence[schedule.PipeInstruction]) -> None:
-        """Open a schedule: say how many hand-offs will come."""
+        """Begin a schedule: count the hand-offs that will arrive."""
         counts = Counter(type(instruction) for instruction in instructions)
         for arrivals, kind in ((self.activations_in, schedule.RecvActivation), (self.gradients_in, schedule.RecvGrad)):
             if arrivals is not None:
                 arrivals.expect(counts[kind])
 
     def finish(self) -> None:
-        """Close a schedule: everything has left, errors have surfaced."""
+        """End a schedule: wait until everything is sent; errors are raised here at the latest."""
         for departures in (self.activations_out, self.gradients_out):
             if departures is not None:
                 departures.finish()
 
     def wait_for_device(self, doing: str) -> None:
-        """Return when the device has done everything enqueued so far, with the limit of every wait; at once on gloo.
+        """Wait until the device has done everything enqueued so far, with a time limit. Returns at once on gloo.
 
         Raises:
             TransportError: a neighbor has ended, or the time is up.
@@ -158,7 +158,7 @@ class Exchange:
         self._waits.wait(doing)
 
     def close(self) -> None:
-        """Part from the ranks that are watched, which do the same."""
+        """End the watch of other ranks. All ranks call this at the same time."""
         if self._watch is not None:
             self._watch.close(self._timeout_s)
 
@@ -211,7 +211,7 @@ def _described(hand_off: HandOff) -> str:
 
 
 def _neighbors(grid: Grid) -> list[int]:
-    """The ranks that this one watches: its pipeline neighbors, and a ring through all ranks."""
+    """The ranks that this one watches: its pipeline neighbors, and its neighbors in a ring of all ranks."""
     rank, size, place = dist.get_rank(), grid.world_size, grid.coordinate(dist.get_rank())
     stages = (place.pipe - 1, place.pipe + 1)
     pipe = [grid.rank(stage, place.data, place.tensor) for stage in stages if 0 <= stage < grid.pipe]
@@ -220,12 +220,12 @@ def _neighbors(grid: Grid) -> list[int]:
 
 @contextmanager
 def _failed(name: str, doing: str, peer: int | None) -> Iterator[None]:
-    """Name an edge in what torch says of a transfer."""
+    """Add the name of an edge to torch's error about a transfer."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, TransportError) or peer is None:
-            raise  # `naming_lost_peers` names the rest
+            raise  # `naming_lost_peers` handles the rest
         raise TransportError(
             f"{name}: the transfer failed; look for the first error of rank {peer}, or raise "
             f"parallel.timeout_s if that rank is merely slow"

@@ -36,13 +36,8 @@ class HandOff:
     input_ids: Tensor | None = None
 
     def to_tuple(self) -> tuple[Tensor, ...]:
-        """The tensors that travel between stages, the float one first."""
+        """The tensors that travel between stages, the float one first; `HandOff(*tensors)` is the inverse."""
         return (self.memory,) if self.input_ids is None else (self.memory, self.input_ids)
-
-    @staticmethod
-    def from_tuple(tensors: tuple[Tensor, ...]) -> "HandOff":
-        """The inverse of `to_tuple`."""
-        return HandOff(*tensors)
 
 
 def expected_hand_off(model: ModelConfig, micro_batch_size: int, sequence_length: int, dtype: torch.dtype) -> HandOff:
@@ -106,11 +101,6 @@ class SharedCoreLayer(nn.Module):
     def forward(self, section_input: SectionInput) -> SectionInput:
         """Lend the layers to the section that follows."""
         return replace(section_input, shared_core=self.layers)
-
-
-def lend_core(layer: SharedCoreLayer, section_input: SectionInput) -> SectionInput:
-    """The same for a later section."""
-    return layer(section_input)
 
 
 class SectionLayer(nn.Module):
@@ -183,7 +173,7 @@ class SectionPipeline(CutPipeline):
 
         Returns: logits on the last stage, a hand-off as a tuple on earlier ones.
         """
-        outputs = super().forward(HandOff.from_tuple(inputs) if isinstance(inputs, tuple) else inputs)
+        outputs = super().forward(HandOff(*inputs) if isinstance(inputs, tuple) else inputs)
         return outputs.to_tuple() if isinstance(outputs, HandOff) else outputs
 
     def canonical_parameters(self) -> dict[str, nn.Parameter]:
@@ -213,7 +203,7 @@ def _layer_specs(
         if index == 0 or model.staggered:
             specs.append(_embedding_spec(model, parallel, None if index == 0 else embed_again))
         if model.share_section_weights:
-            specs.append(_core_spec(model, parallel, None if index == 0 else lend_core))
+            specs.append(_core_spec(model, parallel, None if index == 0 else SharedCoreLayer.forward))
         specs.append(LayerSpec(SectionLayer, model, index, parallel, checkpoint_layers=checkpoint_layers))
     if model.tie_word_embeddings:
         specs.append(_embedding_spec(model, parallel, lend_embedding))

@@ -161,13 +161,13 @@ class SectionEngine(PipelineEngine):
         return InferenceSchedule(micro_batches, self.num_stages, self.stage_id)
 
     def _exec_send_activations(self, buffer_id: int) -> None:
-        self.exchange.send_activations(HandOff.from_tuple(self.pipe_buffers["outputs"][buffer_id]))
+        self.exchange.send_activations(HandOff(*self.pipe_buffers["outputs"][buffer_id]))
 
     def _exec_recv_activations(self, buffer_id: int) -> None:
         self.pipe_buffers["inputs"][buffer_id] = self.exchange.receive_activations().to_tuple()
 
     def _exec_send_grads(self, buffer_id: int) -> None:
-        self.exchange.send_gradients(HandOff.from_tuple(self.pipe_buffers["inputs"][buffer_id]))
+        self.exchange.send_gradients(HandOff(*self.pipe_buffers["inputs"][buffer_id]))
         self.pipe_buffers["inputs"][buffer_id] = None
 
     def _exec_recv_grads(self, buffer_id: int) -> None:
