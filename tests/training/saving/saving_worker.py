@@ -34,11 +34,11 @@ HELD_S = 0.4
 
 @dataclass
 class SavingReport:
-    """What one rank saw.
+    """The results of one rank.
 
     Attributes:
-        error: of the save that was meant to fail, as text.
-        votes: that this rank gave, in order.
+        error: of the save that must fail, as text.
+        votes: of this rank, one after the other.
         listed: entries of the checkpoints folder, sorted.
         most_at_once: files that were written at the same time.
         seconds: of the calls, by name.
@@ -54,7 +54,7 @@ class SavingReport:
 
 
 class Rank:
-    """One scenario on a rank: a saver with a folder of its own, and the engine of the case."""
+    """One scenario on a rank: its own saver and folder, and the engine of the case."""
 
     def __init__(self, case: Case, groups: Groups, engine: SectionEngine, folder: Path):
         self.case, self.groups, self.engine = case, groups, engine
@@ -73,13 +73,13 @@ class Rank:
         return TrainingState(step, 8 * step, 800, (grid.pipe, grid.data, grid.tensor))
 
     def timed(self, name: str, action: Callable[[], object]) -> None:
-        """Run and keep the seconds."""
+        """Run and record the seconds."""
         started = time.perf_counter()
         action()
         self.report.seconds[name] = time.perf_counter() - started
 
     def failing(self, action: Callable[[], object]) -> None:
-        """Run what must fail on every rank."""
+        """Run an action that must fail on every rank."""
         try:
             action()
         except CheckpointError as error:
@@ -87,7 +87,7 @@ class Rank:
             self.report.error = str(error)
 
     def look(self) -> SavingReport:
-        """The report, with what is on the disk now."""
+        """The report, with the files that are on the disk now."""
         self.saver.close()
         dist.barrier(group=self.groups.control)
         checkpoints = Path(self.config.folder) / "checkpoints"
@@ -118,8 +118,8 @@ def run_scenarios(payload: tuple[list[Case], Path]) -> dict[str, SavingReport]:
 def same_content(rank: Rank) -> None:
     """A synchronous and an asynchronous save of the same moment, twice; training continues during the second."""
     for step in (1, 2):
-        twin = rank.config.model_copy(update={"name": f"{rank.config.name}-synchronous"})
-        save_checkpoint(rank.engine, rank.groups, twin, rank.state(step))
+        synchronous = rank.config.model_copy(update={"name": f"{rank.config.name}-synchronous"})
+        save_checkpoint(rank.engine, rank.groups, synchronous, rank.state(step))
         release = threading.Event()
         with _held(rank.report, release):
             rank.saver.save(rank.state(step))
@@ -130,7 +130,7 @@ def same_content(rank: Rank) -> None:
 
 
 def one_at_a_time(rank: Rank) -> None:
-    """A save that comes while the files of another one are written."""
+    """A save that is requested while the files of another one are written."""
     release = threading.Event()
 
     def second() -> None:
@@ -144,7 +144,7 @@ def one_at_a_time(rank: Rank) -> None:
 
 
 def waited_for(rank: Rank) -> None:
-    """`wait` and `asynchronous: false` leave nothing under way."""
+    """`wait` and `asynchronous: false` complete the save before they return."""
     rank.saver.save(rank.state(1), wait=True)
     assert not rank.saver.under_way
     checkpoint = rank.config.checkpoint.model_copy(update={"asynchronous": False})

@@ -10,7 +10,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.reference.variants import VARIANTS
-from tests.training.comparison import whole
+from tests.training.comparison import full_tensors
 from tests.training.parity_cases import Case, label
 from tests.training.saving.reshard_worker import Leg, LegReport
 
@@ -88,8 +88,8 @@ def test_training_resumes_on_another_grid(
     before = saved(runs)[journey(leg)]
     after = resumed(runs)[journey(replace(leg, case=replace(case, grid=end)))]
     vocabulary = case.model_keys["vocab_size"]
-    expected = whole([(rank.place, rank.parameters) for rank in before], vocabulary)
-    found = whole([(rank.place, rank.parameters) for rank in after], vocabulary)
+    expected = full_tensors([(rank.place, rank.parameters) for rank in before], vocabulary)
+    found = full_tensors([(rank.place, rank.parameters) for rank in after], vocabulary)
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     assert {rank.step for rank in after} == {STEPS}

@@ -1,4 +1,4 @@
-"""What may change between a checkpoint and the run that goes on from it, and what is refused."""
+"""Which keys may change between a checkpoint and the run that resumes from it, and which are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def config(**sections: dict[str, Any]) -> RunConfig:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """What is read of a checkpoint after 8 steps of a run that was begun for 96 samples."""
+    """The files of a checkpoint that are read, after 8 steps of a run that was started with 96 samples."""
     (tmp_path / CONFIG).write_text(dump_config(config()))
     TrainingState(8, 64, 96, (2, 1, 1), data_identity=CORPORA, tokenizer=TOKENIZER).write(tmp_path)
     return tmp_path

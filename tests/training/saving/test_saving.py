@@ -159,7 +159,7 @@ def test_a_copy_holds_the_values_of_its_moment_and_reuses_memory() -> None:
 
 
 class OnDevice(Tensor):
-    """A tensor that says it lies on a GPU."""
+    """A tensor that claims to be on a GPU."""
 
     is_cuda = True  # type: ignore[assignment]
 

@@ -68,8 +68,8 @@ def test_members_of_enums_as_early_python_stores_them_are_read_and_no_other_attr
     torch.save({"zero_stage": AsEarlyPython311(ZeroStageEnum, "optimizer_states")}, path)
     assert load_checkpoint_file(str(path))["zero_stage"] is ZeroStageEnum.optimizer_states
     assert load_file(path)["zero_stage"] == 1
-    for stranger in (AsEarlyPython311(ZeroStageEnum, "__subclasses__"), AsEarlyPython311({}, "get")):
-        torch.save({"zero_stage": stranger}, path)
+    for unknown in (AsEarlyPython311(ZeroStageEnum, "__subclasses__"), AsEarlyPython311({}, "get")):
+        torch.save({"zero_stage": unknown}, path)
         for read in (load_file, load_checkpoint_file):
             with pytest.raises(CheckpointError, match="is no plain tensor file"):
                 read(path)  # type: ignore[arg-type, operator]
