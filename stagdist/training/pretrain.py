@@ -82,18 +82,12 @@ def pretrain(
     groups = start_distributed(grid, device, config.parallel.timeout_s, deterministic=config.training.deterministic)
     tokenizer = load_tokenizer(config.data.tokenizer)
     identity = training_identity(config.data, tokenizer)
-    checkpoint = newest_complete(Path(config.folder) / "checkpoints", groups)
+    checkpoint = _checkpoint_to_resume(config, groups)
     if checkpoint is not None:
-        if config.checkpoint.resume == "never":
-            problem = f"{checkpoint} exists and checkpoint.resume is never; choose another name for the run"
-            raise shared(ConfigError(problem))
         config = resumed_config(config, checkpoint, identity, tokenizer.fingerprint)
+    length, vocab_size = config.sequence_length, config.model.vocab_size
     splits = build_splits(
-        config.data,
-        sequence_length=config.sequence_length,
-        num_samples=split_sizes(config),
-        tokenizer=tokenizer,
-        vocab_size=config.model.vocab_size,
+        config.data, sequence_length=length, num_samples=split_sizes(config), tokenizer=tokenizer, vocab_size=vocab_size
     )
     engine = build_engine(config, groups, pulse)
     sizes, fingerprint = (grid.pipe, grid.data, grid.tensor), tokenizer.fingerprint
@@ -116,6 +110,14 @@ def pretrain(
     engine.exchange.close()
     stop_distributed()
     return outcome
+
+
+def _checkpoint_to_resume(config: RunConfig, groups: Groups) -> Path | None:
+    checkpoint = newest_complete(Path(config.folder) / "checkpoints", groups)
+    if checkpoint is not None and config.checkpoint.resume == "never":
+        problem = f"{checkpoint} exists and checkpoint.resume is never; choose another name for the run"
+        raise shared(ConfigError(problem))
+    return checkpoint
 
 
 def _load(

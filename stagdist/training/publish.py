@@ -23,7 +23,7 @@ from stagdist.errors import CheckpointError, StagdistError
 from stagdist.parallel.groups import Groups
 from stagdist.parallel.layout import ParameterSpec, model_parameters, stage_layout
 from stagdist.telemetry.pulse import Phase, beating
-from stagdist.training.engine.agreement import on_every_rank, shared, while_others_wait
+from stagdist.training.engine.agreement import Result, on_every_rank, shared, while_others_wait
 from stagdist.training.engine.distributed import bring_to_first
 from stagdist.training.engine.section_engine import SectionEngine
 from stagdist.training.engine_logits import engine_logits
@@ -42,13 +42,11 @@ def export_model(
     directory: Path,
     tokens: TextTokens | None = None,
 ) -> None:
-    """Write the weights as a model directory. Called on every rank.
+    """Write the weights as a model directory; replaces that of an earlier end of this run. Called on every rank.
 
     Rank 0 gathers the weights tensor by tensor, writes them to a temporary folder, verifies them, and renames it.
     Every tensor is read back and compared. The logits of the written directory on some real text, by a plain forward
-    pass, must be those of the engine that trained it, within the engine's precision.
-
-    Replaces the model directory that an earlier end of this run has written, and nothing else.
+    pass, must be those of the engine, within its precision.
 
     Args:
         tokens: of the model that the run began from, if it names them.
@@ -62,15 +60,14 @@ def export_model(
     track = beating(engine.pulse, Phase.EXPORT)
     engine.pulse.beat(Phase.EXPORT)
     with ExitStack() as held:
-        export: _Export | None = None
 
-        def begin() -> None:
-            nonlocal export
-            if dist.get_rank() == 0:
-                staged = held.enter_context(staged_folder(directory, "model", Options(overwrite=True)))
-                export = held.enter_context(_Export(directory, staged, model, dtype, tokenizer, tokens))
+        def begin() -> _Export | None:
+            if dist.get_rank() != 0:
+                return None
+            staged = held.enter_context(staged_folder(directory, "model", Options(overwrite=True)))
+            return held.enter_context(_Export(directory, staged, model, dtype, tokenizer, tokens))
 
-        on_every_rank(groups.control, _with_os_errors(begin), _failed)
+        export = on_every_rank(groups.control, _with_os_errors(begin), _failed)
         for spec in track(model_parameters(model), "gathering"):
             # Gather to the end even when a write has failed: the other ranks are sending.
             tensor = _gather(spec, parameters, groups, model)
@@ -104,12 +101,12 @@ def _failed(reason: str) -> CheckpointError:
     )
 
 
-def _with_os_errors(action: Callable[[], None]) -> Callable[[], None]:
+def _with_os_errors(action: Callable[[], Result]) -> Callable[[], Result]:
     """The same action with our errors as OSErrors, which `on_every_rank` raises on all ranks."""
 
-    def run() -> None:
+    def run() -> Result:
         try:
-            action()
+            return action()
         except StagdistError as error:
             raise OSError(str(error)) from error
 

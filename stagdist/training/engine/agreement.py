@@ -113,6 +113,13 @@ class Agreement:
         return Agreed(bad, int(votes[0]), bool(votes[1]), bool(votes[2]), Writing(int(votes[3])))
 
 
+def first_problem(control: dist.ProcessGroup, problem: str | None) -> str | None:
+    """The problem of the first rank that has one, the same on every rank; None if no rank has."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem, group=control)
+    return next((found for found in problems if found is not None), None)
+
+
 def on_every_rank(
     control: dist.ProcessGroup, action: Callable[[], Result], explain: Callable[[str], StagdistError]
 ) -> Result:
@@ -129,9 +136,7 @@ def on_every_rank(
         result = action()
     except OSError as error:
         failure = f"rank {dist.get_rank()}: {_message(error)}"
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure, group=control)
-    first = next((found for found in failures if found is not None), None)
+    first = first_problem(control, failure)
     if first is not None:
         raise shared(explain(first))
     return cast(Result, result)  # set, because the action did not fail

@@ -27,7 +27,7 @@ from stagdist.checkpoint.training.stage_files import tensor_files
 from stagdist.config.parts import OptimizerConfig
 from stagdist.errors import CheckpointError, ConfigError, StagdistError
 from stagdist.parallel.groups import Groups
-from stagdist.training.engine.agreement import shared, while_others_wait
+from stagdist.training.engine.agreement import first_problem, shared, while_others_wait
 from stagdist.training.engine.deepspeed_adapter import FILE_CLASSES, FileReader
 from stagdist.training.engine.section_engine import SectionEngine
 
@@ -88,9 +88,7 @@ def _shared_damage(path: Path, groups: Groups) -> str | None:
         reason = str(error)
     except ConfigError as error:
         raise shared(ConfigError(f"{path}: {error}")) from error
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason, group=groups.control)
-    return next((found for found in reasons if found is not None), None)
+    return first_problem(groups.control, reason)
 
 
 def load_checkpoint(
@@ -151,8 +149,6 @@ def _check_readable(checkpoint: Path, engine: SectionEngine) -> None:
             reader.file(name)
     except StagdistError as error:
         problem = str(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem, group=engine.control)
-    first = next((found for found in problems if found is not None), None)
+    first = first_problem(engine.control, problem)
     if first is not None:
         raise shared(CheckpointError(first))
