@@ -82,7 +82,7 @@ test-all: ruff ## The same with the slow tests, for every night
 
 reshard-matrix: export OMP_NUM_THREADS := 1
 reshard-matrix: $(STAMP) ## Train on every grid, convert to every other, compare losses
-	$(BIN)/python -m tests.training.reshard_matrix --output benchmarks/results/reshard-matrix.json
+	$(BIN)/python -m tests.training.saving.reshard_matrix --output benchmarks/results/reshard-matrix.json
 
 gpu-check: $(STAMP) ## Everything that only a GPU can show, 9 minutes at most (OUTPUT=FILE ONLY="names" NCCL=library)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.gpu.check $(if $(ONLY),--only $(ONLY)) \

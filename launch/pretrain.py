@@ -15,7 +15,7 @@ STARTED_AT = time.monotonic()
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check everything that needs no process group, then train."""
+    """Check configuration and data, then train."""
     from stagdist.config.loading import load_config
     from stagdist.parallel.grid import grid_for
     from stagdist.parallel.world import join_launcher
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     from stagdist.parallel.world import choose_device
 
     device = choose_device(config.parallel.device, world.local_rank, option="parallel.device")
-    # Spares DeepSpeed its own guess, which on a GPU machine would overrule parallel.device: cpu.
+    # Otherwise DeepSpeed would choose, and on a GPU machine override parallel.device: cpu.
     os.environ["DS_ACCELERATOR"] = device.partition(":")[0]
 
     from stagdist.training.pretrain import check_before_start, pretrain
@@ -41,13 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
     setup_logging(world.rank, config.folder)
     outcome = pretrain(config, grid, device, STARTED_AT, pulse, trust_pickle=arguments.trust_pickle)
     if world.rank == 0:
-        done = "finished" if outcome.finished else "stopped, the same command goes on from here"
+        done = "finished" if outcome.finished else "stopped, the same command resumes from here"
         print(f"{config.folder}: {done} at step {outcome.state.step} of {config.training.steps}", file=sys.stderr)
     return 0
 
 
 def main() -> int:
-    """Exit code: 0 done or stopped in order, 1 a failure while running, 2 something to mend first."""
+    """Exit code: 0 done or stopped as requested, 1 an error while running, 2 an error of configuration or data."""
     from stagdist.errors import ConfigError, DataError, StagdistError
     from stagdist.parallel.ranks_parser import pretrain_arguments
 
@@ -61,7 +61,7 @@ def main() -> int:
             return code
         return run(arguments)
     except StagdistError as error:
-        if _speaks(error):
+        if _prints(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError | DataError) else 1
     except SystemExit as end:  # --help
@@ -73,11 +73,11 @@ def main() -> int:
         return 1
 
 
-def _speaks(error: "StagdistError") -> bool:
-    """Whether this rank prints an error that other ranks may meet as well.
+def _prints(error: "StagdistError") -> bool:
+    """Whether this rank prints an error that other ranks may raise as well.
 
-    The first rank of a host speaks at once. The others wait: normally the launcher ends them before their turn, and
-    what they alone have met is still told.
+    The first rank of a host prints at once. The others wait, and normally the launcher ends them before they print. An
+    error that only they have raised is printed then.
     """
     from stagdist.errors import TransportError
     from stagdist.parallel.world import OTHERS_WAIT_S
@@ -95,6 +95,6 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
-        # Peers may wait for this rank in a collective; leaving at once is what tells them.
+        # Other ranks may wait for this one in a collective. They notice when the process ends, so it must end at once.
         os._exit(code)
     sys.exit(code)

@@ -41,7 +41,7 @@ LLAMA3 = {
     "factor": 4.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,  # one wavelength is kept, one lies between, one is stretched
+    "original_max_position_embeddings": 32,  # one wavelength is kept, one is in between, one is stretched
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -239,10 +239,10 @@ def test_depth_widens_the_window_backwards_but_never_forwards(stagger: int) -> N
 def test_logits_of_a_prefix_do_not_change_with_what_follows(variant: dict[str, Any]) -> None:
     config = BASE | variant
     parameters, input_ids = perturbed(config), tokens(2, 9)
-    whole = forward(parameters, config, input_ids)
+    full = forward(parameters, config, input_ids)
     for length in (1, 2, 5):
         prefix = forward(parameters, config, input_ids[:, :length])
-        torch.testing.assert_close(prefix, whole[:, :length], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(prefix, full[:, :length], rtol=1e-12, atol=1e-12)
 
 
 # --- the variants against one another ---------------------------------------------------------------------------
@@ -264,11 +264,11 @@ def test_without_cross_attention_the_last_section_alone_is_a_llama_over_the_embe
     parameters = perturbed(config)
     for layer in range(2):
         parameters[f"sections.1.layers.{layer}.cross_attention.o_proj.weight"].zero_()
-    alone = BASE | {"section_layers": [2], "connection": "sequential"}
+    single = BASE | {"section_layers": [2], "connection": "sequential"}
     renamed = {name.replace("sections.1.", "sections.0."): value for name, value in parameters.items()}
     renamed |= {name: parameters[name] for name in ("embedding.weight", "output_norm.weight", "head.weight")}
     ids = tokens(2, 9)
-    torch.testing.assert_close(forward(parameters, config, ids), forward(renamed, alone, ids), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(forward(parameters, config, ids), forward(renamed, single, ids), rtol=1e-12, atol=1e-12)
 
 
 def test_shared_weights_equal_separate_copies_of_the_shared_tensors() -> None:
@@ -376,16 +376,16 @@ def test_training_equals_torch_adamw_with_torch_clipping(max_grad_norm: float) -
     assert min(norms) > 0.3  # clipping happened
     for name, value in leaves.items():
         torch.testing.assert_close(record.parameters[name], value.detach(), rtol=1e-10, atol=1e-12, msg=name)
-        assert torch.equal(start[name], perturbed(config)[name])  # the caller's tensors are left alone
+        assert torch.equal(start[name], perturbed(config)[name])  # the caller's tensors are not changed
 
 
 def test_a_continued_optimizer_equals_an_uninterrupted_run() -> None:
     batches, rates = [tokens(2, 8, seed) for seed in range(4)], [1e-2] * 4
-    whole = train(perturbed(BASE), BASE, batches, rates)
+    complete = train(perturbed(BASE), BASE, batches, rates)
     half = train(perturbed(BASE), BASE, batches[:2], rates[:2])
     rest = train(half.parameters, BASE, batches[2:], rates[2:], optimizer=half.optimizer)
-    assert half.losses + rest.losses == whole.losses
-    assert all(torch.equal(rest.parameters[name], value) for name, value in whole.parameters.items())
+    assert half.losses + rest.losses == complete.losses
+    assert all(torch.equal(rest.parameters[name], value) for name, value in complete.parameters.items())
 
 
 def test_a_tied_matrix_gets_the_sum_of_both_gradients_and_counts_once_in_the_norm() -> None:

@@ -28,7 +28,6 @@ class SaveSite(RankSite):
         signals, started = StopSignals(), time.monotonic()
         self._agreement = Agreement(self.groups.control, signals, config.training, config.checkpoint, started)
         self._agreed = Agreed((), 0, False, False)
-        self._engine.gate = self._gate
         self._train()  # the first step makes the optimizer's moments
 
     def run(self, name: str, *, together: bool) -> dict[str, Any]:
@@ -64,7 +63,7 @@ class SaveSite(RankSite):
 
     def _train(self) -> float:
         started = time.perf_counter()
-        float(self._engine.train_batch(self._batches))
+        float(self._engine.train_batch(self._batches, self._gate))
         self.synchronize()  # the loss is known before the update is done
         self._done += 1
         return time.perf_counter() - started

@@ -26,9 +26,11 @@ from stagdist.parallel.grid import grid_for
 from stagdist.parallel.world import choose_device
 from stagdist.telemetry.pulse import Pulse
 from stagdist.training.engine.distributed import start_distributed, stop_distributed
-from stagdist.training.engine.exchange import hand_off_kinds
+from stagdist.training.engine.pipeline import expected_hand_off
 from stagdist.training.engine.section_engine import SectionEngine, build_engine
-from stagdist.training.saving.resume import load_checkpoint, newest_complete, on_this_grid, resumed_config
+from stagdist.training.saving.other_grid import on_this_grid
+from stagdist.training.saving.resume import load_checkpoint, newest_complete
+from stagdist.training.saving.resumed_config import resumed_config
 from stagdist.training.saving.save import save_checkpoint
 
 Reading = dict[str, float]
@@ -92,8 +94,9 @@ class TrainSite(RankSite):
         ).train  # fmt: skip
         if checkpoint is not None:
             with on_this_grid(checkpoint, config, self.groups, Pulse()) as fitting:
-                load_checkpoint(self.engine(config), fitting, config)
-        self._carried = hand_off_kinds(config, torch.float32)[0].shape
+                load_checkpoint(self.engine(config), fitting, config.optimizer)
+        batch, length = config.training.micro_batch_size, config.sequence_length
+        self._carried = tuple(expected_hand_off(config.model, batch, length, torch.float32).memory.shape)
         self._contestants: dict[str, Callable[[], Reading]] = {}
         self.started = {
             "started_s": time.perf_counter() - started,

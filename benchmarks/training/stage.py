@@ -11,7 +11,7 @@ from stagdist.errors import ConfigError
 from stagdist.model.megatron import TensorParallel
 from stagdist.model.stagformer import fill_parameters, head_canonical_name, section_canonical_name
 from stagdist.parallel.layout import stage_layout
-from stagdist.training.engine.pipeline import EmbeddingLayer, HeadLayer, SectionInput, SectionLayer, mean_nats
+from stagdist.training.engine.pipeline import EmbeddingLayer, HandOff, HeadLayer, SectionInput, SectionLayer, mean_nats
 
 
 class StageModule(nn.Module):
@@ -31,7 +31,7 @@ class StageModule(nn.Module):
         layout = stage_layout(config.model, num_stages, stage)
         self.first, self.parallel, self.tied_head = stage == 0, parallel, layout.tied_head
         self.embedding = EmbeddingLayer(config.model, parallel)
-        self.sections = nn.ModuleList(SectionLayer(config, index, parallel) for index in layout.sections)
+        self.sections = nn.ModuleList(SectionLayer(config.model, index, parallel) for index in layout.sections)
         self.head = HeadLayer(config.model, parallel) if layout.head else None
         fill_parameters(self._canonical_parameters(), config.model, parallel, config.training.seed)
 
@@ -45,11 +45,11 @@ class StageModule(nn.Module):
         assert tokens is not None, "a later stage needs its tokens by name"
         memory = None if self.first else carry
         for section in self.sections:
-            memory, _ = section(SectionInput(memory, tokens, self.embedding.embedding(tokens)))
+            memory = section(SectionInput(memory, tokens, self.embedding.embedding(tokens))).memory
         assert memory is not None
         if self.head is None:
             return memory
-        handed = (memory, tokens)
+        handed = HandOff(memory, tokens)
         return self.head((handed, self.embedding.embedding.weight) if self.tied_head else handed)
 
     def _canonical_parameters(self) -> dict[str, nn.Parameter]:

@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary embeddings, for self- and cross-attention alike."""
+"""Grouped-query attention with rotary embeddings, for self-attention and cross-attention."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from stagdist.model.rotary import rotate
 
 
 def window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Causal mask of a sliding window, True where a query may look; None when plain causal is meant.
+    """Causal mask of a sliding window, True where a query may attend; None if the mask is plain causal.
 
     Query i sees slots i - window + 1 to i. Shapes: bool [S, S].
     """

@@ -1,7 +1,7 @@
 """Cross-entropy over a vocabulary that is split over the tensor ranks.
 
-megatron-core has the same, but takes its group from global state that only its `initialize_model_parallel` sets, and
-that makes 17 process groups.
+megatron-core has the same function, but takes its group from global state that only `initialize_model_parallel` sets,
+which makes 17 process groups.
 """
 
 import torch
@@ -21,7 +21,7 @@ def token_nats(logits: Tensor, labels: Tensor, parallel: TensorParallel) -> Tens
 
 
 class _TokenNats(torch.autograd.Function):
-    """The logits' memory becomes the softmax, and in the backward pass the gradient."""
+    """Reuses the logits' memory for the softmax, and in the backward pass for the gradient."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor, parallel: TensorParallel) -> Tensor:

@@ -9,9 +9,9 @@ from stagdist.parallel.layout import ParameterSpec, padded_vocab_size
 
 
 def initial_value(spec: ParameterSpec, seed: int) -> Tensor:
-    """The whole parameter, fp32 on the CPU, drawn from a generator of its own.
+    """The full parameter, fp32 on the CPU.
 
-    The generator is keyed by (seed, canonical name), so a value depends on nothing else.
+    Each parameter has its own generator, seeded with (seed, canonical name), so its values depend on nothing else.
     """
     if spec.std is None:
         return torch.full(spec.shape, spec.fill)
@@ -21,7 +21,7 @@ def initial_value(spec: ParameterSpec, seed: int) -> Tensor:
 
 
 def local_slice(value: Tensor, spec: ParameterSpec, tensor_rank: int, tensor_size: int) -> Tensor:
-    """The part of a whole parameter that one tensor rank holds; a padded vocabulary ends in zeros.
+    """The part of a full parameter that one tensor rank holds; a padded vocabulary ends in zeros.
 
     Shapes: `spec.shape` -> `spec.local_shape(tensor_size)`.
     """

@@ -1,6 +1,6 @@
 """One layer of a section: self-attention, cross-attention to the memory where there is one, SwiGLU.
 
-A layer comes in two parts, because with shared weights the sections have the first in common and own the second.
+A layer has two parts: with shared weights, all sections share the first and each section has its own second.
 """
 
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ class SwiGLU(nn.Module):
         self.down_proj = RowParallel(model.intermediate_size, model.hidden_size, parallel)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Apply to the normalised residual stream."""
+        """Apply to the normalized residual stream."""
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
@@ -31,7 +31,7 @@ def rms_norm(model: ModelConfig, parallel: TensorParallel) -> nn.RMSNorm:
 
 
 class LayerCore(nn.Module):
-    """What every layer has: self-attention and SwiGLU with their norms."""
+    """The part that every layer has: self-attention and SwiGLU with their norms."""
 
     def __init__(self, model: ModelConfig, parallel: TensorParallel):
         super().__init__()
@@ -42,7 +42,7 @@ class LayerCore(nn.Module):
 
 
 class LayerCross(nn.Module):
-    """What a layer of a later section has besides: cross-attention with its norm."""
+    """The part that only layers of later sections have: cross-attention with its norm."""
 
     def __init__(self, model: ModelConfig, parallel: TensorParallel):
         super().__init__()
@@ -59,10 +59,10 @@ def run_layer(
     rotary: tuple[Tensor, Tensor],
     memory_mask: Tensor | None,
 ) -> Tensor:
-    """One layer over a whole sequence.
+    """Run one layer over a full sequence.
 
-    Shapes: hidden_states and memory [B, S, H] -> [B, S, H]. `memory` is shifted already and has entered the tensor
-    axis; `memory_mask` is None for plain causal cross-attention.
+    Shapes: hidden_states and memory [B, S, H] -> [B, S, H]. `memory` is already shifted and has passed
+    `enter_tensor_parallel`; `memory_mask` is None for plain causal cross-attention.
     """
     normed = enter_tensor_parallel(core.self_attention_norm(hidden_states), parallel)
     hidden_states = hidden_states + core.self_attention(normed, normed, rotary, None)

@@ -1,7 +1,7 @@
-"""Tensor-parallel layers on those of megatron-core.
+"""Tensor-parallel layers, derived from those of megatron-core.
 
-Layers here keep their weights unsharded by nothing but the tensor axis, take and give `[B, S, H]`, and leave
-initialisation to `stagdist/model/initialization.py`, so that values do not depend on the grid.
+Weights are sharded over the tensor axis only. Inputs and outputs are `[B, S, H]`. Weights are initialized in
+`stagdist/model/initialization.py`, so that their values do not depend on the grid.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class TensorParallel:
 
     Attributes:
         group: process group of the ranks that split the same matrices.
-        dtype: dtype of newly made parameters.
+        dtype: of new parameters.
     """
 
     group: dist.ProcessGroup
@@ -39,13 +39,13 @@ class TensorParallel:
 
     @property
     def rank(self) -> int:
-        """Place of this process in the group."""
+        """Rank of this process in the group."""
         return self.group.rank()
 
     def layer_config(self) -> ModelParallelConfig:
-        """What megatron-core's layers are told.
+        """The configuration of megatron-core's layers.
 
-        CPU initialisation is the path that needs no CUDA device; the engine moves the weights afterwards.
+        CPU initialization needs no CUDA device; the engine moves the weights afterwards.
         """
         return ModelParallelConfig(
             tensor_model_parallel_size=self.size,
@@ -59,7 +59,7 @@ class TensorParallel:
 
 
 def _no_initialization(weight: Tensor) -> None:
-    raise AssertionError("weights are initialised by name, not by the layer")
+    raise AssertionError("weights are initialized by name, not by the layer")
 
 
 class ColumnParallel(ColumnParallelLinear):
@@ -76,7 +76,7 @@ class ColumnParallel(ColumnParallelLinear):
             init_method=_no_initialization,
             bias=False,
             skip_weight_param_allocation=not own_weight,
-            # Several projections read one input; its gradient is reduced once, where the input enters.
+            # Several projections read one input; `enter_tensor_parallel` reduces its gradient once.
             disable_grad_reduce=True,
             tp_group=parallel.group,
         )
@@ -84,7 +84,7 @@ class ColumnParallel(ColumnParallelLinear):
             set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, hidden_states: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Apply to `hidden_states`, with a tied `weight` when the layer has none of its own."""
+        """Apply to `hidden_states`, with a tied `weight` if the layer has none."""
         output, _ = super().forward(hidden_states, weight=weight)
         return output
 
@@ -132,7 +132,7 @@ class TokenEmbedding(VocabParallelEmbedding):
 
 
 class _ContiguousGradient(torch.autograd.Function):
-    """Identity whose gradient is contiguous: megatron-core's reduction drops the sum of one that is not."""
+    """Identity whose gradient is contiguous: megatron-core's reduction loses the sum of a gradient that is not."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, hidden_states: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def inverse_frequencies(model: ModelConfig) -> Tensor:
 
 
 def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Divide slow frequencies by the factor, keep fast ones, blend between."""
+    """Divide low frequencies by the factor, keep high ones, interpolate between."""
     wavelengths = 2 * math.pi / frequencies
     original = scaling.original_max_position_embeddings
     blend = (original / wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
@@ -42,7 +42,7 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions 0 to `length` - 1, each [S, D], computed in fp32 and given in `dtype`."""
+        """Cosines and sines of positions 0 to `length` - 1, each [S, D], computed in fp32 and returned in `dtype`."""
         return self.cos[:length].to(dtype), self.sin[:length].to(dtype)
 
 

@@ -1,6 +1,6 @@
-"""A section: consecutive layers over one residual stream, looking back at the previous section's output.
+"""A section: consecutive layers over one residual stream, with cross-attention to the previous section's output.
 
-It knows nothing of pipelines, ranks or steps: tensors in, tensors out.
+This module does not depend on pipelines, ranks or steps.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def layer_cores(model: ModelConfig, section: int, parallel: TensorParallel) -> n
 def shift_memory(memory: Tensor, null_memory: Tensor | None, stagger: int) -> Tensor:
     """Move the memory right by `stagger` positions; the gap holds the null vector.
 
-    Shapes: memory [B, S, H], null_memory [H] -> [B, S, H]. Source: design section 1.
+    Shapes: memory [B, S, H], null_memory [H] -> [B, S, H].
     """
     if stagger == 0:
         return memory
@@ -37,13 +37,13 @@ def shift_memory(memory: Tensor, null_memory: Tensor | None, stagger: int) -> Te
 
 
 class Section(nn.Module):
-    """The layers of one section, with memory norm and null vector where it has a memory.
+    """The layers of one section, with memory norm and null vector if it has a memory.
 
     Args:
-        model: shape of the whole model.
+        model: shape of the full model.
         index: which section, from 0.
         parallel: the tensor axis.
-        own_core: False when self-attention and SwiGLU come from a shared stack at every call.
+        own_core: False if self-attention and SwiGLU are passed to every call, from layers that all sections share.
         checkpoint_layers: recompute each layer in the backward pass.
     """
 
@@ -81,8 +81,8 @@ class Section(nn.Module):
 
         Args:
             hidden_states: [B, S, H], the token embeddings (sequential: the previous section's output).
-            previous: [B, S, H], output of the previous section, where this one has a memory.
-            shared_core: self-attention and SwiGLU of every layer, where the section does not own them.
+            previous: [B, S, H], output of the previous section, if this one has a memory.
+            shared_core: self-attention and SwiGLU of every layer, if the section has none of its own.
 
         Returns: [B, S, H], the section's output.
         """
@@ -90,7 +90,7 @@ class Section(nn.Module):
         memory = self._memory(previous) if self.has_memory else None
         mask = window_mask(hidden_states.shape[1], self.window, hidden_states.device) if self.has_memory else None
         cores = self.core if shared_core is None else shared_core
-        assert cores is not None, "a section without layers of its own needs the shared ones"
+        assert cores is not None, "a section without its own layers needs the shared ones"
         recompute = self.checkpoint_layers and torch.is_grad_enabled()
         # No operation of a layer draws random numbers, and saving the generator's state waits for the device.
         again = partial(checkpoint, run_layer, use_reentrant=False, preserve_rng_state=False)

@@ -1,6 +1,7 @@
-"""The whole model in one module, and the mapping between module names and canonical names."""
+"""The full model in one module, and the mapping from module names to canonical names."""
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class StagFormer(nn.Module):
 
 
 def fill_parameters(named: dict[str, nn.Parameter], model: ModelConfig, parallel: TensorParallel, seed: int) -> None:
-    """Give parameters, by canonical name, their initial values in place."""
+    """Set parameters, by canonical name, to their initial values."""
     specs = {spec.name: spec for spec in model_parameters(model)}
     for name, parameter in named.items():
         value = canonical_slice(specs, name, lambda spec: initial_value(spec, seed), parallel)
@@ -84,9 +85,14 @@ def fill_parameters(named: dict[str, nn.Parameter], model: ModelConfig, parallel
             parameter.copy_(value)
 
 
-def canonical_slice(specs: dict[str, ParameterSpec], name: str, whole, parallel: TensorParallel) -> Tensor:
-    """This rank's part of the parameter `name`; `whole(spec)` gives the global tensor."""
+def canonical_slice(
+    specs: dict[str, ParameterSpec],
+    name: str,
+    global_tensor: Callable[[ParameterSpec], Tensor],
+    parallel: TensorParallel,
+) -> Tensor:
+    """This rank's part of the parameter `name`; `global_tensor(spec)` returns the full parameter."""
     if name.startswith("section_mix."):
-        return whole(specs["section_mix"])[int(name.rsplit(".", 1)[1])].reshape(1)
+        return global_tensor(specs["section_mix"])[int(name.rsplit(".", 1)[1])].reshape(1)
     spec = specs[name]
-    return local_slice(whole(spec), spec, parallel.rank, parallel.size)
+    return local_slice(global_tensor(spec), spec, parallel.rank, parallel.size)

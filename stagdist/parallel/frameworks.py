@@ -2,9 +2,7 @@
 
 import warnings
 
-from stagdist.parallel.lean_imports import without_compiler, without_trackers
-
-with without_compiler(), without_trackers(), warnings.catch_warnings():
+with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of optional GPU packages
     from megatron.core import ModelParallelConfig
     from megatron.core.tensor_parallel import (

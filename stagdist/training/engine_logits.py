@@ -1,10 +1,9 @@
-"""Logits of the model as it was trained: through the pipeline, on every rank's own weights."""
+"""Logits of the trained model, computed through the pipeline on every rank's own weights."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stagdist.config.run_config import RunConfig
 from stagdist.parallel.groups import Groups
 from stagdist.parallel.layout import padded_vocab_size
 from stagdist.training.engine.distributed import bring_to_first
@@ -12,11 +11,11 @@ from stagdist.training.engine.pipeline import HeadLayer
 from stagdist.training.engine.section_engine import SectionEngine
 
 
-def engine_logits(engine: SectionEngine, groups: Groups, config: RunConfig, input_ids: Tensor) -> Tensor:
+def engine_logits(engine: SectionEngine, groups: Groups, vocab_size: int, input_ids: Tensor) -> Tensor:
     """Logits of one text by the engine's forward pass, in its own precision; called on every rank.
 
-    The text stands at the beginning of each sequence of one micro-batch. What fills up the sequence comes after it,
-    where a causal model cannot look.
+    The text is put at the beginning of each sequence of one micro-batch. The padding comes after it, where a causal
+    model cannot look.
 
     Args:
         input_ids: not longer than the run's sequences.
@@ -27,9 +26,8 @@ def engine_logits(engine: SectionEngine, groups: Groups, config: RunConfig, inpu
     Shapes: int64 [1, S] -> [1, S, V].
     """
     length, grid = input_ids.shape[1], groups.grid
-    size = (config.training.micro_batch_size, config.sequence_length)
-    tokens = torch.zeros(size, dtype=torch.int64, device=engine.device)
-    tokens[:, :length] = input_ids
+    padded = torch.zeros(engine.exchange.hand_off.memory.shape[-3:-1], dtype=torch.int64, device=engine.device)
+    padded[:, :length] = input_ids
     kept: list[Tensor] = []
 
     def keep(_layer: nn.Module, _inputs: object, logits: Tensor) -> None:
@@ -38,11 +36,11 @@ def engine_logits(engine: SectionEngine, groups: Groups, config: RunConfig, inpu
     heads = [layer for layer in engine.module.modules() if isinstance(layer, HeadLayer)]
     hooks = [head.register_forward_hook(keep) for head in heads]
     try:
-        engine.eval_batch(iter([(tokens, tokens)]), num_micro_batches=1)
+        engine.eval_batch(iter([(padded, padded)]), num_micro_batches=1)
     finally:
         for hook in hooks:
             hook.remove()
-    shape = (1, length, padded_vocab_size(config.model.vocab_size, grid.tensor) // grid.tensor)
+    shape = (1, length, padded_vocab_size(vocab_size, grid.tensor) // grid.tensor)
     slices = []
     for tensor_rank in range(grid.tensor):
         owner = grid.rank(grid.pipe - 1, 0, tensor_rank)
@@ -50,4 +48,4 @@ def engine_logits(engine: SectionEngine, groups: Groups, config: RunConfig, inpu
         slices.append(bring_to_first(groups.control, owner, mine, shape, torch.float32))
     if dist.get_rank() != 0:
         return torch.empty(0)
-    return torch.cat(slices, dim=-1)[..., : config.model.vocab_size]
+    return torch.cat(slices, dim=-1)[..., :vocab_size]

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from stagdist.config.parts import EvaluationConfig
 from stagdist.data.loader import BatchPlan, Loader
 from stagdist.parallel.device import on_cuda
 from stagdist.telemetry.score import TextScore
@@ -13,16 +14,20 @@ from stagdist.training.engine.section_engine import SectionEngine
 class HeldOut:
     """One held-out split, the same sequences at every evaluation.
 
-    Every sequence is a window without overlap: all its labels are scored, given what stands before them inside it.
+    Sequences do not overlap. All labels are scored, each given the tokens before it in its sequence.
     """
 
-    def __init__(self, dataset: Any, plan: BatchPlan, num_batches: int, token_bytes: np.ndarray):
-        self._dataset, self._plan, self._num_batches = dataset, plan, num_batches
-        self._token_bytes = token_bytes
+    def __init__(self, dataset: Any, plan: BatchPlan, evaluation: EvaluationConfig, token_bytes: np.ndarray):
+        self._dataset, self._plan, self._token_bytes = dataset, plan, token_bytes
+        self._num_batches, self._interval = evaluation.num_batches, evaluation.interval_steps
         self._size: tuple[int, int] | None = None
 
+    def due(self, step: int) -> bool:
+        """Whether `evaluation.interval_steps` asks for an evaluation after `step`."""
+        return self._interval > 0 and step % self._interval == 0
+
     def score(self, engine: SectionEngine) -> TextScore:
-        """Evaluate on all ranks; every rank gets the result."""
+        """Evaluate on all ranks and return the result on all ranks."""
         loader = Loader(self._dataset, self._plan, pin_memory=on_cuda(engine.device))
         try:
             means = []

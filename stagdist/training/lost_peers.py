@@ -1,4 +1,4 @@
-"""What a rank says when another one has ended or does not answer."""
+"""The error that a rank raises when another rank has ended or does not respond."""
 
 import logging
 from collections.abc import Iterator
@@ -16,20 +16,20 @@ LOG = logging.getLogger(__name__)
 
 @contextmanager
 def naming_lost_peers(groups: Groups, timeout_s: float, doing: str) -> Iterator[None]:
-    """Give what torch says of a peer that ended or froze a name, a place and a remedy.
+    """Replace torch's error about a peer that ended or froze by one with place and remedy.
 
     Args:
         timeout_s: limit of the collectives inside.
-        doing: what the ranks do together, for a person.
+        doing: what the ranks do together, for the message.
 
     Raises:
-        TransportError: in place of the RuntimeError; its stack trace goes to the log file.
+        TransportError: replaces the RuntimeError; the stack trace is written to the log file.
     """
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, StagdistError) and not isinstance(error, TransportError):
-            raise  # a disk may time out too, and says so itself
+            raise  # a disk can time out too, and its error says so
         if isinstance(error, TransportError):
             says = str(error)
         elif backend_lost_peer(str(error)):

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from stagdist.data.corpus import Splits, build_splits
 from stagdist.data.loader import BatchPlan, Loader
 from stagdist.data.tokenizer import Tokenizer, load_tokenizer
 from stagdist.errors import ConfigError
+from stagdist.files import writing
 from stagdist.parallel.device import on_cuda
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import Groups
@@ -24,19 +26,23 @@ from stagdist.telemetry.plot import plot_loss
 from stagdist.telemetry.pulse import Pulse
 from stagdist.training.engine.agreement import Agreement, StopSignals, shared
 from stagdist.training.engine.distributed import start_distributed, stop_distributed
+from stagdist.training.engine.optimizer import learning_rate
 from stagdist.training.engine.section_engine import SectionEngine, build_engine
 from stagdist.training.held_out import HeldOut
 from stagdist.training.lost_peers import naming_lost_peers
 from stagdist.training.publish import export_model
 from stagdist.training.reporting import Reporter
-from stagdist.training.saving.resume import begun, load_checkpoint, newest_complete, on_this_grid, resumed_config
-from stagdist.training.trainer import Outcome, Trainer
+from stagdist.training.saving.other_grid import on_this_grid
+from stagdist.training.saving.resume import load_checkpoint, newest_complete
+from stagdist.training.saving.resumed_config import begun, resumed_config
+from stagdist.training.saving.save import Saver
+from stagdist.training.trainer import Trainer, TrainingOutcome
 
 LOG = logging.getLogger(__name__)
 
 
 def check_before_start(config: RunConfig, device: str) -> None:
-    """Everything that can be refused before any process group exists.
+    """Refuse a wrong configuration or data before any process group exists.
 
     Raises:
         ConfigError, DataError: with the remedy.
@@ -52,7 +58,7 @@ def check_before_start(config: RunConfig, device: str) -> None:
 
 
 def split_sizes(config: RunConfig) -> tuple[int, int, int]:
-    """Sequences wanted of train, validation and test."""
+    """Numbers of sequences of the train, validation and test splits."""
     held_out = config.evaluation.num_batches * config.training.global_batch_size
     data = config.data
     has_validation = config.evaluation.interval_steps > 0 and (
@@ -64,7 +70,7 @@ def split_sizes(config: RunConfig) -> tuple[int, int, int]:
 
 def pretrain(
     config: RunConfig, grid: Grid, device: str, started_at: float, pulse: Pulse, *, trust_pickle: bool = False
-) -> Outcome:
+) -> TrainingOutcome:
     """Train, evaluate, export. Called on every rank with the same configuration.
 
     Args:
@@ -74,35 +80,24 @@ def pretrain(
     """
     signals = StopSignals()
     groups = start_distributed(grid, device, config.parallel.timeout_s, deterministic=config.training.deterministic)
-    rank = dist.get_rank()
     tokenizer = load_tokenizer(config.data.tokenizer)
     identity = training_identity(config.data, tokenizer)
-    checkpoint = newest_complete(Path(config.folder) / "checkpoints", groups)
+    checkpoint = _checkpoint_to_resume(config, groups)
     if checkpoint is not None:
-        if config.checkpoint.resume == "never":
-            problem = f"{checkpoint} exists and checkpoint.resume is never; choose another name for the run"
-            raise shared(ConfigError(problem))
         config = resumed_config(config, checkpoint, identity, tokenizer.fingerprint)
+    length, vocab_size = config.sequence_length, config.model.vocab_size
     splits = build_splits(
-        config.data,
-        sequence_length=config.sequence_length,
-        num_samples=split_sizes(config),
-        tokenizer=tokenizer,
-        vocab_size=config.model.vocab_size,
+        config.data, sequence_length=length, num_samples=split_sizes(config), tokenizer=tokenizer, vocab_size=vocab_size
     )
-    engine = build_engine(config, groups)
-    engine.pulse = pulse
+    engine = build_engine(config, groups, pulse)
     sizes, fingerprint = (grid.pipe, grid.data, grid.tensor), tokenizer.fingerprint
     state = TrainingState(0, 0, config.num_samples, sizes, data_identity=identity, tokenizer=fingerprint)
     if checkpoint is not None:
-        with (
-            naming_lost_peers(groups, config.parallel.timeout_s, "resuming"),
-            on_this_grid(checkpoint, config, groups, pulse, trust_pickle=trust_pickle) as fitting,
-        ):
-            loaded = load_checkpoint(engine, fitting, config, trust_pickle=trust_pickle)
+        loaded = _load(engine, checkpoint, config, groups, trust_pickle=trust_pickle)
         state = begun(loaded, config, identity, fingerprint)
         LOG.info("resumed from %s after %.1f s", checkpoint, time.monotonic() - started_at)
-    reporter = Reporter(config, grid, rank=rank, device=device, resumed_step=None if checkpoint is None else state.step)
+    resumed_step = None if checkpoint is None else state.step
+    reporter = Reporter(config, grid, rank=dist.get_rank(), device=device, resumed_step=resumed_step)
     run = _Run(config, groups, engine, tokenizer, splits, reporter)
     try:
         outcome = run.train(Agreement(groups.control, signals, config.training, config.checkpoint, started_at), state)
@@ -117,9 +112,27 @@ def pretrain(
     return outcome
 
 
+def _checkpoint_to_resume(config: RunConfig, groups: Groups) -> Path | None:
+    checkpoint = newest_complete(Path(config.folder) / "checkpoints", groups)
+    if checkpoint is not None and config.checkpoint.resume == "never":
+        problem = f"{checkpoint} exists and checkpoint.resume is never; choose another name for the run"
+        raise shared(ConfigError(problem))
+    return checkpoint
+
+
+def _load(
+    engine: SectionEngine, checkpoint: Path, config: RunConfig, groups: Groups, *, trust_pickle: bool
+) -> TrainingState:
+    with (
+        naming_lost_peers(groups, config.parallel.timeout_s, "resuming"),
+        on_this_grid(checkpoint, config, groups, engine.pulse, trust_pickle=trust_pickle) as fitting,
+    ):
+        return load_checkpoint(engine, fitting, config.optimizer, trust_pickle=trust_pickle)
+
+
 @dataclass(frozen=True)
 class _Run:
-    """What a run has at hand once everything is built."""
+    """The parts of a run: builds the trainer from them, and writes the results."""
 
     config: RunConfig
     groups: Groups
@@ -136,36 +149,48 @@ class _Run:
     def _held_out(self, dataset: Any) -> HeldOut | None:
         if dataset is None:
             return None
-        return HeldOut(dataset, self._plan, self.config.evaluation.num_batches, self.tokenizer.token_bytes())
+        return HeldOut(dataset, self._plan, self.config.evaluation, self.tokenizer.token_bytes())
 
-    def train(self, agreement: Agreement, state: TrainingState) -> Outcome:
+    def train(self, agreement: Agreement, state: TrainingState) -> TrainingOutcome:
         """Run the loop."""
-        pin_memory = on_cuda(self.engine.device)
-        loader = Loader(self.splits.train, self._plan, pin_memory=pin_memory, vocab_size=self.config.model.vocab_size)
+        config, pin_memory = self.config, on_cuda(self.engine.device)
+        loader = Loader(self.splits.train, self._plan, pin_memory=pin_memory, vocab_size=config.model.vocab_size)
+        rate = partial(
+            learning_rate, steps=config.training.steps, optimizer=config.optimizer, scheduler=config.scheduler
+        )
         try:
-            validation = self._held_out(self.splits.validation)
-            trainer = Trainer(self.config, self.groups, self.engine, loader, validation, agreement, self.reporter)
-            return trainer.run(state)
+            return Trainer(
+                config.training,
+                rate,
+                self.groups,
+                self.engine,
+                loader,
+                validation=self._held_out(self.splits.validation),
+                saver=Saver(self.engine, self.groups, config),
+                agreement=agreement,
+                reporter=self.reporter,
+                naming_peers=partial(naming_lost_peers, self.groups, config.parallel.timeout_s),
+            ).run(state)
         finally:
             loader.close()
 
-    def finish(self, outcome: Outcome, started_at: float) -> None:
+    def finish(self, outcome: TrainingOutcome, started_at: float) -> None:
         """Test split, model directory, loss curve and summary."""
-        folder = Path(self.config.folder)
-        with naming_lost_peers(self.groups, self.config.parallel.timeout_s, "end of the run"):
+        config, folder = self.config, Path(self.config.folder)
+        with naming_lost_peers(self.groups, config.parallel.timeout_s, "end of the run"):
             test = self._held_out(self.splits.test)
             if test is not None:
                 self.reporter.held_out("test", outcome.state.step, test.score(self.engine))
             tokens = outcome.state.text_tokens
-            export_model(self.engine, self.groups, self.config, self.tokenizer, folder / "model", tokens)
+            export_model(self.engine, self.groups, config.model, self.tokenizer, folder / "model", tokens)
         if dist.get_rank() == 0:
             self.reporter.flush()
-            plot_loss(folder / "metrics.jsonl", folder / "loss.png", self.config.name)
-            summary = self._summary(outcome, started_at)
-            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            plot_loss(folder / "metrics.jsonl", folder / "loss.png", config.name)
+            with writing(folder / "summary.json") as stream:
+                stream.write(json.dumps(self._summary(outcome, started_at), indent=2) + "\n")
             LOG.info("wrote %s", folder / "model")
 
-    def _summary(self, outcome: Outcome, started_at: float) -> dict[str, Any]:
+    def _summary(self, outcome: TrainingOutcome, started_at: float) -> dict[str, Any]:
         tokens = outcome.state.consumed_samples * self.config.sequence_length
         summary: dict[str, Any] = {
             "steps": outcome.state.step,
@@ -176,7 +201,7 @@ class _Run:
         }
         if outcome.last_loss is not None:
             summary |= {"train_loss": outcome.last_loss, "tokens_per_s": self.reporter.meter.average_tokens_per_s()}
-        else:  # an earlier start did the last step
+        else:  # the last step was done before this start
             last = last_values(Path(self.config.folder), "train")
             summary |= {"train_loss": last.get("loss"), "tokens_per_s": last.get("tokens_per_s")}
         for split, score in self.reporter.heldout.items():

@@ -1,4 +1,4 @@
-"""The end of a run: the trained weights as a model directory, proved before it gets its name."""
+"""The end of a run: the trained weights as a model directory, verified before it is published."""
 
 import logging
 from collections.abc import Callable
@@ -18,13 +18,12 @@ from stagdist.checkpoint.published.writer import ModelDirectoryWriter
 from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.checkpoint.training.content import Track
 from stagdist.config.parts import ModelConfig
-from stagdist.config.run_config import RunConfig
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import CheckpointError, StagdistError
 from stagdist.parallel.groups import Groups
 from stagdist.parallel.layout import ParameterSpec, model_parameters, stage_layout
 from stagdist.telemetry.pulse import Phase, beating
-from stagdist.training.engine.agreement import on_every_rank, shared, while_others_wait
+from stagdist.training.engine.agreement import Result, on_every_rank, shared, while_others_wait
 from stagdist.training.engine.distributed import bring_to_first
 from stagdist.training.engine.section_engine import SectionEngine
 from stagdist.training.engine_logits import engine_logits
@@ -32,54 +31,50 @@ from stagdist.training.engine_logits import engine_logits
 LOG = logging.getLogger(__name__)
 
 LOGIT_LIMITS = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
-"""What the precision of training may make of logits, as a share of their size; of another model all of it is off."""
+"""Largest relative error of logits that rounding explains. Those of another model are off by about their size."""
 
 
 def export_model(
     engine: SectionEngine,
     groups: Groups,
-    config: RunConfig,
+    model: ModelConfig,
     tokenizer: Tokenizer,
     directory: Path,
     tokens: TextTokens | None = None,
 ) -> None:
-    """Gather the weights tensor by tensor to rank 0, which writes them aside, proves them, and only then gives them
-    their name. Called on every rank.
+    """Write the weights as a model directory; replaces that of an earlier end of this run. Called on every rank.
 
-    Proved are every tensor, read back, and the logits: those of the written directory by a plain forward pass are
-    those of the engine that trained it, on some real text, as far as the engine's precision goes.
-
-    The model directory of an earlier end of the run is replaced; nothing else is.
+    Rank 0 gathers the weights tensor by tensor, writes them to a temporary folder, verifies them, and renames it.
+    Every tensor is read back and compared. The logits of the written directory on some real text, by a plain forward
+    pass, must be those of the engine, within its precision.
 
     Args:
-        tokens: of the model that the run began from, where it stated them.
+        tokens: of the model that the run began from, if it names them.
 
     Raises:
-        CheckpointError: on every rank, when rank 0 could not write, or the directory holds something else; nothing is
-            left behind, and what was there before stays.
+        CheckpointError: on every rank, when rank 0 could not write, or the directory holds something else. What was
+            there before stays, and no temporary files do.
     """
-    model = config.model
     parameters = {name: parameter.detach() for name, parameter in engine.module.canonical_parameters().items()}
     dtype = next(iter(parameters.values())).dtype
     track = beating(engine.pulse, Phase.EXPORT)
     engine.pulse.beat(Phase.EXPORT)
     with ExitStack() as held:
-        export: _Export | None = None
 
-        def begin() -> None:
-            nonlocal export
-            if dist.get_rank() == 0:
-                staged = held.enter_context(staged_folder(directory, "model", Options(overwrite=True)))
-                export = held.enter_context(_Export(directory, staged, model, dtype, tokenizer, tokens))
+        def begin() -> _Export | None:
+            if dist.get_rank() != 0:
+                return None
+            staged = held.enter_context(staged_folder(directory, "model", Options(overwrite=True)))
+            return held.enter_context(_Export(directory, staged, model, dtype, tokenizer, tokens))
 
-        on_every_rank(groups.control, _told(begin), _failed)
+        export = on_every_rank(groups.control, _with_os_errors(begin), _failed)
         for spec in track(model_parameters(model), "gathering"):
-            # Gathered to the end even when a write has failed: the other ranks are sending.
+            # Gather to the end even when a write has failed: the other ranks are sending.
             tensor = _gather(spec, parameters, groups, model)
             if export is not None:
                 export.add(spec, tensor)
-        input_ids = _proof_ids(tokenizer, model)[:, : config.sequence_length]
-        logits = engine_logits(engine, groups, config, input_ids)
+        input_ids = _proof_ids(tokenizer, model)[:, : engine.exchange.hand_off.memory.shape[-2]]
+        logits = engine_logits(engine, groups, model.vocab_size, input_ids)
         engine.pulse.beat(Phase.EXPORT)
         try:
             while_others_wait(
@@ -92,7 +87,7 @@ def export_model(
 
 
 def _proof_ids(tokenizer: Tokenizer, model: ModelConfig) -> Tensor:
-    """Some real text; bytes where the tokenizer knows no word of it. Shapes: int64 [1, S]."""
+    """Token ids of some real text; of bytes if the tokenizer cannot encode it. Shapes: int64 [1, S]."""
     try:
         return text_ids(tokenizer, model)
     except CheckpointError:
@@ -101,17 +96,17 @@ def _proof_ids(tokenizer: Tokenizer, model: ModelConfig) -> Tensor:
 
 def _failed(reason: str) -> CheckpointError:
     return CheckpointError(
-        f"the model directory was not written, {reason}; the last checkpoint is whole: mend that or make room, and "
-        "start the same command again"
+        f"the model directory was not written, {reason}; the last checkpoint is complete: remove the cause or free "
+        "space, and start the same command again"
     )
 
 
-def _told(action: Callable[[], None]) -> Callable[[], None]:
-    """The same action with what a person can mend as an OSError, which the ranks share."""
+def _with_os_errors(action: Callable[[], Result]) -> Callable[[], Result]:
+    """The same action with our errors as OSErrors, which `on_every_rank` raises on all ranks."""
 
-    def run() -> None:
+    def run() -> Result:
         try:
-            action()
+            return action()
         except StagdistError as error:
             raise OSError(str(error)) from error
 
@@ -119,7 +114,7 @@ def _told(action: Callable[[], None]) -> Callable[[], None]:
 
 
 class _Export:
-    """The model directory as rank 0 writes it: keeps the first failure, and what every tensor must be read back as."""
+    """The model directory as rank 0 writes it: keeps the first failure and the hash of every tensor."""
 
     def __init__(
         self,
@@ -153,11 +148,11 @@ class _Export:
             self._failure = error
 
     def finish(self, input_ids: Tensor, logits: Tensor, track: Track[Any]) -> None:
-        """Complete the directory, compare it with what the ranks gave, and give it its name.
+        """Complete the directory, compare it with the tensors that were added and the engine's logits, and publish it.
 
         Args:
             logits: the engine's for `input_ids`.
-            track: walks through the parameters.
+            track: iterates over the parameters and reports progress.
 
         Raises:
             OSError, CheckpointError: it could not be written, or is another model.
@@ -187,18 +182,18 @@ class _Export:
 
 
 def logit_limit(dtype: torch.dtype) -> float:
-    """How far the engine's logits may be off, for weights of a type; matrices of fp32 may be multiplied in less."""
+    """Largest relative error for weights of a dtype. fp32 matrices may be multiplied in a lower precision."""
     reduced = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return LOGIT_LIMITS[torch.float16 if reduced else dtype]
 
 
 def relative_difference(expected: Tensor, found: Tensor) -> float:
-    """Root mean square of the difference over that of `expected`; not finite where a value is not."""
+    """Root mean square of the difference, divided by that of `expected`; not finite if any value is not."""
     return float((expected - found).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))
 
 
 def _gather(spec: ParameterSpec, parameters: dict[str, Tensor], groups: Groups, model: ModelConfig) -> Tensor:
-    """The whole parameter on rank 0; an empty tensor elsewhere."""
+    """The full parameter on rank 0; an empty tensor elsewhere."""
     if spec.name == "section_mix":
         parts = [ParameterSpec(f"section_mix.{section}", (1,), fill=spec.fill) for section in range(model.num_sections)]
         return torch.cat([_gather(part, parameters, groups, model) for part in parts])
@@ -210,8 +205,8 @@ def _gather(spec: ParameterSpec, parameters: dict[str, Tensor], groups: Groups, 
         slices.append(bring_to_first(groups.control, owner, mine, spec.local_shape(groups.grid.tensor), dtype))
     if dist.get_rank() != 0:
         return torch.empty(0)
-    whole = slices[0] if spec.shard_dim is None else torch.cat(slices, dim=spec.shard_dim)
-    return whole[: spec.shape[0]] if spec.vocabulary else whole
+    full = slices[0] if spec.shard_dim is None else torch.cat(slices, dim=spec.shard_dim)
+    return full[: spec.shape[0]] if spec.vocabulary else full
 
 
 def owning_stage(spec: ParameterSpec, model: ModelConfig, pipe_size: int) -> int:

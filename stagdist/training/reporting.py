@@ -1,8 +1,7 @@
-"""What rank 0 tells people and files about a run; other ranks keep silent."""
+"""What rank 0 shows and writes about a run. On other ranks the same calls do nothing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,34 +18,19 @@ from stagdist.telemetry.progress import Progress, StepReport
 from stagdist.telemetry.score import TextScore
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """What one training step gave.
-
-    Attributes:
-        step: steps done.
-        loss: nats per token.
-        learning_rate: of this update.
-        grad_norm: global norm before clipping; None when the update was skipped.
-        bubble: share of the pipelined phase without compute.
-        data_wait_s: seconds rank 0 waited for micro-batches.
-    """
-
-    step: int
-    loss: float
-    learning_rate: float
-    grad_norm: float | None
-    bubble: float
-    data_wait_s: float
-
-
 class Reporter:
-    """Progress bar, `metrics.jsonl`, TensorBoard, wandb and throughput of one run."""
+    """Progress bar, `metrics.jsonl`, TensorBoard, wandb and throughput of one run.
+
+    Args:
+        config: the run; written to `config.yaml`.
+        resumed_step: step of the checkpoint that the run continues from; None in a new run.
+    """
 
     def __init__(self, config: RunConfig, grid: Grid, *, rank: int, device: str, resumed_step: int | None):
         self._active = rank == 0
         self.heldout: dict[str, TextScore] = {}
-        training = config.training
+        self._interval, training = config.logging.interval_steps, config.training
+        self._last_step = training.steps
         name = torch.cuda.get_device_name(device) if on_cuda(device) else None
         self.meter = ThroughputMeter(
             flops_per_token=flops_per_token(config.model, config.sequence_length),
@@ -80,23 +64,43 @@ class Reporter:
         """Count a step for the throughput."""
         self.meter.record(step)
 
-    def step(self, record: StepRecord) -> None:
-        """Write one training step."""
+    def due(self, step: int) -> bool:
+        """Whether `logging.interval_steps` asks for a report after `step`; the last step is always reported."""
+        return step == self._last_step or (self._interval > 0 and step % self._interval == 0)
+
+    def step(
+        self,
+        step: int,
+        *,
+        loss: float,
+        learning_rate: float,
+        grad_norm: float | None,
+        pipeline_bubble: float,
+        data_wait_s: float,
+    ) -> None:
+        """Show and write one training step.
+
+        Args:
+            step: steps done.
+            loss: nats per token.
+            learning_rate: of this update.
+            grad_norm: global norm before clipping; None when the update was skipped.
+            pipeline_bubble: share of the pipelined phase without compute.
+            data_wait_s: seconds rank 0 waited for micro-batches.
+        """
         if self._metrics is None:
             return
         throughput, memory = self.meter.reading(), memory_bytes()
-        self._progress.show(
-            StepReport(record.step, record.loss, record.learning_rate, record.grad_norm, throughput, memory)
-        )
+        self._progress.show(StepReport(step, loss, learning_rate, grad_norm, throughput, memory))
         values = {
-            "loss": record.loss,
-            "learning_rate": record.learning_rate,
-            "grad_norm": record.grad_norm,
-            "pipeline_bubble": record.bubble,
-            "data_wait_s": record.data_wait_s,
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "pipeline_bubble": pipeline_bubble,
+            "data_wait_s": data_wait_s,
             f"memory_{memory.kind}_bytes": memory.bytes,
         }
-        self._metrics.write("train", record.step, values | throughput.as_metrics())
+        self._metrics.write("train", step, values | throughput.as_metrics())
 
     def held_out(self, split: str, step: int, score: TextScore) -> None:
         """Write an evaluation."""
@@ -106,17 +110,17 @@ class Reporter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside is not training."""
+        """Exclude the time inside from the throughput."""
         with self.meter.paused():
             yield
 
     def flush(self) -> None:
-        """Make all lines durable."""
+        """Write all lines to the disk."""
         if self._metrics is not None:
             self._metrics.flush()
 
     def close(self) -> None:
-        """End bar and writers; may be called twice."""
+        """Close the progress bar and the writers; may be called twice."""
         self._progress.close()
         if self._metrics is not None:
             self._metrics.close()

@@ -1,34 +1,36 @@
-"""The training loop: one visible sequence of step, log, evaluate, save, stop."""
+"""The training loop: step, log, evaluate, save, stop."""
 
 import logging
 import signal
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 
 from stagdist.checkpoint.training.directory import TrainingState
-from stagdist.config.run_config import RunConfig
+from stagdist.config.parts import TrainingConfig
 from stagdist.data.loader import Loader
 from stagdist.errors import TrainingError
 from stagdist.parallel.groups import Groups
 from stagdist.telemetry.pulse import Phase
 from stagdist.telemetry.spans import bubble_share
 from stagdist.training.engine.agreement import Agreed, Agreement, Writing, shared
-from stagdist.training.engine.optimizer import learning_rate
 from stagdist.training.engine.section_engine import SectionEngine
 from stagdist.training.held_out import HeldOut
-from stagdist.training.lost_peers import naming_lost_peers
-from stagdist.training.reporting import Reporter, StepRecord
+from stagdist.training.reporting import Reporter
 from stagdist.training.saving.save import Saver
 
 LOG = logging.getLogger(__name__)
 
+NamingPeers = Callable[[str], AbstractContextManager[None]]
+"""(what the ranks do together) -> context that turns errors of the process groups into one that names the peer."""
+
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a loop ended.
+class TrainingOutcome:
+    """How a training loop ended.
 
     Attributes:
         state: position of the run; saved.
@@ -41,36 +43,36 @@ class Outcome:
     last_loss: float | None
 
 
+@dataclass
 class Trainer:
     """Drives the engine from a state to the end of the run.
 
-    Args:
-        config: the run.
+    Attributes:
+        training: steps, batch and limit of bad steps.
+        learning_rate: of the update after a number of steps.
         groups: process groups of this rank.
-        engine: model and optimizer, filled from the checkpoint where there is one.
+        engine: model and optimizer, filled from the checkpoint if there is one.
         loader: micro-batches of this rank.
-        validation: held-out sequences; None where the run has none.
+        validation: held-out sequences; None if the run has none.
+        saver: of checkpoints; closed at the end of `run`.
         agreement: what ranks decide together.
-        reporter: what people see; silent on ranks other than 0.
+        reporter: what the user sees.
+        naming_peers: context of everything that needs other ranks.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        groups: Groups,
-        engine: SectionEngine,
-        loader: Loader,
-        validation: HeldOut | None,
-        agreement: Agreement,
-        reporter: Reporter,
-    ):
-        self._config, self._groups, self._engine, self._loader = config, groups, engine, loader
-        self._validation, self._agreement, self._reporter = validation, agreement, reporter
-        self._agreed = Agreed((), 0, False, False)
-        self._saver = Saver(engine, groups, config)
-        engine.gate = self._gate
+    training: TrainingConfig
+    learning_rate: Callable[[int], float]
+    groups: Groups
+    engine: SectionEngine
+    loader: Loader
+    validation: HeldOut | None
+    saver: Saver
+    agreement: Agreement
+    reporter: Reporter
+    naming_peers: NamingPeers
+    _agreed: Agreed = field(default=Agreed((), 0, False, False), init=False)
 
-    def run(self, state: TrainingState) -> Outcome:
+    def run(self, state: TrainingState) -> TrainingOutcome:
         """Train to the last step, or until the ranks agree to stop; the state is saved at either end.
 
         Raises:
@@ -80,25 +82,25 @@ class Trainer:
         try:
             outcome = self._run(state)
         finally:
-            self._saver.close()
-        self._saver.release()
+            self.saver.close()
+        self.saver.release()
         return outcome
 
-    def _run(self, state: TrainingState) -> Outcome:
+    def _run(self, state: TrainingState) -> TrainingOutcome:
         saved_step, loss = state.step, None
-        self._reporter.start(state.step)
-        self._engine.pulse.beat(Phase.STEP, state.step)
-        while state.step < self._config.training.steps:
+        self.reporter.start(state.step)
+        self.engine.pulse.beat(Phase.STEP, state.step)
+        while state.step < self.training.steps:
             loss = self._step(state)
             state = self._advance(state)
-            self._engine.pulse.beat(Phase.STEP, state.step)
+            self.engine.pulse.beat(Phase.STEP, state.step)
             if self._agreed.writing is not Writing.RUNNING:
                 self._finish_save(state.step)
             self._check_bad_steps(state)
             # A stop has little time: the launcher kills after half a minute, so saving comes first.
-            if self._due(state.step, self._config.evaluation.interval_steps) and not self._agreed.stop:
-                self._evaluate(state.step)
-            if self._due(state.step, self._config.checkpoint.interval_steps) or self._agreed.save_is_due:
+            if self.validation is not None and self.validation.due(state.step) and not self._agreed.stop:
+                self._evaluate(self.validation, state.step)
+            if self.saver.due(state.step) or self._agreed.save_is_due:
                 self._save(state)
                 saved_step = state.step
             if self._agreed.stop:
@@ -107,47 +109,48 @@ class Trainer:
         if saved_step != state.step:
             self._save(state)
         self._finish_save(state.step)
-        return Outcome(state, state.step >= self._config.training.steps, loss)
+        return TrainingOutcome(state, state.step >= self.training.steps, loss)
 
     def _gate(self, finite: bool) -> bool:
-        self._agreed = self._agreement.agree(finite, self._saver.vote())
+        self._agreed = self.agreement.agree(finite, self.saver.vote())
         return not self._agreed.bad_ranks
 
     def _step(self, state: TrainingState) -> float:
-        config = self._config
-        rate = learning_rate(
-            state.step, steps=config.training.steps, optimizer=config.optimizer, scheduler=config.scheduler
-        )
-        self._engine.set_learning_rate(rate)
-        waited_s = self._loader.wait_s
-        step = state.step + 1
+        rate, waited_s, step = self.learning_rate(state.step), self.loader.wait_s, state.step + 1
+        self.engine.set_learning_rate(rate)
         with self._peers(step):
-            batches = self._engine.micro_batches_of_step(self._loader, state.consumed_samples)
-            loss = self._engine.train_batch(batches)
-        self._reporter.step_done(step)
-        if self._due(step, config.logging.interval_steps) or step == config.training.steps:
-            norm = None if self._agreed.bad_ranks else self._engine.gradient_norm()
+            batches = self.engine.micro_batches_of_step(self.loader, state.consumed_samples)
+            loss = float(self.engine.train_batch(batches, self._gate))
+        self.reporter.step_done(step)
+        if self.reporter.due(step):
             with self._peers(step):
                 bubble = self._bubble()
-            self._reporter.step(StepRecord(step, float(loss), rate, norm, bubble, self._loader.wait_s - waited_s))
-        return float(loss)
+            self.reporter.step(
+                step,
+                loss=loss,
+                learning_rate=rate,
+                grad_norm=None if self._agreed.bad_ranks else self.engine.gradient_norm(),
+                pipeline_bubble=bubble,
+                data_wait_s=self.loader.wait_s - waited_s,
+            )
+        return loss
 
     def _peers(self, step: int) -> AbstractContextManager[None]:
-        return naming_lost_peers(self._groups, self._config.parallel.timeout_s, f"step {step}")
+        return self.naming_peers(f"step {step}")
 
     def _bubble(self) -> float:
         """Share of the pipelined phase in which a stage does not compute, mean over the ranks."""
-        mine = torch.tensor([self._engine.times.compute_s, self._engine.times.pipeline_s], dtype=torch.float64)
+        mine = torch.tensor([self.engine.times.compute_s, self.engine.times.pipeline_s], dtype=torch.float64)
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, mine, group=self._groups.control)
+        dist.all_gather(everyone, mine, group=self.groups.control)
         return bubble_share([float(pair[0]) for pair in everyone], max(float(pair[1]) for pair in everyone))
 
     def _advance(self, state: TrainingState) -> TrainingState:
-        grid = self._groups.grid
+        grid = self.groups.grid
         return replace(
             state,
             step=state.step + 1,
-            consumed_samples=state.consumed_samples + self._config.training.global_batch_size,
+            consumed_samples=state.consumed_samples + self.training.global_batch_size,
             grid=(grid.pipe, grid.data, grid.tensor),
             bad_steps=state.bad_steps + bool(self._agreed.bad_ranks),
         )
@@ -156,14 +159,14 @@ class Trainer:
         if not self._agreed.bad_ranks:
             return
         ranks = ", ".join(map(str, self._agreed.bad_ranks))
-        limit = self._config.training.max_bad_steps
+        limit = self.training.max_bad_steps
         if state.bad_steps > limit:
             self._finish_save(state.step)  # it is of a step before this one
             raise shared(
                 TrainingError(
                     f"step {state.step}: loss or gradients are not finite on rank {ranks}; {state.bad_steps} steps "
-                    f"were, training.max_bad_steps is {limit}. Nothing was saved since the last checkpoint; lower "
-                    "optimizer.learning_rate, or look at the samples of that step"
+                    f"were not finite so far, training.max_bad_steps is {limit}. Nothing was saved since the last "
+                    "checkpoint; lower optimizer.learning_rate, or look at the samples of that step"
                 )
             )
         LOG.log(
@@ -172,30 +175,24 @@ class Trainer:
             state.step, ranks, state.bad_steps, limit,
         )  # fmt: skip
 
-    def _evaluate(self, step: int) -> None:
-        if self._validation is None:
-            return
-        with self._reporter.paused(), self._peers(step):
-            self._reporter.held_out("validation", step, self._validation.score(self._engine))
+    def _evaluate(self, validation: HeldOut, step: int) -> None:
+        with self.reporter.paused(), self._peers(step):
+            self.reporter.held_out("validation", step, validation.score(self.engine))
 
     def _save(self, state: TrainingState) -> None:
-        self._engine.pulse.beat(Phase.SAVE)
-        with self._reporter.paused(), self._peers(state.step):
-            self._reporter.flush()
-            # At the end nothing runs beside the write, so there is no need for a copy.
-            last = self._agreed.stop or state.step >= self._config.training.steps
-            self._saver.save(state, wait=last)
-        self._agreement.saved()
+        self.engine.pulse.beat(Phase.SAVE)
+        with self.reporter.paused(), self._peers(state.step):
+            self.reporter.flush()
+            # No step follows the last save, so copying to host memory would save no time.
+            last = self._agreed.stop or state.step >= self.training.steps
+            self.saver.save(state, wait=last)
+        self.agreement.saved()
 
     def _finish_save(self, step: int) -> None:
         """Complete the save under way, if any; waits for its files where they are not written yet."""
-        if self._saver.under_way:
-            with self._reporter.paused(), self._peers(step):
-                self._saver.finish()
-
-    @staticmethod
-    def _due(step: int, interval: int) -> bool:
-        return interval > 0 and step % interval == 0
+        if self.saver.under_way:
+            with self.reporter.paused(), self._peers(step):
+                self.saver.finish()
 
 
 def _reason(agreed: Agreed) -> str:

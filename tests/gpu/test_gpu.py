@@ -15,7 +15,8 @@ import pytest
 
 from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import byte_tokenizer
-from stagdist.training.engine.section_engine import StepTimes, build_module, wrap_module
+from stagdist.training.engine.section_engine import build_module, wrap_module
+from stagdist.training.engine.step_clock import StepTimes
 from tests.launch.runs import PRETRAIN, environment, losses, tiny_config, write_config
 from tests.ranks import run_ranks
 from tests.reference.stagformer import forward, loss
@@ -23,8 +24,8 @@ from tests.reference.variants import VARIANTS
 from tests.training.comparison import mismatches, on_device
 from tests.training.parity_cases import GPU_CASES, SEVERAL_BLOCKS, Case
 from tests.training.parity_worker import load_reference, micro_batches
-from tests.training.test_resume_variants import WORKER as RESUME
-from tests.training.test_resume_variants import check_resumed
+from tests.training.saving.test_resume_variants import WORKER as RESUME
+from tests.training.saving.test_resume_variants import check_resumed
 from tests.training.worlds import World
 
 pytestmark = pytest.mark.gpu

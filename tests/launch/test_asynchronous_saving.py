@@ -45,7 +45,7 @@ def test_a_rank_killed_while_files_are_written_leaves_the_previous_checkpoint_th
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000010", "step_00000015", "step_00000020"]
 
     assert undisturbed.wait() == 0, undisturbed.text()
-    assert "beside the training" in second.text() and "beside the training" not in undisturbed.text()
+    assert "during training" in second.text() and "during training" not in undisturbed.text()
     assert losses(tmp_path, "run") == losses(synchronous, "run")
 
 

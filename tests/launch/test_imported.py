@@ -13,7 +13,7 @@ from stagdist.checkpoint.convert.training_conversions import import_model
 from stagdist.config.loading import load_config
 from stagdist.data.tokenizer import train_bpe
 from stagdist.parallel.grid import Grid
-from stagdist.training.saving.resume import resumed_config
+from stagdist.training.saving.resumed_config import resumed_config
 from tests.checkpoint.synthetic import model_directory
 from tests.launch.runs import losses, pretrain, tiny_config
 

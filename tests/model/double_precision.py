@@ -75,7 +75,7 @@ def vocabulary_loss(logits: Tensor, labels: Tensor, parallel: TensorParallel) ->
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over the ranks; every rank goes on with the same value, so each keeps the gradient as it is."""
+    """Sum over the ranks. Every rank continues with the same value, so the gradient stays as it is."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, values: Tensor, group: dist.ProcessGroup) -> Tensor:

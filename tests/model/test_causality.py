@@ -103,7 +103,7 @@ def section_outputs(stagformer: StagFormer, input_ids: Tensor) -> tuple[list[Ten
 
 
 @pytest.mark.parametrize("stagger", STAGGERS)
-def test_every_section_of_a_whole_model_lags_behind_the_one_before(stagger: int, alone: TensorParallel) -> None:
+def test_every_section_of_a_full_model_lags_behind_the_one_before(stagger: int, alone: TensorParallel) -> None:
     stagformer = loaded(model_keys(section_layers=[2, 1, 2], stagger=stagger), alone)
     outputs, _ = section_outputs(stagformer, tokens(BASE, LENGTH)[0][:1])
     for later in (1, 2):

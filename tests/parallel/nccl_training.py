@@ -13,7 +13,8 @@ from stagdist.checkpoint.training.directory import TrainingState
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.link import NCCL, Rules
 from stagdist.telemetry.pulse import Pulse
-from stagdist.training.engine.exchange import Exchange, TensorKind
+from stagdist.training.engine.exchange import Exchange
+from stagdist.training.engine.pipeline import HandOff
 from stagdist.training.engine.section_engine import SectionEngine, build_engine
 from stagdist.training.engine.train_schedule import InferenceSchedule, TrainSchedule
 from stagdist.training.saving.save import save_checkpoint
@@ -26,7 +27,7 @@ from tests.training.worlds import World
 
 LATE = Rules(early_receives=False, wait_blocks=True)
 """NCCL's posting on gloo."""
-KINDS = [TensorKind((1, 2), torch.float32), TensorKind((1, 1), torch.int64)]
+HAND_OFF = HandOff(torch.empty(1, 2, device="meta"), torch.empty(1, 1, dtype=torch.int64, device="meta"))
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class StandIn:
         ends = [("tensor", grid.tensor_groups()), ("data", grid.data_groups()), ("pipe", grid.pipe_groups())]
         self.groups = {name: self._own(groups) for name, groups in ends}
         self.groups["norm"] = self._own(_model_groups(grid))
-        self.exchange = Exchange(grid, KINDS, "cpu", 60.0, rules=rules)
+        self.exchange = Exchange(grid, HAND_OFF, "cpu", 60.0, rules=rules)
         self.pipe_buffers: dict[str, list[Any]] = {}
         self._INSTRUCTION_MAP = SectionEngine._INSTRUCTION_MAP | {
             schedule.LoadMicroBatch: StandIn.load,
@@ -114,15 +115,15 @@ class StandIn:
         """A section, with the sum of its tensor ranks inside."""
         self._compute("forward")
         if self.pipe_buffers:
-            tensors = [torch.empty(kind.shape, dtype=kind.dtype) for kind in KINDS]
-            self.pipe_buffers["outputs"][buffer_id] = tuple(tensors)
+            tensors = tuple(torch.empty(part.shape, dtype=part.dtype) for part in HAND_OFF.to_tuple())
+            self.pipe_buffers["outputs"][buffer_id] = tensors
 
     def backward(self, buffer_id: int = 0) -> None:
         """Its gradients."""
         self._compute("backward")
         inputs = self.pipe_buffers["inputs"][buffer_id] if self.pipe_buffers else None
         if inputs is not None:
-            inputs[0].grad = torch.empty(KINDS[0].shape)
+            inputs[0].grad = torch.empty(HAND_OFF.memory.shape)
 
     def reduce_tied(self) -> None:
         """Gradients of tied weights."""

@@ -1,7 +1,7 @@
 """Cutting the reference's parameters for a tensor rank, and putting what the ranks hold together again.
 
 Written from the rule of the design, not from the package's own tables: projections into the residual stream are cut
-by columns, all other matrices by rows, vectors are whole on every rank; the vocabulary is padded with zeros.
+by columns, all other matrices by rows, vectors are complete on every rank; the vocabulary is padded with zeros.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ MIX = "section_mix."
 
 
 def cut_dimension(name: str, value: Tensor) -> int | None:
-    """Dimension of a parameter that tensor ranks share out; None where each holds the whole."""
+    """Dimension of a parameter that tensor ranks split; None if each holds the full parameter."""
     if value.dim() < 2:
         return None
     return 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
@@ -34,7 +34,7 @@ def cut(parameters: dict[str, Tensor], name: str, rank: int, size: int) -> Tenso
 
 
 def join(name: str, parts: Sequence[Tensor], vocab_size: int) -> Tensor:
-    """The whole parameter (or gradient) from what the tensor ranks hold, in their order.
+    """The full parameter (or gradient), joined from the parts of the tensor ranks in rank order.
 
     Raises:
         AssertionError: ranks that hold the same differ, or padding of the vocabulary is not zero.
@@ -42,13 +42,13 @@ def join(name: str, parts: Sequence[Tensor], vocab_size: int) -> Tensor:
     dimension = cut_dimension(name, parts[0])
     if dimension is None:
         for part in parts[1:]:
-            assert torch.equal(part, parts[0]), f"{name}: tensor ranks hold different values of a whole tensor"
+            assert torch.equal(part, parts[0]), f"{name}: tensor ranks hold different values of a full tensor"
         return parts[0]
-    whole = torch.cat(list(parts), dim=dimension)
+    full = torch.cat(list(parts), dim=dimension)
     if name in VOCABULARY:
-        assert not whole[vocab_size:].any(), f"{name}: padding of the vocabulary is not zero"
-        whole = whole[:vocab_size]
-    return whole
+        assert not full[vocab_size:].any(), f"{name}: padding of the vocabulary is not zero"
+        full = full[:vocab_size]
+    return full
 
 
 def join_mix(named: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The StagFormer and its sequential baseline as plain functions of named tensors.
 
 Every parity test compares against this file, so it favours the letter of the formulas over speed: attention is
-explicit scores, mask and softmax over whole sequences; nothing is cached, fused, or shared with stagdist. A
+explicit scores, mask and softmax over full sequences; nothing is cached, fused, or shared with stagdist. A
 configuration is anything with the model keys as attributes or items. Parameters are a dictionary by canonical,
 unsharded names.
 
@@ -179,7 +179,7 @@ def rotary_frequencies(shape: Shape) -> Tensor:
     factor, original = read(scaling, "factor"), read(scaling, "original_max_position_embeddings")
     low, high = read(scaling, "low_freq_factor"), read(scaling, "high_freq_factor")
     wavelengths = 2 * math.pi / frequencies
-    # 0 where the wavelength is stretched by the whole factor, 1 where it is kept, linear in 1/wavelength between.
+    # 0 where the wavelength is stretched by the full factor, 1 where it is kept, linear in 1/wavelength between.
     kept = ((original / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
     return (1 - kept) * frequencies / factor + kept * frequencies
 

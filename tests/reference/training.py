@@ -1,4 +1,4 @@
-"""Training of the reference model: one process, the whole global batch at once, AdamW written out."""
+"""Training of the reference model: one process, the full global batch at once, AdamW written out."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

@@ -53,9 +53,9 @@ BF16 = Tolerance(loss=1e-2, norm=1e-2, gradient=0.1, weight=1e-2, update=None)
 
 
 def reports(case: Case) -> list[RankReport]:
-    """What every rank saw of a case, by rank.
+    """The reports of a case, by rank.
 
-    All cases of a world size and device share one launch, made when the first of them is asked for.
+    All cases of a world size and device share one launch, which the first of them starts.
     """
     launched = _launch(case.world_size, case.device)
     if isinstance(launched, RankError):
@@ -69,12 +69,12 @@ def _launch(world_size: int, device: str) -> list[dict[str, RankReport]] | RankE
     cases = [case for case in every_case if (case.world_size, case.device) == (world_size, device)]
     try:
         return run_ranks(WORKER, world_size, cases, timeout_s=400, env=on_device(device))
-    except RankError as error:  # kept, so that one failed launch is not started again by every case
+    except RankError as error:  # cached, so that not every case repeats a failed launch
         return error
 
 
 def on_device(device: str) -> dict[str, str]:
-    """Variables that let ranks see this device; the launch hides CUDA otherwise."""
+    """Environment variables with which ranks see this device; by default the launch hides CUDA."""
     if device == "cpu":
         return {}
     return {"DS_ACCELERATOR": device, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
@@ -99,8 +99,8 @@ def _train(model: str, max_grad_norm: float, eps: float, sequence_length: int) -
     )
 
 
-def whole(ranks: Sequence[tuple[Coordinate, dict[str, Tensor]]], vocab_size: int) -> dict[str, Tensor]:
-    """Tensors of the whole model from what the ranks hold.
+def full_tensors(ranks: Sequence[tuple[Coordinate, dict[str, Tensor]]], vocab_size: int) -> dict[str, Tensor]:
+    """Tensors of the full model, joined from the parts of the ranks.
 
     Raises:
         AssertionError: stages, replicas or tensor ranks that hold the same tensor differ in a single bit.
@@ -119,17 +119,17 @@ def whole(ranks: Sequence[tuple[Coordinate, dict[str, Tensor]]], vocab_size: int
 
 
 def mismatches(case: Case, ranks: Sequence[RankReport] | None = None) -> list[str]:
-    """Everything in which a run differs from the reference, in words; empty when it does not.
+    """All differences between a run and the reference, as text; empty if there are none.
 
     Args:
-        ranks: what every rank saw; `reports(case)` unless given.
+        ranks: reports of all ranks; `reports(case)` by default.
     """
     ranks = ranks or reports(case)
     record, tolerance = reference(case), FP32 if case.precision == "fp32" else BF16
     problems = _number_mismatches(ranks, record, tolerance)
     try:
         for step, expected in record.gradients.items():
-            found = whole([(rank.place, rank.gradients[step]) for rank in ranks], case.model_keys["vocab_size"])
+            found = full_tensors([(rank.place, rank.gradients[step]) for rank in ranks], case.model_keys["vocab_size"])
             problems += tensor_mismatches(f"gradient of step {step}", found, expected, tolerance.gradient)
             problems += _norm_mismatch(f"norm of step {step}", ranks[0].norms[step], global_norm(found))
         problems += weight_mismatches(case, record, ranks)
@@ -141,7 +141,7 @@ def mismatches(case: Case, ranks: Sequence[RankReport] | None = None) -> list[st
 def weight_mismatches(case: Case, record: TrainingRecord, ranks: Sequence[RankReport]) -> list[str]:
     """Differences in the weights after the last step, and in what all steps together changed."""
     tolerance = FP32 if case.precision == "fp32" else BF16
-    weights = whole([(rank.place, rank.weights) for rank in ranks], case.model_keys["vocab_size"])
+    weights = full_tensors([(rank.place, rank.weights) for rank in ranks], case.model_keys["vocab_size"])
     problems = tensor_mismatches("weight", weights, record.parameters, tolerance.weight)
     if tolerance.update is not None:
         start = case.parameters()

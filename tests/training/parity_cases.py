@@ -20,15 +20,15 @@ SEED = 5
 class Case:
     """One distributed run.
 
-    The defaults make clipping act and let Adam's eps be felt, so that a gradient of the wrong size changes the
-    weights; plain Adam would divide it away.
+    With the defaults, clipping is active and Adam's eps matters, so a gradient of the wrong size changes the weights.
+    Plain Adam would cancel the size.
 
     Attributes:
         model: keys added to `BASE`.
         grid: sizes of the axes pipe, data, tensor.
-        fault: what is broken on purpose, by name; see `tests.training.faults`.
+        fault: name of a planted fault; see `tests.training.faults`.
         device: `cpu` or `cuda`.
-        deterministic: train with deterministic kernels alone; all cases of one world must agree.
+        deterministic: train with deterministic kernels only; all cases of one world must agree.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Case:
 
     @property
     def model_keys(self) -> dict[str, Any]:
-        """The whole model."""
+        """The full model configuration."""
         return BASE | self.model
 
     def config(self) -> RunConfig:
@@ -96,7 +96,7 @@ def _grids() -> list[Case]:
 
 
 def label(grid: tuple[int, int, int]) -> str:
-    """A grid as people write it."""
+    """A grid as text: 2x1x2."""
     return "x".join(map(str, grid))
 
 
@@ -184,7 +184,7 @@ FAULTY_CASES = [
         ("norm counts copies twice", "tied", (2, 1, 1), "fp32"),
     )
 ]
-"""Runs with something broken: the comparison must notice."""
+"""Runs with a planted fault that the comparison must notice."""
 
 BAD_STEP = 1
 BAD_STEP_CASES = [

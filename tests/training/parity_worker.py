@@ -1,4 +1,4 @@
-"""What every rank of a parity launch does: train each case from the reference's parameters, and report."""
+"""The ranks of a parity launch: train each case from the reference's parameters, and report."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,16 +23,16 @@ TIMEOUT_S = 120.0
 
 @dataclass
 class RankReport:
-    """What one rank saw of a case.
+    """Results of one rank in a case.
 
     Attributes:
-        place: where the rank stands.
-        initial: initial values before the reference's took their place, by canonical name.
+        place: coordinate of the rank.
+        initial: initial values before the reference's replaced them, by canonical name.
         losses: of every step.
         norms: before clipping, of every step.
         gradients: of every step, averaged over replicas and before clipping, this rank's part.
         weights: after the last step.
-        finite: what the gate was told at every step.
+        finite: argument of the gate at every step.
         logits: of `case.text()` after the last step, on rank 0.
     """
 
@@ -75,14 +75,13 @@ def _run(case: Case, groups: Groups) -> RankReport:
         dist.all_reduce(bad, group=groups.control)
         return not bad
 
-    engine.gate = gate
     for rate, (tokens, labels) in zip(LEARNING_RATES, case.batches(), strict=True):
         engine.set_learning_rate(rate)
-        loss = engine.train_batch(micro_batches(case, groups, tokens, labels))
+        loss = engine.train_batch(micro_batches(case, groups, tokens, labels), gate)
         report.losses.append(float(loss))
         report.norms.append(engine.gradient_norm())
     report.weights = _values(module)
-    report.logits = engine_logits(engine, groups, config, case.text())
+    report.logits = engine_logits(engine, groups, config.model.vocab_size, case.text())
     return report
 
 
@@ -95,7 +94,7 @@ def load_reference(module: SectionPipeline, case: Case, groups: Groups) -> None:
 
 
 def _look(engine: SectionEngine, report: RankReport) -> None:
-    """Keep the gradients; as the gate before the update, when every reduction is done and nothing is clipped."""
+    """Record the gradients. The gate is called when every reduction is done and nothing is clipped yet."""
     gradients = {}
     for name, parameter in engine.module.canonical_parameters().items():
         gradient = safe_get_full_grad(parameter)

@@ -1,4 +1,4 @@
-"""The score of held-out text that a run reports is that of the model it leaves behind."""
+"""The score of held-out text that a run reports is the score of its published model."""
 
 import math
 import os
@@ -38,7 +38,7 @@ TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Task:
-    """What the ranks are given: a prepared corpus, and a folder for the models they leave."""
+    """Input of the ranks: a prepared corpus, and a folder for their models."""
 
     prefix: Path
     folder: Path
@@ -85,10 +85,10 @@ def score_on_grids(task: Task) -> dict[tuple[int, int, int], TextScore]:
         engine = build_engine(config, groups)
         plan = BatchPlan(GLOBAL_BATCH, 2, groups.place.data, groups.grid.data)
         _train(engine, splits, plan)
-        held_out = HeldOut(splits.test, plan, NUM_BATCHES, byte_tokenizer().token_bytes())
+        held_out = HeldOut(splits.test, plan, config.evaluation, byte_tokenizer().token_bytes())
         scores[grid] = held_out.score(engine)
-        assert held_out.score(engine) == scores[grid], "the same model scores the same sequences alike"
-        export_model(engine, groups, config, byte_tokenizer(), task.model_directory(grid))
+        assert held_out.score(engine) == scores[grid], "the same model gives the same sequences another score"
+        export_model(engine, groups, config.model, byte_tokenizer(), task.model_directory(grid))
     return scores
 
 

@@ -1,4 +1,4 @@
-"""The comparison with the reference notices what it is there for."""
+"""Negative controls: the comparison with the reference notices planted faults."""
 
 import pytest
 
@@ -16,7 +16,7 @@ SYMPTOMS = {
     "clipped by half the norm": "update: head.weight",
     "norm counts copies twice": "norm of step 0",
 }
-"""What the comparison must say, among other things, about each fault."""
+"""Text that the comparison must report about each fault, possibly among others."""
 
 
 @pytest.mark.parametrize("case", FAULTY_CASES, ids=lambda case: case.name)
@@ -31,10 +31,10 @@ def test_half_the_clipping_norm_shows_in_nothing_but_the_weights_of_the_first_st
 
 
 @pytest.mark.parametrize("case", BAD_STEP_CASES, ids=lambda case: case.name)
-def test_an_infinite_gradient_is_told_to_the_gate(case: Case) -> None:
+def test_an_infinite_gradient_is_reported_to_the_gate(case: Case) -> None:
     for step in range(len(LEARNING_RATES)):
-        told = [rank.finite[step] for rank in reports(case)]
-        assert all(told) == (step != BAD_STEP), told
+        finite = [rank.finite[step] for rank in reports(case)]
+        assert all(finite) == (step != BAD_STEP), finite
 
 
 @pytest.mark.parametrize("case", BAD_STEP_CASES, ids=lambda case: case.name)

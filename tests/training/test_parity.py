@@ -5,7 +5,7 @@ import torch
 
 from stagdist.training.publish import relative_difference
 from tests.reference.stagformer import forward
-from tests.training.comparison import mismatches, reports, whole
+from tests.training.comparison import full_tensors, mismatches, reports
 from tests.training.parity_cases import BF16_CASES, CASES, Case, label
 
 pytestmark = pytest.mark.ranks
@@ -28,7 +28,7 @@ def test_bf16_stays_near_the_reference(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES + BF16_CASES, ids=lambda case: case.name)
 def test_the_trained_engine_gives_the_logits_of_the_reference_on_its_weights(case: Case) -> None:
     ranks = reports(case)
-    weights = whole([(rank.place, rank.weights) for rank in ranks], case.model_keys["vocab_size"])
+    weights = full_tensors([(rank.place, rank.weights) for rank in ranks], case.model_keys["vocab_size"])
     expected = forward(weights, case.model_keys, case.text())
     assert ranks[0].logits.shape == expected.shape and all(not rank.logits.numel() for rank in ranks[1:])
     assert relative_difference(expected, ranks[0].logits) <= (1e-6 if case.precision == "fp32" else 0.02)
@@ -37,7 +37,7 @@ def test_the_trained_engine_gives_the_logits_of_the_reference_on_its_weights(cas
 @pytest.mark.parametrize("case", SPREAD, ids=lambda case: case.name)
 def test_initial_values_do_not_depend_on_the_grid(case: Case) -> None:
     alone, spread = (
-        whole([(rank.place, rank.initial) for rank in reports(run)], run.model_keys["vocab_size"])
+        full_tensors([(rank.place, rank.initial) for rank in reports(run)], run.model_keys["vocab_size"])
         for run in (ALONE[str(case.model)], case)
     )
     assert alone.keys() == spread.keys()

@@ -1,4 +1,4 @@
-"""What all ranks must decide alike: whether to update, to save, to stop."""
+"""Decisions that must be the same on all ranks: whether to update, to save, to stop."""
 
 import signal
 import time
@@ -18,11 +18,11 @@ from stagdist.errors import CheckpointError, StagdistError
 Result = TypeVar("Result")
 
 _MEETING_S = 0.5
-"""Seconds between two meetings of the ranks while one of them works and the others wait."""
+"""Seconds between two broadcasts while rank 0 works and the others wait."""
 
 
 class Writing(IntEnum):
-    """How far a save beside the training has come; of all ranks the largest counts."""
+    """State of a save that is written during training. The largest value of all ranks counts."""
 
     NONE = 0
     """Nothing is left to write."""
@@ -32,14 +32,14 @@ class Writing(IntEnum):
 
 @dataclass(frozen=True)
 class Agreed:
-    """The same on every rank in the same step.
+    """The decision about one step, the same on every rank.
 
     Attributes:
         bad_ranks: ranks whose loss or gradients were not finite.
         signal_number: signal that some rank received, 0 for none.
         time_is_up: the wall-clock limit is reached.
         save_is_due: the time between two saves has passed.
-        writing: how far the files of a save have come.
+        writing: state of the files of a save.
     """
 
     bad_ranks: Sequence[int]
@@ -50,7 +50,7 @@ class Agreed:
 
     @property
     def stop(self) -> bool:
-        """The run must save and end."""
+        """Whether the run must save and stop."""
         return bool(self.signal_number) or self.time_is_up
 
 
@@ -75,7 +75,7 @@ class StopSignals:
 class Agreement:
     """One small reduction per step over the control group, from which every rank reads the same decisions.
 
-    Clocks are read on rank 0 alone, so that no two ranks can differ about the time.
+    Only rank 0 reads clocks, so that ranks cannot differ about the time.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class Agreement:
         self._saved_at = time.monotonic()
 
     def saved(self) -> None:
-        """Start the time between two saves anew."""
+        """Restart the time until the next save."""
         self._saved_at = time.monotonic()
 
     def agree(self, finite: bool, writing: Writing = Writing.NONE) -> Agreed:
-        """Share this rank's state and learn all others'."""
+        """Share this rank's state and return the common decision."""
         votes = torch.zeros(4 + dist.get_world_size(), dtype=torch.int64)
         votes[0] = self._signals.received
         if self._rank == 0:
@@ -113,38 +113,43 @@ class Agreement:
         return Agreed(bad, int(votes[0]), bool(votes[1]), bool(votes[2]), Writing(int(votes[3])))
 
 
+def first_problem(control: dist.ProcessGroup, problem: str | None) -> str | None:
+    """The problem of the first rank that has one, the same on every rank; None if no rank has."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem, group=control)
+    return next((found for found in problems if found is not None), None)
+
+
 def on_every_rank(
     control: dist.ProcessGroup, action: Callable[[], Result], explain: Callable[[str], StagdistError]
 ) -> Result:
-    """Run `action` on every rank; where it fails on any, raise the same error on all.
+    """Run `action` on every rank; if it fails on any, raise the same error on all.
 
-    Only what a file system does to a rank (OSError) is shared; anything else is a bug and is raised as it is.
+    Only an OSError is shared. Any other error is a bug and is raised unchanged.
 
     Args:
-        explain: makes the error from what the first failing rank met.
+        explain: makes the error from the message of the first failing rank.
     """
     failure: str | None = None
     result: Result | None = None
     try:
         result = action()
     except OSError as error:
-        failure = f"rank {dist.get_rank()}: {_said(error)}"
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure, group=control)
-    first = next((found for found in failures if found is not None), None)
+        failure = f"rank {dist.get_rank()}: {_message(error)}"
+    first = first_problem(control, failure)
     if first is not None:
         raise shared(explain(first))
-    return cast(Result, result)  # set, since the action did not fail
+    return cast(Result, result)  # set, because the action did not fail
 
 
 def while_others_wait(control: dist.ProcessGroup, action: Callable[[], None], beat: Callable[[], None]) -> None:
-    """Rank 0 acts, however long it takes: the ranks meet all the while, so no collective runs into its limit.
+    """Run `action` on rank 0. Meanwhile the ranks exchange small messages, so no collective reaches its time limit.
 
     Args:
-        beat: gives a sign of life; called where a rank waits. The action gives its own, as it gets on.
+        beat: gives a sign of life; called on the waiting ranks. The action gives its own.
 
     Raises:
-        CheckpointError: on every rank, with what a person can mend.
+        CheckpointError: on every rank, with the message of the OSError or of our own error.
     """
     outcome: list[Any] = [None]
     with ThreadPoolExecutor(1) as pool:
@@ -158,14 +163,14 @@ def while_others_wait(control: dist.ProcessGroup, action: Callable[[], None], be
                     error = running.exception()
                     if error is not None and not isinstance(error, StagdistError | OSError):
                         raise error
-                    outcome[0] = "" if error is None else _said(error)
+                    outcome[0] = "" if error is None else _message(error)
             dist.broadcast_object_list(outcome, src=0, group=control)
     if outcome[0]:
         raise CheckpointError(outcome[0])
 
 
-def _said(error: BaseException) -> str:
-    """What happened, in a person's words."""
+def _message(error: BaseException) -> str:
+    """The error in words for the user."""
     if not isinstance(error, OSError):
         return str(error)
     where = f"{error.filename}: " if error.filename else ""
@@ -173,6 +178,6 @@ def _said(error: BaseException) -> str:
 
 
 def shared(error: StagdistError) -> StagdistError:
-    """Mark an error that every rank raises alike."""
+    """Mark an error that every rank raises."""
     error.everywhere = True
     return error

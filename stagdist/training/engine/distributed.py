@@ -1,4 +1,4 @@
-"""Start of the process groups for training, with DeepSpeed on board."""
+"""Start and end of the process groups for training."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -13,6 +13,7 @@ from stagdist.parallel.device import choose_attention, use_deterministic_kernels
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import Groups, build_groups, set_default_timeout
 from stagdist.parallel.world import join_world
+from stagdist.training.engine.deepspeed_adapter import disable_shared_memory_op
 
 
 def start_distributed(grid: Grid, device: str, timeout_s: float, *, deterministic: bool = False) -> Groups:
@@ -24,14 +25,13 @@ def start_distributed(grid: Grid, device: str, timeout_s: float, *, deterministi
     Raises:
         TransportError: the ranks did not meet.
     """
-    # The op exists for CPUs alone, needs a compiler, and costs a minute of compilation on every node.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    disable_shared_memory_op()
     set_default_timeout(timeout_s)
     choose_attention(training=True)
     if deterministic:
         use_deterministic_kernels()
     join_world(device, timeout_s)
-    # DeepSpeed finds the world that exists.
+    # DeepSpeed uses the default group that exists now.
     deepspeed.init_distributed(
         dist.get_backend(), timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False
     )
@@ -41,12 +41,12 @@ def start_distributed(grid: Grid, device: str, timeout_s: float, *, deterministi
 
 
 def topology(grid: Grid) -> PipeModelDataParallelTopology:
-    """DeepSpeed's name for the grid."""
+    """The grid in DeepSpeed's terms."""
     return PipeModelDataParallelTopology(num_pp=grid.pipe, num_mp=grid.tensor, num_dp=grid.data)
 
 
 def _check_rank_order(grid: Grid) -> None:
-    """DeepSpeed must see every rank where our grid sees it."""
+    """Check that DeepSpeed gives every rank the place that our grid gives it."""
     for rank in range(grid.world_size):
         theirs, ours = topology(grid).get_coord(rank), grid.coordinate(rank)
         assert (theirs.pipe, theirs.data, theirs.model) == (ours.pipe, ours.data, ours.tensor), (
@@ -57,13 +57,13 @@ def _check_rank_order(grid: Grid) -> None:
 def bring_to_first(
     control: dist.ProcessGroup, owner: int, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """A rank's tensor on rank 0's CPU, over the control group; called on every rank.
+    """Send a rank's tensor to rank 0's CPU over the control group. Called on every rank.
 
     Args:
-        owner: global rank that has it and gives it as `tensor`; the others may give None.
+        owner: global rank that passes the tensor; the others may pass None.
 
     Returns:
-        The tensor on rank 0; on its owner too, an empty one elsewhere.
+        The tensor on rank 0 and on its owner; an empty one elsewhere.
     """
     if dist.get_rank() == owner:
         assert tensor is not None
@@ -79,7 +79,7 @@ def bring_to_first(
 
 
 def stop_distributed() -> None:
-    """Leave the world in order."""
+    """Destroy all process groups."""
     if dist.is_initialized():
         dist.destroy_process_group()
     if torch.cuda.is_available():

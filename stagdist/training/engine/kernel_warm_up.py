@@ -7,35 +7,26 @@ that met a new kernel behind a receive would wait for its peer, and the peer for
 import torch
 from torch import Tensor
 
-from stagdist.config.run_config import RunConfig
-from stagdist.training.engine.exchange import TensorKind, as_tuple
-from stagdist.training.engine.pipeline import SectionPipeline
+from stagdist.training.engine.pipeline import HandOff, SectionPipeline
 
 
-def dry_pass(
-    module: SectionPipeline,
-    config: RunConfig,
-    kinds: list[TensorKind],
-    device: torch.device | str,
-    *,
-    first_stage: bool,
-    last_stage: bool,
-) -> None:
+def dry_pass(module: SectionPipeline, hand_off: HandOff, device: torch.device | str) -> None:
     """Run this stage forward and backward on zeros. Gradients of parameters stay as they are.
 
     The ranks of a tensor group call this at the same time.
 
     Args:
-        kinds: what a stage hands to the next.
+        hand_off: shapes of what a stage hands to the next.
     """
-    tokens = torch.zeros(config.training.micro_batch_size, config.sequence_length, dtype=torch.int64, device=device)
+    input_ids = torch.zeros(hand_off.memory.shape[-3:-1], dtype=torch.int64, device=device)
     wanted: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    inputs: Tensor | tuple[Tensor, Tensor] = tokens
-    if not first_stage:
-        carried = torch.zeros(kinds[0].shape, dtype=kinds[0].dtype, device=device, requires_grad=True)
-        wanted.append(carried)
-        inputs = (carried, tokens) if len(kinds) > 1 else carried
+    inputs: Tensor | tuple[Tensor, ...] = input_ids
+    if module.stage_id > 0:
+        memory = torch.zeros_like(hand_off.memory, device=device).requires_grad_()
+        wanted.append(memory)
+        inputs = HandOff(memory, None if hand_off.input_ids is None else input_ids).to_tuple()
     outputs = module(inputs)
-    result = module.loss_fn(outputs, tokens) if last_stage else as_tuple(outputs)[0]
+    last = module.stage_id == module.num_stages - 1
+    result = module.loss_fn(outputs, input_ids) if last else outputs[0]
     # Not `backward`: its hooks would hand the gradients to the optimizer.
     torch.autograd.grad(result, wanted, torch.ones_like(result), allow_unused=True)

@@ -1,4 +1,4 @@
-"""AdamW with proper decay groups, and the learning rate as a pure function of the step."""
+"""AdamW with separate groups for weight decay, and the learning rate as a pure function of the step."""
 
 import math
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from stagdist.config.parts import OptimizerConfig, SchedulerConfig
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW in which every matrix decays and no vector does.
 
-    torch's own fused one (no temporaries, on CPUs too), given to DeepSpeed ready-made: DeepSpeed's are compiled on
+    This is torch's fused AdamW, which needs no temporaries, also on CPUs. DeepSpeed's own optimizers are compiled on
     first use.
     """
     parameters = [parameter for _, parameter in named]
@@ -24,10 +24,10 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: Optimizer
 
 
 def learning_rate(step: int, *, steps: int, optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> float:
-    """Learning rate of the update that turns step `step` into `step` + 1 (counted from 0).
+    """Learning rate of the update after `step` steps.
 
-    The warm-up rises linearly and reaches the peak with its last step; every shape stays at its minimum after its
-    end. Source for warm-up-stable-decay: MiniCPM (Hu et al. 2024).
+    The warm-up is linear and reaches the peak at its last step. After its end, every schedule stays at its minimum.
+    Source for warm-up-stable-decay: MiniCPM (Hu et al. 2024).
     """
     peak, low = optimizer.learning_rate, optimizer.learning_rate * scheduler.minimum_ratio
     if step < scheduler.warmup_steps:

@@ -1,44 +1,66 @@
 """The model as DeepSpeed's pipeline module: `[tied embedding, section]` for every section, then the head.
 
-The list of specs is the same for every number of stages, so a layer has one index on every grid. Between stages
-travels a tuple `(float memory, int64 tokens)`, the float first; a sequential model sends its hidden states alone.
-With combined sections, memory and accumulator travel stacked in one tensor.
+The list of specs is the same for every number of stages, so a layer has one index on every grid. Layers of a stage
+pass each other `HandOff` and `SectionInput`. DeepSpeed passes tensors and tuples between stages;
+`SectionPipeline.forward` and the engine's send and receive instructions convert them.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
 from stagdist.config.parts import ModelConfig
-from stagdist.config.run_config import RunConfig
 from stagdist.model.cross_entropy import token_nats
 from stagdist.model.head import Head
 from stagdist.model.megatron import TensorParallel
 from stagdist.model.section import Section, layer_cores
 from stagdist.model.stagformer import head_canonical_name, new_embedding, section_canonical_name
 from stagdist.parallel.grid import Grid
+from stagdist.training.engine.deepspeed_adapter import CutPipeline
 from stagdist.training.engine.distributed import topology
 
-Carry = Tensor | tuple[Tensor, Tensor]
-"""What one section hands to the next: hidden states, or (hidden states or stack, tokens)."""
+
+@dataclass(frozen=True)
+class HandOff:
+    """What one section hands to the next, on the same stage or another.
+
+    Attributes:
+        memory: [B, S, H] output of the section; with combined sections [2, B, S, H], output and accumulator.
+        input_ids: int64 [B, S]; None in a sequential model, where later sections do not read them.
+    """
+
+    memory: Tensor
+    input_ids: Tensor | None = None
+
+    def to_tuple(self) -> tuple[Tensor, ...]:
+        """The tensors that travel between stages, the float one first; `HandOff(*tensors)` is the inverse."""
+        return (self.memory,) if self.input_ids is None else (self.memory, self.input_ids)
+
+
+def expected_hand_off(model: ModelConfig, micro_batch_size: int, sequence_length: int, dtype: torch.dtype) -> HandOff:
+    """Shapes and dtypes of what a stage hands to the next, as tensors without memory (device `meta`)."""
+    batch = (micro_batch_size, sequence_length)
+    stack = (2,) if model.combine_sections else ()
+    memory = torch.empty((*stack, *batch, model.hidden_size), dtype=dtype, device="meta")
+    return HandOff(memory, torch.empty(batch, dtype=torch.int64, device="meta") if model.staggered else None)
 
 
 @dataclass(frozen=True)
 class SectionInput:
-    """What a section starts from, inside one stage.
+    """What the layers before a section prepare for it.
 
     Attributes:
-        carry: float tensor handed over by the previous section; None for the first.
-        tokens: int64 [B, S], passed on to later sections.
+        memory: of the previous section's `HandOff`; None for the first section.
+        input_ids: int64 [B, S], passed on to later sections.
         embedded: [B, S, H] token embeddings.
         shared_core: layers that all sections share, where they do.
     """
 
-    carry: Tensor | None
-    tokens: Tensor
+    memory: Tensor | None
+    input_ids: Tensor
     embedded: Tensor
     shared_core: nn.ModuleList | None = None
 
@@ -53,20 +75,20 @@ class EmbeddingLayer(nn.Module):
         super().__init__()
         self.embedding = new_embedding(model, parallel)
 
-    def forward(self, tokens: Tensor) -> SectionInput:
+    def forward(self, input_ids: Tensor) -> SectionInput:
         """Begin the first section. Shapes: int64 [B, S]."""
-        return SectionInput(None, tokens, self.embedding(tokens))
+        return SectionInput(None, input_ids, self.embedding(input_ids))
 
 
-def embed_again(layer: EmbeddingLayer, carry: tuple[Tensor, Tensor]) -> SectionInput:
+def embed_again(layer: EmbeddingLayer, previous: HandOff) -> SectionInput:
     """Begin a later section from the same tokens."""
-    memory, tokens = carry
-    return SectionInput(memory, tokens, layer.embedding(tokens))
+    assert previous.input_ids is not None, "a staggered section hands on its tokens"
+    return SectionInput(previous.memory, previous.input_ids, layer.embedding(previous.input_ids))
 
 
-def lend_embedding(layer: EmbeddingLayer, carry: Carry) -> tuple[Carry, Tensor]:
+def lend_embedding(layer: EmbeddingLayer, previous: HandOff) -> tuple[HandOff, Tensor]:
     """Pass the embedding's matrix on to a tied head."""
-    return carry, layer.embedding.weight
+    return previous, layer.embedding.weight
 
 
 class SharedCoreLayer(nn.Module):
@@ -81,38 +103,33 @@ class SharedCoreLayer(nn.Module):
         return replace(section_input, shared_core=self.layers)
 
 
-def lend_core(layer: SharedCoreLayer, section_input: SectionInput) -> SectionInput:
-    """The same for a later section."""
-    return layer(section_input)
-
-
 class SectionLayer(nn.Module):
-    """A section as a pipeline layer: unpacks what came, packs what goes on."""
+    """A section as a pipeline layer.
 
-    def __init__(self, config: RunConfig, index: int, parallel: TensorParallel):
+    Args:
+        index: which section, from 0.
+        checkpoint_layers: recompute each layer in the backward pass.
+    """
+
+    def __init__(self, model: ModelConfig, index: int, parallel: TensorParallel, *, checkpoint_layers: bool = False):
         super().__init__()
-        self.staggered = config.model.staggered
-        self.section = Section(
-            config.model,
-            index,
-            parallel,
-            own_core=not config.model.share_section_weights,
-            checkpoint_layers=config.training.activation_checkpointing == "layer",
-        )
+        self.staggered = model.staggered
+        own_core = not model.share_section_weights
+        self.section = Section(model, index, parallel, own_core=own_core, checkpoint_layers=checkpoint_layers)
 
-    def forward(self, inputs: SectionInput | Tensor) -> Carry:
-        """Run the section."""
+    def forward(self, inputs: SectionInput | HandOff) -> HandOff:
+        """Run the section. A sequential one starts from the previous section's output, a staggered one from tokens."""
         if not self.staggered:
-            return self.section(inputs.embedded if isinstance(inputs, SectionInput) else inputs)
+            return HandOff(self.section(inputs.embedded if isinstance(inputs, SectionInput) else inputs.memory))
         assert isinstance(inputs, SectionInput), "a staggered section needs its embedding layer before it"
-        previous, accumulator = inputs.carry, None
+        previous, accumulator = inputs.memory, None
         if self.section.mix is not None and previous is not None:
             previous, accumulator = previous.unbind(0)  # [2, B, S, H]
         output = self.section(inputs.embedded, previous, inputs.shared_core)
         if self.section.mix is None:
-            return output, inputs.tokens
+            return HandOff(output, inputs.input_ids)
         mixed = self.section.mix * output
-        return torch.stack((output, mixed if accumulator is None else accumulator + mixed)), inputs.tokens
+        return HandOff(torch.stack((output, mixed if accumulator is None else accumulator + mixed)), inputs.input_ids)
 
 
 class HeadLayer(nn.Module):
@@ -120,14 +137,13 @@ class HeadLayer(nn.Module):
 
     def __init__(self, model: ModelConfig, parallel: TensorParallel):
         super().__init__()
-        self.tied, self.combined, self.staggered = model.tie_word_embeddings, model.combine_sections, model.staggered
+        self.combined = model.combine_sections
         self.head = Head(model, parallel)
 
-    def forward(self, inputs: Carry | tuple[Carry, Tensor]) -> Tensor:
-        """Logits of this tensor rank, [B, S, V]."""
-        carry, weight = inputs if self.tied else (inputs, None)
-        hidden_states = carry[0] if self.staggered else carry
-        return self.head(hidden_states[1] if self.combined else hidden_states, weight)
+    def forward(self, inputs: HandOff | tuple[HandOff, Tensor]) -> Tensor:
+        """Logits of this tensor rank, [B, S, V]; a tied head gets the embedding's matrix as well."""
+        previous, weight = inputs if isinstance(inputs, tuple) else (inputs, None)
+        return self.head(previous.memory[1] if self.combined else previous.memory, weight)
 
 
 def mean_nats(logits: Tensor, labels: Tensor, parallel: TensorParallel) -> Tensor:
@@ -135,25 +151,30 @@ def mean_nats(logits: Tensor, labels: Tensor, parallel: TensorParallel) -> Tenso
     return token_nats(logits, labels, parallel).mean()
 
 
-class SectionPipeline(PipelineModule):
-    """DeepSpeed's pipeline over the sections of a model, cut at whole sections.
+class SectionPipeline(CutPipeline):
+    """DeepSpeed's pipeline over the sections of a model, cut between sections.
 
     Args:
-        config: the run; model, checkpointing and number of stages are read.
+        activation_checkpointing: `training.activation_checkpointing`.
         grid: sizes of the axes.
         parallel: the tensor axis.
     """
 
-    def __init__(self, config: RunConfig, grid: Grid, parallel: TensorParallel):
-        self.run_config = config
-        specs, self.bounds = _layer_specs(config, grid, parallel)
-        super().__init__(layers=specs, topology=topology(grid), loss_fn=partial(mean_nats, parallel=parallel))
+    def __init__(self, model: ModelConfig, activation_checkpointing: str, grid: Grid, parallel: TensorParallel):
+        self._share_section_weights = model.share_section_weights
+        specs, bounds = _layer_specs(model, activation_checkpointing == "layer", grid.pipe, parallel)
+        super().__init__(specs, bounds, topology(grid), partial(mean_nats, parallel=parallel))
 
-    def _partition_layers(self, method: str = "") -> None:
-        """Cut at our bounds; DeepSpeed's own methods would cut inside `[embedding, section]`."""
-        stage = self._topo.get_coord(self.global_rank).pipe
-        self.parts = self.bounds
-        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+    def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        """Run this stage.
+
+        Args:
+            inputs: token ids on the first stage, a hand-off as a tuple on later ones.
+
+        Returns: logits on the last stage, a hand-off as a tuple on earlier ones.
+        """
+        outputs = super().forward(HandOff(*inputs) if isinstance(inputs, tuple) else inputs)
+        return outputs.to_tuple() if isinstance(outputs, HandOff) else outputs
 
     def canonical_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of this stage by canonical name; `section_mix` comes as `section_mix.{s}`."""
@@ -168,12 +189,13 @@ class SectionPipeline(PipelineModule):
         if kind == "head":
             return head_canonical_name(rest)
         section = self.get_submodule(f"{layer}.section").index
-        return section_canonical_name(section, rest, shared=self.run_config.model.share_section_weights)
+        return section_canonical_name(section, rest, shared=self._share_section_weights)
 
 
-def _layer_specs(config: RunConfig, grid: Grid, parallel: TensorParallel) -> tuple[list[LayerSpec], list[int]]:
+def _layer_specs(
+    model: ModelConfig, checkpoint_layers: bool, num_stages: int, parallel: TensorParallel
+) -> tuple[list[LayerSpec], list[int]]:
     """All layers of the pipeline and the index of each stage's first one, with the end."""
-    model = config.model
     specs: list[LayerSpec] = []
     starts: list[int] = []
     for index in range(model.num_sections):
@@ -181,13 +203,12 @@ def _layer_specs(config: RunConfig, grid: Grid, parallel: TensorParallel) -> tup
         if index == 0 or model.staggered:
             specs.append(_embedding_spec(model, parallel, None if index == 0 else embed_again))
         if model.share_section_weights:
-            specs.append(_core_spec(model, parallel, None if index == 0 else lend_core))
-        specs.append(LayerSpec(SectionLayer, config, index, parallel))
+            specs.append(_core_spec(model, parallel, None if index == 0 else SharedCoreLayer.forward))
+        specs.append(LayerSpec(SectionLayer, model, index, parallel, checkpoint_layers=checkpoint_layers))
     if model.tie_word_embeddings:
         specs.append(_embedding_spec(model, parallel, lend_embedding))
     specs.append(LayerSpec(HeadLayer, model, parallel))
-    per_stage = model.num_sections // grid.pipe
-    return specs, starts[::per_stage] + [len(specs)]
+    return specs, starts[:: model.num_sections // num_stages] + [len(specs)]
 
 
 def _embedding_spec(model: ModelConfig, parallel: TensorParallel, forward_fn: object) -> TiedLayerSpec:

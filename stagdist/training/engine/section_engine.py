@@ -1,99 +1,107 @@
-"""DeepSpeed's pipeline engine with a gate before the update and a clock on every instruction."""
+"""DeepSpeed's pipeline engine with our schedule and hand-off, a gate before the update, and a clock.
 
-import io
+With `deepspeed_adapter.py` the only module that may use a private name of DeepSpeed; `TOUCHED` there lists them.
+"""
+
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor
 
+from stagdist.config.parts import OptimizerConfig
 from stagdist.config.run_config import RunConfig
 from stagdist.data.loader import Loader, on_device
 from stagdist.model.megatron import TensorParallel
+from stagdist.model.precision import DTYPES
 from stagdist.model.stagformer import fill_parameters
 from stagdist.parallel.groups import Groups
-from stagdist.parallel.lean_imports import without_compiler
 from stagdist.telemetry.pulse import Phase, Pulse
+from stagdist.training.engine.deepspeed_adapter import FileReader, FileWriter, quiet
 from stagdist.training.engine.deepspeed_config import deepspeed_config
-from stagdist.training.engine.exchange import Exchange, hand_off_kinds
+from stagdist.training.engine.exchange import Exchange
 from stagdist.training.engine.kernel_warm_up import dry_pass
 from stagdist.training.engine.optimizer import build_optimizer
-from stagdist.training.engine.pipeline import SectionPipeline
+from stagdist.training.engine.pipeline import HandOff, SectionPipeline, expected_hand_off
+from stagdist.training.engine.step_clock import COMPUTE, PHASES, UPDATE, ComputeClock, StepTimes
 from stagdist.training.engine.train_schedule import InferenceSchedule, TrainSchedule
-
-with without_compiler(), suppress(ImportError):  # a release without it does not ask for it
-    # The engine imports this optimizer, which nobody chose, to see that ours is another.
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 MicroBatches = Iterator[tuple[Tensor, Tensor]]
 Gate = Callable[[bool], bool]
-"""Told whether this rank's loss and gradients are finite, answers whether all ranks update."""
-
-COMPUTE = (schedule.ForwardPass, schedule.BackwardPass)
-UPDATE = (schedule.ReduceTiedGrads, schedule.ReduceGrads, schedule.OptimizerStep)
-
-PHASES = {
-    schedule.LoadMicroBatch: Phase.LOAD,
-    schedule.ForwardPass: Phase.FORWARD,
-    schedule.BackwardPass: Phase.BACKWARD,
-    schedule.RecvActivation: Phase.RECEIVE,
-    schedule.RecvGrad: Phase.RECEIVE,
-    schedule.SendActivation: Phase.SEND,
-    schedule.SendGrad: Phase.SEND,
-} | dict.fromkeys(UPDATE, Phase.UPDATE)
-"""What a rank is seen to do from outside while it runs an instruction."""
-
-
-@dataclass
-class StepTimes:
-    """Seconds that this rank spent in one training step.
-
-    Attributes:
-        compute_s: forward and backward passes.
-        pipeline_s: from the first instruction to the last one before gradients are reduced.
-        load_s: waiting for micro-batches.
-        update_s: reduction of gradients, gate and optimizer.
-    """
-
-    compute_s: float = 0.0
-    pipeline_s: float = 0.0
-    load_s: float = 0.0
-    update_s: float = 0.0
+"""Takes whether this rank's loss and gradients are finite; returns whether all ranks update."""
 
 
 class SectionEngine(PipelineEngine):
-    """DeepSpeed's 1F1B over sections.
+    """DeepSpeed's pipeline engine over sections. All ranks build it at the same time.
 
-    Set `gate` before training; `pulse` tells a watcher what this rank does. `times` describes the latest step. On a
-    GPU, compute is timed by events on the stream, so the clock does not make the device wait inside a step.
+    On a GPU, compute is timed by events on the stream, so the clock does not make the device wait inside a step.
+
+    Args:
+        module: the layers of this rank; the optimizer's fp32 copies of the weights are made here.
+        settings: DeepSpeed's configuration.
+        hand_off: shapes of what a stage hands to the next.
+        timeout_s: limit of every wait for another rank.
+        pulse: signs of life for a supervisor.
+
+    Attributes:
+        control: all ranks over gloo.
+        exchange: the edges to the neighboring stages.
+        times: of the latest step.
     """
 
-    gate: Gate
-    pulse: Pulse
-    times: StepTimes
-    exchange: Exchange
-    control: dist.ProcessGroup
+    def __init__(
+        self,
+        module: SectionPipeline,
+        optimizer: torch.optim.Optimizer,
+        settings: dict[str, Any],
+        groups: Groups,
+        *,
+        hand_off: HandOff,
+        timeout_s: float,
+        pulse: Pulse,
+    ):
+        with quiet(), groups.reused():
+            super().__init__(
+                args=None,
+                model=module,
+                optimizer=optimizer,
+                model_parameters=None,
+                mpu=module.mpu(),
+                dist_init_required=False,
+                config=settings,
+                config_class=DeepSpeedConfig(settings, module.mpu()),
+            )
+        self.control, self.pulse, self.times = groups.control, pulse, StepTimes()
+        self.exchange = Exchange(groups.grid, hand_off, self.device, timeout_s)
+        self._gate: Gate | None = None
 
-    def train_batch(self, data_iter: MicroBatches | None = None) -> Tensor:
+    def train_batch(self, data_iter: MicroBatches | None = None, gate: Gate | None = None) -> Tensor:
         """Run one optimizer step.
+
+        Args:
+            gate: called once, before the update; None updates always.
 
         Returns:
             Mean loss over the micro-batches and replicas, on every rank. The device has computed it.
         """
+        self._gate = gate
         loss: Tensor = super().train_batch(data_iter)
         self._wait_for_device()
         # DeepSpeed resets this timer only when it prints, which is off: it would keep two CUDA events of every step.
         self.timers(TRAIN_BATCH_TIMER).reset()
+        return loss
+
+    def eval_batch(self, *arguments: Any, **options: Any) -> Any:
+        """Loss of one batch without an update, which the device has computed; see DeepSpeed."""
+        loss = super().eval_batch(*arguments, **options)
+        self._wait_for_device()
         return loss
 
     def micro_batches_of_step(self, loader: Loader, consumed_samples: int) -> MicroBatches | None:
@@ -106,11 +114,40 @@ class SectionEngine(PipelineEngine):
             return None
         return on_device(loader.step(consumed_samples), self.device)
 
-    def eval_batch(self, *arguments: Any, **options: Any) -> Any:
-        """Loss of one batch without an update, which the device has computed; see DeepSpeed."""
-        loss = super().eval_batch(*arguments, **options)
-        self._wait_for_device()
-        return loss
+    def set_learning_rate(self, value: float) -> None:
+        """Use `value` from the next update on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = value
+
+    def gradient_norm(self) -> float:
+        """True global norm before clipping, of the latest update."""
+        norm = self.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    def write_files(self, writer: FileWriter, folder: Path, name: str, client_state: dict[str, object]) -> None:
+        """Give the content of every file of a checkpoint `folder/name` to a writer. Called on all ranks."""
+        self.checkpoint_engine = writer
+        self.save_checkpoint(str(folder), tag=name, client_state=client_state, save_latest=False)
+
+    def read_files(self, reader: FileReader, checkpoint: Path, config: OptimizerConfig) -> dict[str, Any] | None:
+        """Fill weights and optimizer from a checkpoint; the optimizer's settings are those of `config`.
+
+        Returns:
+            The client state; None where DeepSpeed finds nothing.
+        """
+        self.checkpoint_engine = reader
+        with quiet():
+            path, client_state = self.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if path is None:
+            return None
+        matrices, vectors = self.optimizer.param_groups
+        for group, weight_decay in ((matrices, config.weight_decay), (vectors, 0.0)):
+            group.update(betas=config.betas, eps=config.eps, weight_decay=weight_decay)
+        self.optimizer.clip_grad = config.max_grad_norm
+        return dict(client_state)
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        """Leave DeepSpeed's scripts out of checkpoints: more files would be more ways to fail."""
 
     def _aggregate_total_loss(self) -> Tensor:
         self._wait_for_device()  # DeepSpeed copies from pageable memory next, where the host would wait without a limit
@@ -124,25 +161,34 @@ class SectionEngine(PipelineEngine):
         return InferenceSchedule(micro_batches, self.num_stages, self.stage_id)
 
     def _exec_send_activations(self, buffer_id: int) -> None:
-        self.exchange.send_activations(self.pipe_buffers["outputs"][buffer_id])
+        self.exchange.send_activations(HandOff(*self.pipe_buffers["outputs"][buffer_id]))
 
     def _exec_recv_activations(self, buffer_id: int) -> None:
-        self.pipe_buffers["inputs"][buffer_id] = self.exchange.receive_activations()
+        self.pipe_buffers["inputs"][buffer_id] = self.exchange.receive_activations().to_tuple()
 
     def _exec_send_grads(self, buffer_id: int) -> None:
-        self.exchange.send_gradients(self.pipe_buffers["inputs"][buffer_id])
+        self.exchange.send_gradients(HandOff(*self.pipe_buffers["inputs"][buffer_id]))
         self.pipe_buffers["inputs"][buffer_id] = None
 
     def _exec_recv_grads(self, buffer_id: int) -> None:
-        gradient = self.exchange.receive_gradients()
-        # DeepSpeed's backward pass wants one gradient for each float tensor of a tuple.
-        self.grad_layer = (gradient,) if isinstance(self.pipe_buffers["outputs"][buffer_id], tuple) else gradient
+        self.grad_layer = (self.exchange.receive_gradients(),)
+
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        super()._exec_backward_pass(buffer_id)
+        if self.is_last_stage():
+            # DeepSpeed keeps the logits of every buffer until the next step's forward pass.
+            self.pipe_buffers["outputs"][buffer_id] = None
+
+    def _bf16_reduce_grads(self) -> None:
+        """Average the flat fp32 gradients in place; DeepSpeed's bucket of 5e8 values would copy them first."""
+        self.buffered_allreduce_fallback(grads=None, elements_per_buffer=0)
 
     def _exec_optimizer_step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
-        if self.gate(self._is_finite()):
+        finite = self._is_finite()
+        if self._gate is None or self._gate(finite):
             super()._exec_optimizer_step(lr_kwargs)
             return
-        # The gradients are dropped on every rank, nothing of the optimizer's state moves.
+        # All ranks drop their gradients; the optimizer's state stays as it is.
         self._force_grad_boundary = True
         self.optimizer.zero_grad()
         if hasattr(self.optimizer, "averaged_gradients"):
@@ -153,19 +199,6 @@ class SectionEngine(PipelineEngine):
         self.skipped_steps += 1
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
-
-    def _copy_recovery_script(self, save_path: str) -> None:
-        """Leave DeepSpeed's scripts out of checkpoints: more files would be more ways to fail."""
-
-    def _bf16_reduce_grads(self) -> None:
-        """Average the flat fp32 gradients in place; DeepSpeed's bucket of 5e8 values would copy them first."""
-        self.buffered_allreduce_fallback(grads=None, elements_per_buffer=0)
-
-    def _exec_backward_pass(self, buffer_id: int) -> None:
-        super()._exec_backward_pass(buffer_id)
-        if self.is_last_stage():
-            # DeepSpeed keeps the logits of every buffer until the next step's forward pass.
-            self.pipe_buffers["outputs"][buffer_id] = None
 
     def _is_finite(self) -> bool:
         """Loss (last stage) and gradients of this rank. fp16 gradients are left to the loss scaler."""
@@ -235,101 +268,40 @@ class SectionEngine(PipelineEngine):
         times.update_s = time.perf_counter() - started - times.pipeline_s
         self.times = times
 
-    def set_learning_rate(self, value: float) -> None:
-        """Use `value` from the next update on."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = value
 
-    def gradient_norm(self) -> float:
-        """True global norm before clipping, of the latest update."""
-        norm = self.get_global_grad_norm()
-        return math.nan if norm is None else float(norm)
+def build_engine(config: RunConfig, groups: Groups, pulse: Pulse | None = None) -> SectionEngine:
+    """The model of this rank with its initial weights, and the engine around it.
 
-
-class ComputeClock:
-    """Adds up the time spent inside `with clock:`; on CUDA by events, elsewhere by the host's clock."""
-
-    def __init__(self, device: torch.device):
-        self._on_cuda = torch.device(device).type == "cuda"
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._total_s = 0.0
-        self._begun = 0.0
-
-    def __enter__(self) -> None:
-        if self._on_cuda:
-            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            self._events[-1][0].record()
-        self._begun = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self._total_s += time.perf_counter() - self._begun
-        if self._on_cuda:
-            self._events[-1][1].record()
-
-    def seconds(self) -> float:
-        """Time inside the clock; the device must have passed its last event."""
-        if self._on_cuda:
-            return sum(start.elapsed_time(end) for start, end in self._events) / 1e3
-        return self._total_s
-
-
-def build_engine(config: RunConfig, groups: Groups) -> SectionEngine:
-    """The model of this rank with its initial weights, and the engine around it."""
-    return wrap_module(build_module(config, groups), config, groups)
+    Args:
+        pulse: signs of life for a supervisor; None gives none.
+    """
+    return wrap_module(build_module(config, groups), config, groups, pulse)
 
 
 def build_module(config: RunConfig, groups: Groups) -> SectionPipeline:
     """The layers of this rank with their initial weights."""
     parallel = TensorParallel(groups.tensor)
-    with _quiet(), groups.reused():
-        module = SectionPipeline(config, groups.grid, parallel)
+    with quiet(), groups.reused():
+        module = SectionPipeline(config.model, config.training.activation_checkpointing, groups.grid, parallel)
         fill_parameters(module.canonical_parameters(), config.model, parallel, config.training.seed)
     return module
 
 
-def wrap_module(module: SectionPipeline, config: RunConfig, groups: Groups) -> SectionEngine:
-    """The engine around a module that has its weights; the optimizer's fp32 copies are taken here.
-
-    What deepspeed.initialize does for a pipeline module, with our engine class.
-    """
-    settings = deepspeed_config(config, groups.grid)
-    with _quiet(), groups.reused():
-        engine = SectionEngine(
-            args=None,
-            model=module,
-            optimizer=build_optimizer(module.named_parameters(), config.optimizer),
-            model_parameters=None,
-            mpu=module.mpu(),
-            dist_init_required=False,
-            config=settings,
-            config_class=DeepSpeedConfig(settings, module.mpu()),
-        )
-    engine.gate = lambda finite: finite
-    engine.pulse = Pulse()
-    kinds = hand_off_kinds(config, next(module.parameters()).dtype)
-    engine.exchange = Exchange(groups.grid, kinds, engine.device, config.parallel.timeout_s)
+def wrap_module(
+    module: SectionPipeline, config: RunConfig, groups: Groups, pulse: Pulse | None = None
+) -> SectionEngine:
+    """The engine around a module that has its weights, ready for the first step."""
+    batch, dtype = config.training.micro_batch_size, DTYPES[config.training.precision]
+    engine = SectionEngine(
+        module,
+        build_optimizer(module.named_parameters(), config.optimizer),
+        deepspeed_config(config.training, config.optimizer, config.deepspeed, groups.grid),
+        groups,
+        hand_off=expected_hand_off(config.model, batch, config.sequence_length, dtype),
+        timeout_s=config.parallel.timeout_s,
+        pulse=Pulse() if pulse is None else pulse,
+    )
     if not engine.exchange.rules.early_receives and groups.grid.pipe > 1:
-        ends = {"first_stage": engine.is_first_stage(), "last_stage": engine.is_last_stage()}
         with torch.enable_grad():
-            dry_pass(module, config, kinds, engine.device, **ends)
-    engine.control = groups.control
+            dry_pass(module, engine.exchange.hand_off, engine.device)
     return engine
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed prints facts that our own checks cover, and broadcasts parameters, which torch would warn of."""
-    with redirect_stdout(io.StringIO()), torch.no_grad(), _device_as_local_rank():
-        yield
-
-
-@contextmanager
-def _device_as_local_rank() -> Iterator[None]:
-    """DeepSpeed takes LOCAL_RANK for the number of the device, and compares it with Open MPI's."""
-    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK") if torch.cuda.is_initialized() else ()
-    kept = {name: os.environ[name] for name in names if name in os.environ}
-    os.environ.update(dict.fromkeys(kept, str(torch.cuda.current_device())) if kept else {})
-    try:
-        yield
-    finally:
-        os.environ.update(kept)

@@ -1,8 +1,7 @@
 """The order in which a stage works on its micro-batches, as DeepSpeed's instructions. Pure: no tensors, no ranks.
 
-DeepSpeed's own schedules are made for transfers that block both sides: a stage holds back results that are ready
-until the peer has something to exchange. Ours let a result leave the moment it exists (see
-`stagdist/training/engine/exchange.py` for transfers that nobody waits for).
+DeepSpeed's own schedules are made for transfers that block both sides: a stage keeps a result until the peer has
+something to exchange. Ours send a result as soon as it exists (see `stagdist/training/engine/exchange.py`).
 """
 
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from stagdist.parallel.layout import micro_batches_in_flight
 
 
 class _StageSchedule(schedule.PipeSchedule):
-    """One stage's part: how a micro-batch passes forward and backward through it."""
+    """The instructions with which one stage runs a micro-batch forward and backward."""
 
     def _forward(self, micro_batch: int) -> list[PipeInstruction]:
         buffer = micro_batch % self.num_pipe_buffers()
@@ -42,9 +41,9 @@ class _StageSchedule(schedule.PipeSchedule):
 class TrainSchedule(_StageSchedule):
     """Eager 1F1B: earlier stages run further ahead than plain 1F1B needs.
 
-    In plain 1F1B every result is needed the moment it is ready, so the time on the wire, and each moment in which
-    one stage is slower than its neighbour, delays the whole pipeline. Here the next input lies ready when a stage
-    turns to it. The price is activations: see `micro_batches_in_flight`.
+    In plain 1F1B every result is needed as soon as it is ready, so transfer time, and any delay of one stage, delays
+    the entire pipeline. Here the next input has arrived before a stage needs it. This costs memory for activations:
+    see `micro_batches_in_flight`.
 
     Source: Zhuang et al., On Optimizing the Communication of Model Parallelism (MLSys 2023), eager-1F1B.
     """
@@ -66,7 +65,7 @@ class TrainSchedule(_StageSchedule):
 
 
 class InferenceSchedule(_StageSchedule):
-    """Forward passes alone."""
+    """Forward passes only."""
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
         """Instructions of one evaluation, grouped by pass."""
@@ -74,5 +73,5 @@ class InferenceSchedule(_StageSchedule):
             yield self._forward(micro_batch)
 
     def num_pipe_buffers(self) -> int:
-        """One: what a stage sends is kept by the exchange until it has left."""
+        """One: the exchange keeps what a stage sends until it is sent."""
         return 1

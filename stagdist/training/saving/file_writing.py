@@ -1,7 +1,7 @@
-"""Files of a checkpoint written once: hashed on their way to the disk, at once or by a thread beside the training.
+"""Write the files of a checkpoint and hash them while they are written, directly or in a background thread.
 
-A thread, not a process: what takes time (copying into the file, sha256, crc32, waiting for the disk) runs without
-Python's lock, and a thread ends with its rank, whatever ends it.
+A thread is enough: the slow parts (copying into the file, sha256, crc32, waiting for the disk) release Python's global
+interpreter lock. And a thread ends with its rank, however that ends.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from stagdist.telemetry.logging import ONLY_IN_FILE
 LOG = logging.getLogger(__name__)
 
 _BLOCK = 1 << 22
-"""Bytes between two looks at whether the write was given up."""
+"""Bytes between two checks whether the write was abandoned."""
 
 
 class HashedFile(io.FileIO):
-    """A new file for `torch.save` that knows size and sha256 of what was written.
+    """A new file for `torch.save` that computes size and sha256 while it is written.
 
     Args:
-        given_up: ends the write with an OSError once it is set.
+        given_up: makes the write fail with an OSError once it is set.
     """
 
     def __init__(self, path: Path, given_up: threading.Event):
@@ -39,10 +39,10 @@ class HashedFile(io.FileIO):
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Append all of it; the first failure is kept, since torch covers it with one of its own.
+        """Append all of `data`. The first failure is kept, because torch replaces it with an error of its own.
 
         Raises:
-            OSError: the disk refuses, or the write was given up.
+            OSError: the disk failed, or the write was abandoned.
         """
         view = memoryview(data).cast("B")
         try:
@@ -55,7 +55,7 @@ class HashedFile(io.FileIO):
 
     def _append(self, block: memoryview) -> None:
         if self._given_up.is_set():
-            raise OSError("the write was given up")
+            raise OSError("the write was abandoned")
         self._digest.update(block)
         self._size += len(block)
         while block:
@@ -67,10 +67,10 @@ class HashedFile(io.FileIO):
 
 
 def write_file(content: object, path: Path, given_up: threading.Event) -> FileRecord:
-    """Write what DeepSpeed wants in a file, and wait until it has reached the disk.
+    """Write the content of one file, and wait until it has reached the disk.
 
     Raises:
-        OSError: it could not be written, or was given up; with the space that is left.
+        OSError: it could not be written, or was abandoned; the message has the free space.
     """
     try:
         with HashedFile(path, given_up) as stream:
@@ -90,7 +90,7 @@ class BackgroundWrite:
     """One rank's files of one save, written one after the other by a thread.
 
     Args:
-        files: path and content; nobody else may change the contents until the end.
+        files: path and content; the contents must not change until all are written.
     """
 
     def __init__(self, files: Sequence[tuple[Path, object]]):
@@ -98,7 +98,7 @@ class BackgroundWrite:
         self._records: dict[Path, FileRecord] = {}
         self._failure: str | None = None
         self._given_up = threading.Event()
-        # A daemon: a rank that must end at once does not wait for a slow disk.
+        # A daemon thread: a rank that must exit at once does not wait for a slow disk.
         self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
@@ -113,7 +113,7 @@ class BackgroundWrite:
         return self._failure is not None
 
     def check(self) -> None:
-        """Look for a failure without waiting.
+        """Raise a failure, if any, without waiting.
 
         Raises:
             OSError: a file could not be written, or the writer broke.
@@ -122,12 +122,12 @@ class BackgroundWrite:
             raise OSError(self._failure)
 
     def give_up(self, timeout_s: float) -> None:
-        """Stop within a block; a disk that does not answer is left alone after `timeout_s`."""
+        """Abandon the write. Returns after `timeout_s` at the latest, also if the disk does not respond."""
         self._given_up.set()
         self._thread.join(timeout_s)
 
     def records(self) -> dict[Path, FileRecord]:
-        """Wait for the end; size and hash of every file.
+        """Wait until all files are written; return size and hash of every file.
 
         Raises:
             OSError: a file could not be written, or the writer broke.
@@ -143,7 +143,7 @@ class BackgroundWrite:
             except OSError as error:
                 self._failure = str(error)
                 return
-            except Exception as error:  # a thread that ends silently would look like one that has finished
+            except Exception as error:  # otherwise a broken thread would look like a finished one
                 LOG.error("the writer of %s broke", path, exc_info=True, extra=ONLY_IN_FILE)
                 self._failure = f"the writer of {path} broke: {type(error).__name__}: {error}"
                 return

@@ -1,4 +1,4 @@
-"""What DeepSpeed would write, kept in host memory instead, so that training can go on while it is written."""
+"""Copies of training state in host memory, from which files are written while training continues."""
 
 import copy
 import mmap
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
 LARGE_BYTES = 2**20
@@ -17,9 +16,9 @@ LARGE_BYTES = 2**20
 class HostCopies:
     """Copies of training state in buffers that are kept from one save to the next.
 
-    Buffers are kept because the first touch of fresh memory takes most of a copy's time: on a CPU 8 times as long as
-    the copy into memory that was used before. They are as large as what this rank saves, and pinned where the state
-    lies on a GPU. Call `close` before the object is dropped.
+    The first touch of fresh memory takes most of a copy's time: on a CPU 8 times as long as a copy into memory that
+    was used before. The buffers are as large as what this rank saves, and pinned where the state is on a GPU. Call
+    `close` before the object is dropped.
     """
 
     def __init__(self) -> None:
@@ -28,9 +27,9 @@ class HostCopies:
         self._on_cuda = False
 
     def copy(self, content: dict[str, Any], file: str) -> dict[str, Any]:
-        """All of a file's content as it is now; of tensors only what they show of their storage.
+        """Copy a file's content as it is now; of each tensor only its own values, not the rest of its storage.
 
-        A tensor that occurs twice stays one. The copies are valid after `wait` and until the same file is copied
+        A tensor that occurs twice is copied once. The copies are valid after `wait` and until the same file is copied
         again.
         """
         memo: dict[int, Any] = {}
@@ -45,12 +44,12 @@ class HostCopies:
         return copy.deepcopy(type(content)(content), memo)
 
     def wait(self) -> None:
-        """Return when all copies are there."""
+        """Wait until all copies are complete."""
         if self._on_cuda:
             torch.cuda.current_stream().synchronize()
 
     def close(self) -> None:
-        """Give up the buffers. Copies stay valid as long as they are referenced."""
+        """Release the buffers. Copies stay valid as long as they are referenced."""
         self._buffers.clear()
         for key in list(self._registered):
             self._unregister(key)
@@ -81,7 +80,7 @@ class HostCopies:
 
 
 def _tensors(content: object) -> Iterator[Tensor]:
-    """Every tensor inside dictionaries, lists and tuples; others are cloned with what holds them."""
+    """Every tensor inside dictionaries, lists and tuples; other objects are copied by `deepcopy`."""
     if isinstance(content, Tensor):
         yield content
     elif isinstance(content, dict):
@@ -92,29 +91,24 @@ def _tensors(content: object) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-class Capture(TorchCheckpointEngine):
-    """Stands in for DeepSpeed's writer of files and keeps what it is given.
+class Capture:
+    """Copies the files of one save to host memory.
 
     A failure is kept, not raised: a rank that raised in the middle of a save would leave the others waiting in
     DeepSpeed's barriers.
     """
 
     def __init__(self, copies: HostCopies):
-        super().__init__()
         self._copies = copies
         self._failure: str | None = None
         self._files: list[tuple[Path, object]] = []
 
-    def preserves_storage_sharing(self) -> bool:
-        """Spares DeepSpeed its own copies before `save`: ours hold no more than a tensor shows."""
-        return False
-
-    def save(self, state_dict: dict[str, Any], path: str) -> None:
+    def write(self, content: dict[str, Any], path: str) -> None:
         """Copy the content of one file."""
         if self._failure is not None:
             return
         try:
-            self._files.append((Path(path), self._copies.copy(state_dict, Path(path).name)))
+            self._files.append((Path(path), self._copies.copy(content, Path(path).name)))
         except (RuntimeError, MemoryError, OSError) as error:
             reason = str(error).partition("\n")[0]
             self._failure = (

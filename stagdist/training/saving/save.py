@@ -1,4 +1,4 @@
-"""Saving of training state through DeepSpeed, beside the training or not: all ranks or none."""
+"""Saving of training state, during training or while it waits: complete on all ranks, or not at all."""
 
 import logging
 import shutil
@@ -12,16 +12,13 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from stagdist.checkpoint.training.directory import (
     CONFIG,
     STATE,
-    FileRecord,
     TrainingState,
     checkpoint_files,
     checkpoint_name,
-    file_record,
     prune,
     publish,
     staging_folder,
@@ -30,8 +27,10 @@ from stagdist.checkpoint.training.directory import (
 from stagdist.config.loading import dump_config
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import CheckpointError
+from stagdist.files import FileRecord, file_record
 from stagdist.parallel.groups import Groups
 from stagdist.training.engine.agreement import Writing, on_every_rank
+from stagdist.training.engine.deepspeed_adapter import FileWriter
 from stagdist.training.engine.section_engine import SectionEngine
 from stagdist.training.saving.file_writing import BackgroundWrite, write_file
 from stagdist.training.saving.host_copies import Capture, HostCopies
@@ -40,32 +39,32 @@ LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 GIVE_UP_S = 5.0
-"""How long a write that was given up may take to notice it."""
+"""How long an abandoned write may take to stop."""
 
 
-class GuardedWriter(TorchCheckpointEngine):
-    """DeepSpeed's writer of files, which hashes what it writes and keeps the first failure instead of raising it.
+class GuardedWriter:
+    """Writes and hashes the files of one save.
 
-    A rank that raised in the middle of a save would leave the others waiting in DeepSpeed's barriers.
+    A failure is kept, not raised: a rank that raised in the middle of a save would leave the others waiting in
+    DeepSpeed's barriers.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._failure: str | None = None
         self._records: dict[Path, FileRecord] = {}
         self._never = threading.Event()
 
-    def save(self, state_dict: object, path: str) -> None:
+    def write(self, content: object, path: str) -> None:
         """Write one file unless an earlier one has failed."""
         if self._failure is not None:
             return
         try:
-            self._records[Path(path)] = write_file(state_dict, Path(path), self._never)
+            self._records[Path(path)] = write_file(content, Path(path), self._never)
         except OSError as error:
             self._failure = str(error)
 
     def check(self) -> None:
-        """Raise what was kept.
+        """Raise the failure, if any.
 
         Raises:
             OSError: a file could not be written.
@@ -83,11 +82,11 @@ class _Save:
     """A save whose files are being written.
 
     Attributes:
-        staged: folder the files go to.
-        final: folder they will be in.
+        staged: folder in which the files are written.
+        final: folder that they get in the end.
         written: their writer.
         started: `time.perf_counter` when the save began.
-        paused_s: how long training stood still for it.
+        paused_s: how long training was paused for it.
     """
 
     staged: Path
@@ -98,9 +97,12 @@ class _Save:
 
 
 class Saver:
-    """Saves training state: complete on all ranks, or everything is left as it was. At most one save is under way.
+    """Saves training state: complete on all ranks, or nothing changes. At most one save is under way.
 
-    Every method but `vote` and `close` is called on all ranks alike.
+    Every method but `vote` and `close` is called on all ranks at the same time.
+
+    Args:
+        config: the run; saved with every checkpoint.
     """
 
     def __init__(self, engine: SectionEngine, groups: Groups, config: RunConfig):
@@ -112,8 +114,13 @@ class Saver:
 
     @property
     def under_way(self) -> bool:
-        """Whether a save has begun that is not a checkpoint yet; the same on every rank."""
+        """Whether a save has begun and is not complete yet; the same on every rank."""
         return self._under_way is not None
+
+    def due(self, step: int) -> bool:
+        """Whether `checkpoint.interval_steps` asks for a save after `step`."""
+        interval = self._config.checkpoint.interval_steps
+        return interval > 0 and step % interval == 0
 
     def vote(self) -> Writing:
         """How far this rank's files have come."""
@@ -128,7 +135,7 @@ class Saver:
         Args:
             wait: complete it here. So does `checkpoint.asynchronous: false`.
 
-        Returns: the folder it will have.
+        Returns: the folder of the checkpoint.
 
         Raises:
             CheckpointError: on every rank, when any rank could not write this save or the one before it.
@@ -147,7 +154,7 @@ class Saver:
         return self._checkpoints / name
 
     def finish(self) -> None:
-        """Wait for the files of the save under way, if there is one, and make them the newest checkpoint.
+        """Wait for the files of the save under way, if any, and publish them as the newest checkpoint.
 
         Raises:
             CheckpointError: on every rank, when any rank could not write.
@@ -163,13 +170,13 @@ class Saver:
             everything = {file: record for part in gathered for file, record in part.items()}
             self._on_every_rank(lambda: _finish(save.staged, save.final, everything))
         self._prune(save)
-        total_s, beside = time.perf_counter() - save.started, ""
+        total_s, note = time.perf_counter() - save.started, ""
         if isinstance(save.written, BackgroundWrite):
-            beside = f", beside the training but for {save.paused_s:.2f} s"
-        LOG.info("saved %s in %.1f s%s", save.final, total_s, beside)
+            note = f", during training except for {save.paused_s:.2f} s"
+        LOG.info("saved %s in %.1f s%s", save.final, total_s, note)
 
     def close(self) -> None:
-        """Give up the save under way: the run ends with an error, and this rank may be the only one to know."""
+        """Abandon the save under way: the run ends with an error that the other ranks may not have seen."""
         save, self._under_way = self._under_way, None
         if save is not None and isinstance(save.written, BackgroundWrite):
             save.written.give_up(GIVE_UP_S)
@@ -177,11 +184,11 @@ class Saver:
             self._pruning.join(GIVE_UP_S)
 
     def release(self) -> None:
-        """Give up the buffers for asynchronous saves. Waits for the device, so not after an error."""
+        """Release the buffers of asynchronous saves. Waits for the device; do not call it after an error."""
         self._copies.close()
 
     def _prune(self, save: _Save) -> None:
-        """Remove old checkpoints, which takes a file system a while: beside the training, where the save was."""
+        """Remove old checkpoints, in the background where the save was: a file system takes a while for it."""
         if dist.get_rank() != 0:
             return
         if self._pruning is not None:
@@ -202,24 +209,20 @@ class Saver:
 
     def _capture(self, staging: Path, name: str) -> BackgroundWrite:
         capture = Capture(self._copies)
-        self._deepspeed_save(capture, staging, name)
+        self._engine.write_files(FileWriter(capture.write, copies=True), staging, name, _random_state())
         return BackgroundWrite(self._on_every_rank(capture.files))
 
     def _write(self, staging: Path, name: str) -> GuardedWriter:
         writer = GuardedWriter()
-        self._deepspeed_save(writer, staging, name)
+        self._engine.write_files(FileWriter(writer.write, copies=False), staging, name, _random_state())
         return writer
-
-    def _deepspeed_save(self, writer: TorchCheckpointEngine, staging: Path, name: str) -> None:
-        self._engine.checkpoint_engine = writer
-        self._engine.save_checkpoint(str(staging), tag=name, client_state=_random_state(), save_latest=False)
 
     def _on_every_rank(self, action: Callable[[], Result]) -> Result:
         return on_every_rank(self._groups.control, action, _failed)
 
     @contextmanager
     def _all_or_nothing(self, written: GuardedWriter | BackgroundWrite | None) -> Iterator[None]:
-        """Leave nothing behind when the block fails, as it then does on all ranks."""
+        """Remove the files of the save when the block fails, as it then does on all ranks."""
         try:
             yield
         except CheckpointError:
@@ -232,7 +235,7 @@ class Saver:
 
 
 def save_checkpoint(engine: SectionEngine, groups: Groups, config: RunConfig, state: TrainingState) -> Path:
-    """Write a complete checkpoint of this step and wait for it, or leave everything as it was.
+    """Write a complete checkpoint of this step and wait for it.
 
     Raises:
         CheckpointError: on every rank, when any rank could not write.
@@ -242,7 +245,7 @@ def save_checkpoint(engine: SectionEngine, groups: Groups, config: RunConfig, st
 
 def _failed(reason: str) -> CheckpointError:
     return CheckpointError(
-        f"saving failed on {reason}; the previous checkpoint is untouched. Free space or mend the folder and "
+        f"saving failed on {reason}; the previous checkpoint is untouched. Free space or repair the folder, and "
         "start the run again: it resumes from there"
     )
 
@@ -256,13 +259,13 @@ def _prepare(staging: Path, name: str, config: RunConfig, state: TrainingState) 
 
 
 def _check_shared(directory: Path) -> None:
-    """What rank 0 has written must be visible here, or the checkpoint would be spread over several disks."""
+    """Check that files of rank 0 are visible here; otherwise the checkpoint would be spread over several disks."""
     if not (directory / STATE).is_file():
         raise OSError(f"{directory} is not what rank 0 sees; runs_directory must be on a file system all ranks share")
 
 
 def _records(directory: Path, written: Mapping[Path, FileRecord]) -> dict[str, FileRecord]:
-    """Size and hash of the files of this rank, which are on the disk; rank 0 has our own ones besides."""
+    """Size and hash of this rank's files, which are on the disk; rank 0 adds those that it wrote itself."""
     records = {path.relative_to(directory).as_posix(): record for path, record in written.items()}
     if dist.get_rank() == 0:
         records |= {name: file_record(directory / name, sync=True) for name in (CONFIG, STATE)}
@@ -279,7 +282,7 @@ def _finish(staged: Path, final: Path, records: dict[str, FileRecord]) -> None:
 
 
 def _prune(checkpoints: Path, keep_last: int, newest: Path) -> None:
-    """Remove old checkpoints; what cannot be removed costs space, not the run."""
+    """Remove old checkpoints. A failure is logged only: it costs space, not the run."""
     try:
         prune(checkpoints, keep_last, newest)
     except OSError as error:
@@ -287,7 +290,7 @@ def _prune(checkpoints: Path, keep_last: int, newest: Path) -> None:
 
 
 def _random_state() -> dict[str, object]:
-    """State of torch's generators. Training draws nothing at present; kept so that it may."""
+    """State of torch's generators. Training draws no random numbers today; the state is saved for when it does."""
     state: dict[str, object] = {"cpu_random_state": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda_random_state"] = torch.cuda.get_rng_state()

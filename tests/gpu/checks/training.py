@@ -31,7 +31,7 @@ from tests.reference.variants import VARIANTS
 from tests.training.comparison import mismatches
 from tests.training.parity_cases import BF16_CASES, CASES, SEVERAL_BLOCKS, Case
 from tests.training.parity_worker import run_cases
-from tests.training.test_resume_variants import check_resumed, resume_cases
+from tests.training.saving.test_resume_variants import check_resumed, resume_cases
 
 PARITY = ("grid 1x1x1", "three sections with everything on 1x1x1", "checkpointing on 1x1x1", "bf16, default on 1x1x1")
 RUNS = ("pythia-410m-staggered", "pythia-410m-sequential")

@@ -20,7 +20,7 @@ def instructions(kind: type, micro_batches: int, stages: int, stage: int) -> lis
 
 
 def simulate(kind: type, micro_batches: int, stages: int, latency_s: float) -> float:
-    """When the last stage ends, if sends block nobody and each transfer takes `latency_s`."""
+    """Time at which the last stage ends, if sends do not block and each transfer takes `latency_s`."""
     waiting = [instructions(kind, micro_batches, stages, stage) for stage in range(stages)]
     clocks = [0.0] * stages
     sent: dict[tuple[type, int], list[float]] = defaultdict(list)
@@ -53,7 +53,7 @@ def test_every_micro_batch_passes_every_stage_in_order_within_its_buffers(stages
         most = forwards = backwards = 0
         for instruction in instructions(TrainSchedule, micro_batches, stages, stage):
             if isinstance(instruction, schedule.ForwardPass):
-                assert instruction.buffer_id not in held, "a buffer in use was given away"
+                assert instruction.buffer_id not in held, "a buffer in use was reused"
                 held.append(instruction.buffer_id)
                 forwards += 1
             elif isinstance(instruction, schedule.BackwardPass):
@@ -71,16 +71,16 @@ def test_instant_transfers_reach_the_bound(stages: int, micro_batches: int) -> N
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4])
-def test_the_time_on_the_wire_is_paid_once_and_not_for_every_micro_batch(stages: int) -> None:
+def test_transfer_time_counts_once_and_not_for_every_micro_batch(stages: int) -> None:
     latency_s = 0.4
     bound = (12 - 1 + stages) * (FORWARD_S + BACKWARD_S)
     assert simulate(TrainSchedule, 12, stages, latency_s) <= bound + 2 * (stages - 1) * latency_s + 1e-9
-    # Plain 1F1B pays a way there and back in every period.
+    # Plain 1F1B waits for a round trip in every period.
     assert simulate(schedule.TrainSchedule, 12, stages, latency_s) > bound + 12 * latency_s
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), SHAPES)
-def test_an_evaluation_runs_forward_alone(stages: int, micro_batches: int) -> None:
+def test_an_evaluation_runs_forward_passes_only(stages: int, micro_batches: int) -> None:
     assert simulate(InferenceSchedule, micro_batches, stages, 0.0) == (micro_batches + stages - 1) * FORWARD_S
     for stage in range(stages):
         kinds = {type(one) for one in instructions(InferenceSchedule, micro_batches, stages, stage)}

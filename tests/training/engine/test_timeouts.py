@@ -1,4 +1,4 @@
-"""No process group waits for ever for a peer that is gone."""
+"""No process group waits forever for a lost peer."""
 
 import os
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ CASE = Case("timeouts", {}, (2, 2, 1))
 
 
 def group_timeouts(case: Case) -> dict[str, tuple[int, float]]:
-    """Members and limit in seconds of every group that this rank knows of after a training step, by name."""
+    """Members and limit in seconds of every group of this rank after a training step, by name."""
     groups = World(TIMEOUT_S).groups(case.grid)
     engine = build_engine(_with_timeout(case.config()), groups)
     engine.train_batch(micro_batches(case, groups, *case.batches()[0]))
@@ -42,10 +42,12 @@ def _known_groups(device: torch.device) -> Iterator[tuple[str, int, float]]:
 
 
 def test_every_process_group_has_the_configured_timeout() -> None:
-    for rank, timeouts in enumerate(run_ranks("tests.training.test_timeouts:group_timeouts", 4, CASE, timeout_s=120)):
+    for rank, timeouts in enumerate(
+        run_ranks("tests.training.engine.test_timeouts:group_timeouts", 4, CASE, timeout_s=120)
+    ):
         wrong = {name: seconds for name, (_, seconds) in timeouts.items() if seconds != TIMEOUT_S}
         assert wrong == {}, f"rank {rank}"
-        # The world, and the pipe and data axes, are among those that were looked at.
+        # The groups include the world and those of the pipe and data axes.
         assert {size for size, _ in timeouts.values()} >= {4, 2}, f"rank {rank}: {timeouts}"
 
 
@@ -58,7 +60,9 @@ def test_the_watchdog_of_nccl_waits_longer_than_the_host(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(("device", "limit_s"), [("cpu", TIMEOUT_S), ("cuda:0", TIMEOUT_S + WATCHDOG_GRACE_S)])
-def test_so_does_that_of_the_default_group(device: str, limit_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watchdog_of_the_default_group_waits_longer_on_nccl(
+    device: str, limit_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: dict[str, Any] = {}
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: made.update(options, backend=backend))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)

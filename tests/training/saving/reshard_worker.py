@@ -1,4 +1,4 @@
-"""What the ranks of a resharding test do: train and save on one grid, go on from the checkpoint on another."""
+"""The ranks of a resharding test: train and save on one grid, resume on another."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,8 @@ from stagdist.parallel.grid import Coordinate
 from stagdist.parallel.groups import Groups
 from stagdist.telemetry.pulse import Pulse
 from stagdist.training.engine.section_engine import SectionEngine, build_engine
-from stagdist.training.saving.resume import load_checkpoint, newest_complete, on_this_grid
+from stagdist.training.saving.other_grid import on_this_grid
+from stagdist.training.saving.resume import load_checkpoint, newest_complete
 from stagdist.training.saving.save import save_checkpoint
 from tests.training.parity_cases import GLOBAL_BATCH, SEQUENCE, Case
 from tests.training.parity_worker import micro_batches
@@ -46,13 +47,13 @@ class Leg:
 
 @dataclass
 class LegReport:
-    """What one rank saw.
+    """The results of one rank.
 
     Attributes:
-        place: where the rank stands.
+        place: coordinate of the rank.
         parameters: at the checkpoint, as saved or as loaded.
         losses: of the steps after the checkpoint.
-        step: that the checkpoint says.
+        step: in the checkpoint.
     """
 
     place: Coordinate
@@ -62,13 +63,13 @@ class LegReport:
 
 
 def save_legs(legs: list[Leg]) -> list[LegReport]:
-    """Train, save, and go on undisturbed."""
+    """Train, save, and continue without a stop."""
     world = World(TIMEOUT_S)
     return [_save(leg, world.groups(leg.case.grid)) for leg in legs]
 
 
 def resume_legs(legs: list[Leg]) -> list[LegReport]:
-    """Go on from each leg's checkpoint, whatever grid it was saved on."""
+    """Resume from each leg's checkpoint, which may be of another grid."""
     world = World(TIMEOUT_S)
     return [_resume(leg, world.groups(leg.case.grid)) for leg in legs]
 
@@ -84,13 +85,13 @@ def _save(leg: Leg, groups: Groups) -> LegReport:
 
 def _resume(leg: Leg, groups: Groups) -> LegReport:
     config = leg.config()
-    # Other initial values: what is equal afterwards came from the checkpoint.
+    # With another seed, equal weights can only come from the checkpoint.
     other = config.model_copy(update={"training": config.training.model_copy(update={"seed": OTHER_SEED})})
     engine = build_engine(other, groups)
     checkpoint = newest_complete(Path(config.folder) / "checkpoints", groups)
     assert checkpoint is not None
     with on_this_grid(checkpoint, config, groups, Pulse()) as fitting:
-        state = load_checkpoint(engine, fitting, config)
+        state = load_checkpoint(engine, fitting, config.optimizer)
     parameters = _parameters(engine)
     return LegReport(groups.place, parameters, _train(engine, leg, groups, state.step), state.step)
 

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint computes the same bits as one that never stopped, beyond the default model."""
+"""A resumed run computes the same bits as one that was never stopped. Covers variants of the default model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from tests.training.worlds import World
 
 pytestmark = pytest.mark.ranks
 
-WORKER = "tests.training.test_resume_variants:resume_cases"
+WORKER = "tests.training.saving.test_resume_variants:resume_cases"
 TIMEOUT_S = 120.0
 STEPS = len(LEARNING_RATES)
 OTHER_SEED = 99
@@ -39,7 +39,7 @@ RESUMED_CASES = [
 
 @dataclass
 class Continuation:
-    """What one rank saw of the steps after the save.
+    """One rank's results of the steps after the save.
 
     Attributes:
         losses: of these steps.
@@ -52,9 +52,9 @@ class Continuation:
 
 @dataclass
 class Report:
-    """One rank's view of a case: the run that went on, and the one that was begun again."""
+    """One rank's view of a case: the run that continued, and the one that was resumed."""
 
-    undisturbed: Continuation
+    continued: Continuation
     resumed: Continuation
     fresh: dict[str, Tensor] = field(default_factory=dict)
     """Parameters of the second engine before it loaded anything."""
@@ -79,20 +79,20 @@ def _save_and_resume(case: Case, config: RunConfig, groups: Groups) -> Report:
     grid = groups.grid
     state = TrainingState(STEPS, samples, 2 * samples, (grid.pipe, grid.data, grid.tensor))
     saved = save_checkpoint(engine, groups, config, state)
-    undisturbed = _train(engine, case, groups)
+    continued = _train(engine, case, groups)
 
-    # Other initial values: what is equal afterwards came from the checkpoint.
+    # With another seed, equal weights can only come from the checkpoint.
     other = config.model_copy(update={"training": config.training.model_copy(update={"seed": OTHER_SEED})})
     second = build_engine(other, groups)
     fresh = _parameters(second)
     newest = newest_complete(Path(config.folder) / "checkpoints", groups)
     assert newest == saved, f"saved {saved}, found {newest}"
-    state_read = load_checkpoint(second, newest, config)
-    return Report(undisturbed, _train(second, case, groups), fresh, state_read)
+    state_read = load_checkpoint(second, newest, config.optimizer)
+    return Report(continued, _train(second, case, groups), fresh, state_read)
 
 
 def _train(engine: SectionEngine, case: Case, groups: Groups) -> Continuation:
-    """The steps of the case, after whatever the engine has done before."""
+    """Train the steps of the case."""
     losses = []
     for rate, (tokens, labels) in zip(LEARNING_RATES, case.batches(), strict=True):
         engine.set_learning_rate(rate)
@@ -120,11 +120,11 @@ def launch(world_size: int, device: str, folder: Path) -> list[dict[str, Report]
 
 
 def check_resumed(reports: list[Report]) -> None:
-    """The resumed run equals the other one bit by bit, and would not have without its checkpoint."""
+    """The resumed run equals the other one bit by bit, and without its checkpoint it would not."""
     for rank, report in enumerate(reports):
         assert report.state is not None and report.state.step == STEPS
-        assert report.resumed.losses == report.undisturbed.losses, f"losses on rank {rank}"
-        expected, found = report.undisturbed.parameters, report.resumed.parameters
+        assert report.resumed.losses == report.continued.losses, f"losses on rank {rank}"
+        expected, found = report.continued.parameters, report.resumed.parameters
         assert found.keys() == expected.keys()
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == [], f"rank {rank}"
         matrices = [name for name in expected if expected[name].ndim == 2]

@@ -1,4 +1,4 @@
-"""What the ranks of the tests of saving do: save beside the training, with and without faults, and report."""
+"""The ranks of the tests of saving: save during training, with and without faults, and report."""
 
 import logging
 import threading
@@ -29,15 +29,16 @@ from tests.training.worlds import World
 
 TIMEOUT_S = 60.0
 BROKEN_RANK = 1
+HELD_S = 0.4
 
 
 @dataclass
 class SavingReport:
-    """What one rank saw.
+    """The results of one rank.
 
     Attributes:
-        error: of the save that was meant to fail, as text.
-        votes: that this rank gave, in order.
+        error: of the save that must fail, as text.
+        votes: of this rank, one after the other.
         listed: entries of the checkpoints folder, sorted.
         most_at_once: files that were written at the same time.
         seconds: of the calls, by name.
@@ -53,14 +54,12 @@ class SavingReport:
 
 
 class Rank:
-    """An engine of one case, trained one round, and its saver."""
+    """One scenario on a rank: its own saver and folder, and the engine of the case."""
 
-    def __init__(self, case: Case, groups: Groups, folder: Path):
-        self.case, self.groups = case, groups
+    def __init__(self, case: Case, groups: Groups, engine: SectionEngine, folder: Path):
+        self.case, self.groups, self.engine = case, groups, engine
         self.config: RunConfig = case.config().model_copy(update={"runs_directory": str(folder)})
-        self.engine: SectionEngine = build_engine(self.config, groups)
-        self.saver, self.report = Saver(self.engine, groups, self.config), SavingReport()
-        self.train()
+        self.saver, self.report = Saver(engine, groups, self.config), SavingReport()
 
     def train(self) -> None:
         """The steps of the case."""
@@ -74,13 +73,13 @@ class Rank:
         return TrainingState(step, 8 * step, 800, (grid.pipe, grid.data, grid.tensor))
 
     def timed(self, name: str, action: Callable[[], object]) -> None:
-        """Run and keep the seconds."""
+        """Run and record the seconds."""
         started = time.perf_counter()
         action()
         self.report.seconds[name] = time.perf_counter() - started
 
     def failing(self, action: Callable[[], object]) -> None:
-        """Run what must fail on every rank."""
+        """Run an action that must fail on every rank."""
         try:
             action()
         except CheckpointError as error:
@@ -88,7 +87,7 @@ class Rank:
             self.report.error = str(error)
 
     def look(self) -> SavingReport:
-        """The report, with what is on the disk now."""
+        """The report, with the files that are on the disk now."""
         self.saver.close()
         dist.barrier(group=self.groups.control)
         checkpoints = Path(self.config.folder) / "checkpoints"
@@ -106,8 +105,10 @@ def run_scenarios(payload: tuple[list[Case], Path]) -> dict[str, SavingReport]:
     world, reports = World(TIMEOUT_S), {}
     for case in cases:
         groups = world.groups(case.grid)
+        engine = build_engine(case.config(), groups)
         for name, scenario in SCENARIOS.items():
-            rank = Rank(case, groups, folder / case.name.replace(" ", "-") / name.replace(" ", "-"))
+            rank = Rank(case, groups, engine, folder / case.name.replace(" ", "-") / name.replace(" ", "-"))
+            rank.train()
             with _logged(rank.report.log):
                 scenario(rank)
             reports[f"{case.name}: {name}"] = rank.look()
@@ -115,27 +116,35 @@ def run_scenarios(payload: tuple[list[Case], Path]) -> dict[str, SavingReport]:
 
 
 def same_content(rank: Rank) -> None:
-    """A synchronous save beside an asynchronous one of the same moment, twice; training goes on meanwhile."""
+    """A synchronous and an asynchronous save of the same moment, twice; training continues during the second."""
     for step in (1, 2):
-        twin = rank.config.model_copy(update={"name": f"{rank.config.name}-synchronous"})
-        save_checkpoint(rank.engine, rank.groups, twin, rank.state(step))
-        with _slow(rank.report, 0.3):
+        synchronous = rank.config.model_copy(update={"name": f"{rank.config.name}-synchronous"})
+        save_checkpoint(rank.engine, rank.groups, synchronous, rank.state(step))
+        release = threading.Event()
+        with _held(rank.report, release):
             rank.saver.save(rank.state(step))
             rank.report.votes.append(rank.saver.vote())
             rank.train()  # changes every tensor in place
+            release.set()
             rank.saver.finish()
 
 
 def one_at_a_time(rank: Rank) -> None:
-    """A save that comes while the files of another one are written."""
-    with _slow(rank.report, 0.4):
+    """A save that is requested while the files of another one are written."""
+    release = threading.Event()
+
+    def second() -> None:
+        threading.Timer(HELD_S, release.set).start()
+        rank.saver.save(rank.state(2))
+
+    with _held(rank.report, release):
         rank.timed("first", lambda: rank.saver.save(rank.state(1)))
-        rank.timed("second", lambda: rank.saver.save(rank.state(2)))
+        rank.timed("second", second)
         rank.timed("finish", rank.saver.finish)
 
 
 def waited_for(rank: Rank) -> None:
-    """`wait` and `asynchronous: false` leave nothing under way."""
+    """`wait` and `asynchronous: false` complete the save before they return."""
     rank.saver.save(rank.state(1), wait=True)
     assert not rank.saver.under_way
     checkpoint = rank.config.checkpoint.model_copy(update={"asynchronous": False})
@@ -154,7 +163,7 @@ def _with_broken_writer(error: Exception) -> Callable[[Rank], None]:
                 rank.saver.save(rank.state(2))
                 _wait_until(lambda: rank.saver.vote() is Writing.FAILED)
         else:
-            with _slow(rank.report, 60.0):  # must be given up, not waited for
+            with _held(rank.report, threading.Event()):  # must be abandoned, not waited for
                 rank.saver.save(rank.state(2))
                 _wait_until(lambda: rank.report.most_at_once == 1)
         rank.report.votes.append(rank.saver.vote())
@@ -189,22 +198,23 @@ SCENARIOS: dict[str, Callable[[Rank], None]] = {
 
 
 @contextmanager
-def _slow(report: SavingReport, seconds: float) -> Iterator[None]:
-    """Every file takes at least `seconds` in the background, unless it is given up; counts how many are written."""
+def _held(report: SavingReport, release: threading.Event) -> Iterator[None]:
+    """No file is written in the background before `release` is set; counts how many are written at once."""
     original, lock, now = file_writing.write_file, threading.Lock(), [0]
 
-    def slow(content: object, path: Path, given_up: threading.Event) -> FileRecord:
+    def held(content: object, path: Path, given_up: threading.Event) -> FileRecord:
         with lock:
             now[0] += 1
             report.most_at_once = max(report.most_at_once, now[0])
         try:
-            given_up.wait(seconds)
+            while not (release.is_set() or given_up.is_set()):
+                time.sleep(0.002)
             return original(content, path, given_up)
         finally:
             with lock:
                 now[0] -= 1
 
-    with patch.object(file_writing, "write_file", slow):
+    with patch.object(file_writing, "write_file", held):
         yield
 
 

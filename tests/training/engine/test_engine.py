@@ -1,4 +1,4 @@
-"""What an engine keeps beside the model: process groups, of which on nccl each is a communicator, and timers."""
+"""Resources that an engine keeps: process groups, each of which is a communicator on NCCL, and timers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +17,16 @@ from tests.training.worlds import World
 
 pytestmark = pytest.mark.ranks
 
-TRAIN = "tests.training.test_engine:train"
+TRAIN = "tests.training.engine.test_engine:train"
 
 
 @dataclass
 class Kept:
-    """What one rank holds after three steps, an evaluation and a checkpoint.
+    """Resources of one rank after three steps, an evaluation and a checkpoint.
 
     Attributes:
         groups: members of every process group of this rank, sorted.
-        unused: those over which nothing was sent.
+        unused: those that had no traffic.
         timings: entries in DeepSpeed's timers after each step.
     """
 

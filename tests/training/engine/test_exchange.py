@@ -1,4 +1,4 @@
-"""The hand-off between real ranks: nobody waits for a send, order and content are kept, failures have a name."""
+"""The hand-off between real ranks: no rank waits for a send, order and content are kept, errors name the edge."""
 
 import time
 from datetime import timedelta
@@ -7,19 +7,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import TransportError
 from stagdist.parallel.grid import Grid
-from stagdist.training.engine.exchange import Exchange, TensorKind, hand_off_kinds
+from stagdist.training.engine.exchange import Exchange
+from stagdist.training.engine.pipeline import HandOff, expected_hand_off
 from stagdist.training.engine.train_schedule import TrainSchedule
 from tests.ranks import run_ranks
 
-STAGES, MICRO_BATCHES, NAP_S = 3, 6, 1.0
+STAGES, MICRO_BATCHES, NAP_S = 3, 6, 0.6
 TIMEOUT_S, LOST_S = 10.0, 4.0
 SHAPE = (2, 8, 300)
-KINDS = [TensorKind(SHAPE, torch.float32), TensorKind((2, 8), torch.int64)]
+EXPECTED = HandOff(torch.empty(SHAPE, device="meta"), torch.empty(2, 8, dtype=torch.int64, device="meta"))
 
 
 def config(**model: Any) -> RunConfig:
@@ -41,30 +41,32 @@ def config(**model: Any) -> RunConfig:
 
 
 def all_cases(_: None) -> dict[str, Any]:
-    """Every check in one world of three stages; what the parent asserts on."""
+    """All checks in one world of three stages; returns what the tests compare."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    exchange, plain = (Exchange(Grid(STAGES, 1, 1), kinds, "cpu", TIMEOUT_S) for kinds in (KINDS, KINDS[:1]))
+    exchange, plain = (
+        Exchange(Grid(STAGES, 1, 1), expected, "cpu", TIMEOUT_S) for expected in (EXPECTED, HandOff(EXPECTED.memory))
+    )
     stage = dist.get_rank()
     result: dict[str, Any] = {"first": round_trip(exchange, stage), "second": round_trip(exchange, stage)}
     result["plain"] = round_trip(plain, stage)
     result["wrong_shape"] = wrong_shape(exchange, stage)
     dist.barrier()
-    result["lost_peer"] = lost_peer(Exchange(Grid(STAGES, 1, 1), KINDS, "cpu", LOST_S), stage)
+    result["lost_peer"] = lost_peer(Exchange(Grid(STAGES, 1, 1), EXPECTED, "cpu", LOST_S), stage)
     return result
 
 
 def round_trip(exchange: Exchange, stage: int) -> dict[str, Any]:
-    """All micro-batches down and their gradients up; every stage adds one, and the second stage comes late."""
+    """All micro-batches down and their gradients up; every stage adds one, and the second stage starts late."""
     dist.barrier()
     exchange.begin([one for step in TrainSchedule(MICRO_BATCHES, STAGES, stage).steps() for one in step])
     if stage == 1:
         time.sleep(NAP_S)
     started, inputs = time.perf_counter(), []
     for number in range(MICRO_BATCHES):
-        carry = exchange.receive_activations() if stage else first(exchange, number)
-        inputs.append(carry)
+        hand_off = exchange.receive_activations() if stage else first(exchange, number)
+        inputs.append(hand_off)
         if stage < STAGES - 1:
-            exchange.send_activations(plus_one(carry))
+            exchange.send_activations(HandOff(hand_off.memory + 1, hand_off.input_ids))
         if stage == 0 and number == 1:
             two_sends_s = time.perf_counter() - started
     gradients = []
@@ -72,38 +74,28 @@ def round_trip(exchange: Exchange, stage: int) -> dict[str, Any]:
         gradient = torch.full(SHAPE, float(number)) if stage == STAGES - 1 else exchange.receive_gradients()
         gradients.append(float(gradient.mean()))
         if stage > 0:
-            carried(inputs[number]).grad = gradient + 1
+            inputs[number].memory.grad = gradient + 1
             exchange.send_gradients(inputs[number])
     exchange.finish()
     return {
         "two_sends_s": two_sends_s if stage == 0 else 0.0,
-        "activations": [float(carried(carry).mean()) for carry in inputs],
-        "asks_for_gradient": [carried(carry).requires_grad for carry in inputs],
-        "tokens": [int(carry[1].sum()) for carry in inputs if isinstance(carry, tuple)],
+        "activations": [float(each.memory.mean()) for each in inputs],
+        "asks_for_gradient": [each.memory.requires_grad for each in inputs],
+        "input_ids": [int(each.input_ids.sum()) for each in inputs if each.input_ids is not None],
         "gradients": gradients,
     }
 
 
-def first(exchange: Exchange, number: int) -> Any:
-    assert exchange.activations_out is not None
-    memory = torch.full(SHAPE, 10.0 * number)
-    sends_tokens = len(exchange.activations_out._kinds) == 2
-    return (memory, torch.full(SHAPE[:2], number)) if sends_tokens else memory
-
-
-def plus_one(carry: Any) -> Any:
-    return (carry[0] + 1, carry[1]) if isinstance(carry, tuple) else carry + 1
-
-
-def carried(carry: Any) -> Tensor:
-    return carry[0] if isinstance(carry, tuple) else carry
+def first(exchange: Exchange, number: int) -> HandOff:
+    staggered = exchange.hand_off.input_ids is not None
+    return HandOff(torch.full(SHAPE, 10.0 * number), torch.full(SHAPE[:2], number) if staggered else None)
 
 
 def wrong_shape(exchange: Exchange, stage: int) -> str:
     if stage != 0:
         return ""
     try:
-        exchange.send_activations((torch.zeros(1, 8, 300), torch.zeros(1, 8, dtype=torch.int64)))
+        exchange.send_activations(HandOff(torch.zeros(1, 8, 300), torch.zeros(1, 8, dtype=torch.int64)))
     except TransportError as error:
         return str(error)
     return "accepted"
@@ -126,28 +118,28 @@ def lost_peer(exchange: Exchange, stage: int) -> str:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    return run_ranks("tests.training.test_exchange:all_cases", STAGES, timeout_s=120)
+    return run_ranks("tests.training.engine.test_exchange:all_cases", STAGES, timeout_s=120)
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("case", ["first", "second", "plain"])
-def test_order_and_content_survive_whatever_travels(ranks: list[dict[str, Any]], case: str) -> None:
+def test_order_and_content_are_kept(ranks: list[dict[str, Any]], case: str) -> None:
     for stage, rank in enumerate(ranks):
         down = [10.0 * number + stage for number in range(MICRO_BATCHES)]
         up = [float(number + STAGES - 1 - stage) for number in range(MICRO_BATCHES)]
         assert rank[case]["activations"] == pytest.approx(down)
         assert rank[case]["gradients"] == pytest.approx(up)
-        assert rank[case]["tokens"] == ([] if case == "plain" else [16 * number for number in range(MICRO_BATCHES)])
+        assert rank[case]["input_ids"] == ([] if case == "plain" else [16 * number for number in range(MICRO_BATCHES)])
         assert rank[case]["asks_for_gradient"] == [stage > 0] * MICRO_BATCHES
 
 
 @pytest.mark.ranks
-def test_a_sender_does_not_wait_for_a_peer_that_is_late(ranks: list[dict[str, Any]]) -> None:
+def test_a_sender_does_not_wait_for_a_late_peer(ranks: list[dict[str, Any]]) -> None:
     assert all(ranks[0][case]["two_sends_s"] < NAP_S / 2 for case in ("first", "second", "plain"))
 
 
 @pytest.mark.ranks
-def test_what_the_configuration_does_not_say_is_not_sent(ranks: list[dict[str, Any]]) -> None:
+def test_a_wrong_shape_is_not_sent(ranks: list[dict[str, Any]]) -> None:
     message = ranks[0]["wrong_shape"]
     assert "activations from stage 0 to stage 1" in message
     assert "[1, 8, 300] float32" in message and "[2, 8, 300] float32" in message
@@ -161,8 +153,12 @@ def test_a_lost_peer_is_named_with_its_stage(ranks: list[dict[str, Any]]) -> Non
     assert "rank 0" in message and "parallel.timeout_s" in message
 
 
-def test_the_configuration_says_what_travels() -> None:
-    assert hand_off_kinds(config(), torch.float32) == KINDS
-    assert hand_off_kinds(config(connection="sequential"), torch.bfloat16) == [TensorKind(SHAPE, torch.bfloat16)]
-    combined = hand_off_kinds(config(combine_sections=True), torch.float32)
-    assert combined == [TensorKind((2, *SHAPE), torch.float32), KINDS[1]]
+def test_the_hand_off_follows_from_the_configuration() -> None:
+    assert described(config()) == [(SHAPE, torch.float32), ((2, 8), torch.int64)]
+    assert described(config(connection="sequential"), torch.bfloat16) == [(SHAPE, torch.bfloat16)]
+    assert described(config(combine_sections=True)) == [((2, *SHAPE), torch.float32), ((2, 8), torch.int64)]
+
+
+def described(run: RunConfig, dtype: torch.dtype = torch.float32) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    hand_off = expected_hand_off(run.model, run.training.micro_batch_size, run.sequence_length, dtype)
+    return [(tuple(tensor.shape), tensor.dtype) for tensor in hand_off.to_tuple()]

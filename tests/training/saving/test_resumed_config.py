@@ -1,4 +1,4 @@
-"""What may change between a checkpoint and the run that goes on from it, and what is refused."""
+"""Which keys may change between a checkpoint and the run that resumes from it, and which are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from stagdist.checkpoint.training.directory import CONFIG, TrainingState
 from stagdist.config.loading import dump_config
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import ConfigError
-from stagdist.training.saving.resume import resumed_config
+from stagdist.training.saving.resumed_config import resumed_config
 from tests.launch.runs import tiny_config
 
 CORPORA, TOKENIZER = "identity of the corpora", "fingerprint of the tokenizer"
@@ -22,7 +22,7 @@ def config(**sections: dict[str, Any]) -> RunConfig:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """What is read of a checkpoint after 8 steps of a run that was begun for 96 samples."""
+    """The files of a checkpoint that are read, after 8 steps of a run that was started with 96 samples."""
     (tmp_path / CONFIG).write_text(dump_config(config()))
     TrainingState(8, 64, 96, (2, 1, 1), data_identity=CORPORA, tokenizer=TOKENIZER).write(tmp_path)
     return tmp_path
@@ -57,7 +57,7 @@ def test_what_keeps_the_samples_may_change(checkpoint: Path, sections: dict[str,
         ({"data": {"num_samples": 104}}, "data.num_samples was 96, is 104"),
         ({"training": {"global_batch_size": 4}}, "training.global_batch_size was 8, is 4"),
         ({"training": {"precision": "bf16"}}, "training.precision was 'fp32', is 'bf16'"),
-        ({"training": {"steps": 13}}, "begun for 96 samples, but training.steps 13 need 104; go up to step 12"),
+        ({"training": {"steps": 13}}, "begun for 96 samples, but training.steps 13 need 104; train to step 12"),
     ],
 )
 def test_what_would_change_model_or_samples_is_refused_by_name(

@@ -1,4 +1,4 @@
-"""What a run refuses to go on from, what it cleans up, and what it proves at its end: on all ranks alike."""
+"""What a run refuses to resume from, what it removes, and what it verifies at its end: the same on all ranks."""
 
 import re
 import shutil
@@ -31,7 +31,8 @@ from stagdist.training import publish as export
 from stagdist.training.engine.agreement import while_others_wait
 from stagdist.training.engine.section_engine import build_engine
 from stagdist.training.lost_peers import naming_lost_peers
-from stagdist.training.saving.resume import load_checkpoint, newest_complete, on_this_grid
+from stagdist.training.saving.other_grid import on_this_grid
+from stagdist.training.saving.resume import load_checkpoint, newest_complete
 from tests.checkpoint.synthetic import complete, file_contents, run_config, training_checkpoint
 from tests.ranks import run_ranks
 from tests.training.parity_cases import Case
@@ -50,8 +51,8 @@ class Bomb:
         return Path.touch, (self.target,)
 
 
-def _told(action: Callable[[], object]) -> str:
-    """What a person is told; an error that not all ranks raise is marked."""
+def _outcome(action: Callable[[], object]) -> str:
+    """The result or the error as text; an error that not all ranks raise is marked."""
     try:
         return f"done: {action()}"
     except StagdistError as error:
@@ -60,18 +61,18 @@ def _told(action: Callable[[], object]) -> str:
 
 def _load(folder: Path, groups: Groups) -> object:
     engine: Any = SimpleNamespace(control=groups.control)  # it is refused before the engine is asked
-    return load_checkpoint(engine, folder, run_config({}))
+    return load_checkpoint(engine, folder, run_config({}).optimizer)
 
 
 class Watched(Pulse):
-    """Keeps the signs of life that it is asked to give."""
+    """Records the signs of life."""
 
     def __init__(self) -> None:
         super().__init__()
         self.phases: list[Phase] = []
 
     def beat(self, phase: Phase, step: int | None = None) -> None:
-        """Keep one."""
+        """Record one."""
         self.phases.append(phase)
 
 
@@ -86,13 +87,13 @@ def _hidden(folder: Path) -> list[str]:
 
 
 def scenarios(folder: Path) -> dict[str, Any]:
-    """Everything in one world of two stages."""
+    """All scenarios in one world of two stages."""
     groups = World(120.0).groups((2, 1, 1))
     found: dict[str, Any] = {
-        name: _told(partial(_load, folder / name / "checkpoints" / checkpoint_name(7), groups))
+        name: _outcome(partial(_load, folder / name / "checkpoints" / checkpoint_name(7), groups))
         for name in ("bomb", "empty")
     }
-    found["unrecorded"] = _told(lambda: newest_complete(folder / "unrecorded" / "checkpoints", groups))
+    found["unrecorded"] = _outcome(lambda: newest_complete(folder / "unrecorded" / "checkpoints", groups))
     found |= _nameless(folder / "nameless" / "checkpoints", groups)
     other = folder / "other" / "checkpoints" / checkpoint_name(7)
     pulse = Watched()
@@ -104,9 +105,9 @@ def scenarios(folder: Path) -> dict[str, Any]:
     groups_barrier(groups)
     if groups.place.pipe == 0:
         with exclusive(other.parent / ".for-a-grid.lock", "busy"):
-            found["busy"] = _told(lambda: _fail_inside(other, groups, Pulse()))
+            found["busy"] = _outcome(lambda: _fail_inside(other, groups, Pulse()))
     else:
-        found["busy"] = _told(lambda: _fail_inside(other, groups, Pulse()))
+        found["busy"] = _outcome(lambda: _fail_inside(other, groups, Pulse()))
     fits = folder / "fits" / "checkpoints" / checkpoint_name(7)
     with on_this_grid(fits, run_config({}), groups, Pulse()) as fitting:
         assert fitting == fits
@@ -116,16 +117,16 @@ def scenarios(folder: Path) -> dict[str, Any]:
 
 
 def _lose_the_other(groups: Groups) -> str:
-    """Rank 1 does not answer while rank 0 works."""
+    """Rank 1 does not respond while rank 0 works."""
     limit_s = 3.0
     control = torch.distributed.new_group(timeout=timedelta(seconds=limit_s), backend="gloo")
     if groups.place.pipe:
-        return "silent"
+        return "no answer"
     with pytest.raises(CheckpointError, match="a disk"), naming_lost_peers(groups, limit_s, "resuming"):
         raise CheckpointError("a disk: Connection timed out")
-    with pytest.raises(TransportError) as told, naming_lost_peers(groups, limit_s, "resuming"):
+    with pytest.raises(TransportError) as raised, naming_lost_peers(groups, limit_s, "resuming"):
         while_others_wait(control, lambda: time.sleep(1), lambda: None)
-    return str(told.value)
+    return str(raised.value)
 
 
 def _nameless(checkpoints: Path, groups: Groups) -> dict[str, Any]:
@@ -135,30 +136,29 @@ def _nameless(checkpoints: Path, groups: Groups) -> dict[str, Any]:
     with ExitStack() as held:
         if groups.place.pipe == 0:
             held.enter_context(exclusive(lock, "busy"))
-        found["while it is replaced"] = _told(lambda: newest_complete(checkpoints, groups))
+        found["while it is replaced"] = _outcome(lambda: newest_complete(checkpoints, groups))
     groups_barrier(groups)
-    found["after a kill"] = _told(lambda: newest_complete(checkpoints, groups))
+    found["after a kill"] = _outcome(lambda: newest_complete(checkpoints, groups))
     groups_barrier(groups)
     return found | {"left": _hidden(checkpoints)}
 
 
 def groups_barrier(groups: Groups) -> None:
-    """Wait for each other."""
+    """Wait for all ranks."""
     torch.distributed.barrier(group=groups.control)
 
 
 def _exports(folder: Path, groups: Groups) -> dict[str, Any]:
     config = Case("stages", {}, (2, 1, 1)).config()
-    engine, tokenizer = build_engine(config, groups), load_tokenizer("bytes")
+    pulse, tokenizer = Watched(), load_tokenizer("bytes")
+    engine = build_engine(config, groups, pulse)
 
     def leave(directory: Path) -> str:
-        said = _told(lambda: export.export_model(engine, groups, config, tokenizer, directory))
+        said = _outcome(lambda: export.export_model(engine, groups, config.model, tokenizer, directory))
         groups_barrier(groups)
         return said
 
-    engine.pulse = pulse = Watched()
-    found: dict[str, Any] = {"export": leave(folder / "models" / "model"), "signs": pulse.phases}
-    engine.pulse = Pulse()
+    found: dict[str, Any] = {"export": leave(folder / "models" / "model"), "signs": list(pulse.phases)}
     before = file_contents(folder / "models" / "model")
     found["recorded"] = sorted(read_record(folder / "models" / "model").files)
     found["problems"] = inspect(folder / "models" / "model").problems
@@ -191,7 +191,7 @@ def _edit_state(folder: Path, rank: int, change: Callable[[Any], Any]) -> None:
 
 @cache
 def launched(folder: Path) -> list[dict[str, Any]]:
-    """What both ranks saw."""
+    """The results of both ranks."""
     _edit_state(training_checkpoint(folder / "bomb", {}, (2, 1, 1)), 1, lambda one: one | {"x": Bomb(folder / "ran")})
     _edit_state(training_checkpoint(folder / "empty", {}, (2, 1, 1)), 0, lambda _: {})
     unrecorded = training_checkpoint(folder / "unrecorded", {}, (2, 1, 1))
@@ -206,49 +206,51 @@ def launched(folder: Path) -> list[dict[str, Any]]:
         shutil.copytree(fits, checkpoints / ".for-8x8x8" / fits.name)
     (folder / "models" / "thesis").mkdir(parents=True)
     (folder / "models" / "thesis" / "chapter.txt").write_text("years of work")
-    return run_ranks("tests.training.test_resume_safety:scenarios", 2, folder, timeout_s=150)
+    return run_ranks("tests.training.saving.test_resume_safety:scenarios", 2, folder, timeout_s=150)
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Of the one launch."""
+    """Results of the one launch, by rank."""
     return launched(tmp_path_factory.mktemp("safety"))
 
 
-def told(reports: list[dict[str, Any]], scenario: str) -> str:
-    """What both ranks say alike."""
+def same(reports: list[dict[str, Any]], scenario: str) -> str:
+    """The text of a scenario, which must be the same on both ranks."""
     assert reports[0][scenario] == reports[1][scenario]
     return str(reports[0][scenario])
 
 
-def test_a_file_that_will_not_do_is_refused_on_all_ranks_before_they_load_together(
+def test_an_untrusted_or_damaged_file_is_refused_on_all_ranks_before_they_load_together(
     reports: list[dict[str, Any]],
 ) -> None:
-    assert "mp_rank_01_model_states.pt would run pathlib.Path" in told(reports, "bomb")
-    assert "--trust-pickle" in told(reports, "bomb")
-    assert "mp_rank_00_model_states.pt lacks two dictionaries of shapes" in told(reports, "empty")
-    assert told(reports, "unrecorded").startswith("none of the 1 checkpoints in ")
+    assert "mp_rank_01_model_states.pt would run pathlib.Path" in same(reports, "bomb")
+    assert "--trust-pickle" in same(reports, "bomb")
+    assert "mp_rank_00_model_states.pt lacks two dictionaries of shapes" in same(reports, "empty")
+    assert same(reports, "unrecorded").startswith("none of the 1 checkpoints in ")
 
 
-def test_a_checkpoint_that_lost_its_name_to_a_killed_conversion_is_gone_on_from(
+def test_a_run_resumes_from_a_checkpoint_that_a_killed_conversion_had_renamed(
     reports: list[dict[str, Any]],
 ) -> None:
-    assert "another conversion is writing" in told(reports, "while it is replaced")
-    assert "on this rank only" not in told(reports, "while it is replaced")
-    assert told(reports, "after a kill").startswith("done: ") and told(reports, "after a kill").endswith(
+    assert "another conversion is writing" in same(reports, "while it is replaced")
+    assert "on this rank only" not in same(reports, "while it is replaced")
+    assert same(reports, "after a kill").startswith("done: ") and same(reports, "after a kill").endswith(
         "step_00000009"
     )
-    assert told(reports, "left") == "[]"
+    assert same(reports, "left") == "[]"
 
 
-def test_copies_for_a_grid_go_whatever_happens(reports: list[dict[str, Any]]) -> None:
-    assert told(reports, "after a failure") == "[]"
-    assert "another run is converting a checkpoint in " in told(reports, "busy")
-    assert told(reports, "leftover") == "[]"
+def test_copies_for_a_grid_are_always_removed(reports: list[dict[str, Any]]) -> None:
+    assert same(reports, "after a failure") == "[]"
+    assert "another run is converting a checkpoint in " in same(reports, "busy")
+    assert same(reports, "leftover") == "[]"
 
 
-def test_who_is_silent_while_another_works_is_told_of_in_a_line(reports: list[dict[str, Any]]) -> None:
-    assert reports[1]["lost"] == "silent"
+def test_a_rank_that_does_not_respond_is_reported_in_one_line(
+    reports: list[dict[str, Any]],
+) -> None:
+    assert reports[1]["lost"] == "no answer"
     said = reports[0]["lost"]
     assert said.startswith("stage 0, rank 0, resuming: another rank ended") and "\n" not in said
 
@@ -257,17 +259,17 @@ def test_long_work_of_one_rank_gives_signs_of_life_on_all(reports: list[dict[str
     parameters = len(model_parameters(Case("stages", {}, (2, 1, 1)).config().model))
     for report in reports:
         assert report["signs while converting"] == {Phase.START}
-        # Those of the engine's forward pass lie between; what follows it must not be taken for that.
+        # The engine's forward pass gives other signs in between; work after it must not look like that pass.
         assert report["signs"][-1] is Phase.EXPORT and report["signs"].count(Phase.EXPORT) > parameters + 2
     assert reports[0]["signs"].count(Phase.EXPORT) > 3 * parameters, "while it gathers, checks and computes"
 
 
-def test_the_model_of_a_run_is_read_back_and_replaces_only_its_like(reports: list[dict[str, Any]]) -> None:
-    assert told(reports, "export") == "done: None"
+def test_the_model_of_a_run_is_read_back_and_replaces_only_an_earlier_one(reports: list[dict[str, Any]]) -> None:
+    assert same(reports, "export") == "done: None"
     assert reports[0]["recorded"] == sorted([*CODE_FILES, "tokenizer.json", "tokenizer_config.json"])
-    assert told(reports, "problems") == "[]"
-    assert "is read back from" in told(reports, "export read back wrong")
-    assert "model is not the model that was trained" in told(reports, "export under wrong names")
-    assert "model is not the model that was trained" in told(reports, "export with another theta")
-    assert "thesis will not be overwritten" in told(reports, "export over something else")
-    assert told(reports, "kept") == "True"
+    assert same(reports, "problems") == "[]"
+    assert "is read back from" in same(reports, "export read back wrong")
+    assert "model is not the model that was trained" in same(reports, "export under wrong names")
+    assert "model is not the model that was trained" in same(reports, "export with another theta")
+    assert "thesis will not be overwritten" in same(reports, "export over something else")
+    assert same(reports, "kept") == "True"

@@ -1,4 +1,4 @@
-"""A checkpoint of any grid goes on on any other, by itself, with the losses of the run that never stopped."""
+"""A run resumes on any grid from a checkpoint of any other, with the losses of the run that was never stopped."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,19 +10,19 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.reference.variants import VARIANTS
-from tests.training.comparison import whole
+from tests.training.comparison import full_tensors
 from tests.training.parity_cases import Case, label
-from tests.training.reshard_worker import Leg, LegReport
+from tests.training.saving.reshard_worker import Leg, LegReport
 
 pytestmark = pytest.mark.ranks
 
-STEPS = 3
-CENTRE = (2, 1, 2)
+STEPS = 2
+CENTER = (2, 1, 2)
 EVERYTHING = VARIANTS["shared"] | {"tie_word_embeddings": True, "combine_sections": True}
 MODELS = [
-    Case("separate", {}, CENTRE),
-    Case("shared, tied and combined", EVERYTHING, CENTRE),
-    Case("sequential, tied, bf16", VARIANTS["sequential, tied"], CENTRE, precision="bf16"),
+    Case("separate", {}, CENTER),
+    Case("shared, tied and combined", EVERYTHING, CENTER),
+    Case("sequential, tied, bf16", VARIANTS["sequential, tied"], CENTER, precision="bf16"),
 ]
 OTHER_GRIDS = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (1, 2, 2)]
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
@@ -43,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @cache
 def saved(runs: Path) -> dict[str, list[LegReport]]:
-    """Every model trained and saved on the centre and, the first of them, on every other grid; reports by run."""
+    """Every model trained and saved on the center and, the first of them, on every other grid; reports by run."""
     legs = [saving(runs, case) for case in MODELS] + [
         saving(runs, replace(MODELS[0], grid=grid)) for grid in OTHER_GRIDS
     ]
@@ -52,7 +52,7 @@ def saved(runs: Path) -> dict[str, list[LegReport]]:
 
 @cache
 def resumed(runs: Path) -> dict[str, list[LegReport]]:
-    """Every model from the centre to each other grid, and from there to the centre; reports by journey."""
+    """Every model from the center to each other grid, and from there to the center; reports by journey."""
     legs = [replace(saving(runs, case), case=replace(case, grid=grid)) for case in MODELS for grid in OTHER_GRIDS]
     legs += [replace(saving(runs, replace(MODELS[0], grid=grid)), case=MODELS[0]) for grid in OTHER_GRIDS]
     return _launched("resume_legs", legs)
@@ -63,33 +63,33 @@ def _launched(function: str, legs: list[Leg]) -> dict[str, list[LegReport]]:
     found: dict[str, list[LegReport]] = {}
     for size in sorted({leg.case.world_size for leg in legs}):
         here = sorted((leg for leg in legs if leg.case.world_size == size), key=lambda leg: leg.case.grid)
-        ranks = run_ranks(f"tests.training.reshard_worker:{function}", size, here, timeout_s=300)
+        ranks = run_ranks(f"tests.training.saving.reshard_worker:{function}", size, here, timeout_s=300)
         found |= {journey(leg): [reports[index] for reports in ranks] for index, leg in enumerate(here)}
     return found
 
 
 def journey(leg: Leg) -> str:
-    """The run and the grid that goes on."""
+    """The run and the grid on which it continues."""
     return f"{leg.name} on {label(leg.case.grid)}"
 
 
-JOURNEYS = [(case, CENTRE, grid) for case in MODELS for grid in OTHER_GRIDS] + [
-    (MODELS[0], grid, CENTRE) for grid in OTHER_GRIDS
+JOURNEYS = [(case, CENTER, grid) for case in MODELS for grid in OTHER_GRIDS] + [
+    (MODELS[0], grid, CENTER) for grid in OTHER_GRIDS
 ]
 
 
 @pytest.mark.parametrize(
     ("case", "start", "end"), JOURNEYS, ids=[f"{case.name} {label(a)} to {label(b)}" for case, a, b in JOURNEYS]
 )
-def test_training_goes_on_on_another_grid(
+def test_training_resumes_on_another_grid(
     case: Case, start: tuple[int, int, int], end: tuple[int, int, int], runs: Path
 ) -> None:
     leg = saving(runs, replace(case, grid=start))
     before = saved(runs)[journey(leg)]
     after = resumed(runs)[journey(replace(leg, case=replace(case, grid=end)))]
     vocabulary = case.model_keys["vocab_size"]
-    expected = whole([(rank.place, rank.parameters) for rank in before], vocabulary)
-    found = whole([(rank.place, rank.parameters) for rank in after], vocabulary)
+    expected = full_tensors([(rank.place, rank.parameters) for rank in before], vocabulary)
+    found = full_tensors([(rank.place, rank.parameters) for rank in after], vocabulary)
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     assert {rank.step for rank in after} == {STEPS}
@@ -97,4 +97,4 @@ def test_training_goes_on_on_another_grid(
         difference = max(abs(a - b) for a, b in zip(rank.losses, before[0].losses, strict=True))
         assert difference <= TOLERANCE[case.precision], (rank.losses, before[0].losses)
     checkpoints = runs / leg.name / "checkpoints"
-    assert [path.name for path in checkpoints.iterdir()] == [f"step_{STEPS:08d}"], "the copy for the grid must go"
+    assert [path.name for path in checkpoints.iterdir()] == [f"step_{STEPS:08d}"], "the grid copy was not removed"

@@ -1,9 +1,8 @@
-"""Every grid to every other: train 10 steps, convert, and compare the next 10 losses with the run that never stopped.
+"""Resume on every grid from every other: the next 10 losses must be those of the run that was never stopped.
 
-    python -m tests.training.reshard_matrix --output benchmarks/results/reshard-matrix.json
+    python -m tests.training.saving.reshard_matrix --output benchmarks/results/reshard-matrix.json
 
-The whole matrix takes about ten minutes on two cores, more beside other work; `make test` runs a star through 2x1x2
-instead.
+The full matrix takes about ten minutes on two idle cores. `make test` runs only the pairs that contain 2x1x2.
 """
 
 import argparse
@@ -22,9 +21,9 @@ import torch
 from benchmarks.common.conditions import commit
 from tests.ranks import run_ranks
 from tests.reference.variants import VARIANTS
-from tests.training.comparison import whole
+from tests.training.comparison import full_tensors
 from tests.training.parity_cases import Case, label
-from tests.training.reshard_worker import Leg, LegReport
+from tests.training.saving.reshard_worker import Leg, LegReport
 
 STEPS = 10
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
@@ -38,7 +37,7 @@ Journey = tuple[Case, Sizes, Sizes]
 
 
 def models() -> list[Case]:
-    """Every model, on no particular grid yet."""
+    """Every model, on one rank."""
     keys = {
         "separate": {},
         "shared": VARIANTS["shared"],
@@ -75,23 +74,23 @@ def saving(runs: Path, case: Case, start: Sizes) -> Leg:
 
 
 def _launched(function: str, legs: Sequence[Leg]) -> dict[tuple[str, Sizes], list[LegReport]]:
-    """Reports by run and grid; some legs to a launch, since importing the frameworks takes seconds."""
+    """Reports by run and grid. A launch runs several legs, because importing the frameworks takes seconds."""
     found: dict[tuple[str, Sizes], list[LegReport]] = {}
     for size in sorted({leg.case.world_size for leg in legs}):
         here = sorted((leg for leg in legs if leg.case.world_size == size), key=lambda leg: leg.case.grid)
         for start in range(0, len(here), LEGS_OF_A_LAUNCH):
             part = here[start : start + LEGS_OF_A_LAUNCH]
-            ranks = run_ranks(f"tests.training.reshard_worker:{function}", size, part, timeout_s=600)
+            ranks = run_ranks(f"tests.training.saving.reshard_worker:{function}", size, part, timeout_s=600)
             found |= {(leg.name, leg.case.grid): [rank[index] for rank in ranks] for index, leg in enumerate(part)}
             print(f"{function}: {size} ranks, {start + len(part)} of {len(here)}", file=sys.stderr, flush=True)
     return found
 
 
 def compare(case: Case, before: list[LegReport], after: list[LegReport]) -> dict[str, Any]:
-    """What a journey did to weights and losses."""
+    """How a journey changed weights and losses."""
     vocabulary = case.model_keys["vocab_size"]
     expected, found = (
-        whole([(rank.place, rank.parameters) for rank in ranks], vocabulary) for ranks in (before, after)
+        full_tensors([(rank.place, rank.parameters) for rank in ranks], vocabulary) for ranks in (before, after)
     )
     changed = [name for name in expected if not torch.equal(found[name], expected[name])]
     difference = max(abs(a - b) for rank in after for a, b in zip(rank.losses, before[0].losses, strict=True))
@@ -126,7 +125,7 @@ def _conditions() -> dict[str, Any]:
 
 
 def main() -> int:
-    """Exit code 1 when a journey did not arrive."""
+    """Exit code 1 if a journey failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON to write")
     parser.add_argument("--models", metavar="TEXT", default="", help="only models with this in their name")

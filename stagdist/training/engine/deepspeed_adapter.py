@@ -1,0 +1,186 @@
+"""DeepSpeed's private ground: every name that DeepSpeed does not document, and the small classes around them.
+
+This module and `section_engine.py` are the only ones that may use such a name. `TOUCHED` lists each of them with the
+reason and the expected signature. `tests/training/engine/test_deepspeed_adapter.py` compares the list with the
+installed release, so that an upgrade of DeepSpeed fails there, in words, instead of inside a run.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+FILE_CLASSES = (fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler)
+"""Classes of DeepSpeed's own whose instances are in its checkpoint files."""
+
+
+class Touched(NamedTuple):
+    """What is expected of a name.
+
+    Attributes:
+        signature: of a function, as `inspect.signature` prints it; `class`; `variable` of a module; the type of a
+            constant; `attribute` for what an instance assigns.
+        why: what it is used for.
+    """
+
+    signature: str
+    why: str
+
+
+_ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
+_PIPELINE = "deepspeed.runtime.pipe.engine.PipelineEngine"
+_MODULE = "deepspeed.runtime.pipe.module.PipelineModule"
+_ZERO = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
+_BF16 = "deepspeed.runtime.bf16_optimizer.BF16_Optimizer"
+_FILES = "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine.TorchCheckpointEngine"
+
+TOUCHED = {
+    # The interpreter of a schedule, replaced to time instructions and to wait with a limit.
+    f"{_PIPELINE}._exec_schedule": Touched("(self, pipe_schedule)", "replaced by an interpreter with a clock"),
+    f"{_PIPELINE}._INSTRUCTION_MAP": Touched("dict", "extended by our instructions"),
+    f"{_PIPELINE}._reserve_pipe_buffers": Touched("(self, num_buffers)", "called by our interpreter"),
+    f"{_PIPELINE}.fwd_outputs": Touched("attribute", "reset by our interpreter"),
+    f"{_PIPELINE}._train_schedule": Touched("(self)", "replaced by eager 1F1B"),
+    f"{_PIPELINE}._inference_schedule": Touched("(self, micro_batches)", "replaced by forward passes alone"),
+    # Hand-offs, replaced by those that do not wait for the peer.
+    f"{_PIPELINE}._exec_send_activations": Touched("(self, buffer_id)", "replaced by the exchange"),
+    f"{_PIPELINE}._exec_recv_activations": Touched("(self, buffer_id)", "replaced by the exchange"),
+    f"{_PIPELINE}._exec_send_grads": Touched("(self, buffer_id)", "replaced by the exchange"),
+    f"{_PIPELINE}._exec_recv_grads": Touched("(self, buffer_id)", "replaced by the exchange"),
+    f"{_PIPELINE}.pipe_buffers": Touched("attribute", "where passes find inputs and leave outputs"),
+    f"{_PIPELINE}.grad_layer": Touched("attribute", "where a backward pass finds received gradients"),
+    # The update.
+    f"{_PIPELINE}._exec_backward_pass": Touched("(self, buffer_id)", "extended: frees the logits"),
+    f"{_PIPELINE}._exec_optimizer_step": Touched("(self, lr_kwargs=None)", "extended by the gate"),
+    f"{_PIPELINE}._force_grad_boundary": Touched("attribute", "set while a step is skipped"),
+    f"{_PIPELINE}.total_loss": Touched("attribute", "checked to be finite"),
+    f"{_PIPELINE}._aggregate_total_loss": Touched("(self)", "extended: waits for the device with a limit first"),
+    f"{_PIPELINE}.using_bf16_optimizer": Touched("attribute", "decides where gradients are"),
+    f"{_PIPELINE}._bf16_reduce_grads": Touched("(self)", "replaced by a reduction in place"),
+    f"{_ENGINE}.buffered_allreduce_fallback": Touched(
+        "(self, grads=None, elements_per_buffer=500000000)", "reduces bf16 gradients in place with an empty bucket"
+    ),
+    f"{_BF16}._hp_grad": Touched("attribute", "fp32 gradients of bf16 parameters"),
+    f"{_ZERO}.averaged_gradients": Touched("attribute", "reduced gradients; dropped when a step is skipped"),
+    f"{_ZERO}.all_grad_tensors": Touched("attribute", "dropped when a step is skipped"),
+    f"{_ZERO}.clip_grad": Touched("attribute", "set after loading, which takes the saved value"),
+    f"{_ENGINE}.skipped_steps": Touched("attribute", "counted when a step is skipped"),
+    f"{_ENGINE}.global_samples": Touched("attribute", "counted when a step is skipped"),
+    "deepspeed.runtime.pipe.engine.TRAIN_BATCH_TIMER": Touched("str", "timer that DeepSpeed resets only when it logs"),
+    # Files.
+    f"{_ENGINE}.checkpoint_engine": Touched("attribute", "replaced by our readers and writers of files"),
+    f"{_ENGINE}._copy_recovery_script": Touched("(self, save_path)", "replaced: adds no scripts to a checkpoint"),
+    f"{_FILES}.save": Touched("(self, state_dict, path: str)", "replaced by our writers"),
+    f"{_FILES}.load": Touched("(self, path: str, map_location=None)", "replaced by our reader"),
+    f"{_FILES}.preserves_storage_sharing": Touched("(self)", "replaced: our copies need no copy by DeepSpeed"),
+    # The pipeline's layers.
+    f"{_MODULE}._partition_layers": Touched("(self, method='uniform')", "replaced by cuts between sections"),
+    f"{_MODULE}._set_bounds": Touched("(self, start=None, stop=None)", "sets this stage's layers"),
+    f"{_MODULE}._topo": Touched("attribute", "read before DeepSpeed's public accessor works"),
+    f"{_MODULE}.parts": Touched("attribute", "the cuts"),
+    # Start.
+    "deepspeed.ops.__compatible_ops__": Touched("variable", "a compiled operation for CPUs is turned off"),
+    "deepspeed.runtime.config.DeepSpeedConfig": Touched("class", "the engine takes it ready-made"),
+    "torch.distributed.distributed_c10d.default_pg_timeout": Touched(
+        "variable", "limit of the groups that DeepSpeed makes; set in stagdist/parallel/groups.py"
+    ),
+    "torch.distributed.distributed_c10d.default_pg_nccl_timeout": Touched("variable", "the same on NCCL"),
+}
+"""Private and replaced names by their full name."""
+
+
+class CutPipeline(PipelineModule):
+    """DeepSpeed's pipeline module, cut where we say.
+
+    Args:
+        layers: of all stages.
+        bounds: index of each stage's first layer, and the number of layers.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSpec],
+        bounds: list[int],
+        topology: PipeModelDataParallelTopology,
+        loss_fn: partial[torch.Tensor],
+    ):
+        self._bounds = bounds
+        super().__init__(layers=layers, topology=topology, loss_fn=loss_fn)
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        """Cut at our bounds; DeepSpeed's own methods would cut inside `[embedding, section]`."""
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self.parts = self._bounds
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+
+class FileWriter(TorchCheckpointEngine):
+    """DeepSpeed's writer of files, with our function in its place.
+
+    Args:
+        write: called with content and path of each file.
+        copies: `write` copies what it keeps, so DeepSpeed makes no copy for it.
+    """
+
+    def __init__(self, write: Callable[[dict[str, Any], str], None], *, copies: bool):
+        super().__init__()
+        self._write, self._copies = write, copies
+
+    def preserves_storage_sharing(self) -> bool:
+        """Whether a file would hold all of a tensor's storage, so that DeepSpeed must copy a part of it first."""
+        return not self._copies
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """Write one file."""
+        self._write(state_dict, path)
+
+
+class FileReader(TorchCheckpointEngine):
+    """DeepSpeed's reader of files, with our function in its place.
+
+    Args:
+        read: called with a path and torch's `map_location`; returns the content.
+    """
+
+    def __init__(self, read: Callable[[str, Any], Any]):
+        super().__init__()
+        self._read = read
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read one file."""
+        return self._read(path, map_location)
+
+
+def disable_shared_memory_op() -> None:
+    """Turn off an operation that exists for CPUs alone, needs a compiler, and takes a minute to compile per node."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """DeepSpeed prints facts that our own checks cover, and broadcasts parameters, of which torch would warn."""
+    with redirect_stdout(io.StringIO()), torch.no_grad(), _device_as_local_rank():
+        yield
+
+
+@contextmanager
+def _device_as_local_rank() -> Iterator[None]:
+    """DeepSpeed takes LOCAL_RANK for the number of the device, and compares it with Open MPI's."""
+    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK") if torch.cuda.is_initialized() else ()
+    kept = {name: os.environ[name] for name in names if name in os.environ}
+    os.environ.update(dict.fromkeys(kept, str(torch.cuda.current_device())) if kept else {})
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
