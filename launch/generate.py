@@ -117,21 +117,22 @@ def run(arguments: argparse.Namespace) -> int:
     if params.logprobs is not None and not arguments.json:
         raise ConfigError("--logprobs cannot be shown in plain text; add --json")
 
-    from stagdist.decode.frontend.generate import Place, Task, generate, prepare
+    from stagdist.decode.frontend.generate import Generation
     from stagdist.telemetry.logging import setup_logging
 
     setup_logging(world.rank, None)
-    task = Task(
-        model=arguments.model,
-        engine=_engine_options(arguments),
-        params=params,
-        prompts=tuple(arguments.prompt),
+    generation = Generation(
+        arguments.model,
+        _engine_options(arguments),
+        params,
+        world,
+        prompts=arguments.prompt,
         prompts_file=arguments.prompts_file,
         device=arguments.device,
         as_json=arguments.json,
         trace=arguments.trace,
     )
-    return generate(prepare(task, Place(world.rank, world.size, world.local_rank)), interrupts, pulse)
+    return generation.run(interrupts, pulse)
 
 
 def _sampling_params(arguments: argparse.Namespace) -> "SamplingParams":

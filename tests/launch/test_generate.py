@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from stagdist.decode.frontend import generate as generation
-from stagdist.decode.frontend.generate import Place, Task, prepare
+from stagdist.decode.frontend import generate as generate_module
+from stagdist.decode.frontend.generate import Generation
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.runtime.build import EngineOptions
+from stagdist.parallel.world import World
 from tests.launch.faults import only_rank_0
 from tests.launch.generating import Done, command, error_lines, generate, run_ranks_to_end, start_command, write_model
 
@@ -107,9 +108,10 @@ def test_every_launcher_gives_the_same_answers_and_bad_prompts_harm_no_other(
 def test_the_precision_is_bf16_on_a_gpu_and_fp32_on_a_cpu_unless_the_user_names_one(
     model: Path, monkeypatch: pytest.MonkeyPatch, device: str, asked: str | None, precision: str
 ) -> None:
-    monkeypatch.setattr(generation, "choose_device", lambda choice, local_rank: device)
-    task = Task(model, EngineOptions(precision=asked), SamplingParams(), prompts=("a",))
-    assert prepare(task, Place(0, 1, 0)).plan.options.precision == precision
+    monkeypatch.setattr(generate_module, "choose_device", lambda choice, local_rank: device)
+    options, world = EngineOptions(precision=asked), World(0, 1, 0)
+    generation = Generation(model, options, SamplingParams(), world, prompts=("a",))
+    assert generation.plan.options.precision == precision
 
 
 def test_text_keeps_the_order_of_the_prompts_and_the_summary_has_the_numbers(model: Path) -> None:

@@ -11,7 +11,7 @@ from stagdist.parallel.grid import grid_for
 from stagdist.planning.memory import Device, StageMemory, copied_elements, stage_memory
 from stagdist.planning.plan import plan
 
-RECORD = json.loads((Path(__file__).resolve().parents[2] / "benchmarks" / "memory.json").read_text())
+RECORD = json.loads((Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "memory.json").read_text())
 
 
 def config(model: dict[str, Any] | None = None, training: dict[str, Any] | None = None, **rest: Any) -> RunConfig:

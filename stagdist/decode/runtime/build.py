@@ -25,6 +25,7 @@ from stagdist.model.precision import DTYPES
 from stagdist.parallel.device import choose_attention, on_cuda
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.world import join_world
+from stagdist.telemetry.pulse import Pulse
 from stagdist.telemetry.spans import SpanRecorder
 
 DEFAULT_CHUNK = 128
@@ -164,6 +165,7 @@ def build_stage(
     *,
     recorder: SpanRecorder | None = None,
     lap: Lap | None = None,
+    pulse: Pulse | None = None,
     progress: CaptureProgress | None = None,
 ) -> Stage:
     """This rank's stage with its slices of the weights.
@@ -173,6 +175,7 @@ def build_stage(
     Args:
         recorder: gets a span for every instruction; steps are not graphs then, unless the options say so.
         lap: called when a phase inside a section ends; likewise.
+        pulse: signs of life for a watcher.
         progress: called after each CUDA graph that is captured.
     """
     choose_attention(training=False)
@@ -197,13 +200,14 @@ def build_stage(
     graphs = options.graphs
     if graphs is None:
         graphs = transport is None and on_cuda(device) and recorder is None and lap is None
-    return _assemble(setup, recorder=recorder, wants_graphs=graphs, progress=progress)
+    return _assemble(setup, recorder=recorder, pulse=pulse, wants_graphs=graphs, progress=progress)
 
 
 def _assemble(
     setup: StageSetup,
     *,
     recorder: SpanRecorder | None = None,
+    pulse: Pulse | None = None,
     wants_graphs: bool = False,
     progress: CaptureProgress | None = None,
 ) -> Stage:
@@ -212,4 +216,4 @@ def _assemble(
     if wants_graphs:
         graphs = StepGraphs(FixedStep(sections, readout), setup.device, setup.limits)
         graphs.capture(progress)
-    return Stage(setup, sections, readout, recorder=recorder, graphs=graphs)
+    return Stage(setup, sections, readout, recorder=recorder, pulse=pulse, graphs=graphs)

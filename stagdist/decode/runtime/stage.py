@@ -42,10 +42,11 @@ HostWork = Callable[[], None]
 
 
 class Stage:
-    """Executor of the schedule on one rank. `pulse` shows a watcher what it does.
+    """Executor of the schedule on one rank.
 
     Args:
         recorder: gets a span for every instruction.
+        pulse: shows a watcher what this rank does.
         graphs: runs steps up to the logits (one process); None: instruction by instruction.
     """
 
@@ -56,6 +57,7 @@ class Stage:
         readout: Readout,
         *,
         recorder: SpanRecorder | None = None,
+        pulse: Pulse | None = None,
         graphs: StepGraphs | None = None,
     ):
         self.setup, self.readout, self._sections, self._recorder, self._graphs = (
@@ -65,7 +67,7 @@ class Stage:
         self.weights, self.device, self.index = setup.weights, setup.device, setup.index
         self._transport = setup.transport
         self.slots = Slots(setup.limits.num_slots)
-        self.pulse = Pulse()
+        self.pulse = pulse or Pulse()
         self.step_number = 0
         self._first_step = 0
         self._programs: dict[int, tuple[Instruction, ...]] = {}
