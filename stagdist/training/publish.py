@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagdist.checkpoint.convert.find import ModelSource
 from stagdist.checkpoint.convert.proof import any_ids, source_logits, text_ids
-from stagdist.checkpoint.convert.staging import Options, put_in_place, staged_folder
+from stagdist.checkpoint.convert.staging import ConversionOptions, put_in_place, staged_folder
+from stagdist.checkpoint.published.reader import ModelReader
 from stagdist.checkpoint.published.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.published.writer import ModelDirectoryWriter
 from stagdist.checkpoint.text_tokens import TextTokens
@@ -69,7 +69,7 @@ def export_model(
         def begin() -> None:
             nonlocal export
             if dist.get_rank() == 0:
-                staged = held.enter_context(staged_folder(directory, "model", Options(overwrite=True)))
+                staged = held.enter_context(staged_folder(directory, "model", ConversionOptions(overwrite=True)))
                 export = held.enter_context(_Export(directory, staged, model, dtype, tokenizer, tokens))
 
         on_every_rank(groups.control, _told(begin), _failed)
@@ -140,7 +140,7 @@ class _Export:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._writer.discard()
+        self._writer.close()
 
     def add(self, spec: ParameterSpec, tensor: Tensor) -> None:
         """Write the next parameter unless an earlier one has failed."""
@@ -166,7 +166,7 @@ class _Export:
             raise self._failure
         self._tokenizer.save(self._writer.folder)
         self._writer.commit()
-        written = ModelSource(self._staged)
+        written = ModelReader(self._staged)
         for spec in track(model_parameters(self._model), "checking"):
             if tensor_sha256(written.weight(spec)) != self._given[spec.name]:
                 raise CheckpointError(

@@ -19,7 +19,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch.serialization import safe_globals
 
-from stagdist.checkpoint.convert.staging import Options, exclusive, put_back
+from stagdist.checkpoint.convert.staging import ConversionOptions, exclusive, put_back
 from stagdist.checkpoint.convert.training_conversions import reshard
 from stagdist.checkpoint.training.directory import (
     COMPLETE,
@@ -231,7 +231,7 @@ def on_this_grid(
 
     def convert() -> None:
         held.enter_context(_converting(checkpoint.parent))
-        options = Options(files_checked=True, trust_pickle=trust_pickle, track=beating(pulse, Phase.START))
+        options = ConversionOptions(files_checked=True, trust_pickle=trust_pickle, track=beating(pulse, Phase.START))
         proof = reshard(checkpoint, hidden / checkpoint.name, grid, options, config=config)
         LOG.info("converted it in %.1f s: %s", time.perf_counter() - started, proof.checked)
 
