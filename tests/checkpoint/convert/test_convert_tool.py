@@ -25,7 +25,7 @@ from stagdist.parallel.grid import Grid
 from tests.checkpoint.synthetic import file_contents, model_directory, training_checkpoint
 from tests.ranks import RankError, run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COMMAND = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py")]
 VERBS = ("export", "import", "reshard", "upcycle", "split", "merge", "inspect", "verify")
 
@@ -80,13 +80,16 @@ def convert_until_killed(payload: tuple[str, str, dict[str, Any]]) -> None:
     """Run a conversion on a rank that kills itself at a hook."""
     stage, verb, keys = payload
     with patch.object(*HOOKS[stage], lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
-        {"export": export, "reshard": reshard}[verb](**keys)
+        if verb == "export":
+            export(**keys)
+        else:
+            reshard(**keys)
 
 
 def kill(stage: str, verb: str, **keys: Any) -> None:
     """Run a conversion in a process that is killed at a stage."""
     with pytest.raises(RankError, match="exit code -9"):
-        run_ranks("tests.checkpoint.test_convert_tool:convert_until_killed", 1, (stage, verb, keys))
+        run_ranks("tests.checkpoint.convert.test_convert_tool:convert_until_killed", 1, (stage, verb, keys))
 
 
 def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from stagdist.checkpoint.convert.model_conversions import export
 from stagdist.checkpoint.convert.staging import ConversionOptions
 from stagdist.checkpoint.convert.upcycle import upcycle
 from stagdist.errors import CheckpointError, ConfigError
+from tests.checkpoint.convert.test_llama_import import save_llama
 from tests.checkpoint.synthetic import model_directory, training_checkpoint
-from tests.checkpoint.test_llama_import import save_llama
 
 LLAMA = {"connection": "sequential", "section_layers": [1, 3]}
 

@@ -17,8 +17,8 @@ from stagdist.checkpoint.published.transformers_model import load_with_transform
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.errors import CheckpointError
-from tests.checkpoint.test_exported_code import shape, write
-from tests.checkpoint.test_llama_import import save_llama
+from tests.checkpoint.convert.test_llama_import import save_llama
+from tests.checkpoint.published.test_exported_code import shape, write
 from tests.reference import stagformer as reference
 
 

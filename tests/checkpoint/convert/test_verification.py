@@ -13,8 +13,8 @@ from stagdist.checkpoint.convert.staging import ConversionOptions
 from stagdist.checkpoint.convert.verify import unsettled_keys, verify
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import ConfigError
+from tests.checkpoint.convert.test_convert_tool import run
 from tests.checkpoint.synthetic import SHAPE, model_directory
-from tests.checkpoint.test_convert_tool import run
 
 CONTEXT = {"max_position_embeddings": 256}
 STRETCHED = {"rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 64}}
