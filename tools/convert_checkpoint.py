@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Convert checkpoints: training checkpoints to and from model directories, to other grids; inspect and compare.
 
-A run's folder as SOURCE means its newest complete checkpoint. Every conversion writes under a hidden name, proves
-the result, and only then gives it its name; one that fails or is killed leaves nothing that looks whole.
+The folder of a run as SOURCE means its newest complete checkpoint. Every conversion writes into a hidden folder, proves
+the result, and only then renames it; a conversion that fails or is killed leaves nothing that looks complete.
 """
 
 import argparse
@@ -29,17 +29,17 @@ Formats, names and recipes: docs/checkpoints.md.
 
 DESCRIPTIONS = {
     "export": "Training checkpoint of any grid to a model directory (config.json, safetensors, tokenizer).",
-    "import": "Model directory to a training checkpoint at step 0: its weights and an optimizer that has done nothing. "
-    "`pretrain` with the run's name begins from it, on any data.",
+    "import": "Model directory to a training checkpoint at step 0: its weights and a new optimizer state. "
+    "`pretrain` with the name of the run starts from it, on any data.",
     "reshard": "Training checkpoint to another grid, with optimizer, counters, position in the data and generators: "
-    "training goes on as if nothing had happened. (`pretrain` on another grid does this by itself.)",
-    "upcycle": "Llama-architecture model directory (or sequential run) to a StagFormer to be trained on: its layers "
-    "are cut into sections, cross-attention begins as a copy of self-attention. Then `import` it and train. Choices "
-    "and measured recovery: docs/checkpoints.md.",
-    "split": "Shared weights to separate sections, each with a copy of its own; writes a model directory.",
+    "training continues exactly. (`pretrain` on another grid does this by itself.)",
+    "upcycle": "Llama-architecture model directory (or sequential run) to a StagFormer as a starting point for "
+    "training: its layers are cut into sections, cross-attention starts as a copy of self-attention. Then `import` it "
+    "and train. Choices and measured recovery: docs/checkpoints.md.",
+    "split": "Shared weights to separate sections, each with its own copy; writes a model directory.",
     "merge": "The average of several checkpoints or model directories of one model, as a model directory.",
-    "inspect": "What a directory holds: kind, step, model, grid, sizes, statistics of every tensor, missing or odd "
-    "files. Exit code 1 if something is wrong.",
+    "inspect": "Show the content of a directory: kind, step, model, grid, sizes, statistics of every tensor, missing "
+    "or unknown files. Exit code 1 if something is wrong.",
     "verify": "Whether two directories hold the same model: largest difference of their logits on real text, in fp32, "
     "and what their configurations say. Exit code 1 if the difference is above --tolerance, or if a key differs that "
     "changes the function and that the text is too short to show.",
@@ -59,7 +59,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         )
         _add_paths(made[verb], verb)
         made[verb].add_argument(
-            "--trust-pickle", action="store_true", help="load files that may run any program: only your own"
+            "--trust-pickle",
+            action="store_true",
+            help="load files that may run any program: use it only for your own files",
         )
         made[verb].add_argument("--quiet", action="store_true", help="no progress bar")
     _add_options(made)
@@ -92,7 +94,7 @@ def _add_options(made: dict[str, argparse.ArgumentParser]) -> None:
     made["import"].add_argument(
         "--config",
         metavar="FILE",
-        help="configuration of the run to come: its precision and optimizer are used, its data.tokenizer must be that "
+        help="configuration of the new run: its precision and optimizer are used, its data.tokenizer must be that "
         "of SOURCE or of --tokenizer",
     )
     made["upcycle"].add_argument(
@@ -102,7 +104,7 @@ def _add_options(made: dict[str, argparse.ArgumentParser]) -> None:
         "--output-scale",
         type=float,
         metavar="X",
-        help="size of the cross-attention's output projection against its copy (default: 0, it begins silent)",
+        help="scale of the copied output projection of cross-attention (default: 0, no effect at the start)",
     )
     for verb in ("export", "import", "upcycle", "split", "merge", "verify"):
         made[verb].add_argument(
@@ -120,7 +122,7 @@ def _add_options(made: dict[str, argparse.ArgumentParser]) -> None:
 
 
 def _tolerance(text: str) -> float:
-    """A difference that can be: not negative, not NaN."""
+    """Parse a tolerance: not negative, not NaN."""
     value = float(text)
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"{text} is no difference; give 0 or more")
@@ -128,21 +130,21 @@ def _tolerance(text: str) -> float:
 
 
 def show(items: Sequence[Any], what: str) -> Iterable[Any]:
-    """A progress bar on a terminal, otherwise nothing."""
+    """Show a progress bar if stderr is a terminal."""
     from tqdm import tqdm
 
     return tqdm(items, desc=what, file=sys.stderr, disable=None, dynamic_ncols=True, leave=False)
 
 
 def convert(arguments: argparse.Namespace) -> int:
-    """Run a conversion and say what it proved."""
+    """Run a conversion and print what it proved."""
     from stagdist.checkpoint.convert import model_conversions, training_conversions
-    from stagdist.checkpoint.convert.staging import Options
+    from stagdist.checkpoint.convert.staging import ConversionOptions
     from stagdist.checkpoint.convert.upcycle import OUTPUT_SCALE, upcycle
     from stagdist.checkpoint.training.content import untracked
     from stagdist.parallel.grid import Grid
 
-    options = Options(
+    options = ConversionOptions(
         tokenizer=getattr(arguments, "tokenizer", None),
         trust_pickle=arguments.trust_pickle,
         overwrite=arguments.overwrite,
@@ -150,26 +152,26 @@ def convert(arguments: argparse.Namespace) -> int:
     )
     source, destination = arguments.source, arguments.destination
     if arguments.verb == "export":
-        proof = model_conversions.export(source, destination, options)
+        result = model_conversions.export(source, destination, options)
     elif arguments.verb == "split":
-        proof = model_conversions.split(source, destination, options)
+        result = model_conversions.split(source, destination, options)
     elif arguments.verb == "upcycle":
         scale = OUTPUT_SCALE if arguments.output_scale is None else arguments.output_scale
-        proof = upcycle(source, destination, arguments.section_layers, options, output_scale=scale)
+        result = upcycle(source, destination, arguments.section_layers, options, output_scale=scale)
     elif arguments.verb == "merge":
-        proof = model_conversions.merge(source, destination, options)
+        result = model_conversions.merge(source, destination, options)
     else:
         grid = Grid(arguments.pipe, arguments.data, arguments.tensor)
         if arguments.verb == "reshard":
-            proof = training_conversions.reshard(source, destination, grid, options)
+            result = training_conversions.reshard(source, destination, grid, options)
         else:
-            proof = training_conversions.import_model(source, destination, grid, arguments.config, options)
-    print(f"wrote {proof.directory}: {proof.checked}")
+            result = training_conversions.import_model(source, destination, grid, arguments.config, options)
+    print(f"wrote {result.directory}: {result.checked}")
     return 0
 
 
 def inspect(arguments: argparse.Namespace) -> int:
-    """Print what is there."""
+    """Print the content of a directory."""
     from stagdist.checkpoint.convert import inspection
     from stagdist.checkpoint.training.content import untracked
 
@@ -211,7 +213,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 not the same or something is wrong with what was inspected, 2 something to mend."""
+    """Run the command. Exit code: 0 success, 1 models differ or problems were found, 2 user error."""
     from stagdist.data.prepare.arguments import run_tool
 
     parsed = parse(arguments)

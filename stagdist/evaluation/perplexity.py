@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagdist.checkpoint.convert.find import open_weights, source_tokenizer
-from stagdist.checkpoint.published.load_model import load_weights
+from stagdist.checkpoint.published.load_model import build_model
 from stagdist.config.checks import tensor_parallel_problems
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import ConfigError, DataError
@@ -90,7 +90,7 @@ def score_file(
     with world_groups(scoring.tensor_parallel_size, device, scoring.timeout_s) as groups:
         dtype = source.dtype if scoring.dtype is None else STORED_DTYPES[scoring.dtype]
         parallel = TensorParallel(groups.tensor, dtype)
-        runner = load_weights(source.model, source.weight, parallel).to(device)
+        runner = build_model(source, parallel).to(device)
         part = (groups.place.data, groups.grid.data)
         windows = len(range(part[0], count_windows(len(ids), window, stride), part[1]))
         done = 0

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagdist.checkpoint.convert.find import ModelSource
 from stagdist.checkpoint.convert.proof import any_ids, source_logits, text_ids
-from stagdist.checkpoint.convert.staging import Options, put_in_place, staged_folder
+from stagdist.checkpoint.convert.staging import ConversionOptions, put_in_place, staged_folder
+from stagdist.checkpoint.published.reader import ModelReader
 from stagdist.checkpoint.published.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.published.writer import ModelDirectoryWriter
 from stagdist.checkpoint.text_tokens import TextTokens
@@ -64,7 +64,7 @@ def export_model(
         def begin() -> _Export | None:
             if dist.get_rank() != 0:
                 return None
-            staged = held.enter_context(staged_folder(directory, "model", Options(overwrite=True)))
+            staged = held.enter_context(staged_folder(directory, "model", ConversionOptions(overwrite=True)))
             return held.enter_context(_Export(directory, staged, model, dtype, tokenizer, tokens))
 
         export = on_every_rank(groups.control, _with_os_errors(begin), _failed)
@@ -135,7 +135,7 @@ class _Export:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._writer.discard()
+        self._writer.close()
 
     def add(self, spec: ParameterSpec, tensor: Tensor) -> None:
         """Write the next parameter unless an earlier one has failed."""
@@ -161,7 +161,7 @@ class _Export:
             raise self._failure
         self._tokenizer.save(self._writer.folder)
         self._writer.commit()
-        written = ModelSource(self._staged)
+        written = ModelReader(self._staged)
         for spec in track(model_parameters(self._model), "checking"):
             if tensor_sha256(written.weight(spec)) != self._given[spec.name]:
                 raise CheckpointError(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stagdist.checkpoint.convert.model_conversions import export
-from stagdist.checkpoint.convert.staging import Options
+from stagdist.checkpoint.convert.staging import ConversionOptions
 from stagdist.checkpoint.published.writer import ModelDirectoryWriter
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import byte_tokenizer
@@ -187,7 +187,7 @@ def test_a_run_its_checkpoint_and_its_export_have_one_score(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_bytes(TEXT.encode())
     checkpoint = training_checkpoint(tmp_path / "run", {}, (2, 1, 2))
-    export(tmp_path / "run", tmp_path / "exported", Options())
+    export(tmp_path / "run", tmp_path / "exported", ConversionOptions())
     scores = []
     for model in ("run", str(checkpoint.relative_to(tmp_path)), "exported"):
         common = ("--model", model, "--text", "text.txt", "--json", "score.json", "--quiet", "--device", "cpu")

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from stagdist.hf.configuration_stagformer import StagFormerConfig
-from stagdist.hf.modeling_stagformer import StagFormerCache, StagFormerForCausalLM
+from stagdist.hf.layers_stagformer import StagFormerCache
+from stagdist.hf.modeling_stagformer import StagFormerForCausalLM
 from tests.hf.models import END, build, tokens
 from tests.reference import stagformer as reference
 from tests.reference.variants import BASE, LLAMA3, VARIANTS

@@ -1,4 +1,4 @@
-"""What a directory holds, whether or not it is whole: for people and, as JSON, for programs."""
+"""Report the content of a directory, complete or damaged, as text or JSON."""
 
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -8,28 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.convert.find import Found, ModelSource, WeightSource, find, open_training
+from stagdist.checkpoint.convert.find import FoundCheckpoint, find, open_training
 from stagdist.checkpoint.published.model_json import read_body
-from stagdist.checkpoint.published.record import CHECKSUMS
+from stagdist.checkpoint.published.reader import ModelReader
+from stagdist.checkpoint.published.record import CHECKSUMS, read_record
 from stagdist.checkpoint.published.writer import CODE_FILES, weight_map
 from stagdist.checkpoint.text_tokens import GENERATION
 from stagdist.checkpoint.training.content import Track, untracked
 from stagdist.checkpoint.training.directory import COMPLETE, CONFIG, STATE, damage, read_complete
 from stagdist.checkpoint.training.reader import TrainingReader
 from stagdist.checkpoint.training.stage_files import tensor_files
+from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.errors import StagdistError
 from stagdist.parallel.layout import model_parameters
 
 _MODEL_FILES = ("config.json", GENERATION, "tokenizer.json", "tokenizer_config.json", CHECKSUMS)
 _OUR_KEYS = ("connection", "section_layers")
-"""Keys that a Llama's `config.json` has only where we wrote it."""
+"""Keys that only stagdist writes to the `config.json` of a Llama."""
 _KINDS = {"training": "training checkpoint", "model": "model directory"}
 _KNOWN_ENDINGS = (".safetensors", ".py", ".json", ".jinja", ".md", ".model", ".txt")
 
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """Numbers of one tensor; mean, standard deviation and extremes over all its values."""
+    """Statistics over all values of one tensor."""
 
     name: str
     shape: list[int]
@@ -43,12 +45,12 @@ class TensorFacts:
 
 @dataclass
 class Inspection:
-    """What was found.
+    """The content of a directory.
 
     Attributes:
         kind: `training checkpoint` or `model directory`.
-        problems: everything missing, odd or wrong; empty for a whole directory.
-        bytes: of all files.
+        problems: everything that is missing, unknown or wrong; empty for an intact directory.
+        bytes: size of all files.
     """
 
     kind: str
@@ -65,20 +67,20 @@ class Inspection:
     tensors: list[TensorFacts] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """For `json.dumps`."""
+        """The report as a dictionary for `json.dumps`."""
         return asdict(self)
 
 
 def inspect(path: str | Path, *, trust_pickle: bool = False, track: Track[Any] = untracked) -> Inspection:
-    """Look at everything; what is wrong is listed, not raised.
+    """Examine a directory. Problems are listed, not raised.
 
     Raises:
-        CheckpointError: there is nothing of ours to look at.
+        CheckpointError: this is neither a checkpoint nor a model directory.
     """
     found = find(path)
     report = Inspection(_KINDS[found.kind], str(found.directory))
     files = {file.relative_to(found.directory): file for file in sorted(found.directory.rglob("*")) if file.is_file()}
-    # Hidden ones are of those who carry a directory about: a hub, a version control, a file manager.
+    # Hidden files belong to other programs: a hub, version control, a file manager.
     hidden = [name for name in files if any(part.startswith(".") for part in name.parts)]
     report.files = {name.as_posix(): file.stat().st_size for name, file in files.items() if name not in hidden}
     report.bytes = sum(report.files.values())
@@ -90,8 +92,8 @@ def inspect(path: str | Path, *, trust_pickle: bool = False, track: Track[Any] =
     return report
 
 
-def _open_checkpoint(found: Found, report: Inspection, trust_pickle: bool) -> WeightSource | None:
-    """The checkpoint when it can be read at all."""
+def _open_checkpoint(found: FoundCheckpoint, report: Inspection, trust_pickle: bool) -> WeightSource | None:
+    """Open the checkpoint; None if it cannot be read."""
     try:
         reader = TrainingReader(found.directory, trust_pickle=trust_pickle)
     except StagdistError as error:
@@ -114,7 +116,7 @@ def _open_checkpoint(found: Found, report: Inspection, trust_pickle: bool) -> We
     return None if report.problems else reader
 
 
-def _open_directory(found: Found, report: Inspection) -> WeightSource | None:
+def _open_directory(found: FoundCheckpoint, report: Inspection) -> WeightSource | None:
     report.problems += [f"{name} is missing" for name in _expected(found.directory) if name not in report.files]
     try:
         used = {file for _, file in weight_map(found.directory)}
@@ -122,8 +124,8 @@ def _open_directory(found: Found, report: Inspection) -> WeightSource | None:
             odd = name.endswith(".safetensors") and name not in used
             if odd or not name.endswith((*_KNOWN_ENDINGS, "LICENSE", "NOTICE")):
                 report.problems.append(f"{name} does not belong here")
-        source = ModelSource(found.directory)
-        report.problems += [problem for problem in source.changed_files() if problem not in report.problems]
+        source = ModelReader(found.directory)
+        report.problems += [problem for problem in source.record.changed_files() if problem not in report.problems]
         source.check()
     except StagdistError as error:
         report.problems.append(str(error))
@@ -132,14 +134,21 @@ def _open_directory(found: Found, report: Inspection) -> WeightSource | None:
 
 
 def _expected(directory: Path) -> tuple[str, ...]:
-    """Files beside the weights: of a directory of ours all that are written, of another's only its configuration."""
+    """Required files beside the weights: all files of a directory of ours, only `config.json` of another one.
+
+    A directory from an earlier release is complete with the code files that its record lists.
+    """
     body: dict[str, Any] = {}
-    with suppress(StagdistError):  # told when it is opened
+    with suppress(StagdistError):  # reported when the directory is opened
         body = read_body(directory)
     staggered = body.get("model_type") == "stagformer"
     if not staggered and not (directory / CHECKSUMS).is_file() and not any(key in body for key in _OUR_KEYS):
         return _MODEL_FILES[:1]
-    return (*_MODEL_FILES, *CODE_FILES) if staggered else _MODEL_FILES
+    recorded: dict[str, str] = {}
+    with suppress(StagdistError):
+        recorded = read_record(directory).files
+    code = [name for name in CODE_FILES if name in recorded] or CODE_FILES
+    return (*_MODEL_FILES, *code) if staggered else _MODEL_FILES
 
 
 def _describe(source: WeightSource, report: Inspection, track: Track[Any]) -> None:
@@ -154,7 +163,7 @@ def _describe(source: WeightSource, report: Inspection, track: Track[Any]) -> No
 
 
 def tensor_facts(name: str, tensor: Tensor) -> TensorFacts:
-    """Numbers of one tensor."""
+    """Compute the statistics of one tensor."""
     values = tensor.float()
     std, mean = torch.std_mean(values, correction=0)
     low, high = torch.aminmax(values)
@@ -171,7 +180,7 @@ def tensor_facts(name: str, tensor: Tensor) -> TensorFacts:
 
 
 def as_table(report: Inspection) -> str:
-    """For a terminal."""
+    """The report as text."""
     lines = [f"{report.kind} {report.directory}, {report.bytes / 1e6:.1f} MB in {len(report.files)} files"]
     if report.step is not None and report.grid is not None:
         sizes = " x ".join(f"{axis} {size}" for axis, size in report.grid.items())

@@ -1,60 +1,55 @@
 """Conversions that write a model directory: export, split, merge.
 
-Each writes under a hidden name, proves the result, and only then gives it its name.
+Each writes into a hidden folder, proves the result, and only then gives it its name. The proof compares the
+configuration and every tensor, read back bit by bit. Only `split` and `upcycle`, whose result is another model than
+their source, also compare logits.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from stagdist.checkpoint.convert.find import (
-    ChangedTokenizerError,
-    ModelSource,
-    WeightSource,
     open_training,
     open_weights,
     source_tokenizer,
 )
-from stagdist.checkpoint.convert.proof import text_ids
-from stagdist.checkpoint.convert.staging import Options, Proof, prove_logits, put_in_place, require_free, staged_folder
+from stagdist.checkpoint.convert.proof import prove_logits, text_ids
+from stagdist.checkpoint.convert.staging import (
+    ConversionOptions,
+    ConversionResult,
+    put_in_place,
+    require_free,
+    staged_folder,
+)
+from stagdist.checkpoint.published.reader import ChangedTokenizerError, ModelReader
+from stagdist.checkpoint.published.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.published.writer import ModelDirectoryWriter
-from stagdist.checkpoint.text_tokens import TextTokens
+from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.config.loading import differences
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import CheckpointError
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
 Weight = Callable[[ParameterSpec], Tensor]
-"""Whole parameter of the new model."""
+"""Returns a global parameter of the new model."""
 
 
-@dataclass(frozen=True)
-class _InMemory:
-    """A model by its formula, before it is written."""
-
-    directory: Path
-    model: ModelConfig
-    dtype: torch.dtype
-    weight: Weight
-    tokens: TextTokens | None = None
-
-
-def export(source: str | Path, destination: str | Path, options: Options) -> Proof:
-    """Training checkpoint (any grid) to model directory.
+def export(source: str | Path, destination: str | Path, options: ConversionOptions) -> ConversionResult:
+    """Convert a training checkpoint of any grid to a model directory.
 
     Raises:
-        CheckpointError: source or destination will not do, or the proof failed; nothing is left behind.
+        CheckpointError: source or destination is refused, or the proof failed; nothing is left behind.
     """
     require_free(Path(destination), "model", options)
     reader = open_training(source, trust_pickle=options.trust_pickle)
     return write_model(reader, reader.model, reader.weight, Path(destination), options)
 
 
-def split(source: str | Path, destination: str | Path, options: Options) -> Proof:
-    """Shared weights to separate sections: every section gets a copy of its own.
+def split(source: str | Path, destination: str | Path, options: ConversionOptions) -> ConversionResult:
+    """Convert shared weights to separate sections: every section gets its own copy.
 
     Raises:
         CheckpointError: the sections of the source share nothing; else as `export`.
@@ -72,14 +67,14 @@ def split(source: str | Path, destination: str | Path, options: Options) -> Proo
         _, _, rest = spec.name.split(".", 2)
         return weights.weight(shared[f"sections.0.{rest}"])
 
-    return write_model(weights, model, weight, Path(destination), options)
+    return write_model(weights, model, weight, Path(destination), options, logits_of=weights)
 
 
-def merge(sources: Sequence[str | Path], destination: str | Path, options: Options) -> Proof:
-    """The average of several checkpoints or model directories of one model, as a model directory.
+def merge(sources: Sequence[str | Path], destination: str | Path, options: ConversionOptions) -> ConversionResult:
+    """Average several checkpoints or model directories of one model.
 
     Raises:
-        CheckpointError: there is only one; the models differ, by key, or types or tokenizers do; else as `export`.
+        CheckpointError: there is only one source; models, dtypes or tokenizers differ; else as `export`.
     """
     if len(sources) < 2:
         raise CheckpointError(f"merge needs two sources at least, {sources[0]} is one; export copies a single one")
@@ -110,7 +105,7 @@ def merge(sources: Sequence[str | Path], destination: str | Path, options: Optio
 
 
 def _require_one_tokenizer(opened: Sequence[WeightSource]) -> None:
-    """Sources that have a tokenizer must have the same; where the first has none, writing will say so."""
+    """Sources that have a tokenizer must have the same one. If the first has none, writing reports it."""
     known: list[tuple[WeightSource, str]] = []
     for one in opened:
         try:
@@ -122,8 +117,8 @@ def _require_one_tokenizer(opened: Sequence[WeightSource]) -> None:
     for one, fingerprint in known:
         if fingerprint != known[0][1]:
             raise CheckpointError(
-                f"{one.directory} has another tokenizer than {known[0][0].directory}; models of one tokenizer can be "
-                "merged, or name the one to go with the result with --tokenizer"
+                f"{one.directory} has another tokenizer than {known[0][0].directory}; merge models of one "
+                "tokenizer, or name the tokenizer of the result with --tokenizer"
             )
 
 
@@ -132,38 +127,52 @@ def write_model(
     model: ModelConfig,
     weight: Weight,
     destination: Path,
-    options: Options,
+    options: ConversionOptions,
     *,
-    keeps_function: bool = True,
-    equal_to: str | None = None,
-) -> Proof:
-    """Write, read back, compare, publish.
+    equal_to: str = "bit-equal",
+    logits_of: WeightSource | None = None,
+) -> ConversionResult:
+    """Write a model directory, read it back, compare it, and give it its name.
 
     Args:
-        weight: whole parameter of the new model.
-        keeps_function: the logits must be those of the source; otherwise, and with `equal_to`, those of `weight`.
-        equal_to: what the tensors are proved to be, for a person, where they are not the source's.
+        source: provides the dtype, the tokenizer and the special tokens.
+        model: configuration of the new model.
+        weight: returns a parameter of the new model.
+        equal_to: what every tensor is proved to be, as text for the user.
+        logits_of: the result must have the logits of this model. None where model and tensors are those of the
+            source: the same forward pass over the same bits proves nothing.
 
     Raises:
         CheckpointError: as `export`.
     """
     require_free(destination, "model", options)
     tokenizer = source_tokenizer(source, options.tokenizer)
-    input_ids = text_ids(tokenizer, model)
-    keeps_function = keeps_function and equal_to is None
+    input_ids = text_ids(tokenizer, model)  # also where no logits follow: it refuses a tokenizer of another model
+    sums: dict[str, str] = {}
     with staged_folder(destination, "model", options) as staged:
         tokens = source.tokens if options.tokenizer is None else None
         with ModelDirectoryWriter(staged, model, source.dtype, tokenizer.end_of_document, tokens) as writer:
             for spec in options.track(model_parameters(model), "writing"):
-                writer.add(spec.name, weight(spec))
-            tokenizer.save(writer.folder)
-        written = ModelSource(staged)
-        for spec in options.track(model_parameters(model), "checking"):
-            if not torch.equal(written.weight(spec), weight(spec)):
-                raise CheckpointError(f"{spec.name} was not written as it was read")
-        proved = "bit-equal" if keeps_function else equal_to or "equal to their rules"
-        checked = f"{len(model_parameters(model))} tensors are {proved}"
-        expected = source if keeps_function else _InMemory(staged, model, source.dtype, weight)
-        checked += prove_logits(expected, written, input_ids, options.track)
+                tensor = weight(spec)
+                sums[spec.name] = tensor_sha256(tensor)
+                writer.add(spec.name, tensor)
+            tokenizer.save(staged)
+        written = ModelReader(staged)
+        _require_same(written, model, source.dtype, sums, options)
+        checked = f"{len(sums)} tensors are {equal_to}"
+        if logits_of is not None:
+            checked += prove_logits(logits_of, written, input_ids, options.track)
         put_in_place(staged, destination.resolve())
-    return Proof(destination, checked)
+    return ConversionResult(destination, checked)
+
+
+def _require_same(
+    written: ModelReader, model: ModelConfig, dtype: torch.dtype, sums: dict[str, str], options: ConversionOptions
+) -> None:
+    """Compare configuration, dtype and the bits of every tensor with what was to be written."""
+    changed = sorted(differences(model, written.model))
+    if changed or written.dtype != dtype:
+        raise CheckpointError(f"{changed[0] if changed else 'the dtype'} was not written as it was read")
+    for spec in options.track(model_parameters(model), "checking"):
+        if tensor_sha256(written.weight(spec)) != sums[spec.name]:
+            raise CheckpointError(f"{spec.name} was not written as it was read")

@@ -1,7 +1,7 @@
-"""Proof that two sets of weights are the same model: tensor by tensor, and by logits on real text.
+"""Logits of a stored model by an independent, plain forward pass.
 
-The logits come from a plain forward pass that shares nothing with the model but the formula of the rotary angles, and
-reads one parameter at a time, so a model larger than the memory can be checked.
+The forward pass shares only the formula of the rotary angles with the model. It reads one parameter at a time, so it
+can check a model that is larger than the memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stagdist.checkpoint.convert.find import WeightSource, source_tokenizer
 from stagdist.checkpoint.training.content import Track
+from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import CheckpointError
@@ -28,42 +28,32 @@ TEXT = (
     "something might perhaps be made out on this question by patiently accumulating and reflecting on all sorts of "
     "facts which could possibly have any bearing on it."
 )
-"""The text that logits are compared on unless another is given. Source: Darwin, On the Origin of Species, 1859."""
+"""The default text for comparing logits. Source: Darwin, On the Origin of Species, 1859."""
 
 MAX_TOKENS = 128
 _VOCABULARY_BLOCK = 8192
 
 Read = Callable[[str], Tensor]
-"""Whole parameter by canonical name."""
+"""Global parameter by canonical name."""
 
 
 def text_ids(tokenizer: Tokenizer, model: ModelConfig, text: str = TEXT, limit: int = MAX_TOKENS) -> Tensor:
-    """Tokens of a text, `limit` of them or as many as fit. Shapes: int64 [1, S].
+    """Encode a text: at most `limit` tokens, and at most the context of the model. Shapes: int64 [1, S].
 
     Raises:
-        CheckpointError: the tokenizer makes tokens that the model does not have.
+        CheckpointError: the tokenizer produces tokens that the model does not have.
     """
-    ids = tokenizer.encode(text)[: min(limit, model.max_position_embeddings)]
-    if not ids or max(ids) >= model.vocab_size:
+    input_ids = tokenizer.encode(text)[: min(limit, model.max_position_embeddings)]
+    if not input_ids or max(input_ids) >= model.vocab_size:
         raise CheckpointError(
-            f"the tokenizer gives {len(ids)} tokens up to {max(ids, default=0)}, the model has {model.vocab_size}; it "
-            "is not the model's tokenizer, or the text is empty"
+            f"the tokenizer gives {len(input_ids)} tokens up to {max(input_ids, default=0)}, the model has "
+            f"{model.vocab_size}; this is not the tokenizer of the model, or the text is empty"
         )
-    return torch.tensor([ids])
-
-
-def any_text_ids(source: WeightSource, tokenizer: str | None) -> Tensor:
-    """Tokens of the text; where the source has no tokenizer, or another now, any. Shapes: int64 [1, S]."""
-    try:
-        return text_ids(source_tokenizer(source, tokenizer), source.model)
-    except CheckpointError:
-        if tokenizer is not None:
-            raise
-    return any_ids(source.model)
+    return torch.tensor([input_ids])
 
 
 def any_ids(model: ModelConfig) -> Tensor:
-    """Tokens that need no tokenizer, the bytes of the text: any tokens show that two models are one.
+    """Token ids that need no tokenizer: the bytes of the text. Any ids can show that two models are equal.
 
     Shapes: int64 [1, S].
     """
@@ -72,14 +62,14 @@ def any_ids(model: ModelConfig) -> Tensor:
 
 
 def reader(source: WeightSource) -> Read:
-    """Parameters of a source in fp32, by name."""
+    """Read the parameters of a source by name."""
     specs = {spec.name: spec for spec in model_parameters(source.model)}
     return lambda name: source.weight(specs[name])
 
 
 @contextmanager
 def _shown_reader(source: WeightSource, track: Track[Any]) -> Iterator[Read]:
-    """Reads parameters and moves the progress on at the first reading of each."""
+    """Read parameters and advance the progress bar at the first read of each."""
     read, seen = reader(source), set[str]()
     steps = iter(track([spec.name for spec in model_parameters(source.model)], f"computing {source.directory.name}"))
 
@@ -90,14 +80,14 @@ def _shown_reader(source: WeightSource, track: Track[Any]) -> Iterator[Read]:
         return read(name)
 
     yield shown
-    for _ in steps:  # ends the bar
+    for _ in steps:  # completes the progress bar
         pass
 
 
 def plain_logits(model: ModelConfig, read: Read, input_ids: Tensor) -> Tensor:
-    """Logits in fp32, each parameter read when its turn comes. Shapes: int64 [B, S] -> [B, S, V].
+    """Compute logits in fp32; each parameter is read when it is needed. Shapes: int64 [B, S] -> [B, S, V].
 
-    Source: design section 1.
+    Source: Cutler et al., "StagFormer", COLM 2025, arXiv 2501.15665.
     """
     embedded = F.embedding(input_ids, read("embedding.weight")).float()
     rotary = _rotary(model, input_ids.shape[1])
@@ -186,12 +176,19 @@ def _rotate(heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def source_logits(source: WeightSource, input_ids: Tensor, track: Track[Any]) -> Tensor:
-    """`plain_logits` of a source; `track` shows progress, by parameters that were read."""
+    """`plain_logits` of a source; `track` shows the parameters that were read."""
     with torch.no_grad(), _shown_reader(source, track) as read:
         return plain_logits(source.model, read, input_ids)
 
 
-def largest_difference(first: WeightSource, second: WeightSource, input_ids: Tensor, track: Track[Any]) -> float:
-    """Largest difference of the logits of two models on the same tokens; `track` as above."""
-    one, other = (source_logits(source, input_ids, track) for source in (first, second))
-    return float((one - other).abs().max())
+def prove_logits(source: WeightSource, written: WeightSource, input_ids: Tensor, track: Track[Any]) -> str:
+    """Compare the logits of two models on the same tokens; returns what was proved, as text for the user.
+
+    Raises:
+        CheckpointError: the logits are not bit-equal.
+    """
+    one, other = (source_logits(model, input_ids, track) for model in (source, written))
+    difference = float((one - other).abs().max())
+    if difference != 0.0:
+        raise CheckpointError(f"the logits on {input_ids.shape[1]} tokens of text differ by {difference:.3g}")
+    return f", so are the logits on {input_ids.shape[1]} tokens of text"

@@ -1,7 +1,9 @@
-"""What all conversions share: options, a hidden place to write in, the proof by logits."""
+"""What all conversions share: options, results, and a hidden folder that is renamed when the result is proved.
+
+This is the only place where a conversion becomes visible: everything else writes plainly into the folder it is given.
+"""
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,25 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from stagdist.checkpoint.convert.find import Found, WeightSource, find
-from stagdist.checkpoint.convert.proof import largest_difference
-from stagdist.checkpoint.convert.replacing import aside, nameless, recover, replaced
+from stagdist.checkpoint.convert.find import FoundCheckpoint, find
+from stagdist.checkpoint.convert.replaced import aside, nameless, recover, replaced
 from stagdist.checkpoint.training.content import Track, untracked
 from stagdist.errors import CheckpointError
-from stagdist.files import sync_path
+from stagdist.files import locked, sync_path
 
 
 @dataclass(frozen=True)
-class Options:
-    """What conversions may be told.
+class ConversionOptions:
+    """Options of all conversions.
 
     Attributes:
-        tokenizer: where the tokenizer is, when the source does not say it.
+        tokenizer: path of the tokenizer; None for the tokenizer of the source.
         trust_pickle: see `load_file`.
-        overwrite: replace what exists.
-        files_checked: the files of a training checkpoint were just compared with their records.
+        overwrite: replace an existing destination.
+        files_checked: the files of the source were just compared with their records.
         track: shows progress.
     """
 
@@ -40,38 +39,26 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Proof:
-    """What a conversion has shown.
+class ConversionResult:
+    """What a conversion wrote and proved.
 
     Attributes:
-        directory: what it wrote.
-        checked: what was compared, for a person.
+        directory: what was written.
+        checked: what was compared, as text for the user.
     """
 
     directory: Path
     checked: str
 
 
-def prove_logits(source: WeightSource, written: WeightSource, input_ids: Tensor, track: Track[Any]) -> str:
-    """Compare two models on the same tokens; returns what that proved, for a person. `track` shows progress.
-
-    Raises:
-        CheckpointError: a logit differs in a bit.
-    """
-    difference = largest_difference(source, written, input_ids, track)
-    if difference != 0.0:
-        raise CheckpointError(f"the logits on {input_ids.shape[1]} tokens of text differ by {difference:.3g}")
-    return f", so are the logits on {input_ids.shape[1]} tokens of text"
-
-
-def require_free(destination: Path, kind: str, options: Options) -> None:
-    """Nothing is replaced unasked, and only by its like: never a run's folder with all that is in it.
+def require_free(destination: Path, kind: str, options: ConversionOptions) -> None:
+    """Refuse a destination that exists, unless `overwrite` is set and the same kind of directory is replaced.
 
     Args:
-        kind: of what will be written, as in `Found`.
+        kind: what will be written, as in `FoundCheckpoint`.
 
     Raises:
-        CheckpointError: it exists, or cannot be made where it is to be.
+        CheckpointError: the destination exists or cannot be created.
     """
     destination = destination.resolve()
     require_makeable(destination)
@@ -85,16 +72,16 @@ def require_free(destination: Path, kind: str, options: Options) -> None:
         found = find(destination)
     except CheckpointError as error:
         raise CheckpointError(f"{destination} will not be overwritten: {error}") from error
-    if found != Found(kind, destination):
+    if found != FoundCheckpoint(kind, destination):
         wanted = {"model": "model directory", "training": "training checkpoint"}[kind]
         raise CheckpointError(f"{destination} will not be overwritten: it is no {wanted}; choose another destination")
 
 
 def require_makeable(destination: Path) -> None:
-    """A folder can be made there.
+    """Check early that the destination can be created.
 
     Raises:
-        CheckpointError: it cannot, as far as can be told beforehand.
+        CheckpointError: it cannot.
     """
     destination = destination.resolve()
     nearest = next(folder for folder in (*destination.parents, destination) if os.path.exists(folder))
@@ -106,45 +93,36 @@ def require_makeable(destination: Path) -> None:
 
 @contextmanager
 def exclusive(lock: Path, busy: str) -> Iterator[None]:
-    """Hold a lock file, which goes afterwards; that of a killed process is free to take.
+    """Hold a lock file and remove it afterwards. The lock of a killed process is free.
 
     Args:
-        busy: what another process that holds it is doing.
+        busy: what the process that holds the lock is doing, for the error message.
 
     Raises:
-        CheckpointError: another process holds it.
+        CheckpointError: another process holds the lock.
     """
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise CheckpointError(f"{busy}; wait for its end, or end it") from error
-        except OSError:
-            os.close(descriptor)
-            raise
-        with suppress(FileNotFoundError):  # its holder has removed it since it was opened
-            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-                break
-        os.close(descriptor)
     try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
+        with locked(lock):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)  # while it is held: a waiting process notices that its file is gone
+    except TimeoutError as error:
+        raise CheckpointError(f"{busy}; wait until it ends, or stop it") from error
 
 
 @contextmanager
-def staged_folder(destination: Path, kind: str, options: Options) -> Iterator[Path]:
-    """A folder of the destination's name inside a hidden one beside it; removed when the conversion fails, with all
-    folders that were made for it. One conversion at a time writes a destination.
+def staged_folder(destination: Path, kind: str, options: ConversionOptions) -> Iterator[Path]:
+    """Yield an empty folder with the destination's name inside a hidden folder beside the destination.
+
+    The hidden folder is removed at the end, and so are parent folders that were created for a conversion that failed.
+    Only one conversion at a time can write a destination.
 
     Args:
         kind, options: see `require_free`.
 
     Raises:
-        CheckpointError: the destination will not do, another conversion is writing it, or the disk is full.
+        CheckpointError: the destination is refused, another conversion is writing it, or the disk is full.
     """
     final = destination.resolve()
     require_makeable(final)
@@ -171,13 +149,13 @@ def staged_folder(destination: Path, kind: str, options: Options) -> Iterator[Pa
         ) from error
     finally:
         for folder in made:
-            with suppress(OSError):  # it is not empty: the conversion is there
+            with suppress(OSError):  # not empty: the conversion succeeded
                 folder.rmdir()
 
 
-def _writing(final: Path, told: Path) -> AbstractContextManager[None]:
-    """Nobody else writes a destination meanwhile; `told` is its name for a person."""
-    return exclusive(final.parent / f".converting-{final.name}.lock", f"another conversion is writing {told}")
+def _writing(final: Path, shown: Path) -> AbstractContextManager[None]:
+    """Hold the lock of a destination; `shown` is its name in messages."""
+    return exclusive(final.parent / f".converting-{final.name}.lock", f"another conversion is writing {shown}")
 
 
 def _make(folder: Path, destination: Path) -> None:
@@ -192,7 +170,7 @@ def _make(folder: Path, destination: Path) -> None:
 
 
 def put_in_place(staged: Path, final: Path) -> None:
-    """Give a finished folder its name. What it replaces lies beside it until that is done, see `recover`."""
+    """Rename a finished folder to its final name. A folder that it replaces is kept aside until then: see `recover`."""
     old = aside(final)
     if final.exists():
         final.rename(old)
@@ -206,12 +184,12 @@ def put_in_place(staged: Path, final: Path) -> None:
 
 
 def put_back(folder: Path) -> list[Path]:
-    """Give every folder its name back whose replacement a kill cut short; returns those.
+    """Restore every folder in `folder` whose replacement was interrupted; returns the restored ones.
 
-    What was left of an old one beside the new one goes, so that it cannot take its place one day.
+    Remains of an old folder beside its replacement are removed, so that they can never take its place.
 
     Raises:
-        CheckpointError: a conversion is replacing one now.
+        CheckpointError: a conversion is replacing one of them now.
     """
     found = nameless(folder.resolve())
     for final in found:

@@ -1,12 +1,12 @@
-"""A Llama cut into the sections of a StagFormer, to be trained on.
+"""Cut a Llama into the sections of a StagFormer, as a starting point for training.
 
-Sections >= 2 of a StagFormer begin from the embeddings instead of the stream of the layers before them, and read those
-through cross-attention that a Llama does not have. What it is given:
+The second and later sections of a StagFormer start from the embeddings instead of the output of the layers before
+them, and read that output through cross-attention, which a Llama does not have. The initial values are:
 
 - embedding, head, norms, self-attention and SwiGLU: the Llama's, layer by layer;
-- cross-attention and its norm: a copy of the same layer's self-attention and its norm, since the memory is the very
-  stream that this self-attention has learned to read; its output projection is scaled by `output_scale`;
-- the memory's norm: that of the section's first self-attention, whose input the memory was;
+- cross-attention and its norm: a copy of the same layer's self-attention and its norm, because the memory is the stream
+  that this self-attention was trained to read; its output projection is scaled by `output_scale`;
+- norm of the memory: that of the first self-attention of the section, whose input the memory was;
 - the null vector: zero.
 """
 
@@ -18,16 +18,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.convert.find import WeightSource, open_weights
+from stagdist.checkpoint.convert.find import open_weights
 from stagdist.checkpoint.convert.model_conversions import write_model
-from stagdist.checkpoint.convert.staging import Options, Proof, require_free
+from stagdist.checkpoint.convert.staging import ConversionOptions, ConversionResult, require_free
+from stagdist.checkpoint.text_tokens import TextTokens
+from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.config.loading import validate_model
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import CheckpointError, ConfigError
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
 OUTPUT_SCALE = 0.0
-"""Scale of the cross-attention's output projection unless another is given; measured in docs/checkpoints.md."""
+"""Default scale of the output projection of cross-attention; measurements are in docs/checkpoints.md."""
 
 _LAYER = re.compile(r"sections\.(\d+)\.layers\.(\d+)\.(.+)")
 
@@ -36,34 +38,36 @@ def upcycle(
     source: str | Path,
     destination: str | Path,
     section_layers: Sequence[int],
-    options: Options,
+    options: ConversionOptions,
     *,
     output_scale: float,
-) -> Proof:
-    """Llama directory (or a sequential run) to a StagFormer's model directory.
+) -> ConversionResult:
+    """Convert a Llama directory (or a sequential run) to the model directory of a StagFormer.
 
     Args:
-        section_layers: layers of each section; they add up to the Llama's.
-        output_scale: of the cross-attention's output projection; 0 begins without any cross-attention.
+        section_layers: layers of each section; the sum must be the number of layers of the Llama.
+        output_scale: scale of the output projection of cross-attention; 0 starts with no effect of cross-attention.
 
     Raises:
         CheckpointError: the source is a StagFormer already, or the layers do not add up; else as `export`.
-        ConfigError: the scale is no finite number.
+        ConfigError: the scale is not a finite number.
     """
     if not math.isfinite(output_scale):
-        raise ConfigError(f"--output-scale is {output_scale}; give a finite number, 0 for silent cross-attention")
+        raise ConfigError(f"--output-scale is {output_scale}; give a finite number (0: no effect at the start)")
     require_free(Path(destination), "model", options)
     llama = open_weights(source, trust_pickle=options.trust_pickle)
     model = upcycled_config(llama, section_layers)
     initial = UpcycledWeights(llama, model, output_scale)
-    return write_model(llama, model, initial.weight, Path(destination), options, keeps_function=False)
+    return write_model(
+        llama, model, initial.weight, Path(destination), options, equal_to="equal to their rules", logits_of=initial
+    )
 
 
 def upcycled_config(llama: WeightSource, section_layers: Sequence[int]) -> ModelConfig:
-    """The StagFormer that a Llama is cut into.
+    """The configuration of the StagFormer that a Llama is cut into.
 
     Raises:
-        CheckpointError: it is none, or the layers do not add up.
+        CheckpointError: the source is a StagFormer already, or the layers do not add up.
     """
     if llama.model.staggered:
         raise CheckpointError(f"{llama.directory} is a StagFormer already; upcycle takes a Llama or a sequential run")
@@ -80,10 +84,12 @@ def upcycled_config(llama: WeightSource, section_layers: Sequence[int]) -> Model
 
 
 class UpcycledWeights:
-    """Initial parameters of the StagFormer, each by its rule."""
+    """Initial parameters of the StagFormer, each computed by its rule when it is read."""
 
     def __init__(self, llama: WeightSource, model: ModelConfig, output_scale: float):
-        self._llama, self._model, self._scale = llama, model, output_scale
+        self._llama, self.model, self._scale = llama, model, output_scale
+        self.directory, self.dtype = llama.directory, llama.dtype
+        self.tokens: TextTokens | None = llama.tokens
         self._specs = {spec.name: spec for spec in model_parameters(llama.model)}
         places = [
             (section, layer) for section, count in enumerate(llama.model.section_layers) for layer in range(count)
@@ -91,7 +97,7 @@ class UpcycledWeights:
         self._layers = [f"sections.{section}.layers.{layer}." for section, layer in places]
 
     def weight(self, spec: ParameterSpec) -> Tensor:
-        """A whole parameter of the StagFormer."""
+        """One global parameter of the StagFormer."""
         match = _LAYER.fullmatch(spec.name)
         if match:
             return self._of_layer(int(match[1]), int(match[2]), match[3])
@@ -102,7 +108,7 @@ class UpcycledWeights:
         return self._llama.weight(self._specs[spec.name])
 
     def _of_layer(self, section: int, layer: int, part: str) -> Tensor:
-        index = sum(self._model.section_layers[:section]) + layer
+        index = sum(self.model.section_layers[:section]) + layer
         name = self._layers[index] + part.replace("cross_attention", "self_attention")
         value = self._llama.weight(self._specs[name])
         return value * self._scale if part == "cross_attention.o_proj.weight" else value

@@ -1,20 +1,28 @@
-"""Whether two directories hold the same model: by logits on real text."""
+"""Compare two models by their logits on real text.
+
+Most keys that differ are settled by any text: sequential sections that are cut elsewhere, a copy of a shared weight or
+a context of another length change the logits or they do not. A few keys may show an effect only at late positions, or
+a smaller one than the tolerance: see `unsettled_keys`.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from stagdist.checkpoint.convert.equivalence import unsettled_keys
-from stagdist.checkpoint.convert.find import ChangedTokenizerError, WeightSource, open_weights, source_tokenizer
+from stagdist.checkpoint.convert.find import open_weights, source_tokenizer
 from stagdist.checkpoint.convert.proof import TEXT, source_logits, text_ids
+from stagdist.checkpoint.published.reader import ChangedTokenizerError
 from stagdist.checkpoint.training.content import Track, untracked
+from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.config.loading import differences
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import CheckpointError, ConfigError
+from stagdist.model.rotary import inverse_frequencies
 
 
 @dataclass(frozen=True)
@@ -23,11 +31,11 @@ class Verdict:
 
     Attributes:
         tokens: tokens of the text that were used.
-        largest_difference: of any logit.
-        largest_logit: of the first model, by size, for comparison.
+        largest_difference: largest absolute difference of a logit.
+        largest_logit: largest absolute logit of the first model, for comparison.
         equal_choices: share of positions where both rank the same token first.
-        differing_keys: of the two models' configurations, with both values; most do not change the function.
-        unsettled: of those that do, the ones that the text may not show; see `unsettled_keys`.
+        differing_keys: keys in which the two configurations differ, with both values; most do not change the function.
+        unsettled: those that change the function although the text may not show it; see `unsettled_keys`.
     """
 
     tokens: int
@@ -38,11 +46,11 @@ class Verdict:
     unsettled: dict[str, int | None]
 
     def same(self, tolerance: float) -> bool:
-        """Whether the two are one function, as far as can be told."""
+        """Whether the two models compute the same function, as far as the text can show."""
         return self.largest_difference <= tolerance and not self.unsettled
 
     def remarks(self) -> Iterator[str]:
-        """The keys that differ, one line each, for a person."""
+        """One line for each key that differs."""
         for key, (left, right) in self.differing_keys.items():
             line = f"{key} is {left!r} in the first and {right!r} in the second"
             if key not in self.unsettled:
@@ -63,17 +71,17 @@ def verify(
     trust_pickle: bool = False,
     track: Track[Any] = untracked,
 ) -> Verdict:
-    """Run both on the same tokens, in fp32, and compare what their configurations say.
+    """Run both models on the same tokens in fp32, and compare their configurations.
 
     Args:
-        text: what to read; its beginning is used.
-        tokens: how many of its tokens, up to the context of both; None for `MAX_TOKENS` or what there is.
-        tokenizer: where the tokenizer is; None for that of the first, else of the second.
-        track: shows progress, by parameters that were read.
+        text: the text to read from its beginning.
+        tokens: number of tokens, up to the context of both models; None for up to `MAX_TOKENS`.
+        tokenizer: path of the tokenizer; None for that of the first model, else of the second.
+        track: shows progress by the parameters that were read.
 
     Raises:
-        CheckpointError: one cannot be read, or the vocabularies differ.
-        ConfigError: there are not so many tokens in the text or in the context.
+        CheckpointError: a model cannot be read, or the vocabularies differ.
+        ConfigError: the text or the context has fewer tokens.
     """
     one, other = (open_weights(path, trust_pickle=trust_pickle) for path in (first, second))
     if one.model.vocab_size != other.model.vocab_size:
@@ -96,7 +104,7 @@ def verify(
 
 
 def _input_ids(tokenizer: Tokenizer, model: ModelConfig, text: str, tokens: int | None) -> Tensor:
-    """The tokens to read: exactly as many as were asked for."""
+    """The tokens to read: exactly as many as requested."""
     if tokens is None:
         return text_ids(tokenizer, model, text)
     if not 1 <= tokens <= model.max_position_embeddings:
@@ -110,7 +118,7 @@ def _input_ids(tokenizer: Tokenizer, model: ModelConfig, text: str, tokens: int 
 
 
 def _tokenizer(one: WeightSource, other: WeightSource, given: str | None) -> Tokenizer:
-    """As given, else that of the first that has one."""
+    """The given tokenizer, else that of the first model that has one."""
     try:
         return source_tokenizer(one, given)
     except ChangedTokenizerError:
@@ -119,3 +127,35 @@ def _tokenizer(one: WeightSource, other: WeightSource, given: str | None) -> Tok
         if given is not None:
             raise
         return source_tokenizer(other, None)
+
+
+def unsettled_keys(first: ModelConfig, second: ModelConfig, tokens: int) -> dict[str, int | None]:
+    """Keys that equal logits do not settle, each with the number of tokens that would; None where no text does.
+
+    A window matters if it hides something within the context of both models, the rotary embedding if its wavelengths
+    differ. Their effect grows with the position, so the complete context must be read. The epsilon of the norms shows
+    where activations are small, which may be in another text.
+
+    Args:
+        tokens: number of tokens that were read.
+    """
+    changed = differences(first, second)
+    context = min(first.max_position_embeddings, second.max_position_embeddings)
+    late = []
+    if _reach(first, context) != _reach(second, context):
+        late.append("cross_attention_window")
+    if not torch.equal(inverse_frequencies(first), inverse_frequencies(second)):
+        late.append("rope_")
+    found: dict[str, int | None] = {}
+    if tokens < context:
+        found |= {key: context for key in changed if key.startswith(tuple(late))}
+    if "rms_norm_eps" in changed:
+        found["rms_norm_eps"] = None
+    return found
+
+
+def _reach(model: ModelConfig, context: int) -> int:
+    """Largest number of memory positions that a position attends to."""
+    if not model.staggered or model.num_sections == 1:
+        return context
+    return min(model.cross_attention_window or context, context)

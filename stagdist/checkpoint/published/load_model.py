@@ -1,39 +1,30 @@
-"""A model directory back into a model."""
+"""Build a model from stored weights."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from stagdist.checkpoint.published.reader import ModelReader
-from stagdist.config.parts import ModelConfig
+from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.model.megatron import TensorParallel
 from stagdist.model.stagformer import StagFormer, canonical_slice
-from stagdist.parallel.layout import ParameterSpec, model_parameters
+from stagdist.parallel.layout import model_parameters
 
 
 def load_model(directory: str | Path, parallel: TensorParallel) -> StagFormer:
-    """The whole model with this tensor rank's slices, in evaluation mode and in `parallel.dtype`.
+    """Build the model of a model directory: see `build_model`.
 
     Raises:
-        CheckpointError: the directory is incomplete or of another shape, naming the tensor.
+        CheckpointError: the directory is incomplete or a tensor has another shape; the message names the tensor.
     """
-    reader = ModelReader(directory)
-    return load_weights(reader.model, reader.whole, parallel)
+    return build_model(ModelReader(directory), parallel)
 
 
-def load_weights(
-    config: ModelConfig, weight: Callable[[ParameterSpec], Tensor], parallel: TensorParallel
-) -> StagFormer:
-    """A model with this tensor rank's slices, in evaluation mode and in `parallel.dtype`.
-
-    Args:
-        weight: the complete tensor of a parameter.
-    """
-    model = StagFormer(config, parallel)
-    specs = {spec.name: spec for spec in model_parameters(config)}
+def build_model(source: WeightSource, parallel: TensorParallel) -> StagFormer:
+    """Build all sections with this tensor rank's slices, in evaluation mode and in `parallel.dtype`."""
+    model = StagFormer(source.model, parallel)
+    specs = {spec.name: spec for spec in model_parameters(source.model)}
     with torch.no_grad():
         for name, parameter in model.canonical_parameters().items():
-            parameter.copy_(canonical_slice(specs, name, weight, parallel))
+            parameter.copy_(canonical_slice(specs, name, source.weight, parallel))
     return model.eval()

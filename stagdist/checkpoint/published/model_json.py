@@ -13,8 +13,6 @@ from stagdist.config.parts import ModelConfig, RopeScaling
 from stagdist.errors import CheckpointError
 from stagdist.model.precision import STORED_DTYPES
 
-"""Types of weights by their name in `config.json`."""
-
 _CONNECTIONS = {"stagformer": "staggered", "llama": "sequential"}
 _LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 """What `LlamaConfig` of transformers takes for absent keys where ours takes something else or nothing."""
@@ -62,15 +60,6 @@ def read_body(directory: str | Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def read_model_config(directory: str | Path) -> ModelConfig:
-    """The shape of the model in a directory; a Llama without our keys is one section.
-
-    Raises:
-        CheckpointError: `config.json` is missing, damaged, of another architecture or contradicts itself.
-    """
-    return model_of(read_body(directory), Path(directory) / "config.json")
-
-
 def model_of(body: Mapping[str, Any], path: Path) -> ModelConfig:
     """The shape of the model that the content of a `config.json` describes.
 
@@ -78,7 +67,7 @@ def model_of(body: Mapping[str, Any], path: Path) -> ModelConfig:
         path: where it was read, for messages.
 
     Raises:
-        CheckpointError: as `read_model_config`.
+        CheckpointError: the content is of another architecture or contradicts itself.
     """
     kind = body.get("model_type")
     if not isinstance(kind, str) or kind not in _CONNECTIONS:

@@ -1,4 +1,4 @@
-"""A model directory read slice by slice: what a rank does not need is never loaded."""
+"""Read a model directory slice by slice: a rank loads only what it needs."""
 
 import json
 from collections.abc import Callable
@@ -9,40 +9,52 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from stagdist.checkpoint.published.model_json import declared_dtype, model_of, read_body, refuse_unsupported
-from stagdist.checkpoint.published.record import WrittenRecord, read_record
-from stagdist.checkpoint.published.writer import stored_name, weight_map
+from stagdist.checkpoint.published.model_json import (
+    declared_dtype,
+    model_of,
+    read_body,
+    read_text_tokens,
+    refuse_unsupported,
+)
+from stagdist.checkpoint.published.record import CHECKSUMS, TAMPERED, WrittenRecord, read_record
+from stagdist.checkpoint.published.safetensors_writer import tensor_sha256
+from stagdist.checkpoint.published.writer import CODE_FILES, stored_name, weight_map
+from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.config.parts import ModelConfig
+from stagdist.data.tokenizer import holds_tokenizer
 from stagdist.errors import CheckpointError
 from stagdist.model.precision import SAFETENSORS_DTYPES
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
-"""Tensors that old Llama directories carry and nobody reads."""
+"""Names of tensors that old Llama directories contain and no program reads."""
 
 _ROWS = 4096
 """Rows of a matrix that are compared at a time."""
 
-"""Types of weights by their name in a safetensors file."""
-
 _MAX_HEADER_BYTES = 100_000_000
-"""Of a safetensors file; its library reads no larger one."""
+"""Limit of the safetensors library for the header of a file."""
 
 SINGLE_FILE = "model.safetensors"
-"""Name of the weights where one file holds them all."""
+"""Name of the weights file of an unsharded directory."""
 
 ReadSlice = Callable[[ParameterSpec, int, int, int], Tensor]
 """Entries `start` to `stop` of dimension `dim` of a parameter: (spec, dim, start, stop) -> tensor on the CPU."""
 
 
-class ModelReader:
-    """An open model directory; its files are memory-mapped.
+class ChangedTokenizerError(CheckpointError):
+    """The tokenizer is not the one that was written, or not the one that the weights were trained with."""
 
-    Everything but the values of the tensors is checked; those `ModelSource.check` compares with their sums.
+
+class ModelReader:
+    """An open model directory. Its files are memory-mapped.
+
+    The constructor checks everything except the values of the tensors, which `check` compares with their checksums.
 
     Raises:
-        CheckpointError: a file or tensor is missing, unknown, or of another shape or type than `config.json` asks, by
-            name; the model is one that a StagFormer cannot be, or not the one that was written, by the key.
+        CheckpointError: a file or tensor is missing, unknown, or has another shape or dtype than `config.json`
+            requires (the message names it); the model is not supported, or is not the one that was written (the
+            message names the key).
     """
 
     def __init__(self, directory: str | Path):
@@ -63,6 +75,7 @@ class ModelReader:
         self.dtype: torch.dtype = self._checked_dtype(declared_dtype(body, self.directory / "config.json"))
         self.record.check_dtype(self.dtype)
         self.record.check_names(list(self._expected))
+        self.tokens: TextTokens | None = read_text_tokens(self.directory)
 
     def read(self, spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
         """A slice of one parameter, in the dtype of the file."""
@@ -70,15 +83,27 @@ class ModelReader:
         part: Tensor = view[(slice(None),) * dim + (slice(start, stop),)]
         return part
 
-    def whole(self, spec: ParameterSpec) -> Tensor:
-        """All of one parameter, in the dtype of the file."""
+    def weight(self, spec: ParameterSpec) -> Tensor:
+        """One global parameter, in the dtype of the file."""
         return self.read(spec, 0, 0, spec.shape[0])
+
+    def check(self) -> None:
+        """Compare the values of every tensor with the checksums of the directory, if it has any.
+
+        Raises:
+            CheckpointError: a tensor differs; the message names it.
+        """
+        for name, spec in self._expected.items() if self.record.sha256 else ():
+            if tensor_sha256(self.weight(spec)) != self.record.sha256[name]:
+                raise CheckpointError(
+                    f"{name} in {self.directory} has other values than were written ({CHECKSUMS}); {TAMPERED}"
+                )
 
     def _slice(self, name: str) -> Any:
         return self._open(self._where[name], name).get_slice(name)
 
     def _open(self, file: str, name: str) -> Any:
-        """The file that should hold the tensor `name`."""
+        """Open the file that should contain the tensor `name`."""
         path = self.directory / file
         if file not in self._files:
             try:
@@ -103,7 +128,7 @@ class ModelReader:
                 raise CheckpointError(f"{name} in {file} has shape {list(shape)}, config.json asks {list(spec.shape)}")
 
     def _refuse_unknown(self) -> None:
-        """Nothing may lie there that the model does not have: another program could read it."""
+        """Refuse tensors that the model does not have: another program could read them."""
         copied = self._tied_copy()
         unknown = [name for name in sorted(self._where) if name not in self._expected and name not in copied]
         unknown = [name for name in unknown if not name.endswith(_IGNORED_ENDINGS)]
@@ -121,7 +146,7 @@ class ModelReader:
                     )
 
     def _tied_copy(self) -> set[str]:
-        """The head that a Llama with tied embeddings may carry all the same; it must be the embedding."""
+        """The stored head of a Llama with tied embeddings, if there is one; it must equal the embedding."""
         head = "lm_head.weight"
         if not self.model.tie_word_embeddings or self.model.staggered or head not in self._where:
             return set()
@@ -137,19 +162,35 @@ class ModelReader:
         return {head}
 
     def _checked_dtype(self, declared: torch.dtype | None) -> torch.dtype:
-        """The type of all tensors: the one that `config.json` says, else that of the first."""
+        """The dtype of all tensors: that of `config.json`, else that of the first tensor."""
         for name in self._expected:
             found = SAFETENSORS_DTYPES.get(self._slice(name).get_dtype())
             declared = found if declared is None else declared
             if found is None or found != declared:
-                told = found or self._slice(name).get_dtype()
-                raise CheckpointError(f"{name} in {self.directory} is {told}, config.json says {declared}")
+                stored = found or self._slice(name).get_dtype()
+                raise CheckpointError(f"{name} in {self.directory} is {stored}, config.json says {declared}")
         assert declared is not None
         return declared
 
 
+def check_tokenizer(place: str | Path, remedy: str = "") -> None:
+    """Compare the tokenizer files of a model directory with what was written.
+
+    Args:
+        place: the directory, or a file in it.
+        remedy: a further remedy, appended to the error message.
+
+    Raises:
+        ChangedTokenizerError: a file differs; the message names it.
+    """
+    folder = Path(place).parent if Path(place).is_file() else Path(place)
+    if folder.is_dir() and holds_tokenizer(folder):
+        for problem in read_record(folder).changed_files(but=CODE_FILES):
+            raise ChangedTokenizerError(f"{folder}: {problem}{remedy}")
+
+
 def _first_cut_tensor(path: Path) -> str | None:
-    """The first tensor that reaches past the end of a safetensors file; None where the file is whole or is none."""
+    """The first tensor that extends past the end of a safetensors file; None if the file is complete or unreadable."""
     try:
         with path.open("rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")

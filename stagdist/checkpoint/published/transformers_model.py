@@ -1,4 +1,4 @@
-"""A model directory as a model of `transformers`, by our own code and never by code that lies in the directory."""
+"""Load a model directory as a `transformers` model, with our own code and never with code in the directory."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from stagdist.checkpoint.convert.find import ModelSource, check_tokenizer
+from stagdist.checkpoint.published.reader import ModelReader, check_tokenizer
 from stagdist.errors import CheckpointError
 
 _ADAPTER = "adapter_config.json"
-"""With the package `peft` transformers would load the model that this file names in place of the directory's."""
+"""If `peft` is installed, transformers loads the model that this file names instead of that of the directory."""
 
 
 def load_with_transformers(directory: str | Path, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
-    """Model in evaluation mode and tokenizer of a model directory, a Llama's or a StagFormer's.
+    """Load the model (in evaluation mode) and the tokenizer of a Llama or StagFormer model directory.
 
     The directory is checked as before a conversion, and every weight of the model must come from it.
 
@@ -22,13 +22,14 @@ def load_with_transformers(directory: str | Path, dtype: torch.dtype | str = "au
         dtype: of the weights; `auto` for that of the files.
 
     Raises:
-        CheckpointError: the directory is none, is not as it was written, or does not load whole, by the tensor.
+        CheckpointError: this is no model directory, it was changed, or it does not load completely; the message names
+            the tensor.
     """
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     from stagdist.hf.modeling_stagformer import StagFormerForCausalLM
 
-    source = ModelSource(Path(directory))
+    source = ModelReader(directory)
     source.check()
     check_tokenizer(source.directory)
     if (source.directory / _ADAPTER).exists():
@@ -37,28 +38,32 @@ def load_with_transformers(directory: str | Path, dtype: torch.dtype | str = "au
     try:
         model, loading = kind.from_pretrained(
             str(directory), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told in the loading info, by name
+            ignore_mismatched_sizes=True,  # reported in the loading info, by name
         )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(
             str(directory), config=model.config, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # whatever files that do not fit make it raise
+    except Exception as error:  # transformers raises many kinds for files that do not fit
         raise CheckpointError(f"transformers cannot load {directory}: {error}") from error
-    _require_whole(directory, loading)
+    _require_complete(directory, loading)
     return model.eval(), tokenizer
 
 
-def _require_whole(directory: str | Path, loading: Mapping[str, Any]) -> None:
-    """What transformers would fill with random values or leave out is refused.
+def _require_complete(directory: str | Path, loading: Mapping[str, Any]) -> None:
+    """Refuse weights that transformers would fill with random values or leave out.
 
     Args:
         loading: `output_loading_info` of `from_pretrained`.
     """
-    kinds = {"missing_keys": "lacks", "unexpected_keys": "holds besides the model", "mismatched_keys": "has misshapen"}
-    for key, told in kinds.items():
+    kinds = {
+        "missing_keys": "lacks",
+        "unexpected_keys": "has unknown tensors",
+        "mismatched_keys": "has other shapes",
+    }
+    for key, fault in kinds.items():
         if loading[key]:
             names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in loading[key])
             raise CheckpointError(
-                f"{directory}, as transformers reads it, {told}: {', '.join(names[:3])}"
+                f"{directory}, as transformers reads it, {fault}: {', '.join(names[:3])}"
                 f"{' and more' if len(names) > 3 else ''}; export the model again"
             )

@@ -1,8 +1,8 @@
 """The model directory: `config.json`, safetensors with canonical unsharded names, the tokenizer.
 
-A StagFormer says `model_type: stagformer` and carries the code by which `transformers` loads it; the sequential
-baseline is a Llama directory with two extra keys. Written tensor by tensor into a hidden folder beside and renamed at
-the end.
+A StagFormer has `model_type: stagformer` and contains the code with which `transformers` loads it; the sequential
+baseline is a Llama directory with two extra keys. Tensors are written one by one into the given folder, which
+`stagdist.checkpoint.convert.staging` renames when it is complete and proved.
 """
 
 import json
@@ -28,8 +28,8 @@ from stagdist.model.precision import STORED_DTYPES
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
 MAX_SHARD_BYTES = 4 * 10**9
-CODE_FILES = ("configuration_stagformer.py", "modeling_stagformer.py")
-"""What `transformers` loads a StagFormer with; copied from `stagdist/hf` into every directory of one."""
+CODE_FILES = ("configuration_stagformer.py", "layers_stagformer.py", "modeling_stagformer.py")
+"""The code with which `transformers` loads a StagFormer; copied from `stagdist/hf` into its directories."""
 
 _CODE_FOLDER = Path(__file__).resolve().parents[2] / "hf"
 _AUTO_MAP = {
@@ -52,12 +52,12 @@ _STAGFORMER_KEYS = (
 
 
 def stored_name(name: str, model: ModelConfig) -> str:
-    """Name of a canonical parameter inside the directory."""
+    """Name of a canonical parameter in the files of the directory."""
     return name if model.staggered else llama_name(name, model)
 
 
 def shard_plan(specs: Iterable[ParameterSpec], element_bytes: int, limit: int) -> list[list[ParameterSpec]]:
-    """Parameters of each file, in order; a file holds at most `limit` bytes unless one tensor is larger."""
+    """Parameters of each file, in order. A file has at most `limit` bytes unless one tensor is larger."""
     shards: list[list[ParameterSpec]] = [[]]
     filled = 0
     for spec in specs:
@@ -73,7 +73,7 @@ def shard_plan(specs: Iterable[ParameterSpec], element_bytes: int, limit: int) -
 def config_json(
     model: ModelConfig, dtype: torch.dtype, end_of_document: int, tokens: TextTokens | None = None
 ) -> dict[str, Any]:
-    """The content of `config.json`; `tokens` replace the end of a document."""
+    """The content of `config.json`; `tokens` take precedence over `end_of_document`."""
     body: dict[str, Any] = {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
@@ -102,7 +102,8 @@ def config_json(
 
 
 def _rope_keys(model: ModelConfig) -> dict[str, Any]:
-    """Every reader of Llamas knows the older spelling; what transformers 5 makes of a stranger's fails with it."""
+    """The rotary keys: the older spelling for a Llama, since all programs read it. Custom models of transformers 5 need
+    the newer one."""
     scaling = None if model.rope_scaling is None else model.rope_scaling.model_dump()
     if not model.staggered:
         return {"rope_theta": model.rope_theta, "rope_scaling": scaling}
@@ -110,27 +111,27 @@ def _rope_keys(model: ModelConfig) -> dict[str, Any]:
 
 
 class ModelDirectoryWriter:
-    """Takes whole tensors in the order of `model_parameters` and leaves a finished directory.
+    """Writes global tensors in the order of `model_parameters` into a folder.
 
-    As a context manager an error inside leaves nothing behind; an existing directory is replaced at the end.
-    Everything that the file system refuses is an OSError. What others put into `folder` before the end, the tokenizer
-    for one, is recorded in `checksums.json`.
+    As a context manager it calls `open` and `commit`, or `close` after an error. Every failure of the file system is an
+    OSError. Files that others put into the folder before `commit`, such as the tokenizer, are recorded in
+    `checksums.json`.
 
     Args:
-        end_of_document: the tokenizer's.
-        tokens: of the directory that this one is made of, where it states them: they are written instead.
+        folder: is created if it does not exist; must not hold another model.
+        end_of_document: token id of the tokenizer.
+        tokens: special tokens of the directory that this one is converted from; they are written instead.
     """
 
     def __init__(
         self,
-        directory: str | Path,
+        folder: str | Path,
         model: ModelConfig,
         dtype: torch.dtype,
         end_of_document: int,
         tokens: TextTokens | None = None,
     ):
-        self.final = Path(directory)
-        self.folder = self.final.with_name(f".{self.final.name}.part")
+        self.folder = Path(folder)
         self.model, self.dtype, self.end_of_document, self.tokens = model, dtype, end_of_document, tokens
         element = torch.empty((), dtype=dtype).element_size()
         self._shards = shard_plan(model_parameters(model), element, MAX_SHARD_BYTES)
@@ -140,12 +141,11 @@ class ModelDirectoryWriter:
         self._total = 0
 
     def open(self) -> None:
-        """Make the hidden folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        """Create the folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write the next parameter, given by canonical name."""
+        """Write the next parameter; `name` is its canonical name."""
         if self._file is None:
             self._begin_file()
         assert self._file is not None
@@ -163,15 +163,14 @@ class ModelDirectoryWriter:
         entries = [(stored_name(spec.name, self.model), spec.shape) for spec in self._shards[number]]
         self._file = SafetensorsWriter(self.folder / name, entries, self.dtype)
 
-    def discard(self) -> None:
-        """Remove the hidden folder; what stood under the final name stays."""
+    def close(self) -> None:
+        """Close an unfinished file after an error."""
         if self._file is not None:
             with suppress(OSError):  # a full disk refuses what is still in the buffer
                 self._file.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def commit(self) -> None:
-        """Write what describes the tensors and give the folder its name."""
+        """Write the files that describe the tensors, and wait until all files have reached the disk."""
         assert self._file is None and len(self._checksums) == sum(map(len, self._shards)), "tensors are missing"
         body = config_json(self.model, self.dtype, self.end_of_document, self.tokens)
         shape = {key: value for key, value in body.items() if key not in _NOT_OF_THE_FUNCTION}
@@ -187,16 +186,10 @@ class ModelDirectoryWriter:
         for path in self.folder.iterdir():
             if path.is_file():
                 sync_path(path)
-        replaced = self.final.with_name(f".{self.final.name}.old")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if self.final.exists():
-            self.final.rename(replaced)
-        self.folder.rename(self.final)
-        shutil.rmtree(replaced, ignore_errors=True)
-        sync_path(self.final.parent)
+        sync_path(self.folder)
 
     def _sums(self) -> dict[str, str]:
-        """sha256 of what lies beside the weights by now: the tokenizer and the code."""
+        """sha256 of the files beside the weights: the tokenizer and the code."""
         weights = set(self._index.values())
         small = sorted(path for path in self.folder.iterdir() if path.is_file() and path.name not in weights)
         return {path.name: file_record(path).sha256 for path in small}
@@ -211,7 +204,7 @@ class ModelDirectoryWriter:
         if kind is None:
             self.commit()
         else:
-            self.discard()
+            self.close()
 
 
 def _write_json(path: Path, body: dict[str, Any]) -> None:
@@ -222,7 +215,7 @@ def weight_map(folder: Path) -> list[tuple[str, str]]:
     """Name of every stored tensor with the name of its file.
 
     Raises:
-        CheckpointError: there are no weights, they cannot be read, or there are two of them.
+        CheckpointError: there are no weights, they cannot be read, or there is both a single file and an index.
     """
     index, single = folder / _INDEX, folder / "model.safetensors"
     if index.is_file() and single.is_file():
@@ -240,7 +233,7 @@ def weight_map(folder: Path) -> list[tuple[str, str]]:
 
 
 def _checked_index(where: Any) -> list[tuple[str, str]]:
-    """The entries of an index, which name files of the folder itself."""
+    """The entries of an index, which must name files of the same folder."""
     if not isinstance(where, dict):
         raise ValueError("weight_map is no object")
     for name, file in where.items():

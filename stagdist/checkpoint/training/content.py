@@ -13,8 +13,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (MASTER, *MOMENTS)
 """Optimizer tensors of a parameter: the fp32 copy and Adam's two moments."""
 
-"""Type of the weights by `training.precision`."""
-
 Item = TypeVar("Item")
 Track = Callable[[Sequence[Item], str], Iterable[Item]]
 """Walks through a sequence and shows how far it is: (items, what is done) -> items."""

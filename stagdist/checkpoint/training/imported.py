@@ -1,4 +1,4 @@
-"""A model directory as the source of a training checkpoint: its weights, and an optimizer that has done nothing."""
+"""A model directory as the source of a training checkpoint: its weights and a fresh optimizer state."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagdist.checkpoint.convert.find import ModelSource
+from stagdist.checkpoint.published.reader import ModelReader
 from stagdist.checkpoint.training.content import MASTER, Counters
 from stagdist.config.run_config import RunConfig
 from stagdist.model.precision import DTYPES
@@ -18,23 +18,23 @@ from stagdist.parallel.layout import ParameterSpec, model_parameters
 class ImportedModel:
     """Weights of `source` as a run with `config` would hold them before its first step."""
 
-    source: ModelSource
+    source: ModelReader
     config: RunConfig
 
     def weight(self, spec: ParameterSpec) -> Tensor:
-        """A whole parameter in the type of the run."""
-        return self._whole(spec).to(DTYPES[self.config.training.precision])
+        """One global parameter in the dtype of the run."""
+        return self._stored(spec).to(DTYPES[self.config.training.precision])
 
     def optimizer_value(self, spec: ParameterSpec, kind: str) -> Tensor:
         """The fp32 copy, rounded as the weight is; the moments are zero."""
         return self.weight(spec).float() if kind == MASTER else torch.zeros(spec.shape)
 
     def steps(self) -> Tensor:
-        """No update was done."""
+        """Zero: no update was done."""
         return torch.zeros(())
 
     def counters(self) -> Counters:
-        """Those of a run that begins."""
+        """The counters of a new run."""
         return Counters(
             global_steps=0,
             global_samples=0,
@@ -46,7 +46,7 @@ class ImportedModel:
             random=lambda stage, tensor_rank: {"cpu_random_state": torch.get_rng_state()},
         )
 
-    def _whole(self, spec: ParameterSpec) -> Tensor:
+    def _stored(self, spec: ParameterSpec) -> Tensor:
         if not spec.name.startswith("section_mix."):
             return self.source.weight(spec)
         section = int(spec.name.rsplit(".", 1)[1])
@@ -57,7 +57,7 @@ class ImportedModel:
         return {spec.name: spec for spec in model_parameters(self.source.model)}
 
     def _param_groups(self) -> list[dict[str, Any]]:
-        """As torch's AdamW writes the settings of the two groups."""
+        """The settings of the two groups as AdamW of torch writes them."""
         settings = self.config.optimizer
         groups = [
             {"params": [nn.Parameter(torch.zeros(1))], "weight_decay": decay} for decay in (settings.weight_decay, 0.0)

@@ -1,12 +1,11 @@
-"""A training checkpoint read parameter by parameter under canonical names, whatever grid wrote it.
+"""Read a training checkpoint of any grid, parameter by parameter, under canonical names.
 
-Files are memory-mapped, so only the parameter at hand is ever held.
+Files are memory-mapped, so only the parameter that is read is in memory.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,17 @@ import torch
 from torch import Tensor
 
 from stagdist.checkpoint.text_tokens import TextTokens
-from stagdist.checkpoint.training.content import KINDS, MASTER, Counters
+from stagdist.checkpoint.training.content import MASTER, Counters
 from stagdist.checkpoint.training.directory import CONFIG, TrainingState, checkpoint_damage, read_state
-from stagdist.checkpoint.training.file_structure import same, structure_problem
+from stagdist.checkpoint.training.file_structure import structure_problem
 from stagdist.checkpoint.training.pickles import load_file
 from stagdist.checkpoint.training.stage_files import (
     FlatGroup,
-    Piece,
+    PartitionPiece,
     StoredParameter,
-    extra_keys,
     flat_groups,
     model_states_file,
     optimizer_file,
-    pipeline_layers,
     stored_specs,
 )
 from stagdist.config.loading import load_config
@@ -38,8 +35,8 @@ from stagdist.parallel.layout import ParameterSpec
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a parameter's optimizer values lie on one stage.
+class OptimizerPlace:
+    """Where the optimizer values of a parameter are stored on one stage.
 
     Attributes:
         group: 0 for matrices, 1 for vectors.
@@ -49,18 +46,18 @@ class Place:
     stage: int
     group: int
     stored: StoredParameter
-    pieces: tuple[Piece, ...]
+    pieces: tuple[PartitionPiece, ...]
 
 
 class TrainingReader:
     """An open training checkpoint.
 
     Args:
-        directory: holds DeepSpeed's files, `config.yaml` and `state.json`.
+        directory: contains DeepSpeed's files, `config.yaml` and `state.json`.
         trust_pickle: see `load_file`.
 
     Raises:
-        CheckpointError: the configuration or the state is missing or damaged, or the grid does not fit the model.
+        CheckpointError: configuration or state is missing or damaged, or the grid does not fit the model.
     """
 
     def __init__(self, directory: str | Path, *, trust_pickle: bool = False):
@@ -84,14 +81,14 @@ class TrainingReader:
 
     @property
     def tokens(self) -> TextTokens | None:
-        """Those of the model directory that the run began from, if it did."""
+        """The special tokens of the model directory that the run started from; None if there was none."""
         return self.state.text_tokens
 
     def check_files(self) -> None:
-        """Compare every file that model and grid have with its record.
+        """Compare every file of model and grid with its record.
 
         Raises:
-            CheckpointError: a file or its record is missing, or it was changed, by name.
+            CheckpointError: a file or its record is missing, or a file was changed; the message names it.
         """
         reason = checkpoint_damage(self.directory)
         if reason is not None:
@@ -101,15 +98,13 @@ class TrainingReader:
         """Content of one of DeepSpeed's files, opened once.
 
         Raises:
-            CheckpointError: it cannot be read, or is not built as DeepSpeed builds it.
+            CheckpointError: it cannot be read, or does not have the structure of DeepSpeed's files.
         """
         if name not in self._files:
             content = load_file(self.directory / name, trust_pickle=self._trust_pickle)
             problem = structure_problem(name, content)
             if problem is not None:
-                raise CheckpointError(
-                    f"{self.directory / name} {problem}; take the checkpoint from where it came again"
-                )
+                raise CheckpointError(f"{self.directory / name} {problem}; get the checkpoint from its source again")
             self._files[name] = content
         return self._files[name]
 
@@ -125,19 +120,19 @@ class TrainingReader:
         return states
 
     def weight(self, spec: ParameterSpec) -> Tensor:
-        """A whole parameter in the type of the run; `section_mix` too comes whole."""
+        """One global parameter in the dtype of the run; `section_mix` is joined from its parts."""
         if spec.name == "section_mix":
             return torch.cat([self.weight(part) for part in self._mix_parts])
-        stored = self._stored[spec.name]
+        stored = self.stored[spec.name]
         ranks = range(1 if spec.shard_dim is None else self.state.grid[2])
-        return self._join(spec, [self._layer_tensor(stored, rank) for rank in ranks], stored.key)
+        return self._join(spec, [self.layer_tensor(stored, rank) for rank in ranks], stored.key)
 
     def optimizer_value(self, spec: ParameterSpec, kind: str, stage: int | None = None) -> Tensor:
-        """The fp32 copy or a moment of a whole parameter.
+        """The fp32 copy or a moment of a global parameter.
 
         Args:
             kind: one of `KINDS`.
-            stage: the stage whose copy is meant; the first that has one unless given.
+            stage: the stage whose copy is read; None for the first that has one.
         """
         if spec.name == "section_mix":
             return torch.cat([self.optimizer_value(part, kind) for part in self._mix_parts])
@@ -149,15 +144,15 @@ class TrainingReader:
         return self._join(spec, slices, f"{kind} of {spec.name}")
 
     def weight_copies(self, spec: ParameterSpec) -> Iterator[tuple[str, Tensor]]:
-        """Every copy of a parameter, with where it lies: what is not split has one on each tensor rank."""
+        """Every copy of a parameter with its location. Parameters that are not split have one on each tensor rank."""
         if spec.shard_dim is not None:
             yield "", self.weight(spec)
             return
         for rank in range(self.state.grid[2]):
-            yield f" on tensor rank {rank}", self._layer_tensor(self._stored[spec.name], rank)
+            yield f" on tensor rank {rank}", self.layer_tensor(self.stored[spec.name], rank)
 
     def optimizer_copies(self, spec: ParameterSpec, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Every copy of an optimizer's value, with where it lies: on each stage that has it, else as above."""
+        """Every copy of an optimizer value with its location: on each stage that has it, else as `weight_copies`."""
         for place in self.places[spec.name]:
             if spec.shard_dim is not None:
                 yield f" on stage {place.stage}", self.optimizer_value(spec, kind, place.stage)
@@ -170,10 +165,10 @@ class TrainingReader:
 
     def steps(self, stage: int = 0) -> Tensor:
         """Updates that Adam has done, a scalar."""
-        return torch.as_tensor(self._base_state(stage, 0, 0)[0]["step"], dtype=torch.float32)
+        return torch.as_tensor(self.base_state(stage, 0, 0)[0]["step"], dtype=torch.float32)
 
     def counters(self) -> Counters:
-        """What DeepSpeed keeps besides tensors."""
+        """The values that DeepSpeed stores in addition to tensors."""
         states, optimizer = self.model_states(), self.optimizer_states()
         return Counters(
             global_steps=states["global_steps"],
@@ -187,113 +182,31 @@ class TrainingReader:
         )
 
     def _random(self, stage: int, tensor_rank: int) -> dict[str, Tensor]:
-        """Generators of a rank; those of the first rank where this grid has no such place."""
+        """Generators of a rank; those of the first rank if this grid has no such rank."""
         pipe, _, tensor = self.state.grid
         states = self.model_states(*((stage, tensor_rank) if stage < pipe and tensor_rank < tensor else (0, 0)))
         return {key: states[key] for key in ("cpu_random_state", "cuda_random_state") if key in states}
 
     @cached_property
-    def places(self) -> dict[str, list[Place]]:
-        """Every place of every parameter's optimizer values, one per stage that holds it."""
-        found: dict[str, list[Place]] = {}
+    def places(self) -> dict[str, list[OptimizerPlace]]:
+        """Where the optimizer values of every parameter are stored, one entry for each stage that has it."""
+        found: dict[str, list[OptimizerPlace]] = {}
         for stage in range(self.state.grid[0]):
             for group, flat in enumerate(self.groups(stage)):
                 for stored, pieces in flat.pieces():
-                    found.setdefault(stored.spec.name, []).append(Place(stage, group, stored, tuple(pieces)))
+                    found.setdefault(stored.spec.name, []).append(OptimizerPlace(stage, group, stored, tuple(pieces)))
         return found
 
     def groups(self, stage: int) -> tuple[FlatGroup, FlatGroup]:
-        """The flat groups of a stage, checked against what the files say."""
+        """The flat groups of a stage."""
         return flat_groups(self.model, self.state.grid, stage)
 
-    def check_layout(self) -> None:
-        """Compare names, shapes, types and sizes of everything stored with what the model asks for.
-
-        The weights must be the rounded fp32 copies, on every stage that has one: a partition that was cut at another
-        place than this module believes would show here. Copies on later stages must have the moments of the first,
-        and all ranks the same step, counters and settings, since one of them stands for all.
+    def layer_tensor(self, stored: StoredParameter, tensor_rank: int) -> Tensor:
+        """The weight of a parameter on one tensor rank.
 
         Raises:
-            CheckpointError: by name, where a file holds something else.
+            CheckpointError: it is missing, or has another shape or dtype.
         """
-        for stage in range(self.state.grid[0]):
-            for rank in range(self.state.grid[2]):
-                self._check_order(stage, rank)
-        for layer in pipeline_layers(self.model):
-            if layer.first:
-                for rank in range(self.state.grid[2]):
-                    self._check_keys(layer.file(rank), extra_keys(self.model, layer))
-        for stored in self._stored.values():
-            weight = self.weight(stored.spec)
-            for place in self.places[stored.spec.name]:
-                master = self.optimizer_value(stored.spec, MASTER, place.stage)
-                if not torch.equal(master.to(self.dtype), weight):
-                    where = f"{stored.spec.name} on stage {place.stage}"
-                    raise CheckpointError(f"{self.directory}: the optimizer's fp32 copy of {where} is not its weight")
-            self._check_copies(stored.spec)
-        self._check_ranks()
-
-    def _check_copies(self, spec: ParameterSpec) -> None:
-        first, *others = self.places[spec.name]
-        for kind in KINDS if others else ():
-            expected = self.optimizer_value(spec, kind, first.stage)
-            for place in others:
-                if not torch.equal(self.optimizer_value(spec, kind, place.stage), expected):
-                    raise CheckpointError(
-                        f"{self.directory}: {kind} of {spec.name} on stage {place.stage} is not that of stage "
-                        f"{first.stage}"
-                    )
-
-    def _check_ranks(self) -> None:
-        """What every rank says alike."""
-        pipe, data, tensor = self.state.grid
-        model_states, states = self.model_states(), self._common(0, 0, 0)
-        for stage, rank in product(range(pipe), range(tensor)):
-            found = self.model_states(stage, rank)
-            for key in ("global_steps", "global_samples", "skipped_steps"):
-                if found[key] != model_states[key]:
-                    name = model_states_file(stage, rank, tensor)
-                    raise CheckpointError(
-                        f"{self.directory / name} says {key} {found[key]}, rank 0 {model_states[key]}; they must agree"
-                    )
-        for stage, replica, rank in product(range(pipe), range(data), range(tensor)):
-            for key, value in self._common(stage, replica, rank).items():
-                if not same(value, states[key]):
-                    name = optimizer_file(stage, replica, rank, tensor, bf16=self.bf16)
-                    raise CheckpointError(f"{self.directory / name}: its {key} is not that of rank 0; they must agree")
-
-    def _common(self, stage: int, data_rank: int, tensor_rank: int) -> dict[str, Any]:
-        """What an optimizer's file says besides the values of its own parameters."""
-        states = self.optimizer_states(stage, data_rank, tensor_rank)
-        base = self._base_state(stage, data_rank, tensor_rank)
-        scaler = states.get("loss_scaler")
-        return {
-            "step": [base[group]["step"].float() for group in (0, 1)],
-            "param_groups": states["base_optimizer_state"]["param_groups"],
-            "clip_grad": states["clip_grad"],
-            "loss_scaler": None if scaler is None else vars(scaler),
-            "dynamic_loss_scale": states.get("dynamic_loss_scale"),
-        }
-
-    def _check_order(self, stage: int, tensor_rank: int) -> None:
-        name = model_states_file(stage, tensor_rank, self.state.grid[2])
-        listed = [list(group.items()) for group in self.file(name)["param_shapes"]]
-        for group, found in zip(self.groups(stage), listed, strict=True):
-            local = [(one.name, one.spec.local_shape(self.state.grid[2])) for one in group.parameters]
-            for expected, got in zip(local, [(key, tuple(shape)) for key, shape in found], strict=False):
-                if expected != got:
-                    raise CheckpointError(f"{self.directory / name} lists {got}, the model of config.yaml {expected}")
-            if len(local) != len(found):
-                raise CheckpointError(f"{self.directory / name} lists {len(found)} parameters instead of {len(local)}")
-
-    def _check_keys(self, file: str, expected: list[str]) -> None:
-        found = set(self.file(file))
-        missing, unknown = [key for key in expected if key not in found], sorted(found - set(expected))
-        if missing or unknown:
-            what = f"lacks the tensor {missing[0]}" if missing else f"holds {unknown[0]}, which the model does not have"
-            raise CheckpointError(f"{self.directory / file} {what}")
-
-    def _layer_tensor(self, stored: StoredParameter, tensor_rank: int) -> Tensor:
         file = stored.layer.file(tensor_rank)
         tensor = self.file(file).get(stored.key)
         shape = stored.spec.local_shape(self.state.grid[2])
@@ -307,14 +220,14 @@ class TrainingReader:
         return tensor
 
     def _join(self, spec: ParameterSpec, slices: list[Tensor], what: str) -> Tensor:
-        whole = slices[0] if len(slices) == 1 else torch.cat(slices, dim=spec.shard_dim or 0)
-        if spec.vocabulary and len(whole) > spec.shape[0]:
-            if bool(whole[spec.shape[0] :].any()):
+        joined = slices[0] if len(slices) == 1 else torch.cat(slices, dim=spec.shard_dim or 0)
+        if spec.vocabulary and len(joined) > spec.shape[0]:
+            if bool(joined[spec.shape[0] :].any()):
                 raise CheckpointError(f"{self.directory}: {what} is not zero in the padding of the vocabulary")
-            whole = whole[: spec.shape[0]]
-        return whole
+            joined = joined[: spec.shape[0]]
+        return joined
 
-    def _assemble(self, place: Place, kind: str, tensor_rank: int) -> Tensor:
+    def _assemble(self, place: OptimizerPlace, kind: str, tensor_rank: int) -> Tensor:
         parts = []
         for piece in place.pieces:
             flat = self._partition(place.stage, piece.data_rank, tensor_rank, kind, place.group)
@@ -322,11 +235,11 @@ class TrainingReader:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _partition(self, stage: int, data_rank: int, tensor_rank: int, kind: str, group: int) -> Tensor:
-        """One rank's flat tensor, checked to be as long as the layout says."""
+        """The flat tensor of one rank; its length is checked."""
         if kind == MASTER:
             flat = self.optimizer_states(stage, data_rank, tensor_rank)["single_partition_of_fp32_groups"][group]
         else:
-            flat = self._base_state(stage, data_rank, tensor_rank)[group][kind]
+            flat = self.base_state(stage, data_rank, tensor_rank)[group][kind]
         layout = self.groups(stage)[group]
         lean = layout.partition_size - layout.padding(data_rank)
         if flat.dtype != torch.float32 or flat.numel() not in (lean, layout.partition_size):
@@ -337,14 +250,17 @@ class TrainingReader:
             )
         return flat.detach()
 
-    def _base_state(self, stage: int, data_rank: int, tensor_rank: int) -> dict[int, dict[str, Any]]:
+    def base_state(self, stage: int, data_rank: int, tensor_rank: int) -> dict[int, dict[str, Any]]:
+        """Step and moments of both groups of one rank.
+
+        Raises:
+            CheckpointError: no step was done.
+        """
         base: dict[int, dict[str, Any]] = self.optimizer_states(stage, data_rank, tensor_rank)["base_optimizer_state"][
             "state"
         ]
         if len(base) != 2:
-            raise CheckpointError(
-                f"{self.directory} holds no state of the optimizer: no step was done before it was saved"
-            )
+            raise CheckpointError(f"{self.directory} has no optimizer state: no step was done before it was saved")
         return base
 
     @cached_property
@@ -352,12 +268,13 @@ class TrainingReader:
         return [spec for spec in stored_specs(self.model) if spec.name.startswith("section_mix.")]
 
     @cached_property
-    def _stored(self) -> dict[str, StoredParameter]:
+    def stored(self) -> dict[str, StoredParameter]:
+        """Where the weight of every parameter is stored, by canonical name."""
         found: dict[str, StoredParameter] = {}
         for places in self.places.values():
             found.setdefault(places[0].stored.spec.name, places[0].stored)
         return found
 
     def specs(self) -> Iterator[ParameterSpec]:
-        """Every parameter, `section_mix` in parts."""
+        """All parameters, `section_mix` in parts."""
         return iter(stored_specs(self.model))

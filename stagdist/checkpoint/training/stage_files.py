@@ -11,7 +11,7 @@ stage's modules, padded and cut into equal partitions, one for each data rank.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 from stagdist.config.parts import ModelConfig
@@ -68,7 +68,7 @@ class StoredParameter:
 
 
 @dataclass(frozen=True)
-class Piece:
+class PartitionPiece:
     """Part of a local parameter in one data rank's flat partition.
 
     Attributes:
@@ -227,7 +227,7 @@ class FlatGroup:
         """Values at the end of a partition that belong to no parameter."""
         return min(max((data_rank + 1) * self.partition_size - self.size, 0), self.partition_size)
 
-    def pieces(self) -> Iterator[tuple[StoredParameter, list[Piece]]]:
+    def pieces(self) -> Iterator[tuple[StoredParameter, list[PartitionPiece]]]:
         """Where every parameter lies."""
         begin = 0
         for stored in self.parameters:
@@ -235,12 +235,12 @@ class FlatGroup:
             yield stored, list(self._cut(begin, end))
             begin = end
 
-    def _cut(self, begin: int, end: int) -> Iterator[Piece]:
+    def _cut(self, begin: int, end: int) -> Iterator[PartitionPiece]:
         position = begin
         while position < end:
             data_rank, start = divmod(position, self.partition_size)
             length = min(end - position, self.partition_size - start)
-            yield Piece(data_rank, start, position - begin, length)
+            yield PartitionPiece(data_rank, start, position - begin, length)
             position += length
 
 
@@ -271,8 +271,3 @@ def tensor_files(model: ModelConfig, sizes: tuple[int, int, int], *, bf16: bool)
             names.append(model_states_file(stage, rank, tensor))
             names += [optimizer_file(stage, replica, rank, tensor, bf16=bf16) for replica in range(data)]
     return names
-
-
-def local_spec(spec: ParameterSpec, tensor_size: int) -> ParameterSpec:
-    """The same parameter with the shape it has on one tensor rank."""
-    return replace(spec, shape=spec.local_shape(tensor_size))

@@ -1,15 +1,17 @@
-"""A training checkpoint for any grid, in exactly the files that DeepSpeed would have written there.
+"""Write a training checkpoint for any grid, in exactly the files that DeepSpeed would write.
 
-Every rank's files are made one after the other from whole parameters, so the grid that the parameters come from does
-not matter. DeepSpeed's engine loads the result as its own.
+The files of all ranks are written one after the other from global parameters, so the grid of the source does not
+matter. The engine of DeepSpeed loads the result like its own checkpoint.
 """
 
 import errno
 import os
 import shutil
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +26,6 @@ from stagdist.checkpoint.training.content import (
     TrainingSource,
     untracked,
 )
-from stagdist.checkpoint.training.scratch import Scratch
 from stagdist.checkpoint.training.stage_files import (
     FlatGroup,
     PipelineLayer,
@@ -42,17 +43,20 @@ from stagdist.model.precision import DTYPES
 from stagdist.parallel.grid import Grid
 
 NEARLY_FULL_BYTES = 1 << 27
-"""A write that failed on a disk with less than this left is taken for one that found no space."""
+"""A write that failed on a disk with less than this left is reported as a full disk."""
+
+SMALL_SCRATCH_BYTES = 1 << 20
+"""Tensors up to this size stay in ordinary memory."""
 
 
 class TrainingWriter:
     """Writes DeepSpeed's files of a grid into a folder.
 
     Args:
-        source: what to write.
-        config: of the run; model, precision and batch sizes are read.
-        grid: to write for.
-        folder: exists and is empty but for our own files.
+        source: the values to write.
+        config: configuration of the run.
+        grid: the grid to write for.
+        folder: an existing folder.
     """
 
     def __init__(self, source: TrainingSource, config: RunConfig, grid: Grid, folder: Path):
@@ -65,9 +69,9 @@ class TrainingWriter:
         self._records: dict[str, FileRecord] = {}
 
     def write(self, track: Track[Any] = untracked) -> dict[str, FileRecord]:
-        """Write all files, which are on the disk then.
+        """Write all files and wait until they have reached the disk.
 
-        Returns: size and hash of each as it was right after it was written.
+        Returns: size and hash of each file.
         """
         ranks = range(self._grid.tensor)
         layers = [layer for layer in pipeline_layers(self._model) if layer.first]
@@ -83,7 +87,7 @@ class TrainingWriter:
         try:
             torch.save(content, self._folder / name)
             self._records[name] = file_record(self._folder / name, sync=True)
-        except RuntimeError as error:  # what torch makes of a failed write, without its reason
+        except RuntimeError as error:  # torch reports a failed write without its reason
             full = shutil.disk_usage(self._folder).free < NEARLY_FULL_BYTES
             reason = errno.ENOSPC if full else errno.EIO
             raise OSError(reason, os.strerror(reason), str(self._folder / name)) from error
@@ -132,7 +136,7 @@ class TrainingWriter:
         return self._grid.pipe, self._grid.data, self._grid.tensor
 
     def _settings(self) -> dict[str, Any]:
-        """The batch sizes of DeepSpeed's configuration; the run derives the rest anew when it starts."""
+        """The batch sizes of DeepSpeed's configuration; the run computes the rest when it starts."""
         training = self._config.training
         return {
             "train_batch_size": training.global_batch_size,
@@ -158,8 +162,8 @@ class TrainingWriter:
         """One flat tensor for each data rank."""
         partitions = [self._scratch.zeros((group.partition_size,), torch.float32) for _ in range(self._grid.data)]
         for stored, pieces in group.pieces():
-            whole = self._source.optimizer_value(stored.spec, kind)
-            local = local_slice(whole, stored.spec, tensor_rank, self._grid.tensor)
+            value = self._source.optimizer_value(stored.spec, kind)
+            local = local_slice(value, stored.spec, tensor_rank, self._grid.tensor)
             values = local.contiguous().flatten()
             for piece in pieces:
                 target = partitions[piece.data_rank].narrow(0, piece.start, piece.length)
@@ -169,7 +173,7 @@ class TrainingWriter:
     def _optimizer_dictionary(
         self, groups: Sequence[FlatGroup], flat: dict[tuple[str, int], Tensor], data_rank: int
     ) -> dict[str, Any]:
-        """What DeepSpeed's optimizer calls its state; the bf16 one keeps padding in the masters, the other does not."""
+        """The state as DeepSpeed's optimizer stores it; only the bf16 optimizer stores the padding of the masters."""
         state = {
             index: {"step": self._source.steps().clone(), **{kind: flat[kind, index] for kind in MOMENTS}}
             for index in range(len(groups))
@@ -210,7 +214,7 @@ class TrainingWriter:
         return {"loss_scaler": scaler, "dynamic_loss_scale": dynamic, "overflow": False}
 
     def _fragments(self, group: FlatGroup, data_rank: int) -> OrderedDict[str, Any]:
-        """Stretch of every parameter inside this rank's partition."""
+        """The range of every parameter inside this rank's partition."""
         return OrderedDict(
             (stored.name, self._types.fragment(numel=piece.length, start=piece.start))
             for stored, pieces in group.pieces()
@@ -219,8 +223,39 @@ class TrainingWriter:
         )
 
 
+class Scratch:
+    """Creates tensors whose memory is a deleted file, so that a large checkpoint does not need the memory.
+
+    Args:
+        folder: a folder on the file system of the result, which has enough space.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of zeros."""
+        count = prod(shape)
+        size = count * torch.empty((), dtype=dtype).element_size()
+        if size <= SMALL_SCRATCH_BYTES:
+            return torch.zeros(tuple(shape), dtype=dtype)
+        descriptor, name = tempfile.mkstemp(dir=self._folder, prefix=".scratch-")
+        try:
+            os.posix_fallocate(descriptor, 0, size)  # a full disk must be an error here, not a crash at a later write
+            return torch.from_file(name, shared=True, size=count, dtype=dtype).reshape(tuple(shape))
+        finally:
+            os.close(descriptor)
+            os.unlink(name)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor."""
+        target = self.zeros(tensor.shape, tensor.dtype)
+        target.copy_(tensor)
+        return target
+
+
 def _deepspeed() -> "_Types":
-    """DeepSpeed's types, imported when something is written: it takes seconds and reading does not need them."""
+    """DeepSpeed's types. They are imported here because the import takes seconds and only writing needs them."""
     import deepspeed
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from stagdist.checkpoint.convert.staging import Options, exclusive
+from stagdist.checkpoint.convert.staging import ConversionOptions, exclusive
 from stagdist.checkpoint.convert.training_conversions import reshard
 from stagdist.checkpoint.training.directory import read_state
 from stagdist.config.run_config import RunConfig
@@ -54,7 +54,7 @@ def on_this_grid(
 
     def convert() -> None:
         held.enter_context(_converting(checkpoint.parent))
-        options = Options(files_checked=True, trust_pickle=trust_pickle, track=beating(pulse, Phase.START))
+        options = ConversionOptions(files_checked=True, trust_pickle=trust_pickle, track=beating(pulse, Phase.START))
         proof = reshard(checkpoint, hidden / checkpoint.name, grid, options, config=config)
         LOG.info("converted it in %.1f s: %s", time.perf_counter() - started, proof.checked)
 

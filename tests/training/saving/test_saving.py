@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stagdist.checkpoint.training.checks import check_layout
 from stagdist.checkpoint.training.directory import checkpoint_files
 from stagdist.checkpoint.training.pickles import load_file
 from stagdist.checkpoint.training.reader import TrainingReader
@@ -89,7 +90,7 @@ def test_files_equal_those_of_a_synchronous_save_although_training_continued(cas
                 assert all(shown == stored for shown, stored in storage_bytes(content)), (
                     f"{name} stores more than the values of its tensors"
                 )
-        TrainingReader(ours).check_layout()
+        check_layout(TrainingReader(ours))
     first, second = (TrainingReader(runs / "parity" / "checkpoints" / f"step_0000000{step}") for step in (1, 2))
     spec = next(first.specs())
     assert not torch.equal(first.weight(spec), second.weight(spec)), "training changed nothing between the saves"

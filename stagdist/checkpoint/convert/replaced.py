@@ -1,6 +1,7 @@
-"""What a replacement leaves when a kill comes between its two renames: the old folder, whole, under a hidden name.
+"""Folders that are being replaced.
 
-`put_in_place` of `stagdist/checkpoint/convert/staging.py` replaces; whoever comes next gives the old one its name back.
+`put_in_place` of `staging.py` renames twice. A process that is killed in between leaves the complete old folder under a
+hidden name; the next conversion or run restores it.
 """
 
 import shutil
@@ -10,12 +11,12 @@ _ASIDE = ".replaced-"
 
 
 def aside(final: Path) -> Path:
-    """Where a folder lies while a new one gets its name."""
+    """The hidden name of a folder while a new one takes its place."""
     return final.parent / f"{_ASIDE}{final.name}"
 
 
 def recover(final: Path) -> None:
-    """After a replacement that was cut short: the old folder gets its name back, or goes where the new one is there."""
+    """Finish an interrupted replacement: restore the old folder, or remove it if the new one is in place."""
     old = aside(final)
     if not old.is_dir():
         return
@@ -26,12 +27,12 @@ def recover(final: Path) -> None:
 
 
 def replaced(folder: Path) -> list[Path]:
-    """Names in a folder of which an old bearer is left, sorted."""
+    """Final names of all folders in `folder` that are kept aside, sorted."""
     if not folder.is_dir():
         return []
     return sorted(path.with_name(path.name.removeprefix(_ASIDE)) for path in folder.glob(f"{_ASIDE}*") if path.is_dir())
 
 
 def nameless(folder: Path) -> list[Path]:
-    """Of those the names that are missing, since a replacement was cut short."""
+    """Those of `replaced` that are missing because a replacement was interrupted."""
     return [name for name in replaced(folder) if not name.exists()]

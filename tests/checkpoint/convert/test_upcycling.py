@@ -10,18 +10,18 @@ from safetensors.torch import load_file
 
 from stagdist.checkpoint.convert.find import open_model
 from stagdist.checkpoint.convert.model_conversions import export
-from stagdist.checkpoint.convert.staging import Options
+from stagdist.checkpoint.convert.staging import ConversionOptions
 from stagdist.checkpoint.convert.upcycle import upcycle
 from stagdist.errors import CheckpointError, ConfigError
+from tests.checkpoint.convert.test_llama_import import save_llama
 from tests.checkpoint.synthetic import model_directory, training_checkpoint
-from tests.checkpoint.test_llama_import import save_llama
 
 LLAMA = {"connection": "sequential", "section_layers": [1, 3]}
 
 
 def test_every_tensor_follows_its_rule(tmp_path: Path) -> None:
     llama = model_directory(tmp_path / "llama", LLAMA)
-    folder = upcycle(llama, tmp_path / "new", [2, 2], Options(), output_scale=0.5).directory
+    folder = upcycle(llama, tmp_path / "new", [2, 2], ConversionOptions(), output_scale=0.5).directory
     model = open_model(folder).model
     assert model.staggered and model.section_layers == (2, 2) and model.cross_key_value_heads == 2
     old, new = load_file(llama / "model.safetensors"), load_file(folder / "model.safetensors")
@@ -52,10 +52,10 @@ def test_every_tensor_follows_its_rule(tmp_path: Path) -> None:
 
 def test_a_llama_of_transformers_and_a_sequential_run_are_taken(tmp_path: Path) -> None:
     save_llama(tmp_path / "llama", {"num_key_value_heads": 2, "num_hidden_layers": 4})
-    proof = upcycle(tmp_path / "llama", tmp_path / "a", [2, 2], Options(tokenizer="bytes"), output_scale=1.0)
+    proof = upcycle(tmp_path / "llama", tmp_path / "a", [2, 2], ConversionOptions(tokenizer="bytes"), output_scale=1.0)
     assert "logits" in proof.checked
     training_checkpoint(tmp_path / "run", LLAMA, (2, 1, 1), "bf16")
-    folder = upcycle(tmp_path / "run", tmp_path / "b", [1, 1, 2], Options(), output_scale=1.0).directory
+    folder = upcycle(tmp_path / "run", tmp_path / "b", [1, 1, 2], ConversionOptions(), output_scale=1.0).directory
     assert open_model(folder).dtype == torch.bfloat16
 
 
@@ -74,9 +74,9 @@ def test_what_cannot_be_upcycled_is_refused(
 ) -> None:
     source = model_directory(tmp_path / "source", model)
     with pytest.raises(CheckpointError, match=complaint):
-        upcycle(source, tmp_path / "new", layers, Options(), output_scale=1.0)
+        upcycle(source, tmp_path / "new", layers, ConversionOptions(), output_scale=1.0)
     with pytest.raises(CheckpointError, match="model directory"):
-        export(source, tmp_path / "new", Options())
+        export(source, tmp_path / "new", ConversionOptions())
     assert not (tmp_path / "new").exists()
 
 
@@ -84,7 +84,7 @@ def test_what_cannot_be_upcycled_is_refused(
 def test_a_scale_that_is_no_number_is_refused(tmp_path: Path, scale: float) -> None:
     source = model_directory(tmp_path / "source", LLAMA)
     with pytest.raises(ConfigError, match=f"--output-scale is {scale}"):
-        upcycle(source, tmp_path / "new", [2, 2], Options(), output_scale=scale)
+        upcycle(source, tmp_path / "new", [2, 2], ConversionOptions(), output_scale=scale)
     assert not (tmp_path / "new").exists()
 
 
@@ -94,7 +94,7 @@ def test_the_tokens_of_a_llama_go_along(tmp_path: Path) -> None:
     body = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(body | tokens))
     (source / "generation_config.json").write_text(json.dumps(tokens | {"temperature": 0.6}))
-    folder = upcycle(source, tmp_path / "new", [2, 2], Options(), output_scale=0.0).directory
+    folder = upcycle(source, tmp_path / "new", [2, 2], ConversionOptions(), output_scale=0.0).directory
     body = json.loads((folder / "config.json").read_text())
     assert {key: body[key] for key in tokens} == tokens
     assert json.loads((folder / "generation_config.json").read_text()) == tokens | {"temperature": 0.6}
@@ -105,4 +105,4 @@ def test_a_destination_that_exists_is_refused_before_the_source_is_read(tmp_path
     taken.mkdir()
     (taken / "chapter.txt").write_text("years of work")
     with pytest.raises(CheckpointError, match="exists; choose another destination"):
-        upcycle(tmp_path / "nothing here", taken, [2, 2], Options(), output_scale=0.0)
+        upcycle(tmp_path / "nothing here", taken, [2, 2], ConversionOptions(), output_scale=0.0)

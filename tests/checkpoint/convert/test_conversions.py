@@ -13,16 +13,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from stagdist.checkpoint.convert import staging, training_conversions
+from stagdist.checkpoint.convert import model_conversions, proof, training_conversions
 from stagdist.checkpoint.convert.find import open_model, open_training
 from stagdist.checkpoint.convert.inspection import as_table, inspect
 from stagdist.checkpoint.convert.model_conversions import export, merge, split
 from stagdist.checkpoint.convert.proof import plain_logits, text_ids
-from stagdist.checkpoint.convert.staging import Options
+from stagdist.checkpoint.convert.staging import ConversionOptions
 from stagdist.checkpoint.convert.training_conversions import import_model, reshard
 from stagdist.checkpoint.convert.verify import verify
 from stagdist.checkpoint.published.load_model import load_model
-from stagdist.checkpoint.training import comparison as training_comparison
+from stagdist.checkpoint.published.reader import ModelReader
 from stagdist.checkpoint.training.content import KINDS
 from stagdist.checkpoint.training.directory import read_state
 from stagdist.config.parts import ModelConfig
@@ -53,7 +53,7 @@ MODELS: list[dict[str, Any]] = [
     {"connection": "sequential", "tie_word_embeddings": True,
      "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 8}},
 ]  # fmt: skip
-OPTIONS = Options()
+OPTIONS = ConversionOptions()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -285,7 +285,7 @@ def test_a_checkpoint_from_a_stranger_runs_no_code_unless_trusted(tmp_path: Path
     with pytest.raises(CheckpointError, match=r"mp_rank_00.* would run .*--trust-pickle.* clean copy$"):
         export(tmp_path / "run", tmp_path / "model", OPTIONS)
     assert not (tmp_path / "ran").exists() and not (tmp_path / "model").exists()
-    clean = reshard(tmp_path / "run", tmp_path / "clean", Grid(1, 1, 1), Options(trust_pickle=True)).directory
+    clean = reshard(tmp_path / "run", tmp_path / "clean", Grid(1, 1, 1), ConversionOptions(trust_pickle=True)).directory
     assert (tmp_path / "ran").exists()
     export(clean, tmp_path / "model", OPTIONS)
     path.write_bytes(pickle.dumps(Bomb(tmp_path / "ran twice")))
@@ -298,12 +298,29 @@ def test_a_checkpoint_from_a_stranger_runs_no_code_unless_trusted(tmp_path: Path
 # --- failing -------------------------------------------------------------------------------------------------------
 
 
+def _other_model(directory: Path) -> ModelReader:
+    """A directory whose configuration is read as another one."""
+    reader = ModelReader(directory)
+    reader.model = reader.model.model_copy(update={"rms_norm_eps": 0.5})
+    return reader
+
+
 def test_a_conversion_that_cannot_prove_itself_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training_checkpoint(tmp_path / "run", {}, (1, 1, 1))
-    monkeypatch.setattr(staging, "largest_difference", lambda *_: 1e-9)
-    with pytest.raises(CheckpointError, match="logits .* differ"):
-        export(tmp_path / "run", tmp_path / "model", OPTIONS)
-    monkeypatch.setattr(training_comparison.TrainingReader, "steps", lambda *_: torch.tensor(5.0))
+    model_directory(tmp_path / "shared", TIED_COMBINED)
+    with monkeypatch.context() as patch:
+        patch.setattr(proof, "source_logits", lambda source, *_: torch.ones(1) * source.model.share_section_weights)
+        with pytest.raises(CheckpointError, match="logits .* differ by 1"):
+            split(tmp_path / "shared", tmp_path / "model", OPTIONS)
+    read = ModelReader.weight
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelReader, "weight", lambda self, spec: read(self, spec) + (spec.name == "head.weight"))
+        with pytest.raises(CheckpointError, match=r"head\.weight was not written as it was read"):
+            export(tmp_path / "run", tmp_path / "model", OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(model_conversions, "ModelReader", _other_model)
+        with pytest.raises(CheckpointError, match="rms_norm_eps was not written as it was read"):
+            export(tmp_path / "run", tmp_path / "model", OPTIONS)
     reader = open_training(tmp_path / "run")
     monkeypatch.setattr(training_conversions, "open_training", lambda *_, **__: reader)
     monkeypatch.setattr(type(reader), "steps", lambda self: torch.tensor(6.0 if self is reader else 5.0))
@@ -334,12 +351,12 @@ def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists"):
         reshard(tmp_path / "run", tmp_path / "run", Grid(2, 1, 1), OPTIONS)
     assert file_contents(tmp_path / "model") == before
-    export(tmp_path / "run", tmp_path / "model", Options(overwrite=True))
+    export(tmp_path / "run", tmp_path / "model", ConversionOptions(overwrite=True))
     assert verify(tmp_path / "run", tmp_path / "model").largest_difference == 0.0
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
     with pytest.raises(CheckpointError, match="will not be overwritten"):
-        export(tmp_path / "run", tmp_path / "thesis", Options(overwrite=True))
+        export(tmp_path / "run", tmp_path / "thesis", ConversionOptions(overwrite=True))
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
 

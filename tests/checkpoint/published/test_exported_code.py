@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stagdist.checkpoint.published import writer as model_directory
 from stagdist.checkpoint.published.load_model import load_model
-from stagdist.checkpoint.published.model_json import read_model_config
+from stagdist.checkpoint.published.reader import ModelReader
 from stagdist.checkpoint.published.writer import CODE_FILES, ModelDirectoryWriter
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import byte_tokenizer
@@ -131,7 +131,7 @@ def test_a_directory_that_transformers_saved_again_reads_as_the_same_model(
     strangers: tuple[Path, dict[str, dict[str, Any]]], variant: str
 ) -> None:
     again = strangers[0] / (variant.replace(" ", "-") + "-saved")
-    model, read = shape(variant), read_model_config(again)
+    model, read = shape(variant), ModelReader(again).model
     resolved = {"head_dim": model.head_width, "num_key_value_heads": model.key_value_heads}
     if model.staggered:
         resolved["cross_attention_key_value_heads"] = model.cross_key_value_heads
@@ -162,6 +162,6 @@ def test_a_directory_from_before_the_code_travelled_along_is_still_read(tmp_path
     body = json.loads((tmp_path / "model" / "config.json").read_text())
     del body["auto_map"]
     (tmp_path / "model" / "config.json").write_text(json.dumps(body))
-    assert read_model_config(tmp_path / "model").section_layers == (1, 1)
+    assert ModelReader(tmp_path / "model").model.section_layers == (1, 1)
     with single_process() as groups:
         load_model(tmp_path / "model", TensorParallel(groups.tensor))

@@ -10,7 +10,7 @@ import pytest
 
 from stagdist.checkpoint.convert.find import open_training
 from stagdist.checkpoint.convert.model_conversions import export, merge
-from stagdist.checkpoint.convert.staging import Options, Proof
+from stagdist.checkpoint.convert.staging import ConversionOptions, ConversionResult
 from stagdist.checkpoint.convert.training_conversions import import_model, reshard
 from stagdist.checkpoint.convert.verify import verify
 from stagdist.checkpoint.published.record import CHECKSUMS
@@ -20,7 +20,7 @@ from stagdist.errors import CheckpointError, ConfigError
 from stagdist.parallel.grid import Grid
 from tests.checkpoint.synthetic import model_directory, run_config
 
-Import = Callable[..., Proof]
+Import = Callable[..., ConversionResult]
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def bring(source: Path, tokenizer: str | Path | None, given: str | Path | None =
         run = run_config({"vocab_size": 300})
         data = run.data.model_copy(update={"tokenizer": str(tokenizer)})
         config.write_text(dump_config(run.model_copy(update={"data": data})))
-    options = Options(tokenizer=None if given is None else str(given))
+    options = ConversionOptions(tokenizer=None if given is None else str(given))
     return import_model(
         source, source.parent / "run", Grid(1, 1, 1), config if config is None else str(config), options
     ).directory
@@ -49,7 +49,7 @@ def test_the_tokenizer_of_the_directory_is_recorded_and_exported(source: Path, t
     reader = open_training(bring(source, source if named else None))
     expected = load_tokenizer(source).fingerprint
     assert reader.state.tokenizer == expected and reader.config.data.tokenizer == str(source)
-    export(tmp_path / "run", tmp_path / "again", Options())
+    export(tmp_path / "run", tmp_path / "again", ConversionOptions())
     assert load_tokenizer(tmp_path / "again").fingerprint == expected
 
 
@@ -57,15 +57,15 @@ def test_the_tokens_of_the_directory_go_through_a_training_checkpoint(source: Pa
     tokens = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 4}
     state_tokens(source, tokens, tokens | {"temperature": 0.6})
     bring(source, source)
-    reshard(tmp_path / "run", tmp_path / "split", Grid(2, 1, 1), Options())
-    again = export(tmp_path / "split", tmp_path / "again", Options()).directory
+    reshard(tmp_path / "run", tmp_path / "split", Grid(2, 1, 1), ConversionOptions())
+    again = export(tmp_path / "split", tmp_path / "again", ConversionOptions()).directory
     assert stated_tokens(again) == (tokens, tokens | {"temperature": 0.6})
     # They are those of the tokenizer that is left behind.
-    other = export(tmp_path / "run", tmp_path / "other", Options(tokenizer="bytes")).directory
+    other = export(tmp_path / "run", tmp_path / "other", ConversionOptions(tokenizer="bytes")).directory
     assert stated_tokens(other)[1] == {"eos_token_id": 256, "pad_token_id": 256}
     shutil.rmtree(tmp_path / "run")
     bring(source, None, given="bytes")
-    bytes_alone = export(tmp_path / "run", tmp_path / "bytes", Options()).directory
+    bytes_alone = export(tmp_path / "run", tmp_path / "bytes", ConversionOptions()).directory
     assert stated_tokens(bytes_alone) == stated_tokens(other)
 
 
@@ -103,7 +103,7 @@ def test_a_configuration_with_another_tokenizer_is_refused_with_the_remedy(sourc
 def test_another_vocabulary_that_is_meant_is_recorded_instead(source: Path, tmp_path: Path) -> None:
     reader = open_training(bring(source, "bytes", given="bytes"))
     assert reader.state.tokenizer == load_tokenizer("bytes").fingerprint
-    export(tmp_path / "run", tmp_path / "again", Options())
+    export(tmp_path / "run", tmp_path / "again", ConversionOptions())
     assert load_tokenizer(tmp_path / "again").is_bytes
 
 
@@ -135,10 +135,10 @@ def test_a_run_with_another_tokenizer_cannot_be_exported_as_the_model_it_was(sou
     bring(source, None)
     load_tokenizer("bytes").save(source)
     with pytest.raises(CheckpointError, match="was trained with another tokenizer"):
-        export(tmp_path / "run", tmp_path / "again", Options())
+        export(tmp_path / "run", tmp_path / "again", ConversionOptions())
     with pytest.raises(CheckpointError, match="was trained with another tokenizer"):
         verify(tmp_path / "run", source)
     with pytest.raises(CheckpointError, match="was trained with another tokenizer"):
-        merge([source, tmp_path / "run"], tmp_path / "again", Options())
+        merge([source, tmp_path / "run"], tmp_path / "again", ConversionOptions())
     # Nothing is read as text: the checkpoint goes to another grid all the same.
-    reshard(tmp_path / "run", tmp_path / "moved", Grid(2, 1, 1), Options())
+    reshard(tmp_path / "run", tmp_path / "moved", Grid(2, 1, 1), ConversionOptions())

@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from stagdist.checkpoint.published import transformers_model
-from stagdist.checkpoint.published.model_json import read_model_config
+from stagdist.checkpoint.published.reader import ModelReader
 from stagdist.checkpoint.published.transformers_model import load_with_transformers
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.errors import CheckpointError
-from tests.checkpoint.test_exported_code import shape, write
-from tests.checkpoint.test_llama_import import save_llama
+from tests.checkpoint.convert.test_llama_import import save_llama
+from tests.checkpoint.published.test_exported_code import shape, write
 from tests.reference import stagformer as reference
 
 
@@ -116,11 +116,10 @@ def test_what_transformers_would_make_up_or_leave_out_is_refused_by_itself(
 ) -> None:
     """As if a difference between our reading of a directory and that of transformers had slipped through the check."""
     llama(tmp_path / "model", foreign=False)
+    model = ModelReader(tmp_path / "model").model
     rewrite(tmp_path / "model", change)
-    passing = SimpleNamespace(
-        directory=tmp_path / "model", model=read_model_config(tmp_path / "model"), check=lambda: None
-    )
-    monkeypatch.setattr(transformers_model, "ModelSource", lambda _: passing)
+    passing = SimpleNamespace(directory=tmp_path / "model", model=model, check=lambda: None)
+    monkeypatch.setattr(transformers_model, "ModelReader", lambda _: passing)
     with pytest.raises(CheckpointError, match=complaint):
         load_with_transformers(tmp_path / "model")
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stagdist.checkpoint.convert.inspection import inspect
 from stagdist.checkpoint.convert.model_conversions import export, merge, split
-from stagdist.checkpoint.convert.staging import Options
+from stagdist.checkpoint.convert.staging import ConversionOptions
 from stagdist.checkpoint.convert.training_conversions import import_model
 from stagdist.checkpoint.convert.upcycle import upcycle
 from stagdist.checkpoint.convert.verify import verify
@@ -21,7 +21,7 @@ from stagdist.errors import CheckpointError
 from stagdist.parallel.grid import Grid
 from tests.checkpoint.synthetic import model_directory
 
-OPTIONS = Options()
+OPTIONS = ConversionOptions()
 SEQUENTIAL = {"connection": "sequential"}
 SHARED = {"share_section_weights": True}
 WRITTEN = ["checksums.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -95,7 +95,7 @@ def test_a_changed_file_is_named_with_the_remedy(tmp_path: Path, name: str) -> N
     assert inspect(folder).problems == []
 
 
-CONVERSIONS: list[tuple[str, Callable[[Path, Path, Options], object]]] = [
+CONVERSIONS: list[tuple[str, Callable[[Path, Path, ConversionOptions], object]]] = [
     ("split", split),
     ("merge", lambda source, target, options: merge([source.with_name("other"), source], target, options)),
     ("import", lambda source, target, options: import_model(source, target, Grid(1, 1, 1), None, options)),
@@ -105,7 +105,7 @@ CONVERSIONS: list[tuple[str, Callable[[Path, Path, Options], object]]] = [
 @pytest.mark.parametrize("change", ["swapped", "other end", "end unsaid"])
 @pytest.mark.parametrize(("verb", "convert"), CONVERSIONS)
 def test_conversions_do_not_pass_on_a_tokenizer_that_was_changed(
-    tmp_path: Path, verb: str, convert: Callable[[Path, Path, Options], object], change: str
+    tmp_path: Path, verb: str, convert: Callable[[Path, Path, ConversionOptions], object], change: str
 ) -> None:
     folder = model_directory(tmp_path / "model", SHARED)
     model_directory(tmp_path / "other", SHARED)
@@ -119,7 +119,7 @@ def test_conversions_do_not_pass_on_a_tokenizer_that_was_changed(
     with pytest.raises(CheckpointError, match=rf"model: {name} (has other|is missing).*; --tokenizer names another$"):
         convert(folder, tmp_path / "result", OPTIONS)
     assert not (tmp_path / "result").exists()
-    convert(folder, tmp_path / "result", Options(tokenizer="bytes"))
+    convert(folder, tmp_path / "result", ConversionOptions(tokenizer="bytes"))
 
 
 def test_what_hubs_and_version_controls_leave_is_not_odd(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_an_imported_run_does_not_export_a_tokenizer_that_was_changed_since(tmp_
     lowercase(folder)
     with pytest.raises(CheckpointError, match=r"model: tokenizer\.json has other .*; --tokenizer names another$"):
         export(tmp_path / "run", tmp_path / "again", OPTIONS)
-    export(tmp_path / "run", tmp_path / "again", Options(tokenizer="bytes"))
+    export(tmp_path / "run", tmp_path / "again", ConversionOptions(tokenizer="bytes"))
 
 
 def test_a_changed_tokenizer_of_a_llama_and_of_a_comparison_is_named(tmp_path: Path) -> None:

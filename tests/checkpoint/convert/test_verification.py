@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from stagdist.checkpoint.convert.equivalence import unsettled_keys
 from stagdist.checkpoint.convert.model_conversions import split
-from stagdist.checkpoint.convert.staging import Options
-from stagdist.checkpoint.convert.verify import verify
+from stagdist.checkpoint.convert.staging import ConversionOptions
+from stagdist.checkpoint.convert.verify import unsettled_keys, verify
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import ConfigError
+from tests.checkpoint.convert.test_convert_tool import run
 from tests.checkpoint.synthetic import SHAPE, model_directory
-from tests.checkpoint.test_convert_tool import run
 
 CONTEXT = {"max_position_embeddings": 256}
 STRETCHED = {"rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 64}}
@@ -74,7 +73,7 @@ def rewrite(folder: Path, keys: dict[str, Any]) -> None:
 
 def test_the_same_function_stored_otherwise_is_the_same(tmp_path: Path) -> None:
     shared = model_directory(tmp_path / "shared", {"share_section_weights": True})
-    verdict = verify(shared, split(shared, tmp_path / "separate", Options()).directory)
+    verdict = verify(shared, split(shared, tmp_path / "separate", ConversionOptions()).directory)
     assert verdict.same(0.0) and list(verdict.differing_keys) == ["share_section_weights"]
 
     cut = model_directory(tmp_path / "cut", SEQUENTIAL)

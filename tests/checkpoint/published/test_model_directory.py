@@ -9,9 +9,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from stagdist.checkpoint.convert.staging import ConversionOptions, staged_folder
 from stagdist.checkpoint.published import writer as model_directory
 from stagdist.checkpoint.published.load_model import load_model
-from stagdist.checkpoint.published.model_json import read_model_config, read_text_tokens
+from stagdist.checkpoint.published.model_json import read_text_tokens
 from stagdist.checkpoint.published.reader import ModelReader
 from stagdist.checkpoint.published.writer import ModelDirectoryWriter, shard_plan
 from stagdist.checkpoint.text_tokens import TextTokens
@@ -53,7 +54,7 @@ def test_a_directory_loads_as_the_model_that_was_written(tmp_path: Path, variant
         loaded = load_model(tmp_path / "model", TensorParallel(groups.tensor))
         logits = loaded(ids)
     torch.testing.assert_close(logits, reference.forward(parameters, model, ids), atol=1e-5, rtol=1e-5)
-    read = read_model_config(tmp_path / "model")
+    read = ModelReader(tmp_path / "model").model
     assert (read.section_layers, read.connection, read.stagger) == (
         model.section_layers,
         model.connection,
@@ -101,7 +102,8 @@ def test_an_error_while_writing_leaves_nothing_behind(tmp_path: Path) -> None:
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     with (
         pytest.raises(RuntimeError, match="stop"),
-        ModelDirectoryWriter(tmp_path / "model", model, torch.float32, 0) as writer,
+        staged_folder(tmp_path / "model", "model", ConversionOptions(overwrite=True)) as staged,
+        ModelDirectoryWriter(staged, model, torch.float32, 0) as writer,
     ):
         writer.add("embedding.weight", torch.zeros(37, 16))
         raise RuntimeError("stop")
@@ -109,12 +111,25 @@ def test_an_error_while_writing_leaves_nothing_behind(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
+def test_a_directory_whose_writing_was_interrupted_is_refused(tmp_path: Path) -> None:
+    model = ModelConfig(**SHAPE)
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        ModelDirectoryWriter(tmp_path / "model", model, torch.float32, 0) as writer,
+    ):
+        for spec in model_parameters(model):
+            writer.add(spec.name, torch.zeros(spec.shape))
+        raise RuntimeError("stop")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        ModelReader(tmp_path / "model")
+
+
 def test_wrong_directories_are_refused_by_name(tmp_path: Path) -> None:
     model = ModelConfig(**SHAPE)
     write(tmp_path / "model", model)
     body = json.loads((tmp_path / "model" / "config.json").read_text())
     with pytest.raises(CheckpointError, match="absent"):
-        read_model_config(tmp_path / "absent")
+        ModelReader(tmp_path / "absent")
     for change, complaint in (
         ({"hidden_size": 20}, r"embedding\.weight|shape"),
         ({"section_layers": [2, 3], "num_hidden_layers": 5}, r"lacks the tensor sections\.1\.layers\.2"),

@@ -1,0 +1,34 @@
+"""The interface of everything that weights can be read from."""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stagdist.checkpoint.text_tokens import TextTokens
+from stagdist.config.parts import ModelConfig
+from stagdist.parallel.layout import ParameterSpec
+
+
+class WeightSource(Protocol):
+    """Global parameters of a model, read one at a time."""
+
+    @property
+    def directory(self) -> Path:
+        """The directory that they are read from."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The configuration of the model."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+
+    @property
+    def tokens(self) -> TextTokens | None:
+        """The special tokens that the source states; None where only the tokenizer defines them."""
+
+    def weight(self, spec: ParameterSpec) -> Tensor:
+        """One global parameter of `model_parameters`, on the CPU."""

@@ -1,0 +1,310 @@
+"""Layers and sections of a StagFormer, and the cache of their keys, values and memories.
+
+This file is copied into every exported model directory. Source: Cutler et al., "StagFormer", COLM 2025, arXiv
+2501.15665.
+
+Shapes: `B` batch, `S` new positions, `T` all positions so far, `H` hidden, `N` heads, `K` key/value heads,
+`D` head dim, `V` vocabulary, `p` sections.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from .configuration_stagformer import StagFormerConfig
+
+
+class StagFormerCache(DynamicCache):
+    """Keys and values of all layers, and the outputs from which the next memories are built.
+
+    Layers 0 to L-1 hold self-attention, L to 2L-1 cross-attention, L being the layers of all sections together.
+
+    Attributes:
+        pending: by section, the normalized outputs of the previous section that are not in its memory yet,
+            [B, stagger, H].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending: dict[int, Tensor] = {}
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows after a step of beam search."""
+        super().reorder_cache(beam_idx)
+        self.pending = {s: state.index_select(0, beam_idx.to(state.device)) for s, state in self.pending.items()}
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self.pending = {s: state.repeat_interleave(repeats, dim=0) for s, state in self.pending.items()}
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows."""
+        super().batch_select_indices(indices)
+        self.pending = {s: state[indices] for s, state in self.pending.items()}
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        super().reset()
+        self.pending = {}
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported: the outputs that a shorter text needs are no longer stored."""
+        raise NotImplementedError("the cache of a StagFormer cannot be shortened; run the model on the text again")
+
+
+def rotary_tables(config: StagFormerConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions, computed in fp32. Shapes: int64 [B, S] -> [B, 1, S, D] each.
+
+    Source: RoFormer (Su et al. 2021); for `llama3` the rule published with Llama 3.1, which keeps short wavelengths,
+    stretches long ones and blends between.
+    """
+    rope = config.rope_parameters
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position_ids.device) / config.head_dim
+    frequencies = 1.0 / rope["rope_theta"] ** exponents
+    if rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        wavelengths = 2 * math.pi / frequencies
+        kept = ((rope["original_max_position_embeddings"] / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
+        frequencies = (1 - kept) * frequencies / rope["factor"] + kept * frequencies
+    angles = position_ids[:, None, :, None].float() * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the two halves of every head by the angles of its position. Shape: [B, N, S, D]."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def visible_keys(
+    real: Tensor | None, past: int, length: int, window: int | None, device: torch.device
+) -> Tensor | None:
+    """The positions that each new position attends to; None for plain causal attention.
+
+    Shapes: real, False for padding, [B, T] or None -> bool [B or 1, 1, S, T].
+    """
+    total = past + length
+    windowed = window is not None and window < total
+    if real is None and not windowed and (past == 0 or length == 1):
+        return None
+    keys = torch.arange(total, device=device)
+    distance = keys[past:, None] - keys[None, :]  # [S, T]
+    visible = (distance >= 0)[None, None]
+    if window is not None:
+        visible = visible & (distance < window)
+    if real is not None:
+        # Padding attends to itself: a softmax over no positions would be NaN and would spread.
+        visible = visible & (real[:, None, None, :] | (distance == 0))
+    return visible
+
+
+class ResidualProjection(nn.Linear):
+    """A projection whose result is added to the residual stream; its initial weights are smaller."""
+
+
+class StagFormerAttention(nn.Module):
+    """Grouped-query attention with rotary embeddings, to the sequence itself or to a memory."""
+
+    def __init__(self, config: StagFormerConfig, key_value_heads: int):
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries, keys = config.num_attention_heads * config.head_dim, key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = ResidualProjection(queries, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        source: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        visible: Tensor | None,
+        cache: StagFormerCache | None,
+        cache_layer: int,
+    ) -> Tensor:
+        """Attend. Queries from `hidden_states`, new keys and values from `source`, both [B, S, H] -> [B, S, H]."""
+        query = rotate(self._heads(self.q_proj(hidden_states)), *rotary)
+        key = rotate(self._heads(self.k_proj(source)), *rotary)
+        value = self._heads(self.v_proj(source))
+        if cache is not None:
+            key, value = cache.update(key, value, cache_layer)
+        output = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=visible,
+            is_causal=visible is None and query.shape[2] > 1,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+        return self.o_proj(output.transpose(1, 2).flatten(2))  # [B, N, S, D] -> [B, S, N * D]
+
+    def _heads(self, states: Tensor) -> Tensor:
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, N, S, D]
+
+
+class StagFormerMLP(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: StagFormerConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Shapes: [B, S, H] -> [B, S, H]."""
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+def rms_norm(config: StagFormerConfig) -> nn.RMSNorm:
+    """The norm of the model."""
+    return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class StagFormerLayer(nn.Module):
+    """Self-attention, cross-attention if there is a memory, and MLP.
+
+    Args:
+        has_core: False if the layer uses self-attention and MLP of section 0.
+        has_cross: True in all sections except the first.
+    """
+
+    def __init__(self, config: StagFormerConfig, has_core: bool, has_cross: bool):
+        super().__init__()
+        if has_core:
+            self.self_attention_norm = rms_norm(config)
+            self.self_attention = StagFormerAttention(config, config.num_key_value_heads)
+            self.mlp_norm = rms_norm(config)
+            self.mlp = StagFormerMLP(config)
+        if has_cross:
+            self.cross_attention_norm = rms_norm(config)
+            self.cross_attention = StagFormerAttention(config, config.cross_attention_key_value_heads)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        memory: Tensor | None,
+        core: "StagFormerLayer",
+        context: "ForwardContext",
+        cache_layer: int,
+    ) -> Tensor:
+        """Shapes: hidden_states and memory [B, S, H] -> [B, S, H]. `core` has self-attention and MLP: itself, or one
+        of section 0."""
+        normed = core.self_attention_norm(hidden_states)
+        hidden_states = hidden_states + core.self_attention(
+            normed, normed, context.rotary, context.visible, context.cache, cache_layer
+        )
+        if memory is not None:
+            hidden_states = hidden_states + self.cross_attention(
+                self.cross_attention_norm(hidden_states),
+                memory,
+                context.rotary,
+                context.visible_memory,
+                context.cache,
+                context.num_layers + cache_layer,
+            )
+        return hidden_states + core.mlp(core.mlp_norm(hidden_states))
+
+
+class StagFormerSection(nn.Module):
+    """Consecutive layers with one residual stream and a memory of the previous section."""
+
+    def __init__(self, config: StagFormerConfig, index: int):
+        super().__init__()
+        self.index, self.stagger = index, config.stagger
+        self.first_cache_layer = sum(config.section_layers[:index])
+        has_core = index == 0 or not config.share_section_weights
+        self.layers = nn.ModuleList(
+            StagFormerLayer(config, has_core, has_cross=index > 0) for _ in range(config.section_layers[index])
+        )
+        if index > 0:
+            self.memory_norm = rms_norm(config)
+            if config.stagger > 0:
+                self.null_memory = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(
+        self, embeddings: Tensor, previous: Tensor | None, context: "ForwardContext", shared: "StagFormerSection | None"
+    ) -> Tensor:
+        """Output of the section, all [B, S, H]; `shared` has self-attention and MLP if this section has not."""
+        memory = None if previous is None else self.memory(previous, context)
+        hidden_states = embeddings
+        cores = self.layers if shared is None else shared.layers
+        for number, (layer, core) in enumerate(zip(self.layers, cores, strict=True)):
+            hidden_states = layer(hidden_states, memory, core, context, self.first_cache_layer + number)
+        return hidden_states
+
+    def memory(self, previous: Tensor, context: "ForwardContext") -> Tensor:
+        """Output of the previous section, normalized and delayed by `stagger`; a learned vector fills the gap.
+
+        Shape: [B, S, H].
+        """
+        normed = self.memory_norm(previous)
+        if self.stagger == 0:
+            return normed
+        earlier = None if context.cache is None else context.cache.pending.get(self.index)
+        if earlier is None:
+            earlier = normed.new_zeros(normed.shape[0], self.stagger, normed.shape[2])  # all of it is in the gap
+        outputs = torch.cat((earlier, normed), dim=1)
+        if context.cache is not None:
+            context.cache.pending[self.index] = outputs[:, -self.stagger :].clone()  # a view would keep all
+        return torch.where(context.in_gap[..., None], self.null_memory, outputs[:, : normed.shape[1]])
+
+
+class ForwardContext:
+    """Values that all sections share in one forward pass.
+
+    Attributes:
+        real: False for padding, [B, T]; None without padding.
+        rotary: cosines and sines of the new positions.
+        visible, visible_memory: masks of self- and cross-attention.
+        in_gap: new positions among the first `stagger` real ones of their row, [B or 1, S].
+        cache: cache of earlier calls; None if nothing is stored.
+
+    Raises:
+        ValueError: the attention mask has the wrong shape, or padding between real tokens.
+    """
+
+    def __init__(
+        self,
+        config: StagFormerConfig,
+        embeddings: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: StagFormerCache | None,
+    ):
+        self.cache, self.num_layers = cache, config.num_hidden_layers
+        device, length = embeddings.device, embeddings.shape[1]
+        past = 0 if cache is None else cache.get_seq_length()
+        self.real = None if attention_mask is None else _checked_mask(attention_mask, past + length)
+        if self.real is None:
+            order = torch.arange(past, past + length, device=device)[None]
+        else:
+            order = self.real.long().cumsum(-1)[:, past:] - 1
+        self.in_gap = order < config.stagger
+        self.rotary = rotary_tables(
+            config, order.clamp(min=0) if position_ids is None else position_ids, embeddings.dtype
+        )
+        self.visible = visible_keys(self.real, past, length, None, device)
+        window = config.cross_attention_window
+        self.visible_memory = self.visible if window is None else visible_keys(self.real, past, length, window, device)
+
+
+def _checked_mask(attention_mask: Tensor, total: int) -> Tensor | None:
+    """The mask as booleans; None without padding. Shape: [B, T]."""
+    if attention_mask.dim() != 2 or attention_mask.shape[1] != total:
+        shape = list(attention_mask.shape)
+        raise ValueError(f"attention_mask has shape {shape}; it must cover all positions so far, [batch, {total}]")
+    real = attention_mask.bool()
+    if bool(real.all()):
+        return None
+    begins = F.pad(real, (1, 0))[:, :-1] < real
+    if bool((begins.sum(-1) > 1).any()):
+        raise ValueError("padding between real tokens would count as positions of the memory; pad on the left")
+    return real
