@@ -22,7 +22,7 @@ examples:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    from stagdist.cluster.doctor.linking import LAUNCHERS
+    from stagdist.cluster.doctor.run_probes import LAUNCHERS
 
     parser = argparse.ArgumentParser(
         prog="doctor.py",
@@ -64,10 +64,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code, see the end of --help."""
     parsed = parse_arguments(arguments)
-    from stagdist.cluster.doctor.examination import Options, examine
+    from stagdist.cluster.doctor.examination import DoctorOptions, examine
     from stagdist.errors import StagdistError
 
-    options = Options(
+    options = DoctorOptions(
         hostfile=parsed.hostfile,
         num_ranks=parsed.num_ranks or 2,
         launcher=parsed.launcher,

@@ -101,9 +101,9 @@ def _check_numbers(parser: argparse.ArgumentParser, parsed: argparse.Namespace) 
 def main() -> int:
     """Exit code: see --help."""
     arguments = parse_arguments()
-    from stagdist.cluster.supervision.background_output import Screen
+    from stagdist.cluster.supervision.background_output import BackgroundWriter
 
-    out, err = Screen(sys.stdout.fileno()), Screen(sys.stderr.fileno())
+    out, err = BackgroundWriter(sys.stdout.fileno()), BackgroundWriter(sys.stderr.fileno())
     logging.basicConfig(
         level=logging.INFO, stream=err, format="%(asctime)s supervisor: %(message)s", datefmt="%H:%M:%S"
     )

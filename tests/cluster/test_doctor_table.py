@@ -4,7 +4,7 @@ import dataclasses
 
 from stagdist.cluster.doctor.facts import Boundary, Storage
 from stagdist.cluster.doctor.findings import findings
-from stagdist.cluster.doctor.table import host_table, link_table, report
+from stagdist.cluster.doctor.report import host_table, link_table, report
 from tests.cluster.doctor_cases import facts, links, survey
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from stagdist.cluster.hosts.leftovers import MARK
+from stagdist.cluster.hosts.leftovers import JOB_VARIABLE
 from tests.launch.runs import UNDER_WAY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +98,7 @@ class Run:
 
     def _is_ours(self, one: psutil.Process) -> bool:
         try:
-            return MARK in one.environ() and str(self.folder) in " ".join(one.cmdline())
+            return JOB_VARIABLE in one.environ() and str(self.folder) in " ".join(one.cmdline())
         except psutil.Error:
             return False
 

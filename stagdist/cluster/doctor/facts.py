@@ -1,14 +1,13 @@
 """What the doctor finds out, as plain data: of hosts, of links between ranks, and what is wrong with either."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 PROBLEM = "problem"
 NOTE = "note"
 
 
 @dataclass(frozen=True)
-class Device:
+class Accelerator:
     """One accelerator.
 
     Attributes:
@@ -74,7 +73,7 @@ class HostFacts:
     packages: dict[str, str | None]
     code: str
     driver: str | None
-    devices: tuple[Device, ...]
+    devices: tuple[Accelerator, ...]
     cores: int
     memory_mib: tuple[int, int]
     shm_mib: tuple[int, int]
@@ -95,23 +94,9 @@ class HostFacts:
             return "lo"
         return next((name for name, addresses in self.interfaces.items() if address in addresses), None)
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, body: dict[str, Any]) -> "HostFacts":
-        """Undo `to_json`."""
-        storage = body["storage"]
-        return cls(**body | {
-            "devices": tuple(Device(**device) for device in body["devices"]),
-            "storage": storage and Storage(**storage | {"created": tuple(storage["created"])}),
-            **{key: tuple(body[key]) for key in ("memory_mib", "shm_mib", "open_files")},
-        })  # fmt: skip
-
 
 @dataclass(frozen=True)
-class Clock:
+class ClockOffset:
     """A host's clock against the one of the machine where the doctor runs.
 
     Attributes:
@@ -181,14 +166,6 @@ class Links:
     boundaries: tuple[Boundary, ...]
     reductions: tuple[Reduction, ...]
 
-    @classmethod
-    def from_json(cls, body: dict[str, Any]) -> "Links":
-        """From what rank 0 wrote."""
-        pairs = tuple(Boundary(**one | {"ranks": tuple(one["ranks"])}) for one in body["boundaries"])
-        groups = tuple(Reduction(**one | {"ranks": tuple(one["ranks"])}) for one in body["reductions"])
-        grid, hosts, devices = (tuple(body[key]) for key in ("grid", "hosts", "devices"))
-        return cls(grid, body["backend"], hosts, devices, pairs, groups)
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -235,7 +212,7 @@ class Survey:
     slots: dict[str, int]
     facts: dict[str, HostFacts]
     silent: dict[str, str] = field(default_factory=dict)
-    clocks: dict[str, Clock] = field(default_factory=dict)
+    clocks: dict[str, ClockOffset] = field(default_factory=dict)
     seen: dict[str, dict[str, bool]] = field(default_factory=dict)
     interface: str | None = None
     mended: bool = False

@@ -26,8 +26,8 @@ from stagdist.parallel.world import World, join_launcher
 if TYPE_CHECKING:
     import torch
 
-MARK = "STAGDIST-LINKS"
-ERROR_MARK = "STAGDIST-LINKS-ERROR"
+RESULT_PREFIX = "STAGDIST-LINKS"
+ERROR_PREFIX = "STAGDIST-LINKS-ERROR"
 PIECE = 1000
 """Characters of the result in one line."""
 
@@ -243,7 +243,7 @@ def pieces(links: Links) -> list[str]:
     """The result as lines that any launcher lets through."""
     text = base64.b64encode(json.dumps(asdict(links)).encode()).decode()
     parts = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
-    return [f"{MARK} {index}/{len(parts)} {part} END" for index, part in enumerate(parts)]
+    return [f"{RESULT_PREFIX} {index}/{len(parts)} {part} END" for index, part in enumerate(parts)]
 
 
 def main() -> int:
@@ -266,7 +266,7 @@ def main() -> int:
     except Exception as error:
         reason = " ".join(str(error).split())[:400]
         print(
-            f"{ERROR_MARK} rank {os.environ.get('RANK', '?')} on {socket.gethostname()}: "
+            f"{ERROR_PREFIX} rank {os.environ.get('RANK', '?')} on {socket.gethostname()}: "
             f"{type(error).__name__}: {reason} END", flush=True,
         )  # fmt: skip
         return 1

@@ -9,13 +9,13 @@ from pathlib import Path
 from stagdist.cluster.doctor.facts import NOTE, PROBLEM, Finding, HostFacts
 from stagdist.cluster.hosts.shell_variables import (
     DEEPSPEED_ENV,
-    EXPORTED_UNASKED,
+    EXPORTED_BY_DEEPSPEED,
     PREFIXES,
     is_credential,
     is_plain,
     is_secret,
     may_be_shown,
-    wanted,
+    rank_variables,
     write_deepspeed_env,
 )
 
@@ -28,7 +28,7 @@ _LINE = re.compile(r"\s*(?P<name>[A-Za-z_][A-Za-z0-9_]*)\s*=(?P<value>.*)")
 
 
 @dataclass(frozen=True)
-class HandedOn:
+class ForwardedVariables:
     """What DeepSpeed will hand on to the ranks.
 
     Attributes:
@@ -40,7 +40,7 @@ class HandedOn:
     findings: tuple[Finding, ...] = ()
 
 
-def read_deepspeed_env(folder: Path, environment: Mapping[str, str] = os.environ) -> HandedOn:
+def read_deepspeed_env(folder: Path, environment: Mapping[str, str] = os.environ) -> ForwardedVariables:
     """Read the files that DeepSpeed reads when it is started in `folder`: the one at home, then the one there."""
     name = environment.get("DS_ENV_FILE", DEEPSPEED_ENV)
     paths = dict.fromkeys(place / name for place in (Path(environment.get("HOME", "/")), folder))
@@ -64,7 +64,7 @@ def read_deepspeed_env(folder: Path, environment: Mapping[str, str] = os.environ
         what = "DeepSpeed by itself writes what is secret or a shell could run into the command lines of all hosts: "
         what += ", ".join(shown)
         findings.append(Finding(NOTE, ROW, (), what, WRITE))
-    return HandedOn(variables, tuple(findings))
+    return ForwardedVariables(variables, tuple(findings))
 
 
 def _wrong(line: str, where: str) -> Finding | None:
@@ -83,8 +83,8 @@ def _wrong(line: str, where: str) -> Finding | None:
 def _left_behind(environment: Mapping[str, str]) -> list[str]:
     return [
         name
-        for name in wanted(environment)
-        if (name.startswith(PREFIXES) or is_credential(name)) and not name.startswith(EXPORTED_UNASKED)
+        for name in rank_variables(environment)
+        if (name.startswith(PREFIXES) or is_credential(name)) and not name.startswith(EXPORTED_BY_DEEPSPEED)
     ]
 
 
@@ -92,8 +92,8 @@ def _shown(environment: Mapping[str, str], replaced: Mapping[str, str]) -> list[
     """Variables of the shell that DeepSpeed hands on by itself, although they may not stand on a command line."""
     return [
         name
-        for name, value in wanted(environment).items()
-        if name.startswith(EXPORTED_UNASKED) and name not in replaced and not may_be_shown(name, value)
+        for name, value in rank_variables(environment).items()
+        if name.startswith(EXPORTED_BY_DEEPSPEED) and name not in replaced and not may_be_shown(name, value)
     ]
 
 
@@ -130,7 +130,7 @@ def stale_master(variables: Mapping[str, str], hosts: Sequence[str], facts: Mapp
     return [Finding(PROBLEM, ROW, (), what, WRITE)]
 
 
-def write_variables(path: Path, master: str | None, interface: str | None) -> tuple[list[str], HandedOn]:
+def write_variables(path: Path, master: str | None, interface: str | None) -> tuple[list[str], ForwardedVariables]:
     """Generate the file from this shell's variables.
 
     Args:

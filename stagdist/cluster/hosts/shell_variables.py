@@ -12,8 +12,9 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from stagdist.cluster.hosts.leftovers import MARK
+from stagdist.cluster.hosts.leftovers import JOB_VARIABLE
 from stagdist.errors import ConfigError
+from stagdist.files import writing
 from stagdist.parallel.private_variables import PRIVATE_FILE, VARIABLE_NAME
 from stagdist.telemetry.pulse import PULSE_FILE
 
@@ -36,11 +37,13 @@ PREFIXES = (
 )  # fmt: skip
 """Beginnings of variables handed on."""
 
-EXPORTED_UNASKED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
+EXPORTED_BY_DEEPSPEED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
 """Beginnings of variables that DeepSpeed puts into the command line of the hosts by itself, without care; the same
 names in the generated file replace them, with nothing where the private file brings the value."""
 
-NEVER = frozenset({"CUDA_VISIBLE_DEVICES", "DS_ENV_FILE", "PYTHONSTARTUP", PRIVATE_FILE, MARK, PULSE_FILE})
+NEVER_FORWARDED = frozenset(
+    {"CUDA_VISIBLE_DEVICES", "DS_ENV_FILE", "PYTHONSTARTUP", PRIVATE_FILE, JOB_VARIABLE, PULSE_FILE}
+)
 """Variables that mean something on this host or to this process alone; a supervisor inside a supervised job must not
 mark its ranks with the mark of the outer one."""
 
@@ -104,13 +107,13 @@ def check_early(name: str, value: str) -> None:
         )
 
 
-def wanted(environment: Mapping[str, str]) -> dict[str, str]:
+def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that a rank needs, secrets included, sorted by name."""
     names = NAMES | EARLY_NAMES
     return {
         name: value
         for name, value in sorted(environment.items())
-        if name not in NEVER
+        if name not in NEVER_FORWARDED
         and VARIABLE_NAME.fullmatch(name)
         and (name in names or name.startswith(PREFIXES) or is_credential(name))
     }
@@ -131,15 +134,6 @@ def split_private(variables: Mapping[str, str]) -> tuple[dict[str, str], dict[st
     return public, private
 
 
-def write_private(path: Path, text: str) -> None:
-    """Write a file that nobody but its owner can read, replacing one of that name."""
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-        stream.write(text)
-    part.rename(path)
-
-
 def write_deepspeed_env(path: Path, private: Path, environment: Mapping[str, str] = os.environ) -> list[str]:
     """Write the file for DeepSpeed and, where something must not be seen or is not plain, the private one.
 
@@ -153,17 +147,19 @@ def write_deepspeed_env(path: Path, private: Path, environment: Mapping[str, str
     Raises:
         ConfigError: a value cannot be handed on, or a file cannot be written.
     """
-    variables = wanted(environment)
+    variables = rank_variables(environment)
     public, hidden = split_private(variables)
-    public |= {name: "" for name in hidden if name.startswith(EXPORTED_UNASKED)}
+    public |= {name: "" for name in hidden if name.startswith(EXPORTED_BY_DEEPSPEED)}
     if hidden:
         public[PRIVATE_FILE] = str(private.resolve())
         if not is_plain(public[PRIVATE_FILE]):
             raise ConfigError(f"{public[PRIVATE_FILE]!r} holds characters that a shell could run or split; rename it")
     try:
         if hidden:
-            write_private(private, "".join(f"{name}={shlex.quote(value)}\n" for name, value in hidden.items()))
-        write_private(path, "".join(f"{name}={value}\n" for name, value in public.items()))
+            with writing(private, private=True) as stream:
+                stream.writelines(f"{name}={shlex.quote(value)}\n" for name, value in hidden.items())
+        with writing(path, private=True) as stream:
+            stream.writelines(f"{name}={value}\n" for name, value in public.items())
     except OSError as error:
         raise ConfigError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
     return list(variables)

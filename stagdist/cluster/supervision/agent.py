@@ -24,8 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from stagdist.cluster.hosts.leftovers import carrying, end_all
-from stagdist.cluster.supervision.background_output import Screen
+from stagdist.cluster.hosts.leftovers import kill_all, processes_with
+from stagdist.cluster.supervision.background_output import BackgroundWriter
 from stagdist.cluster.supervision.messages import AGENT_ERROR, LONGEST_LINE, Job, decode, encode, read_job
 from stagdist.errors import ConfigError, TransportError
 from stagdist.parallel.world import World, join_launcher
@@ -72,7 +72,7 @@ def host_name() -> str:
     return socket.gethostname().partition(".")[0]
 
 
-class Output:
+class ScriptOutput:
     """What the script writes: all of it to a file, the latest lines in memory.
 
     A disk that is full or slow does not hold up anybody.
@@ -89,7 +89,7 @@ class Output:
         self.stream, self.tail = stream, deque[str](maxlen=TAIL_LINES)
         os.set_blocking(stream.fileno(), False)
         self._rest = b""
-        self._file, self._kept = file, Screen(file.fileno())
+        self._file, self._kept = file, BackgroundWriter(file.fileno())
 
     def read(self) -> list[str] | None:
         """New whole lines, shortened; None at the end of the stream."""
@@ -207,7 +207,7 @@ class Agent:
             preexec_fn=die_with_parent(),
         )
         assert self._child.stdout is not None
-        self._output = Output(self._child.stdout, log)
+        self._output = ScriptOutput(self._child.stdout, log)
         self._selector.register(self._child.stdout, selectors.EVENT_READ, self._collect)
         self._selector.register(os.pidfd_open(self._child.pid), selectors.EVENT_READ, lambda: None)
 
@@ -317,7 +317,7 @@ class Agent:
         code = self._child.returncode
         self._kill_group()
         # What the script started in sessions of their own has its variables all the same.
-        end_all(lambda: carrying(PULSE_FILE, lambda value: value == str(self._pulse_file)), DRAIN_S)
+        kill_all(lambda: processes_with(PULSE_FILE, lambda value: value == str(self._pulse_file)), DRAIN_S)
         deadline = time.monotonic() + DRAIN_S
         while time.monotonic() < deadline and (lines := self._output.read()) is not None:
             if not lines:

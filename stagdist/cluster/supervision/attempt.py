@@ -16,12 +16,19 @@ from pathlib import Path
 
 from stagdist.cluster.hosts.hostfile import Host, hostfile_text
 from stagdist.cluster.hosts.remote import Finished, on_all, run_here, run_on
-from stagdist.cluster.hosts.shell_variables import write_private
 from stagdist.cluster.hosts.start import Launch, Launcher, commands, environment_file, launcher_environment
 from stagdist.cluster.supervision.agent import die_with_parent
-from stagdist.cluster.supervision.diagnosis import Fault, Limits, find_exit, find_missing, find_silence, steps_done
+from stagdist.cluster.supervision.diagnosis import (
+    Fault,
+    SilenceLimits,
+    find_exit,
+    find_missing,
+    find_silence,
+    steps_done,
+)
 from stagdist.cluster.supervision.messages import AGENT_ERROR, Job
-from stagdist.cluster.supervision.rank_reports import ControlServer, RankView
+from stagdist.cluster.supervision.rank_reports import RankReport, RankServer
+from stagdist.files import writing
 
 LOG = logging.getLogger(__name__)
 
@@ -38,7 +45,7 @@ SWEEP_S = 8.0
 
 
 @dataclass(frozen=True)
-class Plan:
+class AttemptPlan:
     """What an attempt consists of.
 
     Attributes:
@@ -61,13 +68,13 @@ class Plan:
     environment: Mapping[str, str]
     address: str
     logs: Path
-    limits: Limits
+    limits: SilenceLimits
     lease_s: float
     stop_s: float
 
 
 @dataclass
-class Outcome:
+class AttemptResult:
     """How an attempt ended.
 
     Attributes:
@@ -81,7 +88,7 @@ class Outcome:
     """
 
     fault: Fault | None
-    ranks: Mapping[int, RankView]
+    ranks: Mapping[int, RankReport]
     noticed: float
     ended: int = 0
     left: int = 0
@@ -98,14 +105,14 @@ class Attempt:
         on_step: gets the steps done when training began, and every greater number once it is known.
     """
 
-    def __init__(self, plan: Plan, on_line: Callable[[str], None], on_step: Callable[[int], None]):
+    def __init__(self, plan: AttemptPlan, on_line: Callable[[str], None], on_step: Callable[[int], None]):
         self._plan, self._on_step = plan, on_step
         self._token = secrets.token_hex(16)
-        self._server = ControlServer(self._token, plan.number, on_line)
+        self._server = RankServer(self._token, plan.number, on_line)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._step = -1
 
-    async def run(self, stop: asyncio.Event, hurry: asyncio.Event) -> Outcome:
+    async def run(self, stop: asyncio.Event, hurry: asyncio.Event) -> AttemptResult:
         """Until all ranks have ended in order or something is wrong; nothing is left afterwards.
 
         Args:
@@ -133,7 +140,8 @@ class Attempt:
         plan, launch = self._plan, self._plan.launch
         plan.logs.mkdir(parents=True, exist_ok=True)
         launch.hostfile.write_text(hostfile_text(launch.hosts))
-        write_private(launch.environment_file, environment_file(launch, os.environ))
+        with writing(launch.environment_file, private=True) as stream:
+            stream.write(environment_file(launch, os.environ))
         Job(
             plan.command,
             str(launch.folder),
@@ -176,7 +184,7 @@ class Attempt:
             before = time.monotonic()
             await asyncio.sleep(WATCH_S)
             now = time.monotonic()
-            self._server.forgive(now - before - WATCH_S)
+            self._server.extend_deadlines(now - before - WATCH_S)
             self._follow_steps()
             if len(ranks) == size and all(view.exit_code == 0 for view in ranks.values()):
                 return None
@@ -233,7 +241,7 @@ class Attempt:
         while not self._server.ranks[rank].stack and time.monotonic() < deadline:
             await asyncio.sleep(WATCH_S)
 
-    async def _end(self, fault: Fault | None) -> Outcome:
+    async def _end(self, fault: Fault | None) -> AttemptResult:
         """End agents, launcher and what is left on the hosts, in this order."""
         ranks, noticed = self._server.ranks, time.time()
         if ranks and all(view.exit_code == 0 for view in ranks.values()):
@@ -256,7 +264,7 @@ class Attempt:
             self._plan.logs,
         )
         heard = [view.heard_at for view in ranks.values() if view.exit_code is None]
-        return Outcome(fault, dict(ranks), noticed, ended, left, dead, max(heard, default=0.0))
+        return AttemptResult(fault, dict(ranks), noticed, ended, left, dead, max(heard, default=0.0))
 
     async def _wait_for_launcher(self) -> None:
         deadline = time.monotonic() + LAUNCHER_S
@@ -264,7 +272,7 @@ class Attempt:
             await asyncio.sleep(WATCH_S)
 
 
-def stopped_before_work(ranks: Mapping[int, RankView]) -> bool:
+def stopped_before_work(ranks: Mapping[int, RankReport]) -> bool:
     """Whether all ranks ended by the signal that asked them to, before there was anything to save."""
     return all(view.exit_code == -signal.SIGTERM and view.first_step < 0 for view in ranks.values())
 

@@ -1,19 +1,22 @@
-"""Output written beside the work: a terminal that is held, a reader that sleeps, a disk that is full or does not answer
-must not keep the supervisor from telling the ranks that it is there, nor an agent from telling how its rank is."""
+"""Writes console and log output from a background thread.
+
+A blocked terminal or a full disk must not delay heartbeats, so output is queued, and dropped with a note when the queue
+is full.
+"""
 
 import os
 import queue
 import threading
 
 CAPACITY = 1000
-"""Pieces that wait at most; later ones are left out, and what follows says so."""
+"""Pieces of output that can be queued. Later ones are dropped, and a note says how many."""
 
 
-class Screen:
-    """A stream that never blocks and never fails.
+class BackgroundWriter:
+    """A text stream whose writes never block and never fail.
 
     Args:
-        descriptor: of the open file that a thread writes to.
+        descriptor: of the open file that the thread writes to.
     """
 
     def __init__(self, descriptor: int):
@@ -24,11 +27,11 @@ class Screen:
         self._thread.start()
 
     def write(self, text: str) -> None:
-        """Show the text, soon; it is left out where too much waits already."""
+        """Queue text, or drop it when the queue is full."""
         self.put(text.encode(errors="replace"))
 
     def put(self, data: bytes) -> None:
-        """The same with bytes."""
+        """Queue bytes, or drop them when the queue is full."""
         note = f"[{self._left_out} pieces of output were left out: too much was waiting]\n" if self._left_out else ""
         try:
             self._pieces.put_nowait(note.encode() + data)
@@ -37,10 +40,10 @@ class Screen:
             self._left_out += 1
 
     def flush(self) -> None:
-        """For logging; text is under way already."""
+        """Do nothing; `logging` calls this after every record."""
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """Wait until everything is shown, `timeout_s` seconds at most."""
+        """Wait until everything is written, at most `timeout_s` seconds."""
         try:
             self._pieces.put(None, timeout=timeout_s)
         except queue.Full:
@@ -52,5 +55,5 @@ class Screen:
             try:
                 while data:
                     data = data[os.write(self._descriptor, data) :]
-            except OSError:  # nobody reads, no space: the next line may have more luck
+            except OSError:  # no reader or no space; a later piece may succeed
                 continue

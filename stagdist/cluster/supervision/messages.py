@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stagdist.cluster.hosts.shell_variables import write_private
 from stagdist.errors import ConfigError
+from stagdist.files import writing
 
 LONGEST_LINE = 1 << 16
 """Bytes that are read at once, and of a line of output that is kept whole."""
@@ -45,7 +45,8 @@ class Job:
 
     def write(self, path: Path) -> None:
         """Store it, readable by its owner alone."""
-        write_private(path, json.dumps(asdict(self), indent=1) + "\n")
+        with writing(path, private=True) as stream:
+            stream.write(json.dumps(asdict(self), indent=1) + "\n")
 
 
 def read_job(path: str | Path) -> Job:

@@ -9,31 +9,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stagdist.cluster.hosts.hostfile import Host, read_hostfile
-from stagdist.cluster.hosts.shell_variables import wanted
+from stagdist.cluster.hosts.shell_variables import rank_variables
 from stagdist.cluster.hosts.start import check_paths
-from stagdist.cluster.supervision.diagnosis import Limits
-from stagdist.cluster.supervision.placement import Placement
-from stagdist.cluster.supervision.supervisor import Options
+from stagdist.cluster.supervision.diagnosis import SilenceLimits
+from stagdist.cluster.supervision.placement import HostPlacement
+from stagdist.cluster.supervision.supervisor import SupervisorOptions
 from stagdist.config.loading import load_config
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import ConfigError
 from stagdist.parallel.grid import grid_for
 from stagdist.parallel.ranks_parser import pretrain_arguments
 
-GIVE_SIGNS = ("pretrain.py", "generate.py")
+SCRIPTS_WITH_HEARTBEAT = ("pretrain.py", "generate.py")
 """Scripts whose ranks give signs of life: one that gives none is stuck, not merely quiet."""
 
 
-def placement_of(arguments: argparse.Namespace) -> Placement:
+def placement_of(arguments: argparse.Namespace) -> HostPlacement:
     """Hosts and spares.
 
     Raises:
         ConfigError: the hostfile cannot be used.
     """
     if arguments.hostfile is None:
-        return Placement((Host("localhost", arguments.num_ranks or 2),))
+        return HostPlacement((Host("localhost", arguments.num_ranks or 2),))
     hostfile = read_hostfile(arguments.hostfile)
-    return Placement(hostfile.hosts, hostfile.spares)
+    return HostPlacement(hostfile.hosts, hostfile.spares)
 
 
 def config_of(command: list[str]) -> RunConfig | None:
@@ -52,7 +52,7 @@ def config_of(command: list[str]) -> RunConfig | None:
     return load_config(known.config, known.set)
 
 
-def options_of(arguments: argparse.Namespace) -> Options:
+def options_of(arguments: argparse.Namespace) -> SupervisorOptions:
     """Everything checked that can be checked before a rank runs.
 
     Raises:
@@ -74,8 +74,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
     _check_address(arguments.address)
     folder = Path(arguments.folder or config.folder).resolve()  # type: ignore[union-attr]
     check_paths(folder, Path.cwd(), sys.executable)
-    environment = {name: value for name, value in wanted(os.environ).items() if not name.startswith("MASTER_")}
-    return Options(
+    environment = {name: value for name, value in rank_variables(os.environ).items() if not name.startswith("MASTER_")}
+    return SupervisorOptions(
         command=tuple(arguments.command),
         launcher="local" if arguments.hostfile is None else arguments.launcher or "pdsh",
         placement=placement,
@@ -83,11 +83,11 @@ def options_of(arguments: argparse.Namespace) -> Options:
         environment=environment,
         address=arguments.address,
         max_restarts=arguments.max_restarts,
-        limits=Limits(
+        limits=SilenceLimits(
             hang_s=arguments.hang_timeout_s,
             slow_s=arguments.slow_timeout_s,
             host_s=arguments.host_timeout_s,
-            start_s=arguments.slow_timeout_s if script in GIVE_SIGNS else float("inf"),
+            start_s=arguments.slow_timeout_s if script in SCRIPTS_WITH_HEARTBEAT else float("inf"),
         ),
         lease_s=1.5 * arguments.host_timeout_s,
         stop_s=arguments.stop_s,

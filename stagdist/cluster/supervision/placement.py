@@ -7,7 +7,7 @@ from stagdist.cluster.hosts.hostfile import Host
 
 
 @dataclass(frozen=True)
-class Placement:
+class HostPlacement:
     """Hosts at work and in reserve.
 
     Attributes:
@@ -26,13 +26,15 @@ class Placement:
         return sum(host.slots for host in self.hosts)
 
 
-def useless_spares(placement: Placement) -> list[Host]:
+def useless_spares(placement: HostPlacement) -> list[Host]:
     """Spares with fewer slots than any host has."""
     fewest = min(host.slots for host in placement.hosts)
     return [spare for spare in placement.spares if spare.slots < fewest]
 
 
-def with_spares(placement: Placement, dead: Collection[str], answers: Callable[[str], bool]) -> Placement | None:
+def with_spares(
+    placement: HostPlacement, dead: Collection[str], answers: Callable[[str], bool]
+) -> HostPlacement | None:
     """Put a spare in the place of every dead host; it must answer and have as many slots.
 
     Returns: None when there are not enough spares.
@@ -48,10 +50,10 @@ def with_spares(placement: Placement, dead: Collection[str], answers: Callable[[
         hosts[index] = Host(spare.name, host.slots)
         lost.append(host)
     back = [host for host in lost[len(placement.lost) :] if host not in spares]
-    return Placement(tuple(hosts), (*spares, *back), tuple(lost))
+    return HostPlacement(tuple(hosts), (*spares, *back), tuple(lost))
 
 
-def with_fewer(placement: Placement, dead: Collection[str], fits: Callable[[int], bool]) -> Placement | None:
+def with_fewer(placement: HostPlacement, dead: Collection[str], fits: Callable[[int], bool]) -> HostPlacement | None:
     """Go on with what lives: the largest number of ranks that fits, taken from the front.
 
     Args:
@@ -64,7 +66,7 @@ def with_fewer(placement: Placement, dead: Collection[str], fits: Callable[[int]
     if world is None:
         return None
     lost = tuple(host for host in placement.hosts if host.name in dead)
-    return Placement(_first(living, world), placement.spares, placement.lost + lost)
+    return HostPlacement(_first(living, world), placement.spares, placement.lost + lost)
 
 
 def _first(hosts: Sequence[Host], slots: int) -> tuple[Host, ...]:

@@ -26,7 +26,7 @@ the connection, and with it the rank."""
 
 
 @dataclass
-class RankView:
+class RankReport:
     """One rank as its agent last told.
 
     Attributes:
@@ -42,7 +42,7 @@ class RankView:
         heard_at: monotonic seconds, of the last message.
         exit_code: of the script, negative after a signal; None while it runs.
         exited_at: monotonic seconds.
-        ended_by_us: the supervisor wanted it to end.
+        ended_by_us: the supervisor ended it.
         lost: its agent is gone without having told how it ended.
         tail: its last lines of output.
         stack: Python stacks, where they were asked for.
@@ -85,7 +85,7 @@ class RankView:
                 self.stack = tuple(map(str, message["lines"]))
 
 
-class ControlServer:
+class RankServer:
     """Listens for the agents of one attempt.
 
     Args:
@@ -98,7 +98,7 @@ class ControlServer:
         self._token, self._attempt, self._on_line = token, attempt, on_line
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.ranks: dict[int, RankView] = {}
+        self.ranks: dict[int, RankReport] = {}
 
     async def start(self, address: str) -> int:
         """Listen on one address of this host and no other. Returns: the port."""
@@ -121,7 +121,7 @@ class ControlServer:
             if rank in (None, number) and not writer.is_closing():
                 writer.write(encode({"kind": kind}))
 
-    def forgive(self, late_s: float) -> None:
+    def extend_deadlines(self, late_s: float) -> None:
         """Time in which this process itself was stopped is nobody's silence."""
         if late_s > LATE_S:
             now = time.monotonic()
@@ -144,7 +144,7 @@ class ControlServer:
                 return
             rank = int(hello["rank"])
             self._writers[rank] = writer
-            view = self.ranks[rank] = RankView(rank, str(hello["host"]), heard_at=time.monotonic())
+            view = self.ranks[rank] = RankReport(rank, str(hello["host"]), heard_at=time.monotonic())
             writer.write(encode({"kind": "welcome"}))  # only now does its script start
             while line := await reader.readline():
                 message = decode(line)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -12,19 +11,19 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from stagdist.cluster.hosts.hostfile import Host
-from stagdist.cluster.hosts.leftovers import NOT_THERE
+from stagdist.cluster.hosts.leftovers import NOT_SHARED
 from stagdist.cluster.hosts.remote import on_all, run_on
 from stagdist.cluster.hosts.start import Launch, Launcher, address_of, reachable_address
-from stagdist.cluster.supervision.attempt import Attempt, Outcome, Plan, sweep
-from stagdist.cluster.supervision.diagnosis import MENDED_BY_A_PERSON, Fault, Limits
-from stagdist.cluster.supervision.events import History
-from stagdist.cluster.supervision.placement import Placement, useless_spares, with_fewer, with_spares
+from stagdist.cluster.supervision.attempt import Attempt, AttemptPlan, AttemptResult, sweep
+from stagdist.cluster.supervision.diagnosis import USER_ERROR_CODE, Fault, SilenceLimits
+from stagdist.cluster.supervision.events import EventLog
+from stagdist.cluster.supervision.placement import HostPlacement, useless_spares, with_fewer, with_spares
 from stagdist.errors import ConfigError, StagdistError
+from stagdist.files import locked
 
 LOG = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ PROBE_S = 2.0
 
 
 @dataclass(frozen=True)
-class Options:
+class SupervisorOptions:
     """How a run is supervised.
 
     Attributes:
@@ -66,12 +65,12 @@ class Options:
 
     command: tuple[str, ...]
     launcher: Launcher
-    placement: Placement
+    placement: HostPlacement
     folder: Path
     environment: Mapping[str, str]
     address: str | None
     max_restarts: int
-    limits: Limits
+    limits: SilenceLimits
     lease_s: float
     stop_s: float
     host_wait_s: float
@@ -90,10 +89,10 @@ class Supervisor:
         on_line: gets the output of rank 0.
     """
 
-    def __init__(self, options: Options, on_line: Callable[[str], None]):
+    def __init__(self, options: SupervisorOptions, on_line: Callable[[str], None]):
         self._options, self._on_line = options, on_line
         self._placement = options.placement
-        self._history = History(options.folder / "run.json", options.command)
+        self._history = EventLog(options.folder / "run.json", options.command)
         self._job = hashlib.sha256(str(options.folder.resolve()).encode()).hexdigest()[:12]
         self._stop_signal, self._asked_at = 0, 0.0
         self._lock = options.folder / LOCK
@@ -118,7 +117,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell that starts it in the background
                 asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
-        with only_one(self._lock):
+        with _only_supervisor(self._lock):
             try:
                 return await self._go_on()
             except StagdistError as reason:
@@ -164,7 +163,7 @@ class Supervisor:
             if self._stop.is_set():
                 return self._stopped(outcome)
 
-    async def _attempt(self) -> Outcome:
+    async def _attempt(self) -> AttemptResult:
         self._number += 1
         self._first_known, self._progressed = None, False
         plan = self._plan()
@@ -184,7 +183,7 @@ class Supervisor:
         finally:
             self._at_work = False
 
-    def _plan(self) -> Plan:
+    def _plan(self) -> AttemptPlan:
         options = self._options
         hosts = self._placement.hosts
         local = options.launcher == "local"
@@ -201,7 +200,7 @@ class Supervisor:
             as_root=os.geteuid() == 0,
         )
         address = options.address or ("127.0.0.1" if local else self._own_address(hosts))
-        return Plan(
+        return AttemptPlan(
             self._number, options.launcher, launch, options.command, options.environment, address, logs,
             options.limits, options.lease_s, options.stop_s,
         )  # fmt: skip
@@ -226,7 +225,7 @@ class Supervisor:
             self._progressed = True
             self._history.note("step", attempt=self._number, step=step)
 
-    def _note_end(self, outcome: Outcome) -> None:
+    def _note_end(self, outcome: AttemptResult) -> None:
         fault = outcome.fault
         if fault is not None:
             view = outcome.ranks.get(-1 if fault.rank is None else fault.rank)
@@ -255,7 +254,7 @@ class Supervisor:
         first = f"first error: {fault.says}"
         first += " " if first[-1] in ".?!" else "; "
         logs = f"output of the ranks: {self._options.folder / 'logs' / f'attempt_{self._number:03d}'}"
-        if fault.kind == "exit" and fault.code == MENDED_BY_A_PERSON:
+        if fault.kind == "exit" and fault.code == USER_ERROR_CODE:
             raise GaveUpError(f"{first}starting again would not help. {logs}")
         before = self._last_fault
         if before is not None and fault.own and before.same_again == fault.same_again:
@@ -357,7 +356,7 @@ class Supervisor:
             raise GaveUpError(f"{left} processes of an earlier start cannot be ended: look for {self._job} in /proc")
         return dead
 
-    def _stopped(self, outcome: Outcome | None) -> int:
+    def _stopped(self, outcome: AttemptResult | None) -> int:
         code = 128 + self._stop_signal
         how = "the ranks have ended in order"
         if outcome is None:
@@ -384,7 +383,7 @@ def _refuse_unfit(dead: Mapping[str, str]) -> None:
     Raises:
         ConfigError: a host has no address, as ssh says, or does not see the run's folder.
     """
-    apart = [host for host, reason in dead.items() if NOT_THERE in reason]
+    apart = [host for host, reason in dead.items() if NOT_SHARED in reason]
     if apart:
         raise ConfigError(
             f"{', '.join(apart)}: {dead[apart[0]]}; choose a runs_directory or --folder that all hosts see"
@@ -397,27 +396,22 @@ def _refuse_unfit(dead: Mapping[str, str]) -> None:
         )
 
 
-@contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process.
+@contextlib.contextmanager
+def _only_supervisor(path: Path) -> Iterator[None]:
+    """Hold the lock of a run.
 
     Raises:
-        ConfigError: another process has it, or the folder cannot be written.
+        ConfigError: another supervisor holds it, the folder cannot be written, or its file system has no locks.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.open("a")
-    except OSError as error:
-        raise ConfigError(
-            f"folder {path.parent} cannot be written: {error.strerror}; choose another runs_directory or --folder"
-        ) from error
-    with stream:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path))
+        except TimeoutError:
             raise ConfigError(f"{path}: another supervisor is at work on this run; stop it first") from None
         except OSError as error:
             raise ConfigError(
-                f"{path} cannot be locked: {error.strerror}; mount its file system with locks, or choose a --folder"
+                f"folder {path.parent} cannot be written or locked: {error.strerror or error}; choose another "
+                "runs_directory or --folder"
             ) from error
         yield
