@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 EPILOG = """\
 Asks every host over ssh, then starts ranks through the launcher and measures the links between them. Prints one
 table; ! marks what differs or is slow; then every finding with its remedy and the verdict.
-Exit code: 0 fine, 1 problems found, 2 something to mend first (command line, hostfile, configuration), 130 Ctrl-C.
+Exit code: 0 fine, 1 problems found, 2 user error (command line, hostfile, configuration), 130 Ctrl-C.
 
 examples:
   python launch/doctor.py                                      this machine alone, two ranks

@@ -3,7 +3,7 @@
 import asyncio
 import json
 
-from stagdist.cluster.supervision.agent import LONGEST_SHOWN, TAIL_LINES
+from stagdist.cluster.supervision.background_output import LONGEST_SHOWN, TAIL_LINES
 from stagdist.cluster.supervision.messages import encode
 from stagdist.cluster.supervision.rank_reports import RankServer
 

@@ -83,7 +83,7 @@ def test_a_silent_host_is_a_problem_with_the_reason_and_the_remedy() -> None:
     found = findings(dataclasses.replace(results, facts=known, links_problem="node2 did not answer"))
     assert [str(finding) for finding in found] == [
         "problem: node2: does not answer ssh (timed out); try `ssh node2 true`",
-        "problem: links were not measured: node2 did not answer; mend the other problems first, then run the doctor "
+        "problem: links were not measured: node2 did not answer; fix the other problems first, then run the doctor "
         "again",
     ]
 
@@ -138,7 +138,7 @@ def test_a_name_that_means_loopback_is_mended_by_naming_the_interface() -> None:
     assert [finding.hosts for finding in found] == [("node1",), ("node2",)]
     assert all("GLOO_SOCKET_IFNAME=eth0" in finding.remedy for finding in found)
     assert findings(survey(2, loopback(), interface="eth0")) == []
-    written = findings(survey(2, loopback(), interface="eth0", mended=True))
+    written = findings(survey(2, loopback(), interface="eth0", fixed=True))
     assert [finding.level for finding in written] == [NOTE]
 
 

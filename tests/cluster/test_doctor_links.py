@@ -67,17 +67,6 @@ def test_links_survive_json() -> None:
 
 
 @pytest.mark.ranks
-def test_two_ranks_of_this_machine_are_measured_through_deepspeed() -> None:
-    plan = LinkPlan(Grid(2, 1, 1), (), "pdsh", "127.0.0.1", free_port(), {"GLOO_SOCKET_IFNAME": "lo"}, largest_mib=2)
-    found = measure_links(plan)
-    assert (found.grid, found.backend, found.devices) == ((2, 1, 1), "gloo", ("cpu", "cpu"))
-    (boundary,) = found.boundaries
-    assert boundary.ranks == (0, 1) and 0 < boundary.latency_s < 1
-    assert min(boundary.forward_bytes_s, boundary.backward_bytes_s) > 1e6
-    assert [(one.axis, one.ranks, one.correct) for one in found.reductions] == [("all", (0, 1), True)]
-
-
-@pytest.mark.ranks
 def test_ranks_that_fail_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAGDIST_PRIVATE_ENV", "/nowhere")
     plan = LinkPlan(Grid(2, 1, 1), (), "pdsh", "127.0.0.1", free_port(), {})

@@ -10,9 +10,10 @@ import pytest
 from stagdist.cluster.hosts.hostfile import Host
 from stagdist.cluster.supervision import supervisor
 from stagdist.cluster.supervision.diagnosis import Fault, SilenceLimits, find_silence
-from stagdist.cluster.supervision.placement import HostPlacement
+from stagdist.cluster.supervision.options import SupervisorOptions
+from stagdist.cluster.supervision.placement import HostPlacement, refuse_unusable
 from stagdist.cluster.supervision.rank_reports import RankReport, RankServer
-from stagdist.cluster.supervision.supervisor import GaveUpError, Supervisor, SupervisorOptions
+from stagdist.cluster.supervision.supervisor import GaveUpError, Supervisor
 from stagdist.errors import ConfigError
 
 LIMITS = SilenceLimits(hang_s=10.0, slow_s=100.0, host_s=10.0)
@@ -86,6 +87,6 @@ def test_an_unknown_name_and_a_folder_of_its_own_are_refused_and_a_host_that_is_
 ) -> None:
     if refused:
         with pytest.raises(ConfigError, match=r"no address is known for b .*correct the hostfile|b: .*all hosts see"):
-            supervisor._refuse_unfit({"b": reason})
+            refuse_unusable({"b": reason})
     else:
-        supervisor._refuse_unfit({"b": reason})
+        refuse_unusable({"b": reason})

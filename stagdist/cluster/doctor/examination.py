@@ -1,4 +1,4 @@
-"""The whole examination: hosts, then links, then the report."""
+"""The complete examination: hosts, then links, then the report."""
 
 import dataclasses
 import json
@@ -119,15 +119,15 @@ def _variables(options: DoctorOptions, hosts: Sequence[Host], survey: Survey) ->
     route = common_route(facts) if hosts and needs_interface(facts) else None
     if options.write_env is None:
         handed = read_deepspeed_env(Path.cwd()) if hosts else ForwardedVariables(_interfaces_of_this_shell())
-        mended = False
+        fixed = False
     else:
         master = master_address(names, survey.facts) if hosts else None
         written, handed = write_variables(options.write_env, master, route)
         _say(f"{options.write_env} hands on {', '.join(written)}")
-        mended = route is not None
+        fixed = route is not None
     interface = handed.variables.get(INTERFACE_NAMES[0])
     other = (*handed.findings, *(stale_master(handed.variables, names, survey.facts) if hosts else ()))
-    return dataclasses.replace(survey, interface=interface, mended=mended, other=other), handed
+    return dataclasses.replace(survey, interface=interface, fixed=fixed, other=other), handed
 
 
 def _interfaces_of_this_shell() -> dict[str, str]:

@@ -46,7 +46,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class HostFacts:
-    """What one host tells of itself.
+    """Facts about one host.
 
     Attributes:
         hostname: its own idea of its name.
@@ -60,7 +60,7 @@ class HostFacts:
         shm_mib: size and free space of /dev/shm.
         open_files: soft and hard limit.
         addresses: of every host by name; None where the name is not known.
-        own_address: of its own name.
+        own_address: of its hostname.
         interfaces: addresses by network interface.
         route: interface on the way to the first host (from there, to the second).
         free_port: one that nothing listens on.
@@ -88,7 +88,7 @@ class HostFacts:
 
     @property
     def own_interface(self) -> str | None:
-        """Interface that carries the address of the own name: what gloo listens on when nobody tells it otherwise."""
+        """Interface that carries the address of the own name: the one that gloo uses by default."""
         address = self.own_address
         if address is not None and address.startswith("127."):
             return "lo"
@@ -110,7 +110,7 @@ class ClockOffset:
 
 @dataclass(frozen=True)
 class Boundary:
-    """Two ranks of neighbouring stages.
+    """Two ranks of neighboring stages.
 
     Attributes:
         stage: of the first rank.
@@ -169,7 +169,7 @@ class Links:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that a person should know before a long run.
+    """A problem or note for the user.
 
     Attributes:
         level: PROBLEM or NOTE.
@@ -202,7 +202,7 @@ class Survey:
         clocks: of the hosts that answered.
         seen: reading host -> writing host -> whether the file written there was read here.
         interface: GLOO_SOCKET_IFNAME that ranks will get.
-        mended: whether the doctor set `interface` itself, in the file that it wrote.
+        fixed: whether the doctor set `interface` itself, in the file that it wrote.
         links: what the ranks measured.
         links_problem: why they did not.
         other: findings made on the way.
@@ -215,7 +215,7 @@ class Survey:
     clocks: dict[str, ClockOffset] = field(default_factory=dict)
     seen: dict[str, dict[str, bool]] = field(default_factory=dict)
     interface: str | None = None
-    mended: bool = False
+    fixed: bool = False
     links: Links | None = None
     links_problem: str = ""
     other: tuple[Finding, ...] = ()

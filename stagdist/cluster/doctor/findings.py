@@ -11,12 +11,12 @@ CLOCK_S = 1.0
 """Seconds that clocks may differ before logs and file times mislead."""
 
 SHM_MIB = 1024
-"""NCCL and data loaders want at least that much of /dev/shm on a host with devices; containers often have 64 MiB."""
+"""NCCL and data loaders need at least that much of /dev/shm on a host with devices; containers often have 64 MiB."""
 
 FREE_DISK_MIB = 10 * 1024
 SLOW_DISK_MB_S = 30.0
 FAST_DISK_MB_S = 200.0
-"""From here on nobody asks why another host is faster."""
+"""A disk of this speed is not reported as slow."""
 
 SLOWER = 3.0
 """How many times slower than the others a disk may be."""
@@ -52,7 +52,7 @@ def _answers(survey: Survey) -> Iterator[Finding]:
         if count > 1:
             same = _where(survey, lambda fact, name=name: fact.hostname == name)  # type: ignore[misc]
             what = f"all call themselves {name}: one machine listed twice, or clones"
-            yield Finding(NOTE, "answers", same, what, "give each its own name; mpirun tells hosts apart by it")
+            yield Finding(NOTE, "answers", same, what, "give each a unique name; mpirun identifies hosts by it")
     gone = _where(survey, lambda fact: not fact.folder)
     if gone:
         what = "the folder from which you start does not exist there, and launchers change to it"
@@ -64,11 +64,11 @@ def _clocks(survey: Survey) -> Iterator[Finding]:
         if abs(clock.offset_s) - clock.error_s > CLOCK_S:
             what = f"its clock is {abs(clock.offset_s):.1f} s {'ahead' if clock.offset_s > 0 else 'behind'}"
             yield Finding(
-                PROBLEM, "clock", (host,), what, "let chrony or ntpd set it: log files and file times mislead"
+                PROBLEM, "clock", (host,), what, "synchronize it with chrony or ntpd: log files and file times mislead"
             )
-    untold = tuple(host for host in survey.facts if host not in survey.clocks)
-    if untold:
-        yield Finding(NOTE, "clock", untold, "the clock could not be read", "run the doctor again")
+    unresolved = tuple(host for host in survey.facts if host not in survey.clocks)
+    if unresolved:
+        yield Finding(NOTE, "clock", unresolved, "the clock could not be read", "run the doctor again")
 
 
 def values(survey: Survey) -> dict[str, dict[str, str | None]]:
@@ -110,7 +110,7 @@ def _versions(survey: Survey) -> Iterator[Finding]:
 
 def _devices(survey: Survey) -> Iterator[Finding]:
     for host, fact in survey.facts.items():
-        if fact.driver and fact.driver.startswith(("failed", "silent")):
+        if fact.driver and fact.driver.startswith("failed"):
             yield Finding(PROBLEM, "driver", (host,), f"nvidia-smi: {fact.driver}", "repair the driver, or reboot")
         if fact.devices and survey.slots[host] > len(fact.devices):
             what = f"{survey.slots[host]} slots, but {len(fact.devices)} devices"
@@ -142,14 +142,16 @@ def _resources(survey: Survey) -> Iterator[Finding]:
 
 def _names(survey: Survey) -> Iterator[Finding]:
     for name in survey.hosts:
-        told = {host: fact.addresses.get(name) for host, fact in survey.facts.items()}
-        unknown = tuple(host for host, address in told.items() if address is None)
+        resolved = {host: fact.addresses.get(name) for host, fact in survey.facts.items()}
+        unknown = tuple(host for host, address in resolved.items() if address is None)
         if unknown:
             yield Finding(PROBLEM, "names", unknown, f"cannot resolve the name {name}", "enter it in DNS or /etc/hosts")
-        astray = tuple(host for host, address in told.items() if host != name and (address or "").startswith("127."))
+        astray = tuple(
+            host for host, address in resolved.items() if host != name and (address or "").startswith("127.")
+        )
         if astray:
             yield Finding(PROBLEM, "names", astray, f"takes {name} for itself", f"correct {name} in /etc/hosts")
-        seen = {address for host, address in told.items() if host != name and address and host not in astray}
+        seen = {address for host, address in resolved.items() if host != name and address and host not in astray}
         if len(seen) > 1:
             what = f"{name} is {' and '.join(sorted(seen))}, depending on the host"
             yield Finding(PROBLEM, "names", (), what, "make DNS or /etc/hosts agree")
@@ -164,7 +166,7 @@ def _interfaces(survey: Survey) -> Iterator[Finding]:
         if missing:
             what = f"has no interface {survey.interface}, which GLOO_SOCKET_IFNAME names"
             yield Finding(PROBLEM, "interface", missing, what, "name one that all hosts have")
-        elif lost and survey.mended:
+        elif lost and survey.fixed:
             what = f"its own name is no address that others reach; GLOO_SOCKET_IFNAME={survey.interface} is written"
             yield Finding(NOTE, "interface", lost, what, "nothing more to do")
         return
@@ -267,7 +269,7 @@ def link_findings(survey: Survey) -> Iterator[Finding]:
     if survey.links is None:
         if survey.links_problem:
             what = f"links were not measured: {survey.links_problem}"
-            yield Finding(PROBLEM, "links", (), what, "mend the other problems first, then run the doctor again")
+            yield Finding(PROBLEM, "links", (), what, "fix the other problems first, then run the doctor again")
         return
     links = survey.links
     yield from _unused_devices(survey, links)

@@ -191,7 +191,7 @@ class Meter:
 
 
 def measure(grid: Grid, world: World, largest_bytes: int, timeout_s: float, start_s: float = 60.0) -> Links | None:
-    """Join the ranks and measure; rank 0 gets the whole.
+    """Join the ranks and measure; rank 0 returns the complete result.
 
     Args:
         grid: of all ranks.
@@ -213,7 +213,7 @@ def measure(grid: Grid, world: World, largest_bytes: int, timeout_s: float, star
     cuda = torch.cuda.is_available()
     if cuda and world.local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"local rank {world.local_rank} has no device of its own, torch sees {torch.cuda.device_count()}; write "
+            f"local rank {world.local_rank} has no device: torch finds {torch.cuda.device_count()}; write "
             "fewer slots into the hostfile"
         )
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
@@ -224,7 +224,7 @@ def measure(grid: Grid, world: World, largest_bytes: int, timeout_s: float, star
         own = (socket.gethostname(), name, meter.boundaries(), meter.reductions(timeout))
         gathered: list[Any] = [None] * world.size
         dist.all_gather_object(gathered, own)
-        dist.barrier()  # nobody leaves while another still listens
+        dist.barrier()  # no rank leaves while another still receives
     finally:
         dist.destroy_process_group()
     if world.rank:
@@ -240,7 +240,7 @@ def measure(grid: Grid, world: World, largest_bytes: int, timeout_s: float, star
 
 
 def pieces(links: Links) -> list[str]:
-    """The result as lines that any launcher lets through."""
+    """The result as lines short enough for every launcher."""
     text = base64.b64encode(json.dumps(asdict(links)).encode()).decode()
     parts = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
     return [f"{RESULT_PREFIX} {index}/{len(parts)} {part} END" for index, part in enumerate(parts)]

@@ -177,5 +177,5 @@ def report(survey: Survey, found: Sequence[Finding]) -> str:
         parts.append("".join(f"{finding}\n" for finding in found))
     problems = sum(finding.level == PROBLEM for finding in found)
     count = "1 problem" if problems == 1 else f"{problems} problems"
-    parts.append(f"verdict: {f'{count} to mend before a long run' if problems else 'fine'}\n")
+    parts.append(f"verdict: {f'{count} to fix before a long run' if problems else 'fine'}\n")
     return "\n".join(parts)

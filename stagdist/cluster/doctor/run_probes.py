@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 PROBE = "stagdist.cluster.doctor.host_probe"
 EXAMINE_S = 90.0
-"""Seconds for one host to tell everything; writing the test file takes most of it."""
+"""Seconds for the report of one host; writing the test file takes most of it."""
 
 CLOCK_S = 15.0
 CLOCK_ROUNDS = 8
@@ -151,7 +151,7 @@ def _conversation(words: Sequence[str], limit_s: float) -> Iterator["subprocess.
 
 @dataclass(frozen=True)
 class HostAnswers:
-    """What all hosts told; see `Survey` for the fields."""
+    """The answers of all hosts; see `Survey` for the fields."""
 
     facts: dict[str, HostFacts]
     silent: dict[str, str]
@@ -337,5 +337,5 @@ def read_output(text: str, outputs: Sequence[Finished]) -> Links:
 
 
 def _is_echo(error: str) -> bool:
-    """Whether a rank only tells that another one left."""
+    """Whether the error is only that another rank left."""
     return "Connection closed by peer" in error or "reset by peer" in error

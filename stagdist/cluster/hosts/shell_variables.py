@@ -3,7 +3,8 @@
 DeepSpeed's launcher hands on few variables by itself and writes them into the command line of the remote shell,
 between double quotes at best. So only plain values are handed on in this way. What is secret, or holds a character
 that a shell could take for more than itself, travels in a private file that only its owner can read; the command
-line holds that file's path. A name tells whether ranks need a variable, name and value whether it may be seen.
+line holds that file's path. The name of a variable decides whether ranks need it; its name and value decide whether
+it may be shown.
 """
 
 import os
@@ -60,9 +61,9 @@ _PLAIN = re.compile(r"[\w@+=:,./-]*", re.ASCII)
 
 
 def is_credential(name: str) -> bool:
-    """Whether ranks need a variable to be let in somewhere: keys, tokens, passwords; proxies, which may hold one.
+    """Whether a variable holds a credential: a key, token or password, or a proxy, whose URL may hold a password.
 
-    The number of a key counts as one, for it is of no use without it.
+    A key id counts as a credential, because it is useless without the key.
     """
     return bool(_CREDENTIAL.search(name.upper()) or _PROXIES.fullmatch(name))
 
@@ -83,7 +84,7 @@ def is_plain(value: str) -> bool:
 
 
 def may_be_shown(name: str, value: str) -> bool:
-    """Whether a variable may stand on a command line."""
+    """Whether a variable may be on a command line."""
     return is_plain(value) and not is_secret(name, value)
 
 
@@ -93,7 +94,7 @@ def is_early(name: str, value: str) -> bool:
 
 
 def check_early(name: str, value: str) -> None:
-    """What Python needs to start has to stand on the command line.
+    """Check a variable that Python needs to start, which must be on the command line.
 
     Raises:
         ConfigError: it must not.
@@ -120,7 +121,7 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def split_private(variables: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Divide into what may stand on a command line and what travels in the private file.
+    """Divide into variables for the command line and variables for the private file.
 
     Raises:
         ConfigError: a variable that Python needs to start may not.

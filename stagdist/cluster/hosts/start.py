@@ -40,7 +40,7 @@ class Launch:
         environment_file: for DeepSpeed, instead of `.deepspeed_env`.
         mark: of the job's processes.
         folder: working directory.
-        as_root: Open MPI wants to be told.
+        as_root: the user is root, which Open MPI must allow explicitly.
     """
 
     hosts: tuple[Host, ...]
@@ -79,7 +79,7 @@ def deepspeed_words(
         launcher: `local`, `pdsh` or `openmpi`.
         world_size: ranks on this machine, for `local`.
         hostfile: of the hosts; not used by `local`.
-        as_root: Open MPI wants to be told.
+        as_root: the user is root, which Open MPI must allow explicitly.
     """
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(master_port)]
     if launcher == "local":
@@ -190,7 +190,7 @@ def address_of(hosts: tuple[Host, ...]) -> str:
     try:
         address = str(socket.getaddrinfo(first, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
-        raise ConfigError(f"host {first} has no address: {error}; mend the hostfile or the name service") from error
+        raise ConfigError(f"host {first} has no address: {error}; fix the hostfile or the name service") from error
     if address.startswith("127.") or address == "::1":
         # Debian maps a host's own name to 127.0.1.1, so we are on it.
         return address if len(hosts) == 1 else reachable_address(hosts[1].name)

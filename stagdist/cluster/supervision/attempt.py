@@ -34,12 +34,12 @@ LOG = logging.getLogger(__name__)
 
 WATCH_S = 0.1
 FIRST_ERROR_S = 0.7
-"""Seconds in which others may tell of an earlier error, once a rank has ended badly."""
+"""Seconds to wait for reports of an earlier error after a rank has failed."""
 
 STACK_S = 2.5
 FAREWELL_S = 2.0
 LAUNCHER_S = 15.0
-"""Seconds that the launcher may go on after the last rank, or ranks may be unheard of after the launcher."""
+"""Seconds that the launcher may run after the last rank, or that ranks may be missing after the launcher has ended."""
 
 SWEEP_S = 8.0
 
@@ -113,7 +113,7 @@ class Attempt:
         self._step = -1
 
     async def run(self, stop: asyncio.Event, hurry: asyncio.Event) -> AttemptResult:
-        """Until all ranks have ended in order or something is wrong; nothing is left afterwards.
+        """Run until all ranks have shut down cleanly or a fault is found. No process of the attempt is left afterwards.
 
         Args:
             stop: once set, ranks are asked for their orderly end.
@@ -192,7 +192,7 @@ class Attempt:
                 if not ranks:
                     return None
                 stopping_since = stopping_since or now
-                self._server.tell("stop")  # again and again: a rank may come late
+                self._server.send("stop")  # again and again: a rank may come late
             if hurry.is_set():
                 return Fault("stuck", None, "", "a second signal ended the ranks as they were")
             if find_exit(ranks, now, size) is not None:
@@ -221,7 +221,7 @@ class Attempt:
         return Fault("launcher", None, "", says, codes[0], steps_done(self._server.ranks))
 
     def _agent_fault(self) -> Fault | None:
-        """What an agent that does not reach us has told the launcher."""
+        """The error that an agent without a connection has written to the launcher's output."""
         with contextlib.suppress(OSError):
             for line in self._launcher_log.read_text(errors="replace").splitlines():
                 if AGENT_ERROR in line:
@@ -236,7 +236,7 @@ class Attempt:
                 self._on_step(step)
 
     async def _stack_of(self, rank: int) -> None:
-        self._server.tell("dump", rank)
+        self._server.send("dump", rank)
         deadline = time.monotonic() + STACK_S
         while not self._server.ranks[rank].stack and time.monotonic() < deadline:
             await asyncio.sleep(WATCH_S)
@@ -246,7 +246,7 @@ class Attempt:
         ranks, noticed = self._server.ranks, time.time()
         if ranks and all(view.exit_code == 0 for view in ranks.values()):
             await self._wait_for_launcher()
-        self._server.tell("end")
+        self._server.send("end")
         deadline = time.monotonic() + FAREWELL_S
         while time.monotonic() < deadline and any(view.exit_code is None for view in ranks.values()):
             await asyncio.sleep(WATCH_S)
@@ -308,9 +308,9 @@ def sweep(
             continue
         try:
             # What a login script of the host prints comes first.
-            told = json.loads((done.stdout.splitlines() or [""])[-1])
+            report = json.loads((done.stdout.splitlines() or [""])[-1])
         except ValueError:
             dead[host] = f"its answer makes no sense: {done.stdout.strip()[-80:]!r}"
             continue
-        ended, left = ended + len(told["ended"]), left + len(told["left"])
+        ended, left = ended + len(report["ended"]), left + len(report["left"])
     return ended, left, dead

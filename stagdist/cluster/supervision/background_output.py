@@ -7,6 +7,19 @@ is full.
 import os
 import queue
 import threading
+from collections import deque
+from typing import IO
+
+from stagdist.cluster.supervision.messages import LONGEST_LINE
+
+TAIL_LINES = 60
+"""Lines of output that an agent keeps for an error report."""
+
+LONGEST_SHOWN = 400
+"""Characters of a line that are sent to the supervisor. The log file holds the complete line."""
+
+DRAIN_S = 2.0
+"""Seconds to wait for remaining output after the script has ended. A process that it left may hold the pipe open."""
 
 CAPACITY = 1000
 """Pieces of output that can be queued. Later ones are dropped, and a note says how many."""
@@ -57,3 +70,43 @@ class BackgroundWriter:
                     data = data[os.write(self._descriptor, data) :]
             except OSError:  # no reader or no space; a later piece may succeed
                 continue
+
+
+class ScriptOutput:
+    """The output of a script: everything in a file, the latest lines in memory.
+
+    A full or slow disk does not block the agent.
+
+    Args:
+        stream: output of the script.
+        file: log file, open for appending.
+
+    Attributes:
+        tail: latest lines.
+    """
+
+    def __init__(self, stream: IO[bytes], file: IO[bytes]):
+        self.stream, self.tail = stream, deque[str](maxlen=TAIL_LINES)
+        os.set_blocking(stream.fileno(), False)
+        self._rest = b""
+        self._file, self._kept = file, BackgroundWriter(file.fileno())
+
+    def read(self) -> list[str] | None:
+        """New complete lines, shortened; None at the end of the stream."""
+        try:
+            data = os.read(self.stream.fileno(), LONGEST_LINE)
+        except BlockingIOError:
+            return []
+        self._kept.put(data)
+        ended = not data
+        *lines, self._rest = (self._rest + (b"\n" if ended and self._rest else data)).split(b"\n")
+        if len(self._rest) > LONGEST_LINE:
+            lines, self._rest = [*lines, self._rest], b""
+        # A progress bar overwrites its line; only its last state counts.
+        shown = [line.rpartition(b"\r")[2].decode(errors="replace")[:LONGEST_SHOWN] for line in lines]
+        self.tail.extend(line for line in shown if line.strip())
+        return None if ended and not shown else shown
+
+    def close(self) -> None:
+        """Wait up to DRAIN_S until everything is in the file."""
+        self._kept.close(DRAIN_S)

@@ -1,4 +1,4 @@
-"""What is wrong with a supervised attempt, from what its ranks have told. Pure: no clock, no process."""
+"""Finds the fault of a supervised attempt from the reports of its ranks. Pure: no clock, no process."""
 
 import re
 import signal
@@ -16,7 +16,7 @@ MISSED_S = 3.0
 """Seconds without a message that make a rank suspect when another lost its peer; agents send one each second."""
 
 USER_ERROR_CODE = 2
-"""Exit code of a script that says: trying again will not help."""
+"""Exit code of a script after a user error, where a restart cannot help."""
 
 _LOST_PEER = (
     "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL error", "did not meet",
@@ -27,7 +27,7 @@ _LOST_PEER = (
 
 @dataclass(frozen=True)
 class SilenceLimits:
-    """How long silence is normal, seconds.
+    """How many seconds without a heartbeat are normal.
 
     Attributes:
         hang_s: without a sign of life in the middle of work.
@@ -44,18 +44,18 @@ class SilenceLimits:
 
 @dataclass(frozen=True)
 class Fault:
-    """Why an attempt cannot go on.
+    """Why an attempt cannot continue.
 
     Attributes:
-        kind: `exit`: a rank ended; `stuck`: it gives no sign of life; `silent`: nothing is heard of its host or agent;
+        kind: `exit`: a rank ended; `stuck`: it sends no heartbeat; `silent`: its host or agent sends no messages;
             `missing`: it never came; `launcher`: the launcher ended first.
         rank: the first to blame; None where no rank is.
         host: its host.
-        says: one line for people.
+        says: one line for the user.
         code: exit code of the rank or launcher.
         step: optimizer steps that were done.
-        own: the script ended by an error of its own, not by a signal or for want of a peer.
-        silent: ranks of which nothing was heard, for `silent`.
+        own: the script ended by an error of its own, not by a signal or by the loss of a peer.
+        silent: ranks that sent no messages, for `silent`.
     """
 
     kind: FaultKind
@@ -98,7 +98,7 @@ def find_exit(ranks: Mapping[int, RankReport], now: float, world_size: int) -> F
 
 def is_consequence(view: RankReport) -> bool:
     """Whether a rank ended because of another one: it lost its peer, or the launcher ended it."""
-    if view.exit_code == -signal.SIGABRT:  # NCCL's watchdog complains above the frames of its own stack
+    if view.exit_code == -signal.SIGABRT:  # NCCL's watchdog writes its message above its own stack
         return any(sign in line for line in view.tail for sign in _LOST_PEER)
     if view.exit_code is not None and view.exit_code < 0:
         return view.exit_code == -signal.SIGTERM
@@ -106,7 +106,7 @@ def is_consequence(view: RankReport) -> bool:
 
 
 def _explains(view: RankReport) -> bool:
-    """Whether it says why it ended: of an error that all ranks meet, one of them speaks."""
+    """Whether the rank reports why it ended. Only one rank reports an error that all ranks have in common."""
     return (view.exit_code or 0) < 0 or any(line.startswith(_ERROR) for line in view.tail)
 
 
@@ -126,13 +126,13 @@ def how_it_ended(view: RankReport) -> str:
 
 
 def find_silence(ranks: Mapping[int, RankReport], now: float, limits: SilenceLimits) -> Fault | None:
-    """A rank that is stuck, or a host of which nothing is heard."""
+    """A rank that is stuck, or a host that sends no messages."""
     if gone := _unheard(ranks, now, limits.host_s):
         return _silent(gone, now, steps_done(ranks))
     running = [view for view in ranks.values() if view.exit_code is None]
     if not any(_is_late(view, now, limits) for view in running):
         return None
-    # Those that wait for the stuck one fall silent as well, some of them earlier.
+    # Ranks that wait for the stuck one also stop sending heartbeats, some of them earlier.
     candidates = [view for view in running if view.silent_s(now) > min(2.0, limits.hang_s / 2)]
     worst = _most_stuck(candidates)
     assert worst is not None, "who is late is a candidate"

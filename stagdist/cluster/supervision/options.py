@@ -1,27 +1,62 @@
-"""From the command line of launch/run.py to what the supervisor is told; what can be checked beforehand is."""
+"""Turns the command line of launch/run.py into the options of the supervisor, and checks them before a rank starts."""
 
 import argparse
+import contextlib
 import ipaddress
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from stagdist.cluster.hosts.hostfile import Host, read_hostfile
 from stagdist.cluster.hosts.shell_variables import rank_variables
-from stagdist.cluster.hosts.start import check_paths
+from stagdist.cluster.hosts.start import Launcher, check_paths
 from stagdist.cluster.supervision.diagnosis import SilenceLimits
 from stagdist.cluster.supervision.placement import HostPlacement
-from stagdist.cluster.supervision.supervisor import SupervisorOptions
 from stagdist.config.loading import load_config
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import ConfigError
+from stagdist.files import locked
 from stagdist.parallel.grid import grid_for
 from stagdist.parallel.ranks_parser import pretrain_arguments
 
 SCRIPTS_WITH_HEARTBEAT = ("pretrain.py", "generate.py")
-"""Scripts whose ranks give signs of life: one that gives none is stuck, not merely quiet."""
+"""Scripts whose ranks send heartbeats: a rank without heartbeats is stuck."""
+
+
+@dataclass(frozen=True)
+class SupervisorOptions:
+    """How a run is supervised.
+
+    Attributes:
+        command: script and its arguments.
+        launcher: that starts the ranks.
+        placement: hosts and spares.
+        folder: of the run: logs and run.json go there; all hosts see it.
+        environment: variables for the ranks.
+        address: of this machine for the agents; None: the one that the first host can reach.
+        max_restarts: in a row without a new checkpoint, after which the supervisor gives up.
+        limits: how long ranks and hosts may go without a heartbeat.
+        lease_s: a rank ends after this time without a message from the supervisor.
+        stop_s: time for a clean shutdown.
+        host_wait_s: how long a host that died, and cannot be replaced, is waited for.
+        fits: whether the run exists on so many ranks, for continuing with fewer; None: not allowed.
+    """
+
+    command: tuple[str, ...]
+    launcher: Launcher
+    placement: HostPlacement
+    folder: Path
+    environment: Mapping[str, str]
+    address: str | None
+    max_restarts: int
+    limits: SilenceLimits
+    lease_s: float
+    stop_s: float
+    host_wait_s: float
+    fits: Callable[[int], bool] | None
 
 
 def placement_of(arguments: argparse.Namespace) -> HostPlacement:
@@ -125,3 +160,24 @@ def _fits(config: RunConfig, min_data_parallel: int | None) -> Callable[[int], b
             return False
 
     return fits
+
+
+@contextlib.contextmanager
+def only_supervisor(path: Path) -> Iterator[None]:
+    """Hold the lock of a run.
+
+    Raises:
+        ConfigError: another supervisor holds it, the folder cannot be written, or its file system has no locks.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path))
+        except TimeoutError:
+            raise ConfigError(f"{path}: another supervisor is at work on this run; stop it first") from None
+        except OSError as error:
+            raise ConfigError(
+                f"folder {path.parent} cannot be written or locked: {error.strerror or error}; choose another "
+                "runs_directory or --folder"
+            ) from error
+        yield

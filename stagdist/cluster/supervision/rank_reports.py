@@ -1,4 +1,4 @@
-"""The supervisor's end of the line: what every rank has told, and what it is told."""
+"""Receives the reports of all agents of an attempt and sends commands to them."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ the connection, and with it the rank."""
 
 @dataclass
 class RankReport:
-    """One rank as its agent last told.
+    """Latest report of one rank.
 
     Attributes:
         rank: global.
@@ -35,15 +35,15 @@ class RankReport:
         first_step: optimizer steps done when the script began to train; -1: unknown.
         step: optimizer steps done; -1: unknown.
         phase: what it is busy with.
-        count: signs of life so far; 0: the script gives none (yet).
-        age_s: of the last sign of life when it was told.
+        count: heartbeats so far; 0: the script has sent none.
+        age_s: of the last heartbeat at the time of the report.
         process: state letter of its process.
         stopped_at: monotonic seconds, when it was first seen stopped; None while it is not.
         heard_at: monotonic seconds, of the last message.
         exit_code: of the script, negative after a signal; None while it runs.
         exited_at: monotonic seconds.
         ended_by_us: the supervisor ended it.
-        lost: its agent is gone without having told how it ended.
+        lost: the connection to its agent closed without an exit report.
         tail: its last lines of output.
         stack: Python stacks, where they were asked for.
     """
@@ -70,7 +70,7 @@ class RankReport:
         return self.age_s + now - self.heard_at
 
     def take(self, message: dict[str, Any], now: float) -> None:
-        """Note what the agent told."""
+        """Store a message of the agent."""
         self.heard_at = now
         match message["kind"]:
             case "state":
@@ -115,14 +115,14 @@ class RankServer:
             task.cancel()
         await asyncio.gather(*self._tasks, self._pinging, return_exceptions=True)
 
-    def tell(self, kind: str, rank: int | None = None) -> None:
-        """Say something to one rank, or to all."""
+    def send(self, kind: str, rank: int | None = None) -> None:
+        """Send a command to one rank, or to all ranks."""
         for number, writer in list(self._writers.items()):
             if rank in (None, number) and not writer.is_closing():
                 writer.write(encode({"kind": kind}))
 
     def extend_deadlines(self, late_s: float) -> None:
-        """Time in which this process itself was stopped is nobody's silence."""
+        """Extend every deadline by the time this process was suspended: it is no missing heartbeat of a rank."""
         if late_s > LATE_S:
             now = time.monotonic()
             for view in self.ranks.values():
@@ -130,7 +130,7 @@ class RankServer:
 
     async def _ping(self) -> None:
         while True:
-            self.tell("ping")
+            self.send("ping")
             await asyncio.sleep(PING_S)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -152,7 +152,7 @@ class RankServer:
                     self._on_line(str(message["text"]))
                 view.take(message, time.monotonic())
         except (OSError, ValueError, KeyError, TypeError, TimeoutError, asyncio.CancelledError):
-            pass  # a stranger, or a rank whose host is gone: its silence is noticed
+            pass  # not an agent, or the host is gone: missing heartbeats are detected elsewhere
         finally:
             if rank is not None and self._writers.get(rank) is writer:
                 del self._writers[rank]

@@ -1,4 +1,4 @@
-"""Keeps a run going: starts it, sees death and silence, ends what is left, and starts it again where that can help."""
+"""Supervises a run: starts it, detects failures and hangs, stops the remaining processes, and restarts it."""
 
 import asyncio
 import contextlib
@@ -10,20 +10,24 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from stagdist.cluster.hosts.hostfile import Host
-from stagdist.cluster.hosts.leftovers import NOT_SHARED
 from stagdist.cluster.hosts.remote import on_all, run_on
-from stagdist.cluster.hosts.start import Launch, Launcher, address_of, reachable_address
+from stagdist.cluster.hosts.start import Launch, address_of, reachable_address
 from stagdist.cluster.supervision.attempt import Attempt, AttemptPlan, AttemptResult, sweep
-from stagdist.cluster.supervision.diagnosis import USER_ERROR_CODE, Fault, SilenceLimits
+from stagdist.cluster.supervision.diagnosis import USER_ERROR_CODE, Fault
 from stagdist.cluster.supervision.events import EventLog
-from stagdist.cluster.supervision.placement import HostPlacement, useless_spares, with_fewer, with_spares
+from stagdist.cluster.supervision.options import SupervisorOptions, only_supervisor
+from stagdist.cluster.supervision.placement import (
+    listed_hosts,
+    refuse_unusable,
+    useless_spares,
+    with_fewer,
+    with_spares,
+)
 from stagdist.errors import ConfigError, StagdistError
-from stagdist.files import locked
 
 LOG = logging.getLogger(__name__)
 
@@ -34,9 +38,6 @@ LOCK = "supervisor.lock"
 """File in the run's folder: one supervisor holds it, and every host must see it."""
 
 LONGEST_PAUSE_S = 60.0
-UNKNOWN_HOST = "Could not resolve hostname"
-"""What OpenSSH says of a name without an address."""
-
 ONE_SIGNAL_S = 2.0
 """Seconds in which signals count as one: a closed terminal may send several."""
 
@@ -44,41 +45,8 @@ PROBE_S = 2.0
 """Between two questions whether a host is back."""
 
 
-@dataclass(frozen=True)
-class SupervisorOptions:
-    """How a run is supervised.
-
-    Attributes:
-        command: script and its arguments.
-        launcher: that starts the ranks.
-        placement: hosts and spares.
-        folder: of the run: logs and run.json go there; all hosts see it.
-        environment: variables for the ranks.
-        address: of this machine for the agents; None: the one that the first host can reach.
-        max_restarts: in a row without a new checkpoint, after which the supervisor gives up.
-        limits: of silence.
-        lease_s: without word from the supervisor a rank ends after this time.
-        stop_s: for an orderly end.
-        host_wait_s: how long a host that died, and cannot be replaced, is waited for.
-        fits: whether the run exists on so many ranks, for going on with fewer; None: it may not.
-    """
-
-    command: tuple[str, ...]
-    launcher: Launcher
-    placement: HostPlacement
-    folder: Path
-    environment: Mapping[str, str]
-    address: str | None
-    max_restarts: int
-    limits: SilenceLimits
-    lease_s: float
-    stop_s: float
-    host_wait_s: float
-    fits: Callable[[int], bool] | None
-
-
 class GaveUpError(StagdistError):
-    """The run cannot go on; the text says why, in one line."""
+    """The run cannot continue; the message gives the reason in one line."""
 
 
 class Supervisor:
@@ -108,7 +76,7 @@ class Supervisor:
         """Until the run has ended. Returns: exit code; 128 + signal after a signal.
 
         Raises:
-            GaveUpError: the run cannot go on.
+            GaveUpError: the run cannot continue.
             ConfigError: another supervisor is at work on it, or its folder cannot be written.
         """
         for spare in useless_spares(self._options.placement):
@@ -117,7 +85,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell that starts it in the background
                 asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
-        with _only_supervisor(self._lock):
+        with only_supervisor(self._lock):
             try:
                 return await self._go_on()
             except StagdistError as reason:
@@ -140,7 +108,7 @@ class Supervisor:
 
     async def _go_on(self) -> int:
         dead = await self._clear_earlier()
-        _refuse_unfit(dead)
+        refuse_unusable(dead)
         # What an earlier supervisor left on a host that does not answer may live for its lease from now on.
         await self._replace_dead(dead, time.monotonic())
         if self._stop.is_set():
@@ -153,7 +121,7 @@ class Supervisor:
                 return self._stopped(outcome)
             if outcome.fault is None:
                 self._history.note("finish", attempt=self._number, code=0)
-                LOG.info("all ranks have ended in order")
+                LOG.info("all ranks have shut down cleanly")
                 return 0
             self._check_hope(outcome.fault)
             self._restarts += 1
@@ -264,7 +232,7 @@ class Supervisor:
                 f"{first}--max-restarts {self._options.max_restarts} is reached without a new checkpoint. {logs}"
             )
         self._last_fault = self._fault = fault
-        # An attempt that fails before it trains knows of no step.
+        # An attempt that fails before it trains reports no step.
         self._reached = max(self._reached, fault.step)
 
     async def _replace_dead(self, dead: Mapping[str, str], last_heard: float) -> None:
@@ -279,14 +247,14 @@ class Supervisor:
         """
         if not dead:
             return
-        LOG.warning("hosts that do not answer: %s", _listed(dead))
+        LOG.warning("hosts that do not answer: %s", listed_hosts(dead))
         # Its ranks may be alive behind a cut link: they end when their lease does, and must not write beside new ones.
         await self._wait(last_heard + self._options.lease_s + PROBE_S - time.monotonic())
         gone = await self._gone_still(dead)
         new = with_spares(self._placement, gone, self._answers)
         how = "a spare takes the place"
         if new is None and self._options.fits is not None:
-            new, how = with_fewer(self._placement, gone, self._options.fits), "fewer replicas go on instead"
+            new, how = with_fewer(self._placement, gone, self._options.fits), "fewer replicas continue instead"
         if new is None:
             await self._wait_for_hosts(gone)
         elif gone:
@@ -303,7 +271,7 @@ class Supervisor:
         answers = await asyncio.to_thread(on_all, dead, self._answers)
         gone = {host: dead[host] for host, answered in answers.items() if not answered}
         if len(gone) < len(dead):
-            # One that answers without being fit for work is no better than one that is silent.
+            # A host may answer and still be unusable.
             gone = dict(await self._clear_earlier()) | gone
         return gone
 
@@ -318,8 +286,9 @@ class Supervisor:
             return
         if dead:
             raise GaveUpError(
-                f"{', '.join(sorted(dead))} did not come back within {wait_s:.0f} s ({_listed(dead)}), and no spare is "
-                "left: list one in the hostfile (#spare name slots=N), or allow fewer replicas with --min-data-parallel"
+                f"{', '.join(sorted(dead))} did not come back within {wait_s:.0f} s ({listed_hosts(dead)}), and no "
+                "spare is left: list one in the hostfile (#spare name slots=N), or allow fewer replicas "
+                "with --min-data-parallel"
             )
         self._history.note("hosts_back")
 
@@ -333,7 +302,7 @@ class Supervisor:
             await asyncio.wait_for(self._stop.wait(), max(0.0, seconds))
 
     async def _clear_earlier(self) -> Mapping[str, str]:
-        """End what an earlier supervisor of this run may have left, for it might go on writing.
+        """End what an earlier supervisor of this run may have left, because it might continue to write.
 
         Returns: hosts at work that did not answer, with the reason.
 
@@ -358,11 +327,11 @@ class Supervisor:
 
     def _stopped(self, outcome: AttemptResult | None) -> int:
         code = 128 + self._stop_signal
-        how = "the ranks have ended in order"
+        how = "the ranks have shut down cleanly"
         if outcome is None:
             how = "before any rank was started"
         elif outcome.fault is not None:
-            how = f"the ranks have ended, but not in order: {outcome.fault.says}"
+            how = f"the ranks have ended, but not cleanly: {outcome.fault.says}"
         name = signal.Signals(self._stop_signal).name
         self._history.note("stop", reason=f"{name}; {how}", code=code)
         LOG.info("%s: %s", name, how)
@@ -371,47 +340,3 @@ class Supervisor:
     def _earlier_attempts(self) -> int:
         names = (self._options.folder / "logs").glob("attempt_*")
         return max((int(path.name.removeprefix("attempt_")) for path in names if path.name[8:].isdigit()), default=0)
-
-
-def _listed(dead: Mapping[str, str]) -> str:
-    return "; ".join(f"{host}: {reason}" for host, reason in sorted(dead.items()))
-
-
-def _refuse_unfit(dead: Mapping[str, str]) -> None:
-    """A host that is off may come back; a name that nobody knows is a slip of the pen, a folder of its own likewise.
-
-    Raises:
-        ConfigError: a host has no address, as ssh says, or does not see the run's folder.
-    """
-    apart = [host for host, reason in dead.items() if NOT_SHARED in reason]
-    if apart:
-        raise ConfigError(
-            f"{', '.join(apart)}: {dead[apart[0]]}; choose a runs_directory or --folder that all hosts see"
-        )
-    unknown = [host for host, reason in dead.items() if UNKNOWN_HOST in reason]
-    if unknown:
-        raise ConfigError(
-            f"no address is known for {', '.join(unknown)} ({dead[unknown[0]]}); correct the hostfile, or mend the "
-            "name service"
-        )
-
-
-@contextlib.contextmanager
-def _only_supervisor(path: Path) -> Iterator[None]:
-    """Hold the lock of a run.
-
-    Raises:
-        ConfigError: another supervisor holds it, the folder cannot be written, or its file system has no locks.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(path))
-        except TimeoutError:
-            raise ConfigError(f"{path}: another supervisor is at work on this run; stop it first") from None
-        except OSError as error:
-            raise ConfigError(
-                f"folder {path.parent} cannot be written or locked: {error.strerror or error}; choose another "
-                "runs_directory or --folder"
-            ) from error
-        yield
