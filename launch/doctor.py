@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 EPILOG = """\
 Asks every host over ssh, then starts ranks through the launcher and measures the links between them. Prints one
 table; ! marks what differs or is slow; then every finding with its remedy and the verdict.
-Exit code: 0 fine, 1 problems found, 2 something to mend first (command line, hostfile, configuration), 130 Ctrl-C.
+Exit code: 0 fine, 1 problems found, 2 user error (command line, hostfile, configuration), 130 Ctrl-C.
 
 examples:
   python launch/doctor.py                                      this machine alone, two ranks
@@ -22,7 +22,7 @@ examples:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    from stagdist.cluster.doctor.linking import LAUNCHERS
+    from stagdist.cluster.doctor.run_probes import LAUNCHERS
 
     parser = argparse.ArgumentParser(
         prog="doctor.py",
@@ -64,10 +64,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code, see the end of --help."""
     parsed = parse_arguments(arguments)
-    from stagdist.cluster.doctor.examination import Options, examine
+    from stagdist.cluster.doctor.examination import DoctorOptions, examine
     from stagdist.errors import StagdistError
 
-    options = Options(
+    options = DoctorOptions(
         hostfile=parsed.hostfile,
         num_ranks=parsed.num_ranks or 2,
         launcher=parsed.launcher,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Keep a run going over many hosts: `launch/run.py --hostfile hostfile -- launch/pretrain.py --config x.yaml`."""
+"""Supervise a run over many hosts: `launch/run.py --hostfile hostfile -- launch/pretrain.py --config x.yaml`."""
 
 import argparse
 import asyncio
@@ -21,10 +21,10 @@ examples:
 A rank that dies, or gives no sign of life for --hang-timeout-s, ends the attempt on all hosts; the next one resumes
 from the newest complete checkpoint. A host that does not answer is replaced by a spare of the hostfile (`#spare name
 slots=N`), or left out where --min-data-parallel allows it, or waited for. SIGTERM makes the ranks save and end. What
-happened stands in run.json of the run's folder, the output of every rank in logs/attempt_NNN/.
+happened is recorded in run.json of the run's folder, and the output of every rank in logs/attempt_NNN/.
 
-Exit code: 0 the run has ended in order, 1 it was given up (the last line names the first error), 2 something to mend
-first, 128 + signal after a signal.
+Exit code: 0 the run has ended cleanly, 1 it was given up (the last line names the first error), 2 user error,
+128 + signal after a signal.
 """
 
 
@@ -47,8 +47,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--num-ranks", type=int, metavar="N", help="ranks on this machine, without a hostfile (default 2)")
     add("--launcher", choices=("pdsh", "openmpi", "torchrun"), help="how ranks are started on hosts (default pdsh)")
     add("--max-restarts", type=int, default=3, metavar="N", help="in a row without a new checkpoint (default 3)")
-    add("--min-data-parallel", type=int, metavar="N", help="go on with fewer replicas, N at least, when a host is gone")
-    add("--hang-timeout-s", type=float, default=300.0, metavar="S", help="silence of a working rank (default 300)")
+    add("--min-data-parallel", type=int, metavar="N", help="continue with at least N replicas when a host is gone")
+    add("--hang-timeout-s", type=float, default=300.0, metavar="S", help="limit between heartbeats (default 300)")
     add(
         "--slow-timeout-s",
         type=float,
@@ -56,7 +56,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="S",
         help="the same while starting, saving (default 1800)",
     )
-    add("--host-timeout-s", type=float, default=10.0, metavar="S", help="silence of a whole host (default 10)")
+    add("--host-timeout-s", type=float, default=10.0, metavar="S", help="time without a message of a host (default 10)")
     add(
         "--host-wait-s",
         type=float,
@@ -101,9 +101,9 @@ def _check_numbers(parser: argparse.ArgumentParser, parsed: argparse.Namespace) 
 def main() -> int:
     """Exit code: see --help."""
     arguments = parse_arguments()
-    from stagdist.cluster.supervision.background_output import Screen
+    from stagdist.cluster.supervision.background_output import BackgroundWriter
 
-    out, err = Screen(sys.stdout.fileno()), Screen(sys.stderr.fileno())
+    out, err = BackgroundWriter(sys.stdout.fileno()), BackgroundWriter(sys.stderr.fileno())
     logging.basicConfig(
         level=logging.INFO, stream=err, format="%(asctime)s supervisor: %(message)s", datefmt="%H:%M:%S"
     )

@@ -3,7 +3,16 @@
 import dataclasses
 from typing import Any
 
-from stagdist.cluster.doctor.facts import Boundary, Clock, Device, HostFacts, Links, Reduction, Storage, Survey
+from stagdist.cluster.doctor.facts import (
+    Accelerator,
+    Boundary,
+    ClockOffset,
+    HostFacts,
+    Links,
+    Reduction,
+    Storage,
+    Survey,
+)
 
 
 def facts(number: int = 1, hosts: int = 2, **changes: Any) -> HostFacts:
@@ -15,7 +24,7 @@ def facts(number: int = 1, hosts: int = 2, **changes: Any) -> HostFacts:
             packages={"torch": "2.13.0", "deepspeed": "0.19.8", "megatron-core": "0.16.1", "nccl": "2.27.3"},
             code="0123456789ab",
             driver="570.1",
-            devices=(Device("H100", 81559, 81000), Device("H100", 81559, 81000)),
+            devices=(Accelerator("H100", 81559, 81000), Accelerator("H100", 81559, 81000)),
             cores=64,
             memory_mib=(1024 * 1024, 1000 * 1024),
             shm_mib=(65536, 65536),
@@ -55,7 +64,7 @@ def survey(num_hosts: int = 2, changed: dict[str, HostFacts] | None = None, **ch
             hosts=names,
             slots=dict.fromkeys(names, 2),
             facts=known,
-            clocks=dict.fromkeys(names, Clock(0.001, 0.0005)),
+            clocks=dict.fromkeys(names, ClockOffset(0.001, 0.0005)),
             seen={reader: dict.fromkeys(names, True) for reader in names},
             links=links(),
         ),

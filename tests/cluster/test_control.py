@@ -3,16 +3,16 @@
 import asyncio
 import json
 
-from stagdist.cluster.supervision.agent import LONGEST_SHOWN, TAIL_LINES
+from stagdist.cluster.supervision.background_output import LONGEST_SHOWN, TAIL_LINES
 from stagdist.cluster.supervision.messages import encode
-from stagdist.cluster.supervision.rank_reports import ControlServer
+from stagdist.cluster.supervision.rank_reports import RankServer
 
 
 def test_the_longest_last_words_arrive() -> None:
     tail = ["\U0001f600" * LONGEST_SHOWN] * TAIL_LINES  # twelve bytes a character in JSON
 
     async def talk() -> int | None:
-        server = ControlServer("token", 1, print)
+        server = RankServer("token", 1, print)
         _, writer = await asyncio.open_connection("127.0.0.1", await server.start("127.0.0.1"))
         writer.write(encode({"kind": "hello", "token": "token", "attempt": 1, "rank": 0, "host": "a"}))
         writer.write(encode({"kind": "exit", "code": 7, "tail": tail, "ended": False}))
@@ -31,7 +31,7 @@ def test_the_longest_last_words_arrive() -> None:
 
 def test_a_stranger_is_not_welcomed_and_no_late_agent_of_an_ended_attempt() -> None:
     async def answers() -> list[bytes]:
-        server = ControlServer("token", 2, print)
+        server = RankServer("token", 2, print)
         port = await server.start("127.0.0.1")
         found, open_ones = [], []
         for token, attempt in (("token", 2), ("token", 1), ("other", 2), ("token", 2)):

@@ -4,26 +4,26 @@ import signal
 
 import pytest
 
-from stagdist.cluster.supervision.diagnosis import Limits, find_exit, find_missing, find_silence
-from stagdist.cluster.supervision.rank_reports import RankView
+from stagdist.cluster.supervision.diagnosis import SilenceLimits, find_exit, find_missing, find_silence
+from stagdist.cluster.supervision.rank_reports import RankReport
 from stagdist.telemetry.pulse import Phase
 
-LIMITS = Limits(hang_s=10.0, slow_s=100.0, host_s=20.0)
+LIMITS = SilenceLimits(hang_s=10.0, slow_s=100.0, host_s=20.0)
 LOST = ("error: stage 0, rank 0, step 5: activations: the transfer failed; look for the first error of rank 1",)
 
 
 def running(rank: int, *, phase: Phase = Phase.FORWARD, age_s: float = 0.0, heard_at: float = 100.0, process: str = "S",
-            count: int = 5) -> RankView:  # fmt: skip
-    return RankView(
+            count: int = 5) -> RankReport:  # fmt: skip
+    return RankReport(
         rank, f"node{rank}", step=4, phase=phase, count=count, age_s=age_s, heard_at=heard_at, process=process
     )
 
 
-def ended(rank: int, code: int, at: float, tail: tuple[str, ...] = (), by_us: bool = False) -> RankView:
-    return RankView(rank, f"node{rank}", step=4, exit_code=code, exited_at=at, tail=tail, ended_by_us=by_us)
+def ended(rank: int, code: int, at: float, tail: tuple[str, ...] = (), by_us: bool = False) -> RankReport:
+    return RankReport(rank, f"node{rank}", step=4, exit_code=code, exited_at=at, tail=tail, ended_by_us=by_us)
 
 
-def by_rank(*views: RankView) -> dict[int, RankView]:
+def by_rank(*views: RankReport) -> dict[int, RankReport]:
     return {view.rank: view for view in views}
 
 
@@ -141,7 +141,7 @@ def test_a_rank_that_its_watchdog_aborts_for_want_of_a_frozen_peer_is_not_to_bla
 
 
 def test_a_rank_that_never_gave_a_sign_is_stuck_where_its_script_gives_signs() -> None:
-    limits = Limits(hang_s=10.0, slow_s=100.0, host_s=20.0, start_s=50.0)
+    limits = SilenceLimits(hang_s=10.0, slow_s=100.0, host_s=20.0, start_s=50.0)
     frozen = by_rank(running(0, count=0, phase=Phase.START, age_s=60.0, process="T"), running(1, count=0, age_s=59.0))
     fault = find_silence(frozen, 100.0, limits)
     assert fault is not None and (fault.kind, fault.rank) == ("stuck", 0) and "phase start (stopped" in fault.says

@@ -28,7 +28,12 @@ def test_this_machine_alone_is_examined_and_everything_is_written(tmp_path: Path
     problems = [finding for finding in body["findings"] if finding["level"] == "problem"]
     assert problems == [] and done.returncode == body["exit_code"] == 0, done.stdout + done.stderr
     assert done.stdout.endswith("verdict: fine\n")
-    assert body["links"]["grid"] == [2, 1, 1] and len(body["links"]["boundaries"]) == 1
+    measured = body["links"]
+    assert (measured["grid"], measured["backend"], measured["devices"]) == ([2, 1, 1], "gloo", ["cpu", "cpu"])
+    (boundary,) = measured["boundaries"]
+    assert boundary["ranks"] == [0, 1] and 0 < boundary["latency_s"] < 1
+    assert min(boundary["forward_bytes_s"], boundary["backward_bytes_s"]) > 1e6
+    assert [(one["axis"], one["ranks"], one["correct"]) for one in measured["reductions"]] == [("all", [0, 1], True)]
     assert body["facts"]["localhost"]["storage"]["write_mb_s"] > 0
     assert not (tmp_path / "kept").exists()
     private = tmp_path / ".stagdist_private_env"

@@ -5,9 +5,19 @@ from typing import Any
 
 import pytest
 
-from stagdist.cluster.doctor.asking import clock_from
-from stagdist.cluster.doctor.facts import NOTE, PROBLEM, Boundary, Clock, Device, Finding, HostFacts, Reduction, Storage
+from stagdist.cluster.doctor.facts import (
+    NOTE,
+    PROBLEM,
+    Accelerator,
+    Boundary,
+    ClockOffset,
+    Finding,
+    HostFacts,
+    Reduction,
+    Storage,
+)
 from stagdist.cluster.doctor.findings import findings
+from stagdist.cluster.doctor.run_probes import clock_from
 from tests.cluster.doctor_cases import facts, links, survey
 
 
@@ -26,8 +36,13 @@ ON_NODE2: list[tuple[dict[str, Any], str, str, str]] = [
     ({"code": "ffffffffffff"}, PROBLEM, "code", "code is ffffffffffff"),
     ({"driver": "550.1"}, PROBLEM, "driver", "driver is 550.1"),
     ({"devices": facts().devices[:1]}, PROBLEM, "devices", "2 slots, but 1 devices"),
-    ({"devices": (Device("A100", 81559, 81000),) * 2}, PROBLEM, "devices", "2 x A100 80 GiB, and 2 x H100"),
-    ({"devices": (Device("H100", 81559, 81000), Device("H100", 81559, 9))}, NOTE, "device memory", "device 1"),
+    ({"devices": (Accelerator("A100", 81559, 81000),) * 2}, PROBLEM, "devices", "2 x A100 80 GiB, and 2 x H100"),
+    (
+        {"devices": (Accelerator("H100", 81559, 81000), Accelerator("H100", 81559, 9))},
+        NOTE,
+        "device memory",
+        "device 1",
+    ),
     ({"memory_mib": (1000, 50)}, NOTE, "memory", "less than a tenth"),
     ({"shm_mib": (64, 64)}, PROBLEM, "/dev/shm", "smaller than 1024 MiB"),
     ({"shm_mib": (65536, 3)}, PROBLEM, "/dev/shm", "less than 64 MiB of /dev/shm are free"),
@@ -68,7 +83,7 @@ def test_a_silent_host_is_a_problem_with_the_reason_and_the_remedy() -> None:
     found = findings(dataclasses.replace(results, facts=known, links_problem="node2 did not answer"))
     assert [str(finding) for finding in found] == [
         "problem: node2: does not answer ssh (timed out); try `ssh node2 true`",
-        "problem: links were not measured: node2 did not answer; mend the other problems first, then run the doctor "
+        "problem: links were not measured: node2 did not answer; fix the other problems first, then run the doctor "
         "again",
     ]
 
@@ -76,13 +91,15 @@ def test_a_silent_host_is_a_problem_with_the_reason_and_the_remedy() -> None:
 @pytest.mark.parametrize(
     ("clock", "expected"),
     [
-        (Clock(0.9, 0.0), []),
-        (Clock(3.0, 0.01), ["its clock is 3.0 s ahead"]),
-        (Clock(-3.0, 0.01), ["its clock is 3.0 s behind"]),
-        (Clock(3.0, 2.5), []),  # the network was too slow to say
+        (ClockOffset(0.9, 0.0), []),
+        (ClockOffset(3.0, 0.01), ["its clock is 3.0 s ahead"]),
+        (ClockOffset(-3.0, 0.01), ["its clock is 3.0 s behind"]),
+        (ClockOffset(3.0, 2.5), []),  # the network was too slow to say
     ],
 )
-def test_a_clock_counts_as_wrong_only_beyond_what_the_round_trip_leaves_open(clock: Clock, expected: list[str]) -> None:
+def test_a_clock_counts_as_wrong_only_beyond_what_the_round_trip_leaves_open(
+    clock: ClockOffset, expected: list[str]
+) -> None:
     results = survey()
     found = findings(dataclasses.replace(results, clocks=results.clocks | {"node2": clock}))
     assert [finding.what for finding in found] == expected
@@ -121,7 +138,7 @@ def test_a_name_that_means_loopback_is_mended_by_naming_the_interface() -> None:
     assert [finding.hosts for finding in found] == [("node1",), ("node2",)]
     assert all("GLOO_SOCKET_IFNAME=eth0" in finding.remedy for finding in found)
     assert findings(survey(2, loopback(), interface="eth0")) == []
-    written = findings(survey(2, loopback(), interface="eth0", mended=True))
+    written = findings(survey(2, loopback(), interface="eth0", fixed=True))
     assert [finding.level for finding in written] == [NOTE]
 
 

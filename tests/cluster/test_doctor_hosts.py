@@ -1,5 +1,6 @@
 """What a host tells of itself, and how it is asked."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -9,10 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
-from stagdist.cluster.doctor import host_probe, names, storage
-from stagdist.cluster.doctor.asking import Reach, ask_all
+from stagdist.cluster.doctor import host_probe
 from stagdist.cluster.doctor.facts import HostFacts
+from stagdist.cluster.doctor.run_probes import HostAccess, ask_all
 from stagdist.errors import TransportError
 from tests.cluster.doctor_cases import facts
 
@@ -35,6 +37,7 @@ case $host in
   dead) echo "ssh: connect to host dead port 22: No route to host" >&2; exit 255;;
   noisy) echo "Welcome to noisy!";;
   broken) line="${{line//{sys.executable}//nowhere/python}}";;
+  unequipped) line="${{line/ -m / -S -m }}";;
   bare) line="${{line/cd -- /cd -- /nowhere}}";;
 esac
 exec /bin/sh -c "$line"
@@ -44,15 +47,14 @@ exec /bin/sh -c "$line"
     return tmp_path
 
 
-def test_facts_survive_json() -> None:
-    healthy = facts()
-    assert HostFacts.from_json(json.loads(json.dumps(healthy.to_json()))) == healthy
-    assert HostFacts.from_json(json.loads(json.dumps(facts(storage=None).to_json()))) == facts(storage=None)
+@pytest.mark.parametrize("known", [facts(), facts(storage=None)])
+def test_facts_survive_json(known: HostFacts) -> None:
+    assert TypeAdapter(HostFacts).validate_json(json.dumps(dataclasses.asdict(known))) == known
 
 
 def test_hosts_are_examined_and_leave_nothing_behind(pretended_hosts: Path) -> None:
     kept = pretended_hosts / "new" / "checkpoints"
-    answers = ask_all(["node1", "noisy", "dead", "broken", "bare"], Reach(), pretended_hosts, kept, 8)
+    answers = ask_all(["node1", "noisy", "dead", "broken", "bare"], HostAccess(), pretended_hosts, kept, 8)
     assert list(answers.facts) == ["node1", "noisy"]
     told = answers.facts["noisy"]
     assert told.hostname == socket.gethostname() and told.packages["torch"]
@@ -67,34 +69,39 @@ def test_hosts_are_examined_and_leave_nothing_behind(pretended_hosts: Path) -> N
 
 
 def test_a_greeting_alone_is_no_clock(pretended_hosts: Path) -> None:
-    assert Reach().clock("dead") is None
-    assert Reach().clock("noisy") is not None
+    assert HostAccess().clock("dead") is None
+    assert HostAccess().clock("noisy") is not None
 
 
 def test_an_examination_that_fails_says_how_to_see_it(pretended_hosts: Path) -> None:
     with pytest.raises(TransportError, match="its examination failed .*KeyError.*run `"):
-        Reach().ask("node1", {"action": "nonsense"})
+        HostAccess().ask("node1", {"action": "nonsense"})
+
+
+def test_a_host_without_the_packages_is_reported_in_one_line(pretended_hosts: Path) -> None:
+    with pytest.raises(TransportError, match="lacks a package .*ModuleNotFoundError.*; install it there: pip install"):
+        HostAccess().ask("unequipped", {"action": "clean"})
 
 
 def test_a_folder_that_is_there_stays_with_what_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "step_00000001").mkdir()
-    kept = storage.write(tmp_path, "t", "node1", "secret", 4)
+    kept = host_probe.write_files(tmp_path, "t", "node1", "secret", 4)
     assert (kept.problem, kept.created) == ("", ())
-    assert storage.read(tmp_path, "t", ["node1"]) == {"node1": "secret"}
-    storage.clean(tmp_path, "t", list(kept.created))
+    assert host_probe.read_files(tmp_path, "t", ["node1"]) == {"node1": "secret"}
+    host_probe.remove_files(tmp_path, "t", list(kept.created))
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
 def test_a_file_that_does_not_appear_is_waited_for_and_then_told(tmp_path: Path) -> None:
-    storage.write(tmp_path, "t", "node1", "secret", 4)
+    host_probe.write_files(tmp_path, "t", "node1", "secret", 4)
     started = time.monotonic()
-    assert storage.read(tmp_path, "t", ["node1", "node2"], patience_s=0.5) == {"node1": "secret", "node2": None}
+    assert host_probe.read_files(tmp_path, "t", ["node1", "node2"], timeout_s=0.5) == {"node1": "secret", "node2": None}
     assert 0.5 <= time.monotonic() - started < 3
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    kept = storage.write(tmp_path / "file" / "runs", "t", "node1", "secret", 4)
+    kept = host_probe.write_files(tmp_path / "file" / "runs", "t", "node1", "secret", 4)
     assert "Not a directory" in kept.problem
 
 
@@ -130,19 +137,15 @@ def test_devices_come_from_nvidia_smi(
         assert [(one.name, one.free_mib) for one in found] == [("NVIDIA H100, 80GB", 81000), ("NVIDIA H100, 80GB", 7)]
 
 
-def test_memory_is_read_in_mib() -> None:
-    assert host_probe.memory_mib("MemTotal:  2097152 kB\nMemFree: 1 kB\nMemAvailable:  1048576 kB\n") == (2048, 1024)
-
-
 def test_names_addresses_and_routes_of_this_machine() -> None:
-    known = names.interfaces()
+    known = host_probe.network_interfaces()
     assert "127.0.0.1" in known["lo"]
-    assert names.address_of("localhost") in ("127.0.0.1", "::1")
-    assert names.address_of("no-such-host.invalid") is None
-    assert names.route_to("127.0.0.1", known) == "lo"
-    assert names.route_to(None, known) is None
+    assert host_probe.address_of("localhost") in ("127.0.0.1", "::1")
+    assert host_probe.address_of("no-such-host.invalid") is None
+    assert host_probe.route_to("127.0.0.1", known) == "lo"
+    assert host_probe.route_to(None, known) is None
     with socket.socket() as listener:
-        listener.bind(("", names.free_port()))
+        listener.bind(("", host_probe.free_port()))
 
 
 def test_the_probe_imports_no_framework() -> None:

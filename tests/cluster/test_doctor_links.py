@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from stagdist.cluster.doctor import link_probe
 from stagdist.cluster.doctor.facts import Links
-from stagdist.cluster.doctor.linking import Plan, deepspeed_words, measure_links, read_output
+from stagdist.cluster.doctor.run_probes import LinkPlan, deepspeed_words, measure_links, read_output
 from stagdist.cluster.hosts.hostfile import Host
 from stagdist.cluster.hosts.remote import Finished
 from stagdist.errors import TransportError
@@ -18,7 +19,7 @@ from tests.cluster.doctor_cases import links
 from tests.ranks import free_port, run_ranks
 
 HOSTS = (Host("node1", 2), Host("node2", 2))
-PLAN = Plan(Grid(2, 2, 1), HOSTS, "pdsh", "node1", 23456, {})
+PLAN = LinkPlan(Grid(2, 2, 1), HOSTS, "pdsh", "node1", 23456, {})
 DONE = [Finished(0, "", "", 1.0)]
 
 
@@ -62,24 +63,13 @@ def test_a_failure_is_told_by_its_cause(text: str, outputs: list[Finished], comp
 
 
 def test_links_survive_json() -> None:
-    assert Links.from_json(json.loads(json.dumps(dataclasses.asdict(links())))) == links()
-
-
-@pytest.mark.ranks
-def test_two_ranks_of_this_machine_are_measured_through_deepspeed() -> None:
-    plan = Plan(Grid(2, 1, 1), (), "pdsh", "127.0.0.1", free_port(), {"GLOO_SOCKET_IFNAME": "lo"}, largest_mib=2)
-    found = measure_links(plan)
-    assert (found.grid, found.backend, found.devices) == ((2, 1, 1), "gloo", ("cpu", "cpu"))
-    (boundary,) = found.boundaries
-    assert boundary.ranks == (0, 1) and 0 < boundary.latency_s < 1
-    assert min(boundary.forward_bytes_s, boundary.backward_bytes_s) > 1e6
-    assert [(one.axis, one.ranks, one.correct) for one in found.reductions] == [("all", (0, 1), True)]
+    assert TypeAdapter(Links).validate_json(json.dumps(dataclasses.asdict(links()))) == links()
 
 
 @pytest.mark.ranks
 def test_ranks_that_fail_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAGDIST_PRIVATE_ENV", "/nowhere")
-    plan = Plan(Grid(2, 1, 1), (), "pdsh", "127.0.0.1", free_port(), {})
+    plan = LinkPlan(Grid(2, 1, 1), (), "pdsh", "127.0.0.1", free_port(), {})
     with pytest.raises(TransportError, match="the first: rank [01] on .*: ConfigError: .*/nowhere cannot be read"):
         measure_links(plan)
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from stagdist.cluster.doctor.facts import Boundary, Storage
 from stagdist.cluster.doctor.findings import findings
-from stagdist.cluster.doctor.table import host_table, link_table, report
+from stagdist.cluster.doctor.report import host_table, link_table, report
 from tests.cluster.doctor_cases import facts, links, survey
 
 
@@ -57,4 +57,4 @@ def test_the_verdict_closes_the_report() -> None:
     ill = survey(2, {"node2": facts(2, python="3.12.1")})
     text = report(ill, findings(ill))
     assert "problem: node2: python is 3.12.1" in text
-    assert text.endswith("\nverdict: 1 problem to mend before a long run\n")
+    assert text.endswith("\nverdict: 1 problem to fix before a long run\n")

@@ -10,10 +10,10 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 from deepspeed.launcher.runner import EXPORT_ENVS
 
 from stagdist.cluster.hosts.shell_variables import (
-    EXPORTED_UNASKED,
+    EXPORTED_BY_DEEPSPEED,
     PREFIXES,
+    rank_variables,
     split_private,
-    wanted,
     write_deepspeed_env,
 )
 from stagdist.errors import ConfigError
@@ -53,7 +53,7 @@ def test_what_ranks_need_is_chosen_and_what_is_of_this_host_alone_is_not() -> No
         "CUDA_VISIBLE_DEVICES": "0", "PS1": "$ ", "BASH_FUNC_x%%": "() { :; }", "DS_ENV_FILE": "x",
         "SSH_AUTH_SOCK": "/x",
     }  # fmt: skip
-    assert sorted(wanted(shell)) == [
+    assert sorted(rank_variables(shell)) == [
         "GLOO_SOCKET_IFNAME", "MY_TOKEN", "NCCL_DEBUG", "OMP_NUM_THREADS", "PATH", "WANDB_API_KEY", "https_proxy",
     ]  # fmt: skip
 
@@ -89,7 +89,7 @@ def test_secrets_travel_in_a_file_of_their_owner_and_nowhere_else(tmp_path: Path
     ],
 )  # fmt: skip
 def test_what_opens_a_store_or_a_service_is_handed_on_in_private(name: str) -> None:
-    assert split_private(wanted({name: "plain"})) == ({}, {name: "plain"})
+    assert split_private(rank_variables({name: "plain"})) == ({}, {name: "plain"})
 
 
 def test_the_parts_of_a_key_travel_together(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_the_parts_of_a_key_travel_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["WANDB_PASSPHRASE", "MLFLOW_AUTH", "HF_AUTHS", "MLFLOW_CRYPTO_KEYS", "WANDB_DB_PASS"])
 def test_a_name_that_sounds_secret_is_not_shown(name: str) -> None:
-    assert split_private(wanted({name: "plain"})) == ({}, {name: "plain"})
+    assert split_private(rank_variables({name: "plain"})) == ({}, {name: "plain"})
 
 
 @pytest.mark.parametrize(
@@ -112,11 +112,11 @@ def test_a_name_that_sounds_secret_is_not_shown(name: str) -> None:
     ],
 )  # fmt: skip
 def test_what_ranks_do_not_need_stays_behind_whatever_it_is_called(name: str) -> None:
-    assert wanted({name: "plain"}) == {}
+    assert rank_variables({name: "plain"}) == {}
 
 
 def test_a_password_in_a_value_is_no_reason_to_hand_it_on() -> None:
-    assert wanted({"PIP_INDEX_URL": WITH_PASSWORD, "DATABASE_URL": "postgresql://u:p@h/d"}) == {}
+    assert rank_variables({"PIP_INDEX_URL": WITH_PASSWORD, "DATABASE_URL": "postgresql://u:p@h/d"}) == {}
 
 
 @pytest.mark.parametrize("name", ["MLFLOW_TRACKING_URI", "WANDB_BASE_URL", "HF_ENDPOINT", "NCCL_X", "STAGDIST_X"])
@@ -128,7 +128,7 @@ def test_a_password_in_a_value_is_no_reason_to_hand_it_on() -> None:
     ],
 )  # fmt: skip
 def test_a_url_with_a_password_is_hidden_whatever_its_variable_is_called(name: str, value: str) -> None:
-    assert split_private(wanted({name: value})) == ({}, {name: value})
+    assert split_private(rank_variables({name: value})) == ({}, {name: value})
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_what_deepspeed_hands_on_by_itself_is_replaced_where_it_must_not_be_seen
 
 
 def test_all_that_deepspeed_hands_on_by_itself_is_known_and_reaches_ranks_by_our_files() -> None:
-    assert {*EXPORT_ENVS, "NCCL"} <= set(EXPORTED_UNASKED) <= set(PREFIXES)
+    assert {*EXPORT_ENVS, "NCCL"} <= set(EXPORTED_BY_DEEPSPEED) <= set(PREFIXES)
 
 
 @pytest.mark.parametrize("name", ["PATH", "PYTHONPATH", "LD_LIBRARY_PATH"])
@@ -169,7 +169,7 @@ def test_a_password_that_would_be_needed_to_start_is_refused_without_being_shown
 
 def test_a_secret_of_pythons_tools_may_hold_anything() -> None:
     shell = {"PYTHON_KEYRING_PASSWORD": NASTY, "PYTHON_X_URL": f"{WITH_PASSWORD}?a b"}
-    assert split_private(wanted(shell)) == ({}, shell)
+    assert split_private(rank_variables(shell)) == ({}, shell)
 
 
 @pytest.mark.parametrize("name", ["PATH", "PYTHONPATH", "LD_LIBRARY_PATH"])
@@ -207,4 +207,6 @@ def test_the_private_file_gives_way_to_what_is_set(tmp_path: Path) -> None:
 
 
 def test_the_mark_and_the_pulse_of_an_outer_job_are_not_handed_on() -> None:
-    assert wanted({"STAGDIST_JOB": "outer.1", "STAGDIST_PULSE": "/tmp/pulse", "STAGDIST_X": "1"}) == {"STAGDIST_X": "1"}
+    assert rank_variables({"STAGDIST_JOB": "outer.1", "STAGDIST_PULSE": "/tmp/pulse", "STAGDIST_X": "1"}) == {
+        "STAGDIST_X": "1"
+    }

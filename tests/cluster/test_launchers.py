@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stagdist.cluster.hosts.hostfile import Host
-from stagdist.cluster.hosts.shell_variables import wanted
+from stagdist.cluster.hosts.shell_variables import rank_variables
 from stagdist.cluster.hosts.start import (
     Launch,
     Launcher,
@@ -90,7 +90,7 @@ def test_a_url_with_a_password_is_kept_from_deepspeeds_command_line(launcher: La
     environment = {name: WITH_PASSWORD, "DS_ACCELERATOR": WITH_PASSWORD, "PATH": "/usr/bin"}
     assert name not in launcher_environment(launcher, LAUNCH, environment)
     assert "PaSsW0rd" not in environment_file(LAUNCH, environment)
-    assert wanted(environment)[name] == WITH_PASSWORD, "the job's private file brings it"
+    assert rank_variables(environment)[name] == WITH_PASSWORD, "the job's private file brings it"
 
 
 @pytest.mark.parametrize("launcher", DEEPSPEED)

@@ -1,14 +1,14 @@
-"""Output that nobody takes stops nothing."""
+"""Output without a reader blocks nothing."""
 
 import os
 import time
 
-from stagdist.cluster.supervision.background_output import CAPACITY, Screen
+from stagdist.cluster.supervision.background_output import CAPACITY, BackgroundWriter
 
 
 def test_lines_arrive_in_order() -> None:
     reader, writer = os.pipe()
-    screen = Screen(writer)
+    screen = BackgroundWriter(writer)
     for number in range(100):
         screen.write(f"line {number}\n")
     screen.close()
@@ -19,7 +19,7 @@ def test_lines_arrive_in_order() -> None:
 
 def test_a_reader_that_sleeps_holds_nobody_up() -> None:
     reader, writer = os.pipe()
-    screen = Screen(writer)
+    screen = BackgroundWriter(writer)
     started = time.monotonic()
     for _ in range(2 * CAPACITY):
         screen.write("x" * 100 + "\n")
@@ -30,7 +30,7 @@ def test_a_reader_that_sleeps_holds_nobody_up() -> None:
 
 def test_a_full_disk_is_no_error() -> None:
     descriptor = os.open("/dev/full", os.O_WRONLY)
-    screen = Screen(descriptor)
+    screen = BackgroundWriter(descriptor)
     screen.write("lost\n")
     screen.close()
     os.close(descriptor)

@@ -9,18 +9,21 @@ import pytest
 
 from stagdist.cluster.hosts.hostfile import Host
 from stagdist.cluster.supervision import supervisor
-from stagdist.cluster.supervision.diagnosis import Fault, Limits, find_silence
-from stagdist.cluster.supervision.placement import Placement
-from stagdist.cluster.supervision.rank_reports import ControlServer, RankView
-from stagdist.cluster.supervision.supervisor import GaveUpError, Options, Supervisor
+from stagdist.cluster.supervision.diagnosis import Fault, SilenceLimits, find_silence
+from stagdist.cluster.supervision.options import SupervisorOptions
+from stagdist.cluster.supervision.placement import HostPlacement, refuse_unusable
+from stagdist.cluster.supervision.rank_reports import RankReport, RankServer
+from stagdist.cluster.supervision.supervisor import GaveUpError, Supervisor
 from stagdist.errors import ConfigError
 
-LIMITS = Limits(hang_s=10.0, slow_s=100.0, host_s=10.0)
+LIMITS = SilenceLimits(hang_s=10.0, slow_s=100.0, host_s=10.0)
 
 
 def made(folder: Path) -> Supervisor:
-    placement = Placement((Host("a", 1), Host("b", 1)), (Host("spare", 1),))
-    return Supervisor(Options(("x.py",), "pdsh", placement, folder, {}, None, 9, LIMITS, 15.0, 1.0, 1.0, None), print)
+    placement = HostPlacement((Host("a", 1), Host("b", 1)), (Host("spare", 1),))
+    return Supervisor(
+        SupervisorOptions(("x.py",), "pdsh", placement, folder, {}, None, 9, LIMITS, 15.0, 1.0, 1.0, None), print
+    )
 
 
 def test_an_earlier_start_is_cleared_from_spares_too_and_its_secrets_are_removed(
@@ -52,10 +55,10 @@ def test_steps_lost_are_counted_from_the_last_training_also_after_an_attempt_tha
 
 
 def test_time_in_which_the_supervisor_was_stopped_is_nobodys_silence() -> None:
-    server, now = ControlServer("token", 1, print), time.monotonic()
-    server.ranks[0] = RankView(0, "a", count=1, heard_at=now - 12.0)
+    server, now = RankServer("token", 1, print), time.monotonic()
+    server.ranks[0] = RankReport(0, "a", count=1, heard_at=now - 12.0)
     assert find_silence(server.ranks, now, LIMITS) is not None
-    server.forgive(12.0)
+    server.extend_deadlines(12.0)
     assert find_silence(server.ranks, now, LIMITS) is None
 
 
@@ -84,6 +87,6 @@ def test_an_unknown_name_and_a_folder_of_its_own_are_refused_and_a_host_that_is_
 ) -> None:
     if refused:
         with pytest.raises(ConfigError, match=r"no address is known for b .*correct the hostfile|b: .*all hosts see"):
-            supervisor._refuse_unfit({"b": reason})
+            refuse_unusable({"b": reason})
     else:
-        supervisor._refuse_unfit({"b": reason})
+        refuse_unusable({"b": reason})

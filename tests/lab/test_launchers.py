@@ -67,11 +67,11 @@ GENERATIONS = [
 @pytest.mark.parametrize("launcher", GENERATIONS)
 def test_sections_on_two_hosts_write_the_text_of_one_process(clean_lab: Lab, tmp_path: Path, launcher: str) -> None:
     model = write_model(tmp_path / "model")
-    wanted = ["--prompt", "def main(", "--max-new-tokens", "24", "--seed", "5", "--json"]
-    alone = run_ranks_to_end(model, *wanted)
+    options = ["--prompt", "def main(", "--max-new-tokens", "24", "--seed", "5", "--json"]
+    alone = run_ranks_to_end(model, *options)
     assert alone.returncode == 0, alone.stderr.decode()
     text = finish(
-        start(clean_lab, launcher, tmp_path, [str(GENERATE), "--model", str(model), "--device", "cpu", *wanted])
+        start(clean_lab, launcher, tmp_path, [str(GENERATE), "--model", str(model), "--device", "cpu", *options])
     )
     answers = [json.loads(line[line.index("{") :]) for line in text.splitlines() if '"text"' in line]
     assert len(answers) == 1

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from stagdist.cluster.hosts.leftovers import MARK
+from stagdist.cluster.hosts.leftovers import JOB_VARIABLE
 from tests.launch.runs import UNDER_WAY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +98,7 @@ class Run:
 
     def _is_ours(self, one: psutil.Process) -> bool:
         try:
-            return MARK in one.environ() and str(self.folder) in " ".join(one.cmdline())
+            return JOB_VARIABLE in one.environ() and str(self.folder) in " ".join(one.cmdline())
         except psutil.Error:
             return False
 
@@ -256,7 +256,7 @@ def test_a_signal_before_the_script_can_hear_it_is_an_end_in_order_and_a_second_
     run.wait_for("ready-1")
     run.process.send_signal(signal.SIGTERM)
     code, _, err = run.end()
-    assert code == 143 and err.splitlines()[-1].endswith("SIGTERM: the ranks have ended in order"), err
+    assert code == 143 and err.splitlines()[-1].endswith("SIGTERM: the ranks have shut down cleanly"), err
     deaf.wait_for("ready-0")
     deaf.wait_for("ready-1")
     deaf.process.send_signal(signal.SIGTERM)

@@ -46,7 +46,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     words = ["--folder", "file/run", "--", "script.py"]
     done = subprocess.run([sys.executable, str(RUN), *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    problem = f"error: folder {tmp_path}/file/run cannot be written: Not a directory; "
+    problem = f"error: folder {tmp_path}/file/run cannot be written or locked: Not a directory; "
     assert done.stderr == problem + "choose another runs_directory or --folder\n"
 
 

@@ -1,4 +1,4 @@
-"""The whole examination: hosts, then links, then the report."""
+"""The complete examination: hosts, then links, then the report."""
 
 import dataclasses
 import json
@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stagdist.cluster.doctor.asking import Reach, ask_all
 from stagdist.cluster.doctor.facts import PROBLEM, Finding, Links, Survey
 from stagdist.cluster.doctor.findings import findings
-from stagdist.cluster.doctor.linking import Plan, measure_links
-from stagdist.cluster.doctor.names import free_port
-from stagdist.cluster.doctor.table import report
+from stagdist.cluster.doctor.host_probe import free_port
+from stagdist.cluster.doctor.report import report
+from stagdist.cluster.doctor.run_probes import HostAccess, LinkPlan, ask_all, measure_links
 from stagdist.cluster.doctor.variables import (
     INTERFACE_NAMES,
-    HandedOn,
+    ForwardedVariables,
     common_route,
     master_address,
     needs_interface,
@@ -35,7 +34,7 @@ ALONE = "localhost"
 
 
 @dataclass(frozen=True)
-class Options:
+class DoctorOptions:
     """What to examine.
 
     Attributes:
@@ -63,7 +62,7 @@ class Options:
     time_limit_s: int = 150
 
 
-def examine(options: Options) -> int:
+def examine(options: DoctorOptions) -> int:
     """Examine, print the report to standard output. Returns: 0 fine, 1 problems.
 
     Raises:
@@ -79,7 +78,7 @@ def examine(options: Options) -> int:
     names = tuple(host.name for host in everyone) or (ALONE,)
     whom = names[0] if len(names) == 1 else f"{len(names)} hosts"
     _say(f"asking {whom}, writing {options.write_mib} MiB to {checkpoints}")
-    answers = ask_all(names, Reach(alone=not hosts), Path.cwd(), checkpoints, options.write_mib)
+    answers = ask_all(names, HostAccess(alone=not hosts), Path.cwd(), checkpoints, options.write_mib)
     survey = Survey(
         hosts=names,
         slots={host.name: host.slots for host in everyone} or {ALONE: grid.world_size},
@@ -98,7 +97,7 @@ def examine(options: Options) -> int:
     return code
 
 
-def _layout(options: Options, hosts: Sequence[Host]) -> tuple[Grid, Path]:
+def _layout(options: DoctorOptions, hosts: Sequence[Host]) -> tuple[Grid, Path]:
     """The grid of the ranks and the folder of the checkpoints. Without a configuration every host is a stage."""
     world_size = sum(host.slots for host in hosts) or options.num_ranks
     folder = Path("runs")
@@ -113,29 +112,31 @@ def _layout(options: Options, hosts: Sequence[Host]) -> tuple[Grid, Path]:
     return grid, options.checkpoints or folder
 
 
-def _variables(options: Options, hosts: Sequence[Host], survey: Survey) -> tuple[Survey, HandedOn]:
-    """What ranks will get; writes it down where that is wanted."""
+def _variables(options: DoctorOptions, hosts: Sequence[Host], survey: Survey) -> tuple[Survey, ForwardedVariables]:
+    """What ranks will get; writes them to a file on request."""
     facts = survey.facts.values()
     names = [host.name for host in hosts]
     route = common_route(facts) if hosts and needs_interface(facts) else None
     if options.write_env is None:
-        handed = read_deepspeed_env(Path.cwd()) if hosts else HandedOn(_interfaces_of_this_shell())
-        mended = False
+        handed = read_deepspeed_env(Path.cwd()) if hosts else ForwardedVariables(_interfaces_of_this_shell())
+        fixed = False
     else:
         master = master_address(names, survey.facts) if hosts else None
         written, handed = write_variables(options.write_env, master, route)
         _say(f"{options.write_env} hands on {', '.join(written)}")
-        mended = route is not None
+        fixed = route is not None
     interface = handed.variables.get(INTERFACE_NAMES[0])
     other = (*handed.findings, *(stale_master(handed.variables, names, survey.facts) if hosts else ()))
-    return dataclasses.replace(survey, interface=interface, mended=mended, other=other), handed
+    return dataclasses.replace(survey, interface=interface, fixed=fixed, other=other), handed
 
 
 def _interfaces_of_this_shell() -> dict[str, str]:
     return {name: os.environ[name] for name in INTERFACE_NAMES if name in os.environ}
 
 
-def _links(options: Options, hosts: Sequence[Host], grid: Grid, survey: Survey, handed: HandedOn) -> Survey:
+def _links(
+    options: DoctorOptions, hosts: Sequence[Host], grid: Grid, survey: Survey, handed: ForwardedVariables
+) -> Survey:
     working = [host.name for host in hosts] or [ALONE]
     silent = [name for name in working if name not in survey.facts]
     if silent:
@@ -148,7 +149,7 @@ def _links(options: Options, hosts: Sequence[Host], grid: Grid, survey: Survey, 
         _say(f"a host takes its own name for itself: measuring with GLOO_SOCKET_IFNAME={route}")
         variables |= dict.fromkeys(INTERFACE_NAMES, route)
     first = survey.facts[working[0]]
-    plan = Plan(
+    plan = LinkPlan(
         grid=grid,
         hosts=tuple(hosts),
         launcher=options.launcher,
@@ -164,7 +165,7 @@ def _links(options: Options, hosts: Sequence[Host], grid: Grid, survey: Survey, 
         return dataclasses.replace(survey, links_problem=str(error))
 
 
-def _write(path: Path, options: Options, survey: Survey, found: Sequence[Finding], code: int) -> None:
+def _write(path: Path, options: DoctorOptions, survey: Survey, found: Sequence[Finding], code: int) -> None:
     links: Links | None = survey.links
     body = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -173,7 +174,7 @@ def _write(path: Path, options: Options, survey: Survey, found: Sequence[Finding
         "launcher": options.launcher if options.hostfile else "local",
         "hosts": list(survey.hosts),
         "slots": survey.slots,
-        "facts": {host: fact.to_json() for host, fact in survey.facts.items()},
+        "facts": {host: dataclasses.asdict(fact) for host, fact in survey.facts.items()},
         "silent": survey.silent,
         "clocks": {host: dataclasses.asdict(clock) for host, clock in survey.clocks.items()},
         "seen": survey.seen,

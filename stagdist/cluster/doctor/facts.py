@@ -1,14 +1,13 @@
 """What the doctor finds out, as plain data: of hosts, of links between ranks, and what is wrong with either."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 PROBLEM = "problem"
 NOTE = "note"
 
 
 @dataclass(frozen=True)
-class Device:
+class Accelerator:
     """One accelerator.
 
     Attributes:
@@ -47,7 +46,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class HostFacts:
-    """What one host tells of itself.
+    """Facts about one host.
 
     Attributes:
         hostname: its own idea of its name.
@@ -61,7 +60,7 @@ class HostFacts:
         shm_mib: size and free space of /dev/shm.
         open_files: soft and hard limit.
         addresses: of every host by name; None where the name is not known.
-        own_address: of its own name.
+        own_address: of its hostname.
         interfaces: addresses by network interface.
         route: interface on the way to the first host (from there, to the second).
         free_port: one that nothing listens on.
@@ -74,7 +73,7 @@ class HostFacts:
     packages: dict[str, str | None]
     code: str
     driver: str | None
-    devices: tuple[Device, ...]
+    devices: tuple[Accelerator, ...]
     cores: int
     memory_mib: tuple[int, int]
     shm_mib: tuple[int, int]
@@ -89,29 +88,15 @@ class HostFacts:
 
     @property
     def own_interface(self) -> str | None:
-        """Interface that carries the address of the own name: what gloo listens on when nobody tells it otherwise."""
+        """Interface that carries the address of the own name: the one that gloo uses by default."""
         address = self.own_address
         if address is not None and address.startswith("127."):
             return "lo"
         return next((name for name, addresses in self.interfaces.items() if address in addresses), None)
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, body: dict[str, Any]) -> "HostFacts":
-        """Undo `to_json`."""
-        storage = body["storage"]
-        return cls(**body | {
-            "devices": tuple(Device(**device) for device in body["devices"]),
-            "storage": storage and Storage(**storage | {"created": tuple(storage["created"])}),
-            **{key: tuple(body[key]) for key in ("memory_mib", "shm_mib", "open_files")},
-        })  # fmt: skip
-
 
 @dataclass(frozen=True)
-class Clock:
+class ClockOffset:
     """A host's clock against the one of the machine where the doctor runs.
 
     Attributes:
@@ -125,7 +110,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Boundary:
-    """Two ranks of neighbouring stages.
+    """Two ranks of neighboring stages.
 
     Attributes:
         stage: of the first rank.
@@ -181,18 +166,10 @@ class Links:
     boundaries: tuple[Boundary, ...]
     reductions: tuple[Reduction, ...]
 
-    @classmethod
-    def from_json(cls, body: dict[str, Any]) -> "Links":
-        """From what rank 0 wrote."""
-        pairs = tuple(Boundary(**one | {"ranks": tuple(one["ranks"])}) for one in body["boundaries"])
-        groups = tuple(Reduction(**one | {"ranks": tuple(one["ranks"])}) for one in body["reductions"])
-        grid, hosts, devices = (tuple(body[key]) for key in ("grid", "hosts", "devices"))
-        return cls(grid, body["backend"], hosts, devices, pairs, groups)
-
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that a person should know before a long run.
+    """A problem or note for the user.
 
     Attributes:
         level: PROBLEM or NOTE.
@@ -225,7 +202,7 @@ class Survey:
         clocks: of the hosts that answered.
         seen: reading host -> writing host -> whether the file written there was read here.
         interface: GLOO_SOCKET_IFNAME that ranks will get.
-        mended: whether the doctor set `interface` itself, in the file that it wrote.
+        fixed: whether the doctor set `interface` itself, in the file that it wrote.
         links: what the ranks measured.
         links_problem: why they did not.
         other: findings made on the way.
@@ -235,10 +212,10 @@ class Survey:
     slots: dict[str, int]
     facts: dict[str, HostFacts]
     silent: dict[str, str] = field(default_factory=dict)
-    clocks: dict[str, Clock] = field(default_factory=dict)
+    clocks: dict[str, ClockOffset] = field(default_factory=dict)
     seen: dict[str, dict[str, bool]] = field(default_factory=dict)
     interface: str | None = None
-    mended: bool = False
+    fixed: bool = False
     links: Links | None = None
     links_problem: str = ""
     other: tuple[Finding, ...] = ()

@@ -1,26 +1,35 @@
-"""What is wrong with the hosts: from facts to findings, pure."""
+"""Rules that turn facts about hosts and links into findings. Pure: no clock, no network, no file."""
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from stagdist.cluster.doctor.facts import NOTE, PROBLEM, Finding, HostFacts, Survey
+from stagdist.cluster.doctor.facts import NOTE, PROBLEM, Boundary, Finding, HostFacts, Links, Reduction, Survey
 from stagdist.cluster.doctor.host_probe import PACKAGES
-from stagdist.cluster.doctor.link_findings import link_findings
 
 CLOCK_S = 1.0
 """Seconds that clocks may differ before logs and file times mislead."""
 
 SHM_MIB = 1024
-"""NCCL and data loaders want at least that much of /dev/shm on a host with devices; containers often have 64 MiB."""
+"""NCCL and data loaders need at least that much of /dev/shm on a host with devices; containers often have 64 MiB."""
 
 FREE_DISK_MIB = 10 * 1024
 SLOW_DISK_MB_S = 30.0
 FAST_DISK_MB_S = 200.0
-"""From here on nobody asks why another host is faster."""
+"""A disk of this speed is not reported as slow."""
 
 SLOWER = 3.0
 """How many times slower than the others a disk may be."""
+
+
+LATENCY_FLOOR_S = 2e-4
+"""Differences below this are noise."""
+
+LATENCY_S = 2e-3
+BYTES_S = 100e6
+"""What a link should reach in any case: gigabit Ethernet does."""
+
+LOOK = "compare cable, switch port and `ethtool` with the others, and look for other jobs on it"
 
 
 def findings(survey: Survey) -> list[Finding]:
@@ -43,7 +52,7 @@ def _answers(survey: Survey) -> Iterator[Finding]:
         if count > 1:
             same = _where(survey, lambda fact, name=name: fact.hostname == name)  # type: ignore[misc]
             what = f"all call themselves {name}: one machine listed twice, or clones"
-            yield Finding(NOTE, "answers", same, what, "give each its own name; mpirun tells hosts apart by it")
+            yield Finding(NOTE, "answers", same, what, "give each a unique name; mpirun identifies hosts by it")
     gone = _where(survey, lambda fact: not fact.folder)
     if gone:
         what = "the folder from which you start does not exist there, and launchers change to it"
@@ -55,11 +64,11 @@ def _clocks(survey: Survey) -> Iterator[Finding]:
         if abs(clock.offset_s) - clock.error_s > CLOCK_S:
             what = f"its clock is {abs(clock.offset_s):.1f} s {'ahead' if clock.offset_s > 0 else 'behind'}"
             yield Finding(
-                PROBLEM, "clock", (host,), what, "let chrony or ntpd set it: log files and file times mislead"
+                PROBLEM, "clock", (host,), what, "synchronize it with chrony or ntpd: log files and file times mislead"
             )
-    untold = tuple(host for host in survey.facts if host not in survey.clocks)
-    if untold:
-        yield Finding(NOTE, "clock", untold, "the clock could not be read", "run the doctor again")
+    unresolved = tuple(host for host in survey.facts if host not in survey.clocks)
+    if unresolved:
+        yield Finding(NOTE, "clock", unresolved, "the clock could not be read", "run the doctor again")
 
 
 def values(survey: Survey) -> dict[str, dict[str, str | None]]:
@@ -101,7 +110,7 @@ def _versions(survey: Survey) -> Iterator[Finding]:
 
 def _devices(survey: Survey) -> Iterator[Finding]:
     for host, fact in survey.facts.items():
-        if fact.driver and fact.driver.startswith(("failed", "silent")):
+        if fact.driver and fact.driver.startswith("failed"):
             yield Finding(PROBLEM, "driver", (host,), f"nvidia-smi: {fact.driver}", "repair the driver, or reboot")
         if fact.devices and survey.slots[host] > len(fact.devices):
             what = f"{survey.slots[host]} slots, but {len(fact.devices)} devices"
@@ -133,14 +142,16 @@ def _resources(survey: Survey) -> Iterator[Finding]:
 
 def _names(survey: Survey) -> Iterator[Finding]:
     for name in survey.hosts:
-        told = {host: fact.addresses.get(name) for host, fact in survey.facts.items()}
-        unknown = tuple(host for host, address in told.items() if address is None)
+        resolved = {host: fact.addresses.get(name) for host, fact in survey.facts.items()}
+        unknown = tuple(host for host, address in resolved.items() if address is None)
         if unknown:
             yield Finding(PROBLEM, "names", unknown, f"cannot resolve the name {name}", "enter it in DNS or /etc/hosts")
-        astray = tuple(host for host, address in told.items() if host != name and (address or "").startswith("127."))
+        astray = tuple(
+            host for host, address in resolved.items() if host != name and (address or "").startswith("127.")
+        )
         if astray:
             yield Finding(PROBLEM, "names", astray, f"takes {name} for itself", f"correct {name} in /etc/hosts")
-        seen = {address for host, address in told.items() if host != name and address and host not in astray}
+        seen = {address for host, address in resolved.items() if host != name and address and host not in astray}
         if len(seen) > 1:
             what = f"{name} is {' and '.join(sorted(seen))}, depending on the host"
             yield Finding(PROBLEM, "names", (), what, "make DNS or /etc/hosts agree")
@@ -155,7 +166,7 @@ def _interfaces(survey: Survey) -> Iterator[Finding]:
         if missing:
             what = f"has no interface {survey.interface}, which GLOO_SOCKET_IFNAME names"
             yield Finding(PROBLEM, "interface", missing, what, "name one that all hosts have")
-        elif lost and survey.mended:
+        elif lost and survey.fixed:
             what = f"its own name is no address that others reach; GLOO_SOCKET_IFNAME={survey.interface} is written"
             yield Finding(NOTE, "interface", lost, what, "nothing more to do")
         return
@@ -212,3 +223,92 @@ def _shared(survey: Survey) -> Iterator[Finding]:
         what = f"does not see what {', '.join(missed[:4])} wrote to the checkpoints: the folder is not shared"
         remedy = "mount one file system at the same place on all hosts: no checkpoint would be complete"
         yield Finding(PROBLEM, "shared", readers, what, remedy)
+
+
+# --- links between ranks ----------------------------------------------------------------------------------------------
+
+
+def slow_boundaries(links: Links) -> list[Boundary]:
+    """Boundaries that are much slower than the usual one."""
+    if len(links.boundaries) < 2:
+        return []
+    latency_s = statistics.median(one.latency_s for one in links.boundaries)
+    speeds = [speed for one in links.boundaries for speed in (one.forward_bytes_s, one.backward_bytes_s)]
+    bytes_s = statistics.median(speeds)
+    return [
+        one
+        for one in links.boundaries
+        if one.latency_s > max(SLOWER * latency_s, latency_s + LATENCY_FLOOR_S)
+        or min(one.forward_bytes_s, one.backward_bytes_s) < bytes_s / SLOWER
+    ]
+
+
+def slow_reductions(links: Links) -> list[Reduction]:
+    """Groups that are much slower than the usual one of their axis."""
+    found = []
+    for axis in sorted({one.axis for one in links.reductions}):
+        group = [one for one in links.reductions if one.axis == axis]
+        latency_s, bytes_s = (
+            statistics.median(figures) for figures in ([one.latency_s for one in group], [one.bytes_s for one in group])
+        )
+        found += [
+            one
+            for one in group
+            if one.latency_s > max(SLOWER * latency_s, latency_s + LATENCY_FLOOR_S) or one.bytes_s < bytes_s / SLOWER
+        ]
+    return found
+
+
+def place(links: Links, ranks: Sequence[int]) -> str:
+    """Ranks with their hosts."""
+    return ", ".join(f"rank {rank} ({links.hosts[rank]})" for rank in ranks[:4]) + (" ..." if len(ranks) > 4 else "")
+
+
+def link_findings(survey: Survey) -> Iterator[Finding]:
+    """Everything that is wrong with the links, or that they were not measured."""
+    if survey.links is None:
+        if survey.links_problem:
+            what = f"links were not measured: {survey.links_problem}"
+            yield Finding(PROBLEM, "links", (), what, "fix the other problems first, then run the doctor again")
+        return
+    links = survey.links
+    yield from _unused_devices(survey, links)
+    for boundary in slow_boundaries(links):
+        what = f"the boundary between {place(links, boundary.ranks)} is slower than the others: {figures(boundary)}"
+        yield Finding(PROBLEM, "links", (), what, LOOK)
+    for group in slow_reductions(links):
+        what = f"all-reduce ({group.axis}) of {place(links, group.ranks)} is slower than the others"
+        yield Finding(PROBLEM, "links", (), what, LOOK)
+    for group in links.reductions:
+        if not group.correct:
+            what = f"all-reduce ({group.axis}) of {place(links, group.ranks)} gave a wrong sum"
+            yield Finding(
+                PROBLEM, "links", (), what, "do not train on these hosts: memory, device or network corrupts data"
+            )
+    yield from _all_slow(links)
+
+
+def figures(one: Boundary) -> str:
+    """Latency and bandwidths in words."""
+    speeds = f"{one.forward_bytes_s / 1e6:.0f} MB/s forward, {one.backward_bytes_s / 1e6:.0f} backward"
+    return f"{one.latency_s * 1e3:.2f} ms, {speeds}"
+
+
+def _unused_devices(survey: Survey, links: Links) -> Iterator[Finding]:
+    have = any(fact.devices for fact in survey.facts.values())
+    if have and "cpu" in links.devices:
+        what = "nvidia-smi shows devices, but torch sees none"
+        yield Finding(PROBLEM, "devices", (), what, "install the torch build that fits the driver")
+
+
+def _all_slow(links: Links) -> Iterator[Finding]:
+    known = slow_boundaries(links)
+    slow = [
+        one
+        for one in links.boundaries
+        if one not in known and (one.latency_s > LATENCY_S or min(one.forward_bytes_s, one.backward_bytes_s) < BYTES_S)
+    ]
+    if slow:
+        what = f"{len(slow)} stage boundaries are slower than gigabit Ethernet, for example {figures(slow[0])}"
+        remedy = "see that the fast network is used: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
+        yield Finding(NOTE, "links", (), what, remedy)

@@ -25,8 +25,8 @@ from stagdist.parallel.world import World, join_launcher
 if TYPE_CHECKING:
     import torch
 
-MARK = "STAGDIST-LINKS"
-ERROR_MARK = "STAGDIST-LINKS-ERROR"
+RESULT_PREFIX = "STAGDIST-LINKS"
+ERROR_PREFIX = "STAGDIST-LINKS-ERROR"
 PIECE = 1000
 """Characters of the result in one line."""
 
@@ -190,7 +190,7 @@ class Meter:
 
 
 def measure(grid: Grid, world: World, largest_bytes: int, timeout_s: float, start_s: float = 60.0) -> Links | None:
-    """Join the ranks and measure; rank 0 gets the whole.
+    """Join the ranks and measure; rank 0 returns the complete result.
 
     Args:
         grid: of all ranks.
@@ -218,7 +218,7 @@ def measure(grid: Grid, world: World, largest_bytes: int, timeout_s: float, star
         own = (socket.gethostname(), name, meter.boundaries(), meter.reductions(timeout))
         gathered: list[Any] = [None] * world.size
         dist.all_gather_object(gathered, own)
-        dist.barrier()  # nobody leaves while another still listens
+        dist.barrier()  # no rank leaves while another still receives
     finally:
         dist.destroy_process_group()
     if world.rank:
@@ -234,10 +234,10 @@ def measure(grid: Grid, world: World, largest_bytes: int, timeout_s: float, star
 
 
 def pieces(links: Links) -> list[str]:
-    """The result as lines that any launcher lets through."""
+    """The result as lines short enough for every launcher."""
     text = base64.b64encode(json.dumps(asdict(links)).encode()).decode()
     parts = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
-    return [f"{MARK} {index}/{len(parts)} {part} END" for index, part in enumerate(parts)]
+    return [f"{RESULT_PREFIX} {index}/{len(parts)} {part} END" for index, part in enumerate(parts)]
 
 
 def main() -> int:
@@ -260,7 +260,7 @@ def main() -> int:
     except Exception as error:
         reason = " ".join(str(error).split())[:400]
         print(
-            f"{ERROR_MARK} rank {os.environ.get('RANK', '?')} on {socket.gethostname()}: "
+            f"{ERROR_PREFIX} rank {os.environ.get('RANK', '?')} on {socket.gethostname()}: "
             f"{type(error).__name__}: {reason} END", flush=True,
         )  # fmt: skip
         return 1

@@ -1,4 +1,4 @@
-"""The environment that ranks will get: what stands in `.deepspeed_env`, and what should."""
+"""The environment variables of the ranks: what `.deepspeed_env` contains, and what it should contain."""
 
 import os
 import re
@@ -9,13 +9,13 @@ from pathlib import Path
 from stagdist.cluster.doctor.facts import NOTE, PROBLEM, Finding, HostFacts
 from stagdist.cluster.hosts.shell_variables import (
     DEEPSPEED_ENV,
-    EXPORTED_UNASKED,
+    EXPORTED_BY_DEEPSPEED,
     PREFIXES,
     is_credential,
     is_plain,
     is_secret,
     may_be_shown,
-    wanted,
+    rank_variables,
     write_deepspeed_env,
 )
 
@@ -28,11 +28,11 @@ _LINE = re.compile(r"\s*(?P<name>[A-Za-z_][A-Za-z0-9_]*)\s*=(?P<value>.*)")
 
 
 @dataclass(frozen=True)
-class HandedOn:
+class ForwardedVariables:
     """What DeepSpeed will hand on to the ranks.
 
     Attributes:
-        variables: those that nothing speaks against.
+        variables: those that are safe to forward.
         findings: what is wrong with the rest, or with there being none.
     """
 
@@ -40,7 +40,7 @@ class HandedOn:
     findings: tuple[Finding, ...] = ()
 
 
-def read_deepspeed_env(folder: Path, environment: Mapping[str, str] = os.environ) -> HandedOn:
+def read_deepspeed_env(folder: Path, environment: Mapping[str, str] = os.environ) -> ForwardedVariables:
     """Read the files that DeepSpeed reads when it is started in `folder`: the one at home, then the one there."""
     name = environment.get("DS_ENV_FILE", DEEPSPEED_ENV)
     paths = dict.fromkeys(place / name for place in (Path(environment.get("HOME", "/")), folder))
@@ -64,7 +64,7 @@ def read_deepspeed_env(folder: Path, environment: Mapping[str, str] = os.environ
         what = "DeepSpeed by itself writes what is secret or a shell could run into the command lines of all hosts: "
         what += ", ".join(shown)
         findings.append(Finding(NOTE, ROW, (), what, WRITE))
-    return HandedOn(variables, tuple(findings))
+    return ForwardedVariables(variables, tuple(findings))
 
 
 def _wrong(line: str, where: str) -> Finding | None:
@@ -75,7 +75,7 @@ def _wrong(line: str, where: str) -> Finding | None:
         what = f"{where}: {match['name']} holds characters that a shell on the hosts would split or run"
         return Finding(PROBLEM, ROW, (), what, WRITE)
     if is_secret(match["name"], match["value"].strip()):
-        what = f"{where}: {match['name']} would stand in the process lists of all hosts"
+        what = f"{where}: {match['name']} would be visible in the process lists of all hosts"
         return Finding(PROBLEM, ROW, (), what, WRITE)
     return None
 
@@ -83,17 +83,17 @@ def _wrong(line: str, where: str) -> Finding | None:
 def _left_behind(environment: Mapping[str, str]) -> list[str]:
     return [
         name
-        for name in wanted(environment)
-        if (name.startswith(PREFIXES) or is_credential(name)) and not name.startswith(EXPORTED_UNASKED)
+        for name in rank_variables(environment)
+        if (name.startswith(PREFIXES) or is_credential(name)) and not name.startswith(EXPORTED_BY_DEEPSPEED)
     ]
 
 
 def _shown(environment: Mapping[str, str], replaced: Mapping[str, str]) -> list[str]:
-    """Variables of the shell that DeepSpeed hands on by itself, although they may not stand on a command line."""
+    """Variables of the shell that DeepSpeed forwards by default although they may not be on a command line."""
     return [
         name
-        for name, value in wanted(environment).items()
-        if name.startswith(EXPORTED_UNASKED) and name not in replaced and not may_be_shown(name, value)
+        for name, value in rank_variables(environment).items()
+        if name.startswith(EXPORTED_BY_DEEPSPEED) and name not in replaced and not may_be_shown(name, value)
     ]
 
 
@@ -104,7 +104,7 @@ def common_route(facts: Iterable[HostFacts]) -> str | None:
 
 
 def needs_interface(facts: Iterable[HostFacts]) -> list[str]:
-    """Names (their own) of hosts on which gloo would listen where nobody else can reach it."""
+    """Names (their own) of hosts on which gloo would listen where no other host can reach it."""
     return [fact.hostname for fact in facts if fact.own_interface in (None, "lo")]
 
 
@@ -121,16 +121,16 @@ def master_address(hosts: Sequence[str], facts: Mapping[str, HostFacts]) -> str:
 
 
 def stale_master(variables: Mapping[str, str], hosts: Sequence[str], facts: Mapping[str, HostFacts]) -> list[Finding]:
-    """Whether the file speaks of another first host than the hostfile; Open MPI's ranks would go there."""
-    told = variables.get("MASTER_ADDR")
+    """Report a MASTER_ADDR in the file that is not the first host; Open MPI's ranks would connect to it."""
+    address = variables.get("MASTER_ADDR")
     right = {hosts[0]} | {fact.addresses.get(hosts[0]) for fact in facts.values()}
-    if told is None or told in right:
+    if address is None or address in right:
         return []
-    what = f"{DEEPSPEED_ENV} says MASTER_ADDR={told}, but the first host is {hosts[0]}"
+    what = f"{DEEPSPEED_ENV} says MASTER_ADDR={address}, but the first host is {hosts[0]}"
     return [Finding(PROBLEM, ROW, (), what, WRITE)]
 
 
-def write_variables(path: Path, master: str | None, interface: str | None) -> tuple[list[str], HandedOn]:
+def write_variables(path: Path, master: str | None, interface: str | None) -> tuple[list[str], ForwardedVariables]:
     """Generate the file from this shell's variables.
 
     Args:

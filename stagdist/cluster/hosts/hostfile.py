@@ -1,4 +1,4 @@
-"""Hostfiles: the hosts of a cluster, in the form that DeepSpeed reads, with spares besides."""
+"""Hostfiles: the hosts of a cluster, in the format that DeepSpeed reads, with optional spares."""
 
 import re
 from collections.abc import Iterable
@@ -49,7 +49,7 @@ class Hostfile:
 
 
 def check_host_name(name: str) -> None:
-    """Let nothing reach a launcher or a shell that is not a plain name.
+    """Refuse a name that a launcher or a shell could interpret.
 
     Raises:
         ConfigError: it holds other characters than letters, digits, dots, hyphens and underscores, or is too long.

@@ -69,7 +69,7 @@ def remote_command(
     """One line for the shell on a host in which nothing but our own words is a command.
 
     The host ends the command by itself (with its process group) when the time is up, also when ssh is gone by then.
-    Values of the environment stand in process lists: no secrets.
+    Values of the environment are visible in process lists, so they must not be secrets.
     """
     assignments = [f"{name}={value}" for name, value in (environment or {}).items()]
     limited = ["timeout", "--kill-after=2", f"{limit_s:g}", *(["env", *assignments] if assignments else []), *words]
@@ -106,10 +106,10 @@ def run_on(
     environment: Mapping[str, str] | None = None,
     stdin: str = "",
 ) -> Finished:
-    """Run a command on a host and wait for its end, `timeout_s` seconds at most (besides connecting).
+    """Run a command on a host and wait for its end, at most `timeout_s` seconds plus the time to connect.
 
     Args:
-        host: as ssh knows it.
+        host: name for ssh.
         words: program and arguments; quoted for the host's shell.
         timeout_s: seconds the command may take.
         folder: working directory on the host.
@@ -184,7 +184,7 @@ def _kill(process: "subprocess.Popen[str]") -> None:
 def on_all(hosts: Iterable[str], action: Callable[[str], Result], at_once: int = AT_ONCE) -> dict[str, Result]:
     """Do something for every host at the same time; results in the order of the hosts.
 
-    An interruption does not wait for hosts that are silent: what they were asked ends by its own time limit.
+    An interruption does not wait for hosts that do not answer: their commands end at their time limit.
 
     Raises:
         BaseException: the first of what the actions raised.

@@ -3,7 +3,8 @@
 DeepSpeed's launcher hands on few variables by itself and writes them into the command line of the remote shell,
 between double quotes at best. So only plain values are handed on in this way. What is secret, or holds a character
 that a shell could take for more than itself, travels in a private file that only its owner can read; the command
-line holds that file's path. A name tells whether ranks need a variable, name and value whether it may be seen.
+line holds that file's path. The name of a variable decides whether ranks need it; its name and value decide whether
+it may be shown.
 """
 
 import os
@@ -12,8 +13,9 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from stagdist.cluster.hosts.leftovers import MARK
+from stagdist.cluster.hosts.leftovers import JOB_VARIABLE
 from stagdist.errors import ConfigError
+from stagdist.files import writing
 from stagdist.parallel.private_variables import PRIVATE_FILE, VARIABLE_NAME
 from stagdist.telemetry.pulse import PULSE_FILE
 
@@ -36,11 +38,13 @@ PREFIXES = (
 )  # fmt: skip
 """Beginnings of variables handed on."""
 
-EXPORTED_UNASKED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
+EXPORTED_BY_DEEPSPEED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
 """Beginnings of variables that DeepSpeed puts into the command line of the hosts by itself, without care; the same
 names in the generated file replace them, with nothing where the private file brings the value."""
 
-NEVER = frozenset({"CUDA_VISIBLE_DEVICES", "DS_ENV_FILE", "PYTHONSTARTUP", PRIVATE_FILE, MARK, PULSE_FILE})
+NEVER_FORWARDED = frozenset(
+    {"CUDA_VISIBLE_DEVICES", "DS_ENV_FILE", "PYTHONSTARTUP", PRIVATE_FILE, JOB_VARIABLE, PULSE_FILE}
+)
 """Variables that mean something on this host or to this process alone; a supervisor inside a supervised job must not
 mark its ranks with the mark of the outer one."""
 
@@ -57,9 +61,9 @@ _PLAIN = re.compile(r"[\w@+=:,./-]*", re.ASCII)
 
 
 def is_credential(name: str) -> bool:
-    """Whether ranks need a variable to be let in somewhere: keys, tokens, passwords; proxies, which may hold one.
+    """Whether a variable holds a credential: a key, token or password, or a proxy, whose URL may hold a password.
 
-    The number of a key counts as one, for it is of no use without it.
+    A key id counts as a credential, because it is useless without the key.
     """
     return bool(_CREDENTIAL.search(name.upper()) or _PROXIES.fullmatch(name))
 
@@ -80,7 +84,7 @@ def is_plain(value: str) -> bool:
 
 
 def may_be_shown(name: str, value: str) -> bool:
-    """Whether a variable may stand on a command line."""
+    """Whether a variable may be on a command line."""
     return is_plain(value) and not is_secret(name, value)
 
 
@@ -90,7 +94,7 @@ def is_early(name: str, value: str) -> bool:
 
 
 def check_early(name: str, value: str) -> None:
-    """What Python needs to start has to stand on the command line.
+    """Check a variable that Python needs to start, which must be on the command line.
 
     Raises:
         ConfigError: it must not.
@@ -104,20 +108,20 @@ def check_early(name: str, value: str) -> None:
         )
 
 
-def wanted(environment: Mapping[str, str]) -> dict[str, str]:
+def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that a rank needs, secrets included, sorted by name."""
     names = NAMES | EARLY_NAMES
     return {
         name: value
         for name, value in sorted(environment.items())
-        if name not in NEVER
+        if name not in NEVER_FORWARDED
         and VARIABLE_NAME.fullmatch(name)
         and (name in names or name.startswith(PREFIXES) or is_credential(name))
     }
 
 
 def split_private(variables: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Divide into what may stand on a command line and what travels in the private file.
+    """Divide into variables for the command line and variables for the private file.
 
     Raises:
         ConfigError: a variable that Python needs to start may not.
@@ -129,15 +133,6 @@ def split_private(variables: Mapping[str, str]) -> tuple[dict[str, str], dict[st
             check_early(name, value)
         (public if may_be_shown(name, value) else private)[name] = value
     return public, private
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that nobody but its owner can read, replacing one of that name."""
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-        stream.write(text)
-    part.rename(path)
 
 
 def write_deepspeed_env(path: Path, private: Path, environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -153,17 +148,19 @@ def write_deepspeed_env(path: Path, private: Path, environment: Mapping[str, str
     Raises:
         ConfigError: a value cannot be handed on, or a file cannot be written.
     """
-    variables = wanted(environment)
+    variables = rank_variables(environment)
     public, hidden = split_private(variables)
-    public |= {name: "" for name in hidden if name.startswith(EXPORTED_UNASKED)}
+    public |= {name: "" for name in hidden if name.startswith(EXPORTED_BY_DEEPSPEED)}
     if hidden:
         public[PRIVATE_FILE] = str(private.resolve())
         if not is_plain(public[PRIVATE_FILE]):
             raise ConfigError(f"{public[PRIVATE_FILE]!r} holds characters that a shell could run or split; rename it")
     try:
         if hidden:
-            write_private(private, "".join(f"{name}={shlex.quote(value)}\n" for name, value in hidden.items()))
-        write_private(path, "".join(f"{name}={value}\n" for name, value in public.items()))
+            with writing(private, private=True) as stream:
+                stream.writelines(f"{name}={shlex.quote(value)}\n" for name, value in hidden.items())
+        with writing(path, private=True) as stream:
+            stream.writelines(f"{name}={value}\n" for name, value in public.items())
     except OSError as error:
         raise ConfigError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
     return list(variables)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from stagdist.cluster.hosts.hostfile import Host
-from stagdist.cluster.hosts.leftovers import MARK
+from stagdist.cluster.hosts.leftovers import JOB_VARIABLE
 from stagdist.cluster.hosts.remote import ssh_words
 from stagdist.cluster.hosts.shell_variables import (
-    EXPORTED_UNASKED,
+    EXPORTED_BY_DEEPSPEED,
     check_early,
     is_early,
     is_plain,
@@ -40,7 +40,7 @@ class Launch:
         environment_file: for DeepSpeed, instead of `.deepspeed_env`.
         mark: of the job's processes.
         folder: working directory.
-        as_root: Open MPI wants to be told.
+        as_root: the user is root, which Open MPI must allow explicitly.
     """
 
     hosts: tuple[Host, ...]
@@ -79,7 +79,7 @@ def deepspeed_words(
         launcher: `local`, `pdsh` or `openmpi`.
         world_size: ranks on this machine, for `local`.
         hostfile: of the hosts; not used by `local`.
-        as_root: Open MPI wants to be told.
+        as_root: the user is root, which Open MPI must allow explicitly.
     """
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(master_port)]
     if launcher == "local":
@@ -91,7 +91,7 @@ def deepspeed_words(
 
 def _torchrun_line(launch: Launch, node: int, agent: list[str]) -> str:
     words = [
-        "env", f"{MARK}={launch.mark}",
+        "env", f"{JOB_VARIABLE}={launch.mark}",
         sys.executable, "-m", "torch.distributed.run",
         "--nnodes", str(len(launch.hosts)), "--nproc-per-node", str(launch.hosts[node].slots),
         "--node-rank", str(node), "--max-restarts", "0",
@@ -108,9 +108,9 @@ def launcher_environment(launcher: Launcher, launch: Launch, environment: Mappin
         ConfigError: see `for_deepspeed`.
     """
     if launcher in ("pdsh", "openmpi"):
-        return for_deepspeed(environment) | {MARK: launch.mark, "DS_ENV_FILE": str(launch.environment_file)}
+        return for_deepspeed(environment) | {JOB_VARIABLE: launch.mark, "DS_ENV_FILE": str(launch.environment_file)}
     kept = for_deepspeed_here(environment) if launcher == "local" else dict(environment)
-    return kept | {MARK: launch.mark}
+    return kept | {JOB_VARIABLE: launch.mark}
 
 
 def for_deepspeed_here(environment: Mapping[str, str]) -> dict[str, str]:
@@ -128,7 +128,7 @@ def for_deepspeed(environment: Mapping[str, str]) -> dict[str, str]:
     """
     kept = {}
     for name, value in environment.items():
-        unasked = name.startswith(EXPORTED_UNASKED)
+        unasked = name.startswith(EXPORTED_BY_DEEPSPEED)
         if unasked and is_early(name, value):
             check_early(name, value)
         if not unasked or may_be_shown(name, value):
@@ -145,7 +145,7 @@ def environment_file(launch: Launch, environment: Mapping[str, str]) -> str:
     early = {name: value for name, value in environment.items() if is_early(name, value)}
     for name, value in early.items():
         check_early(name, value)
-    early |= {MARK: launch.mark, "MASTER_ADDR": launch.master_address, "MASTER_PORT": str(launch.master_port)}
+    early |= {JOB_VARIABLE: launch.mark, "MASTER_ADDR": launch.master_address, "MASTER_PORT": str(launch.master_port)}
     if "DS_ACCELERATOR" in environment and may_be_shown("DS_ACCELERATOR", environment["DS_ACCELERATOR"]):
         early["DS_ACCELERATOR"] = environment["DS_ACCELERATOR"]
     return "".join(f"{name}={value}\n" for name, value in early.items())
@@ -190,7 +190,7 @@ def address_of(hosts: tuple[Host, ...]) -> str:
     try:
         address = str(socket.getaddrinfo(first, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
-        raise ConfigError(f"host {first} has no address: {error}; mend the hostfile or the name service") from error
+        raise ConfigError(f"host {first} has no address: {error}; fix the hostfile or the name service") from error
     if address.startswith("127.") or address == "::1":
         # Debian maps a host's own name to 127.0.1.1, so we are on it.
         return address if len(hosts) == 1 else reachable_address(hosts[1].name)

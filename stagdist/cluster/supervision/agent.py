@@ -1,8 +1,8 @@
-"""One per rank, between launcher and script: starts it, keeps its output, tells the supervisor how it is, and ends it.
+"""Runs the script of one rank: starts it, logs its output, reports its state to the supervisor, and ends it.
 
-The script starts once the supervisor has answered, so none runs of which the supervisor does not know. It runs as a
-child in a process group of its own that the kernel kills when the agent dies. The agent ends it when the supervisor
-says so, when the supervisor is gone, or when it has not been heard for the lease.
+The script starts after the supervisor has answered, so every running script is on record there. It runs as a
+child in a separate process group that the kernel kills when the agent dies. The agent ends it when the supervisor
+requests it, when the supervisor is gone, or when no message came for the duration of the lease.
 Started as `python -m stagdist.cluster.supervision.agent --job FILE` by any launcher. Imports no framework.
 """
 
@@ -19,13 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from stagdist.cluster.hosts.leftovers import carrying, end_all
-from stagdist.cluster.supervision.background_output import Screen
+from stagdist.cluster.hosts.leftovers import kill_all, processes_with
+from stagdist.cluster.supervision.background_output import DRAIN_S, ScriptOutput
 from stagdist.cluster.supervision.messages import AGENT_ERROR, LONGEST_LINE, Job, decode, encode, read_job
 from stagdist.errors import ConfigError, TransportError
 from stagdist.parallel.world import World, join_launcher
@@ -33,13 +32,8 @@ from stagdist.telemetry.pulse import DUMP_SIGNAL, PULSE_FILE, PulseReader, stack
 
 TICK_S = 0.1
 REPORT_S = 1.0
-TAIL_LINES = 60
-LONGEST_SHOWN = 400
-"""Characters of an output line that go to the supervisor; the file has all."""
 
 OUTBOX_BYTES = 1 << 20
-DRAIN_S = 2.0
-"""Seconds for output that is still on its way after the script's end; something it left behind may hold the pipe."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -59,7 +53,7 @@ def die_with_parent() -> Callable[[], None]:
 def end_launcher() -> None:
     """Ask the launcher's process on this host, our parent, to end.
 
-    Behind a cut link nobody else does: Open MPI's daemon waits for a word from its master that never comes.
+    After a network failure nothing else does: Open MPI's daemon waits for a message from its master.
     """
     parent = os.getppid()
     if parent > 1:  # else it has ended already
@@ -68,48 +62,8 @@ def end_launcher() -> None:
 
 
 def host_name() -> str:
-    """Name of this host, for people."""
+    """Name of this host for messages."""
     return socket.gethostname().partition(".")[0]
-
-
-class Output:
-    """What the script writes: all of it to a file, the latest lines in memory.
-
-    A disk that is full or slow does not hold up anybody.
-
-    Args:
-        stream: of the script.
-        file: open for appending.
-
-    Attributes:
-        tail: latest lines.
-    """
-
-    def __init__(self, stream: IO[bytes], file: IO[bytes]):
-        self.stream, self.tail = stream, deque[str](maxlen=TAIL_LINES)
-        os.set_blocking(stream.fileno(), False)
-        self._rest = b""
-        self._file, self._kept = file, Screen(file.fileno())
-
-    def read(self) -> list[str] | None:
-        """New whole lines, shortened; None at the end of the stream."""
-        try:
-            data = os.read(self.stream.fileno(), LONGEST_LINE)
-        except BlockingIOError:
-            return []
-        self._kept.put(data)
-        ended = not data
-        *lines, self._rest = (self._rest + (b"\n" if ended and self._rest else data)).split(b"\n")
-        if len(self._rest) > LONGEST_LINE:
-            lines, self._rest = [*lines, self._rest], b""
-        # A progress bar writes over its line; what stands at its end counts.
-        shown = [line.rpartition(b"\r")[2].decode(errors="replace")[:LONGEST_SHOWN] for line in lines]
-        self.tail.extend(line for line in shown if line.strip())
-        return None if ended and not shown else shown
-
-    def close(self) -> None:
-        """Wait a little until all of it is in the file."""
-        self._kept.close(DRAIN_S)
 
 
 class Agent:
@@ -128,14 +82,14 @@ class Agent:
         self._pulse = PulseReader(self._pulse_file)
         self._outbox, self._inbox = bytearray(), b""
         self._heard = self._reported = time.monotonic()
-        self._told_step, self._kill_at = -2, None  # type: tuple[int, float | None]
+        self._reported_step, self._kill_at = -2, None  # type: tuple[int, float | None]
         self._ended_by_us = self._cut_off = False
 
     def run(self) -> int:
         """Until the script has ended. Returns: its exit code, 128 + signal after a signal.
 
         Raises:
-            TransportError: the supervisor cannot be reached, or does not want this agent.
+            TransportError: the supervisor cannot be reached, or refuses this agent.
         """
         try:
             self._socket = self._connect()
@@ -143,7 +97,7 @@ class Agent:
             try:
                 self._start()
             except OSError as error:
-                self._tell_failure(error)
+                self._report_failure(error)
                 raise
             self._take(b"")  # what came with the welcome
             signal.signal(signal.SIGTERM, lambda *_: self._signal(signal.SIGTERM))
@@ -176,7 +130,7 @@ class Agent:
             TransportError: no welcome within the lease.
         """
         job, rank = self._job, self._world.rank
-        self._tell("hello", token=job.token, attempt=job.attempt, host=host_name(), pid=os.getpid())
+        self._send("hello", token=job.token, attempt=job.attempt, host=host_name(), pid=os.getpid())
         try:
             self._socket.sendall(bytes(self._outbox))
             data = self._socket.recv(LONGEST_LINE)
@@ -207,7 +161,7 @@ class Agent:
             preexec_fn=die_with_parent(),
         )
         assert self._child.stdout is not None
-        self._output = Output(self._child.stdout, log)
+        self._output = ScriptOutput(self._child.stdout, log)
         self._selector.register(self._child.stdout, selectors.EVENT_READ, self._collect)
         self._selector.register(os.pidfd_open(self._child.pid), selectors.EVENT_READ, lambda: None)
 
@@ -226,10 +180,10 @@ class Agent:
 
     def _report(self, now: float) -> None:
         sign = self._pulse.read()
-        if sign.step == self._told_step and now - self._reported < REPORT_S:
+        if sign.step == self._reported_step and now - self._reported < REPORT_S:
             return
-        self._told_step, self._reported = sign.step, now
-        self._tell("state", **{**vars(sign), "phase": int(sign.phase)}, process=self._process())
+        self._reported_step, self._reported = sign.step, now
+        self._send("state", **{**vars(sign), "phase": int(sign.phase)}, process=self._process())
 
     def _process(self) -> str:
         """State letter of the script's process: T is stopped, D stuck in the kernel, R running, S waiting."""
@@ -244,7 +198,7 @@ class Agent:
             self._selector.unregister(self._output.stream)
         elif self._world.rank == 0 and len(self._outbox) < OUTBOX_BYTES:
             for line in lines:
-                self._tell("line", text=line)
+                self._send("line", text=line)
 
     def _listen(self) -> None:
         try:
@@ -288,23 +242,23 @@ class Agent:
         self._kill_group()
 
     def _dump(self) -> None:
-        """Python stacks of the script; a stopped process is let go for it."""
+        """Python stacks of the script; a stopped process is resumed for it."""
         before = len(self._output.tail)
         self._output.tail.clear()
         if self._pulse.read().count:  # else nothing handles the signal yet, and it would kill
             self._signal(DUMP_SIGNAL)
             self._signal(signal.SIGCONT)
             wait_s = 1.0
-            deadline = time.monotonic() + DRAIN_S  # another thread of the script may go on writing for ever
+            deadline = time.monotonic() + DRAIN_S  # another thread of the script may write without end
             while time.monotonic() < deadline and select.select([self._output.stream], [], [], wait_s)[0]:
                 if self._output.read() is None:
                     break
                 wait_s = 0.1  # the stacks come in one go
             self._signal(signal.SIGSTOP)
-        self._tell("stack", lines=stack_lines(self._output.tail) or [f"no stack; {before} lines of output before"])
+        self._send("stack", lines=stack_lines(self._output.tail) or [f"no stack; {before} lines of output before"])
 
     def _signal(self, number: int) -> None:
-        """To the script alone: what it started, such as readers of data, must live until it has ended in order."""
+        """Signal the script alone. Its child processes, such as data loaders, must live until it has shut down."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._child.pid, number)
 
@@ -313,37 +267,37 @@ class Agent:
             os.killpg(self._child.pid, signal.SIGKILL)
 
     def _conclude(self) -> int:
-        """The script is gone: end what it left behind, tell how it was."""
+        """Kill the processes that the script left and report its exit."""
         code = self._child.returncode
         self._kill_group()
         # What the script started in sessions of their own has its variables all the same.
-        end_all(lambda: carrying(PULSE_FILE, lambda value: value == str(self._pulse_file)), DRAIN_S)
+        kill_all(lambda: processes_with(PULSE_FILE, lambda value: value == str(self._pulse_file)), DRAIN_S)
         deadline = time.monotonic() + DRAIN_S
         while time.monotonic() < deadline and (lines := self._output.read()) is not None:
             if not lines:
                 select.select([self._output.stream], [], [], TICK_S)
         self._output.close()
         self._report(float("inf"))
-        self._tell("exit", code=code, tail=list(self._output.tail), ended=self._ended_by_us)
+        self._send("exit", code=code, tail=list(self._output.tail), ended=self._ended_by_us)
         self._farewell()
         return code if code >= 0 else 128 - code
 
-    def _tell_failure(self, error: OSError) -> None:
-        """The script could not be started: the supervisor hears why."""
+    def _report_failure(self, error: OSError) -> None:
+        """Report to the supervisor why the script could not be started."""
         says = f"error: {error.filename or self._job.folder}: {error.strerror or error}"
-        self._tell("exit", code=1, tail=[says], ended=False)
+        self._send("exit", code=1, tail=[says], ended=False)
         self._farewell()
 
     def _farewell(self) -> None:
         with contextlib.suppress(OSError):
             self._socket.settimeout(DRAIN_S)
             self._socket.sendall(bytes(self._outbox))
-            # Closing with a ping unread would reset the connection, and could take the last words with it.
+            # Closing with an unread ping would reset the connection, and the last messages could be lost.
             self._socket.shutdown(socket.SHUT_WR)
             while self._socket.recv(LONGEST_LINE):
                 pass
 
-    def _tell(self, kind: str, **content: Any) -> None:
+    def _send(self, kind: str, **content: Any) -> None:
         self._outbox += encode({"kind": kind, "rank": self._world.rank, **content})
 
     def _flush(self) -> None:

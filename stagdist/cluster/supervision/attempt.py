@@ -16,29 +16,36 @@ from pathlib import Path
 
 from stagdist.cluster.hosts.hostfile import Host, hostfile_text
 from stagdist.cluster.hosts.remote import Finished, on_all, run_here, run_on
-from stagdist.cluster.hosts.shell_variables import write_private
 from stagdist.cluster.hosts.start import Launch, Launcher, commands, environment_file, launcher_environment
 from stagdist.cluster.supervision.agent import die_with_parent
-from stagdist.cluster.supervision.diagnosis import Fault, Limits, find_exit, find_missing, find_silence, steps_done
+from stagdist.cluster.supervision.diagnosis import (
+    Fault,
+    SilenceLimits,
+    find_exit,
+    find_missing,
+    find_silence,
+    steps_done,
+)
 from stagdist.cluster.supervision.messages import AGENT_ERROR, Job
-from stagdist.cluster.supervision.rank_reports import ControlServer, RankView
+from stagdist.cluster.supervision.rank_reports import RankReport, RankServer
+from stagdist.files import writing
 
 LOG = logging.getLogger(__name__)
 
 WATCH_S = 0.1
 FIRST_ERROR_S = 0.7
-"""Seconds in which others may tell of an earlier error, once a rank has ended badly."""
+"""Seconds to wait for reports of an earlier error after a rank has failed."""
 
 STACK_S = 2.5
 FAREWELL_S = 2.0
 LAUNCHER_S = 15.0
-"""Seconds that the launcher may go on after the last rank, or ranks may be unheard of after the launcher."""
+"""Seconds that the launcher may run after the last rank, or that ranks may be missing after the launcher has ended."""
 
 SWEEP_S = 8.0
 
 
 @dataclass(frozen=True)
-class Plan:
+class AttemptPlan:
     """What an attempt consists of.
 
     Attributes:
@@ -61,13 +68,13 @@ class Plan:
     environment: Mapping[str, str]
     address: str
     logs: Path
-    limits: Limits
+    limits: SilenceLimits
     lease_s: float
     stop_s: float
 
 
 @dataclass
-class Outcome:
+class AttemptResult:
     """How an attempt ended.
 
     Attributes:
@@ -81,7 +88,7 @@ class Outcome:
     """
 
     fault: Fault | None
-    ranks: Mapping[int, RankView]
+    ranks: Mapping[int, RankReport]
     noticed: float
     ended: int = 0
     left: int = 0
@@ -98,15 +105,15 @@ class Attempt:
         on_step: gets the steps done when training began, and every greater number once it is known.
     """
 
-    def __init__(self, plan: Plan, on_line: Callable[[str], None], on_step: Callable[[int], None]):
+    def __init__(self, plan: AttemptPlan, on_line: Callable[[str], None], on_step: Callable[[int], None]):
         self._plan, self._on_step = plan, on_step
         self._token = secrets.token_hex(16)
-        self._server = ControlServer(self._token, plan.number, on_line)
+        self._server = RankServer(self._token, plan.number, on_line)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._step = -1
 
-    async def run(self, stop: asyncio.Event, hurry: asyncio.Event) -> Outcome:
-        """Until all ranks have ended in order or something is wrong; nothing is left afterwards.
+    async def run(self, stop: asyncio.Event, hurry: asyncio.Event) -> AttemptResult:
+        """Run until all ranks have shut down cleanly or a fault is found. No process of the attempt is left afterwards.
 
         Args:
             stop: once set, ranks are asked for their orderly end.
@@ -133,7 +140,8 @@ class Attempt:
         plan, launch = self._plan, self._plan.launch
         plan.logs.mkdir(parents=True, exist_ok=True)
         launch.hostfile.write_text(hostfile_text(launch.hosts))
-        write_private(launch.environment_file, environment_file(launch, os.environ))
+        with writing(launch.environment_file, private=True) as stream:
+            stream.write(environment_file(launch, os.environ))
         Job(
             plan.command,
             str(launch.folder),
@@ -176,7 +184,7 @@ class Attempt:
             before = time.monotonic()
             await asyncio.sleep(WATCH_S)
             now = time.monotonic()
-            self._server.forgive(now - before - WATCH_S)
+            self._server.extend_deadlines(now - before - WATCH_S)
             self._follow_steps()
             if len(ranks) == size and all(view.exit_code == 0 for view in ranks.values()):
                 return None
@@ -184,7 +192,7 @@ class Attempt:
                 if not ranks:
                     return None
                 stopping_since = stopping_since or now
-                self._server.tell("stop")  # again and again: a rank may come late
+                self._server.send("stop")  # again and again: a rank may come late
             if hurry.is_set():
                 return Fault("stuck", None, "", "a second signal ended the ranks as they were")
             if find_exit(ranks, now, size) is not None:
@@ -213,7 +221,7 @@ class Attempt:
         return Fault("launcher", None, "", says, codes[0], steps_done(self._server.ranks))
 
     def _agent_fault(self) -> Fault | None:
-        """What an agent that does not reach us has told the launcher."""
+        """The error that an agent without a connection has written to the launcher's output."""
         with contextlib.suppress(OSError):
             for line in self._launcher_log.read_text(errors="replace").splitlines():
                 if AGENT_ERROR in line:
@@ -228,17 +236,17 @@ class Attempt:
                 self._on_step(step)
 
     async def _stack_of(self, rank: int) -> None:
-        self._server.tell("dump", rank)
+        self._server.send("dump", rank)
         deadline = time.monotonic() + STACK_S
         while not self._server.ranks[rank].stack and time.monotonic() < deadline:
             await asyncio.sleep(WATCH_S)
 
-    async def _end(self, fault: Fault | None) -> Outcome:
+    async def _end(self, fault: Fault | None) -> AttemptResult:
         """End agents, launcher and what is left on the hosts, in this order."""
         ranks, noticed = self._server.ranks, time.time()
         if ranks and all(view.exit_code == 0 for view in ranks.values()):
             await self._wait_for_launcher()
-        self._server.tell("end")
+        self._server.send("end")
         deadline = time.monotonic() + FAREWELL_S
         while time.monotonic() < deadline and any(view.exit_code is None for view in ranks.values()):
             await asyncio.sleep(WATCH_S)
@@ -256,7 +264,7 @@ class Attempt:
             self._plan.logs,
         )
         heard = [view.heard_at for view in ranks.values() if view.exit_code is None]
-        return Outcome(fault, dict(ranks), noticed, ended, left, dead, max(heard, default=0.0))
+        return AttemptResult(fault, dict(ranks), noticed, ended, left, dead, max(heard, default=0.0))
 
     async def _wait_for_launcher(self) -> None:
         deadline = time.monotonic() + LAUNCHER_S
@@ -264,7 +272,7 @@ class Attempt:
             await asyncio.sleep(WATCH_S)
 
 
-def stopped_before_work(ranks: Mapping[int, RankView]) -> bool:
+def stopped_before_work(ranks: Mapping[int, RankReport]) -> bool:
     """Whether all ranks ended by the signal that asked them to, before there was anything to save."""
     return all(view.exit_code == -signal.SIGTERM and view.first_step < 0 for view in ranks.values())
 
@@ -300,9 +308,9 @@ def sweep(
             continue
         try:
             # What a login script of the host prints comes first.
-            told = json.loads((done.stdout.splitlines() or [""])[-1])
+            report = json.loads((done.stdout.splitlines() or [""])[-1])
         except ValueError:
             dead[host] = f"its answer makes no sense: {done.stdout.strip()[-80:]!r}"
             continue
-        ended, left = ended + len(told["ended"]), left + len(told["left"])
+        ended, left = ended + len(report["ended"]), left + len(report["left"])
     return ended, left, dead

@@ -1,4 +1,4 @@
-"""What is wrong with a supervised attempt, from what its ranks have told. Pure: no clock, no process."""
+"""Finds the fault of a supervised attempt from the reports of its ranks. Pure: no clock, no process."""
 
 import re
 import signal
@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from stagdist.cluster.supervision.rank_reports import RankView
+from stagdist.cluster.supervision.rank_reports import RankReport
 from stagdist.parallel.lost_peer_phrases import reports_lost_peer
 
 FaultKind = Literal["exit", "stuck", "silent", "missing", "launcher"]
@@ -16,13 +16,13 @@ _ERROR = "error: "
 MISSED_S = 3.0
 """Seconds without a message that make a rank suspect when another lost its peer; agents send one each second."""
 
-MENDED_BY_A_PERSON = 2
-"""Exit code of a script that says: trying again will not help."""
+USER_ERROR_CODE = 2
+"""Exit code of a script after a user error, where a restart cannot help."""
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How long silence is normal, seconds.
+class SilenceLimits:
+    """How many seconds without a heartbeat are normal.
 
     Attributes:
         hang_s: without a sign of life in the middle of work.
@@ -39,18 +39,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Fault:
-    """Why an attempt cannot go on.
+    """Why an attempt cannot continue.
 
     Attributes:
-        kind: `exit`: a rank ended; `stuck`: it gives no sign of life; `silent`: nothing is heard of its host or agent;
+        kind: `exit`: a rank ended; `stuck`: it sends no heartbeat; `silent`: its host or agent sends no messages;
             `missing`: it never came; `launcher`: the launcher ended first.
         rank: the first to blame; None where no rank is.
         host: its host.
-        says: one line for people.
+        says: one line for the user.
         code: exit code of the rank or launcher.
         step: optimizer steps that were done.
-        own: the script ended by an error of its own, not by a signal or for want of a peer.
-        silent: ranks of which nothing was heard, for `silent`.
+        own: the script ended by an error of its own, not by a signal or by the loss of a peer.
+        silent: ranks that sent no messages, for `silent`.
     """
 
     kind: FaultKind
@@ -68,12 +68,12 @@ class Fault:
         return (self.kind, self.step, self.code, re.sub(r"[\d.]+", "#", self.says.partition(": ")[2]))
 
 
-def steps_done(ranks: Mapping[int, RankView]) -> int:
+def steps_done(ranks: Mapping[int, RankReport]) -> int:
     """Optimizer steps that all were seen to begin after; -1 while unknown."""
     return max((view.step for view in ranks.values()), default=-1)
 
 
-def find_exit(ranks: Mapping[int, RankView], now: float, world_size: int) -> Fault | None:
+def find_exit(ranks: Mapping[int, RankReport], now: float, world_size: int) -> Fault | None:
     """The first error of ranks that have ended: one that is no consequence of another, and the earliest."""
     failed = [view for view in ranks.values() if view.exit_code not in (None, 0) and not view.ended_by_us]
     if not failed:
@@ -91,7 +91,7 @@ def find_exit(ranks: Mapping[int, RankView], now: float, world_size: int) -> Fau
     return Fault("exit", first.rank, first.host, says, first.exit_code, steps_done(ranks), own)
 
 
-def is_consequence(view: RankView) -> bool:
+def is_consequence(view: RankReport) -> bool:
     """Whether a rank ended because of another one: it lost its peer, or the launcher ended it."""
     if view.exit_code == -signal.SIGABRT:  # NCCL's watchdog complains above the frames of its own stack
         return any(map(reports_lost_peer, view.tail))
@@ -100,8 +100,8 @@ def is_consequence(view: RankView) -> bool:
     return reports_lost_peer(error_line(view.tail))
 
 
-def _explains(view: RankView) -> bool:
-    """Whether it says why it ended: of an error that all ranks meet, one of them speaks."""
+def _explains(view: RankReport) -> bool:
+    """Whether the rank reports why it ended. Only one rank reports an error that all ranks have in common."""
     return (view.exit_code or 0) < 0 or any(line.startswith(_ERROR) for line in view.tail)
 
 
@@ -111,7 +111,7 @@ def error_line(tail: Sequence[str]) -> str:
     return (errors or list(tail) or ["it wrote nothing"])[-1].strip().removeprefix(_ERROR)
 
 
-def how_it_ended(view: RankView) -> str:
+def how_it_ended(view: RankReport) -> str:
     """A rank's end in words."""
     assert view.exit_code is not None, "it has ended"
     if view.exit_code < 0:
@@ -120,21 +120,21 @@ def how_it_ended(view: RankView) -> str:
     return f"ended with code {view.exit_code}: {error_line(view.tail)}"
 
 
-def find_silence(ranks: Mapping[int, RankView], now: float, limits: Limits) -> Fault | None:
-    """A rank that is stuck, or a host of which nothing is heard."""
+def find_silence(ranks: Mapping[int, RankReport], now: float, limits: SilenceLimits) -> Fault | None:
+    """A rank that is stuck, or a host that sends no messages."""
     if gone := _unheard(ranks, now, limits.host_s):
         return _silent(gone, now, steps_done(ranks))
     running = [view for view in ranks.values() if view.exit_code is None]
     if not any(_is_late(view, now, limits) for view in running):
         return None
-    # Those that wait for the stuck one fall silent as well, some of them earlier.
+    # Ranks that wait for the stuck one also stop sending heartbeats, some of them earlier.
     candidates = [view for view in running if view.silent_s(now) > min(2.0, limits.hang_s / 2)]
     worst = _most_stuck(candidates)
     assert worst is not None, "who is late is a candidate"
     return _stuck(worst, worst.silent_s(now), steps_done(ranks))
 
 
-def _is_late(view: RankView, now: float, limits: Limits) -> bool:
+def _is_late(view: RankReport, now: float, limits: SilenceLimits) -> bool:
     if now - (view.stopped_at or now) > limits.hang_s:
         return True
     return view.silent_s(now) > (
@@ -142,11 +142,11 @@ def _is_late(view: RankView, now: float, limits: Limits) -> bool:
     )
 
 
-def _unheard(ranks: Mapping[int, RankView], now: float, limit_s: float) -> list[RankView]:
+def _unheard(ranks: Mapping[int, RankReport], now: float, limit_s: float) -> list[RankReport]:
     return [view for view in ranks.values() if view.exit_code is None and (view.lost or now - view.heard_at > limit_s)]
 
 
-def _silent(views: Sequence[RankView], now: float, step: int) -> Fault:
+def _silent(views: Sequence[RankReport], now: float, step: int) -> Fault:
     ranks = tuple(view.rank for view in views)
     silence_s = now - max(view.heard_at for view in views)
     if all(view.lost for view in views):
@@ -156,14 +156,14 @@ def _silent(views: Sequence[RankView], now: float, step: int) -> Fault:
     return Fault("silent", ranks[0], views[0].host, says, step=step, silent=ranks)
 
 
-def _most_stuck(views: Collection[RankView]) -> RankView | None:
-    def blame(view: RankView) -> tuple[bool, bool, float]:
+def _most_stuck(views: Collection[RankReport]) -> RankReport | None:
+    def blame(view: RankReport) -> tuple[bool, bool, float]:
         return view.process in "TtD", not view.phase.waits, view.age_s - view.heard_at
 
     return max(views, key=blame, default=None)
 
 
-def _stuck(view: RankView, silent_s: float, step: int) -> Fault:
+def _stuck(view: RankReport, silent_s: float, step: int) -> Fault:
     state = {"T": "stopped", "t": "stopped by a debugger", "D": "stuck in the kernel", "R": "computing"}
     how = state.get(view.process, "waiting")
     silence = f", silent for {silent_s:.0f} s" if silent_s else ""
@@ -171,7 +171,9 @@ def _stuck(view: RankView, silent_s: float, step: int) -> Fault:
     return Fault("stuck", view.rank, view.host, says, step=step)
 
 
-def find_missing(ranks: Mapping[int, RankView], world_size: int, limits: Limits, waited_s: float) -> Fault | None:
+def find_missing(
+    ranks: Mapping[int, RankReport], world_size: int, limits: SilenceLimits, waited_s: float
+) -> Fault | None:
     """Ranks that never came."""
     missing = _missing(ranks, world_size)
     if not missing or waited_s <= limits.slow_s:
@@ -179,7 +181,7 @@ def find_missing(ranks: Mapping[int, RankView], world_size: int, limits: Limits,
     return Fault("missing", missing[0], "", f"rank {_listed(missing)} did not start within {limits.slow_s:.0f} s")
 
 
-def _missing(ranks: Mapping[int, RankView], world_size: int) -> list[int]:
+def _missing(ranks: Mapping[int, RankReport], world_size: int) -> list[int]:
     return [rank for rank in range(world_size) if rank not in ranks]
 
 

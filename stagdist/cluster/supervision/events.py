@@ -1,22 +1,24 @@
-"""`run.json`: what happened to a supervised run, event by event."""
+"""`run.json`: the events of a supervised run."""
 
+import contextlib
 import json
-import os
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stagdist.files import writing
 
-class History:
-    """Keeps events in memory and in the file, which is always whole. A run that starts again goes on with its file.
 
-    A thread writes the file: a disk that does not answer must not keep the supervisor from its ranks.
+class EventLog:
+    """Keeps events in memory and in a file that is replaced as a unit. A restarted supervisor appends to the same file.
+
+    A thread writes the file, so that a disk that does not answer cannot block the supervisor.
 
     Args:
         path: the file.
-        command: what is supervised.
+        command: script and arguments of the run.
     """
 
     def __init__(self, path: Path, command: Sequence[str]):
@@ -33,17 +35,17 @@ class History:
         self._thread: threading.Thread | None = None
 
     def note(self, event: str, **facts: Any) -> None:
-        """Add an event; the time is that of this host's clock, seconds since 1970."""
+        """Add an event with the time of this host, in seconds since 1970."""
         self._body["events"].append({"event": event, "time": time.time(), **facts})
         with self._changed:
             self._text = json.dumps(self._body, indent=1)
             self._changed.notify()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="history", daemon=True)
+            self._thread = threading.Thread(target=self._work, name="event log", daemon=True)
             self._thread.start()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Wait until everything is in the file, `timeout_s` seconds at most."""
+        """Wait until all events are in the file, at most `timeout_s` seconds."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -60,13 +62,6 @@ class History:
             self._write(text)
 
     def _write(self, text: str) -> None:
-        part = self._path.with_name(self._path.name + ".part")
-        try:
-            with part.open("w") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            part.rename(self._path)
-        except OSError:
-            # A full disk must not end the supervision; the next event tries again with everything.
-            part.unlink(missing_ok=True)
+        # A full disk must not end the supervision. The next event writes everything again.
+        with contextlib.suppress(OSError), writing(self._path, sync=True) as stream:
+            stream.write(text)

@@ -1,4 +1,4 @@
-"""What the supervisor tells every rank of one attempt, in a file that only its owner can read; and their messages."""
+"""The job file that the supervisor writes for the agents of one attempt, and the messages between them."""
 
 import json
 from collections.abc import Mapping
@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stagdist.cluster.hosts.shell_variables import write_private
 from stagdist.errors import ConfigError
+from stagdist.files import writing
 
 LONGEST_LINE = 1 << 16
-"""Bytes that are read at once, and of a line of output that is kept whole."""
+"""Bytes that are read at once, and longest line of output that is not split."""
 
 AGENT_ERROR = "error: agent: "
-"""How an agent begins the line in which it tells why it starts no script; the launcher's output has it."""
+"""Prefix of the line in which an agent reports why it starts no script. The line is in the launcher's output."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Job:
     Attributes:
         command: script and arguments of every rank; Python runs it.
         folder: working directory.
-        environment: variables of every rank, secret ones too, besides those of the launcher.
+        environment: variables of every rank, including secrets, in addition to those of the launcher.
         address: where the supervisor listens, with `port`.
         token: proves to the supervisor that a message is of this job.
         attempt: from 1.
         logs: folder for the output of the ranks.
         lease_s: seconds without word from the supervisor after which a rank ends.
-        stop_s: seconds that a rank has for its orderly end.
+        stop_s: seconds that a rank has for a clean shutdown.
     """
 
     command: tuple[str, ...]
@@ -45,7 +45,8 @@ class Job:
 
     def write(self, path: Path) -> None:
         """Store it, readable by its owner alone."""
-        write_private(path, json.dumps(asdict(self), indent=1) + "\n")
+        with writing(path, private=True) as stream:
+            stream.write(json.dumps(asdict(self), indent=1) + "\n")
 
 
 def read_job(path: str | Path) -> Job:

@@ -1,39 +1,74 @@
-"""From the command line of launch/run.py to what the supervisor is told; what can be checked beforehand is."""
+"""Turns the command line of launch/run.py into the options of the supervisor, and checks them before a rank starts."""
 
 import argparse
+import contextlib
 import ipaddress
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from stagdist.cluster.hosts.hostfile import Host, read_hostfile
-from stagdist.cluster.hosts.shell_variables import wanted
-from stagdist.cluster.hosts.start import check_paths
-from stagdist.cluster.supervision.diagnosis import Limits
-from stagdist.cluster.supervision.placement import Placement
-from stagdist.cluster.supervision.supervisor import Options
+from stagdist.cluster.hosts.shell_variables import rank_variables
+from stagdist.cluster.hosts.start import Launcher, check_paths
+from stagdist.cluster.supervision.diagnosis import SilenceLimits
+from stagdist.cluster.supervision.placement import HostPlacement
 from stagdist.config.loading import load_config
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import ConfigError
+from stagdist.files import locked
 from stagdist.parallel.grid import grid_for
 from stagdist.parallel.ranks_parser import pretrain_arguments
 
-GIVE_SIGNS = ("pretrain.py", "generate.py")
-"""Scripts whose ranks give signs of life: one that gives none is stuck, not merely quiet."""
+SCRIPTS_WITH_HEARTBEAT = ("pretrain.py", "generate.py")
+"""Scripts whose ranks send heartbeats: a rank without heartbeats is stuck."""
 
 
-def placement_of(arguments: argparse.Namespace) -> Placement:
+@dataclass(frozen=True)
+class SupervisorOptions:
+    """How a run is supervised.
+
+    Attributes:
+        command: script and its arguments.
+        launcher: that starts the ranks.
+        placement: hosts and spares.
+        folder: of the run: logs and run.json go there; all hosts see it.
+        environment: variables for the ranks.
+        address: of this machine for the agents; None: the one that the first host can reach.
+        max_restarts: in a row without a new checkpoint, after which the supervisor gives up.
+        limits: how long ranks and hosts may go without a heartbeat.
+        lease_s: a rank ends after this time without a message from the supervisor.
+        stop_s: time for a clean shutdown.
+        host_wait_s: how long a host that died, and cannot be replaced, is waited for.
+        fits: whether the run exists on so many ranks, for continuing with fewer; None: not allowed.
+    """
+
+    command: tuple[str, ...]
+    launcher: Launcher
+    placement: HostPlacement
+    folder: Path
+    environment: Mapping[str, str]
+    address: str | None
+    max_restarts: int
+    limits: SilenceLimits
+    lease_s: float
+    stop_s: float
+    host_wait_s: float
+    fits: Callable[[int], bool] | None
+
+
+def placement_of(arguments: argparse.Namespace) -> HostPlacement:
     """Hosts and spares.
 
     Raises:
         ConfigError: the hostfile cannot be used.
     """
     if arguments.hostfile is None:
-        return Placement((Host("localhost", arguments.num_ranks or 2),))
+        return HostPlacement((Host("localhost", arguments.num_ranks or 2),))
     hostfile = read_hostfile(arguments.hostfile)
-    return Placement(hostfile.hosts, hostfile.spares)
+    return HostPlacement(hostfile.hosts, hostfile.spares)
 
 
 def config_of(command: list[str]) -> RunConfig | None:
@@ -52,7 +87,7 @@ def config_of(command: list[str]) -> RunConfig | None:
     return load_config(known.config, known.set)
 
 
-def options_of(arguments: argparse.Namespace) -> Options:
+def options_of(arguments: argparse.Namespace) -> SupervisorOptions:
     """Everything checked that can be checked before a rank runs.
 
     Raises:
@@ -74,8 +109,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
     _check_address(arguments.address)
     folder = Path(arguments.folder or config.folder).resolve()  # type: ignore[union-attr]
     check_paths(folder, Path.cwd(), sys.executable)
-    environment = {name: value for name, value in wanted(os.environ).items() if not name.startswith("MASTER_")}
-    return Options(
+    environment = {name: value for name, value in rank_variables(os.environ).items() if not name.startswith("MASTER_")}
+    return SupervisorOptions(
         command=tuple(arguments.command),
         launcher="local" if arguments.hostfile is None else arguments.launcher or "pdsh",
         placement=placement,
@@ -83,11 +118,11 @@ def options_of(arguments: argparse.Namespace) -> Options:
         environment=environment,
         address=arguments.address,
         max_restarts=arguments.max_restarts,
-        limits=Limits(
+        limits=SilenceLimits(
             hang_s=arguments.hang_timeout_s,
             slow_s=arguments.slow_timeout_s,
             host_s=arguments.host_timeout_s,
-            start_s=arguments.slow_timeout_s if script in GIVE_SIGNS else float("inf"),
+            start_s=arguments.slow_timeout_s if script in SCRIPTS_WITH_HEARTBEAT else float("inf"),
         ),
         lease_s=1.5 * arguments.host_timeout_s,
         stop_s=arguments.stop_s,
@@ -125,3 +160,24 @@ def _fits(config: RunConfig, min_data_parallel: int | None) -> Callable[[int], b
             return False
 
     return fits
+
+
+@contextlib.contextmanager
+def only_supervisor(path: Path) -> Iterator[None]:
+    """Hold the lock of a run.
+
+    Raises:
+        ConfigError: another supervisor holds it, the folder cannot be written, or its file system has no locks.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path))
+        except TimeoutError:
+            raise ConfigError(f"{path}: another supervisor is at work on this run; stop it first") from None
+        except OSError as error:
+            raise ConfigError(
+                f"folder {path.parent} cannot be written or locked: {error.strerror or error}; choose another "
+                "runs_directory or --folder"
+            ) from error
+        yield

@@ -1,13 +1,18 @@
 """Which hosts the next attempt runs on after some have died. Pure."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from stagdist.cluster.hosts.hostfile import Host
+from stagdist.cluster.hosts.leftovers import NOT_SHARED
+from stagdist.errors import ConfigError
+
+UNKNOWN_HOST = "Could not resolve hostname"
+"""What OpenSSH prints for a name without an address."""
 
 
 @dataclass(frozen=True)
-class Placement:
+class HostPlacement:
     """Hosts at work and in reserve.
 
     Attributes:
@@ -26,13 +31,15 @@ class Placement:
         return sum(host.slots for host in self.hosts)
 
 
-def useless_spares(placement: Placement) -> list[Host]:
+def useless_spares(placement: HostPlacement) -> list[Host]:
     """Spares with fewer slots than any host has."""
     fewest = min(host.slots for host in placement.hosts)
     return [spare for spare in placement.spares if spare.slots < fewest]
 
 
-def with_spares(placement: Placement, dead: Collection[str], answers: Callable[[str], bool]) -> Placement | None:
+def with_spares(
+    placement: HostPlacement, dead: Collection[str], answers: Callable[[str], bool]
+) -> HostPlacement | None:
     """Put a spare in the place of every dead host; it must answer and have as many slots.
 
     Returns: None when there are not enough spares.
@@ -48,11 +55,11 @@ def with_spares(placement: Placement, dead: Collection[str], answers: Callable[[
         hosts[index] = Host(spare.name, host.slots)
         lost.append(host)
     back = [host for host in lost[len(placement.lost) :] if host not in spares]
-    return Placement(tuple(hosts), (*spares, *back), tuple(lost))
+    return HostPlacement(tuple(hosts), (*spares, *back), tuple(lost))
 
 
-def with_fewer(placement: Placement, dead: Collection[str], fits: Callable[[int], bool]) -> Placement | None:
-    """Go on with what lives: the largest number of ranks that fits, taken from the front.
+def with_fewer(placement: HostPlacement, dead: Collection[str], fits: Callable[[int], bool]) -> HostPlacement | None:
+    """Continue on the remaining hosts with the largest number of ranks that fits, taken from the front.
 
     Args:
         fits: whether the run's grid exists on so many ranks.
@@ -64,7 +71,7 @@ def with_fewer(placement: Placement, dead: Collection[str], fits: Callable[[int]
     if world is None:
         return None
     lost = tuple(host for host in placement.hosts if host.name in dead)
-    return Placement(_first(living, world), placement.spares, placement.lost + lost)
+    return HostPlacement(_first(living, world), placement.spares, placement.lost + lost)
 
 
 def _first(hosts: Sequence[Host], slots: int) -> tuple[Host, ...]:
@@ -74,3 +81,27 @@ def _first(hosts: Sequence[Host], slots: int) -> tuple[Host, ...]:
             taken.append(Host(host.name, min(slots, host.slots)))
             slots -= taken[-1].slots
     return tuple(taken)
+
+
+def listed_hosts(dead: Mapping[str, str]) -> str:
+    """Hosts with the reasons why they cannot be used."""
+    return "; ".join(f"{host}: {reason}" for host, reason in sorted(dead.items()))
+
+
+def refuse_unusable(dead: Mapping[str, str]) -> None:
+    """Refuse hosts that waiting does not make usable: an unknown name, or a host that does not share the run's folder.
+
+    Raises:
+        ConfigError: a host has no address, as ssh says, or does not see the run's folder.
+    """
+    apart = [host for host, reason in dead.items() if NOT_SHARED in reason]
+    if apart:
+        raise ConfigError(
+            f"{', '.join(apart)}: {dead[apart[0]]}; choose a runs_directory or --folder that all hosts see"
+        )
+    unknown = [host for host, reason in dead.items() if UNKNOWN_HOST in reason]
+    if unknown:
+        raise ConfigError(
+            f"no address is known for {', '.join(unknown)} ({dead[unknown[0]]}); correct the hostfile, or fix the "
+            "name service"
+        )

@@ -1,4 +1,4 @@
-"""The supervisor's end of the line: what every rank has told, and what it is told."""
+"""Receives the reports of all agents of an attempt and sends commands to them."""
 
 import asyncio
 import contextlib
@@ -26,8 +26,8 @@ the connection, and with it the rank."""
 
 
 @dataclass
-class RankView:
-    """One rank as its agent last told.
+class RankReport:
+    """Latest report of one rank.
 
     Attributes:
         rank: global.
@@ -35,15 +35,15 @@ class RankView:
         first_step: optimizer steps done when the script began to train; -1: unknown.
         step: optimizer steps done; -1: unknown.
         phase: what it is busy with.
-        count: signs of life so far; 0: the script gives none (yet).
-        age_s: of the last sign of life when it was told.
+        count: heartbeats so far; 0: the script has sent none.
+        age_s: of the last heartbeat at the time of the report.
         process: state letter of its process.
         stopped_at: monotonic seconds, when it was first seen stopped; None while it is not.
         heard_at: monotonic seconds, of the last message.
         exit_code: of the script, negative after a signal; None while it runs.
         exited_at: monotonic seconds.
-        ended_by_us: the supervisor wanted it to end.
-        lost: its agent is gone without having told how it ended.
+        ended_by_us: the supervisor ended it.
+        lost: the connection to its agent closed without an exit report.
         tail: its last lines of output.
         stack: Python stacks, where they were asked for.
     """
@@ -70,7 +70,7 @@ class RankView:
         return self.age_s + now - self.heard_at
 
     def take(self, message: dict[str, Any], now: float) -> None:
-        """Note what the agent told."""
+        """Store a message of the agent."""
         self.heard_at = now
         match message["kind"]:
             case "state":
@@ -85,7 +85,7 @@ class RankView:
                 self.stack = tuple(map(str, message["lines"]))
 
 
-class ControlServer:
+class RankServer:
     """Listens for the agents of one attempt.
 
     Args:
@@ -98,7 +98,7 @@ class ControlServer:
         self._token, self._attempt, self._on_line = token, attempt, on_line
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.ranks: dict[int, RankView] = {}
+        self.ranks: dict[int, RankReport] = {}
 
     async def start(self, address: str) -> int:
         """Listen on one address of this host and no other. Returns: the port."""
@@ -115,14 +115,14 @@ class ControlServer:
             task.cancel()
         await asyncio.gather(*self._tasks, self._pinging, return_exceptions=True)
 
-    def tell(self, kind: str, rank: int | None = None) -> None:
-        """Say something to one rank, or to all."""
+    def send(self, kind: str, rank: int | None = None) -> None:
+        """Send a command to one rank, or to all ranks."""
         for number, writer in list(self._writers.items()):
             if rank in (None, number) and not writer.is_closing():
                 writer.write(encode({"kind": kind}))
 
-    def forgive(self, late_s: float) -> None:
-        """Time in which this process itself was stopped is nobody's silence."""
+    def extend_deadlines(self, late_s: float) -> None:
+        """Extend every deadline by the time this process was suspended: it is no missing heartbeat of a rank."""
         if late_s > LATE_S:
             now = time.monotonic()
             for view in self.ranks.values():
@@ -130,7 +130,7 @@ class ControlServer:
 
     async def _ping(self) -> None:
         while True:
-            self.tell("ping")
+            self.send("ping")
             await asyncio.sleep(PING_S)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -144,7 +144,7 @@ class ControlServer:
                 return
             rank = int(hello["rank"])
             self._writers[rank] = writer
-            view = self.ranks[rank] = RankView(rank, str(hello["host"]), heard_at=time.monotonic())
+            view = self.ranks[rank] = RankReport(rank, str(hello["host"]), heard_at=time.monotonic())
             writer.write(encode({"kind": "welcome"}))  # only now does its script start
             while line := await reader.readline():
                 message = decode(line)
@@ -152,7 +152,7 @@ class ControlServer:
                     self._on_line(str(message["text"]))
                 view.take(message, time.monotonic())
         except (OSError, ValueError, KeyError, TypeError, TimeoutError, asyncio.CancelledError):
-            pass  # a stranger, or a rank whose host is gone: its silence is noticed
+            pass  # not an agent, or the host is gone: missing heartbeats are detected elsewhere
         finally:
             if rank is not None and self._writers.get(rank) is writer:
                 del self._writers[rank]

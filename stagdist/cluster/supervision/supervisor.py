@@ -1,8 +1,7 @@
-"""Keeps a run going: starts it, sees death and silence, ends what is left, and starts it again where that can help."""
+"""Supervises a run: starts it, detects failures and hangs, stops the remaining processes, and restarts it."""
 
 import asyncio
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -11,19 +10,23 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from stagdist.cluster.hosts.hostfile import Host
-from stagdist.cluster.hosts.leftovers import NOT_THERE
 from stagdist.cluster.hosts.remote import on_all, run_on
-from stagdist.cluster.hosts.start import Launch, Launcher, address_of, reachable_address
-from stagdist.cluster.supervision.attempt import Attempt, Outcome, Plan, sweep
-from stagdist.cluster.supervision.diagnosis import MENDED_BY_A_PERSON, Fault, Limits
-from stagdist.cluster.supervision.events import History
-from stagdist.cluster.supervision.placement import Placement, useless_spares, with_fewer, with_spares
+from stagdist.cluster.hosts.start import Launch, address_of, reachable_address
+from stagdist.cluster.supervision.attempt import Attempt, AttemptPlan, AttemptResult, sweep
+from stagdist.cluster.supervision.diagnosis import USER_ERROR_CODE, Fault
+from stagdist.cluster.supervision.events import EventLog
+from stagdist.cluster.supervision.options import SupervisorOptions, only_supervisor
+from stagdist.cluster.supervision.placement import (
+    listed_hosts,
+    refuse_unusable,
+    useless_spares,
+    with_fewer,
+    with_spares,
+)
 from stagdist.errors import ConfigError, StagdistError
 
 LOG = logging.getLogger(__name__)
@@ -35,9 +38,6 @@ LOCK = "supervisor.lock"
 """File in the run's folder: one supervisor holds it, and every host must see it."""
 
 LONGEST_PAUSE_S = 60.0
-UNKNOWN_HOST = "Could not resolve hostname"
-"""What OpenSSH says of a name without an address."""
-
 ONE_SIGNAL_S = 2.0
 """Seconds in which signals count as one: a closed terminal may send several."""
 
@@ -45,41 +45,8 @@ PROBE_S = 2.0
 """Between two questions whether a host is back."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a run is supervised.
-
-    Attributes:
-        command: script and its arguments.
-        launcher: that starts the ranks.
-        placement: hosts and spares.
-        folder: of the run: logs and run.json go there; all hosts see it.
-        environment: variables for the ranks.
-        address: of this machine for the agents; None: the one that the first host can reach.
-        max_restarts: in a row without a new checkpoint, after which the supervisor gives up.
-        limits: of silence.
-        lease_s: without word from the supervisor a rank ends after this time.
-        stop_s: for an orderly end.
-        host_wait_s: how long a host that died, and cannot be replaced, is waited for.
-        fits: whether the run exists on so many ranks, for going on with fewer; None: it may not.
-    """
-
-    command: tuple[str, ...]
-    launcher: Launcher
-    placement: Placement
-    folder: Path
-    environment: Mapping[str, str]
-    address: str | None
-    max_restarts: int
-    limits: Limits
-    lease_s: float
-    stop_s: float
-    host_wait_s: float
-    fits: Callable[[int], bool] | None
-
-
 class GaveUpError(StagdistError):
-    """The run cannot go on; the text says why, in one line."""
+    """The run cannot continue; the message gives the reason in one line."""
 
 
 class Supervisor:
@@ -90,10 +57,10 @@ class Supervisor:
         on_line: gets the output of rank 0.
     """
 
-    def __init__(self, options: Options, on_line: Callable[[str], None]):
+    def __init__(self, options: SupervisorOptions, on_line: Callable[[str], None]):
         self._options, self._on_line = options, on_line
         self._placement = options.placement
-        self._history = History(options.folder / "run.json", options.command)
+        self._history = EventLog(options.folder / "run.json", options.command)
         self._job = hashlib.sha256(str(options.folder.resolve()).encode()).hexdigest()[:12]
         self._stop_signal, self._asked_at = 0, 0.0
         self._lock = options.folder / LOCK
@@ -109,7 +76,7 @@ class Supervisor:
         """Until the run has ended. Returns: exit code; 128 + signal after a signal.
 
         Raises:
-            GaveUpError: the run cannot go on.
+            GaveUpError: the run cannot continue.
             ConfigError: another supervisor is at work on it, or its folder cannot be written.
         """
         for spare in useless_spares(self._options.placement):
@@ -118,7 +85,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell that starts it in the background
                 asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
-        with only_one(self._lock):
+        with only_supervisor(self._lock):
             try:
                 return await self._go_on()
             except StagdistError as reason:
@@ -141,7 +108,7 @@ class Supervisor:
 
     async def _go_on(self) -> int:
         dead = await self._clear_earlier()
-        _refuse_unfit(dead)
+        refuse_unusable(dead)
         # What an earlier supervisor left on a host that does not answer may live for its lease from now on.
         await self._replace_dead(dead, time.monotonic())
         if self._stop.is_set():
@@ -154,7 +121,7 @@ class Supervisor:
                 return self._stopped(outcome)
             if outcome.fault is None:
                 self._history.note("finish", attempt=self._number, code=0)
-                LOG.info("all ranks have ended in order")
+                LOG.info("all ranks have shut down cleanly")
                 return 0
             self._check_hope(outcome.fault)
             self._restarts += 1
@@ -164,7 +131,7 @@ class Supervisor:
             if self._stop.is_set():
                 return self._stopped(outcome)
 
-    async def _attempt(self) -> Outcome:
+    async def _attempt(self) -> AttemptResult:
         self._number += 1
         self._first_known, self._progressed = None, False
         plan = self._plan()
@@ -184,7 +151,7 @@ class Supervisor:
         finally:
             self._at_work = False
 
-    def _plan(self) -> Plan:
+    def _plan(self) -> AttemptPlan:
         options = self._options
         hosts = self._placement.hosts
         local = options.launcher == "local"
@@ -201,7 +168,7 @@ class Supervisor:
             as_root=os.geteuid() == 0,
         )
         address = options.address or ("127.0.0.1" if local else self._own_address(hosts))
-        return Plan(
+        return AttemptPlan(
             self._number, options.launcher, launch, options.command, options.environment, address, logs,
             options.limits, options.lease_s, options.stop_s,
         )  # fmt: skip
@@ -226,7 +193,7 @@ class Supervisor:
             self._progressed = True
             self._history.note("step", attempt=self._number, step=step)
 
-    def _note_end(self, outcome: Outcome) -> None:
+    def _note_end(self, outcome: AttemptResult) -> None:
         fault = outcome.fault
         if fault is not None:
             view = outcome.ranks.get(-1 if fault.rank is None else fault.rank)
@@ -255,7 +222,7 @@ class Supervisor:
         first = f"first error: {fault.says}"
         first += " " if first[-1] in ".?!" else "; "
         logs = f"output of the ranks: {self._options.folder / 'logs' / f'attempt_{self._number:03d}'}"
-        if fault.kind == "exit" and fault.code == MENDED_BY_A_PERSON:
+        if fault.kind == "exit" and fault.code == USER_ERROR_CODE:
             raise GaveUpError(f"{first}starting again would not help. {logs}")
         before = self._last_fault
         if before is not None and fault.own and before.same_again == fault.same_again:
@@ -265,7 +232,7 @@ class Supervisor:
                 f"{first}--max-restarts {self._options.max_restarts} is reached without a new checkpoint. {logs}"
             )
         self._last_fault = self._fault = fault
-        # An attempt that fails before it trains knows of no step.
+        # An attempt that fails before it trains reports no step.
         self._reached = max(self._reached, fault.step)
 
     async def _replace_dead(self, dead: Mapping[str, str], last_heard: float) -> None:
@@ -280,14 +247,14 @@ class Supervisor:
         """
         if not dead:
             return
-        LOG.warning("hosts that do not answer: %s", _listed(dead))
+        LOG.warning("hosts that do not answer: %s", listed_hosts(dead))
         # Its ranks may be alive behind a cut link: they end when their lease does, and must not write beside new ones.
         await self._wait(last_heard + self._options.lease_s + PROBE_S - time.monotonic())
         gone = await self._gone_still(dead)
         new = with_spares(self._placement, gone, self._answers)
         how = "a spare takes the place"
         if new is None and self._options.fits is not None:
-            new, how = with_fewer(self._placement, gone, self._options.fits), "fewer replicas go on instead"
+            new, how = with_fewer(self._placement, gone, self._options.fits), "fewer replicas continue instead"
         if new is None:
             await self._wait_for_hosts(gone)
         elif gone:
@@ -304,7 +271,7 @@ class Supervisor:
         answers = await asyncio.to_thread(on_all, dead, self._answers)
         gone = {host: dead[host] for host, answered in answers.items() if not answered}
         if len(gone) < len(dead):
-            # One that answers without being fit for work is no better than one that is silent.
+            # A host may answer and still be unusable.
             gone = dict(await self._clear_earlier()) | gone
         return gone
 
@@ -319,8 +286,9 @@ class Supervisor:
             return
         if dead:
             raise GaveUpError(
-                f"{', '.join(sorted(dead))} did not come back within {wait_s:.0f} s ({_listed(dead)}), and no spare is "
-                "left: list one in the hostfile (#spare name slots=N), or allow fewer replicas with --min-data-parallel"
+                f"{', '.join(sorted(dead))} did not come back within {wait_s:.0f} s ({listed_hosts(dead)}), and no "
+                "spare is left: list one in the hostfile (#spare name slots=N), or allow fewer replicas "
+                "with --min-data-parallel"
             )
         self._history.note("hosts_back")
 
@@ -334,7 +302,7 @@ class Supervisor:
             await asyncio.wait_for(self._stop.wait(), max(0.0, seconds))
 
     async def _clear_earlier(self) -> Mapping[str, str]:
-        """End what an earlier supervisor of this run may have left, for it might go on writing.
+        """End what an earlier supervisor of this run may have left, because it might continue to write.
 
         Returns: hosts at work that did not answer, with the reason.
 
@@ -357,13 +325,13 @@ class Supervisor:
             raise GaveUpError(f"{left} processes of an earlier start cannot be ended: look for {self._job} in /proc")
         return dead
 
-    def _stopped(self, outcome: Outcome | None) -> int:
+    def _stopped(self, outcome: AttemptResult | None) -> int:
         code = 128 + self._stop_signal
-        how = "the ranks have ended in order"
+        how = "the ranks have shut down cleanly"
         if outcome is None:
             how = "before any rank was started"
         elif outcome.fault is not None:
-            how = f"the ranks have ended, but not in order: {outcome.fault.says}"
+            how = f"the ranks have ended, but not cleanly: {outcome.fault.says}"
         name = signal.Signals(self._stop_signal).name
         self._history.note("stop", reason=f"{name}; {how}", code=code)
         LOG.info("%s: %s", name, how)
@@ -372,52 +340,3 @@ class Supervisor:
     def _earlier_attempts(self) -> int:
         names = (self._options.folder / "logs").glob("attempt_*")
         return max((int(path.name.removeprefix("attempt_")) for path in names if path.name[8:].isdigit()), default=0)
-
-
-def _listed(dead: Mapping[str, str]) -> str:
-    return "; ".join(f"{host}: {reason}" for host, reason in sorted(dead.items()))
-
-
-def _refuse_unfit(dead: Mapping[str, str]) -> None:
-    """A host that is off may come back; a name that nobody knows is a slip of the pen, a folder of its own likewise.
-
-    Raises:
-        ConfigError: a host has no address, as ssh says, or does not see the run's folder.
-    """
-    apart = [host for host, reason in dead.items() if NOT_THERE in reason]
-    if apart:
-        raise ConfigError(
-            f"{', '.join(apart)}: {dead[apart[0]]}; choose a runs_directory or --folder that all hosts see"
-        )
-    unknown = [host for host, reason in dead.items() if UNKNOWN_HOST in reason]
-    if unknown:
-        raise ConfigError(
-            f"no address is known for {', '.join(unknown)} ({dead[unknown[0]]}); correct the hostfile, or mend the "
-            "name service"
-        )
-
-
-@contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process.
-
-    Raises:
-        ConfigError: another process has it, or the folder cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.open("a")
-    except OSError as error:
-        raise ConfigError(
-            f"folder {path.parent} cannot be written: {error.strerror}; choose another runs_directory or --folder"
-        ) from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{path}: another supervisor is at work on this run; stop it first") from None
-        except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be locked: {error.strerror}; mount its file system with locks, or choose a --folder"
-            ) from error
-        yield

@@ -5,17 +5,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stagdist.cluster.doctor.facts import PROBLEM, Finding, HostFacts, Links, Survey
-from stagdist.cluster.doctor.findings import values
-from stagdist.cluster.doctor.link_findings import slow_boundaries, slow_reductions
+from stagdist.cluster.doctor.findings import slow_boundaries, slow_reductions, values
 
 COLUMNS = 4
 """With more hosts, the table names what most have and who differs."""
 
-MARKED = "!"
+MARKER = "!"
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One line of the table of hosts.
 
     Attributes:
@@ -29,20 +28,23 @@ class Row:
     numbers: dict[str, float] | None = None
 
 
-def rows(survey: Survey) -> list[Row]:
+def rows(survey: Survey) -> list[TableRow]:
     """All lines of the table of hosts."""
     facts = survey.facts
-    found = [Row("answers", dict.fromkeys(facts, "yes") | dict.fromkeys(survey.silent, "NO"))]
+    found = [TableRow("answers", dict.fromkeys(facts, "yes") | dict.fromkeys(survey.silent, "NO"))]
     offsets = {host: clock.offset_s for host, clock in survey.clocks.items()}
     errors = {host: clock.error_s for host, clock in survey.clocks.items()}
-    found.append(Row("clock", {host: f"{offsets[host]:+.3f} s (+-{errors[host]:.3f})" for host in offsets}, offsets))
+    found.append(
+        TableRow("clock", {host: f"{offsets[host]:+.3f} s (+-{errors[host]:.3f})" for host in offsets}, offsets)
+    )
     found += [
-        Row(name, {host: cell or "none" for host, cell in by_host.items()}) for name, by_host in values(survey).items()
+        TableRow(name, {host: cell or "none" for host, cell in by_host.items()})
+        for name, by_host in values(survey).items()
     ]
 
     def measured(name: str, number: Callable[[HostFacts], float], text: Callable[[HostFacts], str]) -> None:
         cells, numbers = ({host: function(fact) for host, fact in facts.items()} for function in (text, number))
-        found.append(Row(name, cells, numbers))  # type: ignore[arg-type]
+        found.append(TableRow(name, cells, numbers))  # type: ignore[arg-type]
 
     if any(fact.devices for fact in facts.values()):
         free: Callable[[HostFacts], float] = lambda fact: min((one.free_mib for one in fact.devices), default=0)  # noqa: E731
@@ -58,7 +60,7 @@ def _part(sizes: tuple[int, int]) -> str:
     return f"{sizes[1] / 1024:.1f} of {sizes[0] / 1024:.1f} GiB free"
 
 
-def _network_rows(survey: Survey) -> list[Row]:
+def _network_rows(survey: Survey) -> list[TableRow]:
     if len(survey.hosts) < 2:
         return []
     known = {
@@ -69,14 +71,14 @@ def _network_rows(survey: Survey) -> list[Row]:
     used = {host: survey.interface or fact.own_interface or "unknown" for host, fact in survey.facts.items()}
     ways = {host: fact.route or "none" for host, fact in survey.facts.items()}
     return [
-        Row("names", known),
-        Row("own name is", own, dict.fromkeys(own, 0.0)),
-        Row("way to others", ways),
-        Row("interface", used),
+        TableRow("names", known),
+        TableRow("own name is", own, dict.fromkeys(own, 0.0)),
+        TableRow("way to others", ways),
+        TableRow("interface", used),
     ]
 
 
-def _storage_rows(survey: Survey) -> list[Row]:
+def _storage_rows(survey: Survey) -> list[TableRow]:
     kept = {host: fact.storage for host, fact in survey.facts.items() if fact.storage}
     well = {host: storage for host, storage in kept.items() if not storage.problem}
     free = {host: _part((storage.total_mib, storage.free_mib)) for host, storage in well.items()}
@@ -84,10 +86,10 @@ def _storage_rows(survey: Survey) -> list[Row]:
     speeds = {host: f"{storage.write_mb_s:.0f} MB/s" for host, storage in well.items()}
     shared = {host: "yes" if all(writers.values()) else "NO" for host, writers in survey.seen.items()}
     return [
-        Row("file system", {host: storage.kind for host, storage in well.items()}),
-        Row("disk", free, {host: kept[host].free_mib for host in free}),
-        Row("write speed", speeds, {host: storage.write_mb_s for host, storage in well.items()}),
-        Row("shared", shared if len(survey.hosts) > 1 else {}),
+        TableRow("file system", {host: storage.kind for host, storage in well.items()}),
+        TableRow("disk", free, {host: kept[host].free_mib for host in free}),
+        TableRow("write speed", speeds, {host: storage.write_mb_s for host, storage in well.items()}),
+        TableRow("shared", shared if len(survey.hosts) > 1 else {}),
     ]
 
 
@@ -106,10 +108,10 @@ def host_table(survey: Survey, found: Sequence[Finding]) -> str:
 
 
 def _mark(wrong: bool) -> str:
-    return f"{MARKED} " if wrong else "  "
+    return f"{MARKER} " if wrong else "  "
 
 
-def _summary(row: Row) -> str:
+def _summary(row: TableRow) -> str:
     distinct = list(dict.fromkeys(row.cells.values()))
     if len(distinct) == 1:
         return distinct[0]
@@ -175,5 +177,5 @@ def report(survey: Survey, found: Sequence[Finding]) -> str:
         parts.append("".join(f"{finding}\n" for finding in found))
     problems = sum(finding.level == PROBLEM for finding in found)
     count = "1 problem" if problems == 1 else f"{problems} problems"
-    parts.append(f"verdict: {f'{count} to mend before a long run' if problems else 'fine'}\n")
+    parts.append(f"verdict: {f'{count} to fix before a long run' if problems else 'fine'}\n")
     return "\n".join(parts)
