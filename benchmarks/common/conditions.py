@@ -1,4 +1,4 @@
-"""What a measured number depends on besides its configuration: code, versions, hardware, other programs."""
+"""What a measured number depends on in addition to its configuration: code, versions, hardware, other programs."""
 
 import os
 import platform

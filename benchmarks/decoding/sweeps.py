@@ -39,7 +39,7 @@ def parse_axis(text: str) -> tuple[str, tuple[float | None, ...]]:
     try:
         return name, tuple(_value(name, each) for each in values.split(","))
     except ValueError:
-        kind = "numbers" if name == "delays_ms" else "whole numbers"
+        kind = "numbers" if name == "delays_ms" else "integers"
         raise ConfigError(f"--sweep {text!r}: give {kind} separated by commas, such as {name}=1,2") from None
 
 
@@ -68,7 +68,7 @@ def predicted_step_s(step_s: float, slacks_s: Sequence[float], delay_s: float, l
 
 
 class Sweeps:
-    """Sweeps around the best split of a measurement; all ranks run them together."""
+    """Sweeps around the best split of a measurement. All ranks run them together."""
 
     def __init__(self, measurement: Measurement, rounds: int):
         self._measurement, self._rounds = measurement, rounds
@@ -111,11 +111,11 @@ class Sweeps:
         return load, model
 
     def _delays(self, delays_ms: Sequence[float]) -> list[dict[str, Any]]:
-        """Step time over the delay of hand-offs, beside what the slack predicts.
+        """Step time over the delay of hand-offs, and what the slack predicts.
 
         With lag 1 and 2; of the best split, and of the even one, whose last stage leaves hand-offs more slack.
-        The slack is of recorded runs before the timed ones: `slack_run_ms` tells how long their steps were. Where that
-        or the undelayed `ms_per_token` is off, so is the prediction; with lag L the slack holds L whole steps.
+        The slack is of recorded runs before the timed ones: `slack_run_ms` is the length of their steps. Where that
+        or the undelayed `ms_per_token` is off, so is the prediction; with lag L the slack includes L complete steps.
         """
         splits = dict.fromkeys((self._split, even_split(sum(self._split), len(self._split))))
         rows = []

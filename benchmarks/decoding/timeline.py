@@ -1,4 +1,4 @@
-"""A picture of decoding: what every stage does over a few steps, staggered above sequential, on one time axis."""
+"""A picture of decoding: every stage over a few steps, staggered above sequential, on one time axis."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 from stagdist.files import replacing
 from stagdist.telemetry.spans import Span
 
-COLOURS = {
+COLORS = {
     "compute": "#3b6fb6",
     "head": "#7a4fa3",
     "sampling": "#c2619f",
@@ -54,7 +54,7 @@ class Panel:
 
 
 def draw_timeline(panels: Sequence[Panel], png: str | Path, *, steps: int = 3) -> None:
-    """Draw the panels below each other over as much time as `steps` steps of the slowest take, aside and renamed.
+    """Draw the panels below each other over the time that `steps` steps of the slowest take.
 
     Raises:
         ValueError: a panel has fewer steps.
@@ -85,7 +85,7 @@ def draw_timeline(panels: Sequence[Panel], png: str | Path, *, steps: int = 3) -
 
 
 def _draw(axes, panel: Panel, start: int, width_ms: float) -> dict[str, str]:  # type: ignore[no-untyped-def]
-    """Bars of all stages, a line where each token is known; the categories that appeared with their colours."""
+    """Bars of all stages, a line where each token is known; the categories that appeared with their colors."""
     begins = panel.step_begins()
     origin = begins[start]
     shown: dict[str, str] = {}
@@ -94,10 +94,10 @@ def _draw(axes, panel: Panel, start: int, width_ms: float) -> dict[str, str]:  #
             begin, end = (span.begin_ns - origin) / 1e6, (span.end_ns - origin) / 1e6
             if end <= 0 or begin >= width_ms:
                 continue
-            colour = shown[span.category] = COLOURS[span.category]
+            color = shown[span.category] = COLORS[span.category]
             begin, end = max(begin, 0.0), min(end, width_ms)
             quiet = span.category.startswith("wait")
-            axes.broken_barh([(begin, end - begin)], (stage - 0.36, 0.72), color=colour, alpha=0.9 if quiet else 1.0)
+            axes.broken_barh([(begin, end - begin)], (stage - 0.36, 0.72), color=color, alpha=0.9 if quiet else 1.0)
     _draw_hand_offs(axes, panel, origin, width_ms)
     tokens = [(begin - origin) / 1e6 for begin in begins if 0 <= (begin - origin) / 1e6 <= width_ms * 1.001]
     for count, moment in enumerate(tokens):
@@ -117,7 +117,7 @@ def _draw(axes, panel: Panel, start: int, width_ms: float) -> dict[str, str]:  #
 
 
 def _draw_hand_offs(axes, panel: Panel, origin: int, width_ms: float) -> None:  # type: ignore[no-untyped-def]
-    """An arrow from where a section's output is sent to where the next section goes on with it."""
+    """An arrow from where a section's output is sent to where the next section needs it."""
     for stage, (above, below) in enumerate(itertools.pairwise(panel.spans)):
         needed = {span.step: span.end_ns for span in below if span.category == "wait for memory"}
         for span in above:
@@ -132,8 +132,8 @@ def _draw_hand_offs(axes, panel: Panel, origin: int, width_ms: float) -> None:  
 def _legend(figure, shown: dict[str, str]) -> None:  # type: ignore[no-untyped-def]
     from matplotlib.patches import Patch
 
-    present = [category for category in COLOURS if category in shown]
-    handles = [Patch(color=COLOURS[category], label=LABELS.get(category, category)) for category in present]
+    present = [category for category in COLORS if category in shown]
+    handles = [Patch(color=COLORS[category], label=LABELS.get(category, category)) for category in present]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9)
 
 

@@ -19,7 +19,7 @@ class TorchPipelining:
     """One optimizer step at a time: 1F1B, sum of the tied gradient, clipping by the global norm, AdamW.
 
     Args:
-        config: the run; one data-parallel replica on a pipe axis that is the whole world.
+        config: the run; one data-parallel replica on a pipe axis that spans the world.
         stage: this rank's stage.
         carried: shape of what one stage hands to the next.
         num_micro_batches: micro-batches of a step.
@@ -69,7 +69,7 @@ class TorchPipelining:
         shared = self.stage.embedding.embedding.weight
         dist.all_reduce(shared.grad)
         gradients = [parameter.grad for parameter in self.stage.parameters() if parameter.grad is not None]
-        # The tied embedding lies on every stage and counts once.
+        # The tied embedding is on every stage and counts once.
         counted = [gradient for gradient in gradients if gradient is not shared.grad or self._rank == 0]
         square = torch.stack(torch._foreach_norm(counted)).square().sum()
         dist.all_reduce(square)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.decoding.timeline import COLOURS, Panel, draw_timeline, typical_start
+from benchmarks.decoding.timeline import COLORS, Panel, draw_timeline, typical_start
 from stagdist.decode.runtime.stage import CATEGORIES
 from stagdist.telemetry.spans import Span
 
@@ -23,7 +23,7 @@ def spans(stage: int, step_ms: float, steps: int, *, begin: float, length: float
 
 
 def test_every_category_of_a_stage_has_a_colour() -> None:
-    assert set(CATEGORIES.values()) == set(COLOURS)
+    assert set(CATEGORIES.values()) == set(COLORS)
 
 
 def test_the_picture_is_written_whole_with_both_panels(tmp_path: Path) -> None:
