@@ -1,14 +1,14 @@
-"""Choosing tokens from logits that are spread over ranks: few candidates travel, all ranks derive the same token.
+"""Chooses tokens from logits that are sharded over ranks: few candidates are sent, all ranks get the same token.
 
 A step has two halves. `Sampler.candidates` turns a rank's slice of the logits into a short message, and
-`Sampler.choose` turns the messages of all ranks into tokens. What travels depends on the parameters of the rows only:
+`Sampler.choose` turns the messages of all ranks into tokens. A message depends on the parameters of its rows:
 
-- the likeliest token: one candidate of each rank (two, where margins are wanted);
+- the likeliest token: one candidate of each rank (two with margins);
 - sampling: the same, of logits with noise, since noise belongs to (seed, position, token);
-- top-k: the k best of each rank; top-p and min-p without top-k: the whole slice.
+- top-k: the k best of each rank; top-p and min-p without top-k: the complete slice.
 
 With log-probabilities, each rank adds the log-sum-exp and the best of its unchanged logits. Ties go to the lowest id.
-Nothing here makes the host wait for the device, once the first step after an `admit` or `retire` has laid its plan.
+The host never waits for the device, except in the first step after an `admit` or `retire`.
 """
 
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ class Sampler:
         self._plans: dict[tuple[int, ...], SamplingPlan | None] = {}
 
     def admit(self, slot: int, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
-        """Give a slot to a request; one that still had it is forgotten."""
+        """Assign a slot to a request, replacing its previous one."""
         self.retire(slot)
         self._params[slot] = params
         self._num_special += not is_plain(params)
@@ -97,7 +97,7 @@ class Sampler:
             self._mark_prompt(slot, prompt_ids)
 
     def retire(self, slot: int) -> None:
-        """Take a slot from its request; without one this does nothing."""
+        """Free a slot; does nothing if it is free."""
         if not 0 <= slot < len(self._params):
             raise ValueError(f"slot {slot} is none of 0 to {len(self._params) - 1}")
         params, self._params[slot] = self._params[slot], None
@@ -105,14 +105,14 @@ class Sampler:
         self._plans.clear()
 
     def width(self, slots: Sequence[int]) -> int:
-        """Values per row in a message of `candidates` for these slots, the same on all ranks."""
+        """Return the columns of a message of `candidates` for these slots, the same on all ranks."""
         plan = self._plan(slots)
         return 2 if plan is None else plan.width
 
     def likeliest_alone(self, logits: torch.Tensor, slots: Sequence[int]) -> Choice | None:
-        """The choice, where it needs nothing but the largest logit and no other rank; None where it needs more.
+        """Return the choice if it is the argmax of this rank's logits; None otherwise.
 
-        The same as `candidates` and `choose`, without a message: this runs at every step.
+        Equals `candidates` and `choose`, without a message.
         """
         if self._plan(slots) is not None or self._size != self._vocab_size:
             return None
@@ -120,7 +120,7 @@ class Sampler:
         return Choice(local.max(-1).indices)
 
     def candidates(self, logits: torch.Tensor, slots: Sequence[int], positions: torch.Tensor) -> torch.Tensor:
-        """This rank's message: all that the others need of its logits.
+        """Return this rank's message to the others.
 
         Args:
             logits: of this rank's slice, any floating type [B, V], V at least its real tokens.
@@ -139,7 +139,7 @@ class Sampler:
         return message
 
     def choose(self, gathered: torch.Tensor, slots: Sequence[int], positions: torch.Tensor) -> Choice:
-        """Tokens from the messages of all R ranks, in the order of their slices.
+        """Choose tokens from the messages of all R ranks, in the order of their slices.
 
         Shapes: gathered float64 [R, B, width]; positions int64 [B].
         """
@@ -156,7 +156,7 @@ class Sampler:
         kept, kept_ids = _truncate(scores, ids, plan, positions) if plan.any_truncated else (scores, ids)
         best_score = kept.amax(-1, keepdim=True)
         tokens = torch.where(kept == best_score, kept_ids, self._vocab_size).amin(-1)
-        tokens = tokens.clamp(0, self._vocab_size - 1)  # logits that are not numbers must not name a token past the end
+        tokens = tokens.clamp(0, self._vocab_size - 1)  # NaN logits must not give an id past the end
         return Choice(
             tokens,
             None if plan.num_logprobs is None else _logprobs(gathered, plan, ids, tokens),
@@ -196,7 +196,7 @@ class Sampler:
             self._seen[slot].index_fill_(0, self._device.upload(mine, torch.int64), True)
 
     def _likeliest(self, local: torch.Tensor) -> torch.Tensor:
-        """[best logit, its id] of each row, in as few operations as can be: this runs at every step."""
+        """Return [best logit, its id] of each row with few operations, because this runs at every step."""
         message = torch.empty(local.shape[0], 2, dtype=torch.float64, device=local.device)
         if self._size == 0:
             message[:, 0], message[:, 1] = _MINUS_INF, 0.0

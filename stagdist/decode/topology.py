@@ -1,4 +1,4 @@
-"""What decides the schedule of decoding: sections, stages, lag, and where the head lies. Pure integers, no torch."""
+"""Layout of decoding: sections, stages, lag and head. Pure integers, no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +12,7 @@ HEAD_LAYOUTS: tuple[HeadLayout, ...] = ("last", "sharded")
 
 @dataclass(frozen=True)
 class Topology:
-    """How the sections of a model lie on pipeline stages.
+    """How the sections of a model are placed on pipeline stages.
 
     Attributes:
         num_sections: p.
@@ -54,13 +54,9 @@ class Topology:
         each = self.num_sections // self.num_stages
         return range(stage * each, (stage + 1) * each)
 
-    def stage_of(self, section: int) -> int:
-        """Stage that holds a section."""
-        return section * self.num_stages // self.num_sections
-
     @property
     def lag(self) -> int:
-        """Steps between the moment a section output is made and the step that needs it in the next section."""
+        """Number of steps from a section output to its use in the next section."""
         return self.stagger if self.staggered else 0
 
     @property

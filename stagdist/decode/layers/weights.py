@@ -1,6 +1,6 @@
 """Weights of one rank, fused for decoding: few large products instead of many small ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -92,7 +92,7 @@ class StageWeights:
     """Everything one rank needs.
 
     Attributes:
-        embedding: [V, H], the whole vocabulary; None where no section starts from tokens.
+        embedding: [V, H], the complete vocabulary; None where no section starts from tokens.
         sections: by index.
         output_norm: [H], where the rank holds a part of the head.
         head: [slice, H], its part of the vocabulary.
@@ -203,7 +203,12 @@ class WeightLoader:
         spec = self._specs[name]
         first, stop = shard.bounds(spec.shape[0])
         weight = self._device.matrix(stop - first, spec.shape[1])
-        return self._fill(weight, lambda begin, end: self._read(spec, 0, first + begin, first + end))
+        # In pieces, so that no second copy of a large table exists.
+        rows = max(1, (1 << 26) // max(1, spec.shape[1] * 4))
+        for begin in range(0, stop - first, rows):
+            end = min(begin + rows, stop - first)
+            weight[begin:end].copy_(self._read(spec, 0, first + begin, first + end))
+        return weight
 
     def _stacked(self, names: list[str]) -> Tensor:
         """Matrices of one width below each other, each cut to this rank's part."""
@@ -223,14 +228,6 @@ class WeightLoader:
         dim = self._specs[name].shard_dim
         assert dim is not None, f"{name} is not split"
         return dim
-
-    def _fill(self, weight: Tensor, read: Callable[[int, int], Tensor]) -> Tensor:
-        """Copy in pieces, so that no second copy of a large table exists."""
-        rows = max(1, (1 << 26) // max(1, weight.shape[1] * 4))
-        for begin in range(0, weight.shape[0], rows):
-            end = min(begin + rows, weight.shape[0])
-            weight[begin:end].copy_(read(begin, end))
-        return weight
 
 
 def random_reader(specs_seed: int, device: str = "cpu") -> ReadSlice:
