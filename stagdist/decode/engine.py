@@ -185,7 +185,11 @@ class Engine:
         if self._waiting and free:
             slot = free[0]
             request, submitted_s = self._waiting.popleft()
-            self._running[slot] = self._start(request, submitted_s)
+            text = None
+            if self._tokenizer is not None:
+                text = TextStream(self._tokenizer, request.prompt_ids, request.params.stop)
+            allowed = allowed_new_tokens(request, self._stage.limits.max_context)
+            self._running[slot] = _Running(request, submitted_s, allowed, text, scheduled=1)
             self._planned.append({slot: self._running[slot]})
             return Control(Operation.ADMIT, slot, len(request.prompt_ids), retired)
         if self._running:
@@ -263,13 +267,6 @@ class Engine:
         if any(request.request_id == request_id for request, _ in self._waiting):
             self._waiting = deque(entry for entry in self._waiting if entry[0].request_id != request_id)
             self._give_out(RequestOutput(request_id, finish_reason=FinishReason.CANCELLED))
-
-    def _start(self, request: Request, submitted_s: float) -> _Running:
-        text = None
-        if self._tokenizer is not None:
-            text = TextStream(self._tokenizer, request.prompt_ids, request.params.stop)
-        allowed = allowed_new_tokens(request, self._stage.limits.max_context)
-        return _Running(request, submitted_s, allowed, text, scheduled=1)
 
     def _take_token(self, running: _Running, token: int, logprobs: Sequence[float] | None, now: float) -> None:
         params = running.request.params

@@ -18,7 +18,7 @@ SMALLEST_FACTOR = 1e-6
 """Smallest temperature above 0, and smallest repetition penalty: below it, scaled logits would overflow."""
 
 NUM_PARAM_FIELDS = 8
-"""Length of `encode_params`."""
+"""Length of the list that `encode_params` returns."""
 
 _SEED_LOW_BITS = 32
 
@@ -207,16 +207,8 @@ def encode_params(params: SamplingParams) -> list[float]:
     Text and stop rules stay where the request came in.
     """
     high, low = divmod(params.seed, 1 << _SEED_LOW_BITS)  # float64 holds 53 bits exactly, a seed has 63
-    return [
-        float(params.temperature),
-        float(params.top_k or 0),
-        float(params.top_p),
-        float(params.min_p),
-        float(params.repetition_penalty),
-        float(high),
-        float(low),
-        float(-1 if params.logprobs is None else params.logprobs),
-    ]
+    values = (params.temperature, params.top_k or 0, params.top_p, params.min_p, params.repetition_penalty, high, low)
+    return [*map(float, values), float(-1 if params.logprobs is None else params.logprobs)]
 
 
 def decode_params(values: Sequence[float]) -> SamplingParams:

@@ -104,18 +104,14 @@ def topology_for(
 
 
 def _check_recurrent(model: ModelConfig, num_stages: int) -> None:
-    problems = []
-    if not model.share_section_weights:
-        problems.append("the sections do not share weights")
-    if model.num_sections != 2:
-        problems.append(f"the model has {model.num_sections} sections, not 2")
-    if model.combine_sections:
-        problems.append("section outputs are combined")
-    if model.stagger == 0:
-        problems.append("stagger is 0")
-    if num_stages != 1:
-        problems.append(f"there are {num_stages} stages, not 1")
-    if problems:
+    requirements = {
+        "the sections do not share weights": model.share_section_weights,
+        f"the model has {model.num_sections} sections, not 2": model.num_sections == 2,
+        "section outputs are combined": not model.combine_sections,
+        "stagger is 0": model.stagger != 0,
+        f"there are {num_stages} stages, not 1": num_stages == 1,
+    }
+    if problems := [problem for problem, met in requirements.items() if not met]:
         raise ConfigError(
             "recurrent decoding is defined for two sections with shared weights on one stage; here "
             + ", ".join(problems)

@@ -107,12 +107,9 @@ class StageWeights:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor once, tied ones too."""
-        found: list[Tensor] = []
-        for section in self.sections.values():
-            for layer in section.layers:
-                found += [tensor for tensor in vars(layer).values() if tensor is not None]
-            found += [t for name, t in vars(section).items() if name != "layers" and t is not None]
-        found += [tensor for tensor in (self.embedding, self.output_norm, self.head) if tensor is not None]
+        sections = self.sections.values()
+        parts = [self, *sections, *(layer for section in sections for layer in section.layers)]
+        found = [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
         return list({(tensor.data_ptr(), tensor.numel()): tensor for tensor in found}.values())
 
 
