@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 The number of processes divided by --tensor-parallel-size is the number of pipeline stages; it divides the number of
-sections. All stages work on every token at the same time; started as plain `python`, one process holds all sections.
+sections. All stages work on every token at the same time. Started with plain `python`, one process holds all sections.
 
-Text is written as it comes, after its prompt. With several prompts the answers keep their order: the first that is
-not finished is written as it comes, later ones when their turn has come. Numbers and errors go to standard error.
-Exit code: 0 all prompts were served, 1 some were not, there were none or the run failed, 2 something to mend first,
-130 and 143 after Ctrl-C and SIGTERM (a second Ctrl-C ends at once), 141 nobody reads the output any more.
+Text is written as it is generated, after its prompt. Several prompts are answered in order: the first unfinished answer
+is streamed, and later answers are buffered. Statistics and errors go to standard error.
+Exit code: 0 all prompts were served; 1 some prompts failed, there were none, or the run failed; 2 invalid arguments,
+model or configuration; 130 and 143 after Ctrl-C and SIGTERM (a second Ctrl-C exits immediately); 141 broken pipe.
 
-A .jsonl file of prompts holds one object per line: "prompt" (text) or "prompt_ids" (token ids), and, as wanted, "id",
+A .jsonl file of prompts holds one object per line: "prompt" (text) or "prompt_ids" (token ids), and optionally "id",
 max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, stop_token_ids,
 ignore_end_of_document, logprobs.
 
@@ -40,10 +40,10 @@ examples:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; DeepSpeed's launcher adds --local_rank.
+    """Parse the command line; DeepSpeed's launcher adds --local_rank.
 
     Raises:
-        ConfigError: it cannot be understood.
+        ConfigError: an argument is invalid.
     """
     parser = RanksParser(
         prog="generate.py",
@@ -68,18 +68,26 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling", "of prompts that bring no values of their own")
+    group = parser.add_argument_group("sampling", "for prompts that do not set their own values")
     add = group.add_argument
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="tokens at most (default 128)")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="maximum number of new tokens (default 128)")
     add("--temperature", type=float, default=1.0, metavar="T", help="0: always the likeliest token (default 1)")
     add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (default all)")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P of all (default 1)")
-    add("--min-p", type=float, default=0.0, metavar="P", help="leave out what is below P of the likeliest (default 0)")
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="drop tokens below P times the top probability (default 0)",
+    )
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (default 1)")
     add("--seed", type=int, default=0, metavar="S", help="prompt i, counted from 0, uses S + i (default 0)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    add("--stop-token-id", action="append", type=int, default=[], metavar="ID", help="end with it; repeatable")
-    add("--ignore-eos", action="store_true", help="go on after a token that ends texts")
+    add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
+    add(
+        "--stop-token-id", action="append", type=int, default=[], metavar="ID", help="stop after this token; repeatable"
+    )
+    add("--ignore-eos", action="store_true", help="continue after an end-of-text token")
     add("--logprobs", type=int, metavar="N", help="log-probabilities, also of the N likeliest tokens (with --json)")
 
 
@@ -94,10 +102,12 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=["fp32", "bf16", "fp16", "fp64"], help="of weights and sums (bf16 on a GPU, else fp32)")
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, or cuda:N for all ranks (auto)")
     add("--recurrent", action="store_true", help="skip section 1 while decoding (two sections with shared weights)")
-    add("--timeout", type=float, default=600.0, metavar="S", help="seconds a rank may be silent (default 600)")
+    add(
+        "--timeout", type=float, default=600.0, metavar="S", help="limit in seconds for waiting on a rank (default 600)"
+    )
     add("--json", action="store_true", help="one JSON object per finished prompt instead of text")
-    add("--margins", action="store_true", help="tell the smallest distance between best and second-best token")
-    add("--trace", type=Path, metavar="FILE", help="write what every rank did when, for Perfetto; makes folders")
+    add("--margins", action="store_true", help="report the smallest difference between best and second-best token")
+    add("--trace", type=Path, metavar="FILE", help="write a Perfetto trace of all ranks; creates folders")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -178,7 +188,7 @@ def main() -> int:
     try:
         return run(parse_arguments())
     except StagdistError as error:
-        if _speaks(error):
+        if _reports(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError | DataError | CheckpointError) else 1
     except Exception:
@@ -186,8 +196,8 @@ def main() -> int:
         return 1
 
 
-def _speaks(error: "StagdistError") -> bool:
-    """Whether this rank prints an error that other ranks may meet as well."""
+def _reports(error: "StagdistError") -> bool:
+    """Whether this rank prints an error that other ranks may raise as well."""
     from stagdist.errors import TransportError
     from stagdist.parallel.world import OTHERS_WAIT_S
 
@@ -195,7 +205,7 @@ def _speaks(error: "StagdistError") -> bool:
     if rank == "0" or error.everywhere:
         return rank == "0"
     if isinstance(error, TransportError):
-        # At once: the launcher ends every rank soon after one is gone. Rank 1 speaks because it may be rank 0.
+        # Immediately: the launcher ends all ranks soon after one exits. Rank 1 reports because rank 0 may have exited.
         return rank == "1" or local_rank == "0"
     if local_rank != "0":
         time.sleep(OTHERS_WAIT_S)
@@ -214,5 +224,5 @@ if __name__ == "__main__":
     except BrokenPipeError:
         code = 141
     sys.stderr.flush()
-    # Peers may wait for this rank in a collective, and a thread for the next prompt: leaving at once ends both.
+    # Peers may block in a collective and a thread on standard input; a normal exit would wait for them.
     os._exit(code)

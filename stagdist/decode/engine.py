@@ -1,4 +1,4 @@
-"""The engine: requests in, tokens and text out. It lives on rank 0; the other ranks follow."""
+"""The engine: serves requests and returns tokens and text. It runs on rank 0; the other ranks follow."""
 
 import queue
 import threading
@@ -36,9 +36,9 @@ class _Running:
     submitted_s: float
     allowed: int
     text: TextStream | None
-    scheduled: int = 0  # tokens that decided operations will give, the present one among them
+    scheduled: int = 0  # tokens of all operations decided so far, including the current one
     received: int = 0
-    told: bool = False  # its last output has gone out
+    reported: bool = False  # the last output was given to the sink
     finish: FinishReason | None = None
     first_token_s: float | None = None
     fresh: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
@@ -46,11 +46,11 @@ class _Running:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished request, whole.
+    """The complete result of a request.
 
     Attributes:
-        token_ids: generated tokens, the one that ended the request among them.
-        text: what they say, up to a stop.
+        token_ids: generated tokens, including the one that ended the request.
+        text: their text, up to a stop string.
     """
 
     request_id: str
@@ -63,18 +63,18 @@ class Completion:
 
 
 class Engine:
-    """Owner of the requests, on rank 0.
+    """Serves requests on rank 0.
 
     Args:
-        stage: this rank's share of the model.
+        stage: this rank's part of the model.
         transport: None in a world of one.
-        tokenizer: makes text; without it outputs carry token ids only and stop strings are refused.
-        end_tokens: tokens any of which ends a request that does not ignore them.
-        heartbeat_s: longest silence towards the other ranks while there is nothing to do.
+        tokenizer: decodes tokens; without it outputs have token ids only, and stop strings are rejected.
+        end_tokens: each of them ends a request that does not ignore them.
+        heartbeat_s: an idle engine sends a message to the other ranks at least this often.
 
     Attributes:
-        smallest_margin: of all tokens so far, where the stage was built to tell margins; else infinite.
-        steps: steps so far; a prefill is none.
+        smallest_margin: of all tokens so far, if the stage computes margins; else infinite.
+        steps: decode steps so far, without prefills.
     """
 
     def __init__(
@@ -88,31 +88,32 @@ class Engine:
     ):
         self._stage, self._transport, self._tokenizer = stage, transport, tokenizer
         self._end_tokens, self._heartbeat_s = frozenset(end_tokens), heartbeat_s
-        # Requests, names of requests to cancel, and None when no more come: one queue, so that their order is kept.
+        # Requests, ids of requests to cancel, and None after the last request. One queue keeps their order.
         self._inbox: queue.SimpleQueue[tuple[Request, float] | str | None] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._waiting: deque[tuple[Request, float]] = deque()
         self._running: dict[int, _Running] = {}
-        self._served: set[str] = set()  # names of requests whose last output has not gone out
+        self._served: set[str] = set()  # ids of requests whose last output is pending
         self._served_lock = threading.Lock()
         self._closed = self._stopping = self._ended = False
         self._sink: Sink = lambda output: None
-        self._planned: deque[dict[int, _Running]] = deque()  # rows of the operations that were decided
-        self._untold: list[_Running] = []
+        self._planned: deque[dict[int, _Running]] = deque()  # rows of operations that were decided but have not run
+        self._unreported: list[_Running] = []
         self.smallest_margin, self.steps = float("inf"), 0
 
     # --- for clients, from any thread ---------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        """Take a request. One that cannot be served is answered with an error, the others go on.
+        """Add a request. A request that cannot be served gets an error output; others are not affected.
 
         Raises:
-            ConfigError: a request of this name is being served, and an answer could not say which of them it means; or
-                `run` has returned.
+            ConfigError: a request with this id is already being served, or `run` has returned.
         """
         with self._served_lock:
             if self._ended:
-                raise ConfigError(f"request {request.request_id!r} comes after the engine's end; build a new engine")
+                raise ConfigError(
+                    f"request {request.request_id!r} was submitted after the engine ended; build a new engine"
+                )
             if request.request_id in self._served:
                 raise ConfigError(f"a request {request.request_id!r} is being served; give each its own request_id")
             self._served.add(request.request_id)
@@ -120,17 +121,17 @@ class Engine:
         self._wake.set()
 
     def cancel(self, request_id: str) -> None:
-        """End a request early; one that has ended, or is not known, stays as it is."""
+        """End a request early. Does nothing if it has ended or is unknown."""
         self._inbox.put(request_id)
         self._wake.set()
 
     def close(self) -> None:
-        """No more requests will come: `run` returns after the last one."""
+        """Declare that no more requests will be submitted; `run` returns after the last one."""
         self._inbox.put(None)
         self._wake.set()
 
     def stop(self) -> None:
-        """End after the present operation; unfinished requests are cancelled."""
+        """End after the current operation; unfinished requests are cancelled."""
         self._stopping = True
         self._wake.set()
 
@@ -140,10 +141,10 @@ class Engine:
         """Serve until `close` and the last request, or `stop`.
 
         Args:
-            sink: gets every output as soon as it exists, in this thread.
+            sink: called in this thread with every output as soon as it exists.
 
         Raises:
-            TransportError: a rank is gone.
+            TransportError: a rank has ended.
         """
         self._sink = sink
         operate(self._stage, self._transport, self)
@@ -156,10 +157,10 @@ class Engine:
         self._waiting.clear()
         for running in self._running.values():
             running.finish = running.finish or FinishReason.CANCELLED
-            self._tell(running)
+            self._report(running)
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
-        """Serve these requests and close; completions in their order."""
+        """Serve these requests and close. Returns their completions in the same order."""
         requests = list(requests)
         outputs: dict[str, list[RequestOutput]] = {request.request_id: [] for request in requests}
         if len(outputs) < len(requests):
@@ -170,10 +171,10 @@ class Engine:
         self.run(lambda output: outputs[output.request_id].append(output))
         return [completion(request_id, parts) for request_id, parts in outputs.items()]
 
-    # --- what the loop of operations asks -----------------------------------------------------------------------
+    # --- called by `operate` ------------------------------------------------------------------------------------
 
     def decide(self) -> Control:
-        """What comes after the operation that is about to run."""
+        """Decide the operation after the one that is about to run."""
         self._take_inbox()
         retired = tuple(slot for slot, each in self._running.items() if each.finish or each.scheduled >= each.allowed)
         for slot in retired:
@@ -184,7 +185,11 @@ class Engine:
         if self._waiting and free:
             slot = free[0]
             request, submitted_s = self._waiting.popleft()
-            self._running[slot] = self._start(request, submitted_s)
+            text = None
+            if self._tokenizer is not None:
+                text = TextStream(self._tokenizer, request.prompt_ids, request.params.stop)
+            allowed = allowed_new_tokens(request, self._stage.limits.max_context)
+            self._running[slot] = _Running(request, submitted_s, allowed, text, scheduled=1)
             self._planned.append({slot: self._running[slot]})
             return Control(Operation.ADMIT, slot, len(request.prompt_ids), retired)
         if self._running:
@@ -195,11 +200,11 @@ class Engine:
         return Control(Operation.STOP if self._closed else Operation.REST, retired=retired)
 
     def admission(self, slot: int) -> Request:
-        """The request of the ADMIT that is about to run."""
+        """Return the request of the ADMIT that is about to run."""
         return self._planned[0][slot].request
 
     def took(self, control: Control, choice: Choice) -> None:
-        """Take the tokens of an operation; their text is made while later stages compute the next one."""
+        """Process the tokens of an operation. Text is decoded while later stages compute the next one."""
         rows = self._planned.popleft()
         choice = self._stage.on_host(choice)
         tokens = choice.tokens.tolist()
@@ -218,7 +223,7 @@ class Engine:
             self.host_work()
 
     def rest(self) -> None:
-        """Wait for work, at most until the others must hear from us."""
+        """Wait for work, at most for the heartbeat interval."""
         self.host_work()
         self._wake.wait(self._heartbeat_s)
         self._wake.clear()
@@ -236,8 +241,11 @@ class Engine:
                 self._take_request(*entry)
 
     def _take_request(self, request: Request, submitted_s: float) -> None:
+        limits = self._stage.limits
         try:
-            self._check(request)
+            check_request(request, vocab_size=self._stage.model.vocab_size, max_context=limits.max_context)
+            if request.params.stop and self._tokenizer is None:
+                raise ConfigError(f"request {request.request_id!r} has stop strings, but the engine has no tokenizer")
         except ConfigError as error:
             reason = FinishReason.ERROR
             self._give_out(RequestOutput(request.request_id, finish_reason=reason, error=str(error)))
@@ -250,27 +258,15 @@ class Engine:
                 self._served.discard(output.request_id)
         self._sink(output)
 
-    def _check(self, request: Request) -> None:
-        check_request(request, vocab_size=self._stage.model.vocab_size, max_context=self._stage.limits.max_context)
-        if request.params.stop and self._tokenizer is None:
-            raise ConfigError(f"request {request.request_id!r} has stop strings, but the engine has no tokenizer")
-
     def _drop(self, request_id: str) -> None:
-        """End a request that waits or runs."""
+        """Cancel a waiting or running request."""
         for running in self._running.values():
             if running.request.request_id == request_id and running.finish is None:
                 running.finish = FinishReason.CANCELLED
-                self._untold.append(running)
+                self._unreported.append(running)
         if any(request.request_id == request_id for request, _ in self._waiting):
             self._waiting = deque(entry for entry in self._waiting if entry[0].request_id != request_id)
             self._give_out(RequestOutput(request_id, finish_reason=FinishReason.CANCELLED))
-
-    def _start(self, request: Request, submitted_s: float) -> _Running:
-        text = None
-        if self._tokenizer is not None:
-            text = TextStream(self._tokenizer, request.prompt_ids, request.params.stop)
-        allowed = allowed_new_tokens(request, self._stage.limits.max_context)
-        return _Running(request, submitted_s, allowed, text, scheduled=1)
 
     def _take_token(self, running: _Running, token: int, logprobs: Sequence[float] | None, now: float) -> None:
         params = running.request.params
@@ -282,24 +278,24 @@ class Engine:
             running.finish = FinishReason.STOP
         elif running.received == running.allowed:
             running.finish = FinishReason.LENGTH
-        if running not in self._untold:
-            self._untold.append(running)
+        if running not in self._unreported:
+            self._unreported.append(running)
 
     def host_work(self) -> None:
-        """Give out what is new, while later stages compute."""
-        untold, self._untold = self._untold, []
-        for running in untold:
-            self._tell(running)
+        """Report new tokens and text, while later stages compute."""
+        unreported, self._unreported = self._unreported, []
+        for running in unreported:
+            self._report(running)
 
-    def _tell(self, running: _Running) -> None:
-        """Give out what is new of a request."""
-        if running.told:
+    def _report(self, running: _Running) -> None:
+        """Give the new tokens and text of a request to the sink."""
+        if running.reported:
             return
         fresh, running.fresh = running.fresh, []
         text = ""
         if running.text is not None:
             for index, (token, _) in enumerate(fresh):
-                # The token that ends a request by its id is no text.
+                # A stop token adds no text.
                 if running.finish is FinishReason.STOP and index == len(fresh) - 1:
                     break
                 text += running.text.push(token)
@@ -309,7 +305,7 @@ class Engine:
                     break
             if running.finish is not None and not running.text.stopped:
                 text += running.text.finish()
-        running.told = running.finish is not None
+        running.reported = running.finish is not None
         self._give_out(
             RequestOutput(
                 running.request.request_id,
@@ -323,7 +319,7 @@ class Engine:
 
 
 def completion(request_id: str, outputs: Sequence[RequestOutput]) -> Completion:
-    """All outputs of a finished request as one."""
+    """Join all outputs of a finished request."""
     last = outputs[-1]
     assert last.finish_reason is not None, f"request {request_id!r} has not ended"
     return Completion(

@@ -1,9 +1,8 @@
-"""The loop that every rank runs: one operation after the other, as rank 0 decides, one message ahead.
+"""The operation loop of every rank. Rank 0 decides each operation while the previous one runs.
 
-Rank 0 sends what comes next while the present operation runs, so no rank ever waits for a decision. The price: what
-ends a request by surprise takes effect one step later (the end of the document, a stop id) or, with several stages, two
-(a stop string: text is made while the next step runs), and what is computed meanwhile is dropped. Limits are foreseen
-and cost nothing.
+No rank waits for a decision, but an unforeseen end of a request takes effect late: one step after an end-of-document
+token or a stop id and, with several stages, two after a stop string, because text is decoded during the next step. The
+additional tokens are dropped. Length limits are known in advance.
 """
 
 import gc
@@ -21,26 +20,26 @@ from stagdist.telemetry.pulse import Phase
 
 
 class Owner(Protocol):
-    """Whoever owns the requests, on rank 0."""
+    """The object that owns the requests on rank 0."""
 
     def decide(self) -> Control:
-        """What comes after the operation that is about to run."""
+        """Decide the operation after the one that is about to run."""
 
     def admission(self, slot: int) -> Request:
-        """The request that `decide` put into a slot."""
+        """Return the request that `decide` assigned to a slot."""
 
     def took(self, control: Control, choice: Choice) -> None:
-        """Take the tokens of an operation."""
+        """Process the tokens of an operation."""
 
     def host_work(self) -> None:
         """Handle text and requests while later stages compute."""
 
     def rest(self) -> None:
-        """Nothing to do: return when there may be, or when the other ranks need a sign of life."""
+        """Wait for work; return early if the other ranks need a heartbeat."""
 
 
-class _Line:
-    """How control reaches this rank."""
+class _ControlChannel:
+    """Gives this rank the decisions of rank 0."""
 
     def __init__(self, transport: Transport | None, num_slots: int, owner: Owner | None):
         self._transport, self._num_slots, self._owner = transport, num_slots, owner
@@ -49,20 +48,20 @@ class _Line:
         self._plain_message = self._plain_step.encode(num_slots)
 
     def post(self) -> None:
-        """Decide (rank 0) or ask for the next message."""
+        """Decide and send the next operation (rank 0), or post its receive."""
         self._next = None if self._owner is None else self._owner.decide()
         if self._transport is None:
             return
         if self._next is None:
             message = torch.empty_like(self._plain_message)
         elif self._next.operation is Operation.STEP and not self._next.retired:
-            message = self._plain_message  # nearly always: made once
+            message = self._plain_message  # the usual case, encoded once
         else:
             message = self._next.encode(self._num_slots)
         self._transport.post_control(message)
 
     def wait(self) -> Control:
-        """The message."""
+        """Wait for the next operation."""
         message = None if self._transport is None else self._transport.wait_control()
         if self._next is not None:
             return self._next
@@ -72,14 +71,14 @@ class _Line:
         return Control.decode(message)
 
     def admission(self, control: Control) -> tuple[Sequence[int], SamplingParams]:
-        """Prompt and parameters of an ADMIT."""
+        """Return prompt and parameters of an ADMIT."""
         if self._owner is not None:
             request = self._owner.admission(control.slot)
             if self._transport is not None:
                 payload = [*map(float, request.prompt_ids), *encode_params(request.params)]
                 self._transport.share_admission(torch.tensor(payload, dtype=torch.float64))
             return request.prompt_ids, request.params
-        assert self._transport is not None, "a rank without requests in a world of one"
+        assert self._transport is not None, "a single process must own the requests"
         empty = torch.empty(control.prompt_length + NUM_PARAM_FIELDS, dtype=torch.float64)
         values = self._transport.share_admission(empty).tolist()
         prompt = [int(token) for token in values[: control.prompt_length]]
@@ -88,29 +87,29 @@ class _Line:
 
 @torch.inference_mode()
 def operate(stage: Stage, transport: Transport | None, owner: Owner | None) -> None:
-    """Run operations until rank 0 says stop.
+    """Run operations until rank 0 stops.
 
     Args:
         owner: on rank 0; None on the others.
 
     Raises:
-        TransportError: a peer is gone.
+        TransportError: a peer has ended.
     """
-    line = _Line(transport, stage.limits.num_slots, owner)
-    # What exists now stays: a collection that looks at all of it would stop a step for tens of milliseconds.
+    channel = _ControlChannel(transport, stage.limits.num_slots, owner)
+    # Keep existing objects out of garbage collection, which would pause a step for tens of milliseconds.
     gc.freeze()
     try:
-        _operate(line, stage, owner)
+        _operate(channel, stage, owner)
     finally:
         gc.unfreeze()
 
 
-def _operate(line: _Line, stage: Stage, owner: Owner | None) -> None:
+def _operate(channel: _ControlChannel, stage: Stage, owner: Owner | None) -> None:
     host_work = None if owner is None else owner.host_work
-    line.post()
+    channel.post()
     while True:
         stage.pulse.beat(Phase.RECEIVE)
-        control = line.wait()
+        control = channel.wait()
         stage.retire(control.retired)
         if control.operation in (Operation.REST, Operation.STOP):
             stage.rest()
@@ -118,11 +117,11 @@ def _operate(line: _Line, stage: Stage, owner: Owner | None) -> None:
                 return
             if owner is not None:
                 owner.rest()
-            line.post()
+            channel.post()
             continue
-        line.post()
+        channel.post()
         if control.operation is Operation.ADMIT:
-            choice = stage.prefill(control.slot, *line.admission(control), host_work)
+            choice = stage.prefill(control.slot, *channel.admission(control), host_work)
         else:
             choice = stage.step(host_work)
         if owner is not None:

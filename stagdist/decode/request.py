@@ -1,4 +1,4 @@
-"""What a client asks for and what it receives: prompts, sampling parameters, pieces of output."""
+"""Requests and their outputs: prompts, sampling parameters, tokens and text."""
 
 import sys
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ SMALLEST_FACTOR = 1e-6
 """Smallest temperature above 0, and smallest repetition penalty: below it, scaled logits would overflow."""
 
 NUM_PARAM_FIELDS = 8
-"""Length of `encode_params`."""
+"""Length of the list that `encode_params` returns."""
 
 _SEED_LOW_BITS = 32
 
@@ -40,7 +40,7 @@ class SamplingParams:
         seed: equal seeds give equal samples, whatever else is decoded at the same time.
         stop: the text ends before the first of these.
         stop_token_ids: the output ends with the first of these.
-        ignore_end_of_document: go on after a token that ends texts.
+        ignore_end_of_document: continue after an end-of-text token.
         logprobs: None gives none; n gives those of each chosen token and of the n likeliest ones, of the model's
             own distribution, before penalty and temperature.
 
@@ -61,19 +61,19 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _check_int("max_new_tokens", self.max_new_tokens, 1, None, "a whole number, at least 1")
+        _check_int("max_new_tokens", self.max_new_tokens, 1, None, "an integer, at least 1")
         if _number("temperature", self.temperature) != 0:
             remedy = f"0 for the likeliest token, or at least {SMALLEST_FACTOR}"
             _check("temperature", self.temperature, self.temperature >= SMALLEST_FACTOR, remedy)
         if self.top_k is not None:
-            _check_int("top_k", self.top_k, 1, MAX_SEED, "a whole number, at least 1, or nothing for all")
+            _check_int("top_k", self.top_k, 1, MAX_SEED, "an integer, at least 1, or nothing for all")
         _check("top_p", self.top_p, 0 < _number("top_p", self.top_p) <= 1, "above 0 and at most 1 (1 keeps all tokens)")
         _check("min_p", self.min_p, 0 <= _number("min_p", self.min_p) <= 1, "0 (keeps all tokens) to 1")
         penalty = _number("repetition_penalty", self.repetition_penalty)
         limits = SMALLEST_FACTOR, 1 / SMALLEST_FACTOR
         remedy = f"above 0 ({limits[0]:g} to {limits[1]:g}); 1 changes nothing"
         _check("repetition_penalty", self.repetition_penalty, limits[0] <= penalty <= limits[1], remedy)
-        _check_int("seed", self.seed, 0, MAX_SEED, f"a whole number from 0 to {MAX_SEED}")
+        _check_int("seed", self.seed, 0, MAX_SEED, f"an integer from 0 to {MAX_SEED}")
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}, or nothing for none")
         flag = self.ignore_end_of_document
@@ -116,7 +116,7 @@ def _stop_ids(ids: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and what to do with it; `check_request` says whether a model can serve it."""
+    """A prompt and its sampling parameters; `check_request` checks it for a model."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -129,7 +129,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     """A stop string, a stop id or a token that ends texts."""
     LENGTH = "length"
-    """All tokens that were asked for, or that the context has room for."""
+    """The maximum number of new tokens, or the end of the context."""
     ERROR = "error"
     CANCELLED = "cancelled"
 
@@ -145,13 +145,13 @@ class TokenLogprobs:
 
 @dataclass
 class RequestOutput:
-    """What a client receives at each event of its request: everything new since the event before.
+    """New tokens and text of a request since its previous output.
 
     Attributes:
         token_ids: new tokens.
         text: new text; characters follow their tokens when they are complete and no stop string can be in them.
         logprobs: of the new tokens, where asked for.
-        finish_reason: None while the request goes on.
+        finish_reason: None until the request ends.
         error: why it failed, with `FinishReason.ERROR`.
         time_to_first_token_s: seconds from the submission to the first token.
     """
@@ -188,7 +188,7 @@ def _check_ids(name: str, where: str, ids: Sequence[Any], vocab_size: int) -> No
     for position, token in enumerate(ids):
         if not _is_int(token):
             kind = type(token).__name__
-            raise ConfigError(f"{name}: {where} holds {token!r} ({kind}) at position {position}; give whole numbers")
+            raise ConfigError(f"{name}: {where} holds {token!r} ({kind}) at position {position}; give integers")
         if not 0 <= token < vocab_size:
             raise ConfigError(
                 f"{name}: {where} holds the id {token} at position {position}, outside of the vocabulary of "
@@ -207,16 +207,8 @@ def encode_params(params: SamplingParams) -> list[float]:
     Text and stop rules stay where the request came in.
     """
     high, low = divmod(params.seed, 1 << _SEED_LOW_BITS)  # float64 holds 53 bits exactly, a seed has 63
-    return [
-        float(params.temperature),
-        float(params.top_k or 0),
-        float(params.top_p),
-        float(params.min_p),
-        float(params.repetition_penalty),
-        float(high),
-        float(low),
-        float(-1 if params.logprobs is None else params.logprobs),
-    ]
+    values = (params.temperature, params.top_k or 0, params.top_p, params.min_p, params.repetition_penalty, high, low)
+    return [*map(float, values), float(-1 if params.logprobs is None else params.logprobs)]
 
 
 def decode_params(values: Sequence[float]) -> SamplingParams:

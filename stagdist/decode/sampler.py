@@ -1,14 +1,14 @@
-"""Choosing tokens from logits that are spread over ranks: few candidates travel, all ranks derive the same token.
+"""Chooses tokens from logits that are sharded over ranks: few candidates are sent, all ranks get the same token.
 
 A step has two halves. `Sampler.candidates` turns a rank's slice of the logits into a short message, and
-`Sampler.choose` turns the messages of all ranks into tokens. What travels depends on the parameters of the rows only:
+`Sampler.choose` turns the messages of all ranks into tokens. A message depends on the parameters of its rows:
 
-- the likeliest token: one candidate of each rank (two, where margins are wanted);
+- the likeliest token: one candidate of each rank (two with margins);
 - sampling: the same, of logits with noise, since noise belongs to (seed, position, token);
-- top-k: the k best of each rank; top-p and min-p without top-k: the whole slice.
+- top-k: the k best of each rank; top-p and min-p without top-k: the complete slice.
 
 With log-probabilities, each rank adds the log-sum-exp and the best of its unchanged logits. Ties go to the lowest id.
-Nothing here makes the host wait for the device, once the first step after an `admit` or `retire` has laid its plan.
+The host never waits for the device, except in the first step after an `admit` or `retire`.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ import torch
 from stagdist.decode.layers.weights import Device
 from stagdist.decode.noise import gumbel
 from stagdist.decode.request import SamplingParams
+from stagdist.decode.sampling_plan import SamplingPlan, is_plain, plan_sampling
 
-_GREEDY = SamplingParams(temperature=0.0)
 _MAX_PLANS = 64
 _MINUS_INF = float("-inf")
-_NO_TOKEN = -1  # fills the message of a slice that is smaller than what is asked of it
+_NO_TOKEN = -1  # fills the message of a slice that has fewer tokens than the message has columns
 
 
 @dataclass
@@ -42,42 +42,6 @@ class Choice:
     tokens: torch.Tensor
     logprobs: torch.Tensor | None = None
     margins: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Parameters of the rows of a step, on the device."""
-
-    slots: torch.Tensor  # int64 [B]
-    seeds: torch.Tensor  # int64 [B]
-    top_k: torch.Tensor  # int64 [B, 1]
-    temperature: torch.Tensor  # float64 [B, 1], as all below
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    penalty: torch.Tensor
-    noisy: torch.Tensor  # 1.0: noise is added before candidates are taken
-    truncated: torch.Tensor  # bool [B, 1]: noise is added to what truncation leaves
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What one step computes and sends, from the parameters of its rows."""
-
-    fast: bool
-    num_candidates: int  # columns of each of: scores, ids, and unchanged logits where log-probabilities are wanted
-    num_logprobs: int | None  # what the rows ask for at most
-    num_likeliest: int  # what one slice sends of it
-    any_noisy: bool = False
-    any_truncated: bool = False
-    any_scaled: bool = False
-    any_penalty: bool = False
-    rows: _Rows | None = None
-
-    @property
-    def width(self) -> int:
-        if self.num_logprobs is None:
-            return 2 * self.num_candidates
-        return 3 * self.num_candidates + 1 + 2 * self.num_likeliest
 
 
 class Sampler:
@@ -122,41 +86,41 @@ class Sampler:
         self._num_special = 0
         self._ids = torch.arange(first_token, first_token + real, device=device.name)
         self._seen: torch.Tensor | None = None  # bool [slots, tokens], made for the first request that needs it
-        self._plans: dict[tuple[int, ...], _Plan] = {}
-        self._fast_plan = _Plan(fast=True, num_candidates=1, num_logprobs=None, num_likeliest=0)
+        self._plans: dict[tuple[int, ...], SamplingPlan | None] = {}
 
     def admit(self, slot: int, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
-        """Give a slot to a request; one that still had it is forgotten."""
+        """Assign a slot to a request, replacing its previous one."""
         self.retire(slot)
         self._params[slot] = params
-        self._num_special += not _is_plain(params)
+        self._num_special += not is_plain(params)
         if params.repetition_penalty != 1:
             self._mark_prompt(slot, prompt_ids)
 
     def retire(self, slot: int) -> None:
-        """Take a slot from its request; without one this does nothing."""
+        """Free a slot; does nothing if it is free."""
         if not 0 <= slot < len(self._params):
             raise ValueError(f"slot {slot} is none of 0 to {len(self._params) - 1}")
         params, self._params[slot] = self._params[slot], None
-        self._num_special -= params is not None and not _is_plain(params)
+        self._num_special -= params is not None and not is_plain(params)
         self._plans.clear()
 
     def width(self, slots: Sequence[int]) -> int:
-        """Values per row in a message of `candidates` for these slots, the same on all ranks."""
-        return self._plan(slots).width
+        """Return the columns of a message of `candidates` for these slots, the same on all ranks."""
+        plan = self._plan(slots)
+        return 2 if plan is None else plan.width
 
     def likeliest_alone(self, logits: torch.Tensor, slots: Sequence[int]) -> Choice | None:
-        """The choice, where it needs nothing but the largest logit and no other rank; None where it needs more.
+        """Return the choice if it is the argmax of this rank's logits; None otherwise.
 
-        The same as `candidates` and `choose`, without a message: this runs at every step.
+        Equals `candidates` and `choose`, without a message.
         """
-        if not self._plan(slots).fast or self._size != self._vocab_size:
+        if self._plan(slots) is not None or self._size != self._vocab_size:
             return None
         local = logits if logits.shape[1] == self._size else logits[:, : self._size]
         return Choice(local.max(-1).indices)
 
     def candidates(self, logits: torch.Tensor, slots: Sequence[int], positions: torch.Tensor) -> torch.Tensor:
-        """This rank's message: all that the others need of its logits.
+        """Return this rank's message to the others.
 
         Args:
             logits: of this rank's slice, any floating type [B, V], V at least its real tokens.
@@ -167,7 +131,7 @@ class Sampler:
         """
         plan = self._plan(slots)
         local = logits if logits.shape[1] == self._size else logits[:, : self._size]
-        if plan.fast:
+        if plan is None:
             return self._likeliest(local)
         message = self._empty_message(len(slots), plan)
         if self._size:
@@ -175,12 +139,12 @@ class Sampler:
         return message
 
     def choose(self, gathered: torch.Tensor, slots: Sequence[int], positions: torch.Tensor) -> Choice:
-        """Tokens from the messages of all R ranks, in the order of their slices.
+        """Choose tokens from the messages of all R ranks, in the order of their slices.
 
         Shapes: gathered float64 [R, B, width]; positions int64 [B].
         """
         plan = self._plan(slots)
-        if plan.fast:
+        if plan is None:
             if gathered.shape[0] == 1:
                 return Choice(gathered[0, :, 1].long())
             best = gathered[:, :, 0].argmax(0, keepdim=True)  # the first of equals: slices are in order
@@ -188,15 +152,11 @@ class Sampler:
         count = plan.num_candidates
         scores = _merge(gathered[:, :, :count])
         ids = _merge(gathered[:, :, count : 2 * count]).long()
-        if plan.any_truncated:
-            assert plan.rows is not None
-            # Sorted only here: log-probabilities look their token up by id, in any order.
-            kept, kept_ids = _truncate(scores, ids, plan.rows, positions)
-        else:
-            kept, kept_ids = scores, ids
+        # Sorted only for truncation: log-probabilities look their token up by id, in any order.
+        kept, kept_ids = _truncate(scores, ids, plan, positions) if plan.any_truncated else (scores, ids)
         best_score = kept.amax(-1, keepdim=True)
         tokens = torch.where(kept == best_score, kept_ids, self._vocab_size).amin(-1)
-        tokens = tokens.clamp(0, self._vocab_size - 1)  # logits that are not numbers must not name a token past the end
+        tokens = tokens.clamp(0, self._vocab_size - 1)  # NaN logits must not give an id past the end
         return Choice(
             tokens,
             None if plan.num_logprobs is None else _logprobs(gathered, plan, ids, tokens),
@@ -206,66 +166,26 @@ class Sampler:
     def observe(self, tokens: torch.Tensor, slots: Sequence[int]) -> None:
         """Count chosen tokens, int64 [B], as seen by the repetition penalty of their slots."""
         plan = self._plan(slots)
-        if plan.any_penalty and self._size:
-            assert plan.rows is not None and self._seen is not None
+        if plan is not None and plan.any_penalty and self._size:
+            assert self._seen is not None
             local = tokens - self._first
             mine = (local >= 0) & (local < self._size)
-            place = plan.rows.slots, local.clamp(0, self._size - 1)
+            place = plan.slots, local.clamp(0, self._size - 1)
             self._seen[place] = self._seen[place] | mine
 
-    def _plan(self, slots: Sequence[int]) -> _Plan:
+    def _plan(self, slots: Sequence[int]) -> SamplingPlan | None:
+        """None: every row takes its likeliest token and asks for nothing else."""
         if self._num_special == 0 and not self._want_margins:
-            return self._fast_plan
+            return None
         key = tuple(slots)
-        plan = self._plans.get(key)
-        if plan is None:
+        if key not in self._plans:
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
-            plan = self._plans[key] = self._make_plan(key)
-        return plan
-
-    def _make_plan(self, slots: tuple[int, ...]) -> _Plan:
-        params = [self._params[slot] or _GREEDY for slot in slots]
-        if all(map(_is_plain, params)) and not self._want_margins:
-            return self._fast_plan
-        asked = [each.logprobs for each in params if each.logprobs is not None]
-        candidates = max([2 if self._want_margins else 1, *map(self._truncated_size, params)])
-        return _Plan(
-            fast=False,
-            num_candidates=min(candidates, self._slice_size),
-            num_logprobs=max(asked, default=None),
-            num_likeliest=min(max(asked, default=0), self._slice_size),
-            any_noisy=any(_is_sampled(each) and not _is_truncated(each) for each in params),
-            any_truncated=any(map(_is_truncated, params)),
-            any_scaled=any(_is_sampled(each) and each.temperature != 1 for each in params),
-            any_penalty=any(each.repetition_penalty != 1 for each in params),
-            rows=self._make_rows(slots, params),
-        )
-
-    def _truncated_size(self, params: SamplingParams) -> int:
-        """Candidates of one slice that truncation needs to see."""
-        return (params.top_k or self._slice_size) if _is_truncated(params) else 0
-
-    def _make_rows(self, slots: tuple[int, ...], params: list[SamplingParams]) -> _Rows:
-        whole = [(slot, each.seed, each.top_k or self._vocab_size) for slot, each in zip(slots, params, strict=True)]
-        real = [
-            (
-                each.temperature if _is_sampled(each) else 1.0,
-                each.top_p if each.top_p < 1 else float("inf"),  # rounding must not cut the tail when all are kept
-                each.min_p,
-                each.repetition_penalty,
-                float(_is_sampled(each) and not _is_truncated(each)),
-                float(_is_truncated(each)),
+            params = [self._params[slot] for slot in slots]
+            self._plans[key] = plan_sampling(
+                key, params, self._device, self._vocab_size, self._slice_size, self._want_margins
             )
-            for each in params
-        ]
-        integers = self._device.upload(whole, torch.int64)
-        floats = self._device.upload(real, torch.float64).unsqueeze(-1).unbind(1)
-        temperature, top_p, min_p, penalty, noisy, truncated = floats
-        slot_index, seeds, top_k = integers.unbind(1)
-        return _Rows(
-            slot_index, seeds.contiguous(), top_k[:, None], temperature, top_p, min_p, penalty, noisy, truncated > 0
-        )
+        return self._plans[key]
 
     def _mark_prompt(self, slot: int, prompt_ids: Sequence[int]) -> None:
         if self._seen is None:
@@ -276,7 +196,7 @@ class Sampler:
             self._seen[slot].index_fill_(0, self._device.upload(mine, torch.int64), True)
 
     def _likeliest(self, local: torch.Tensor) -> torch.Tensor:
-        """[best logit, its id] of each row, in as few operations as can be: this runs at every step."""
+        """Return [best logit, its id] of each row with few operations, because this runs at every step."""
         message = torch.empty(local.shape[0], 2, dtype=torch.float64, device=local.device)
         if self._size == 0:
             message[:, 0], message[:, 1] = _MINUS_INF, 0.0
@@ -286,14 +206,14 @@ class Sampler:
         message[:, 1] = index + self._first if self._first else index
         return message
 
-    def _empty_message(self, batch: int, plan: _Plan) -> torch.Tensor:
+    def _empty_message(self, batch: int, plan: SamplingPlan) -> torch.Tensor:
         message = torch.full((batch, plan.width), _MINUS_INF, dtype=torch.float64, device=self._device.name)
         message[:, plan.num_candidates : 2 * plan.num_candidates] = _NO_TOKEN
         if plan.num_logprobs is not None:
             message[:, plan.width - plan.num_likeliest :] = _NO_TOKEN
         return message
 
-    def _fill(self, message: torch.Tensor, raw: torch.Tensor, plan: _Plan, positions: torch.Tensor) -> None:
+    def _fill(self, message: torch.Tensor, raw: torch.Tensor, plan: SamplingPlan, positions: torch.Tensor) -> None:
         """Write scores, ids, [unchanged logits, log-sum-exp, likeliest logits, their ids]."""
         count = plan.num_candidates
         values, index = _best(self._score(raw, plan, positions), count)
@@ -311,34 +231,19 @@ class Sampler:
             start += plan.num_likeliest
             message[:, start : start + index.shape[1]] = index + self._first
 
-    def _score(self, raw: torch.Tensor, plan: _Plan, positions: torch.Tensor) -> torch.Tensor:
+    def _score(self, raw: torch.Tensor, plan: SamplingPlan, positions: torch.Tensor) -> torch.Tensor:
         """Logits with penalty and temperature, and with noise where nothing is truncated: [B, V]."""
-        rows, scores = plan.rows, raw
-        assert rows is not None
+        scores = raw
         if plan.any_penalty:
             assert self._seen is not None
-            changed = torch.where(scores > 0, scores / rows.penalty, scores * rows.penalty)
+            changed = torch.where(scores > 0, scores / plan.penalty, scores * plan.penalty)
             # A row without a penalty may see what its slot's last request left behind: dividing by 1 changes nothing.
-            scores = torch.where(self._seen[rows.slots], changed, scores)
+            scores = torch.where(self._seen[plan.slots], changed, scores)
         if plan.any_scaled:
-            scores = scores / rows.temperature
+            scores = scores / plan.temperature
         if plan.any_noisy:
-            scores = scores + gumbel(rows.seeds, positions, self._ids).mul_(rows.noisy)
+            scores = scores + gumbel(plan.seeds, positions, self._ids).mul_(plan.noisy)
         return scores
-
-
-def _is_sampled(params: SamplingParams) -> bool:
-    """Whether more than one token can be chosen."""
-    return params.temperature > 0 and params.top_k != 1
-
-
-def _is_truncated(params: SamplingParams) -> bool:
-    return _is_sampled(params) and (params.top_k is not None or params.top_p < 1 or params.min_p > 0)
-
-
-def _is_plain(params: SamplingParams) -> bool:
-    """Whether the likeliest token's id is all there is to say."""
-    return not _is_sampled(params) and params.logprobs is None and params.repetition_penalty == 1
 
 
 def _merge(pieces: torch.Tensor) -> torch.Tensor:
@@ -369,7 +274,7 @@ def _best(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _truncate(
-    scores: torch.Tensor, ids: torch.Tensor, rows: _Rows, positions: torch.Tensor
+    scores: torch.Tensor, ids: torch.Tensor, plan: SamplingPlan, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores with noise of what top-k, top-p and min-p leave, minus infinity for the rest; rows without pass through.
 
@@ -378,13 +283,13 @@ def _truncate(
     scores, order = scores.sort(dim=-1, descending=True, stable=True)
     ids = ids.gather(1, order)
     rank = torch.arange(scores.shape[1], device=scores.device)
-    share = torch.where(rank < rows.top_k, (scores - scores[:, :1]).exp(), 0.0)
+    share = torch.where(rank < plan.top_k, (scores - scores[:, :1]).exp(), 0.0)
     # One running sum serves as mass and as total, so that padding at the end cannot change what is kept.
     mass = share.cumsum(-1)
     before = torch.nn.functional.pad(mass[:, :-1], (1, 0))
-    kept = (rank < rows.top_k) & (before < rows.top_p * mass[:, -1:]) & (share >= rows.min_p)
-    noisy = torch.where(kept, scores + gumbel(rows.seeds, positions, ids), _MINUS_INF)
-    return torch.where(rows.truncated, noisy, scores), ids
+    kept = (rank < plan.top_k) & (before < plan.top_p * mass[:, -1:]) & (share >= plan.min_p)
+    noisy = torch.where(kept, scores + gumbel(plan.seeds, positions, ids), _MINUS_INF)
+    return torch.where(plan.truncated, noisy, scores), ids
 
 
 def _margins(scores: torch.Tensor) -> torch.Tensor:
@@ -395,7 +300,7 @@ def _margins(scores: torch.Tensor) -> torch.Tensor:
     return best[:, 0] - best[:, 1]
 
 
-def _logprobs(gathered: torch.Tensor, plan: _Plan, ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def _logprobs(gathered: torch.Tensor, plan: SamplingPlan, ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """[of the token, ids of the likeliest, theirs] of each row."""
     count, asked, sent = plan.num_candidates, plan.num_logprobs, plan.num_likeliest
     assert asked is not None

@@ -1,4 +1,4 @@
-"""What decides the schedule of decoding: sections, stages, lag, and where the head lies. Pure integers, no torch."""
+"""Layout of decoding: sections, stages, lag and head. Pure integers, no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +12,7 @@ HEAD_LAYOUTS: tuple[HeadLayout, ...] = ("last", "sharded")
 
 @dataclass(frozen=True)
 class Topology:
-    """How the sections of a model lie on pipeline stages.
+    """How the sections of a model are placed on pipeline stages.
 
     Attributes:
         num_sections: p.
@@ -54,13 +54,9 @@ class Topology:
         each = self.num_sections // self.num_stages
         return range(stage * each, (stage + 1) * each)
 
-    def stage_of(self, section: int) -> int:
-        """Stage that holds a section."""
-        return section * self.num_stages // self.num_sections
-
     @property
     def lag(self) -> int:
-        """Steps between the moment a section output is made and the step that needs it in the next section."""
+        """Number of steps from a section output to its use in the next section."""
         return self.stagger if self.staggered else 0
 
     @property
@@ -108,18 +104,14 @@ def topology_for(
 
 
 def _check_recurrent(model: ModelConfig, num_stages: int) -> None:
-    problems = []
-    if not model.share_section_weights:
-        problems.append("the sections do not share weights")
-    if model.num_sections != 2:
-        problems.append(f"the model has {model.num_sections} sections, not 2")
-    if model.combine_sections:
-        problems.append("section outputs are combined")
-    if model.stagger == 0:
-        problems.append("stagger is 0")
-    if num_stages != 1:
-        problems.append(f"there are {num_stages} stages, not 1")
-    if problems:
+    requirements = {
+        "the sections do not share weights": model.share_section_weights,
+        f"the model has {model.num_sections} sections, not 2": model.num_sections == 2,
+        "section outputs are combined": not model.combine_sections,
+        "stagger is 0": model.stagger != 0,
+        f"there are {num_stages} stages, not 1": num_stages == 1,
+    }
+    if problems := [problem for problem, met in requirements.items() if not met]:
         raise ConfigError(
             "recurrent decoding is defined for two sections with shared weights on one stage; here "
             + ", ".join(problems)

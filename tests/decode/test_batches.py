@@ -40,8 +40,8 @@ def alone() -> Alone:
 
 
 def grid_cases(pipe: int, tensor: int, head: HeadLayout) -> list[Case]:
-    """All variants in double precision; in single precision with the margins that make tokens comparable."""
-    precisions = ("fp64",) if (pipe, head) == (2, "sharded") and tensor > 1 else ("fp64", "fp32")
+    """All variants in fp64; on the 2x2 grid also in fp32, where clear margins make tokens comparable."""
+    precisions = ("fp64", "fp32") if (pipe, tensor, head) == (2, 2, "last") else ("fp64",)
     return [
         arrangement(variant, REQUESTS, 3, tensor=tensor, head=head, precision=precision)
         for precision in precisions
@@ -177,7 +177,7 @@ def test_every_grid_gives_the_same_tokens(
             same(by_name(case, done.completions), alone[variant], tolerance=1e-4 if single else 1e-9)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["plain", "shared, stagger 2, window, combined"])
 def test_single_precision_gives_the_same_tokens_in_a_batch(alone: Alone, variant: str) -> None:
     case = arrangement(variant, REQUESTS, 4, precision="fp32")
     (ran,) = run_cases([case])

@@ -273,5 +273,5 @@ def test_a_request_after_the_end_is_refused() -> None:
     stage, transport = World().stage(Case("ended", {}, []))
     engine = engine_of(Case("ended", {}, []), stage, transport)
     assert engine.generate([]) == []
-    with pytest.raises(ConfigError, match="after the engine's end"):
+    with pytest.raises(ConfigError, match="after the engine ended"):
         engine.submit(Request("late", (1,)))

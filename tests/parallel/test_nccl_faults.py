@@ -33,7 +33,7 @@ ON_GLOO = [case for case in CASES if case[1:] == ("killed", 1)]
 DECODING_ERROR = re.compile(
     r"stage (\d) \(rank \1\) lost (its peers|stage (\d) \(rank \3\)) in step \d while .*: "
     r"(Connection|Read error|Write error|Timed out).*; "
-    r"a process died, or was silent for \d+ s \(--timeout\); see the output of that rank"
+    r"a process ended or did not respond for \d+ s \(--timeout\); see the output of that rank"
 )
 TRAINING_ERROR = re.compile(
     r"stage (\d), rank \1, step 3: "

@@ -1,10 +1,10 @@
-"""What a person or a program sees of running requests: text as it comes, JSON lines, errors, a summary."""
+"""Output of the generate command: streamed text, JSON lines, errors, a summary."""
 
 import json
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -38,65 +38,65 @@ class _Answer:
     prompt: Prompt
     request: Request | None
     outputs: list[RequestOutput] = field(default_factory=list)
-    unseen: list[str] = field(default_factory=list)  # text that waits for its turn
+    unseen: list[str] = field(default_factory=list)  # buffered text
     num_tokens: int = 0
     finish: FinishReason | None = None
     error: str | None = None
 
 
 class Answers:
-    """Prints what the engine says. Safe to call from the engine's thread and from the one that reads prompts.
+    """Prints the outputs of the engine. Thread-safe.
 
-    As text, answers come in the order of their prompts: the first that is not finished is written as it comes, later
-    ones when it is done. As JSON, each is one line when it is finished, whatever the order.
+    Text is written in the order of the prompts: the first unfinished answer is streamed, later ones are buffered. A
+    JSON line is written when its answer is finished, in any order.
 
     Args:
-        out: gets answers and nothing else.
-        err: gets errors, one line each.
-        decode: text of token ids, to echo prompts that came as ids.
-        on_broken: called when nobody reads `out` any more.
+        out: receives answers only.
+        err: receives errors, one line each.
+        decode: decodes prompts that were given as token ids.
+        on_broken: called when `out` is a broken pipe.
 
     Attributes:
         failed: prompts that were not served.
         taken: prompts so far.
-        broken: nobody reads `out` any more; everything else is dropped.
+        broken: `out` is a broken pipe; all further output is dropped.
     """
 
     def __init__(self, out: TextIO, err: TextIO, decode: Decode, on_broken: Callable[[], None], *, as_json: bool):
         self.failed = self.taken = self._cut_off = 0
         self.broken = False
         self._out, self._err, self._decode, self._on_broken, self._as_json = out, err, decode, on_broken, as_json
-        self._answers: dict[str, _Answer] = {}  # unfinished, or waiting for their turn; in order
+        self._answers: dict[str, _Answer] = {}  # unfinished or buffered, in the order of the prompts
         self._lock = threading.Lock()
         self._num_tokens = self._num_later_tokens = 0
         self._first_token_s: list[float] = []
         self._decoding, self._serving = _Busy(), _Busy()
 
     def end(self) -> int:
-        """Write what still waits for its turn; the number of requests that were cut off."""
+        """Write all buffered text; returns the number of unfinished requests."""
         with self._lock:
             for answer in self._answers.values():
                 self._cut_off += answer.finish is None
                 answer.finish = answer.finish or FinishReason.CANCELLED
-            if not self._as_json:  # an answer that is not whole is no line of JSON
+            if not self._as_json:  # incomplete answers have no JSON line
                 self._show_text()
             return self._cut_off
 
     def accept(self, prompt: Prompt, request: Request) -> None:
-        """A request goes to the engine; call it before `Engine.submit`."""
+        """Register a request before `Engine.submit`."""
         with self._lock:
             self.taken += 1
             self._answers[request.request_id] = _Answer(prompt, request)
             self._serving.enter(time.perf_counter())
 
     def refuse(self, prompt: Prompt, error: str) -> None:
-        """A prompt that never reaches the engine."""
+        """Report a prompt that is not submitted."""
         with self._lock:
             self.taken += 1
             self._fail(_Answer(prompt, None, finish=FinishReason.ERROR, error=error))
 
     def take(self, output: RequestOutput) -> None:
-        """Take what is new of a request."""
+        """Process an output of the engine."""
         with self._lock:
             answer = self._answers[output.request_id]
             self._measure(answer, output)
@@ -120,7 +120,7 @@ class Answers:
             self._show_text()
 
     def summary(self) -> str:
-        """Numbers of everything so far, in one line."""
+        """Return statistics of all requests so far, in one line."""
         with self._lock:
             prompts = f"{self.taken} prompt{'s' * (self.taken != 1)}"
             failed = f" ({self.failed} not served)" if self.failed else ""
@@ -163,8 +163,8 @@ class Answers:
         return self._decode(answer.request.prompt_ids)
 
     def _show_text(self) -> None:
-        """Write what has its turn: all of the finished answers in front, and the beginning of the one after."""
-        done = []  # thousands may wait behind: they are not looked at
+        """Write the leading finished answers and the new text of the first unfinished one."""
+        done = []  # later answers, possibly thousands, are not visited
         for request_id, answer in self._answers.items():
             text, answer.unseen = "".join(answer.unseen), []
             if answer.finish is None:
@@ -184,7 +184,7 @@ class Answers:
         body |= {
             "prompt": self._echo(answer),
             "text": "".join(output.text for output in outputs),
-            "token_ids": _joined([output.token_ids for output in outputs]),
+            "token_ids": [token for output in outputs for token in output.token_ids],
             "prompt_tokens": len(answer.request.prompt_ids),
             "finish_reason": answer.finish,
             "seed": answer.request.params.seed,
@@ -206,13 +206,9 @@ class Answers:
 
 
 def _logprobs(entry: TokenLogprobs) -> dict[str, Any]:
-    # A vocabulary smaller than what was asked for is filled up with id -1.
+    # Id -1 fills up a vocabulary that is smaller than the requested number.
     return {
         "token_id": entry.token_id,
         "logprob": entry.logprob,
         "top": [{"token_id": token, "logprob": value} for token, value in entry.top if token >= 0],
     }
-
-
-def _joined(parts: Sequence[Sequence[int]]) -> list[int]:
-    return [token for part in parts for token in part]

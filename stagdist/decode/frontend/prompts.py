@@ -1,4 +1,4 @@
-"""Prompts from the command line, a file or a stream. Each stands for itself: a bad one harms no other."""
+"""Prompts from the command line, a file or a stream. An invalid prompt does not affect others."""
 
 import dataclasses
 import difflib
@@ -18,24 +18,24 @@ FIELDS = ("prompt", "prompt_ids", "id", *SAMPLING_FIELDS)
 
 
 class Encoder(Protocol):
-    """What makes token ids of text, for example `stagdist.data.tokenizer.Tokenizer`."""
+    """Encodes text, for example `stagdist.data.tokenizer.Tokenizer`."""
 
     def encode(self, text: str, /) -> list[int]:
-        """Token ids of a text."""
+        """Return the token ids of a text."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as it came in.
+    """One prompt as it was read.
 
     Attributes:
-        index: its number from 0, those that cannot be served counted as well.
-        place: where it came from, for errors; no two prompts of one source share it.
-        name: what its answer is called: the `id` it came with, else `index`.
-        text: the prompt; None when it came as `ids` or is an error.
-        ids: token ids, as they came.
-        sampling: parameters of its own, by name.
-        error: why it cannot be read.
+        index: number from 0, including prompts with errors.
+        place: source of the prompt, unique, for error messages.
+        name: `id` of the answer; `index` if none is given.
+        text: None if the prompt has `ids` or an error.
+        ids: token ids, unchecked.
+        sampling: parameters that override the defaults, by name.
+        error: why the prompt cannot be read.
     """
 
     index: int
@@ -160,6 +160,6 @@ def _from_object(index: int, place: str, line: str) -> Prompt:
     if "prompt_ids" in body and not isinstance(ids, list):
         raise ConfigError(f"{place}: prompt_ids is {ids!r}; give a list of token ids")
     if not isinstance(name, str | int):
-        raise ConfigError(f"{place}: id is {name!r}; give text or a whole number")
+        raise ConfigError(f"{place}: id is {name!r}; give text or an integer")
     sampling = {key: body[key] for key in SAMPLING_FIELDS if key in body}
     return Prompt(index, place, name, text=text, ids=ids, sampling=sampling)

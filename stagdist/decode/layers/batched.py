@@ -39,7 +39,7 @@ class BatchedSections:
         """
         hidden = embedded.repeat_interleave(self.count, dim=0)
         hidden = self._math.self_attention(self._weights[0].layers[0], hidden, wide, self._self_kv[0])
-        self._told("self_attention")
+        self._end_phase("self_attention")
         return hidden
 
     def finish(
@@ -59,16 +59,16 @@ class BatchedSections:
             assert cache is not None
             new = self._math.project_memory(self._weights[section], states, null_rows, cells)
             memories.append(cells.store_memory(cache, new))
-        self._told("cross_attention")
+        self._end_phase("cross_attention")
         for index in range(len(self._weights[0].layers)):
             if index:
                 layer = self._weights[0].layers[index]
                 hidden = self._math.self_attention(layer, hidden, wide, self._self_kv[index])
-                self._told("self_attention")
+                self._end_phase("self_attention")
             hidden = self._cross(index, hidden, cells, [memory[index] for memory in memories])
-            self._told("cross_attention")
+            self._end_phase("cross_attention")
             hidden = self._math.mlp(self._weights[0].layers[index], hidden)
-            self._told("mlp")
+            self._end_phase("mlp")
         by_section = hidden.unflatten(0, (-1, self.count))
         return {section: by_section[:, section] for section in range(self.count)}
 
@@ -79,6 +79,6 @@ class BatchedSections:
             by_section[section] = self._math.cross_attention(layer, by_section[section], cells, memory)
         return torch.stack(by_section, dim=1).flatten(0, 1)
 
-    def _told(self, phase: str) -> None:
+    def _end_phase(self, phase: str) -> None:
         if self._lap is not None:
             self._lap(phase)

@@ -1,4 +1,4 @@
-"""Where the rows of a call stand: their positions, what they write into the caches, and what they may see there."""
+"""Cache entries of the rows of a call: what they write, and what attention reads."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ class Angles:
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn every head by its position's angles. Shapes: states [..., D], cos and sin broadcast to it."""
+    """Apply rotary embeddings. Shapes: states [..., D], cos and sin broadcast to it."""
     return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
 
 
@@ -43,18 +43,16 @@ class ChunkCells:
         self.cos = angles.cos[start : self.end, None]
         self.sin = angles.sin[start : self.end, None]
         self.positions = range(start, self.end)
-        self.self_mask = self._self_mask(angles.cos.device)
+        self.self_mask: Tensor | None = None
+        if length > 1 and start > 0:
+            entries = torch.arange(self.end, device=angles.cos.device)
+            self.self_mask = _visible(entries[start:], entries, None)
         self.causal = start == 0 and length > 1
         self.memory_mask: Tensor | None = None
         self.memory_causal = False
 
-    def _self_mask(self, device: torch.device) -> Tensor | None:
-        if self.length == 1 or self.start == 0:
-            return None
-        return _visible(torch.arange(self.start, self.end, device=device), torch.arange(self.end, device=device), None)
-
     def store_self(self, cache: Tensor, new: Tensor) -> Tensor:
-        """Write keys and values of one layer, and give all that may be seen.
+        """Write keys and values of one layer and return the visible entries.
 
         Shapes: cache [2, B, K, S, D], new [1, S', 2, K, D] -> [2, 1, K, positions, D].
         """
@@ -62,7 +60,7 @@ class ChunkCells:
         return cache[:, self.row : self.row + 1, :, : self.end]
 
     def store_memory(self, cache: Tensor, new: Tensor) -> Tensor:
-        """Write the memory's keys and values of all layers, and give all that may be seen; sets `memory_mask`.
+        """Write the memory's keys and values of all layers and return the visible entries; sets `memory_mask`.
 
         Shapes: cache [L, 2, B, C, W, D], new [1, S', L, 2, C, D] -> [L, 2, 1, C, entries, D].
         """
@@ -80,10 +78,10 @@ class ChunkCells:
         return self._store_around(own, new, window)
 
     def _store_around(self, own: Tensor, new: Tensor, window: int) -> Tensor:
-        """A chunk that reaches past the end of the window's ring: it sees the old entries and its own."""
+        """Write a chunk that exceeds the ring buffer; it attends to the old entries and its own."""
         device = own.device
         entries = torch.arange(window, device=device)
-        # The newest position before the chunk that lies in each entry; negative where there is none.
+        # The newest position before the chunk in each entry; negative if there is none.
         held = self.start - 1 - (self.start - 1 - entries) % window
         chunk = torch.arange(self.start, self.end, device=device)
         seen = torch.cat((own, new), dim=3)
@@ -100,9 +98,9 @@ class StepCells:
 
     Args:
         positions: int64 [B], on the device.
-        longest: entries of the cache that are looked at; above every position.
-        uniform: every row sees all these entries, so that no mask is needed.
-        repeats: rows that each request has (sections as rows of one batch).
+        longest: number of cache entries to read; above every position.
+        uniform: every row attends to all these entries, so no mask is needed.
+        repeats: rows per request (sections as rows of one batch).
     """
 
     def __init__(self, angles: Angles, positions: Tensor, longest: int, *, uniform: bool = False, repeats: int = 1):
@@ -117,7 +115,7 @@ class StepCells:
         self.memory_mask: Tensor | None = None
 
     def _filled(self, entries: int) -> Tensor:
-        """Entries that hold something for each row. Shapes: bool [B, 1, 1, entries]."""
+        """Return which entries are filled for each row. Shapes: bool [B, 1, 1, entries]."""
         held = torch.arange(entries, device=self.tensor.device) <= self.tensor[:, None]
         return held[:, None, None]
 
@@ -131,7 +129,7 @@ class StepCells:
         window = cache.shape[4]
         cache[:, :, self.rows, :, self.tensor % window] = new[:, 0]
         entries = min(self.longest, window)
-        # Once the ring is full every entry holds one of the last `window` slots.
+        # Once the ring buffer is full, every entry holds one of the last `window` positions.
         self.memory_mask = None if self._uniform else self._filled(entries)
         return cache[:, :, : len(self.rows), :, :entries]
 
@@ -140,7 +138,7 @@ Cells = ChunkCells | StepCells
 
 
 def step_cells(angles: Angles, positions: Sequence[int], device: Device, repeats: int = 1) -> Cells:
-    """The place of a step; one row alone is written without indices."""
+    """Return the cells of a step; a single row is written without indices."""
     if len(positions) == 1 and repeats == 1:
         return ChunkCells(angles, 0, positions[0], 1)
     tensor = device.upload(positions, torch.int64)
@@ -149,7 +147,7 @@ def step_cells(angles: Angles, positions: Sequence[int], device: Device, repeats
 
 
 def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Which position each query may look at. Shapes: [S], [entries] -> bool [S, entries]."""
+    """Return which positions each query may attend to. Shapes: [S], [entries] -> bool [S, entries]."""
     distance = queries[:, None] - keys[None, :]
     near = distance >= 0
     return near if window is None else near & (distance < window)

@@ -19,7 +19,7 @@ Reduce = Callable[[Tensor], Tensor]
 """Sum of a partial result over the tensor ranks."""
 
 Lap = Callable[[str], None]
-"""Told the name of a phase when it ends."""
+"""Called with the name of a phase when it ends."""
 
 
 class LayerMath:

@@ -1,6 +1,6 @@
 """Weights of one rank, fused for decoding: few large products instead of many small ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -92,7 +92,7 @@ class StageWeights:
     """Everything one rank needs.
 
     Attributes:
-        embedding: [V, H], the whole vocabulary; None where no section starts from tokens.
+        embedding: [V, H], the complete vocabulary; None where no section starts from tokens.
         sections: by index.
         output_norm: [H], where the rank holds a part of the head.
         head: [slice, H], its part of the vocabulary.
@@ -107,12 +107,9 @@ class StageWeights:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor once, tied ones too."""
-        found: list[Tensor] = []
-        for section in self.sections.values():
-            for layer in section.layers:
-                found += [tensor for tensor in vars(layer).values() if tensor is not None]
-            found += [t for name, t in vars(section).items() if name != "layers" and t is not None]
-        found += [tensor for tensor in (self.embedding, self.output_norm, self.head) if tensor is not None]
+        sections = self.sections.values()
+        parts = [self, *sections, *(layer for section in sections for layer in section.layers)]
+        found = [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
         return list({(tensor.data_ptr(), tensor.numel()): tensor for tensor in found}.values())
 
 
@@ -203,7 +200,12 @@ class WeightLoader:
         spec = self._specs[name]
         first, stop = shard.bounds(spec.shape[0])
         weight = self._device.matrix(stop - first, spec.shape[1])
-        return self._fill(weight, lambda begin, end: self._read(spec, 0, first + begin, first + end))
+        # In pieces, so that no second copy of a large table exists.
+        rows = max(1, (1 << 26) // max(1, spec.shape[1] * 4))
+        for begin in range(0, stop - first, rows):
+            end = min(begin + rows, stop - first)
+            weight[begin:end].copy_(self._read(spec, 0, first + begin, first + end))
+        return weight
 
     def _stacked(self, names: list[str]) -> Tensor:
         """Matrices of one width below each other, each cut to this rank's part."""
@@ -223,14 +225,6 @@ class WeightLoader:
         dim = self._specs[name].shard_dim
         assert dim is not None, f"{name} is not split"
         return dim
-
-    def _fill(self, weight: Tensor, read: Callable[[int, int], Tensor]) -> Tensor:
-        """Copy in pieces, so that no second copy of a large table exists."""
-        rows = max(1, (1 << 26) // max(1, weight.shape[1] * 4))
-        for begin in range(0, weight.shape[0], rows):
-            end = min(begin + rows, weight.shape[0])
-            weight[begin:end].copy_(read(begin, end))
-        return weight
 
 
 def random_reader(specs_seed: int, device: str = "cpu") -> ReadSlice:

@@ -1,4 +1,4 @@
-"""From a model directory to a stage on this rank: checks, grid, weights."""
+"""Builds the stage of this rank from a model: checks, grid, weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,10 +31,10 @@ from stagdist.telemetry.spans import SpanRecorder
 DEFAULT_CHUNK = 128
 
 LONGEST_TIMEOUT_S = 30 * 24 * 3600.0
-"""Longest wait that can be asked for, well within what clocks and sockets can count."""
+"""Largest accepted timeout, well within the range of clocks and sockets."""
 
 START_S = 300.0
-"""Seconds that processes may take to start and meet: imports on a busy machine take longer than any step."""
+"""Minimum limit for starting and joining all processes: imports can take longer than any step."""
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,9 @@ def build_stage(
     On NCCL a dry pass launches the kernels once before the ranks depend on each other.
 
     Args:
-        recorder: gets a span for every instruction; steps are not graphs then, unless the options say so.
-        lap: called when a phase inside a section ends; likewise.
-        pulse: signs of life for a watcher.
+        recorder: records a span for every instruction; disables graphs by default.
+        lap: called when a phase inside a section ends; disables graphs by default.
+        pulse: heartbeat for a supervisor.
         progress: called after each CUDA graph that is captured.
     """
     choose_attention(training=False)

@@ -37,8 +37,7 @@ def row_buckets(num_slots: int) -> list[int]:
 def reach_buckets(capacity: int, smallest: int) -> list[int]:
     """Reaches that graphs are captured for: multiples of `smallest` up to `capacity`, at most four per octave.
 
-    Four per octave bound both the number of graphs (32 for 131072 entries) and the entries that a graph reads in vain
-    (a quarter of those in use).
+    This bounds both the number of graphs (32 for 131072 entries) and the unused entries that a graph reads (a quarter).
     """
     buckets: list[int] = []
     multiple = 0
@@ -49,10 +48,7 @@ def reach_buckets(capacity: int, smallest: int) -> list[int]:
 
 
 class FixedStep:
-    """A step up to the logits whose shapes depend on nothing but its arguments.
-
-    On a GPU, sections that do not depend on each other run on streams of their own.
-    """
+    """A fixed-shape step up to the logits. On a GPU, each section runs on a separate stream."""
 
     def __init__(self, sections: StageSections, readout: Readout):
         self._sections, self._readout = sections, readout

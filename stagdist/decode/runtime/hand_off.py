@@ -1,6 +1,6 @@
-"""The output of one section on its way to the next: which rows of which step a section may look at now.
+"""Hand-offs between sections: which outputs of the previous section each row uses as memory.
 
-A row that has just been admitted has no earlier step; its first hand-offs are the last rows of its prompt.
+The first hand-offs of a request are the last rows of its prompt.
 """
 
 import torch
@@ -10,7 +10,7 @@ from stagdist.decode.layers.weights import Device
 
 
 class Tails:
-    """Last `lag` outputs of each prompt, until steps have taken their place."""
+    """The last `lag` outputs of each prompt, used in the first `lag` steps of its request."""
 
     def __init__(self, lag: int):
         self._lag = lag
@@ -21,11 +21,11 @@ class Tails:
         self._open[slot] = (first_step, tail)
 
     def merge(self, rows: int, step: int, carried: Tensor | None) -> Tensor:
-        """What the rows look at newly in `step`.
+        """Return the new memory of the rows in `step`.
 
         Args:
             rows: number of rows.
-            carried: [at least the rows that are older, H], sent `lag` steps ago; None when nothing was.
+            carried: [at least the older rows, H], sent `lag` steps ago; None if nothing was sent.
 
         Returns: [rows, H].
         """
@@ -46,10 +46,7 @@ class Tails:
 
 
 class LocalHandOff:
-    """Between two sections of one process: a shift register, the same memory in every step (a graph can hold it).
-
-    Shapes: [lag, slots, H].
-    """
+    """Hand-off inside a process: a shift register [lag, slots, H] at a fixed address, for CUDA graphs."""
 
     def __init__(self, lag: int, num_slots: int, hidden_size: int, device: Device):
         self.register = torch.zeros(lag, num_slots, hidden_size, dtype=device.dtype, device=device.name)
@@ -59,28 +56,25 @@ class LocalHandOff:
         self.register[:, slot] = tail
 
     def oldest(self, rows: int) -> Tensor:
-        """What the rows look at newly in this step. Shapes: [rows, H]."""
+        """Return the new memory of the rows in this step. Shapes: [rows, H]."""
         return self.register[0, :rows]
 
     def push(self, outputs: Tensor) -> None:
-        """Take the outputs of this step, after everybody has read `oldest`. Shapes: [rows, H]."""
+        """Add the outputs of this step, after all reads of `oldest`. Shapes: [rows, H]."""
         if len(self.register) > 1:
             self.register[:-1] = self.register[1:].clone()
         self.register[-1, : len(outputs)] = outputs
 
 
 class PromptMemory:
-    """Shifts the outputs of a prompt's chunks, so that each position sees the one `lag` before it.
-
-    Positions before the first hold zeros; the null vector takes their place.
-    """
+    """Shifts the outputs of a prompt's chunks by `lag` positions; the first `lag` positions hold zeros."""
 
     def __init__(self, lag: int):
         self._lag = lag
         self._tail: Tensor | None = None
 
     def shift(self, outputs: Tensor) -> Tensor:
-        """Take a chunk's outputs, give what its positions look at. Shapes: [1, S, H] -> [1, S, H]."""
+        """Add a chunk's outputs and return the memory of its positions. Shapes: [1, S, H] -> [1, S, H]."""
         if self._lag == 0:
             return outputs
         if self._tail is None:
@@ -91,6 +85,6 @@ class PromptMemory:
 
     @property
     def tail(self) -> Tensor:
-        """The last outputs, not yet looked at by any position. Shapes: [lag, H]."""
+        """The last outputs, which no position has used yet. Shapes: [lag, H]."""
         assert self._tail is not None, "the tail of a prompt before its first chunk"
         return self._tail[0]

@@ -1,4 +1,4 @@
-"""Runs this rank's sections: which rows, which positions, and what each section sees of the previous one."""
+"""Runs this rank's sections: their rows, positions and memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from stagdist.decode.runtime.setup import StageSetup
 
 @dataclass
 class ChunkedPrompt:
-    """The prompt that a prefill runs, chunk by chunk.
+    """The prompt of a prefill.
 
     Attributes:
         input_ids: int64 [S] on the device.
@@ -32,20 +32,19 @@ class ChunkedPrompt:
 
 @dataclass
 class Call:
-    """What one run of a schedule works on: a step of several requests, or the prefill of one.
+    """State of one operation: a step of several requests, or the prefill of one.
 
     Attributes:
         slots: of the rows.
         next_positions: of the tokens being chosen.
-        step: number of the decode step.
-        prompt: what a prefill runs; None for a step.
+        prompt: None for a step.
         cells: cache entries that the rows write and read.
-        wide: the same for the rows of all sections, if these are one batch.
-        embedded: token embeddings [B, 1, H], once some section asked for them.
+        wide: the same for the rows of all sections, if they are one batch.
+        embedded: token embeddings [B, 1, H], computed at first use.
         begun: [B, 1, H], between the two halves of a section.
-        carried: [B, S, H] from the stage before.
+        carried: [B, S, H] from the previous stage.
         outputs: [B, S, H] by section.
-        null_rows: bool [B, 1], where the null vector stands for a memory that does not exist.
+        null_rows: bool [B, 1], where the null vector replaces missing memory.
     """
 
     slots: Sequence[int]
@@ -111,7 +110,7 @@ class StageSections:
     # --- steps --------------------------------------------------------------------------------------------------
 
     def step_call(self, positions: Sequence[int], step: int) -> Call:
-        """A step of rows 0 to len(positions) - 1."""
+        """Create the call of a step of rows 0 to len(positions) - 1."""
         call = self.bare_call(positions, step)
         call.cells = step_cells(self._angles, positions, self.device)
         if self._batched is not None:
@@ -120,11 +119,11 @@ class StageSections:
         return call
 
     def bare_call(self, positions: Sequence[int], step: int) -> Call:
-        """A step whose sections run in a graph."""
+        """Create the call of a step whose sections run in a graph."""
         return Call(range(len(positions)), [position + 1 for position in positions], step)
 
     def fixed_call(self, positions: Tensor, reach: int) -> Call:
-        """A step whose shapes depend on the arguments alone. Shapes: positions int64 [B], on the device."""
+        """Create the call of a fixed-shape step. Shapes: positions int64 [B], on the device."""
         call = Call(range(len(positions)), ())
         call.cells = StepCells(self._angles, positions, reach)
         if self._batched is not None:
@@ -135,7 +134,7 @@ class StageSections:
         return call
 
     def begin(self, call: Call, section: int) -> None:
-        """The first self-attention of a section (of all, if they are one batch)."""
+        """Run the first self-attention of a section (of all, if they are one batch)."""
         assert call.cells is not None
         if self.topology.staggered or section == 0:
             if call.embedded is None:
@@ -152,7 +151,7 @@ class StageSections:
             call.begun = self._batched.begin(hidden, call.wide)
 
     def finish(self, call: Call, section: int) -> None:
-        """The rest of a section; its output joins `call.outputs`."""
+        """Run the rest of a section; stores its output in `call.outputs`."""
         assert call.cells is not None and call.begun is not None
         if self._batched is None:
             previous = self._previous(call, section)
@@ -163,7 +162,7 @@ class StageSections:
             call.outputs = self._batched.finish(call.begun, call.wide, call.cells, memories, call.null_rows)
 
     def push_local(self, call: Call) -> None:
-        """Store the outputs of a step for the next sections of this rank, after all have run."""
+        """Hand the outputs of a step to the next sections of this rank, after all have run."""
         for section, hand_off in self._local.items():
             source = section if self.topology.recurrent else section - 1
             hand_off.push(call.outputs[source][:, 0])
@@ -171,13 +170,13 @@ class StageSections:
     # --- prompts ------------------------------------------------------------------------------------------------
 
     def prompt_call(self, slot: int, input_ids: Sequence[int], bounds: list[tuple[int, int]]) -> Call:
-        """The prefill of a prompt into a slot, in chunks."""
+        """Create the call of a prefill."""
         memories = {section: PromptMemory(self.topology.lag) for section in self.weights.sections}
         prompt = ChunkedPrompt(self.device.upload(input_ids, torch.int64), bounds, memories)
         return Call([slot], [len(input_ids)], prompt=prompt)
 
     def run_chunk(self, call: Call, section: int, chunk: int) -> None:
-        """One section over one chunk of a prompt; its output joins `call.outputs`."""
+        """Run one section over one chunk of a prompt; stores its output in `call.outputs`."""
         assert call.prompt is not None
         (start, end), memories = call.prompt.bounds[chunk], call.prompt.memories
         input_ids = call.prompt.input_ids[start:end]
@@ -194,7 +193,7 @@ class StageSections:
         call.outputs[section] = runner.finish(runner.begin(hidden, cells), cells, previous, null_rows)
 
     def keep_tails(self, call: Call, first_step: int) -> None:
-        """Keep the last rows of a prompt, which are the first hand-offs of its request."""
+        """Store the last rows of a prompt, the first hand-offs of its request."""
         if not self.topology.lag:
             return
         assert call.prompt is not None
@@ -205,17 +204,17 @@ class StageSections:
                 self._tails.fill(call.slots[0], first_step, memory.tail)
 
     def young_memory(self, rows: int, step: int) -> Tensor:
-        """What the first section of this rank looks at newly while no hand-off of a step has come. Shapes: [B, H]."""
+        """Return the new memory of this rank's first section before any hand-off of a step. Shapes: [B, H]."""
         return self._tails.merge(rows, step, None)
 
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _embed(self, input_ids: Tensor) -> Tensor:
-        assert self.weights.embedding is not None, "a stage without embedding was given tokens"
+        assert self.weights.embedding is not None, "this stage has no embedding"
         return F.embedding(input_ids, self.weights.embedding)
 
     def _previous(self, call: Call, section: int) -> Tensor | None:
-        """What a section's rows look at newly in this step. Shapes: [B, 1, H]."""
+        """Return the new memory of a section's rows in this step. Shapes: [B, 1, H]."""
         if section == 0 or not self.topology.staggered:
             return None
         if section in self._local:
@@ -226,7 +225,7 @@ class StageSections:
         return self._tails.merge(call.rows, call.step, carried)[:, None]
 
     def _null_rows(self, positions: Sequence[int]) -> Tensor | None:
-        """Where the null vector stands for a memory that does not exist. Shapes: bool [len(positions), 1]."""
+        """Return where the null vector replaces missing memory. Shapes: bool [len(positions), 1]."""
         if not self.topology.staggered or all(position >= self.topology.lag for position in positions):
             return None
         rows = [[position < self.topology.lag] for position in positions]

@@ -1,4 +1,4 @@
-"""From section outputs to the next token: combination, head, choice, and sending the token to all stages."""
+"""From section outputs to the next token: combination, head, sampling, and publishing the token."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from stagdist.decode.sampler import Choice, Sampler
 
 
 class Readout:
-    """The end of a step on this rank: from the last hidden states to a token that all ranks know.
+    """Computes the next token on all ranks from the last hidden states.
 
     Attributes:
         logits: of the last step, if the setup keeps them and this rank holds a part of the head.
@@ -44,18 +44,18 @@ class Readout:
         return self._choice
 
     def admit(self, slot: int, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
-        """A request takes a slot."""
+        """Assign a slot to a request."""
         if params.logprobs is not None:
             self._num_logprobs[slot] = params.logprobs
         self.sampler.admit(slot, params, prompt_ids)
 
     def retire(self, slot: int) -> None:
-        """A slot is free."""
+        """Free a slot."""
         self._num_logprobs.pop(slot, None)
         self.sampler.retire(slot)
 
     def combine(self, outputs: dict[int, Tensor], root: int | None) -> None:
-        """Weighted sum of all section outputs, on stage `root` or on all. Shapes: [B, 1, H] each."""
+        """Sum the weighted section outputs, on stage `root` or on all stages. Shapes: [B, 1, H] each."""
         parts = []
         for section, weights in self._weights.sections.items():
             assert weights.mix is not None
@@ -65,7 +65,7 @@ class Readout:
         self._hidden = partial if alone else self._setup.link.sum_over_stages(partial, root)
 
     def ask(self, slots: Sequence[int]) -> None:
-        """Announce the receive of what the last stage will publish: its output for a sharded head, else the choice."""
+        """Announce the receive of the published tensor: the last output for a sharded head, else the choice."""
         if self._sharded:
             shape = (len(slots), 1, self._model.hidden_size)
             self._setup.link.ask(torch.empty(shape, dtype=self._setup.device.dtype, device=self._setup.device.name))
@@ -76,7 +76,7 @@ class Readout:
         self._setup.link.ask(torch.empty(shape, dtype=dtype, device=self._setup.device.name))
 
     def share(self, last_output: Tensor | None) -> None:
-        """Give the last section's output to all stages. Shapes: [B, 1, H], None elsewhere."""
+        """Publish the last section's output to all stages. Shapes: [B, 1, H]; None on other stages."""
         if last_output is None:
             self._hidden = self._setup.link.published()
             return
@@ -84,7 +84,7 @@ class Readout:
         self._setup.link.publish(self._hidden)
 
     def head(self, last_output: Tensor | None) -> None:
-        """Logits of this rank's slice of the vocabulary."""
+        """Compute the logits of this rank's slice of the vocabulary."""
         hidden = last_output if self._hidden is None else self._hidden
         self._hidden = None
         weights = self._weights
@@ -93,7 +93,7 @@ class Readout:
         self.logits = F.linear(normed, weights.head)
 
     def choose(self, slots: Sequence[int], positions: Sequence[int]) -> None:
-        """Choose a token for each row, together with the other ranks that hold a part of the head.
+        """Choose a token for each row, together with all ranks that hold a part of the head.
 
         Args:
             positions: of the tokens being chosen.
@@ -116,7 +116,7 @@ class Readout:
         self.sampler.observe(self._choice.tokens, slots)
 
     def publish(self, slots: Sequence[int]) -> None:
-        """Give the choice of the last stage to all stages."""
+        """Send the choice of the last stage to all stages."""
         choice = self.choice
         parts = [choice.tokens[:, None].double()]
         if choice.margins is not None:
@@ -126,7 +126,7 @@ class Readout:
         self._setup.link.publish(torch.cat(parts, dim=1) if len(parts) > 1 else choice.tokens)
 
     def receive(self, slots: Sequence[int]) -> None:
-        """Take the choice of the last stage."""
+        """Receive the choice of the last stage."""
         width, widest = self._message_width(slots)
         message = self._setup.link.published()
         if width == 1:
@@ -139,6 +139,6 @@ class Readout:
         )
 
     def _message_width(self, slots: Sequence[int]) -> tuple[int, int | None]:
-        """Values of each row of a published choice, and the largest number of log-probabilities asked for."""
+        """Columns of a published choice, and the largest number of log-probabilities requested."""
         widest = max((self._num_logprobs[slot] for slot in slots if slot in self._num_logprobs), default=None)
         return 1 + self._setup.want_margins + (0 if widest is None else 1 + 2 * widest), widest

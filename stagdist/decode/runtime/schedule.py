@@ -1,8 +1,7 @@
 """The schedule of decoding as data: what a stage does in one step, in order.
 
-Pure functions of integers. One executor (`stagdist/decode/runtime/stage.py`) runs the instructions and times each, so a
-trace is a picture of the schedule. Every stage runs the same sequence of operations (a decode step, a prefill, a rest);
-numbers of steps count decode steps alone.
+Pure functions of integers. `stagdist/decode/runtime/stage.py` executes and times the instructions. Every stage runs
+the same sequence of operations (decode step, prefill, rest); step numbers count decode steps only.
 """
 
 from collections.abc import Iterator
@@ -13,14 +12,14 @@ from stagdist.decode.topology import Topology
 
 
 class Kind(StrEnum):
-    """What an instruction does. `where` below says what its index counts."""
+    """What an instruction does, and what its index means."""
 
     ASK = "expect token"  # announce the receive of what the last stage publishes in this step: the token, or its output
     EXPECT = "expect hand-off"  # announce the receive of what the stage before sends in this step; index: edge
     BEGIN = "begin section"  # embedding and first self-attention; index: section
     WAIT = "wait for memory"  # hand-off of `step` from the stage before has arrived; index: edge
     FINISH = "run section"  # cross-attention of the first layer and everything after it; index: section
-    SEND = "send hand-off"  # give the section's output to the stage after, not waited for; index: edge
+    SEND = "send hand-off"  # give the section's output to the stage after, without waiting; index: edge
     COMBINE = "combine sections"  # weighted sum over the stages; index: stage that gets it, -1 for all
     SHARE = "share last hidden"  # the last stage's output to all stages, for a sharded head
     HEAD = "head"  # logits of this stage's slice of the vocabulary
@@ -32,11 +31,10 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Instruction:
-    """One thing a stage does.
+    """One instruction of a stage.
 
     Attributes:
-        kind: what.
-        step: the step whose data it is about; of a prefill, the chunk.
+        step: the step whose data it uses; in a prefill, the chunk.
         index: section, edge (edge e leads from stage e to e + 1) or stage, by kind.
     """
 
@@ -49,8 +47,7 @@ def decode_step(topology: Topology, stage: int, step: int, first: int) -> tuple[
     """Instructions of one stage in one decode step.
 
     Args:
-        step: number of the step; its token is known to all stages.
-        first: first step since all hand-offs were at rest; older ones were filled by prefill.
+        first: first step after the last rest; earlier hand-offs come from prefill.
     """
     parts = _staggered_body if topology.staggered else _sequential_body
     return (*_asking(topology, stage, step), *parts(topology, stage, step, first), *_ending(topology, stage, step))
@@ -77,19 +74,12 @@ def prefill(topology: Topology, stage: int, num_chunks: int) -> tuple[Instructio
 
 
 def chunk_bounds(length: int, chunk_size: int) -> list[tuple[int, int]]:
-    """Where a prompt is cut for prefill.
-
-    Smaller pieces at its ends, where the pipeline fills and drains, were measured: their slower products cost what they
-    save.
-    """
+    """Split a prompt into chunks. Smaller chunks at both ends were measured: they are not faster."""
     return [(start, min(start + chunk_size, length)) for start in range(0, length, chunk_size)]
 
 
 def rest(topology: Topology, stage: int, step: int, first: int) -> tuple[Instruction, ...]:
-    """What brings the hand-offs to rest before `step`: everything sent and not yet needed is received.
-
-    Run when no request is left, so that an idle engine has nothing in flight.
-    """
+    """Instructions that receive all outstanding hand-offs before `step`, so that an idle engine has none in flight."""
     if stage == 0:
         return ()
     return tuple(
@@ -127,10 +117,10 @@ def _sequential_body(topology: Topology, stage: int, step: int, first: int) -> I
 
 
 def _asking(topology: Topology, stage: int, step: int) -> Iterator[Instruction]:
-    """A receive is announced long before it is waited for.
+    """Announce the receive of the published tensor early.
 
-    On gloo it is posted at once: a message without a posted receive waits until a thread of its sender gets the
-    processor, which takes milliseconds while the sender computes. On NCCL it is posted where it is waited for.
+    gloo posts it immediately: a message without a posted receive needs CPU time of its sender, which takes milliseconds
+    while the sender computes. NCCL posts it at the wait.
     """
     combined_for_all = topology.combined and topology.head == "sharded"
     if stage < topology.last_stage and not combined_for_all:
@@ -138,7 +128,7 @@ def _asking(topology: Topology, stage: int, step: int) -> Iterator[Instruction]:
 
 
 def _ending(topology: Topology, stage: int, step: int) -> Iterator[Instruction]:
-    """From the last section's output to the token, known to all."""
+    """From the last section's output to the token on all stages."""
     last = stage == topology.last_stage
     alone = topology.num_stages == 1
     sharded = topology.head == "sharded" and not alone

@@ -1,4 +1,4 @@
-"""What all parts of a stage share: said once when the stage is built."""
+"""The common inputs of all parts of a stage."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,9 @@ from stagdist.decode.topology import Limits, Topology
 
 @dataclass(frozen=True)
 class StageSetup:
-    """Everything that sections, readout and executor of one rank have in common.
+    """Inputs of the sections, the readout and the executor of one rank.
 
     Attributes:
-        limits: slots, positions and chunk size.
         weights: of this rank.
         transport: communicators; None in a world of one.
         want_margins: also compute the difference between the best and the second best score of every choice.
@@ -34,16 +33,16 @@ class StageSetup:
 
     @property
     def index(self) -> int:
-        """The stage."""
+        """Index of the stage."""
         return 0 if self.transport is None else self.transport.stage
 
     @property
     def tensor_size(self) -> int:
-        """Ranks that share every matrix."""
+        """Number of ranks that share every matrix."""
         return 1 if self.transport is None else self.transport.grid.tensor
 
     @property
     def link(self) -> Transport:
-        """The communicators, where the schedule has a message to another rank."""
+        """The transport; fails in a world of one."""
         assert self.transport is not None, "a message to another rank in a world of one"
         return self.transport

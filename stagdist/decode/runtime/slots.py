@@ -1,4 +1,4 @@
-"""What rank 0 tells all ranks before every operation, and what all ranks know of the slots. No communication here."""
+"""Control messages of rank 0, and the state of the slots on every rank. No communication here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 class Operation(IntEnum):
-    """What all ranks do next."""
+    """The next operation of all ranks."""
 
     STEP = 0
     """One token for every active slot."""
     ADMIT = 1
     """Prefill a prompt into a slot; prompt and sampling parameters follow in a second message."""
     REST = 2
-    """Nothing to do: bring the hand-offs to rest and wait for the next message."""
+    """Complete all hand-offs and wait for the next message."""
     STOP = 3
-    """The end."""
+    """Shut down."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,9 @@ class Control:
     """One message of fixed size, applied by all ranks before the same operation.
 
     Attributes:
-        operation: what to do.
         slot: slot of an ADMIT.
-        prompt_length: its tokens.
-        retired: slots that are free from now on.
+        prompt_length: number of prompt tokens of an ADMIT.
+        retired: slots to free before the operation.
     """
 
     operation: Operation
@@ -47,23 +46,20 @@ class Control:
 
     @staticmethod
     def decode(message: Tensor) -> "Control":
-        """The message back."""
+        """Decode a message of `encode`."""
         operation, slot, length, *retired = message.tolist()
         return Control(Operation(operation), slot, length, tuple(i for i, flag in enumerate(retired) if flag))
 
 
 class Slots:
-    """Which slots are active and at which position each stands, the same on every rank.
-
-    A request owns its position: it moves with the request's own tokens, whatever its neighbours do.
-    """
+    """Active slots and the position of each, the same on every rank."""
 
     def __init__(self, num_slots: int):
         self._positions: list[int | None] = [None] * num_slots
 
     @property
     def rows(self) -> int:
-        """Rows of a step: up to the last active slot."""
+        """Number of rows of a step: up to the last active slot."""
         return max((slot + 1 for slot, position in enumerate(self._positions) if position is not None), default=0)
 
     @property
@@ -72,11 +68,11 @@ class Slots:
         return [slot for slot, position in enumerate(self._positions) if position is not None]
 
     def positions(self) -> list[int]:
-        """Position of the token that each row feeds next; 0 in rows between that nobody uses."""
+        """Return the position of each row's next input token; 0 for unused rows."""
         return [position or 0 for position in self._positions[: self.rows]]
 
     def admit(self, slot: int, prompt_length: int) -> None:
-        """Occupy a slot; its first new token stands at position `prompt_length`."""
+        """Occupy a slot; its first new token has position `prompt_length`."""
         assert self._positions[slot] is None, f"slot {slot} is not free"
         self._positions[slot] = prompt_length
 
@@ -86,5 +82,5 @@ class Slots:
             self._positions[slot] = None
 
     def advance(self) -> None:
-        """Every active request has got one token."""
+        """Advance every active slot by one token."""
         self._positions = [None if position is None else position + 1 for position in self._positions]

@@ -1,6 +1,7 @@
-"""The executor: runs the instructions of the schedule over a rank's sections, caches and communicators."""
+"""Executes the instructions of the schedule on one rank."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -36,8 +37,9 @@ CATEGORIES = {
 """Category of each instruction's span in a trace."""
 
 _WAITS = {Kind.WAIT, Kind.SHARE, Kind.TOKEN}
-"""Instructions during which a peer can keep this rank waiting."""
+"""Instructions that can wait for a peer."""
 
+_NO_SPAN = nullcontext()
 HostWork = Callable[[], None]
 
 
@@ -45,9 +47,9 @@ class Stage:
     """Executor of the schedule on one rank.
 
     Args:
-        recorder: gets a span for every instruction.
-        pulse: shows a watcher what this rank does.
-        graphs: runs steps up to the logits (one process); None: instruction by instruction.
+        recorder: records a span for every instruction.
+        pulse: heartbeat for a supervisor.
+        graphs: runs a step up to the logits as one graph (one process); None runs its instructions separately.
     """
 
     def __init__(
@@ -80,10 +82,10 @@ class Stage:
     def prefill(
         self, slot: int, input_ids: Sequence[int], params: SamplingParams, host_work: HostWork | None = None
     ) -> Choice:
-        """Run a prompt into a slot and choose its first token, known to all ranks.
+        """Prefill a prompt into a slot and choose its first token on all ranks.
 
         Args:
-            host_work: called while later stages compute; rank 0's.
+            host_work: called on rank 0 while later stages compute.
 
         Shapes: the choice has one row.
         """
@@ -98,10 +100,10 @@ class Stage:
         return self._take_choice(call)
 
     def step(self, host_work: HostWork | None = None) -> Choice:
-        """Feed every active slot's token and choose the next ones, known to all ranks.
+        """Decode one token for every active slot on all ranks.
 
         Args:
-            host_work: called while later stages compute; rank 0's.
+            host_work: called on rank 0 while later stages compute.
 
         Shapes: the choice has one row for each of rows 0 to the last active slot.
         """
@@ -118,7 +120,7 @@ class Stage:
         return self._take_choice(call)
 
     def rest(self) -> None:
-        """Complete all hand-offs: nothing is in flight afterwards."""
+        """Complete all hand-offs, so that nothing is in flight."""
         for instruction in schedule.rest(self.topology, self.index, self.step_number, self._first_step):
             self.setup.link.arrived(("step", instruction.step))
         if self._transport is not None:
@@ -152,8 +154,6 @@ class Stage:
             self._graphs.close()
         self.readout.logits = None
 
-    # --- what it holds ------------------------------------------------------------------------------------------
-
     @property
     def caches(self) -> dict[int, SectionCache]:
         """Caches of this rank's sections."""
@@ -165,19 +165,15 @@ class Stage:
         return sum(cache.kv_bytes for cache in self.caches.values())
 
     def prompt_memory(self) -> Tensor:
-        """The memory row that this stage's first section adds in the first step after a prefill into slot 0.
-
-        Shapes: [1, 1, H].
-        """
+        """Return the memory of this stage's first section in the first step after a prefill into slot 0: [1, 1, H]."""
         return self._sections.young_memory(1, self.step_number)[:, None]
 
     # --- execution ----------------------------------------------------------------------------------------------
 
     def _program(self) -> tuple[Instruction, ...]:
-        """The instructions of this step.
+        """Return the instructions of this step.
 
-        Once all hand-offs have something to wait for, every step is the same except for its number: the numbers in the
-        instructions are relative to `_program_shift`.
+        After the first `lag` steps they differ only in the step number, so numbers are relative to `_program_shift`.
         """
         young = min(self.step_number - self._first_step, self.topology.lag)
         if young not in self._programs:
@@ -188,7 +184,7 @@ class Stage:
     def _execute(
         self, call: Call, program: Iterable[Instruction], methods: "Methods", host_work: HostWork | None
     ) -> None:
-        """The one loop over instructions."""
+        """Run instructions in order."""
         recorder = self._recorder
         for instruction in program:
             kind = instruction.kind
@@ -203,7 +199,7 @@ class Stage:
                     host_work()
 
     def _run_graph(self, graphs: StepGraphs) -> Call:
-        """A step up to the logits as one graph, then the choice."""
+        """Run a step up to the logits as one graph, then choose tokens."""
         positions = self.slots.positions()
         self.pulse.beat(Phase.FORWARD)
         call = self._sections.bare_call(positions, self.step_number)
@@ -217,38 +213,22 @@ class Stage:
         self._sections.tokens[first : first + call.rows] = choice.tokens
         return choice
 
-    def _span(self, instruction: Instruction):  # type: ignore[no-untyped-def]
+    def _span(self, instruction: Instruction) -> AbstractContextManager[None]:
         if self._recorder is None:
-            return _NOTHING
+            return _NO_SPAN
         name = instruction.kind.value
         if instruction.kind in (Kind.BEGIN, Kind.FINISH):
             name = f"{name} {instruction.index + 1}"
         return self._recorder.span(name, CATEGORIES[instruction.kind], step=self.step_number)
 
-    # --- instructions of a step ---------------------------------------------------------------------------------
-
-    def _begin(self, call: Call, instruction: Instruction) -> None:
-        self._sections.begin(call, instruction.index)
-
-    def _finish(self, call: Call, instruction: Instruction) -> None:
-        self._sections.finish(call, instruction.index)
-
-    def _expect(self, call: Call, instruction: Instruction) -> None:
+    def _receive_hand_off(self, call: Call, instruction: Instruction) -> None:
         step = instruction.step + self._program_shift
         self.setup.link.expect(("step", step), self._buffers[step % self.topology.buffers, : call.rows])
 
-    def _wait(self, call: Call, instruction: Instruction) -> None:
+    def _wait_for_hand_off(self, call: Call, instruction: Instruction) -> None:
         call.carried = self.setup.link.arrived(("step", instruction.step + self._program_shift))
 
-    def _send(self, call: Call, instruction: Instruction) -> None:
-        self.setup.link.send(call.outputs[self._sections.last], self.topology.lag)
-
-    # --- instructions of a prefill ------------------------------------------------------------------------------
-
-    def _finish_chunk(self, call: Call, instruction: Instruction) -> None:
-        self._sections.run_chunk(call, instruction.index, instruction.step)
-
-    def _expect_chunk(self, call: Call, instruction: Instruction) -> None:
+    def _receive_chunk(self, call: Call, instruction: Instruction) -> None:
         assert call.prompt is not None
         begin, end = call.prompt.bounds[instruction.step]
         shape = (1, end - begin, self.model.hidden_size)
@@ -258,80 +238,49 @@ class Stage:
     def _wait_for_chunk(self, call: Call, instruction: Instruction) -> None:
         call.carried = self.setup.link.arrived(("chunk", instruction.step))
 
-    def _send_chunk(self, call: Call, instruction: Instruction) -> None:
-        self.setup.link.send(call.outputs[self._sections.last], 1)
-
-    # --- instructions from the last section to the token --------------------------------------------------------
+    def _send(self, call: Call, in_flight: int) -> None:
+        self.setup.link.send(call.outputs[self._sections.last], in_flight)
 
     def _last_output(self, call: Call) -> Tensor | None:
         """Output of the model's last section at the last position, if this rank has it."""
         output = call.outputs.get(self.topology.num_sections - 1)
         return None if output is None else output[:, -1:]
 
-    def _ask(self, call: Call, instruction: Instruction) -> None:
-        self.readout.ask(call.slots)
-
     def _combine(self, call: Call, instruction: Instruction) -> None:
         outputs = {section: output[:, -1:] for section, output in call.outputs.items()}
         self.readout.combine(outputs, None if instruction.index < 0 else instruction.index)
-
-    def _share(self, call: Call, instruction: Instruction) -> None:
-        self.readout.share(self._last_output(call))
-
-    def _head(self, call: Call, instruction: Instruction) -> None:
-        self.readout.head(self._last_output(call))
-
-    def _choose(self, call: Call, instruction: Instruction) -> None:
-        self.readout.choose(call.slots, call.next_positions)
-
-    def _publish(self, call: Call, instruction: Instruction) -> None:
-        self.readout.publish(call.slots)
-
-    def _token(self, call: Call, instruction: Instruction) -> None:
-        self.readout.receive(call.slots)
 
 
 Methods = Mapping[Kind, Callable[[Stage, Call, Instruction], None]]
 
 _STEP: Methods = {
-    Kind.ASK: Stage._ask,
-    Kind.EXPECT: Stage._expect,
-    Kind.BEGIN: Stage._begin,
-    Kind.WAIT: Stage._wait,
-    Kind.FINISH: Stage._finish,
-    Kind.SEND: Stage._send,
+    Kind.ASK: lambda stage, call, _: stage.readout.ask(call.slots),
+    Kind.EXPECT: Stage._receive_hand_off,
+    Kind.BEGIN: lambda stage, call, instruction: stage._sections.begin(call, instruction.index),
+    Kind.WAIT: Stage._wait_for_hand_off,
+    Kind.FINISH: lambda stage, call, instruction: stage._sections.finish(call, instruction.index),
+    Kind.SEND: lambda stage, call, _: stage._send(call, stage.topology.lag),
     Kind.COMBINE: Stage._combine,
-    Kind.SHARE: Stage._share,
-    Kind.HEAD: Stage._head,
-    Kind.CHOOSE: Stage._choose,
-    Kind.PUBLISH: Stage._publish,
-    Kind.TOKEN: Stage._token,
+    Kind.SHARE: lambda stage, call, _: stage.readout.share(stage._last_output(call)),
+    Kind.HEAD: lambda stage, call, _: stage.readout.head(stage._last_output(call)),
+    Kind.CHOOSE: lambda stage, call, _: stage.readout.choose(call.slots, call.next_positions),
+    Kind.PUBLISH: lambda stage, call, _: stage.readout.publish(call.slots),
+    Kind.TOKEN: lambda stage, call, _: stage.readout.receive(call.slots),
 }
-"""What executes each kind of instruction in a step; `Kind.HOST` is the caller's."""
+"""The instructions of a step, except `Kind.HOST`, which `_execute` handles."""
 
 _PREFILL: Methods = {
     **_STEP,
-    Kind.EXPECT: Stage._expect_chunk,
+    Kind.EXPECT: Stage._receive_chunk,
     Kind.WAIT: Stage._wait_for_chunk,
-    Kind.FINISH: Stage._finish_chunk,
-    Kind.SEND: Stage._send_chunk,
+    Kind.FINISH: lambda stage, call, chunk: stage._sections.run_chunk(call, chunk.index, chunk.step),
+    Kind.SEND: lambda stage, call, _: stage._send(call, 1),
 }
-"""The same in a prefill, whose hand-offs are chunks."""
+"""The instructions of a prefill, whose hand-offs are chunks."""
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory, complete when the device has executed it; on a CPU the tensor itself."""
+    """Copy to pinned memory without waiting; a CPU tensor is returned unchanged."""
     if not tensor.is_cuda:
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-class _Nothing:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-
-_NOTHING = _Nothing()

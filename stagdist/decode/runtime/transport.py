@@ -1,16 +1,16 @@
-"""Everything that travels between ranks while decoding, over communicators made and used once before the first step.
+"""Communication between ranks while decoding. All communicators are created and used once before the first step.
 
-| communicator | members | carries | made when |
+| communicator | members | carries | created if |
 |---|---|---|---|
-| edge | two neighbouring stages of one tensor rank | hand-offs | there are several stages |
+| edge | two neighboring stages of one tensor rank | hand-offs | there are several stages |
 | tokens | stages of one tensor rank | what the last stage publishes to the others | there are several stages |
 | lane | stages of one tensor rank | sums of section outputs | sections are combined |
-| world | all ranks | candidates of a sharded head | torch makes it for every process |
+| world | all ranks | candidates of a sharded head | always, by torch |
 | tensor | tensor ranks of a stage | sums of partial products, candidates | there are several tensor ranks |
 | control | all ranks, gloo | operations, prompts | always |
 | watch | all ranks, gloo | nothing: notices ranks that end | on NCCL |
 
-Point-to-point messages and collectives of one communicator run in order on NCCL, so tokens do not share one with sums.
+On NCCL the operations of a communicator run in order, so tokens and sums use separate ones.
 """
 
 import itertools
@@ -19,9 +19,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,22 +46,22 @@ from stagdist.parallel.link import (
 from stagdist.parallel.lost_peer_phrases import short_reason
 
 TOKEN: Key = ("token", 0)
-"""There is one at a time."""
+"""Key of all published messages: at most one is in flight."""
 
 
 class _DelayedOutbox(Outbox):
-    """Sends from a thread of its own after a delay, to measure how much of a slow link is hidden."""
+    """Sends from a separate thread after a delay, to measure how much of a slow link is hidden."""
 
     def __init__(self, edge: Edge, delay_s: float):
         super().__init__(edge)
         self._delay_s = delay_s
-        self._queue: queue.Queue[tuple[float, Tensor, _Sent]] = queue.Queue()
+        self._queue: queue.Queue[tuple[float, Tensor, Future[None]]] = queue.Queue()
         threading.Thread(target=self._run, daemon=True, name="delayed hand-offs").start()
 
     def _start(self, tensor: Tensor) -> Any:
-        sent = _Sent()
+        sent: Future[None] = Future()
         self._queue.put((time.perf_counter() + self._delay_s, tensor, sent))
-        return sent
+        return SimpleNamespace(wait=sent.result)
 
     def _run(self) -> None:
         while True:
@@ -68,37 +69,25 @@ class _DelayedOutbox(Outbox):
             time.sleep(max(0.0, due - time.perf_counter()))
             try:
                 dist.send(tensor, self._edge.peer, group=self._edge.group)
-            except Exception as error:  # raised again by whoever waits
-                sent.error = error
-            sent.done.set()
-
-
-@dataclass
-class _Sent:
-    """Looks like the handle of a send."""
-
-    done: threading.Event = field(default_factory=threading.Event)
-    error: Exception | None = None
-
-    def wait(self) -> None:
-        self.done.wait()  # the send inside has a time limit of its own
-        if self.error is not None:
-            raise RuntimeError(str(self.error)) from self.error
+            except Exception as error:  # `result` raises it again
+                sent.set_exception(error)
+            else:
+                sent.set_result(None)
 
 
 class Transport:
-    """The ends of all communicators of this rank.
+    """All communicators of this rank.
 
     Args:
         grid: pipe and tensor sizes; no data axis.
-        device: where tensors live.
+        device: device of the tensors.
         timeout_s: limit of every wait.
         combined: section outputs are summed over the stages.
         hand_off_delay_s: artificial delay of every hand-off of a step.
-        rules: of the backend; None: those of the device's.
+        rules: of the backend; None selects those of the device's backend.
 
     Raises:
-        TransportError: a peer is gone or silent; names stage, peer and step.
+        TransportError: a peer has ended or does not respond; names stage, peer and step.
     """
 
     def __init__(
@@ -119,7 +108,7 @@ class Transport:
         place = grid.coordinate(self.rank)
         self.stage, self.tensor_rank = place.pipe, place.tensor
         self.step = 0
-        """Number of the present step, for errors."""
+        """Number of the current step, for error messages."""
         self._lane_ranks = [grid.rank(stage, 0, self.tensor_rank) for stage in range(grid.pipe)]
         self._hand_off_in: Inbox | None = None
         self._hand_off_out: Outbox | None = None
@@ -128,10 +117,10 @@ class Transport:
         self._lane: dist.ProcessGroup | None = None
         self._tensor: dist.ProcessGroup | None = None
         self._control: deque[tuple[int, Any, Tensor]] = deque()
-        with self._errors("while the communicators were made"):
+        with self._errors("while the communicators were created"):
             self._watch = None
             if not self.rules.wait_blocks:
-                # Rank 0 is the one that waits for the device; the others wait for its control messages.
+                # Rank 0 waits for the device; the others wait for its control messages.
                 self._watch = PeerWatch(range(1, grid.world_size) if self.rank == 0 else [0], timeout_s)
             self._waits = DeviceWaits(self.rules, device, timeout_s, self._errors, self._watch)
             self._make_groups(combined, hand_off_delay_s)
@@ -139,25 +128,25 @@ class Transport:
     # --- hand-offs ----------------------------------------------------------------------------------------------
 
     def expect(self, key: Key, buffer: Tensor) -> None:
-        """Say where the next hand-off goes; `key`, ("step", number) or ("chunk", number), names it for `arrived`."""
+        """Announce the receive of the next hand-off into `buffer`; `key` is ("step", n) or ("chunk", n)."""
         assert self._hand_off_in is not None, "the first stage receives nothing"
         self._hand_off_in.expect(key, buffer)
 
     def arrived(self, key: Key) -> Tensor:
-        """Wait for a hand-off."""
+        """Wait for an announced hand-off and return it."""
         assert self._hand_off_in is not None
         return self._hand_off_in.take(key)[0]
 
     def send(self, tensor: Tensor, in_flight: int) -> None:
-        """Send to the stage after, without waiting; at most `in_flight` older sends may be on their way.
+        """Send to the next stage without waiting, except for sends beyond `in_flight` older ones.
 
-        The tensor must not be written again: errors of a send surface when a later one takes its place.
+        The tensor must not be written again. An error of the send is raised by a later send or `finish_sends`.
         """
         assert self._hand_off_out is not None, "the last stage sends nothing"
         self._hand_off_out.send(tensor.contiguous(), in_flight=in_flight)
 
     def finish_sends(self) -> None:
-        """All hand-offs and tokens have left; errors have surfaced."""
+        """Wait until all hand-offs and tokens are sent; raise their errors."""
         for outbox in (self._hand_off_out, *self._token_out):
             if outbox is not None:
                 outbox.finish()
@@ -166,7 +155,7 @@ class Transport:
 
     def sum_over_stages(self, tensor: Tensor, root: int | None) -> Tensor:
         """Sum over the stages, on stage `root` or on all. Shapes: kept."""
-        assert self._lane is not None, "the communicators were made for sections that are not combined"
+        assert self._lane is not None, "the transport was created with combined=False"
         tensor = tensor.contiguous()
         with self._errors("while section outputs were combined"):
             if root is None:
@@ -176,33 +165,33 @@ class Transport:
         return tensor
 
     def publish(self, tensor: Tensor) -> None:
-        """Give a tensor of the last stage to all others, without waiting; it must not be written again.
+        """Send a tensor of the last stage to all others without waiting; it must not be written again.
 
-        Sends of their own instead of a broadcast: on gloo a broadcast takes three times as long.
+        Separate sends, because a broadcast takes three times as long on gloo.
         """
         for outbox in self._token_out:
             outbox.send(tensor, in_flight=0)
 
     def ask(self, tensor: Tensor) -> None:
-        """Say where what the last stage publishes next goes."""
+        """Announce the receive of the next published tensor."""
         assert self._token_in is not None, "the last stage receives no token"
         self._token_in.expect(TOKEN, tensor)
 
     def published(self) -> Tensor:
-        """What the last stage published."""
+        """Wait for the published tensor and return it."""
         assert self._token_in is not None
         return self._token_in.take(TOKEN)[0]
 
     def wait_for_device(self, doing: str) -> None:
-        """Return when the device has done everything enqueued so far, with the limit of every wait; at once on gloo.
+        """Wait until the device has completed all enqueued work; returns immediately on gloo.
 
         Args:
-            doing: what for, for errors: "while it ...".
+            doing: reason for error messages, "while ...".
         """
         self._waits.wait(doing)
 
     def gather(self, tensor: Tensor, *, everywhere: bool) -> Tensor:
-        """The tensor of every rank that holds a part of the head.
+        """Gather the tensors of all ranks that hold a part of the head.
 
         Args:
             everywhere: all ranks (sharded head) or the tensor ranks of this stage.
@@ -218,7 +207,7 @@ class Transport:
         return gathered.unflatten(0, (size, -1))
 
     def tensor_sum(self) -> Callable[[Tensor], Tensor] | None:
-        """Sum over the tensor ranks, in place; None when there is one."""
+        """Return a function that sums in place over the tensor ranks; None if there is one."""
         if self.grid.tensor == 1:
             return None
 
@@ -232,15 +221,15 @@ class Transport:
     # --- control ------------------------------------------------------------------------------------------------
 
     def post_control(self, message: Tensor) -> None:
-        """Give (rank 0) or ask for (others) the message of the next operation, without waiting."""
+        """Send (rank 0) or receive (others) the message of the next operation, without waiting."""
         peers = range(1, self.grid.world_size) if self.rank == 0 else [0]
-        pass_on = dist.isend if self.rank == 0 else dist.irecv
+        transfer = dist.isend if self.rank == 0 else dist.irecv
         for peer in peers:
-            with self._errors("while control was passed", peer):
-                self._control.append((peer, pass_on(message, peer, group=self._host), message))
+            with self._errors("while control was sent", peer):
+                self._control.append((peer, transfer(message, peer, group=self._host), message))
 
     def wait_control(self) -> Tensor:
-        """The message of the next operation."""
+        """Wait for the message of the next operation and return it."""
         assert self._control, "control was not posted"
         while self._control:
             peer, work, message = self._control.popleft()
@@ -249,26 +238,26 @@ class Transport:
         return message
 
     def share_admission(self, payload: Tensor) -> Tensor:
-        """A request's prompt and parameters from rank 0, in place. Shapes: float64 [n]."""
-        with self._errors("while a request was passed on", 0):
+        """Broadcast prompt and parameters of a request from rank 0, in place. Shapes: float64 [n]."""
+        with self._errors("while a request was sent", 0):
             dist.broadcast(payload, 0, group=self._host)
         return payload
 
     # --- set-up -------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Part from the ranks that are watched, which do the same."""
+        """Stop watching the peers; all ranks call this."""
         if self._watch is not None:
             self._watch.close(self._timeout_s)
 
     def _make_groups(self, combined: bool, delay_s: float) -> None:
-        """Make every communicator, then use each: the first use makes its connections and blocks, so it comes now."""
+        """Create every communicator, then use each: the first use connects and blocks."""
         probe = torch.zeros(1, device=self._device)
         collectives: list[dist.ProcessGroup | None] = [dist.group.WORLD]
         gathered = probe.new_empty(self.grid.world_size)
         own: tuple[dist.ProcessGroup, list[dist.ProcessGroup]] | None = None
         for ranks in self.grid.pipe_groups() if self.grid.pipe > 1 else []:
-            # Every rank makes every group, in one order, as torch wants it.
+            # torch requires that every rank creates every group, in the same order.
             tokens = new_group(ranks, self.rules, self._timeout_s)
             lane = new_group(ranks, self.rules, self._timeout_s) if combined else None
             edges = [new_group(pair, self.rules, self._timeout_s) for pair in itertools.pairwise(ranks)]
@@ -294,7 +283,7 @@ class Transport:
     def _open_edges(
         self, tokens: dist.ProcessGroup, edges: list[dist.ProcessGroup], delay_s: float, probe: Tensor
     ) -> None:
-        """The edges of this rank, warmed up stage after stage."""
+        """Open the edges of this rank, one stage after the other."""
         *others, last = self._lane_ranks
         if self.rank == last:
             ends = [Edge("the token", tokens, peer, self._errors) for peer in others]
@@ -324,5 +313,5 @@ class Transport:
             whom = "its peers" if peer is None else f"stage {self.grid.coordinate(peer).pipe} (rank {peer})"
             raise TransportError(
                 f"stage {self.stage} (rank {self.rank}) lost {whom} in step {self.step} {when}: {short_reason(error)}; "
-                f"a process died, or was silent for {self._timeout_s:g} s (--timeout); see the output of that rank"
+                f"a process ended or did not respond for {self._timeout_s:g} s (--timeout); see the output of that rank"
             ) from error

@@ -1,13 +1,11 @@
-"""Launches the kernels of prefill and steps once before ranks wait for each other.
+"""Launches the kernels of prefill and decode steps once before ranks wait for each other.
 
-CUDA loads a kernel when it is launched for the first time, and waits for the device to drain before it does. A rank
-that met a new kernel behind a receive would wait for its peer, and the peer for it.
+CUDA loads a kernel at its first launch, after all enqueued work. Loading a kernel behind a receive could deadlock.
 
-Not every kernel is met here: a matrix product of another number of rows (the last chunk of a prompt may have any
-length) or attention over another number of keys may use one that is loaded later. The rank then waits until its peers
-have received what it sent. They do, because they need nothing of it before: all that follows a hand-off in its step,
-the head and the choice of tokens, is launched here for every number of rows.
-`tests/parallel/test_nccl_decoding.py` plays all of it.
+A matrix product with another number of rows (the last chunk of a prompt) or attention over another number of keys may
+load a kernel later. Loading then waits until the peers have received what this rank sent. They can, because everything
+after a hand-off in its step (head, choice of tokens) is launched here for every number of rows.
+`tests/parallel/test_nccl_decoding.py` simulates this.
 """
 
 from collections import deque
@@ -32,7 +30,7 @@ _PARAMS = (_PLAIN, _NOISE, _EVERYTHING)
 
 
 class Unconnected(Transport):
-    """The place of a rank without its peers: what would come is zero, what would go is dropped."""
+    """A transport without peers: receives return zeros, sends are dropped."""
 
     def __init__(self, grid: Grid, stage: int, tensor_rank: int):
         self.grid, self.stage, self.tensor_rank, self.step = grid, stage, tensor_rank, 0
@@ -49,21 +47,21 @@ class Unconnected(Transport):
         return self._expected.pop(key)
 
     def send(self, tensor: Tensor, in_flight: int) -> None:
-        """Only make it contiguous, which is a kernel too."""
+        """Make the tensor contiguous, which may launch a kernel."""
         tensor.contiguous()
 
     def finish_sends(self) -> None:
-        """Nothing has been sent."""
+        """Do nothing."""
 
     def wait_for_device(self, doing: str) -> None:
-        """Nothing can be late."""
+        """Do nothing."""
 
     def sum_over_stages(self, tensor: Tensor, root: int | None) -> Tensor:
-        """This rank's part alone."""
+        """Return this rank's part."""
         return tensor.contiguous()
 
     def publish(self, tensor: Tensor) -> None:
-        """Drop it."""
+        """Do nothing."""
 
     def ask(self, tensor: Tensor) -> None:
         """Keep the buffer, zeroed."""
@@ -75,17 +73,17 @@ class Unconnected(Transport):
         return self._asked
 
     def gather(self, tensor: Tensor, *, everywhere: bool) -> Tensor:
-        """This rank's part in the place of everyone's."""
+        """Repeat this rank's part for every rank."""
         size = self.grid.world_size if everywhere else self.grid.tensor
         return tensor[None].expand(size, *tensor.shape).contiguous()
 
     def tensor_sum(self) -> Callable[[Tensor], Tensor] | None:
-        """This rank's part alone."""
+        """Return this rank's part."""
         return None if self.grid.tensor == 1 else lambda partial: partial
 
 
 def dry_limits(limits: Limits) -> Limits:
-    """Limits of a stage that only makes a dry pass: the shapes of the real one, with short caches."""
+    """Return the limits for a dry pass: the same shapes with short caches."""
     return Limits(limits.num_slots, min(limits.max_context, 2 * limits.chunk_size + 8), limits.chunk_size)
 
 
@@ -94,7 +92,7 @@ def dry_pass(stage: Stage) -> None:
     """Prefill prompts of one and of several chunks, and decode with every number of rows.
 
     Args:
-        stage: made with `Unconnected` and `dry_limits`; it is of no other use.
+        stage: built with `Unconnected` and `dry_limits`, for this purpose only.
     """
     limits = stage.limits
     longest = max(1, limits.max_context - 4)
@@ -110,7 +108,7 @@ def dry_pass(stage: Stage) -> None:
 
 
 def _decode_every_size(stage: Stage, prompt_lengths: Sequence[int]) -> None:
-    """Decode three times with all rows, then with one less at a time.
+    """Decode three times with all rows, then remove one row at a time.
 
     Args:
         prompt_lengths: of even and odd slots.

@@ -1,0 +1,121 @@
+"""What one step of the sampler computes and sends, derived from the sampling parameters of its rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from stagdist.decode.layers.weights import Device
+from stagdist.decode.request import SamplingParams
+
+_GREEDY = SamplingParams(temperature=0.0)
+
+
+def is_plain(params: SamplingParams) -> bool:
+    """Whether a request needs nothing but the id of the likeliest token."""
+    return not _is_sampled(params) and params.logprobs is None and params.repetition_penalty == 1
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What a step computes and sends; the tensors are parameters of its B rows on the device.
+
+    Attributes:
+        num_candidates: columns of each of: scores, ids, and unchanged logits where log-probabilities are requested.
+        num_logprobs: the most that any row requests; None if no row requests any.
+        num_likeliest: likeliest tokens that one slice sends for them.
+        noisy: 1.0 where noise is added before candidates are taken, else 0.0.
+        truncated: where noise is added after truncation.
+
+    Shapes: slots and seeds int64 [B]; top_k int64 [B, 1]; truncated bool [B, 1]; the others float64 [B, 1].
+    """
+
+    num_candidates: int
+    num_logprobs: int | None
+    num_likeliest: int
+    any_noisy: bool
+    any_truncated: bool
+    any_scaled: bool
+    any_penalty: bool
+    slots: torch.Tensor
+    seeds: torch.Tensor
+    top_k: torch.Tensor
+    temperature: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    penalty: torch.Tensor
+    noisy: torch.Tensor
+    truncated: torch.Tensor
+
+    @property
+    def width(self) -> int:
+        """Columns of a rank's message."""
+        if self.num_logprobs is None:
+            return 2 * self.num_candidates
+        return 3 * self.num_candidates + 1 + 2 * self.num_likeliest
+
+
+def plan_sampling(
+    slots: Sequence[int],
+    row_params: Sequence[SamplingParams | None],
+    device: Device,
+    vocab_size: int,
+    slice_size: int,
+    want_margins: bool,
+) -> SamplingPlan | None:
+    """The plan of a step; None if all rows are plain and no margins are requested.
+
+    Args:
+        row_params: one entry per slot; None for a slot without a request.
+        slice_size: the largest number of tokens on any rank.
+    """
+    params = [each or _GREEDY for each in row_params]
+    if all(map(is_plain, params)) and not want_margins:
+        return None
+    sampled = [_is_sampled(each) for each in params]
+    truncated = [_is_truncated(each) for each in params]
+    num_logprobs = max((each.logprobs for each in params if each.logprobs is not None), default=None)
+    # Truncation needs the k best tokens of every slice, or all of them.
+    sizes = [each.top_k or slice_size for each, cut in zip(params, truncated, strict=True) if cut]
+    integers = [(slot, each.seed, each.top_k or vocab_size) for slot, each in zip(slots, params, strict=True)]
+    floats = [
+        (
+            each.temperature if drawn else 1.0,
+            each.top_p if each.top_p < 1 else float("inf"),  # rounding must not remove tokens when all are kept
+            each.min_p,
+            each.repetition_penalty,
+            float(drawn and not cut),
+            float(cut),
+        )
+        for each, drawn, cut in zip(params, sampled, truncated, strict=True)
+    ]
+    slot_index, seeds, top_k = device.upload(integers, torch.int64).unbind(1)
+    columns = device.upload(floats, torch.float64).unsqueeze(-1).unbind(1)
+    temperature, top_p, min_p, penalty, noisy, is_cut = columns
+    return SamplingPlan(
+        min(max([2 if want_margins else 1, *sizes]), slice_size),
+        num_logprobs,
+        min(num_logprobs or 0, slice_size),
+        any(drawn and not cut for drawn, cut in zip(sampled, truncated, strict=True)),
+        any(truncated),
+        any(drawn and each.temperature != 1 for each, drawn in zip(params, sampled, strict=True)),
+        any(each.repetition_penalty != 1 for each in params),
+        slot_index,
+        seeds.contiguous(),
+        top_k[:, None],
+        temperature,
+        top_p,
+        min_p,
+        penalty,
+        noisy,
+        is_cut > 0,
+    )
+
+
+def _is_sampled(params: SamplingParams) -> bool:
+    """Whether more than one token can be chosen."""
+    return params.temperature > 0 and params.top_k != 1
+
+
+def _is_truncated(params: SamplingParams) -> bool:
+    return _is_sampled(params) and (params.top_k is not None or params.top_p < 1 or params.min_p > 0)
