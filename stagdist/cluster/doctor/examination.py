@@ -35,31 +35,18 @@ ALONE = "localhost"
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """What to examine.
+    """What to examine."""
 
-    Attributes:
-        hostfile: hosts; None for this machine alone.
-        num_ranks: on this machine alone.
-        launcher: see `linking.LAUNCHERS`.
-        config: configuration of the run: its grid and its folder.
-        overrides: of the configuration, KEY=VALUE.
-        checkpoints: folder of the checkpoints; None for the configuration's, else `runs`.
-        write_mib: size of the file that measures the disk, in MiB.
-        json: where to write everything.
-        write_env: where to write the variables of the ranks.
-        time_limit_s: for measuring the links.
-    """
-
-    hostfile: Path | None = None
-    num_ranks: int = 2
-    launcher: str = "pdsh"
-    config: Path | None = None
-    overrides: Sequence[str] = ()
-    checkpoints: Path | None = None
-    write_mib: int = 64
-    json: Path | None = None
-    write_env: Path | None = None
-    time_limit_s: int = 150
+    hostfile: Path | None = None  # hosts; None for this machine alone
+    num_ranks: int = 2  # on this machine alone
+    launcher: str = "pdsh"  # see `linking.LAUNCHERS`
+    config: Path | None = None  # configuration of the run: its grid and its folder
+    overrides: Sequence[str] = ()  # of the configuration, KEY=VALUE
+    checkpoints: Path | None = None  # folder of the checkpoints; None for the configuration's, else `runs`
+    write_mib: int = 64  # size of the file that measures the disk, in MiB
+    json: Path | None = None  # where to write everything
+    write_env: Path | None = None  # where to write the variables of the ranks
+    time_limit_s: int = 150  # for measuring the links
 
 
 def examine(options: DoctorOptions) -> int:

@@ -45,13 +45,9 @@ _CLOCK = f"import sys, time\nfor _ in sys.stdin:\n    print('{_CLOCK_MARK}%r' % 
 
 @dataclass(frozen=True)
 class HostAccess:
-    """How to run something on a host.
+    """How to run something on a host."""
 
-    Attributes:
-        alone: there is only this machine; no ssh.
-    """
-
-    alone: bool = False
+    alone: bool = False  # there is only this machine; no ssh
 
     def ask(self, host: str, question: dict[str, Any], timeout_s: float = EXAMINE_S) -> dict[str, Any]:
         """The answer of a host.
@@ -234,29 +230,17 @@ _ALARM = re.compile(rf"return code = -{signal.SIGALRM:d}\b|[Ss]ignal {signal.SIG
 
 @dataclass(frozen=True)
 class LinkPlan:
-    """How to measure.
+    """How to measure."""
 
-    Attributes:
-        grid: of all ranks.
-        hosts: in the order of their ranks; empty for this machine alone.
-        launcher: one of LAUNCHERS; without hosts DeepSpeed's local one is used.
-        master: address of rank 0.
-        port: of rank 0.
-        variables: for the ranks; no secrets, plain.
-        largest_mib: size of the large messages, in MiB.
-        step_s: limit of each step.
-        limit_s: limit of all.
-    """
-
-    grid: Grid
-    hosts: tuple[Host, ...]
-    launcher: str
-    master: str
-    port: int
-    variables: Mapping[str, str]
-    largest_mib: int = 16
-    step_s: float = 30.0
-    limit_s: int = 150
+    grid: Grid  # of all ranks
+    hosts: tuple[Host, ...]  # in the order of their ranks; empty for this machine alone
+    launcher: str  # one of LAUNCHERS; without hosts DeepSpeed's local one is used
+    master: str  # address of rank 0
+    port: int  # of rank 0
+    variables: Mapping[str, str]  # for the ranks; no secrets, plain
+    largest_mib: int = 16  # size of the large messages, in MiB
+    step_s: float = 30.0  # limit of each step
+    limit_s: int = 150  # limit of all
 
 
 def measure_links(plan: LinkPlan) -> Links:

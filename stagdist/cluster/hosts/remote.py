@@ -32,19 +32,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Finished:
-    """How a command ended.
+    """How a command ended."""
 
-    Attributes:
-        code: exit code, minus the signal's number after a signal; None when its time was up.
-        stdout: what it wrote.
-        stderr: what it and ssh complained of.
-        wall_s: seconds it took, connecting included.
-    """
-
-    code: int | None
-    stdout: str
-    stderr: str
-    wall_s: float
+    code: int | None  # exit code, minus the signal's number after a signal; None when its time was up
+    stdout: str  # what it wrote
+    stderr: str  # what it and ssh complained of
+    wall_s: float  # seconds it took, connecting included
 
     @property
     def ok(self) -> bool:

@@ -28,34 +28,20 @@ SCRIPTS_WITH_HEARTBEAT = ("pretrain.py", "generate.py")
 
 @dataclass(frozen=True)
 class SupervisorOptions:
-    """How a run is supervised.
+    """How a run is supervised."""
 
-    Attributes:
-        command: script and its arguments.
-        launcher: that starts the ranks.
-        placement: hosts and spares.
-        folder: of the run: logs and run.json go there; all hosts see it.
-        environment: variables for the ranks.
-        address: of this machine for the agents; None: the one that the first host can reach.
-        max_restarts: in a row without a new checkpoint, after which the supervisor gives up.
-        limits: how long ranks and hosts may go without a heartbeat.
-        lease_s: a rank ends after this time without a message from the supervisor.
-        stop_s: time for a clean shutdown.
-        host_wait_s: how long a host that died, and cannot be replaced, is waited for.
-        fits: whether the run exists on so many ranks, for continuing with fewer; None: not allowed.
-    """
-
-    command: tuple[str, ...]
-    launcher: Launcher
-    placement: HostPlacement
-    folder: Path
-    environment: Mapping[str, str]
-    address: str | None
-    max_restarts: int
-    limits: SilenceLimits
-    lease_s: float
-    stop_s: float
-    host_wait_s: float
+    command: tuple[str, ...]  # script and its arguments
+    launcher: Launcher  # that starts the ranks
+    placement: HostPlacement  # hosts and spares
+    folder: Path  # of the run: logs and run.json go there; all hosts see it
+    environment: Mapping[str, str]  # variables for the ranks
+    address: str | None  # of this machine for the agents; None: the one that the first host can reach
+    max_restarts: int  # in a row without a new checkpoint, after which the supervisor gives up
+    limits: SilenceLimits  # how long ranks and hosts may go without a heartbeat
+    lease_s: float  # a rank ends after this time without a message from the supervisor
+    stop_s: float  # time for a clean shutdown
+    host_wait_s: float  # how long a host that died, and cannot be replaced, is waited for
+    # whether the run exists on so many ranks, for continuing with fewer; None: not allowed
     fits: Callable[[int], bool] | None
 
 
