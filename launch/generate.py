@@ -23,8 +23,8 @@ sections. All stages work on every token at the same time; started as plain `pyt
 
 Text is written as it comes, after its prompt. With several prompts the answers keep their order: the first that is
 not finished is written as it comes, later ones when their turn has come. Numbers and errors go to standard error.
-Exit code: 0 all prompts were served, 1 some were not, there were none or the run failed, 2 something to mend first,
-130 and 143 after Ctrl-C and SIGTERM (a second Ctrl-C ends at once), 141 nobody reads the output any more.
+Exit code: 0 all prompts were served, 1 some were not, there were none or the run failed, 2 user error,
+130 and 143 after Ctrl-C and SIGTERM (a second Ctrl-C ends at once), 141 the output is no longer read.
 
 A .jsonl file of prompts holds one object per line: "prompt" (text) or "prompt_ids" (token ids), and, as wanted, "id",
 max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, stop_token_ids,

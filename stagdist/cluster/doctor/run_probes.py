@@ -10,9 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -88,17 +87,20 @@ class HostAccess:
         if self.alone:
             return ClockOffset(0.0, 0.0)
         line = remote_command([sys.executable, "-I", "-S", "-u", "-c", _CLOCK], CLOCK_S)
-        with _conversation(ssh_words(host, line), CLOCK_S) as process:
-            samples = []
+        words = ["timeout", "--kill-after=2", f"{CLOCK_S:g}", *ssh_words(host, line)]
+        samples = []
+        pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
+        with (
+            contextlib.suppress(BrokenPipeError),
+            subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=quiet, text=True, bufsize=1) as process,
+        ):
             for _ in range(CLOCK_ROUNDS):
                 sent = time.time()
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.write("\n")  # type: ignore[union-attr]
+                process.stdin.write("\n")  # type: ignore[union-attr]
                 answer = _marked_line(process.stdout)  # type: ignore[arg-type]
-                received = time.time()
                 if answer is None:
                     break
-                samples.append((sent, float(answer), received))
+                samples.append((sent, float(answer), time.time()))
         return clock_from(samples)
 
 
@@ -114,36 +116,6 @@ def clock_from(samples: Sequence[tuple[float, float, float]]) -> ClockOffset | N
         return None
     sent, there, received = min(samples, key=lambda sample: sample[2] - sample[0])
     return ClockOffset(there - (sent + received) / 2, (received - sent) / 2)
-
-
-@contextlib.contextmanager
-def _conversation(words: Sequence[str], limit_s: float) -> Iterator["subprocess.Popen[str]"]:
-    """A process to talk with line by line; it is killed at the end, or when the time is up."""
-    process = subprocess.Popen(
-        words,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        bufsize=1,
-        start_new_session=True,
-    )
-
-    def kill() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-    timer = threading.Timer(limit_s, kill)
-    timer.start()
-    try:
-        yield process
-    finally:
-        timer.cancel()
-        kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)

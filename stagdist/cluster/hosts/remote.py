@@ -139,18 +139,12 @@ def run_here(
         ConfigError: there is no such program.
     """
     started = time.monotonic()
+    variables = {**(os.environ if only is None else only), **(environment or {})}
     try:
         process = subprocess.Popen(
-            list(words),
-            cwd=folder,
-            env={**(os.environ if only is None else only), **(environment or {})},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+            list(words), cwd=folder, env=variables, text=True, errors="replace", start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
     except OSError as error:
         raise ConfigError(f"{words[0]} cannot be started: {error.strerror}: {error.filename}") from error
     try:

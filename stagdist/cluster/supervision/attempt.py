@@ -120,35 +120,20 @@ class Attempt:
         with writing(launch.environment_file, private=True) as stream:
             stream.write(environment_file(launch, os.environ))
         Job(
-            plan.command,
-            str(launch.folder),
-            plan.environment,
-            plan.address,
-            port,
-            self._token,
-            plan.number,
-            str(plan.logs),
-            plan.lease_s,
-            plan.stop_s,
-        ).write(launch.job)
+            plan.command, str(launch.folder), plan.environment, plan.address, port, self._token, plan.number,
+            str(plan.logs), plan.lease_s, plan.stop_s,
+        ).write(launch.job)  # fmt: skip
 
     def _start(self) -> None:
         plan = self._plan
         environment = launcher_environment(plan.launcher, plan.launch, os.environ)
         with open(self._launcher_log, "ab", opener=_private) as log:
             for words in commands(plan.launcher, plan.launch):
-                self._processes.append(
-                    subprocess.Popen(
-                        words,
-                        cwd=plan.launch.folder,
-                        env=environment,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,
-                        preexec_fn=die_with_parent(),
-                    )
-                )
+                process = subprocess.Popen(
+                    words, cwd=plan.launch.folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    start_new_session=True, preexec_fn=die_with_parent(),
+                )  # fmt: skip
+                self._processes.append(process)
 
     @property
     def _launcher_log(self) -> Path:

@@ -80,7 +80,6 @@ def options_of(arguments: argparse.Namespace) -> SupervisorOptions:
         ConfigError: with the remedy.
     """
     placement, config = placement_of(arguments), config_of(arguments.command)
-    script = Path(arguments.command[0]).name
     if not Path(arguments.command[0]).is_file():
         raise ConfigError(
             f"{arguments.command[0]} is no script; write for example -- launch/pretrain.py --config x.yaml"
@@ -104,17 +103,18 @@ def options_of(arguments: argparse.Namespace) -> SupervisorOptions:
         environment=environment,
         address=arguments.address,
         max_restarts=arguments.max_restarts,
-        limits=SilenceLimits(
-            hang_s=arguments.hang_timeout_s,
-            slow_s=arguments.slow_timeout_s,
-            host_s=arguments.host_timeout_s,
-            start_s=arguments.slow_timeout_s if script in SCRIPTS_WITH_HEARTBEAT else float("inf"),
-        ),
+        limits=_limits_of(arguments),
         lease_s=1.5 * arguments.host_timeout_s,
         stop_s=arguments.stop_s,
         host_wait_s=arguments.host_wait_s,
         fits=None if config is None else _fits(config, arguments.min_data_parallel),
     )
+
+
+def _limits_of(arguments: argparse.Namespace) -> SilenceLimits:
+    heartbeat = Path(arguments.command[0]).name in SCRIPTS_WITH_HEARTBEAT
+    start_s = arguments.slow_timeout_s if heartbeat else float("inf")
+    return SilenceLimits(arguments.hang_timeout_s, arguments.slow_timeout_s, arguments.host_timeout_s, start_s)
 
 
 def _check_address(address: str | None) -> None:
