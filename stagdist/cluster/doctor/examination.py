@@ -61,19 +61,10 @@ def examine(options: DoctorOptions) -> int:
     for name, path in (("--json", options.json), ("--write-env", options.write_env)):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"{name} {path}: there is no folder {path.parent}; make it first")
-    everyone = (*hosts, *spares)
-    names = tuple(host.name for host in everyone) or (ALONE,)
-    whom = names[0] if len(names) == 1 else f"{len(names)} hosts"
+    slots = {host.name: host.slots for host in (*hosts, *spares)} or {ALONE: grid.world_size}
+    whom = next(iter(slots)) if len(slots) == 1 else f"{len(slots)} hosts"
     _say(f"asking {whom}, writing {options.write_mib} MiB to {checkpoints}")
-    answers = ask_all(names, HostAccess(alone=not hosts), Path.cwd(), checkpoints, options.write_mib)
-    survey = Survey(
-        hosts=names,
-        slots={host.name: host.slots for host in everyone} or {ALONE: grid.world_size},
-        facts=answers.facts,
-        silent=answers.silent,
-        clocks=answers.clocks,
-        seen=answers.seen,
-    )
+    survey = ask_all(slots, HostAccess(alone=not hosts), Path.cwd(), checkpoints, options.write_mib)
     survey, handed = _variables(options, hosts, survey)
     survey = _links(options, hosts, grid, survey, handed)
     found = findings(survey)

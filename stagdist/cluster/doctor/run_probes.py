@@ -19,7 +19,7 @@ from typing import IO, Any
 from pydantic import TypeAdapter
 
 from stagdist.cluster.doctor import link_probe
-from stagdist.cluster.doctor.facts import ClockOffset, HostFacts, Links
+from stagdist.cluster.doctor.facts import ClockOffset, HostFacts, Links, Survey
 from stagdist.cluster.doctor.host_probe import ANSWER_PREFIX
 from stagdist.cluster.hosts import start as launchers
 from stagdist.cluster.hosts.hostfile import Host, hostfile_text
@@ -118,28 +118,17 @@ def clock_from(samples: Sequence[tuple[float, float, float]]) -> ClockOffset | N
     return ClockOffset(there - (sent + received) / 2, (received - sent) / 2)
 
 
-@dataclass(frozen=True)
-class HostAnswers:
-    """The answers of all hosts; see `Survey` for the fields."""
-
-    facts: dict[str, HostFacts]
-    silent: dict[str, str]
-    clocks: dict[str, ClockOffset]
-    seen: dict[str, dict[str, bool]]
-
-
-def ask_all(
-    hosts: Sequence[str], reach: HostAccess, folder: Path, checkpoints: Path | None, write_mib: int
-) -> HostAnswers:
+def ask_all(slots: dict[str, int], reach: HostAccess, folder: Path, checkpoints: Path | None, write_mib: int) -> Survey:
     """Examine all hosts.
 
     Args:
-        hosts: names in the order of their ranks.
+        slots: ranks by host, in the order of the ranks.
         reach: how to get there.
         folder: working directory of the launcher.
         checkpoints: folder to try; None to leave it out.
         write_mib: size of the file to measure the disk with, in MiB.
     """
+    hosts = tuple(slots)
     kept = checkpoints and str(checkpoints.absolute())
     question = {"hosts": list(hosts), "folder": str(folder), "checkpoints": kept, "token": secrets.token_hex(8)}
     contents = {host: secrets.token_hex(16) for host in hosts}
@@ -158,7 +147,7 @@ def ask_all(
     finally:
         if checkpoints:
             _clean(hosts, reach, question, facts)
-    return HostAnswers(facts, silent, clocks, seen)
+    return Survey(hosts, slots, facts, silent, clocks, seen)
 
 
 def _try(reach: HostAccess, host: str, question: dict[str, Any]) -> dict[str, Any] | str:
