@@ -94,7 +94,7 @@ faults: $(STAMP) ## Plant every fault under every launcher in the lab (root; FAU
 		$(if $(LAUNCHERS),--launchers $(LAUNCHERS)) $(if $(FRESH),--fresh) --output benchmarks/results/faults.json
 
 lab: $(STAMP) ## Bring up two hosts on this machine (root; HOSTS= SLOTS= SPARES= SHARED=), and explain how to use them
-	@$(BIN)/python -m tests.lab.hosts up $(if $(HOSTS),--hosts $(HOSTS)) $(if $(SLOTS),--slots $(SLOTS)) \
+	@$(BIN)/python -m tests.lab.command up $(if $(HOSTS),--hosts $(HOSTS)) $(if $(SLOTS),--slots $(SLOTS)) \
 		$(if $(SPARES),--spares $(SPARES)) $(if $(SHARED),--shared $(SHARED))
 
 lab-matrix: $(STAMP) ## The tests of several hosts with every launcher on every grid (root; `make test` runs a part)

@@ -36,7 +36,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--num-ranks", type=int, metavar="N", help="ranks on this machine alone (default 2)")
     add("--launcher", choices=LAUNCHERS, default="pdsh", help="what starts the ranks (default pdsh)")
     add("--config", type=Path, metavar="FILE", help="take grid and folder from it; without it each host is a stage")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of --config; repeatable")
+    key = "override one key of --config; repeatable"
+    add("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=key)
     add("--checkpoints", type=Path, metavar="DIR", help="folder to try (default: the configuration's, or runs)")
     add("--write-mib", type=int, default=64, metavar="N", help="size of the file each host writes there (default 64)")
     add("--json", type=Path, metavar="FILE", help="write everything there")
@@ -48,16 +49,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="write the variables that ranks need (default ./.deepspeed_env), secrets into a private file beside it",
     )
-    add("--time-limit", type=int, default=150, metavar="S", help="seconds for measuring the links (default 150)")
+    limit = "seconds for measuring the links (default 150)"
+    add("--time-limit", dest="time_limit_s", type=int, default=150, metavar="S", help=limit)
     parsed = parser.parse_args(arguments)
     if parsed.num_ranks is not None and parsed.hostfile is not None:
         parser.error("--num-ranks belongs to this machine alone; with --hostfile the slots count")
-    if parsed.set and parsed.config is None:
+    if parsed.overrides and parsed.config is None:
         parser.error("--set changes the configuration of --config FILE; give that too")
-    for name in ("num_ranks", "write_mib", "time_limit"):
+    for name in ("num_ranks", "write_mib", "time_limit_s"):
         value = getattr(parsed, name)
         if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+            parser.error(f"--{name.removesuffix('_s').replace('_', '-')} must be at least 1, got {value}")
     return parsed
 
 
@@ -67,20 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     from stagdist.cluster.doctor.examination import DoctorOptions, examine
     from stagdist.errors import StagdistError
 
-    options = DoctorOptions(
-        hostfile=parsed.hostfile,
-        num_ranks=parsed.num_ranks or 2,
-        launcher=parsed.launcher,
-        config=parsed.config,
-        overrides=tuple(parsed.set),
-        checkpoints=parsed.checkpoints,
-        write_mib=parsed.write_mib,
-        json=parsed.json,
-        write_env=parsed.write_env,
-        time_limit_s=parsed.time_limit,
-    )
+    parsed.num_ranks = parsed.num_ranks or 2
     try:
-        return examine(options)
+        return examine(DoctorOptions(**vars(parsed)))
     except StagdistError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -30,49 +30,7 @@ Exit code: 0 the run has ended cleanly, 1 it was given up (the last line names t
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: our options, `--`, then a script with its own."""
-    parser = argparse.ArgumentParser(
-        prog="run.py",
-        usage="run.py [options] -- SCRIPT [arguments of the script]",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        "--hostfile",
-        metavar="FILE",
-        help="hosts (`name slots=N`) and spares (`#spare name slots=N`); without: this machine",
-    )
-    add("--num-ranks", type=int, metavar="N", help="ranks on this machine, without a hostfile (default 2)")
-    add("--launcher", choices=("pdsh", "openmpi", "torchrun"), help="how ranks are started on hosts (default pdsh)")
-    add("--max-restarts", type=int, default=3, metavar="N", help="in a row without a new checkpoint (default 3)")
-    add("--min-data-parallel", type=int, metavar="N", help="continue with at least N replicas when a host is gone")
-    add("--hang-timeout-s", type=float, default=300.0, metavar="S", help="limit between heartbeats (default 300)")
-    add(
-        "--slow-timeout-s",
-        type=float,
-        default=1800.0,
-        metavar="S",
-        help="the same while starting, saving (default 1800)",
-    )
-    add("--host-timeout-s", type=float, default=10.0, metavar="S", help="time without a message of a host (default 10)")
-    add(
-        "--host-wait-s",
-        type=float,
-        default=300.0,
-        metavar="S",
-        help="wait for a host that cannot be replaced (default 300)",
-    )
-    add("--stop-s", type=float, default=120.0, metavar="S", help="time for saving after SIGTERM (default 120)")
-    add("--address", metavar="IP", help="of this machine, as the hosts reach it (default: found by itself)")
-    add("--folder", type=Path, metavar="DIR", help="for logs and run.json (default: that of the run)")
-    add(
-        "command",
-        nargs=argparse.REMAINDER,
-        metavar="-- SCRIPT ...",
-        help="script and arguments, the same on every rank",
-    )
+    parser = _parser()
     parsed = parser.parse_args(arguments)
     parsed.command = parsed.command[parsed.command[:1] == ["--"] :]
     if not parsed.command:
@@ -83,6 +41,36 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--num-ranks belongs to this machine alone; a hostfile says slots=N for every host")
     _check_numbers(parser, parsed)
     return parsed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="run.py",
+        usage="run.py [options] -- SCRIPT [arguments of the script]",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    hosts = "hosts (`name slots=N`) and spares (`#spare name slots=N`); without: this machine"
+    add("--hostfile", metavar="FILE", help=hosts)
+    add("--num-ranks", type=int, metavar="N", help="ranks on this machine, without a hostfile (default 2)")
+    add("--launcher", choices=("pdsh", "openmpi", "torchrun"), help="how ranks are started on hosts (default pdsh)")
+    add("--max-restarts", type=int, default=3, metavar="N", help="in a row without a new checkpoint (default 3)")
+    add("--min-data-parallel", type=int, metavar="N", help="continue with at least N replicas when a host is gone")
+    add("--hang-timeout-s", type=float, default=300.0, metavar="S", help="limit between heartbeats (default 300)")
+    slow = "the same while starting, saving (default 1800)"
+    add("--slow-timeout-s", type=float, default=1800.0, metavar="S", help=slow)
+    add("--host-timeout-s", type=float, default=10.0, metavar="S", help="time without a message of a host (default 10)")
+    wait = "wait for a host that cannot be replaced (default 300)"
+    add("--host-wait-s", type=float, default=300.0, metavar="S", help=wait)
+    add("--stop-s", type=float, default=120.0, metavar="S", help="time for saving after SIGTERM (default 120)")
+    add("--address", metavar="IP", help="of this machine, as the hosts reach it (default: found by itself)")
+    add("--folder", type=Path, metavar="DIR", help="for logs and run.json (default: that of the run)")
+    same = "script and arguments, the same on every rank"
+    add("command", nargs=argparse.REMAINDER, metavar="-- SCRIPT ...", help=same)
+    return parser
 
 
 def _check_numbers(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:

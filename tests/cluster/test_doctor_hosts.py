@@ -54,7 +54,8 @@ def test_facts_survive_json(known: HostFacts) -> None:
 
 def test_hosts_are_examined_and_leave_nothing_behind(pretended_hosts: Path) -> None:
     kept = pretended_hosts / "new" / "checkpoints"
-    answers = ask_all(["node1", "noisy", "dead", "broken", "bare"], HostAccess(), pretended_hosts, kept, 8)
+    slots = dict.fromkeys(["node1", "noisy", "dead", "broken", "bare"], 1)
+    answers = ask_all(slots, HostAccess(), pretended_hosts, kept, 8)
     assert list(answers.facts) == ["node1", "noisy"]
     told = answers.facts["noisy"]
     assert told.hostname == socket.gethostname() and told.packages["torch"]

@@ -255,9 +255,9 @@ def test_a_lab_whose_owner_was_killed_is_taken_down_from_its_record(way: str) ->
 
 
 def by_hand(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """`python -m tests.lab.hosts`."""
+    """`python -m tests.lab.command`."""
     return subprocess.run(
-        [sys.executable, "-m", "tests.lab.hosts", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "tests.lab.command", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
 
 

@@ -35,31 +35,18 @@ ALONE = "localhost"
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """What to examine.
+    """What to examine."""
 
-    Attributes:
-        hostfile: hosts; None for this machine alone.
-        num_ranks: on this machine alone.
-        launcher: see `linking.LAUNCHERS`.
-        config: configuration of the run: its grid and its folder.
-        overrides: of the configuration, KEY=VALUE.
-        checkpoints: folder of the checkpoints; None for the configuration's, else `runs`.
-        write_mib: size of the file that measures the disk, in MiB.
-        json: where to write everything.
-        write_env: where to write the variables of the ranks.
-        time_limit_s: for measuring the links.
-    """
-
-    hostfile: Path | None = None
-    num_ranks: int = 2
-    launcher: str = "pdsh"
-    config: Path | None = None
-    overrides: Sequence[str] = ()
-    checkpoints: Path | None = None
-    write_mib: int = 64
-    json: Path | None = None
-    write_env: Path | None = None
-    time_limit_s: int = 150
+    hostfile: Path | None = None  # hosts; None for this machine alone
+    num_ranks: int = 2  # on this machine alone
+    launcher: str = "pdsh"  # see `linking.LAUNCHERS`
+    config: Path | None = None  # configuration of the run: its grid and its folder
+    overrides: Sequence[str] = ()  # of the configuration, KEY=VALUE
+    checkpoints: Path | None = None  # folder of the checkpoints; None for the configuration's, else `runs`
+    write_mib: int = 64  # size of the file that measures the disk, in MiB
+    json: Path | None = None  # where to write everything
+    write_env: Path | None = None  # where to write the variables of the ranks
+    time_limit_s: int = 150  # for measuring the links
 
 
 def examine(options: DoctorOptions) -> int:
@@ -74,19 +61,10 @@ def examine(options: DoctorOptions) -> int:
     for name, path in (("--json", options.json), ("--write-env", options.write_env)):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"{name} {path}: there is no folder {path.parent}; make it first")
-    everyone = (*hosts, *spares)
-    names = tuple(host.name for host in everyone) or (ALONE,)
-    whom = names[0] if len(names) == 1 else f"{len(names)} hosts"
+    slots = {host.name: host.slots for host in (*hosts, *spares)} or {ALONE: grid.world_size}
+    whom = next(iter(slots)) if len(slots) == 1 else f"{len(slots)} hosts"
     _say(f"asking {whom}, writing {options.write_mib} MiB to {checkpoints}")
-    answers = ask_all(names, HostAccess(alone=not hosts), Path.cwd(), checkpoints, options.write_mib)
-    survey = Survey(
-        hosts=names,
-        slots={host.name: host.slots for host in everyone} or {ALONE: grid.world_size},
-        facts=answers.facts,
-        silent=answers.silent,
-        clocks=answers.clocks,
-        seen=answers.seen,
-    )
+    survey = ask_all(slots, HostAccess(alone=not hosts), Path.cwd(), checkpoints, options.write_mib)
     survey, handed = _variables(options, hosts, survey)
     survey = _links(options, hosts, grid, survey, handed)
     found = findings(survey)

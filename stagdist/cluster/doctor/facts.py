@@ -8,83 +8,47 @@ NOTE = "note"
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One accelerator.
+    """One accelerator."""
 
-    Attributes:
-        name: as its driver calls it.
-        total_mib: memory, in MiB.
-        free_mib: of it free.
-    """
-
-    name: str
-    total_mib: int
-    free_mib: int
+    name: str  # as its driver calls it
+    total_mib: int  # memory, in MiB
+    free_mib: int  # of it free
 
 
 @dataclass(frozen=True)
 class Storage:
-    """The folder of the checkpoints as one host sees it.
+    """The folder of the checkpoints as one host sees it."""
 
-    Attributes:
-        path: absolute.
-        problem: why nothing can be written there; empty when all is well.
-        kind: type of the file system, for example nfs4.
-        total_mib: size of the file system.
-        free_mib: of it free.
-        write_mb_s: 10^6 bytes per second, while all hosts write, with what it takes to be safe on the disk.
-        created: folders that were made for the examination, outermost first.
-    """
-
-    path: str
-    problem: str = ""
-    kind: str = ""
-    total_mib: int = 0
-    free_mib: int = 0
-    write_mb_s: float = 0.0
-    created: tuple[str, ...] = ()
+    path: str  # absolute
+    problem: str = ""  # why nothing can be written there; empty when all is well
+    kind: str = ""  # type of the file system, for example nfs4
+    total_mib: int = 0  # size of the file system
+    free_mib: int = 0  # of it free
+    write_mb_s: float = 0.0  # 10^6 bytes per second, while all hosts write, with what it takes to be safe on the disk
+    created: tuple[str, ...] = ()  # folders that were made for the examination, outermost first
 
 
 @dataclass(frozen=True)
 class HostFacts:
-    """Facts about one host.
+    """Facts about one host."""
 
-    Attributes:
-        hostname: its own idea of its name.
-        python: version.
-        packages: version by name; None where it is missing.
-        code: fingerprint of stagdist's source files.
-        driver: version of the GPU driver.
-        devices: accelerators that the driver shows.
-        cores: that a process may use.
-        memory_mib: total and available.
-        shm_mib: size and free space of /dev/shm.
-        open_files: soft and hard limit.
-        addresses: of every host by name; None where the name is not known.
-        own_address: of its hostname.
-        interfaces: addresses by network interface.
-        route: interface on the way to the first host (from there, to the second).
-        free_port: one that nothing listens on.
-        folder: whether the launcher's working directory is there.
-        storage: the folder of the checkpoints.
-    """
-
-    hostname: str
-    python: str
-    packages: dict[str, str | None]
-    code: str
-    driver: str | None
-    devices: tuple[Accelerator, ...]
-    cores: int
-    memory_mib: tuple[int, int]
-    shm_mib: tuple[int, int]
-    open_files: tuple[int, int]
-    addresses: dict[str, str | None]
-    own_address: str | None
-    interfaces: dict[str, list[str]]
-    route: str | None
-    free_port: int
-    folder: bool = True
-    storage: Storage | None = None
+    hostname: str  # its own idea of its name
+    python: str  # version
+    packages: dict[str, str | None]  # version by name; None where it is missing
+    code: str  # fingerprint of stagdist's source files
+    driver: str | None  # version of the GPU driver
+    devices: tuple[Accelerator, ...]  # accelerators that the driver shows
+    cores: int  # that a process may use
+    memory_mib: tuple[int, int]  # total and available
+    shm_mib: tuple[int, int]  # size and free space of /dev/shm
+    open_files: tuple[int, int]  # soft and hard limit
+    addresses: dict[str, str | None]  # of every host by name; None where the name is not known
+    own_address: str | None  # of its hostname
+    interfaces: dict[str, list[str]]  # addresses by network interface
+    route: str | None  # interface on the way to the first host (from there, to the second)
+    free_port: int  # one that nothing listens on
+    folder: bool = True  # whether the launcher's working directory is there
+    storage: Storage | None = None  # the folder of the checkpoints
 
     @property
     def own_interface(self) -> str | None:
@@ -97,93 +61,55 @@ class HostFacts:
 
 @dataclass(frozen=True)
 class ClockOffset:
-    """A host's clock against the one of the machine where the doctor runs.
+    """A host's clock against the one of the machine where the doctor runs."""
 
-    Attributes:
-        offset_s: positive when the host is ahead.
-        error_s: how far off that may be, half the shortest round trip.
-    """
-
-    offset_s: float
-    error_s: float
+    offset_s: float  # positive when the host is ahead
+    error_s: float  # how far off that may be, half the shortest round trip
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """Two ranks of neighboring stages.
+    """Two ranks of neighboring stages."""
 
-    Attributes:
-        stage: of the first rank.
-        ranks: the sending and the receiving one, in the direction of the activations.
-        latency_s: half a round trip of a small message.
-        forward_bytes_s: bytes per second in the direction of the activations.
-        backward_bytes_s: in the direction of the gradients.
-    """
-
-    stage: int
-    ranks: tuple[int, int]
-    latency_s: float
-    forward_bytes_s: float
-    backward_bytes_s: float
+    stage: int  # of the first rank
+    ranks: tuple[int, int]  # the sending and the receiving one, in the direction of the activations
+    latency_s: float  # half a round trip of a small message
+    forward_bytes_s: float  # bytes per second in the direction of the activations
+    backward_bytes_s: float  # in the direction of the gradients
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """All-reduce of one group.
+    """All-reduce of one group."""
 
-    Attributes:
-        axis: data, tensor or all.
-        ranks: of the group.
-        latency_s: of one small number.
-        bytes_s: size of a large tensor over the time.
-        correct: whether the sum was right.
-    """
-
-    axis: str
-    ranks: tuple[int, ...]
-    latency_s: float
-    bytes_s: float
-    correct: bool
+    axis: str  # data, tensor or all
+    ranks: tuple[int, ...]  # of the group
+    latency_s: float  # of one small number
+    bytes_s: float  # size of a large tensor over the time
+    correct: bool  # whether the sum was right
 
 
 @dataclass(frozen=True)
 class Links:
-    """What the ranks measured.
+    """What the ranks measured."""
 
-    Attributes:
-        grid: stages, data and tensor sizes.
-        backend: nccl or gloo.
-        hosts: host name by rank.
-        devices: by rank.
-        boundaries: of all stages.
-        reductions: of all groups of more than one rank.
-    """
-
-    grid: tuple[int, int, int]
-    backend: str
-    hosts: tuple[str, ...]
-    devices: tuple[str, ...]
-    boundaries: tuple[Boundary, ...]
-    reductions: tuple[Reduction, ...]
+    grid: tuple[int, int, int]  # stages, data and tensor sizes
+    backend: str  # nccl or gloo
+    hosts: tuple[str, ...]  # host name by rank
+    devices: tuple[str, ...]  # by rank
+    boundaries: tuple[Boundary, ...]  # of all stages
+    reductions: tuple[Reduction, ...]  # of all groups of more than one rank
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem or note for the user.
+    """A problem or note for the user."""
 
-    Attributes:
-        level: PROBLEM or NOTE.
-        row: line of the table it belongs to.
-        hosts: where; empty for all or none in particular.
-        what: is wrong, with values.
-        remedy: what to do.
-    """
-
-    level: str
-    row: str
-    hosts: tuple[str, ...]
-    what: str
-    remedy: str
+    level: str  # PROBLEM or NOTE
+    row: str  # line of the table it belongs to
+    hosts: tuple[str, ...]  # where; empty for all or none in particular
+    what: str  # is wrong, with values
+    remedy: str  # what to do
 
     def __str__(self) -> str:
         where = f"{', '.join(self.hosts[:6])}{' ...' if len(self.hosts) > 6 else ''}: " if self.hosts else ""
@@ -192,30 +118,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Survey:
-    """Everything that was found out.
+    """Everything that was found out."""
 
-    Attributes:
-        hosts: names in the order of their ranks.
-        slots: ranks by host.
-        facts: of the hosts that answered.
-        silent: why the others did not.
-        clocks: of the hosts that answered.
-        seen: reading host -> writing host -> whether the file written there was read here.
-        interface: GLOO_SOCKET_IFNAME that ranks will get.
-        fixed: whether the doctor set `interface` itself, in the file that it wrote.
-        links: what the ranks measured.
-        links_problem: why they did not.
-        other: findings made on the way.
-    """
-
-    hosts: tuple[str, ...]
-    slots: dict[str, int]
-    facts: dict[str, HostFacts]
-    silent: dict[str, str] = field(default_factory=dict)
-    clocks: dict[str, ClockOffset] = field(default_factory=dict)
+    hosts: tuple[str, ...]  # names in the order of their ranks
+    slots: dict[str, int]  # ranks by host
+    facts: dict[str, HostFacts]  # of the hosts that answered
+    silent: dict[str, str] = field(default_factory=dict)  # why the others did not
+    clocks: dict[str, ClockOffset] = field(default_factory=dict)  # of the hosts that answered
+    # reading host -> writing host -> whether the file written there was read here
     seen: dict[str, dict[str, bool]] = field(default_factory=dict)
-    interface: str | None = None
-    fixed: bool = False
-    links: Links | None = None
-    links_problem: str = ""
-    other: tuple[Finding, ...] = ()
+    interface: str | None = None  # GLOO_SOCKET_IFNAME that ranks will get
+    fixed: bool = False  # whether the doctor set `interface` itself, in the file that it wrote
+    links: Links | None = None  # what the ranks measured
+    links_problem: str = ""  # why they did not
+    other: tuple[Finding, ...] = ()  # findings made on the way

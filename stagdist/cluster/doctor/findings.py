@@ -235,12 +235,7 @@ def slow_boundaries(links: Links) -> list[Boundary]:
     latency_s = statistics.median(one.latency_s for one in links.boundaries)
     speeds = [speed for one in links.boundaries for speed in (one.forward_bytes_s, one.backward_bytes_s)]
     bytes_s = statistics.median(speeds)
-    return [
-        one
-        for one in links.boundaries
-        if one.latency_s > max(SLOWER * latency_s, latency_s + LATENCY_FLOOR_S)
-        or min(one.forward_bytes_s, one.backward_bytes_s) < bytes_s / SLOWER
-    ]
+    return [one for one in links.boundaries if _is_slow(one.latency_s, latency_s, _lower_speed(one), bytes_s)]
 
 
 def slow_reductions(links: Links) -> list[Reduction]:
@@ -248,15 +243,18 @@ def slow_reductions(links: Links) -> list[Reduction]:
     found = []
     for axis in sorted({one.axis for one in links.reductions}):
         group = [one for one in links.reductions if one.axis == axis]
-        latency_s, bytes_s = (
-            statistics.median(figures) for figures in ([one.latency_s for one in group], [one.bytes_s for one in group])
-        )
-        found += [
-            one
-            for one in group
-            if one.latency_s > max(SLOWER * latency_s, latency_s + LATENCY_FLOOR_S) or one.bytes_s < bytes_s / SLOWER
-        ]
+        latency_s = statistics.median(one.latency_s for one in group)
+        bytes_s = statistics.median(one.bytes_s for one in group)
+        found += [one for one in group if _is_slow(one.latency_s, latency_s, one.bytes_s, bytes_s)]
     return found
+
+
+def _is_slow(latency_s: float, usual_s: float, bytes_s: float, usual_bytes_s: float) -> bool:
+    return latency_s > max(SLOWER * usual_s, usual_s + LATENCY_FLOOR_S) or bytes_s < usual_bytes_s / SLOWER
+
+
+def _lower_speed(one: Boundary) -> float:
+    return min(one.forward_bytes_s, one.backward_bytes_s)
 
 
 def place(links: Links, ranks: Sequence[int]) -> str:
@@ -306,7 +304,7 @@ def _all_slow(links: Links) -> Iterator[Finding]:
     slow = [
         one
         for one in links.boundaries
-        if one not in known and (one.latency_s > LATENCY_S or min(one.forward_bytes_s, one.backward_bytes_s) < BYTES_S)
+        if one not in known and (one.latency_s > LATENCY_S or _lower_speed(one) < BYTES_S)
     ]
     if slow:
         what = f"{len(slow)} stage boundaries are slower than gigabit Ethernet, for example {figures(slow[0])}"

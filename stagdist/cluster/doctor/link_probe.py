@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from stagdist.cluster.doctor.facts import Boundary, Links, Reduction
@@ -208,29 +209,25 @@ def measure(grid: Grid, world: World, largest_bytes: int, timeout_s: float, star
 
     from stagdist.parallel.world import choose_device, join_world
 
-    timeout = timedelta(seconds=timeout_s)
     device = torch.device(choose_device("auto", world.local_rank))
     cuda = device.type == "cuda"
     join_world(str(device), timeout_s, start_timeout_s=start_s)
     try:
         meter = Meter(grid, world.rank, device, largest_bytes)
         name = torch.cuda.get_device_name(device) if cuda else "cpu"
-        own = (socket.gethostname(), name, meter.boundaries(), meter.reductions(timeout))
+        own = (socket.gethostname(), name, meter.boundaries(), meter.reductions(timedelta(seconds=timeout_s)))
         gathered: list[Any] = [None] * world.size
         dist.all_gather_object(gathered, own)
         dist.barrier()  # no rank leaves while another still receives
     finally:
         dist.destroy_process_group()
-    if world.rank:
-        return None
-    return Links(
-        grid=(grid.pipe, grid.data, grid.tensor),
-        backend="nccl" if cuda else "gloo",
-        hosts=tuple(one[0] for one in gathered),
-        devices=tuple(one[1] for one in gathered),
-        boundaries=tuple(boundary for one in gathered for boundary in one[2]),
-        reductions=tuple(reduction for one in gathered for reduction in one[3]),
-    )
+    return None if world.rank else _merged(grid, "nccl" if cuda else "gloo", gathered)
+
+
+def _merged(grid: Grid, backend: str, gathered: list[Any]) -> Links:
+    hosts, devices, boundaries, reductions = zip(*gathered, strict=True)
+    sizes = (grid.pipe, grid.data, grid.tensor)
+    return Links(sizes, backend, hosts, devices, tuple(chain(*boundaries)), tuple(chain(*reductions)))
 
 
 def pieces(links: Links) -> list[str]:

@@ -15,17 +15,11 @@ MARKER = "!"
 
 @dataclass(frozen=True)
 class TableRow:
-    """One line of the table of hosts.
+    """One line of the table of hosts."""
 
-    Attributes:
-        name: findings refer to it.
-        cells: text by host.
-        numbers: by host, where they are measured and so never equal.
-    """
-
-    name: str
-    cells: dict[str, str]
-    numbers: dict[str, float] | None = None
+    name: str  # findings refer to it
+    cells: dict[str, str]  # text by host
+    numbers: dict[str, float] | None = None  # by host, where they are measured and so never equal
 
 
 def rows(survey: Survey) -> list[TableRow]:

@@ -10,9 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +19,7 @@ from typing import IO, Any
 from pydantic import TypeAdapter
 
 from stagdist.cluster.doctor import link_probe
-from stagdist.cluster.doctor.facts import ClockOffset, HostFacts, Links
+from stagdist.cluster.doctor.facts import ClockOffset, HostFacts, Links, Survey
 from stagdist.cluster.doctor.host_probe import ANSWER_PREFIX
 from stagdist.cluster.hosts import start as launchers
 from stagdist.cluster.hosts.hostfile import Host, hostfile_text
@@ -45,13 +44,9 @@ _CLOCK = f"import sys, time\nfor _ in sys.stdin:\n    print('{_CLOCK_MARK}%r' % 
 
 @dataclass(frozen=True)
 class HostAccess:
-    """How to run something on a host.
+    """How to run something on a host."""
 
-    Attributes:
-        alone: there is only this machine; no ssh.
-    """
-
-    alone: bool = False
+    alone: bool = False  # there is only this machine; no ssh
 
     def ask(self, host: str, question: dict[str, Any], timeout_s: float = EXAMINE_S) -> dict[str, Any]:
         """The answer of a host.
@@ -92,17 +87,20 @@ class HostAccess:
         if self.alone:
             return ClockOffset(0.0, 0.0)
         line = remote_command([sys.executable, "-I", "-S", "-u", "-c", _CLOCK], CLOCK_S)
-        with _conversation(ssh_words(host, line), CLOCK_S) as process:
-            samples = []
+        words = ["timeout", "--kill-after=2", f"{CLOCK_S:g}", *ssh_words(host, line)]
+        samples = []
+        pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
+        with (
+            contextlib.suppress(BrokenPipeError),
+            subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=quiet, text=True, bufsize=1) as process,
+        ):
             for _ in range(CLOCK_ROUNDS):
                 sent = time.time()
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.write("\n")  # type: ignore[union-attr]
+                process.stdin.write("\n")  # type: ignore[union-attr]
                 answer = _marked_line(process.stdout)  # type: ignore[arg-type]
-                received = time.time()
                 if answer is None:
                     break
-                samples.append((sent, float(answer), received))
+                samples.append((sent, float(answer), time.time()))
         return clock_from(samples)
 
 
@@ -120,58 +118,17 @@ def clock_from(samples: Sequence[tuple[float, float, float]]) -> ClockOffset | N
     return ClockOffset(there - (sent + received) / 2, (received - sent) / 2)
 
 
-@contextlib.contextmanager
-def _conversation(words: Sequence[str], limit_s: float) -> Iterator["subprocess.Popen[str]"]:
-    """A process to talk with line by line; it is killed at the end, or when the time is up."""
-    process = subprocess.Popen(
-        words,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        bufsize=1,
-        start_new_session=True,
-    )
-
-    def kill() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-    timer = threading.Timer(limit_s, kill)
-    timer.start()
-    try:
-        yield process
-    finally:
-        timer.cancel()
-        kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()  # type: ignore[union-attr]
-
-
-@dataclass(frozen=True)
-class HostAnswers:
-    """The answers of all hosts; see `Survey` for the fields."""
-
-    facts: dict[str, HostFacts]
-    silent: dict[str, str]
-    clocks: dict[str, ClockOffset]
-    seen: dict[str, dict[str, bool]]
-
-
-def ask_all(
-    hosts: Sequence[str], reach: HostAccess, folder: Path, checkpoints: Path | None, write_mib: int
-) -> HostAnswers:
+def ask_all(slots: dict[str, int], reach: HostAccess, folder: Path, checkpoints: Path | None, write_mib: int) -> Survey:
     """Examine all hosts.
 
     Args:
-        hosts: names in the order of their ranks.
+        slots: ranks by host, in the order of the ranks.
         reach: how to get there.
         folder: working directory of the launcher.
         checkpoints: folder to try; None to leave it out.
         write_mib: size of the file to measure the disk with, in MiB.
     """
+    hosts = tuple(slots)
     kept = checkpoints and str(checkpoints.absolute())
     question = {"hosts": list(hosts), "folder": str(folder), "checkpoints": kept, "token": secrets.token_hex(8)}
     contents = {host: secrets.token_hex(16) for host in hosts}
@@ -190,7 +147,7 @@ def ask_all(
     finally:
         if checkpoints:
             _clean(hosts, reach, question, facts)
-    return HostAnswers(facts, silent, clocks, seen)
+    return Survey(hosts, slots, facts, silent, clocks, seen)
 
 
 def _try(reach: HostAccess, host: str, question: dict[str, Any]) -> dict[str, Any] | str:
@@ -234,29 +191,17 @@ _ALARM = re.compile(rf"return code = -{signal.SIGALRM:d}\b|[Ss]ignal {signal.SIG
 
 @dataclass(frozen=True)
 class LinkPlan:
-    """How to measure.
+    """How to measure."""
 
-    Attributes:
-        grid: of all ranks.
-        hosts: in the order of their ranks; empty for this machine alone.
-        launcher: one of LAUNCHERS; without hosts DeepSpeed's local one is used.
-        master: address of rank 0.
-        port: of rank 0.
-        variables: for the ranks; no secrets, plain.
-        largest_mib: size of the large messages, in MiB.
-        step_s: limit of each step.
-        limit_s: limit of all.
-    """
-
-    grid: Grid
-    hosts: tuple[Host, ...]
-    launcher: str
-    master: str
-    port: int
-    variables: Mapping[str, str]
-    largest_mib: int = 16
-    step_s: float = 30.0
-    limit_s: int = 150
+    grid: Grid  # of all ranks
+    hosts: tuple[Host, ...]  # in the order of their ranks; empty for this machine alone
+    launcher: str  # one of LAUNCHERS; without hosts DeepSpeed's local one is used
+    master: str  # address of rank 0
+    port: int  # of rank 0
+    variables: Mapping[str, str]  # for the ranks; no secrets, plain
+    largest_mib: int = 16  # size of the large messages, in MiB
+    step_s: float = 30.0  # limit of each step
+    limit_s: int = 150  # limit of all
 
 
 def measure_links(plan: LinkPlan) -> Links:

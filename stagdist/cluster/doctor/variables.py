@@ -29,15 +29,10 @@ _LINE = re.compile(r"\s*(?P<name>[A-Za-z_][A-Za-z0-9_]*)\s*=(?P<value>.*)")
 
 @dataclass(frozen=True)
 class ForwardedVariables:
-    """What DeepSpeed will hand on to the ranks.
+    """What DeepSpeed will hand on to the ranks."""
 
-    Attributes:
-        variables: those that are safe to forward.
-        findings: what is wrong with the rest, or with there being none.
-    """
-
-    variables: dict[str, str]
-    findings: tuple[Finding, ...] = ()
+    variables: dict[str, str]  # those that are safe to forward
+    findings: tuple[Finding, ...] = ()  # what is wrong with the rest, or with there being none
 
 
 def read_deepspeed_env(folder: Path, environment: Mapping[str, str] = os.environ) -> ForwardedVariables:

@@ -14,15 +14,10 @@ _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 @dataclass(frozen=True)
 class Host:
-    """One machine.
+    """One machine."""
 
-    Attributes:
-        name: what ssh calls it: a host name or an IPv4 address.
-        slots: ranks it can run.
-    """
-
-    name: str
-    slots: int
+    name: str  # what ssh calls it: a host name or an IPv4 address
+    slots: int  # ranks it can run
 
     def __post_init__(self) -> None:
         check_host_name(self.name)
@@ -32,15 +27,10 @@ class Host:
 
 @dataclass(frozen=True)
 class Hostfile:
-    """Hosts in the order of their ranks.
+    """Hosts in the order of their ranks."""
 
-    Attributes:
-        hosts: that work.
-        spares: that replace one of them when it dies.
-    """
-
-    hosts: tuple[Host, ...]
-    spares: tuple[Host, ...] = ()
+    hosts: tuple[Host, ...]  # that work
+    spares: tuple[Host, ...] = ()  # that replace one of them when it dies
 
     @property
     def slots(self) -> int:

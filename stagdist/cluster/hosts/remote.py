@@ -32,19 +32,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Finished:
-    """How a command ended.
+    """How a command ended."""
 
-    Attributes:
-        code: exit code, minus the signal's number after a signal; None when its time was up.
-        stdout: what it wrote.
-        stderr: what it and ssh complained of.
-        wall_s: seconds it took, connecting included.
-    """
-
-    code: int | None
-    stdout: str
-    stderr: str
-    wall_s: float
+    code: int | None  # exit code, minus the signal's number after a signal; None when its time was up
+    stdout: str  # what it wrote
+    stderr: str  # what it and ssh complained of
+    wall_s: float  # seconds it took, connecting included
 
     @property
     def ok(self) -> bool:
@@ -146,18 +139,12 @@ def run_here(
         ConfigError: there is no such program.
     """
     started = time.monotonic()
+    variables = {**(os.environ if only is None else only), **(environment or {})}
     try:
         process = subprocess.Popen(
-            list(words),
-            cwd=folder,
-            env={**(os.environ if only is None else only), **(environment or {})},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+            list(words), cwd=folder, env=variables, text=True, errors="replace", start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
     except OSError as error:
         raise ConfigError(f"{words[0]} cannot be started: {error.strerror}: {error.filename}") from error
     try:

@@ -29,29 +29,17 @@ _AGENT = "stagdist.cluster.supervision.agent"
 
 @dataclass(frozen=True)
 class Launch:
-    """What every launcher needs to know.
+    """What every launcher needs to know."""
 
-    Attributes:
-        hosts: in the order of their ranks.
-        master_address: of the first host, as the others reach it.
-        master_port: free there.
-        job: file for the agents, on a path that all hosts see.
-        hostfile: written for the launcher.
-        environment_file: for DeepSpeed, instead of `.deepspeed_env`.
-        mark: of the job's processes.
-        folder: working directory.
-        as_root: the user is root, which Open MPI must allow explicitly.
-    """
-
-    hosts: tuple[Host, ...]
-    master_address: str
-    master_port: int
-    job: Path
-    hostfile: Path
-    environment_file: Path
-    mark: str
-    folder: Path
-    as_root: bool = False
+    hosts: tuple[Host, ...]  # in the order of their ranks
+    master_address: str  # of the first host, as the others reach it
+    master_port: int  # free there
+    job: Path  # file for the agents, on a path that all hosts see
+    hostfile: Path  # written for the launcher
+    environment_file: Path  # for DeepSpeed, instead of `.deepspeed_env`
+    mark: str  # of the job's processes
+    folder: Path  # working directory
+    as_root: bool = False  # the user is root, which Open MPI must allow explicitly
 
     @property
     def world_size(self) -> int:

@@ -46,54 +46,31 @@ SWEEP_S = 8.0
 
 @dataclass(frozen=True)
 class AttemptPlan:
-    """What an attempt consists of.
+    """What an attempt consists of."""
 
-    Attributes:
-        number: of the attempt, from 1.
-        launcher: that starts it.
-        launch: where and how.
-        command: script and arguments.
-        environment: variables of the ranks.
-        address: of this machine, for the agents.
-        logs: folder of this attempt.
-        limits: of silence.
-        lease_s: see `Job`.
-        stop_s: see `Job`.
-    """
-
-    number: int
-    launcher: Launcher
-    launch: Launch
-    command: tuple[str, ...]
-    environment: Mapping[str, str]
-    address: str
-    logs: Path
-    limits: SilenceLimits
-    lease_s: float
-    stop_s: float
+    number: int  # of the attempt, from 1
+    launcher: Launcher  # that starts it
+    launch: Launch  # where and how
+    command: tuple[str, ...]  # script and arguments
+    environment: Mapping[str, str]  # variables of the ranks
+    address: str  # of this machine, for the agents
+    logs: Path  # folder of this attempt
+    limits: SilenceLimits  # of silence
+    lease_s: float  # see `Job`
+    stop_s: float  # see `Job`
 
 
 @dataclass
 class AttemptResult:
-    """How an attempt ended.
+    """How an attempt ended."""
 
-    Attributes:
-        fault: None where all ranks ended with 0.
-        ranks: their last words.
-        noticed: when the fault was seen, seconds since 1970.
-        ended: processes that had to be ended on the hosts.
-        left: processes that could not be.
-        dead: hosts that did not answer, with the reason.
-        last_heard: monotonic seconds, of the last message of a host that is dead now.
-    """
-
-    fault: Fault | None
-    ranks: Mapping[int, RankReport]
-    noticed: float
-    ended: int = 0
-    left: int = 0
-    dead: Mapping[str, str] = field(default_factory=dict)
-    last_heard: float = 0.0
+    fault: Fault | None  # None where all ranks ended with 0
+    ranks: Mapping[int, RankReport]  # their last words
+    noticed: float  # when the fault was seen, seconds since 1970
+    ended: int = 0  # processes that had to be ended on the hosts
+    left: int = 0  # processes that could not be
+    dead: Mapping[str, str] = field(default_factory=dict)  # hosts that did not answer, with the reason
+    last_heard: float = 0.0  # monotonic seconds, of the last message of a host that is dead now
 
 
 class Attempt:
@@ -143,35 +120,20 @@ class Attempt:
         with writing(launch.environment_file, private=True) as stream:
             stream.write(environment_file(launch, os.environ))
         Job(
-            plan.command,
-            str(launch.folder),
-            plan.environment,
-            plan.address,
-            port,
-            self._token,
-            plan.number,
-            str(plan.logs),
-            plan.lease_s,
-            plan.stop_s,
-        ).write(launch.job)
+            plan.command, str(launch.folder), plan.environment, plan.address, port, self._token, plan.number,
+            str(plan.logs), plan.lease_s, plan.stop_s,
+        ).write(launch.job)  # fmt: skip
 
     def _start(self) -> None:
         plan = self._plan
         environment = launcher_environment(plan.launcher, plan.launch, os.environ)
         with open(self._launcher_log, "ab", opener=_private) as log:
             for words in commands(plan.launcher, plan.launch):
-                self._processes.append(
-                    subprocess.Popen(
-                        words,
-                        cwd=plan.launch.folder,
-                        env=environment,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,
-                        preexec_fn=die_with_parent(),
-                    )
-                )
+                process = subprocess.Popen(
+                    words, cwd=plan.launch.folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    start_new_session=True, preexec_fn=die_with_parent(),
+                )  # fmt: skip
+                self._processes.append(process)
 
     @property
     def _launcher_log(self) -> Path:

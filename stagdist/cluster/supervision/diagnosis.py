@@ -22,45 +22,28 @@ USER_ERROR_CODE = 2
 
 @dataclass(frozen=True)
 class SilenceLimits:
-    """How many seconds without a heartbeat are normal.
+    """How many seconds without a heartbeat are normal."""
 
-    Attributes:
-        hang_s: without a sign of life in the middle of work.
-        slow_s: while starting, saving, exporting.
-        host_s: without a message of an agent.
-        start_s: before the first sign of life; infinite for scripts that give none.
-    """
-
-    hang_s: float
-    slow_s: float
-    host_s: float
-    start_s: float = float("inf")
+    hang_s: float  # without a sign of life in the middle of work
+    slow_s: float  # while starting, saving, exporting
+    host_s: float  # without a message of an agent
+    start_s: float = float("inf")  # before the first sign of life; infinite for scripts that give none
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why an attempt cannot continue.
+    """Why an attempt cannot continue."""
 
-    Attributes:
-        kind: `exit`: a rank ended; `stuck`: it sends no heartbeat; `silent`: its host or agent sends no messages;
-            `missing`: it never came; `launcher`: the launcher ended first.
-        rank: the first to blame; None where no rank is.
-        host: its host.
-        says: one line for the user.
-        code: exit code of the rank or launcher.
-        step: optimizer steps that were done.
-        own: the script ended by an error of its own, not by a signal or by the loss of a peer.
-        silent: ranks that sent no messages, for `silent`.
-    """
-
+    # `exit`: a rank ended; `stuck`: it sends no heartbeat; `silent`: its host or agent sends no messages; `missing`:
+    # it never came; `launcher`: the launcher ended first
     kind: FaultKind
-    rank: int | None
-    host: str
-    says: str
-    code: int | None = None
-    step: int = -1
-    own: bool = False
-    silent: tuple[int, ...] = ()
+    rank: int | None  # the first to blame; None where no rank is
+    host: str  # its host
+    says: str  # one line for the user
+    code: int | None = None  # exit code of the rank or launcher
+    step: int = -1  # optimizer steps that were done
+    own: bool = False  # the script ended by an error of its own, not by a signal or by the loss of a peer
+    silent: tuple[int, ...] = ()  # ranks that sent no messages, for `silent`
 
     @property
     def same_again(self) -> tuple[object, ...]:

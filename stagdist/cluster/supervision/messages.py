@@ -18,30 +18,18 @@ AGENT_ERROR = "error: agent: "
 
 @dataclass(frozen=True)
 class Job:
-    """One attempt of a supervised run.
+    """One attempt of a supervised run."""
 
-    Attributes:
-        command: script and arguments of every rank; Python runs it.
-        folder: working directory.
-        environment: variables of every rank, including secrets, in addition to those of the launcher.
-        address: where the supervisor listens, with `port`.
-        token: proves to the supervisor that a message is of this job.
-        attempt: from 1.
-        logs: folder for the output of the ranks.
-        lease_s: seconds without word from the supervisor after which a rank ends.
-        stop_s: seconds that a rank has for a clean shutdown.
-    """
-
-    command: tuple[str, ...]
-    folder: str
-    environment: Mapping[str, str]
-    address: str
+    command: tuple[str, ...]  # script and arguments of every rank; Python runs it
+    folder: str  # working directory
+    environment: Mapping[str, str]  # variables of every rank, including secrets, in addition to those of the launcher
+    address: str  # where the supervisor listens, with `port`
     port: int
-    token: str
-    attempt: int
-    logs: str
-    lease_s: float
-    stop_s: float = field(default=30.0)
+    token: str  # proves to the supervisor that a message is of this job
+    attempt: int  # from 1
+    logs: str  # folder for the output of the ranks
+    lease_s: float  # seconds without word from the supervisor after which a rank ends
+    stop_s: float = field(default=30.0)  # seconds that a rank has for a clean shutdown
 
     def write(self, path: Path) -> None:
         """Store it, readable by its owner alone."""

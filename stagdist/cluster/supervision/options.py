@@ -28,34 +28,20 @@ SCRIPTS_WITH_HEARTBEAT = ("pretrain.py", "generate.py")
 
 @dataclass(frozen=True)
 class SupervisorOptions:
-    """How a run is supervised.
+    """How a run is supervised."""
 
-    Attributes:
-        command: script and its arguments.
-        launcher: that starts the ranks.
-        placement: hosts and spares.
-        folder: of the run: logs and run.json go there; all hosts see it.
-        environment: variables for the ranks.
-        address: of this machine for the agents; None: the one that the first host can reach.
-        max_restarts: in a row without a new checkpoint, after which the supervisor gives up.
-        limits: how long ranks and hosts may go without a heartbeat.
-        lease_s: a rank ends after this time without a message from the supervisor.
-        stop_s: time for a clean shutdown.
-        host_wait_s: how long a host that died, and cannot be replaced, is waited for.
-        fits: whether the run exists on so many ranks, for continuing with fewer; None: not allowed.
-    """
-
-    command: tuple[str, ...]
-    launcher: Launcher
-    placement: HostPlacement
-    folder: Path
-    environment: Mapping[str, str]
-    address: str | None
-    max_restarts: int
-    limits: SilenceLimits
-    lease_s: float
-    stop_s: float
-    host_wait_s: float
+    command: tuple[str, ...]  # script and its arguments
+    launcher: Launcher  # that starts the ranks
+    placement: HostPlacement  # hosts and spares
+    folder: Path  # of the run: logs and run.json go there; all hosts see it
+    environment: Mapping[str, str]  # variables for the ranks
+    address: str | None  # of this machine for the agents; None: the one that the first host can reach
+    max_restarts: int  # in a row without a new checkpoint, after which the supervisor gives up
+    limits: SilenceLimits  # how long ranks and hosts may go without a heartbeat
+    lease_s: float  # a rank ends after this time without a message from the supervisor
+    stop_s: float  # time for a clean shutdown
+    host_wait_s: float  # how long a host that died, and cannot be replaced, is waited for
+    # whether the run exists on so many ranks, for continuing with fewer; None: not allowed
     fits: Callable[[int], bool] | None
 
 
@@ -94,7 +80,6 @@ def options_of(arguments: argparse.Namespace) -> SupervisorOptions:
         ConfigError: with the remedy.
     """
     placement, config = placement_of(arguments), config_of(arguments.command)
-    script = Path(arguments.command[0]).name
     if not Path(arguments.command[0]).is_file():
         raise ConfigError(
             f"{arguments.command[0]} is no script; write for example -- launch/pretrain.py --config x.yaml"
@@ -118,17 +103,18 @@ def options_of(arguments: argparse.Namespace) -> SupervisorOptions:
         environment=environment,
         address=arguments.address,
         max_restarts=arguments.max_restarts,
-        limits=SilenceLimits(
-            hang_s=arguments.hang_timeout_s,
-            slow_s=arguments.slow_timeout_s,
-            host_s=arguments.host_timeout_s,
-            start_s=arguments.slow_timeout_s if script in SCRIPTS_WITH_HEARTBEAT else float("inf"),
-        ),
+        limits=_limits_of(arguments),
         lease_s=1.5 * arguments.host_timeout_s,
         stop_s=arguments.stop_s,
         host_wait_s=arguments.host_wait_s,
         fits=None if config is None else _fits(config, arguments.min_data_parallel),
     )
+
+
+def _limits_of(arguments: argparse.Namespace) -> SilenceLimits:
+    heartbeat = Path(arguments.command[0]).name in SCRIPTS_WITH_HEARTBEAT
+    start_s = arguments.slow_timeout_s if heartbeat else float("inf")
+    return SilenceLimits(arguments.hang_timeout_s, arguments.slow_timeout_s, arguments.host_timeout_s, start_s)
 
 
 def _check_address(address: str | None) -> None:

@@ -13,17 +13,11 @@ UNKNOWN_HOST = "Could not resolve hostname"
 
 @dataclass(frozen=True)
 class HostPlacement:
-    """Hosts at work and in reserve.
+    """Hosts at work and in reserve."""
 
-    Attributes:
-        hosts: in the order of their ranks.
-        spares: not at work; hosts that were lost come last, since they may be back.
-        lost: at work once, and given up.
-    """
-
-    hosts: tuple[Host, ...]
-    spares: tuple[Host, ...] = ()
-    lost: tuple[Host, ...] = ()
+    hosts: tuple[Host, ...]  # in the order of their ranks
+    spares: tuple[Host, ...] = ()  # not at work; hosts that were lost come last, since they may be back
+    lost: tuple[Host, ...] = ()  # at work once, and given up
 
     @property
     def world_size(self) -> int:

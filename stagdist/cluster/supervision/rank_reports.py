@@ -27,43 +27,24 @@ the connection, and with it the rank."""
 
 @dataclass
 class RankReport:
-    """Latest report of one rank.
+    """Latest report of one rank."""
 
-    Attributes:
-        rank: global.
-        host: name that the host gives itself.
-        first_step: optimizer steps done when the script began to train; -1: unknown.
-        step: optimizer steps done; -1: unknown.
-        phase: what it is busy with.
-        count: heartbeats so far; 0: the script has sent none.
-        age_s: of the last heartbeat at the time of the report.
-        process: state letter of its process.
-        stopped_at: monotonic seconds, when it was first seen stopped; None while it is not.
-        heard_at: monotonic seconds, of the last message.
-        exit_code: of the script, negative after a signal; None while it runs.
-        exited_at: monotonic seconds.
-        ended_by_us: the supervisor ended it.
-        lost: the connection to its agent closed without an exit report.
-        tail: its last lines of output.
-        stack: Python stacks, where they were asked for.
-    """
-
-    rank: int
-    host: str
-    first_step: int = -1
-    step: int = -1
-    phase: Phase = Phase.START
-    count: int = 0
-    age_s: float = 0.0
-    process: str = "?"
-    stopped_at: float | None = None
-    heard_at: float = 0.0
-    exit_code: int | None = None
-    exited_at: float = 0.0
-    ended_by_us: bool = False
-    lost: bool = False
-    tail: tuple[str, ...] = ()
-    stack: tuple[str, ...] = ()
+    rank: int  # global
+    host: str  # name that the host gives itself
+    first_step: int = -1  # optimizer steps done when the script began to train; -1: unknown
+    step: int = -1  # optimizer steps done; -1: unknown
+    phase: Phase = Phase.START  # what it is busy with
+    count: int = 0  # heartbeats so far; 0: the script has sent none
+    age_s: float = 0.0  # of the last heartbeat at the time of the report
+    process: str = "?"  # state letter of its process
+    stopped_at: float | None = None  # monotonic seconds, when it was first seen stopped; None while it is not
+    heard_at: float = 0.0  # monotonic seconds, of the last message
+    exit_code: int | None = None  # of the script, negative after a signal; None while it runs
+    exited_at: float = 0.0  # monotonic seconds
+    ended_by_us: bool = False  # the supervisor ended it
+    lost: bool = False  # the connection to its agent closed without an exit report
+    tail: tuple[str, ...] = ()  # its last lines of output
+    stack: tuple[str, ...] = ()  # Python stacks, where they were asked for
 
     def silent_s(self, now: float) -> float:
         """Seconds since its last sign of life."""
