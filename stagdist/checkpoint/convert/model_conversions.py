@@ -24,9 +24,9 @@ from stagdist.checkpoint.convert.staging import (
     require_free,
     staged_folder,
 )
-from stagdist.checkpoint.published.reader import ChangedTokenizerError, ModelReader
+from stagdist.checkpoint.published.model_reader import ChangedTokenizerError, ModelReader
+from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
 from stagdist.checkpoint.published.safetensors_writer import tensor_sha256
-from stagdist.checkpoint.published.writer import ModelDirectoryWriter
 from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.config.loading import differences
 from stagdist.config.parts import ModelConfig

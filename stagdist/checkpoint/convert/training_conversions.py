@@ -23,8 +23,7 @@ from stagdist.checkpoint.convert.staging import (
     require_makeable,
     staged_folder,
 )
-from stagdist.checkpoint.published.reader import ModelReader
-from stagdist.checkpoint.training.checks import require_same
+from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.checkpoint.training.content import KINDS, TrainingSource
 from stagdist.checkpoint.training.directory import (
     CONFIG,
@@ -37,8 +36,9 @@ from stagdist.checkpoint.training.directory import (
     write_complete,
 )
 from stagdist.checkpoint.training.imported import ImportedModel
-from stagdist.checkpoint.training.reader import TrainingReader
-from stagdist.checkpoint.training.writer import TrainingWriter
+from stagdist.checkpoint.training.layout_checks import require_same
+from stagdist.checkpoint.training.training_reader import TrainingReader
+from stagdist.checkpoint.training.training_writer import TrainingWriter
 from stagdist.config.loading import differences, dump_config, load_config, validate
 from stagdist.config.run_config import RunConfig, require_world
 from stagdist.data.tokenizer import BYTES, Tokenizer, holds_tokenizer, load_tokenizer

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from stagdist.checkpoint.published.reader import ModelReader, check_tokenizer
+from stagdist.checkpoint.published.model_reader import ModelReader, check_tokenizer
 from stagdist.errors import CheckpointError
 
 _ADAPTER = "adapter_config.json"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagdist.checkpoint.published.reader import ModelReader
+from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.checkpoint.training.content import MASTER, Counters
 from stagdist.config.run_config import RunConfig
 from stagdist.model.precision import DTYPES

@@ -15,8 +15,8 @@ from stagdist.checkpoint.convert.staging import ConversionOptions
 from stagdist.checkpoint.convert.training_conversions import import_model
 from stagdist.checkpoint.convert.upcycle import upcycle
 from stagdist.checkpoint.convert.verify import verify
-from stagdist.checkpoint.published.reader import ModelReader
-from stagdist.checkpoint.published.writer import CODE_FILES
+from stagdist.checkpoint.published.model_reader import ModelReader
+from stagdist.checkpoint.published.model_writer import CODE_FILES
 from stagdist.errors import CheckpointError
 from stagdist.parallel.grid import Grid
 from tests.checkpoint.synthetic import model_directory

@@ -7,8 +7,8 @@ import torch
 
 from stagdist.checkpoint.training.content import KINDS, MASTER, Counters, Track, TrainingSource
 from stagdist.checkpoint.training.file_structure import same
-from stagdist.checkpoint.training.reader import TrainingReader
 from stagdist.checkpoint.training.stage_files import extra_keys, model_states_file, optimizer_file, pipeline_layers
+from stagdist.checkpoint.training.training_reader import TrainingReader
 from stagdist.errors import CheckpointError
 from stagdist.parallel.layout import ParameterSpec
 
