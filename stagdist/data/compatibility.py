@@ -81,12 +81,7 @@ def check_data(
 
 
 def check_with_tokenizer(
-    data: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    sequence_length: int,
-    vocab_size: int,
-    num_samples: tuple[int, int, int],
+    data: DataConfig, tokenizer: Tokenizer, *, sequence_length: int, vocab_size: int, num_samples: tuple[int, int, int]
 ) -> dict[str, CorpusIndex]:
     """`check_data` with a tokenizer that is loaded already.
 

@@ -58,12 +58,7 @@ class _TokenizerFacts:
 
 
 def build_splits(
-    data: DataConfig,
-    *,
-    sequence_length: int,
-    num_samples: tuple[int, int, int],
-    tokenizer: Tokenizer,
-    vocab_size: int,
+    data: DataConfig, *, sequence_length: int, num_samples: tuple[int, int, int], tokenizer: Tokenizer, vocab_size: int
 ) -> Splits:
     """Build the data sets of a run.
 

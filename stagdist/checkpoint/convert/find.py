@@ -111,8 +111,8 @@ def _open_checkpoint(found: FoundCheckpoint, *, trust_pickle: bool, files_checke
     if not (found.directory / COMPLETE).is_file():
         raise CheckpointError(f"{found.directory} has no {COMPLETE}: it is not a complete checkpoint")
     reader = TrainingReader(found.directory, trust_pickle=trust_pickle)
-    if not (files_checked or found.files_checked):
-        reader.check_files()
+    if not (files_checked or found.files_checked) and (reason := checkpoint_damage(reader.directory)):
+        raise CheckpointError(f"{reader.directory}: {reason}")
     check_layout(reader)
     return reader
 

@@ -66,10 +66,6 @@ class Inspection:
     problems: list[str] = field(default_factory=list)
     tensors: list[TensorFacts] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
-        """The report as a dictionary for `json.dumps`."""
-        return asdict(self)
-
 
 def inspect(path: str | Path, *, trust_pickle: bool = False, track: Track[Any] = untracked) -> Inspection:
     """Examine a directory. Problems are listed, not raised.

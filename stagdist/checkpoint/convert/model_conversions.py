@@ -11,11 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.convert.find import (
-    open_training,
-    open_weights,
-    source_tokenizer,
-)
+from stagdist.checkpoint.convert.find import open_training, open_weights, source_tokenizer
 from stagdist.checkpoint.convert.proof import prove_logits, text_ids
 from stagdist.checkpoint.convert.staging import (
     ConversionOptions,

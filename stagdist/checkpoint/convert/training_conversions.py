@@ -9,12 +9,7 @@ from pathlib import Path
 
 import torch
 
-from stagdist.checkpoint.convert.find import (
-    STEP_FOLDER,
-    open_model,
-    open_training,
-    source_tokenizer,
-)
+from stagdist.checkpoint.convert.find import STEP_FOLDER, open_model, open_training, source_tokenizer
 from stagdist.checkpoint.convert.proof import text_ids
 from stagdist.checkpoint.convert.staging import (
     ConversionOptions,
@@ -112,10 +107,7 @@ def import_model(
         )
     imported = ImportedModel(weights, config)
     # fp32 represents all values of the other dtypes
-    exact = DTYPES[config.training.precision] in (
-        weights.dtype,
-        torch.float32,
-    )
+    exact = DTYPES[config.training.precision] in (weights.dtype, torch.float32)
     _write_training(imported, config, state, final, options)
     rounded = "" if exact else f", rounded to {config.training.precision}"
     return ConversionResult(final, f"{len(model_parameters(weights.model))} tensors are bit-equal{rounded}")
@@ -220,11 +212,7 @@ def _require_tokenizer(
 
 
 def _write_training(
-    source: TrainingSource,
-    config: RunConfig,
-    state: TrainingState,
-    final: Path,
-    options: ConversionOptions,
+    source: TrainingSource, config: RunConfig, state: TrainingState, final: Path, options: ConversionOptions
 ) -> None:
     """Write a training checkpoint, read it back, compare it, and give it its name."""
     grid = Grid(*state.grid)

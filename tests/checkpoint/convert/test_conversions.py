@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ def test_inspect_tells_what_is_there_and_what_is_wrong(tmp_path: Path) -> None:
     model = ModelConfig(**SHAPE | TIED_COMBINED)
     assert [facts.name for facts in report.tensors] == [spec.name for spec in model_parameters(model)]
     assert report.parameters == sum(spec.numel for spec in model_parameters(model))
-    assert json.loads(json.dumps(report.as_json()))["files"]["config.yaml"] > 0
+    assert json.loads(json.dumps(asdict(report)))["files"]["config.yaml"] > 0
     assert "no problem found" in as_table(report)
 
     (folder / "layer_01-model_01-model_states.pt").unlink()

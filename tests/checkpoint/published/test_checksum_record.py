@@ -50,12 +50,12 @@ def test_another_type_than_was_written_is_noticed(tmp_path: Path) -> None:
     ("record", "complaint"),
     [
         ([], "does not hold a JSON object"),
-        ({"sha256": [1]}, "sha256 must hold the sum of every tensor"),
-        ({"sha256": {}}, "sha256 must hold the sum of every tensor"),
-        ({"sha256": {"embedding.weight": 1}}, "sha256 must hold the sum of every tensor"),
-        ({"sha256": {"embedding.weight": "1"}, "config": [1]}, "config must hold keys"),
+        ({"sha256": [1]}, "sha256 must have the checksum of every tensor"),
+        ({"sha256": {}}, "sha256 must have the checksum of every tensor"),
+        ({"sha256": {"embedding.weight": 1}}, "sha256 must have the checksum of every tensor"),
+        ({"sha256": {"embedding.weight": "1"}, "config": [1]}, "config must have keys"),
         ({"sha256": {"embedding.weight": "1"}, "dtype": ["x"]}, "says dtype"),
-        ({"sha256": {"embedding.weight": "1"}}, "has no sum of the tensor sections"),
+        ({"sha256": {"embedding.weight": "1"}}, "has no checksum of the tensor sections"),
     ],
 )
 def test_a_damaged_record_is_named(tmp_path: Path, record: Any, complaint: str) -> None:

@@ -165,5 +165,5 @@ def test_a_directory_from_before_small_files_were_recorded_is_whole(tmp_path: Pa
 def test_a_record_of_small_files_that_is_none_is_damaged(tmp_path: Path, files: Any) -> None:
     folder = model_directory(tmp_path / "model", {})
     (folder / "checksums.json").write_text(json.dumps(record(folder) | {"files": files}))
-    with pytest.raises(CheckpointError, match=r"checksums\.json is damaged: files must hold the sums"):
+    with pytest.raises(CheckpointError, match=r"checksums\.json is damaged: files must have checksums"):
         ModelReader(folder)
