@@ -136,12 +136,8 @@ def harness(arguments: argparse.Namespace) -> dict[str, Any]:
     results = run_tasks(
         arguments.model,
         [name for name in arguments.tasks.split(",") if name],
-        include_path=arguments.include_path,
-        limit=arguments.limit,
-        num_fewshot=arguments.num_fewshot,
-        batch_size=arguments.batch_size,
-        device=arguments.device,
         dtype=arguments.dtype or "auto",
+        **{key: getattr(arguments, key) for key in ("include_path", "limit", "num_fewshot", "batch_size", "device")},
     )
     print(results_table(results))
     return results

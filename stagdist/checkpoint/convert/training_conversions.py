@@ -89,7 +89,8 @@ def import_model(
     require_makeable(Path(destination))
     weights = open_model(source)
     config = _import_config(weights, Path(destination), grid, config_file, options)
-    tokenizer = _import_tokenizer(weights, options)
+    has_tokenizer = options.tokenizer is not None or holds_tokenizer(weights.directory)
+    tokenizer = source_tokenizer(weights, options.tokenizer) if has_tokenizer else None
     if config_file is not None and tokenizer is not None:
         _require_tokenizer(config_file, config.data.tokenizer, weights, tokenizer, options)
     if options.tokenizer is not None and tokenizer is not None:
@@ -175,13 +176,6 @@ def _import_config(
 def _tokenizer_place(weights: ModelReader, options: ConversionOptions) -> str:
     """Path of the tokenizer of an imported model; absolute, so that it is found from every working directory."""
     return BYTES if options.tokenizer == BYTES else str(Path(options.tokenizer or weights.directory).resolve())
-
-
-def _import_tokenizer(weights: ModelReader, options: ConversionOptions) -> Tokenizer | None:
-    """The tokenizer of an imported model: the given one, else that of the directory, else None."""
-    if options.tokenizer is None and not holds_tokenizer(weights.directory):
-        return None
-    return source_tokenizer(weights, options.tokenizer)
 
 
 def _require_tokenizer(
