@@ -149,7 +149,7 @@ def _random_model(folder: Path, model: dict[str, Any]) -> None:
     """A bf16 model directory with the bytes tokenizer."""
     import torch
 
-    from stagdist.checkpoint.published.writer import ModelDirectoryWriter
+    from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
     from stagdist.config.parts import ModelConfig
     from stagdist.data.tokenizer import load_tokenizer
     from stagdist.parallel.layout import model_parameters

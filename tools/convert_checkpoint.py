@@ -177,7 +177,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 
     track = untracked if arguments.quiet else show
     report = inspection.inspect(arguments.directory, trust_pickle=arguments.trust_pickle, track=track)
-    print(json.dumps(report.as_json(), indent=2) if arguments.json else inspection.as_table(report))
+    print(json.dumps(asdict(report), indent=2) if arguments.json else inspection.as_table(report))
     return 1 if report.problems else 0
 
 

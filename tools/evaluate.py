@@ -49,9 +49,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows per forward pass (default: 8)")
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="dtype of the computation (default: of the stored weights)",
+        "--dtype", choices=("float32", "bfloat16"), help="dtype of the computation (default: of the stored weights)"
     )
 
 
@@ -66,10 +64,7 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument("--window", type=int, metavar="N", help="tokens seen at once (default: the model's maximum)")
     parser.add_argument(
-        "--stride",
-        type=int,
-        metavar="N",
-        help="tokens between window starts (default: the window, no overlap)",
+        "--stride", type=int, metavar="N", help="tokens between window starts (default: the window, no overlap)"
     )
     parser.add_argument("--tokenizer", metavar="DIR|bytes", help="default: the tokenizer of the model or of the run")
     parser.add_argument(
@@ -141,12 +136,8 @@ def harness(arguments: argparse.Namespace) -> dict[str, Any]:
     results = run_tasks(
         arguments.model,
         [name for name in arguments.tasks.split(",") if name],
-        include_path=arguments.include_path,
-        limit=arguments.limit,
-        num_fewshot=arguments.num_fewshot,
-        batch_size=arguments.batch_size,
-        device=arguments.device,
         dtype=arguments.dtype or "auto",
+        **{key: getattr(arguments, key) for key in ("include_path", "limit", "num_fewshot", "batch_size", "device")},
     )
     print(results_table(results))
     return results

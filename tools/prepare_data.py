@@ -6,7 +6,7 @@ import sys
 
 from stagdist.data.prepare.arguments import add_reading_arguments, reading_options, run_tool
 from stagdist.data.prepare.preparation import prepare
-from stagdist.data.prepare.processes import OneProcess, Ranks, current_ranks
+from stagdist.data.prepare.processes import Ranks, current_ranks
 from stagdist.data.tokenizer import load_tokenizer
 
 EXAMPLES = """\
@@ -24,8 +24,8 @@ examples:
 Each document becomes one item that ends with the end-of-document token; documents are shuffled. The format is that of
 Megatron-LM and GPT-NeoX. Whatever the number of workers and ranks, the files are the same byte for byte. They are
 written under temporary names and renamed at the end: if PREFIX.idx exists, the corpus is complete. While it runs, the
-disk holds the
-tokens twice; memory grows by 28 bytes per document. Then name PREFIX in the configuration (data.corpora).
+disk holds the tokens twice; memory grows by 28 bytes per document. Then set data.corpora to PREFIX in the
+configuration.
 """
 
 
@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--workers",
         type=int,
         metavar="N",
-        help="tokenising processes of each rank (default: one per core; under mpirun 1)",
+        help="tokenizing processes of each rank (default: one per core; under mpirun 1)",
     )
     parser.add_argument("--seed", type=int, default=1234, help="of the order of documents (default: 1234)")
     parser.add_argument("--no-shuffle", action="store_true", help="keep the order of the input")
@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
-    """Prepare the corpus and say what it holds."""
+    """Prepare the corpus and print its size."""
     default_workers = 1 if ranks.size > 1 else len(os.sched_getaffinity(0))
     prepared = prepare(
         arguments.inputs,
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 def main() -> int:
     """Entry point; returns the exit code."""
     arguments = parse()
-    ranks: list[Ranks] = [OneProcess()]
+    ranks: list[Ranks] = [Ranks()]
 
     def action() -> None:
         ranks[0] = current_ranks()

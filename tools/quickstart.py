@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def standard_library() -> list[str]:
-    """The default corpus: the source of Python's standard library without tests and folders of mere tables."""
+    """The default corpus: the source of Python's standard library without tests and tables."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
     files = [path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)]
@@ -116,7 +116,7 @@ def run(*command: str, output: Path | None = None) -> None:
     with output.open("wb") if output else nullcontext() as stream:
         code = subprocess.run(command, stdout=stream, env=os.environ | accelerator).returncode
     if code:
-        raise StagdistError(f"{command[0]} ended with code {code}; see its message above")
+        raise StagdistError(f"{command[0]} ended with code {code}; see its output above")
 
 
 def enough_devices() -> bool:
@@ -134,7 +134,7 @@ def deepspeed(*arguments: str, output: Path | None = None) -> None:
 
 
 def prepare(texts: list[str], vocab_size: int) -> None:
-    """Write the three texts, train the tokenizer on the training text, tokenise."""
+    """Write the three texts, train the tokenizer on the training text, tokenize."""
     data = RUN / "data"
     data.mkdir(parents=True)
     for name, part in split(texts):
@@ -215,7 +215,7 @@ def report(summary: dict[str, Any]) -> None:
     print(f"  bigram over its tokens    {token:.3f}\n  bigram over bytes         {byte:.3f}")
     print(f"\n{summary['tokens_per_s']:.0f} tokens/s in training, {summary['wall_s']:.0f} s in all. In {RUN}/:")
     print("  checkpoints/  config.yaml  metrics.jsonl  loss.png  model/  sample.txt  summary.json")
-    print("\nNext, let it write more, or train it further on your own terms, for example:")
+    print("\nNext, generate more text or train longer, for example:")
     print(
         "  deepspeed --num_accelerators 2 launch/generate.py --model runs/quickstart/model "
         "--prompt 'def main(' --temperature 0.7"
@@ -235,7 +235,7 @@ def quickstart(arguments: argparse.Namespace) -> None:
     print(f"reading {len(inputs)} input(s)", flush=True)
     texts = documents(inputs)
     if RUN.exists():
-        print(f"starting anew: {RUN} of an earlier quickstart is removed", flush=True)
+        print(f"removing {RUN} of an earlier quickstart", flush=True)
         shutil.rmtree(RUN)
     prepare(texts, config.model.vocab_size)
     device = () if enough_devices() else ("--set", "parallel.device=cpu")

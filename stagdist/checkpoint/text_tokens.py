@@ -1,7 +1,4 @@
-"""The tokens that begin, end and fill texts, as a model directory states them: they go along when it is converted.
-
-No torch: the state of a training checkpoint, which has them too, is read without it.
-"""
+"""Special tokens of a model directory, which conversions keep. Imports no torch, as `training.directory`."""
 
 import reprlib
 from collections.abc import Mapping
@@ -13,18 +10,18 @@ from stagdist.errors import CheckpointError
 
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MAX_DEPTH = 20
-"""Of what a file of settings may hold within each other; it is copied by recursion."""
+"""Nesting limit of a JSON file of settings, which is copied recursively."""
 
 GENERATION = "generation_config.json"
-"""What `transformers` generates with unless told otherwise."""
+"""File with the default generation settings of `transformers`."""
 
 
 @dataclass(frozen=True)
 class TextTokens:
-    """What two files say.
+    """The special tokens in two files.
 
     Attributes:
-        config: those of `TOKEN_KEYS` that `config.json` has.
+        config: the `TOKEN_KEYS` of `config.json`.
         generation: the content of `generation_config.json`.
     """
 
@@ -33,7 +30,7 @@ class TextTokens:
 
 
 def tokens_of(end_of_document: int) -> TextTokens:
-    """Those of a tokenizer of ours: rows of a batch that have ended are filled up with the same token."""
+    """Special tokens for a tokenizer with one end token, which also pads the rows of a batch that have ended."""
     return TextTokens(
         {"bos_token_id": None, "eos_token_id": end_of_document},
         {"eos_token_id": end_of_document, "pad_token_id": end_of_document},
@@ -41,14 +38,14 @@ def tokens_of(end_of_document: int) -> TextTokens:
 
 
 def recorded_tokens(record: Any, path: Path) -> TextTokens | None:
-    """Those that `state.json` of a training checkpoint holds; None where it holds none.
+    """The special tokens in the `state.json` of a training checkpoint; None if it has none.
 
     Args:
-        record: what it holds.
-        path: of the file, for errors.
+        record: value of the key.
+        path: path of the file, for error messages.
 
     Raises:
-        CheckpointError: it is something else, by the key.
+        CheckpointError: the value is invalid; the message names the key.
     """
     if record is None:
         return None
@@ -56,25 +53,26 @@ def recorded_tokens(record: Any, path: Path) -> TextTokens | None:
         raise CheckpointError(f"{path}: text_tokens is {reprlib.repr(record)}; config and generation are needed")
     for part, held in record.items():
         if not isinstance(held, dict):
-            raise CheckpointError(f"{path}: text_tokens.{part} is {reprlib.repr(held)}; keys with values are needed")
+            raise CheckpointError(f"{path}: text_tokens.{part} is {reprlib.repr(held)}; an object is needed")
         check_tokens(held, f"{path}: text_tokens.{part}")
     if odd := sorted(set(record["config"]) - set(TOKEN_KEYS)):
-        raise CheckpointError(f"{path}: text_tokens.config has {odd[0]}, which is no token")
+        raise CheckpointError(f"{path}: text_tokens.config has {odd[0]}, which is not a special token")
     return TextTokens(**record)
 
 
 def check_tokens(held: Mapping[str, Any], where: str) -> None:
-    """Compare the values of `TOKEN_KEYS` with what tokens can be.
+    """Check the values of `TOKEN_KEYS`.
 
     Raises:
-        CheckpointError: one cannot be, by the key; or something is nested too deeply.
+        CheckpointError: a value is not a token id, a list of them or null (the message names the key), or the nesting
+            is too deep.
     """
     if _deeper_than(held, MAX_DEPTH):
         raise CheckpointError(f"{where} is nested more than {MAX_DEPTH} levels deep")
     for key in TOKEN_KEYS:
         if not _is_token(held.get(key)):
             raise CheckpointError(
-                f"{where}: {key} is {reprlib.repr(held[key])}; it must be a token's number, a list or null"
+                f"{where}: {key} is {reprlib.repr(held[key])}; it must be a token id, a list of them or null"
             )
 
 

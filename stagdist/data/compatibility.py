@@ -1,12 +1,12 @@
-"""What must hold between corpora, tokenizer and model before anything starts.
+"""Check that corpora, tokenizer and model fit each other before a run starts.
 
-No framework and no process group: these checks run before the launcher's ranks meet, and in a dry run.
+Needs no framework and no process group: the checks also run before ranks connect, and in a dry run.
 """
 
 import hashlib
 import os
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,14 @@ from stagdist.errors import ConfigError, DataError
 
 SPLIT_NAMES = ("train", "validation", "test")
 SCANNED_TOKENS = 64 << 20
-"""Tokens of a foreign corpus that are looked at for ids outside the vocabulary."""
+"""Tokens of a foreign corpus that are checked for ids outside the vocabulary."""
 
 _LARGEST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """Which corpora feed a split, and which stretch of each."""
+    """The corpora of a split, and the range of each as shares of the corpus."""
 
     corpora: tuple[CorpusConfig, ...]
     share: tuple[float, float]
@@ -33,11 +33,8 @@ class SplitPlan:
 
 def split_shares(split: tuple[float, float, float]) -> tuple[tuple[float, float], ...]:
     """First and last share of each of the three splits."""
-    normalised = (np.array(split, np.float64) / np.sum(np.array(split, np.float64))).tolist()
-    edges = [0.0]
-    for share in normalised:
-        edges.append(edges[-1] + share)
-    return tuple(pairwise(edges))
+    shares = np.array(split, np.float64)
+    return tuple(pairwise(accumulate((shares / shares.sum()).tolist(), initial=0.0)))
 
 
 def plan_splits(data: DataConfig) -> tuple[SplitPlan | None, ...]:
@@ -58,41 +55,26 @@ def training_identity(data: DataConfig, tokenizer: Tokenizer) -> str:
 
 
 def check_data(
-    data: DataConfig, *, sequence_length: int, vocab_size: int, num_samples: tuple[int, int, int] = (1, 0, 0)
-) -> None:
-    """Refuse data that cannot train the model.
+    data: DataConfig,
+    *,
+    sequence_length: int,
+    vocab_size: int,
+    num_samples: tuple[int, int, int] = (1, 0, 0),
+    tokenizer: Tokenizer | None = None,
+) -> dict[str, CorpusIndex]:
+    """Refuse data that cannot train the model; returns the opened corpora by canonical prefix.
 
     Args:
         sequence_length: tokens of a training sequence.
         vocab_size: rows of the embedding (`model.vocab_size`).
-        num_samples: sequences wanted of train, validation and test; a split of 0 is not looked at.
+        num_samples: sequences of train, validation and test; a split of 0 is not checked.
+        tokenizer: the tokenizer of `data` if it is already loaded.
 
     Raises:
         ConfigError: no corpus is configured, or the tokenizer's vocabulary is larger than the embedding.
         DataError: a corpus is missing, damaged, empty, shorter than a sequence, or made by another tokenizer.
     """
-    check_with_tokenizer(
-        data,
-        load_tokenizer(data.tokenizer),
-        sequence_length=sequence_length,
-        vocab_size=vocab_size,
-        num_samples=num_samples,
-    )
-
-
-def check_with_tokenizer(
-    data: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    sequence_length: int,
-    vocab_size: int,
-    num_samples: tuple[int, int, int],
-) -> dict[str, CorpusIndex]:
-    """`check_data` with a tokenizer that is loaded already.
-
-    Returns:
-        The opened corpora by canonical prefix.
-    """
+    tokenizer = tokenizer or load_tokenizer(data.tokenizer)
     plans = plan_splits(data)
     if plans[0] is None:
         raise ConfigError("no corpus: set data.corpora (or data.train_corpora) to the PREFIX of a .bin/.idx pair")
@@ -117,7 +99,7 @@ def check_with_tokenizer(
 
 
 def _check_tokens(index: CorpusIndex, data: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """The corpus was made with this tokenizer, as far as it says; its ids have a row in the embedding."""
+    """Check that the tokenizer is the recorded one, if there is a record, and that all ids are in the embedding."""
     description = read_description(index.prefix)
     if description is not None and description.tokens != index.tokens:
         raise DataError(

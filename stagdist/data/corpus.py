@@ -1,9 +1,8 @@
 """Training, validation and test data sets over indexed corpora, by megatron-core's GPTDataset and BlendedDataset.
 
-This is the only module that meets megatron-core's data sets, and it works round what they do not say:
-an empty split makes them count epochs for ever, weights with a single corpus or an unset size are refused, cached
-index maps are found by the spelling of a path and not by the content of the corpus, and a run that is killed while
-it writes them leaves maps that look complete.
+The only module that uses the data sets of megatron-core. It avoids their pitfalls: an empty split never ends; weights
+with one corpus or an unset size are refused; cached index maps are found by the path of a corpus, not by its content;
+and a run that is killed while it writes them leaves maps that look complete.
 """
 
 import logging
@@ -18,13 +17,11 @@ import numpy as np
 import torch
 
 from stagdist.config.parts import CorpusConfig, DataConfig
-from stagdist.data.compatibility import cache_directory, check_data, check_with_tokenizer, plan_splits
+from stagdist.data.compatibility import cache_directory, check_data, plan_splits
 from stagdist.data.indexed import CorpusIndex, canonical_prefix
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import ConfigError, DataError
 from stagdist.files import locked
-
-__all__ = ["Splits", "build_splits", "check_data"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +38,9 @@ class Splits:
 
 
 class _TokenizerFacts:
-    """What megatron-core's data sets ask of a tokenizer; its identifiers enter the name of every cached map.
+    """The tokenizer as the data sets of megatron-core need it. Its identifiers determine the names of cached maps.
 
-    The identities of the corpora are among them, so that a corpus prepared again never meets the maps of the old one.
+    They include the identities of the corpora, so that a corpus that is prepared again does not use the old maps.
     """
 
     pad = -1  # an id that no token has: nothing is masked
@@ -58,22 +55,17 @@ class _TokenizerFacts:
 
 
 def build_splits(
-    data: DataConfig,
-    *,
-    sequence_length: int,
-    num_samples: tuple[int, int, int],
-    tokenizer: Tokenizer,
-    vocab_size: int,
+    data: DataConfig, *, sequence_length: int, num_samples: tuple[int, int, int], tokenizer: Tokenizer, vocab_size: int
 ) -> Splits:
     """Build the data sets of a run.
 
-    Where torch.distributed is initialised every rank must call this: rank 0 writes index maps into the cache while
-    the others wait, so the cache must be on a file system that all ranks share. The order of the samples depends on
+    If torch.distributed is initialized every rank must call this: rank 0 writes index maps into the cache while
+    the others wait, so the cache must be on a shared file system. The order of the samples depends on
     `num_samples`: it must stay the same during a run.
 
     Args:
         sequence_length: tokens of a sequence.
-        num_samples: sequences wanted of train, validation and test; 0 builds none.
+        num_samples: sequences of train, validation and test; 0 builds none.
 
     Raises:
         ConfigError: see `check_data`.
@@ -81,8 +73,8 @@ def build_splits(
     """
     if num_samples[0] < 1 or min(num_samples) < 0:
         raise ConfigError(f"number of samples {num_samples} must be at least 1 for training and not negative")
-    corpora = check_with_tokenizer(
-        data, tokenizer, sequence_length=sequence_length, vocab_size=vocab_size, num_samples=num_samples
+    corpora = check_data(
+        data, sequence_length=sequence_length, vocab_size=vocab_size, num_samples=num_samples, tokenizer=tokenizer
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core warns of optional GPU packages when it is imported
@@ -111,7 +103,7 @@ def build_splits(
 
 
 def _blend_arguments(data: DataConfig, wanted: list[bool]) -> dict[str, Any]:
-    """Corpora in megatron-core's terms: one blend that is cut, or a blend for each split."""
+    """Arguments of megatron-core: one blend that is cut, or a blend for each split."""
     if data.corpora:
         # fixed-point notation: megatron-core reads numbers by a pattern that knows no exponents
         return {"blend": _blend(data.corpora), "split": ",".join(f"{share:.12f}" for share in data.split)}
@@ -127,7 +119,7 @@ def _blend(corpora: tuple[CorpusConfig, ...]) -> tuple[list[str], list[float] | 
 
 @contextmanager
 def _process_group() -> Iterator[None]:
-    """A process group of this process alone where there is none, because BlendedDataset asks for its rank."""
+    """Create a process group of one process if there is none, because BlendedDataset reads the rank."""
     if torch.distributed.is_initialized():
         yield
         return
@@ -140,7 +132,7 @@ def _process_group() -> Iterator[None]:
 
 @contextmanager
 def _locked_cache(directory: Path) -> Iterator[None]:
-    """On rank 0: lock the cache against other runs that start now, and remove maps that a killed run cut off."""
+    """On rank 0: lock the cache against other runs, and remove incomplete maps of a killed run."""
     if torch.distributed.get_rank() != 0:
         yield
         return

@@ -8,7 +8,7 @@ someone wrote the name of a special token cannot end itself.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ class Tokenizer:
         self._side_files = dict(side_files or {})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.to_json(), self.end_token, self._config, self._side_files)
+        rebuild = partial(Tokenizer, config=self._config, side_files=self._side_files)
+        return rebuild, (self.to_json(), self.end_token)
 
     def to_json(self) -> str:
         """Content of its `tokenizer.json`."""
@@ -91,7 +92,7 @@ class Tokenizer:
         return self.fingerprint == Tokenizer(_byte_json(), END_OF_DOCUMENT).fingerprint
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; no special token is added or recognised."""
+        """Token ids of a text; no special token is added or recognized."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -114,8 +115,8 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes that each token represents; 0 for special tokens and unused ids.
 
-        For byte-level tokenizers the sum over an encoded text is exactly the length of its UTF-8 (of its normalised
-        form, where the tokenizer normalises). For SentencePiece-like ones the blank that many put before a text
+        For byte-level tokenizers the sum over an encoded text is exactly the length of its UTF-8 (of its normalized
+        form, where the tokenizer normalizes). For SentencePiece-like ones the blank that many put before a text
         counts as one byte more.
 
         Shapes: int32 [vocab_size].
@@ -153,10 +154,6 @@ class Tokenizer:
                     stream.write(text)
         except OSError as error:
             raise DataError(f"cannot write the tokenizer to {directory}: {error}") from error
-
-
-def _rebuild(json_text: str, end_token: str, config: dict[str, Any] | None, side_files: dict[str, str]) -> "Tokenizer":
-    return Tokenizer(json_text, end_token, config=config, side_files=side_files)
 
 
 def _byte_counter(content: dict[str, Any]) -> Any:
@@ -275,11 +272,13 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 def _load_json(path: Path) -> Tokenizer:
     try:
         json_text = path.read_text(encoding="utf-8")
-        known = _known_end(json.loads(json_text).get("added_tokens", []))
+        names = {added["content"] for added in json.loads(json_text).get("added_tokens", [])}
     except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"cannot read the tokenizer {path}: {error}") from error
     config = _read_config(path.parent / _CONFIG_FILE)
-    end_token = _end_token(config) or known
+    end_token = (config or {}).get("eos_token")
+    end_token = end_token.get("content") if isinstance(end_token, dict) else end_token
+    end_token = end_token or next((name for name in _KNOWN_ENDS if name in names), None)
     if end_token is not None and not isinstance(end_token, str):
         raise DataError(f"{path.parent / _CONFIG_FILE}: eos_token is {end_token!r}; it must be the text of a token")
     if end_token is None:
@@ -306,22 +305,12 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     return config
 
 
-def _end_token(config: dict[str, Any] | None) -> str | None:
-    token = (config or {}).get("eos_token")
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _known_end(added_tokens: list[dict[str, Any]]) -> str | None:
-    names = {added["content"] for added in added_tokens}
-    return next((name for name in _KNOWN_ENDS if name in names), None)
-
-
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.spm")
 """One of these is in every directory from which transformers loads a tokenizer."""
 
 
 def holds_tokenizer(directory: Path) -> bool:
-    """Whether files of a tokenizer lie in a directory, whether they can be loaded or not."""
+    """Whether a directory contains files of a tokenizer, loadable or not."""
     return any(file for pattern in _TOKENIZER_FILES for file in directory.glob(pattern))
 
 
@@ -329,13 +318,13 @@ def _load_with_transformers(path: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     if not holds_tokenizer(path):
-        # What transformers says then is about packages that are not installed.
+        # The error of transformers would be about packages that are not installed.
         raise DataError(f"{path} holds no tokenizer.json nor any other tokenizer")
     try:
-        # Without a word about code from the directory, transformers would ask whether to run it and read the answer
-        # from standard input, where prompts may be.
+        # Without trust_remote_code transformers asks whether to run code of the directory, and reads the answer from
+        # standard input, which may contain prompts.
         loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a directory of unknown files makes it raise
+    except Exception as error:  # transformers raises many kinds for unknown files
         raise DataError(f"{path} holds no tokenizer.json and transformers cannot load it either: {error}") from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None or loaded.eos_token is None:

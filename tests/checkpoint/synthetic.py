@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.published.writer import ModelDirectoryWriter
+from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
 from stagdist.checkpoint.training.content import MASTER, Counters
 from stagdist.checkpoint.training.directory import (
     CONFIG,
@@ -17,7 +17,7 @@ from stagdist.checkpoint.training.directory import (
     file_record,
     write_complete,
 )
-from stagdist.checkpoint.training.writer import TrainingWriter
+from stagdist.checkpoint.training.training_writer import TrainingWriter
 from stagdist.config.loading import dump_config
 from stagdist.config.parts import ModelConfig
 from stagdist.config.run_config import RunConfig

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from stagdist.config.parts import DataConfig
-from stagdist.data.compatibility import split_shares
-from stagdist.data.corpus import Splits, build_splits, check_data
+from stagdist.data.compatibility import check_data, split_shares
+from stagdist.data.corpus import Splits, build_splits
 from stagdist.data.indexed import write_index
 from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import Tokenizer, byte_tokenizer

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagdist.checkpoint.published.reader import ReadSlice
+from stagdist.checkpoint.published.model_reader import ReadSlice
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.engine import Completion, Engine, completion
 from stagdist.decode.operations import operate

@@ -14,7 +14,7 @@ import torch
 
 from stagdist.checkpoint.convert.model_conversions import export
 from stagdist.checkpoint.convert.staging import ConversionOptions
-from stagdist.checkpoint.published.writer import ModelDirectoryWriter
+from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.errors import CheckpointError

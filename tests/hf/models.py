@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stagdist.checkpoint.published.writer import config_json, stored_name
+from stagdist.checkpoint.published.model_writer import config_json, stored_name
 from stagdist.config.parts import ModelConfig
 from stagdist.hf.configuration_stagformer import StagFormerConfig
 from stagdist.hf.modeling_stagformer import StagFormerForCausalLM

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from stagdist.checkpoint.published.writer import ModelDirectoryWriter
+from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.parallel.layout import model_parameters

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stagdist.checkpoint.convert.replaced import aside, nameless
-from stagdist.checkpoint.published.reader import ChangedTokenizerError, ModelReader, check_tokenizer
-from stagdist.checkpoint.training.checks import check_layout
+from stagdist.checkpoint.published.model_reader import ChangedTokenizerError, ModelReader, check_tokenizer
 from stagdist.checkpoint.training.directory import COMPLETE, STATE, candidates, checkpoint_damage
-from stagdist.checkpoint.training.reader import TrainingReader
+from stagdist.checkpoint.training.layout_checks import check_layout
+from stagdist.checkpoint.training.training_reader import TrainingReader
 from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.data.tokenizer import Tokenizer, load_tokenizer
 from stagdist.errors import CheckpointError, ConfigError, DataError
@@ -111,8 +111,8 @@ def _open_checkpoint(found: FoundCheckpoint, *, trust_pickle: bool, files_checke
     if not (found.directory / COMPLETE).is_file():
         raise CheckpointError(f"{found.directory} has no {COMPLETE}: it is not a complete checkpoint")
     reader = TrainingReader(found.directory, trust_pickle=trust_pickle)
-    if not (files_checked or found.files_checked):
-        reader.check_files()
+    if not (files_checked or found.files_checked) and (reason := checkpoint_damage(reader.directory)):
+        raise CheckpointError(f"{reader.directory}: {reason}")
     check_layout(reader)
     return reader
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from stagdist.checkpoint.convert.find import FoundCheckpoint, find, open_training
 from stagdist.checkpoint.published.model_json import read_body
-from stagdist.checkpoint.published.reader import ModelReader
+from stagdist.checkpoint.published.model_reader import ModelReader
+from stagdist.checkpoint.published.model_writer import CODE_FILES, weight_map
 from stagdist.checkpoint.published.record import CHECKSUMS, read_record
-from stagdist.checkpoint.published.writer import CODE_FILES, weight_map
 from stagdist.checkpoint.text_tokens import GENERATION
 from stagdist.checkpoint.training.content import Track, untracked
 from stagdist.checkpoint.training.directory import COMPLETE, CONFIG, STATE, damage, read_complete
-from stagdist.checkpoint.training.reader import TrainingReader
 from stagdist.checkpoint.training.stage_files import tensor_files
+from stagdist.checkpoint.training.training_reader import TrainingReader
 from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.errors import StagdistError
 from stagdist.parallel.layout import model_parameters
@@ -65,10 +65,6 @@ class Inspection:
     files: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     tensors: list[TensorFacts] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """The report as a dictionary for `json.dumps`."""
-        return asdict(self)
 
 
 def inspect(path: str | Path, *, trust_pickle: bool = False, track: Track[Any] = untracked) -> Inspection:

@@ -11,11 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.convert.find import (
-    open_training,
-    open_weights,
-    source_tokenizer,
-)
+from stagdist.checkpoint.convert.find import open_training, open_weights, source_tokenizer
 from stagdist.checkpoint.convert.proof import prove_logits, text_ids
 from stagdist.checkpoint.convert.staging import (
     ConversionOptions,
@@ -24,9 +20,9 @@ from stagdist.checkpoint.convert.staging import (
     require_free,
     staged_folder,
 )
-from stagdist.checkpoint.published.reader import ChangedTokenizerError, ModelReader
+from stagdist.checkpoint.published.model_reader import ChangedTokenizerError, ModelReader
+from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
 from stagdist.checkpoint.published.safetensors_writer import tensor_sha256
-from stagdist.checkpoint.published.writer import ModelDirectoryWriter
 from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.config.loading import differences
 from stagdist.config.parts import ModelConfig

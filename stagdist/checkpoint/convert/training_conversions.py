@@ -9,12 +9,7 @@ from pathlib import Path
 
 import torch
 
-from stagdist.checkpoint.convert.find import (
-    STEP_FOLDER,
-    open_model,
-    open_training,
-    source_tokenizer,
-)
+from stagdist.checkpoint.convert.find import STEP_FOLDER, open_model, open_training, source_tokenizer
 from stagdist.checkpoint.convert.proof import text_ids
 from stagdist.checkpoint.convert.staging import (
     ConversionOptions,
@@ -23,8 +18,7 @@ from stagdist.checkpoint.convert.staging import (
     require_makeable,
     staged_folder,
 )
-from stagdist.checkpoint.published.reader import ModelReader
-from stagdist.checkpoint.training.checks import require_same
+from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.checkpoint.training.content import KINDS, TrainingSource
 from stagdist.checkpoint.training.directory import (
     CONFIG,
@@ -37,8 +31,9 @@ from stagdist.checkpoint.training.directory import (
     write_complete,
 )
 from stagdist.checkpoint.training.imported import ImportedModel
-from stagdist.checkpoint.training.reader import TrainingReader
-from stagdist.checkpoint.training.writer import TrainingWriter
+from stagdist.checkpoint.training.layout_checks import require_same
+from stagdist.checkpoint.training.training_reader import TrainingReader
+from stagdist.checkpoint.training.training_writer import TrainingWriter
 from stagdist.config.loading import differences, dump_config, load_config, validate
 from stagdist.config.run_config import RunConfig, require_world
 from stagdist.data.tokenizer import BYTES, Tokenizer, holds_tokenizer, load_tokenizer
@@ -94,7 +89,8 @@ def import_model(
     require_makeable(Path(destination))
     weights = open_model(source)
     config = _import_config(weights, Path(destination), grid, config_file, options)
-    tokenizer = _import_tokenizer(weights, options)
+    has_tokenizer = options.tokenizer is not None or holds_tokenizer(weights.directory)
+    tokenizer = source_tokenizer(weights, options.tokenizer) if has_tokenizer else None
     if config_file is not None and tokenizer is not None:
         _require_tokenizer(config_file, config.data.tokenizer, weights, tokenizer, options)
     if options.tokenizer is not None and tokenizer is not None:
@@ -112,10 +108,7 @@ def import_model(
         )
     imported = ImportedModel(weights, config)
     # fp32 represents all values of the other dtypes
-    exact = DTYPES[config.training.precision] in (
-        weights.dtype,
-        torch.float32,
-    )
+    exact = DTYPES[config.training.precision] in (weights.dtype, torch.float32)
     _write_training(imported, config, state, final, options)
     rounded = "" if exact else f", rounded to {config.training.precision}"
     return ConversionResult(final, f"{len(model_parameters(weights.model))} tensors are bit-equal{rounded}")
@@ -185,13 +178,6 @@ def _tokenizer_place(weights: ModelReader, options: ConversionOptions) -> str:
     return BYTES if options.tokenizer == BYTES else str(Path(options.tokenizer or weights.directory).resolve())
 
 
-def _import_tokenizer(weights: ModelReader, options: ConversionOptions) -> Tokenizer | None:
-    """The tokenizer of an imported model: the given one, else that of the directory, else None."""
-    if options.tokenizer is None and not holds_tokenizer(weights.directory):
-        return None
-    return source_tokenizer(weights, options.tokenizer)
-
-
 def _require_tokenizer(
     config_file: str, named: str, weights: ModelReader, tokenizer: Tokenizer, options: ConversionOptions
 ) -> None:
@@ -220,11 +206,7 @@ def _require_tokenizer(
 
 
 def _write_training(
-    source: TrainingSource,
-    config: RunConfig,
-    state: TrainingState,
-    final: Path,
-    options: ConversionOptions,
+    source: TrainingSource, config: RunConfig, state: TrainingState, final: Path, options: ConversionOptions
 ) -> None:
     """Write a training checkpoint, read it back, compare it, and give it its name."""
     grid = Grid(*state.grid)

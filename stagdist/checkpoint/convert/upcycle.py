@@ -91,10 +91,8 @@ class UpcycledWeights:
         self.directory, self.dtype = llama.directory, llama.dtype
         self.tokens: TextTokens | None = llama.tokens
         self._specs = {spec.name: spec for spec in model_parameters(llama.model)}
-        places = [
-            (section, layer) for section, count in enumerate(llama.model.section_layers) for layer in range(count)
-        ]
-        self._layers = [f"sections.{section}.layers.{layer}." for section, layer in places]
+        counts = enumerate(llama.model.section_layers)
+        self._layers = [f"sections.{section}.layers.{layer}." for section, count in counts for layer in range(count)]
 
     def weight(self, spec: ParameterSpec) -> Tensor:
         """One global parameter of the StagFormer."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from stagdist.checkpoint.published.reader import ModelReader
+from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.model.megatron import TensorParallel
 from stagdist.model.stagformer import StagFormer, canonical_slice

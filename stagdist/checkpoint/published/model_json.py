@@ -1,4 +1,4 @@
-"""`config.json` of a model directory, read: what it says about the model, in whichever spelling."""
+"""Read `config.json` of a model directory, in all spellings that Llama directories use."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from stagdist.model.precision import STORED_DTYPES
 
 _CONNECTIONS = {"stagformer": "staggered", "llama": "sequential"}
 _LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
-"""What `LlamaConfig` of transformers takes for absent keys where ours takes something else or nothing."""
+"""Defaults of `LlamaConfig` in transformers that differ from ours or that we do not have."""
 _DEFAULT_THETA = 10000.0
 _SCALING_KEYS = tuple(key for key in RopeScaling.model_fields if key != "rope_type")
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_SCALING_KEYS}
@@ -27,14 +27,14 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "partial_rotary_factor": (1.0, 1, None),
 }
-"""Keys of a Llama's config that a StagFormer has only these values for."""
+"""Keys of a Llama configuration with the only values that a StagFormer supports."""
 
 Rope = tuple[Any, dict[str, Any] | None]
-"""Base of the wavelengths, and the keys of `RopeScaling` or None."""
+"""`rope_theta`, and the keys of `RopeScaling` or None."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -61,10 +61,10 @@ def read_body(directory: str | Path) -> dict[str, Any]:
 
 
 def model_of(body: Mapping[str, Any], path: Path) -> ModelConfig:
-    """The shape of the model that the content of a `config.json` describes.
+    """The model configuration that the content of a `config.json` describes.
 
     Args:
-        path: where it was read, for messages.
+        path: path of the file, for error messages.
 
     Raises:
         CheckpointError: the content is of another architecture or contradicts itself.
@@ -82,25 +82,25 @@ def model_of(body: Mapping[str, Any], path: Path) -> ModelConfig:
         keys = _LLAMA_DEFAULTS | {"section_layers": [body.get("num_hidden_layers")]} | keys
     model, problems = validate_model(keys)
     if model is None or problems:
-        told = "; ".join(problems).replace("model.", "")
-        raise CheckpointError(f"{path} does not describe a model that can be built: {told}")
+        listed = "; ".join(problems).replace("model.", "")
+        raise CheckpointError(f"{path} does not describe a model that can be built: {listed}")
     return model
 
 
 def _refuse_contradictions(body: Mapping[str, Any], path: Path) -> None:
-    """What is said twice must be the same: programs differ in which they read."""
+    """Refuse keys that contradict each other: programs differ in which one they read."""
     connection, expected = body.get("connection"), _CONNECTIONS[body["model_type"]]
     if connection not in (None, expected):
         raise CheckpointError(
             f"{path} says model_type {body['model_type']} and connection {connection!r}, which is {expected!r} there; "
-            "mend the wrong one"
+            "correct the wrong one"
         )
     layers, sections = body.get("num_hidden_layers"), body.get("section_layers")
     if layers is not None and isinstance(sections, list) and all(isinstance(n, int) for n in sections):
         if sum(sections) != layers:
             raise CheckpointError(
                 f"{path} says num_hidden_layers {layers} and section_layers {sections}, which are {sum(sections)}; "
-                "mend the wrong one"
+                "correct the wrong one"
             )
 
 
@@ -108,13 +108,10 @@ def rope_of(body: Mapping[str, Any], path: Path) -> Rope:
     """The rotary embedding, from `rope_parameters` or the older `rope_scaling` and `rope_theta`.
 
     Raises:
-        CheckpointError: two spellings disagree, or it is of a type that a StagFormer lacks, by the key.
+        CheckpointError: two spellings disagree, or the type is not supported; the message names the key.
     """
-    found = {
-        key: _one_rope(body, key, path)
-        for key in ("rope_parameters", "rope_scaling")
-        if body.get(key) not in (None, {})
-    }
+    keys = [key for key in ("rope_parameters", "rope_scaling") if body.get(key) not in (None, {})]
+    found = {key: _one_rope(body, key, path) for key in keys}
     ropes = list(found.values())
     if len(ropes) == 2 and ropes[0] != ropes[1]:
         raise CheckpointError(
@@ -125,7 +122,7 @@ def rope_of(body: Mapping[str, Any], path: Path) -> Rope:
 
 
 def _one_rope(body: Mapping[str, Any], key: str, path: Path) -> Rope:
-    """What one of the two spellings says by itself."""
+    """The rotary embedding in one of the two spellings."""
     rope = body[key]
     if not isinstance(rope, dict):
         raise CheckpointError(f"{path}: {key} is {rope!r}; it must be an object such as {{'rope_type': 'default'}}")
@@ -163,10 +160,10 @@ def _scaling(body: Mapping[str, Any], rope: dict[str, Any], key: str, path: Path
 
 
 def refuse_unsupported(body: Mapping[str, Any], directory: Path) -> None:
-    """Refuse what a StagFormer lacks.
+    """Refuse keys with values that a StagFormer does not support.
 
     Raises:
-        CheckpointError: naming the key.
+        CheckpointError: there is one; the message names it.
     """
     for key, allowed in _PLAIN.items():
         if body.get(key) not in allowed:
@@ -174,14 +171,14 @@ def refuse_unsupported(body: Mapping[str, Any], directory: Path) -> None:
                 f"{directory}/config.json: {key} is {body[key]!r}; a StagFormer has {allowed[0]!r} only"
             )
     if body.get("quantization_config"):
-        raise CheckpointError(f"{directory}/config.json has a quantization_config; take the model as it was before it")
+        raise CheckpointError(f"{directory}/config.json has a quantization_config; use the model before quantization")
 
 
 def declared_dtype(body: Mapping[str, Any], path: Path) -> torch.dtype | None:
-    """The type of the weights that a `config.json` states; None where it says nothing.
+    """The dtype of the weights in a `config.json`; None if it has no such key.
 
     Raises:
-        CheckpointError: it is no type that is read, or the two spellings disagree.
+        CheckpointError: the dtype is not supported, or the two spellings disagree.
     """
     names = [body[key] for key in ("dtype", "torch_dtype") if body.get(key) is not None]
     for name in names:
@@ -193,10 +190,10 @@ def declared_dtype(body: Mapping[str, Any], path: Path) -> torch.dtype | None:
 
 
 def read_text_tokens(directory: Path) -> TextTokens | None:
-    """The tokens that a model directory states; None where it does not say how a text ends.
+    """The special tokens of a model directory; None if it defines no end token.
 
     Raises:
-        CheckpointError: a file is damaged, or holds something that is no token, by the key.
+        CheckpointError: a file is damaged, or a value is not a token id; the message names the key.
     """
     body = read_body(directory)
     config = {key: body[key] for key in TOKEN_KEYS if key in body}

@@ -1,4 +1,4 @@
-"""`checksums.json`: what a model directory held when it was written, so that a change is seen."""
+"""`checksums.json`: a record of the content of a model directory, with which later changes are detected."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -15,20 +15,20 @@ from stagdist.files import file_record
 from stagdist.model.precision import STORED_DTYPES
 
 CHECKSUMS = "checksums.json"
-"""sha256 of every tensor's bytes, by stored name, the weights' type, the model's shape, sha256 of small files."""
+"""File with the sha256 of every tensor and small file, the dtype, and the keys of `config.json`."""
 
-TAMPERED = f"take the directory from where it came again, or remove {CHECKSUMS} if the change was meant"
+TAMPERED = f"get the directory from its source again, or remove {CHECKSUMS} if the change is intended"
 
 
 @dataclass(frozen=True)
 class WrittenRecord:
-    """What was written.
+    """The content of `checksums.json`.
 
     Attributes:
-        config: keys of `config.json` that decide what the weights compute.
-        sha256: of every tensor's bytes, by stored name.
-        dtype: of the weights; None in a record from before it was kept.
-        files: sha256 of the tokenizer's files and of the code; empty in a record from before they were kept.
+        config: the keys of `config.json` that change what the weights compute.
+        sha256: hash of the bytes of every tensor, by stored name.
+        dtype: dtype of the weights; None in records of earlier releases.
+        files: sha256 of tokenizer and code files; empty in records of earlier releases.
     """
 
     directory: Path
@@ -38,11 +38,7 @@ class WrittenRecord:
     files: dict[str, str] = field(default_factory=dict)
 
     def changed_files(self, *, but: Collection[str] = ()) -> Iterator[str]:
-        """What is wrong with each small file that is not as it was written.
-
-        Args:
-            but: names that are not looked at.
-        """
+        """One message for each small file that was changed; the names `but` are not checked."""
         for name, written in self.files.items():
             path = self.directory / name
             if name in but:
@@ -51,15 +47,15 @@ class WrittenRecord:
                 yield f"{name} is missing"
             elif file_record(path).sha256 != written:
                 yield (
-                    f"{name} has other content than was written ({CHECKSUMS}); take it from where it came again, or "
-                    f"remove its line from {CHECKSUMS} if the change was meant"
+                    f"{name} has other content than was written ({CHECKSUMS}); get it from its source again, or "
+                    f"remove its line from {CHECKSUMS} if the change is intended"
                 )
 
     def check_config(self, body: dict[str, Any], model: ModelConfig) -> None:
-        """Compare `config.json` with what was written: key by key, and in what all keys together mean.
+        """Compare `config.json` with the record: key by key, and the resulting model configuration.
 
         Raises:
-            CheckpointError: naming the key.
+            CheckpointError: a key differs; the message names it.
         """
         for key, written in self.config.items():
             if body.get(key) != written:
@@ -70,10 +66,10 @@ class WrittenRecord:
                 raise self._other(key, now, written)
 
     def check_dtype(self, dtype: torch.dtype) -> None:
-        """Compare the type of the weights with the one that was written.
+        """Compare the dtype of the weights with the record.
 
         Raises:
-            CheckpointError: it is another.
+            CheckpointError: it differs.
         """
         if self.dtype is not None and dtype != self.dtype:
             raise CheckpointError(
@@ -81,14 +77,14 @@ class WrittenRecord:
             )
 
     def check_names(self, names: list[str]) -> None:
-        """Every tensor must have its sum.
+        """Check that every tensor has a checksum.
 
         Raises:
-            CheckpointError: naming one without.
+            CheckpointError: one has none; the message names it.
         """
         absent = [name for name in names if self.sha256 and name not in self.sha256]
         if absent:
-            raise CheckpointError(f"{self.directory / CHECKSUMS} has no sum of the tensor {absent[0]}; {TAMPERED}")
+            raise CheckpointError(f"{self.directory / CHECKSUMS} has no checksum of the tensor {absent[0]}; {TAMPERED}")
 
     def _other(self, key: str, now: Any, written: Any) -> CheckpointError:
         return CheckpointError(
@@ -98,7 +94,7 @@ class WrittenRecord:
 
 
 def read_record(directory: Path) -> WrittenRecord:
-    """The record of a directory; an empty one where there is none.
+    """The record of a directory; an empty record if there is none.
 
     Raises:
         CheckpointError: it is damaged.
@@ -109,14 +105,14 @@ def read_record(directory: Path) -> WrittenRecord:
     body = read_json(path)
     config, sums, dtype = body.get("config", {}), body.get("sha256"), body.get("dtype")
     if not _are_sums(sums) or not sums:
-        raise CheckpointError(f"{path} is damaged: sha256 must hold the sum of every tensor; {TAMPERED}")
+        raise CheckpointError(f"{path} is damaged: sha256 must have the checksum of every tensor; {TAMPERED}")
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is damaged: config must hold keys of config.json; {TAMPERED}")
+        raise CheckpointError(f"{path} is damaged: config must have keys of config.json; {TAMPERED}")
     if dtype is not None and (not isinstance(dtype, str) or dtype not in STORED_DTYPES):
         raise CheckpointError(f"{path} says dtype {dtype!r}; one of {list(STORED_DTYPES)} is read; {TAMPERED}")
     files = body.get("files", {})
     if not _are_sums(files) or any(Path(name).name != name or name in ("", "..") for name in files):
-        raise CheckpointError(f"{path} is damaged: files must hold the sums of files of the directory; {TAMPERED}")
+        raise CheckpointError(f"{path} is damaged: files must have checksums of files of the directory; {TAMPERED}")
     return WrittenRecord(directory, config, sums, None if dtype is None else STORED_DTYPES[dtype], files)
 
 

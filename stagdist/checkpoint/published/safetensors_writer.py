@@ -1,11 +1,11 @@
-"""A safetensors file written tensor by tensor: the library's own writer holds a whole file in memory, twice.
+"""Write a safetensors file tensor by tensor; the writer of the library needs twice the file size in memory.
 
 Source: https://huggingface.co/docs/safetensors (format): length of the header, header as JSON, data without gaps.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,12 +18,12 @@ _BLOCK_BYTES = 1 << 24
 
 
 class SafetensorsWriter:
-    """One file; every tensor is announced first and then given in the same order.
+    """Writes one file. All tensors are declared first and then added in the same order.
 
     Args:
-        path: the file, replaced when it exists.
+        path: the file; it is replaced if it exists.
         entries: name and shape of every tensor.
-        dtype: of all tensors.
+        dtype: dtype of all tensors.
     """
 
     def __init__(self, path: Path, entries: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype):
@@ -36,7 +36,7 @@ class SafetensorsWriter:
             header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [self.data_bytes, end]}
             self.data_bytes = end
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the format wants the data aligned
+        text += b" " * (-len(text) % 8)  # the format requires aligned data
         self._stream = path.open("wb")
         self._stream.write(len(text).to_bytes(8, "little") + text)
 
@@ -44,30 +44,31 @@ class SafetensorsWriter:
         """Write the next tensor; returns the sha256 of its bytes."""
         expected, shape = self._waiting.pop()
         assert (expected, shape) == (name, tuple(tensor.shape)), f"{expected} {shape} is next, got {name}"
-        values = tensor.detach().to("cpu", self.dtype).contiguous().flatten()
         digest = hashlib.sha256()
-        step = _BLOCK_BYTES // values.element_size()
-        for start in range(0, values.numel(), step):
-            block = values[start : start + step].view(torch.uint8).numpy().data
+        for block in _blocks(tensor.detach().to("cpu", self.dtype)):
             digest.update(block)
             self._stream.write(block)
         return digest.hexdigest()
 
     @property
     def full(self) -> bool:
-        """Whether every tensor was given."""
+        """Whether every tensor was added."""
         return not self._waiting
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         self._stream.close()
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """sha256 of the bytes of a tensor, as `SafetensorsWriter.add` gives it."""
-    values = tensor.contiguous().flatten()
+    """sha256 of the bytes of a tensor, as returned by `SafetensorsWriter.add`."""
     digest = hashlib.sha256()
-    step = _BLOCK_BYTES // values.element_size()
-    for start in range(0, values.numel(), step):
-        digest.update(values[start : start + step].view(torch.uint8).numpy().data)
+    for block in _blocks(tensor):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def _blocks(tensor: Tensor) -> Iterator[memoryview]:
+    values = tensor.contiguous().flatten()
+    for block in values.split(_BLOCK_BYTES // values.element_size()):
+        yield block.view(torch.uint8).numpy().data

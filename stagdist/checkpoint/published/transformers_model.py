@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from stagdist.checkpoint.published.reader import ModelReader, check_tokenizer
+from stagdist.checkpoint.published.model_reader import ModelReader, check_tokenizer
 from stagdist.errors import CheckpointError
 
 _ADAPTER = "adapter_config.json"
@@ -55,11 +55,7 @@ def _require_complete(directory: str | Path, loading: Mapping[str, Any]) -> None
     Args:
         loading: `output_loading_info` of `from_pretrained`.
     """
-    kinds = {
-        "missing_keys": "lacks",
-        "unexpected_keys": "has unknown tensors",
-        "mismatched_keys": "has other shapes",
-    }
+    kinds = {"missing_keys": "lacks", "unexpected_keys": "has unknown tensors", "mismatched_keys": "has other shapes"}
     for key, fault in kinds.items():
         if loading[key]:
             names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in loading[key])

@@ -1,4 +1,4 @@
-"""What a training checkpoint consists of, whatever grid it lies on: parameters, optimizer values, counters."""
+"""The content of a training checkpoint, independent of its grid: parameters, optimizer values, counters."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,25 +15,25 @@ KINDS = (MASTER, *MOMENTS)
 
 Item = TypeVar("Item")
 Track = Callable[[Sequence[Item], str], Iterable[Item]]
-"""Walks through a sequence and shows how far it is: (items, what is done) -> items."""
+"""Iterates over items and shows the progress: (items, name of the work) -> items."""
 
 
 def untracked(items: Sequence[Item], what: str) -> Iterable[Item]:
-    """Show nothing."""
+    """Iterate without showing the progress."""
     return items
 
 
 @dataclass(frozen=True)
 class Counters:
-    """What DeepSpeed keeps besides tensors.
+    """The values that DeepSpeed stores in addition to the parameters and optimizer tensors.
 
     Attributes:
-        global_steps, global_samples, skipped_steps: of its engine.
-        param_groups: settings of AdamW's two groups.
-        clip_grad: norm to clip at.
-        loss_scaler: attributes of its loss scaler.
-        dynamic_loss_scale: whether that one adapts.
-        random: state of torch's generators by (stage, tensor rank).
+        global_steps, global_samples, skipped_steps: counters of the engine.
+        param_groups: settings of the two AdamW groups.
+        clip_grad: largest norm of the gradient.
+        loss_scaler: attributes of the loss scaler.
+        dynamic_loss_scale: whether the loss scale adapts.
+        random: states of the random generators by (stage, tensor rank).
     """
 
     global_steps: int
@@ -47,16 +47,16 @@ class Counters:
 
 
 class TrainingSource(Protocol):
-    """Where whole parameters and their optimizer values come from."""
+    """Reads global parameters and their optimizer values."""
 
     def weight(self, spec: ParameterSpec) -> Tensor:
-        """The parameter in the type of the run."""
+        """A global parameter in the dtype of the run."""
 
     def optimizer_value(self, spec: ParameterSpec, kind: str) -> Tensor:
-        """Its fp32 copy or one of its moments, fp32."""
+        """The fp32 copy or a moment of a parameter; `kind` is one of `KINDS`."""
 
     def steps(self) -> Tensor:
-        """Updates that Adam has done, a scalar."""
+        """Number of Adam updates, a scalar."""
 
     def counters(self) -> Counters:
-        """What is no tensor."""
+        """Counters, settings and generators."""

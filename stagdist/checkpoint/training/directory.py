@@ -1,8 +1,8 @@
-"""Training checkpoints as directories: complete or not, newest first, finished atomically.
+"""Directories of training checkpoints: state, records, completeness, removal of old ones. Imports no torch.
 
-DeepSpeed writes the files; this module decides when a directory counts. A checkpoint is complete if and only if its
-`complete.json`, written last, matches the size and sha256 of every file that its model and grid have. Directories are
-written under a hidden name and renamed, so a killed run leaves nothing that looks whole. No torch, no processes.
+A checkpoint is complete if and only if its `complete.json`, which is written last, matches the size and sha256 of every
+file that its model and grid have. A directory is written under a hidden name and then renamed, so a killed run leaves
+nothing that looks complete.
 """
 
 import json
@@ -24,8 +24,6 @@ COMPLETE = "complete.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
 _NAME = re.compile(r"step_(\d{8,})")
-_STAGING = ".saving"
-_BLOCK = 1 << 22
 
 
 def checkpoint_name(step: int) -> str:
@@ -35,24 +33,23 @@ def checkpoint_name(step: int) -> str:
 
 def staging_folder(checkpoints: Path) -> Path:
     """Hidden folder in which a checkpoint is written before it is renamed."""
-    return checkpoints / _STAGING
+    return checkpoints / ".saving"
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything of a training run's position that is not a tensor.
+    """The position of a training run and what it depends on.
 
     Attributes:
         step: optimizer steps done.
-        consumed_samples: training sequences read, over all replicas.
-        num_samples: sequences the order of samples was made for; fixed for a run.
-        grid: sizes of (pipe, data, tensor) that wrote the checkpoint.
-        bad_steps: steps skipped because something was not finite.
-        data_identity: of the training corpora and the tokenizer.
-        tokenizer: its fingerprint; empty where no run has seen one.
-        text_tokens: as stated by the model directory that was imported; None where the tokenizer's end of document
-            is all there is.
-        format_version: of this file.
+        consumed_samples: training sequences read by all replicas.
+        num_samples: number of sequences that the order of samples was computed for; constant during a run.
+        grid: (pipe, data, tensor) sizes of the run that wrote the checkpoint.
+        bad_steps: steps skipped because of values that were not finite.
+        data_identity: hash of the training corpora and the tokenizer.
+        tokenizer: fingerprint of the tokenizer; empty if it is unknown.
+        text_tokens: special tokens of the imported model directory; None where only the tokenizer defines them.
+        format_version: version of `state.json`.
     """
 
     step: int
@@ -66,7 +63,7 @@ class TrainingState:
     format_version: int = 1
 
     def as_text(self) -> str:
-        """The content of `state.json`; without `text_tokens` where there are none."""
+        """The content of `state.json`. The key `text_tokens` is absent if there are none."""
         body = asdict(self)
         if self.text_tokens is None:
             del body["text_tokens"]
@@ -101,13 +98,13 @@ def _check_state(state: TrainingState, path: Path) -> None:
         raise CheckpointError(f"{path}: its counts are {list(counts)}; numbers of 0 or more are needed")
     for key in ("data_identity", "tokenizer"):
         if not isinstance(getattr(state, key), str):
-            raise CheckpointError(f"{path}: {key} is {getattr(state, key)!r}; a text is needed")
+            raise CheckpointError(f"{path}: {key} is {getattr(state, key)!r}; a string is needed")
     if state.format_version != 1:
         raise CheckpointError(f"{path}: format_version is {state.format_version!r}; this release reads 1")
 
 
 def checkpoint_files(directory: Path) -> list[str]:
-    """Relative names of all files but `complete.json`, sorted."""
+    """Relative names of all files except `complete.json`, sorted."""
     names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     return sorted(name for name in names if name != COMPLETE)
 
@@ -121,7 +118,7 @@ def write_complete(directory: Path, records: Mapping[str, FileRecord]) -> None:
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Give a finished directory its name; an incomplete one of that name goes."""
+    """Rename a finished directory to its final name. An incomplete directory of that name is removed."""
     if final.exists():
         shutil.rmtree(final)
     staged.rename(final)
@@ -143,7 +140,7 @@ def read_complete(directory: Path) -> dict[str, FileRecord]:
 
 
 def damage(directory: Path, names: Iterable[str], records: Mapping[str, FileRecord]) -> str | None:
-    """First reason why the files `names` do not match their records; None when all match."""
+    """The first reason why the files `names` do not match their records; None if all match."""
     for name in names:
         path = directory / name
         if not path.is_file():
@@ -156,16 +153,16 @@ def damage(directory: Path, names: Iterable[str], records: Mapping[str, FileReco
 
 
 def expected_files(config: RunConfig, grid: tuple[int, int, int]) -> set[str]:
-    """Every file of a checkpoint but `complete.json`."""
+    """Names of all files of a checkpoint except `complete.json`."""
     return {*tensor_files(config.model, grid, bf16=config.training.precision == "bf16"), CONFIG, STATE}
 
 
 def coverage_damage(directory: Path, records: Mapping[str, FileRecord]) -> str | None:
-    """Why the records are not those of all files that model and grid have; None when they are.
+    """The reason why the records do not cover exactly the files of the model and grid; None if they do.
 
     Raises:
         CheckpointError: `state.json` is damaged.
-        ConfigError: `config.yaml` is what was written, but is no configuration now.
+        ConfigError: `config.yaml` is unchanged, but this release does not accept it.
     """
     if unrecorded := [name for name in (CONFIG, STATE) if name not in records]:
         return f"{COMPLETE} has no record of {unrecorded[0]}"
@@ -181,7 +178,7 @@ def coverage_damage(directory: Path, records: Mapping[str, FileRecord]) -> str |
 
 
 def checkpoint_damage(directory: Path) -> str | None:
-    """First reason why a directory is not a complete checkpoint; None when it is one.
+    """The first reason why a directory is not a complete checkpoint; None if it is one.
 
     Raises:
         ConfigError: as `coverage_damage`.
@@ -194,7 +191,7 @@ def checkpoint_damage(directory: Path) -> str | None:
 
 
 def candidates(checkpoints: Path) -> list[Path]:
-    """Directories that may be checkpoints, newest first; completeness is not looked at."""
+    """Directories with the name of a checkpoint, complete or not, newest first."""
     if not checkpoints.is_dir():
         return []
     named = ((_NAME.fullmatch(path.name), path) for path in checkpoints.iterdir() if path.is_dir())
@@ -203,16 +200,16 @@ def candidates(checkpoints: Path) -> list[Path]:
 
 
 def withdraw(directory: Path) -> None:
-    """Take the marker from a checkpoint that turned out damaged, so that it is never counted again."""
+    """Mark a checkpoint as damaged, so that it is not used again."""
     marker = directory / COMPLETE
     if marker.is_file():
         marker.rename(directory / "damaged.json")
 
 
 def prune(checkpoints: Path, keep_last: int, newest: Path) -> None:
-    """Keep `newest`, which was just saved, and the complete ones before it: `keep_last` in all; 0 keeps all.
+    """Keep the `keep_last` newest complete checkpoints up to `newest`, which was just saved; 0 keeps all.
 
-    Incomplete ones, and any that claim a later step, are left alone.
+    Incomplete checkpoints and those of later steps are not removed.
     """
     if keep_last == 0:
         return
@@ -220,6 +217,6 @@ def prune(checkpoints: Path, keep_last: int, newest: Path) -> None:
     upto = found[found.index(newest) :]
     complete = [path for path in upto if (path / COMPLETE).is_file()]
     for path in complete[keep_last:]:
-        # The marker goes first: a removal that is cut short must not leave a directory that looks whole.
+        # First the marker: an interrupted removal must not leave a directory that looks complete.
         (path / COMPLETE).unlink()
         shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""Whether the contents of DeepSpeed's files are built as it builds them, and whether two of them are equal."""
+"""Check the structure of the contents of DeepSpeed files, and compare them."""
 
 from typing import Any
 
@@ -11,15 +11,11 @@ _SLOTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def structure_problem(name: str, content: Any) -> str | None:
-    """What a file lacks; None when it has all that is read.
-
-    Args:
-        name: of the file, which says what must be in it.
-    """
+    """The first structural problem of a file; None if there is none. `name` decides what is checked."""
     if not isinstance(content, dict):
         return f"is a {type(content).__name__} instead of a dictionary"
     if name.startswith("layer_"):
-        return None  # its tensors are looked for by name
+        return None  # its tensors are checked by name
     if name.startswith("mp_rank_"):
         return _model_states_problem(content)
     states = content.get("optimizer_state_dict")
@@ -45,7 +41,7 @@ def _optimizer_problem(states: dict[str, Any]) -> str | None:
     if not isinstance(states.get("clip_grad"), int | float):
         return "lacks the number clip_grad"
     if "loss_scaler" in states and not hasattr(states["loss_scaler"], "__dict__"):
-        return "has something else than a loss scaler as loss_scaler"
+        return "has something other than a loss scaler as loss_scaler"
     base = states.get("base_optimizer_state")
     if not isinstance(base, dict) or not _are(base.get("param_groups"), dict):
         return "lacks the settings of two groups, base_optimizer_state.param_groups"
@@ -53,7 +49,7 @@ def _optimizer_problem(states: dict[str, Any]) -> str | None:
     if not isinstance(slots, dict):
         return "lacks the dictionary base_optimizer_state.state"
     if not slots:
-        return None  # no step was done; reading says so
+        return None  # no step was done; the reader reports it
     for group in (0, 1):
         for key in _SLOTS:
             slot = slots.get(group)
@@ -64,12 +60,12 @@ def _optimizer_problem(states: dict[str, Any]) -> str | None:
 
 
 def _are(found: Any, kind: type) -> bool:
-    """Whether something is a list of one entry of a kind for each of the two groups."""
+    """Whether `found` is a list with an entry of a type for each of the two groups."""
     return isinstance(found, list | tuple) and len(found) == 2 and all(isinstance(one, kind) for one in found)
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two contents are equal to the last bit."""
+    """Whether two contents are bit-equal."""
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         both = isinstance(one, Tensor) and isinstance(other, Tensor)
         return both and one.dtype == other.dtype and torch.equal(one, other)

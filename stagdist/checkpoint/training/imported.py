@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagdist.checkpoint.published.reader import ModelReader
+from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.checkpoint.training.content import MASTER, Counters
 from stagdist.config.run_config import RunConfig
 from stagdist.model.precision import DTYPES
@@ -23,7 +23,12 @@ class ImportedModel:
 
     def weight(self, spec: ParameterSpec) -> Tensor:
         """One global parameter in the dtype of the run."""
-        return self._stored(spec).to(DTYPES[self.config.training.precision])
+        if spec.name.startswith("section_mix."):
+            section = int(spec.name.rsplit(".", 1)[1])
+            stored = self.source.weight(self._specs["section_mix"])[section].reshape(1)
+        else:
+            stored = self.source.weight(spec)
+        return stored.to(DTYPES[self.config.training.precision])
 
     def optimizer_value(self, spec: ParameterSpec, kind: str) -> Tensor:
         """The fp32 copy, rounded as the weight is; the moments are zero."""
@@ -45,12 +50,6 @@ class ImportedModel:
             dynamic_loss_scale=False,
             random=lambda stage, tensor_rank: {"cpu_random_state": torch.get_rng_state()},
         )
-
-    def _stored(self, spec: ParameterSpec) -> Tensor:
-        if not spec.name.startswith("section_mix."):
-            return self.source.weight(spec)
-        section = int(spec.name.rsplit(".", 1)[1])
-        return self.source.weight(self._specs["section_mix"])[section].reshape(1)
 
     @cached_property
     def _specs(self) -> dict[str, ParameterSpec]:

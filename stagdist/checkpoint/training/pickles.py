@@ -1,8 +1,7 @@
-"""DeepSpeed's files read without running what they say: only tensors, plain containers and a few harmless types.
+"""Read DeepSpeed files without running code from them: tensors, plain containers and a few harmless types.
 
-A pickle can run any program when it is loaded. torch's restricted loader refuses everything but a list of types; the
-few below are what DeepSpeed's own files hold besides. Here they come back as plain stand-ins, so that reading a
-checkpoint needs no DeepSpeed.
+A pickle can run any program when it is loaded. The restricted loader of torch refuses types that are not on a list.
+The types below also occur in DeepSpeed files; they are replaced, so that reading a checkpoint needs no DeepSpeed.
 """
 
 import pickle
@@ -20,14 +19,14 @@ from stagdist.errors import CheckpointError
 
 @dataclass
 class Fragment:
-    """Stand-in for DeepSpeed's `fragment_address`: a stretch of a flat tensor, in values."""
+    """Replaces `fragment_address` of DeepSpeed: a range of a flat tensor, in values."""
 
     numel: int
     start: int
 
 
 class ZeroStage(IntEnum):
-    """Stand-in for DeepSpeed's `ZeroStageEnum`."""
+    """Replaces `ZeroStageEnum` of DeepSpeed."""
 
     disabled = 0
     optimizer_states = 1
@@ -36,23 +35,23 @@ class ZeroStage(IntEnum):
 
 
 class LossScaler:
-    """Stand-in for DeepSpeed's loss scalers: their attributes and nothing else."""
+    """Replaces the loss scalers of DeepSpeed; has only their attributes."""
 
 
 def enum_member(enumeration: object, name: object) -> Enum:
-    """What stands in for `getattr` in pickles: early releases of Python 3.11 store an enum's member as one.
+    """Replaces `getattr` in pickles: early releases of Python 3.11 store an enum member as a call of it.
 
     Raises:
-        UnpicklingError: anything else is asked for.
+        UnpicklingError: the attribute is not a member of an enum.
     """
     if isinstance(enumeration, EnumType) and name in enumeration.__members__:
         member: Enum = enumeration.__members__[str(name)]
         return member
-    raise pickle.UnpicklingError(f"it asks for the attribute {name!r}, which is no member of an enum")
+    raise pickle.UnpicklingError(f"it asks for the attribute {name!r}, which is not a member of an enum")
 
 
 ENUM_MEMBER = (enum_member, "builtins.getattr")
-"""Function and the name under which pickles ask for it."""
+"""Function and the name that it replaces in pickles."""
 
 DEEPSPEED_TYPES: tuple[tuple[Callable[..., object], str], ...] = (
     ENUM_MEMBER,
@@ -61,17 +60,17 @@ DEEPSPEED_TYPES: tuple[tuple[Callable[..., object], str], ...] = (
     (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (type("DynamicLossScaler", (LossScaler,), {}), "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
 )
-"""Stand-in and full name of every type that DeepSpeed's files of our runs hold besides torch's."""
+"""Replacement and full name of every type in the DeepSpeed files of our runs that is not a type of torch."""
 
 
 def load_file(path: Path, *, trust_pickle: bool = False) -> Any:
-    """Content of one of DeepSpeed's files; tensors are memory-mapped.
+    """Read one DeepSpeed file; tensors are memory-mapped.
 
     Args:
-        trust_pickle: load with the unrestricted loader, which runs whatever the file says.
+        trust_pickle: use the unrestricted loader, which runs any code in the file.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or asks for types that are not on the list, by name.
+        CheckpointError: the file is missing, damaged, or has other types; the message names them.
     """
     try:
         if trust_pickle:
@@ -87,11 +86,11 @@ def load_file(path: Path, *, trust_pickle: bool = False) -> Any:
 
 
 def refusal(path: Path, error: Exception) -> str:
-    """Why a file was not loaded, with the types it asks for."""
+    """The error message for a file that was refused, with the types that it has."""
     with safe_globals(list(DEEPSPEED_TYPES)):
         try:
             foreign = get_unsafe_globals_in_checkpoint(path)
-        except Exception:  # a file made to harm may break any parser
+        except Exception:  # a malicious file may break any parser
             foreign = []
     # Torch begins with advice to load the file without restrictions; its reason comes after that.
     reason = str(error).split("WeightsUnpickler error: ")[-1].splitlines()[0]

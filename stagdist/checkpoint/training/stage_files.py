@@ -1,13 +1,13 @@
-"""Where DeepSpeed keeps what: files, layers and flat optimizer partitions of a grid. Pure, no torch.
+"""Files, layers and flat optimizer partitions of a DeepSpeed checkpoint on a grid. Imports no torch.
 
-A training checkpoint of ours holds, for pipe x data x tensor:
+Files of a training checkpoint for pipe x data x tensor:
 
     layer_LL-model_TT-model_states.pt                  weights of pipeline layer LL, tensor rank TT
     mp_rank_RR_model_states.pt                         counters and generators; RR = stage * tensor + TT
     [bf16_]zero_pp_rank_D_mp_rank_RR_optim_states.pt   fp32 masters and Adam moments of data rank D
 
-The last are flat: the local parameters of a group (matrices, then vectors), one behind the other in the order of the
-stage's modules, padded and cut into equal partitions, one for each data rank.
+Optimizer values are flat: the local parameters of a group (matrices, then vectors) are concatenated in the order of the
+modules, padded, and cut into equal partitions, one for each data rank.
 """
 
 from collections.abc import Iterator
@@ -27,17 +27,18 @@ ALIGNMENT = 2
 """Flat groups are padded to a multiple of this many values for each data rank."""
 
 _PROJECTIONS = ("_proj.weight", "projection.weight")
+_TIED = ("embedding", "core")
 
 
 @dataclass(frozen=True)
 class PipelineLayer:
-    """One entry of the pipeline's list of layers, the same list on every grid.
+    """One entry of the list of pipeline layers, which is the same on every grid.
 
     Attributes:
-        index: place in the list.
+        index: position in the list.
         kind: `embedding`, `core` (shared self-attention and MLP), `section` or `head`.
-        section: the section it belongs to; that of the last one for the head.
-        first: the first use of a tied layer, which alone is stored; True for layers that are not tied.
+        section: its section; the last section for the head.
+        first: True for the first use of a tied layer, the only one that is stored, and for layers that are not tied.
     """
 
     index: int
@@ -46,19 +47,19 @@ class PipelineLayer:
     first: bool = True
 
     def file(self, tensor_rank: int) -> str:
-        """Name of the file with its weights."""
+        """Name of its weights file."""
         return f"layer_{self.index:02d}-model_{tensor_rank:02d}-model_states.pt"
 
 
 @dataclass(frozen=True)
 class StoredParameter:
-    """One parameter as a stage holds it.
+    """One parameter of a stage.
 
     Attributes:
-        spec: what it is; `section_mix` comes as one entry per section, `section_mix.{s}`.
+        spec: its name and shape; `section_mix` is stored as one entry per section, `section_mix.{s}`.
         layer: pipeline layer whose file stores it.
         key: its name in that file.
-        name: what DeepSpeed calls it on a stage.
+        name: its name in DeepSpeed.
     """
 
     spec: ParameterSpec
@@ -100,8 +101,7 @@ def pipeline_layers(model: ModelConfig) -> list[PipelineLayer]:
     seen: set[str] = set()
     layers = []
     for index, (kind, section) in enumerate(kinds):
-        tied = kind in ("embedding", "core")
-        layers.append(PipelineLayer(index, kind, section, first=not tied or kind not in seen))
+        layers.append(PipelineLayer(index, kind, section, first=kind not in _TIED or kind not in seen))
         seen.add(kind)
     return layers
 
@@ -120,14 +120,14 @@ def layer_parameters(model: ModelConfig, layer: PipelineLayer) -> list[StoredPar
         specs = [spec for spec in section_parameters(model, 0) if spec.name.startswith(prefix + "layers.")]
         keys = {spec.name: spec.name.removeprefix(prefix) for spec in specs}
         return [StoredParameter(spec, layer, keys[spec.name], f"tied_modules.core.{keys[spec.name]}") for spec in specs]
-    stored = []
-    for key, spec in _section_modules(model, layer.section):
-        stored.append(StoredParameter(spec, layer, f"section.{key}", f"{layer.index}.section.{key}"))
-    return stored
+    return [
+        StoredParameter(spec, layer, f"section.{key}", f"{layer.index}.section.{key}")
+        for key, spec in _section_modules(model, layer.section)
+    ]
 
 
 def _section_modules(model: ModelConfig, section: int) -> Iterator[tuple[str, ParameterSpec]]:
-    """Parameters that a section's module owns, as the module orders and names them."""
+    """Names and parameters of the module of a section, in its order."""
     prefix = f"sections.{section}."
     local = [(spec.name.removeprefix(prefix), spec) for spec in section_parameters(model, section)]
     yield from ((name, spec) for name, spec in local if name == "null_memory")
@@ -141,12 +141,12 @@ def _section_modules(model: ModelConfig, section: int) -> Iterator[tuple[str, Pa
 
 
 def mix_part(model: ModelConfig, section: int) -> ParameterSpec:
-    """The one value of `section_mix` that a section holds."""
+    """The part of `section_mix` that belongs to a section."""
     return ParameterSpec(f"section_mix.{section}", (1,), fill=1.0 / model.num_sections)
 
 
 def stored_specs(model: ModelConfig) -> list[ParameterSpec]:
-    """Every parameter once, as training holds it: `section_mix` in parts."""
+    """Every stored parameter once, with `section_mix` in parts."""
     specs = []
     for spec in model_parameters(model):
         parts = [mix_part(model, section) for section in range(model.num_sections)]
@@ -155,7 +155,7 @@ def stored_specs(model: ModelConfig) -> list[ParameterSpec]:
 
 
 def extra_keys(model: ModelConfig, layer: PipelineLayer) -> list[str]:
-    """Keys of a layer's file in order: megatron-core's projections have an empty extra state behind their weight."""
+    """Keys of the file of a layer. Projections of megatron-core have an empty extra state after the weight."""
     keys = []
     for stored in layer_parameters(model, layer):
         keys.append(stored.key)
@@ -173,9 +173,9 @@ def stage_layers(model: ModelConfig, pipe_size: int, stage: int) -> list[Pipelin
 
 
 def stage_order(model: ModelConfig, pipe_size: int, stage: int) -> list[StoredParameter]:
-    """Parameters of one stage in DeepSpeed's order: tied ones first, copies of other stages' included.
+    """Parameters of one stage in the order of DeepSpeed: tied parameters first, including copies.
 
-    A tied parameter's `layer` is the one that stores it, wherever that lies.
+    `layer` of a tied parameter is the layer that stores it, on any stage.
     """
     stores = {layer.kind: layer for layer in pipeline_layers(model) if layer.first and layer.kind in _TIED}
     layers = stage_layers(model, pipe_size, stage)
@@ -186,17 +186,9 @@ def stage_order(model: ModelConfig, pipe_size: int, stage: int) -> list[StoredPa
     return found
 
 
-_TIED = ("embedding", "core")
-
-
-def parameter_groups(order: list[StoredParameter]) -> tuple[list[StoredParameter], list[StoredParameter]]:
-    """The optimizer's two groups: matrices, which decay, and vectors."""
-    return [one for one in order if one.spec.decays], [one for one in order if not one.spec.decays]
-
-
 @dataclass(frozen=True)
 class FlatGroup:
-    """One optimizer group of a stage, flat.
+    """One flat optimizer group of a stage.
 
     Attributes:
         parameters: in order.
@@ -209,7 +201,7 @@ class FlatGroup:
     data_size: int
 
     def local_size(self, stored: StoredParameter) -> int:
-        """Values of a parameter on one rank, padding of the vocabulary included."""
+        """Values of a parameter on one rank, including the padding of the vocabulary."""
         return prod(stored.spec.local_shape(self.tensor_size))
 
     @property
@@ -219,16 +211,16 @@ class FlatGroup:
 
     @property
     def partition_size(self) -> int:
-        """Values of one partition, padding included."""
+        """Values of one partition, including padding."""
         unit = ALIGNMENT * self.data_size
         return -(-self.size // unit) * ALIGNMENT
 
     def padding(self, data_rank: int) -> int:
-        """Values at the end of a partition that belong to no parameter."""
+        """Padding values at the end of a partition."""
         return min(max((data_rank + 1) * self.partition_size - self.size, 0), self.partition_size)
 
     def pieces(self) -> Iterator[tuple[StoredParameter, list[PartitionPiece]]]:
-        """Where every parameter lies."""
+        """Every parameter with its pieces in the partitions."""
         begin = 0
         for stored in self.parameters:
             end = begin + self.local_size(stored)
@@ -245,24 +237,26 @@ class FlatGroup:
 
 
 def flat_groups(model: ModelConfig, sizes: tuple[int, int, int], stage: int) -> tuple[FlatGroup, FlatGroup]:
-    """Both groups of a stage on a grid of (pipe, data, tensor) sizes."""
-    matrices, vectors = parameter_groups(stage_order(model, sizes[0], stage))
-    return FlatGroup(tuple(matrices), sizes[2], sizes[1]), FlatGroup(tuple(vectors), sizes[2], sizes[1])
+    """The two groups of a stage, matrices with weight decay and vectors, on a grid of (pipe, data, tensor) sizes."""
+    order = stage_order(model, sizes[0], stage)
+    matrices = tuple(one for one in order if one.spec.decays)
+    vectors = tuple(one for one in order if not one.spec.decays)
+    return FlatGroup(matrices, sizes[2], sizes[1]), FlatGroup(vectors, sizes[2], sizes[1])
 
 
 def model_states_file(stage: int, tensor_rank: int, tensor_size: int) -> str:
-    """File of counters and generators."""
+    """Name of the file with counters and generators."""
     return f"mp_rank_{stage * tensor_size + tensor_rank:02d}_model_states.pt"
 
 
 def optimizer_file(stage: int, data_rank: int, tensor_rank: int, tensor_size: int, *, bf16: bool) -> str:
-    """File of one rank's partitions."""
+    """Name of the file with the partitions of one rank."""
     prefix = "bf16_" if bf16 else ""
     return f"{prefix}zero_pp_rank_{data_rank}_mp_rank_{stage * tensor_size + tensor_rank:02d}_optim_states.pt"
 
 
 def tensor_files(model: ModelConfig, sizes: tuple[int, int, int], *, bf16: bool) -> list[str]:
-    """Names of all of DeepSpeed's files in a checkpoint of a grid."""
+    """Names of all DeepSpeed files of a checkpoint."""
     pipe, data, tensor = sizes
     stored = [layer for layer in pipeline_layers(model) if layer.first]
     names = [layer.file(rank) for layer in stored for rank in range(tensor)]

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 
 from stagdist.data.prepare.sources import ReadOptions
 from stagdist.errors import StagdistError
@@ -49,17 +50,9 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def reading_options(arguments: argparse.Namespace) -> ReadOptions:
-    """The options that the parsed arguments ask for."""
-    return ReadOptions(
-        text_key=arguments.text_key,
-        txt_documents=arguments.txt_documents,
-        bad_utf8=arguments.bad_utf8,
-        include=tuple(arguments.include),
-        exclude=tuple(arguments.exclude),
-        split_name=arguments.split_name,
-        config_name=arguments.config_name,
-        streaming=arguments.streaming,
-    )
+    """The options in the parsed arguments."""
+    values = {field.name: getattr(arguments, field.name) for field in fields(ReadOptions)}
+    return ReadOptions(**values | {"include": tuple(arguments.include), "exclude": tuple(arguments.exclude)})
 
 
 def run_tool(action: Callable[[], None], on_failure: Callable[[], object] = lambda: None) -> int:

@@ -56,15 +56,9 @@ class Reader:
                 yield text
 
     def _texts(self, piece: Piece) -> Iterator[str | None]:
-        if piece.kind == "files":
-            return self._files(piece)
-        if piece.kind in ("json_lines", "json_array"):
-            return self._json(piece)
-        if piece.kind == "parquet":
-            return self._parquet(piece)
-        if piece.kind in ("rows", "shard"):
-            return self._rows(piece)
-        return self._cut_text(piece)
+        readers = {"files": self._files, "json_lines": self._json, "json_array": self._json, "parquet": self._parquet,
+                   "rows": self._rows, "shard": self._rows}  # fmt: skip
+        return readers.get(piece.kind, self._cut_text)(piece)
 
     def _files(self, piece: Piece) -> Iterator[str | None]:
         for path in piece.files:

@@ -19,7 +19,7 @@ import numpy as np
 
 from stagdist.data.indexed import CorpusDescription, corpus_path, token_dtype, write_index
 from stagdist.data.prepare.encode import encode_pieces
-from stagdist.data.prepare.processes import OneProcess, Ranks
+from stagdist.data.prepare.processes import Ranks
 from stagdist.data.prepare.sources import Piece, ReadOptions, plan_pieces
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import ConfigError, DataError
@@ -74,7 +74,7 @@ def prepare(
         ConfigError: the output exists, or an argument is wrong.
         DataError: input is missing, damaged or holds no text; the disk is full.
     """
-    ranks = ranks or OneProcess()
+    ranks = ranks or Ranks()
     options = options or ReadOptions()
     pieces: list[Piece] = ranks.from_first(
         _planned(inputs, prefix, options, overwrite, workers) if ranks.rank == 0 else None

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import torch.distributed as dist
 
 from stagdist.checkpoint.published.model_json import read_text_tokens
-from stagdist.checkpoint.published.reader import ModelReader
+from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.data.tokenizer import Tokenizer, load_tokenizer
 from stagdist.decode.engine import Engine
 from stagdist.decode.frontend.answers import Answers

@@ -8,7 +8,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.published.reader import ReadSlice
+from stagdist.checkpoint.published.model_reader import ReadSlice
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.topology import Topology
 from stagdist.parallel.device import on_cuda

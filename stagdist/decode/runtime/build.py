@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from stagdist.checkpoint.published.reader import ReadSlice
+from stagdist.checkpoint.published.model_reader import ReadSlice
 from stagdist.config.checks import tensor_parallel_problems
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.runner import Lap

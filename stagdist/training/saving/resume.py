@@ -22,8 +22,8 @@ from stagdist.checkpoint.training.directory import (
     withdraw,
 )
 from stagdist.checkpoint.training.pickles import ENUM_MEMBER, refusal
-from stagdist.checkpoint.training.reader import TrainingReader
 from stagdist.checkpoint.training.stage_files import tensor_files
+from stagdist.checkpoint.training.training_reader import TrainingReader
 from stagdist.config.parts import OptimizerConfig
 from stagdist.errors import CheckpointError, ConfigError, StagdistError
 from stagdist.parallel.groups import Groups

@@ -18,8 +18,8 @@ from stagdist.checkpoint.convert.model_conversions import export
 from stagdist.checkpoint.convert.staging import ConversionOptions
 from stagdist.checkpoint.convert.training_conversions import reshard
 from stagdist.checkpoint.convert.verify import verify
-from stagdist.checkpoint.published.writer import ModelDirectoryWriter
-from stagdist.checkpoint.training.writer import TrainingWriter
+from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
+from stagdist.checkpoint.training.training_writer import TrainingWriter
 from stagdist.errors import CheckpointError
 from stagdist.parallel.grid import Grid
 from tests.checkpoint.synthetic import file_contents, model_directory, training_checkpoint

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.published import writer as model_directory
+from stagdist.checkpoint.published import model_writer as model_directory
 from stagdist.checkpoint.published.load_model import load_model
-from stagdist.checkpoint.published.reader import ModelReader
-from stagdist.checkpoint.published.writer import CODE_FILES, ModelDirectoryWriter
+from stagdist.checkpoint.published.model_reader import ModelReader
+from stagdist.checkpoint.published.model_writer import CODE_FILES, ModelDirectoryWriter
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.model.megatron import TensorParallel

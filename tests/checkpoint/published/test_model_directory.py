@@ -10,11 +10,11 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from stagdist.checkpoint.convert.staging import ConversionOptions, staged_folder
-from stagdist.checkpoint.published import writer as model_directory
+from stagdist.checkpoint.published import model_writer as model_directory
 from stagdist.checkpoint.published.load_model import load_model
 from stagdist.checkpoint.published.model_json import read_text_tokens
-from stagdist.checkpoint.published.reader import ModelReader
-from stagdist.checkpoint.published.writer import ModelDirectoryWriter, shard_plan
+from stagdist.checkpoint.published.model_reader import ModelReader
+from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter, shard_plan
 from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import CheckpointError

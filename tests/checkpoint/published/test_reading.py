@@ -1,7 +1,6 @@
-"""A model directory is checked whole before anything is built, and read slice by slice."""
+"""All of a model directory is checked before anything is built, and it is read slice by slice."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,51 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stagdist.checkpoint.published import reader as reading
-from stagdist.checkpoint.published.reader import ModelReader
-from stagdist.checkpoint.published.writer import ModelDirectoryWriter, weight_map
-from stagdist.config.parts import ModelConfig
+from stagdist.checkpoint.published import model_reader as reading
+from stagdist.checkpoint.published.model_reader import ModelReader
+from stagdist.checkpoint.published.model_writer import weight_map
 from stagdist.errors import CheckpointError
 from stagdist.parallel.layout import model_parameters
+from tests.checkpoint.published.directories import FILE, INDEX, LLAMA, change, split, write, write_index
 from tests.reference import stagformer as reference
-from tests.reference.variants import BASE, VARIANTS
-
-FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-LLAMA = {"connection": "sequential"}
-
-
-def write(directory: Path, keys: dict[str, Any]) -> tuple[ModelConfig, reference.Parameters]:
-    """A directory of random weights."""
-    model = ModelConfig(**BASE | keys)
-    parameters = reference.random_parameters(model, perturb=True)
-    with ModelDirectoryWriter(directory, model, torch.float32, end_of_document=0) as writer:
-        for spec in model_parameters(model):
-            writer.add(spec.name, parameters[spec.name])
-    return model, parameters
-
-
-def change(directory: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    """Rewrite the tensors of a directory with one file."""
-    tensors = load_file(directory / FILE)
-    edit(tensors)
-    save_file(tensors, directory / FILE, metadata={"format": "pt"})
-
-
-def split(directory: Path) -> dict[str, str]:
-    """Make two files and an index out of one file; the index."""
-    tensors = load_file(directory / FILE)
-    (directory / FILE).unlink()
-    where = {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(sorted(tensors))}
-    for file in sorted(set(where.values())):
-        save_file({name: tensors[name] for name in where if where[name] == file}, directory / file)
-    write_index(directory, where)
-    return where
-
-
-def write_index(directory: Path, where: dict[str, str]) -> None:
-    """The index of a directory of several files."""
-    (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": where}))
+from tests.reference.variants import VARIANTS
 
 
 @pytest.mark.parametrize("several_files", [False, True])
@@ -265,9 +227,9 @@ def test_a_tensor_of_a_file_that_the_index_does_not_have_is_named(tmp_path: Path
 
 def test_a_single_file_beside_an_index_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "model", {})
-    whole = (tmp_path / "model" / FILE).read_bytes()
+    single = (tmp_path / "model" / FILE).read_bytes()
     split(tmp_path / "model")
-    (tmp_path / "model" / FILE).write_bytes(whole)
+    (tmp_path / "model" / FILE).write_bytes(single)
     with pytest.raises(CheckpointError, match="read differently; remove the wrong one"):
         ModelReader(tmp_path / "model")
 
@@ -278,74 +240,4 @@ def test_an_index_that_names_no_files_of_the_directory_is_refused(tmp_path: Path
     (tmp_path / "model" / FILE).unlink()
     write_index(tmp_path / "model", where)
     with pytest.raises(CheckpointError, match=r"index\.json cannot be read: weight_map"):
-        ModelReader(tmp_path / "model")
-
-
-SCALED = {
-    "rope_type": "llama3", "rope_theta": 100.0, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("keys", "change", "complaint"),
-    [
-        ({}, {"rms_norm_eps": 0.5}, r"says rms_norm_eps 0\.5, the weights were written for 1e-05"),
-        ({}, {"rope_scaling": SCALED}, "read differently"),
-        (LLAMA, {"rope_parameters": SCALED}, r"rope_scaling\.rope_type 'llama3', the weights were written for None"),
-        ({}, {"torch_dtype": "bfloat16"}, r"is torch\.float32, config\.json says torch\.bfloat16"),
-    ],
-)
-def test_a_changed_configuration_is_noticed_without_a_sum_being_made(
-    tmp_path: Path, keys: dict[str, Any], change: dict[str, Any], complaint: str
-) -> None:
-    write(tmp_path / "model", keys)
-    path = tmp_path / "model" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(CheckpointError, match=complaint):
-        ModelReader(tmp_path / "model")
-
-
-def test_another_type_than_was_written_is_noticed(tmp_path: Path) -> None:
-    write(tmp_path / "model", {})
-    tensors = load_file(tmp_path / "model" / FILE)
-    save_file({name: value.half() for name, value in tensors.items()}, tmp_path / "model" / FILE)
-    path = tmp_path / "model" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"torch_dtype": "float16"}))
-    with pytest.raises(CheckpointError, match=r"are torch\.float16, torch\.float32 was written"):
-        ModelReader(tmp_path / "model")
-
-
-@pytest.mark.parametrize(
-    ("record", "complaint"),
-    [
-        ([], "does not hold a JSON object"),
-        ({"sha256": [1]}, "sha256 must hold the sum of every tensor"),
-        ({"sha256": {}}, "sha256 must hold the sum of every tensor"),
-        ({"sha256": {"embedding.weight": 1}}, "sha256 must hold the sum of every tensor"),
-        ({"sha256": {"embedding.weight": "1"}, "config": [1]}, "config must hold keys"),
-        ({"sha256": {"embedding.weight": "1"}, "dtype": ["x"]}, "says dtype"),
-        ({"sha256": {"embedding.weight": "1"}}, "has no sum of the tensor sections"),
-    ],
-)
-def test_a_damaged_record_is_named(tmp_path: Path, record: Any, complaint: str) -> None:
-    write(tmp_path / "model", {})
-    (tmp_path / "model" / "checksums.json").write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match=rf"checksums\.json .*{complaint}"):
-        ModelReader(tmp_path / "model")
-
-
-@pytest.mark.parametrize("drop", ["dtype", "config"])
-def test_a_record_from_before_a_key_was_kept_is_read(tmp_path: Path, drop: str) -> None:
-    write(tmp_path / "model", {})
-    path = tmp_path / "model" / "checksums.json"
-    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != drop}))
-    ModelReader(tmp_path / "model")
-
-
-@pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000])
-def test_a_configuration_that_is_no_object_is_named(tmp_path: Path, content: str) -> None:
-    write(tmp_path / "model", {})
-    (tmp_path / "model" / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"config\.json (cannot be read|does not hold a JSON object)"):
         ModelReader(tmp_path / "model")

@@ -15,8 +15,8 @@ from stagdist.checkpoint.convert.staging import ConversionOptions
 from stagdist.checkpoint.convert.training_conversions import import_model
 from stagdist.checkpoint.convert.upcycle import upcycle
 from stagdist.checkpoint.convert.verify import verify
-from stagdist.checkpoint.published.reader import ModelReader
-from stagdist.checkpoint.published.writer import CODE_FILES
+from stagdist.checkpoint.published.model_reader import ModelReader
+from stagdist.checkpoint.published.model_writer import CODE_FILES
 from stagdist.errors import CheckpointError
 from stagdist.parallel.grid import Grid
 from tests.checkpoint.synthetic import model_directory
@@ -165,5 +165,5 @@ def test_a_directory_from_before_small_files_were_recorded_is_whole(tmp_path: Pa
 def test_a_record_of_small_files_that_is_none_is_damaged(tmp_path: Path, files: Any) -> None:
     folder = model_directory(tmp_path / "model", {})
     (folder / "checksums.json").write_text(json.dumps(record(folder) | {"files": files}))
-    with pytest.raises(CheckpointError, match=r"checksums\.json is damaged: files must hold the sums"):
+    with pytest.raises(CheckpointError, match=r"checksums\.json is damaged: files must have checksums"):
         ModelReader(folder)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from stagdist.checkpoint.published import transformers_model
-from stagdist.checkpoint.published.reader import ModelReader
+from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.checkpoint.published.transformers_model import load_with_transformers
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import byte_tokenizer

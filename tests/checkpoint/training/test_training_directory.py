@@ -131,14 +131,14 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"tokenizer": 5}, "tokenizer is 5; a text is needed"),
-        ({"tokenizer": None}, "tokenizer is None; a text is needed"),
-        ({"data_identity": ["x"]}, r"data_identity is \['x'\]; a text is needed"),
+        ({"tokenizer": 5}, "tokenizer is 5; a string is needed"),
+        ({"tokenizer": None}, "tokenizer is None; a string is needed"),
+        ({"data_identity": ["x"]}, r"data_identity is \['x'\]; a string is needed"),
         ({"step": "1"}, "its counts are"),
         ({"bad_steps": True}, "its counts are"),
         ({"grid": 5}, "cannot be read"),
         ({"text_tokens": [2]}, r"text_tokens is \[2\]; config and generation are needed"),
-        ({"text_tokens": {"config": {}, "generation": 3}}, "text_tokens.generation is 3; keys with values"),
+        ({"text_tokens": {"config": {}, "generation": 3}}, "text_tokens.generation is 3; an object is needed"),
         (
             {"text_tokens": {"config": {"hidden_size": 3}, "generation": {}}},
             "config has hidden_size",

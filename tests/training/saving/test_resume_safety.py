@@ -18,9 +18,9 @@ import torch
 
 from stagdist.checkpoint.convert.inspection import inspect
 from stagdist.checkpoint.convert.staging import exclusive
-from stagdist.checkpoint.published import writer as model_directory
+from stagdist.checkpoint.published import model_writer as model_directory
+from stagdist.checkpoint.published.model_writer import CODE_FILES
 from stagdist.checkpoint.published.record import read_record
-from stagdist.checkpoint.published.writer import CODE_FILES
 from stagdist.checkpoint.training.directory import checkpoint_name, read_complete, write_complete
 from stagdist.data.tokenizer import load_tokenizer
 from stagdist.errors import CheckpointError, StagdistError, TransportError

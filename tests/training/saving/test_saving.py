@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.training.checks import check_layout
 from stagdist.checkpoint.training.directory import checkpoint_files
+from stagdist.checkpoint.training.layout_checks import check_layout
 from stagdist.checkpoint.training.pickles import load_file
-from stagdist.checkpoint.training.reader import TrainingReader
+from stagdist.checkpoint.training.training_reader import TrainingReader
 from stagdist.training.engine.agreement import Writing
 from stagdist.training.saving.host_copies import LARGE_BYTES, HostCopies
 from tests.ranks import run_ranks

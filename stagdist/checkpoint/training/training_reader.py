@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.checkpoint.training.content import MASTER, Counters
-from stagdist.checkpoint.training.directory import CONFIG, TrainingState, checkpoint_damage, read_state
+from stagdist.checkpoint.training.directory import CONFIG, TrainingState, read_state
 from stagdist.checkpoint.training.file_structure import structure_problem
 from stagdist.checkpoint.training.pickles import load_file
 from stagdist.checkpoint.training.stage_files import (
@@ -84,16 +84,6 @@ class TrainingReader:
         """The special tokens of the model directory that the run started from; None if there was none."""
         return self.state.text_tokens
 
-    def check_files(self) -> None:
-        """Compare every file of model and grid with its record.
-
-        Raises:
-            CheckpointError: a file or its record is missing, or a file was changed; the message names it.
-        """
-        reason = checkpoint_damage(self.directory)
-        if reason is not None:
-            raise CheckpointError(f"{self.directory}: {reason}")
-
     def file(self, name: str) -> Any:
         """Content of one of DeepSpeed's files, opened once.
 
@@ -158,13 +148,11 @@ class TrainingReader:
                 yield f" on stage {place.stage}", self.optimizer_value(spec, kind, place.stage)
                 continue
             for rank in range(self.state.grid[2]):
-                yield (
-                    f" on stage {place.stage}, tensor rank {rank}",
-                    self._assemble(place, kind, rank).reshape(spec.shape),
-                )
+                value = self._assemble(place, kind, rank).reshape(spec.shape)
+                yield f" on stage {place.stage}, tensor rank {rank}", value
 
     def steps(self, stage: int = 0) -> Tensor:
-        """Updates that Adam has done, a scalar."""
+        """Number of Adam updates, a scalar."""
         return torch.as_tensor(self.base_state(stage, 0, 0)[0]["step"], dtype=torch.float32)
 
     def counters(self) -> Counters:

@@ -7,8 +7,8 @@ import torch
 
 from stagdist.checkpoint.training.content import KINDS, MASTER, Counters, Track, TrainingSource
 from stagdist.checkpoint.training.file_structure import same
-from stagdist.checkpoint.training.reader import TrainingReader
 from stagdist.checkpoint.training.stage_files import extra_keys, model_states_file, optimizer_file, pipeline_layers
+from stagdist.checkpoint.training.training_reader import TrainingReader
 from stagdist.errors import CheckpointError
 from stagdist.parallel.layout import ParameterSpec
 
@@ -43,12 +43,11 @@ def _require_same_counters(written: TrainingReader, expected: Counters) -> None:
         if not same(getattr(found, name), getattr(expected, name)):
             raise CheckpointError(f"{name} was not written as it was read")
     pipe, _, tensor = written.state.grid
-    for stage in range(pipe):
-        for rank in range(tensor):
-            if not same(found.random(stage, rank), expected.random(stage, rank)):
-                raise CheckpointError(
-                    f"the generators of stage {stage}, tensor rank {rank} were not written as they were read"
-                )
+    for stage, rank in product(range(pipe), range(tensor)):
+        if not same(found.random(stage, rank), expected.random(stage, rank)):
+            raise CheckpointError(
+                f"the generators of stage {stage}, tensor rank {rank} were not written as they were read"
+            )
 
 
 def check_layout(reader: TrainingReader) -> None:
@@ -61,9 +60,8 @@ def check_layout(reader: TrainingReader) -> None:
     Raises:
         CheckpointError: something differs; the message names it.
     """
-    for stage in range(reader.state.grid[0]):
-        for rank in range(reader.state.grid[2]):
-            _check_order(reader, stage, rank)
+    for stage, rank in product(range(reader.state.grid[0]), range(reader.state.grid[2])):
+        _check_order(reader, stage, rank)
     for layer in pipeline_layers(reader.model):
         if layer.first:
             for rank in range(reader.state.grid[2]):

@@ -16,9 +16,9 @@ from stagdist.checkpoint.published.model_json import (
     read_text_tokens,
     refuse_unsupported,
 )
+from stagdist.checkpoint.published.model_writer import CODE_FILES, stored_name, weight_map
 from stagdist.checkpoint.published.record import CHECKSUMS, TAMPERED, WrittenRecord, read_record
 from stagdist.checkpoint.published.safetensors_writer import tensor_sha256
-from stagdist.checkpoint.published.writer import CODE_FILES, stored_name, weight_map
 from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import holds_tokenizer

@@ -18,14 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.training.content import (
-    KINDS,
-    MASTER,
-    MOMENTS,
-    Track,
-    TrainingSource,
-    untracked,
-)
+from stagdist.checkpoint.training.content import KINDS, MASTER, MOMENTS, Track, TrainingSource, untracked
 from stagdist.checkpoint.training.stage_files import (
     FlatGroup,
     PipelineLayer,
