@@ -1,6 +1,6 @@
 """Plan a run: grid, parameters, memory and FLOPs, and every reason why it would not start. Pure, no torch.
 
-No processes, devices or corpora are needed. `stagdist/planning/report.py` prints a plan.
+No processes, devices or corpora are needed. `stagdist/planning/dry_run.py` prints a plan.
 """
 
 from dataclasses import dataclass
