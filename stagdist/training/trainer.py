@@ -88,7 +88,7 @@ class Trainer:
 
     def _run(self, state: TrainingState) -> TrainingOutcome:
         saved_step, loss = state.step, None
-        self.reporter.start(state.step)
+        self.reporter.meter.start(state.step)
         self.engine.pulse.beat(Phase.STEP, state.step)
         while state.step < self.training.steps:
             loss = self._step(state)
@@ -121,17 +121,19 @@ class Trainer:
         with self._peers(step):
             batches = self.engine.micro_batches_of_step(self.loader, state.consumed_samples)
             loss = float(self.engine.train_batch(batches, self._gate))
-        self.reporter.step_done(step)
+        self.reporter.meter.record(step)
         if self.reporter.due(step):
             with self._peers(step):
                 bubble = self._bubble()
             self.reporter.step(
                 step,
-                loss=loss,
-                learning_rate=rate,
-                grad_norm=None if self._agreed.bad_ranks else self.engine.gradient_norm(),
-                pipeline_bubble=bubble,
-                data_wait_s=self.loader.wait_s - waited_s,
+                {
+                    "loss": loss,
+                    "learning_rate": rate,
+                    "grad_norm": None if self._agreed.bad_ranks else self.engine.gradient_norm(),
+                    "pipeline_bubble": bubble,
+                    "data_wait_s": self.loader.wait_s - waited_s,
+                },
             )
         return loss
 
@@ -176,12 +178,12 @@ class Trainer:
         )  # fmt: skip
 
     def _evaluate(self, validation: HeldOut, step: int) -> None:
-        with self.reporter.paused(), self._peers(step):
+        with self.reporter.meter.paused(), self._peers(step):
             self.reporter.held_out("validation", step, validation.score(self.engine))
 
     def _save(self, state: TrainingState) -> None:
         self.engine.pulse.beat(Phase.SAVE)
-        with self.reporter.paused(), self._peers(state.step):
+        with self.reporter.meter.paused(), self._peers(state.step):
             self.reporter.flush()
             # No step follows the last save, so copying to host memory would save no time.
             last = self._agreed.stop or state.step >= self.training.steps
@@ -191,7 +193,7 @@ class Trainer:
     def _finish_save(self, step: int) -> None:
         """Complete the save under way, if any; waits for its files where they are not written yet."""
         if self.saver.under_way:
-            with self.reporter.paused(), self._peers(step):
+            with self.reporter.meter.paused(), self._peers(step):
                 self.saver.finish()
 
 
