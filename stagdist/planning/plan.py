@@ -123,7 +123,9 @@ def plan(config: RunConfig, world_size: int, device: Device = "cpu", problems: t
     chosen = config.parallel.device
     on: Device = device if chosen == "auto" else "cuda" if chosen.startswith("cuda") else "cpu"
     divides = config.model.num_sections % config.pipeline_parallel_size == 0
-    found = list(problems) + (config.world_problems(world_size) if divides else []) + _missing_data(config)
+    found = list(problems) + (config.world_problems(world_size) if divides else [])
+    if not (config.data.corpora or config.data.train_corpora):
+        found.append("data.corpora is empty; prepare a corpus with tools/prepare_data.py and set data.corpora.0.prefix")
     grid = grid_for(config, world_size) if divides and not config.world_problems(world_size) else None
     splits = grid is not None and not problems
     stages = _stages(config, grid if splits else None, on) if divides else ()
@@ -142,15 +144,9 @@ def plan(config: RunConfig, world_size: int, device: Device = "cpu", problems: t
 
 
 def _sections(config: RunConfig) -> tuple[SectionPlan, ...]:
-    flops = section_flops(config.model, config.sequence_length)
-    return tuple(
-        SectionPlan(
-            layers=config.model.section_layers[section],
-            parameters=sum(spec.numel for spec in section_parameters(config.model, section)),
-            flops=flops[section],
-        )
-        for section in range(config.model.num_sections)
-    )
+    model = config.model
+    counts = [sum(spec.numel for spec in section_parameters(model, section)) for section in range(model.num_sections)]
+    return tuple(map(SectionPlan, model.section_layers, counts, section_flops(model, config.sequence_length)))
 
 
 def _stages(config: RunConfig, grid: Grid | None, device: Device) -> tuple[StagePlan, ...]:
@@ -174,12 +170,6 @@ def _stages(config: RunConfig, grid: Grid | None, device: Device) -> tuple[Stage
         )
         seen |= set(specs) - {"section_mix"}  # each stage holds only the values of its own sections
     return tuple(stages)
-
-
-def _missing_data(config: RunConfig) -> list[str]:
-    if config.data.corpora or config.data.train_corpora:
-        return []
-    return ["data.corpora is empty; prepare a corpus with tools/prepare_data.py and set data.corpora.0.prefix"]
 
 
 def _warnings(config: RunConfig, grid: Grid | None, stages: tuple[StagePlan, ...]) -> list[str]:
