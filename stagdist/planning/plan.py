@@ -63,8 +63,6 @@ class Plan:
     """The plan of a run on a number of ranks.
 
     Attributes:
-        config: the planned configuration.
-        world_size: number of ranks.
         device: kind of device for which memory is estimated.
         grid: layout of the ranks; None if they do not fit.
         parameters: values of the model, each counted once.
@@ -116,7 +114,6 @@ def plan(config: RunConfig, world_size: int, device: Device = "cpu", problems: t
 
     Args:
         config: may be inconsistent if `problems` says why.
-        world_size: number of ranks.
         device: kind of device to assume if `parallel.device` is auto.
         problems: problems of the configuration that were found before.
     """

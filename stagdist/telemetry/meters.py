@@ -7,9 +7,7 @@ from contextlib import contextmanager
 
 
 class ThroughputMeter:
-    """Turns step numbers and a clock into speeds.
-
-    `start` once before the first step, `record` after every step, `paused` around what is not training.
+    """Speeds from step numbers and a clock. Call `start` once, `record` after every step.
 
     Args:
         flops_per_token: model FLOP of forward and backward pass per token of the model (no recomputation).

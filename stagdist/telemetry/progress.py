@@ -13,9 +13,7 @@ class Progress:
     """Shows the metrics of each step on rank 0. Other ranks pass `enabled=False`.
 
     Args:
-        total_steps: last step of the run.
         first_step: steps already done (resumed runs).
-        enabled: False shows nothing.
         plain_interval_s: seconds between lines off a terminal; the first and the last report are always shown.
         stream: standard error unless given.
         clock: seconds from any origin, never going back.

@@ -50,13 +50,9 @@ class Trainer:
     Attributes:
         training: steps, batch and limit of bad steps.
         learning_rate: of the update after a number of steps.
-        groups: process groups of this rank.
         engine: model and optimizer, filled from the checkpoint if there is one.
-        loader: micro-batches of this rank.
         validation: held-out sequences; None if the run has none.
         saver: of checkpoints; closed at the end of `run`.
-        agreement: what ranks decide together.
-        reporter: what the user sees.
         naming_peers: context of everything that needs other ranks.
     """
 
