@@ -4,18 +4,16 @@
 import argparse
 import os
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagdist.errors import ConfigError
-from stagdist.parallel.ranks_parser import RanksParser
+from stagdist.parallel.ranks_parser import RanksParser, reports_error
 
 if TYPE_CHECKING:
     from stagdist.decode.request import SamplingParams
     from stagdist.decode.runtime.build import EngineOptions
-    from stagdist.errors import StagdistError
 
 EPILOG = """\
 The number of processes divided by --tensor-parallel-size is the number of pipeline stages; it divides the number of
@@ -188,28 +186,12 @@ def main() -> int:
     try:
         return run(parse_arguments())
     except StagdistError as error:
-        if _reports(error):
+        if reports_error(error, rank_1_reports_lost_peer=True):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError | DataError | CheckpointError) else 1
     except Exception:
         traceback.print_exc()
         return 1
-
-
-def _reports(error: "StagdistError") -> bool:
-    """Whether this rank prints an error that other ranks may raise as well."""
-    from stagdist.errors import TransportError
-    from stagdist.parallel.world import OTHERS_WAIT_S
-
-    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
-    if rank == "0" or error.everywhere:
-        return rank == "0"
-    if isinstance(error, TransportError):
-        # Immediately: the launcher ends all ranks soon after one exits. Rank 1 reports because rank 0 may have exited.
-        return rank == "1" or local_rank == "0"
-    if local_rank != "0":
-        time.sleep(OTHERS_WAIT_S)
-    return True
 
 
 if __name__ == "__main__":

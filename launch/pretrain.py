@@ -6,10 +6,6 @@ import os
 import sys
 import time
 import traceback
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from stagdist.errors import StagdistError
 
 STARTED_AT = time.monotonic()
 
@@ -49,19 +45,19 @@ def run(arguments: argparse.Namespace) -> int:
 def main() -> int:
     """Exit code: 0 done or stopped as requested, 1 an error while running, 2 an error of configuration or data."""
     from stagdist.errors import ConfigError, DataError, StagdistError
-    from stagdist.parallel.ranks_parser import pretrain_arguments
+    from stagdist.parallel.ranks_parser import pretrain_arguments, reports_error
 
     try:
         arguments = pretrain_arguments()
         if arguments.dry_run:
-            from stagdist.planning.report import dry_run
+            from stagdist.planning.dry_run import dry_run
 
             text, code = dry_run(arguments.config, arguments.set, arguments.world_size)
             print(text, end="")
             return code
         return run(arguments)
     except StagdistError as error:
-        if _prints(error):
+        if reports_error(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError | DataError) else 1
     except SystemExit as end:  # --help
@@ -71,23 +67,6 @@ def main() -> int:
     except BaseException:
         traceback.print_exc()
         return 1
-
-
-def _prints(error: "StagdistError") -> bool:
-    """Whether this rank prints an error that other ranks may raise as well.
-
-    The first rank of a host prints at once. The others wait, and normally the launcher ends them before they print. An
-    error that only they have raised is printed then.
-    """
-    from stagdist.errors import TransportError
-    from stagdist.parallel.world import OTHERS_WAIT_S
-
-    if error.everywhere:
-        return os.environ.get("RANK", "0") == "0"
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        return True
-    time.sleep(OTHERS_WAIT_S)
-    return not isinstance(error, TransportError)
 
 
 if __name__ == "__main__":

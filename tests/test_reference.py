@@ -1,4 +1,4 @@
-"""The reference proves itself: against transformers, against torch's optimizer, and against the formulas."""
+"""The reference model, compared with transformers and with the formulas."""
 
 import math
 from typing import Any
@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.reference.small_models import BASE, LLAMA3, VARIANTS, perturbed, tokens
 from tests.reference.stagformer import (
     Parameters,
     forward,
@@ -21,51 +22,9 @@ from tests.reference.stagformer import (
     section_outputs,
     shape_of,
 )
-from tests.reference.training import AdamW, global_norm, loss_and_gradients, train
+from tests.reference.training import loss_and_gradients
 
-BASE: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "rope_theta": 100.0,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 32,
-    "tie_word_embeddings": False,
-    "section_layers": [2, 1],
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,  # one wavelength is kept, one is in between, one is stretched
-}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "one section": {"section_layers": [2]},
-    "three unequal sections": {"section_layers": [1, 2, 1]},
-    "stagger 0": {"stagger": 0},
-    "stagger 2": {"stagger": 2},
-    "window": {"cross_attention_window": 3},
-    "shared": {"section_layers": [2, 2, 2], "share_section_weights": True},
-    "combined": {"section_layers": [1, 1, 1], "combine_sections": True},
-    "one cross-attention head": {"cross_attention_key_value_heads": 1},
-    "tied": {"tie_word_embeddings": True},
-    "llama3 scaling": {"rope_scaling": LLAMA3},
-    "sequential": {"connection": "sequential"},
-}
 every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-
-
-def tokens(rows: int, columns: int, seed: int = 1) -> Tensor:
-    return torch.randint(BASE["vocab_size"], (rows, columns), generator=torch.Generator().manual_seed(seed))
-
-
-def perturbed(config: dict[str, Any], dtype: torch.dtype = torch.float64) -> Parameters:
-    return random_parameters(config, seed=3, dtype=dtype, perturb=True)
 
 
 # --- against transformers ---------------------------------------------------------------------------------------
@@ -248,15 +207,15 @@ def test_logits_of_a_prefix_do_not_change_with_what_follows(variant: dict[str, A
 # --- the variants against one another ---------------------------------------------------------------------------
 
 
-def test_the_gap_of_the_memory_is_the_null_vector_unnormalised() -> None:
+def test_the_gap_of_the_memory_is_the_null_vector_unnormalized() -> None:
     config = BASE | {"stagger": 2}
     parameters = perturbed(config)
     previous = torch.randn(1, 5, 16, dtype=torch.float64)
     slots = memory(parameters, shape_of(config), 1, previous)
     null = parameters["sections.1.null_memory"]
     assert torch.equal(slots[0, :2], torch.stack([null, null]))
-    normalised = rms_norm(previous, parameters["sections.1.memory_norm.weight"], BASE["rms_norm_eps"])
-    assert torch.equal(slots[:, 2:], normalised[:, :3])
+    normalized = rms_norm(previous, parameters["sections.1.memory_norm.weight"], BASE["rms_norm_eps"])
+    assert torch.equal(slots[:, 2:], normalized[:, :3])
 
 
 def test_without_cross_attention_the_last_section_alone_is_a_llama_over_the_embeddings() -> None:
@@ -302,7 +261,7 @@ def test_every_parameter_matters(variant: dict[str, Any]) -> None:
     assert {name for name, gradient in gradients.items() if not gradient.abs().max() > 0} == set()
 
 
-# --- names, initialisation, loss --------------------------------------------------------------------------------
+# --- names, initialization, loss --------------------------------------------------------------------------------
 
 
 def test_names_are_the_canonical_ones_of_each_variant() -> None:
@@ -320,7 +279,7 @@ def test_names_are_the_canonical_ones_of_each_variant() -> None:
     assert later == {"cross_attention_norm", "cross_attention"}
 
 
-def test_initialisation_follows_the_rule_and_is_the_same_in_every_precision() -> None:
+def test_initialization_follows_the_rule_and_is_the_same_in_every_precision() -> None:
     config = BASE | {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "combine_sections": True}
     parameters = random_parameters(config, seed=1, dtype=torch.float64)
     layers = sum(config["section_layers"])
@@ -343,67 +302,3 @@ def test_loss_equals_cross_entropy() -> None:
     labels = torch.randint(11, (2, 5))
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(loss(logits, labels), expected, rtol=1e-13, atol=1e-13)
-
-
-# --- training ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("max_grad_norm", [0.0, 0.3])
-def test_training_equals_torch_adamw_with_torch_clipping(max_grad_norm: float) -> None:
-    config = BASE | {"tie_word_embeddings": True}
-    start = perturbed(config)
-    batches = [tokens(2, 8, seed) for seed in range(6)]
-    rates = [1e-2 / (step + 1) for step in range(6)]
-    record = train(
-        start, config, batches, rates, betas=(0.8, 0.9), weight_decay=0.3, max_grad_norm=max_grad_norm, gradients_of=[0]
-    )
-
-    leaves = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
-    matrices = [value for value in leaves.values() if value.ndim >= 2]
-    vectors = [value for value in leaves.values() if value.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9), eps=1e-8)
-    norms = []
-    for batch, rate in zip(batches, rates, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad()
-        loss(forward(dict(leaves), config, batch[:, :-1]), batch[:, 1:]).backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(leaves.values(), max_grad_norm or math.inf)))
-        optimizer.step()
-
-    assert record.grad_norms == pytest.approx(norms, rel=1e-12)
-    assert min(norms) > 0.3  # clipping happened
-    for name, value in leaves.items():
-        torch.testing.assert_close(record.parameters[name], value.detach(), rtol=1e-10, atol=1e-12, msg=name)
-        assert torch.equal(start[name], perturbed(config)[name])  # the caller's tensors are not changed
-
-
-def test_a_continued_optimizer_equals_an_uninterrupted_run() -> None:
-    batches, rates = [tokens(2, 8, seed) for seed in range(4)], [1e-2] * 4
-    complete = train(perturbed(BASE), BASE, batches, rates)
-    half = train(perturbed(BASE), BASE, batches[:2], rates[:2])
-    rest = train(half.parameters, BASE, batches[2:], rates[2:], optimizer=half.optimizer)
-    assert half.losses + rest.losses == complete.losses
-    assert all(torch.equal(rest.parameters[name], value) for name, value in complete.parameters.items())
-
-
-def test_a_tied_matrix_gets_the_sum_of_both_gradients_and_counts_once_in_the_norm() -> None:
-    tied = BASE | {"tie_word_embeddings": True}
-    parameters = perturbed(tied)
-    untied = parameters | {"head.weight": parameters["embedding.weight"].clone()}
-    batch = tokens(2, 9), tokens(2, 9, seed=2)
-    _, together = loss_and_gradients(parameters, tied, *batch)
-    _, apart = loss_and_gradients(untied, BASE, *batch)
-    head = apart.pop("head.weight")
-    torch.testing.assert_close(together["embedding.weight"], apart["embedding.weight"] + head)
-    apart["embedding.weight"] += head
-    assert global_norm(together) == pytest.approx(global_norm(apart), rel=1e-12)
-
-
-def test_vectors_do_not_decay() -> None:
-    parameters = {"matrix": torch.ones(2, 2), "vector": torch.ones(2)}
-    gradients = {name: torch.zeros_like(value) for name, value in parameters.items()}
-    updated = AdamW(weight_decay=0.5).update(parameters, gradients, learning_rate=0.1)
-    assert torch.equal(updated["vector"], torch.ones(2))
-    torch.testing.assert_close(updated["matrix"], torch.full((2, 2), 0.95))

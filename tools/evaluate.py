@@ -12,8 +12,8 @@ from typing import Any
 
 from stagdist.data.prepare.arguments import run_tool
 from stagdist.errors import ConfigError, StagdistError
-from stagdist.parallel.ranks_parser import RanksParser
-from stagdist.parallel.world import OTHERS_WAIT_S, join_launcher
+from stagdist.parallel.ranks_parser import OTHERS_WAIT_S, RanksParser
+from stagdist.parallel.world import join_launcher
 
 EXAMPLES = """\
 examples:

@@ -98,7 +98,7 @@ class DecodeSite:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed memory
         if trim is not None:
             trim(0)
-        return torch.cuda.memory_allocated(self.device) if on_cuda(self.device) else memory_bytes().bytes
+        return torch.cuda.memory_allocated(self.device) if on_cuda(self.device) else memory_bytes()[1]
 
     def clock(self) -> Clock:
         """A clock for work of this device. Making one waits for the device."""

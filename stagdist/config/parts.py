@@ -1,6 +1,6 @@
 """The parts of a run's configuration: every key with its type, default and description.
 
-Each part checks its own values; `checks` holds the checks between parts. No framework is imported, so reading a
+Each part checks its own values; `cross_checks` holds the checks between parts. No framework is imported, so reading a
 configuration takes milliseconds.
 """
 

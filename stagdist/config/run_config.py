@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from stagdist.config import checks
+from stagdist.config import cross_checks
 from stagdist.config.base import ConfigPart, report_problems
 from stagdist.config.parts import (
     CheckpointConfig,
@@ -101,17 +101,19 @@ class RunConfig(ConfigPart):
     @model_validator(mode="after")
     def _consistent(self, found: ValidationInfo) -> "RunConfig":
         report_problems(
-            checks.layout_problems(self.model, self.pipeline_parallel_size, self.parallel.tensor_parallel_size)
-            + checks.training_problems(self.model, self.parallel, self.training, self.sequence_length, self.num_samples)
-            + checks.zero_problems(self.deepspeed)
-            + checks.scheduler_problems(self.scheduler, self.training.steps),
+            cross_checks.layout_problems(self.model, self.pipeline_parallel_size, self.parallel.tensor_parallel_size)
+            + cross_checks.training_problems(
+                self.model, self.parallel, self.training, self.sequence_length, self.num_samples
+            )
+            + cross_checks.zero_problems(self.deepspeed)
+            + cross_checks.scheduler_problems(self.scheduler, self.training.steps),
             found,
         )
         return self
 
     def world_problems(self, world_size: int) -> list[str]:
         """Why a valid configuration cannot run on `world_size` ranks."""
-        return checks.world_problems(
+        return cross_checks.world_problems(
             self.training, self.pipeline_parallel_size, self.parallel.tensor_parallel_size, world_size
         )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stagdist.checkpoint.convert.find import open_weights, source_tokenizer
 from stagdist.checkpoint.published.load_model import build_model
-from stagdist.config.checks import tensor_parallel_problems
+from stagdist.config.cross_checks import tensor_parallel_problems
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import ConfigError, DataError
 from stagdist.evaluation.bits_per_byte import count_windows, read_text, score_text

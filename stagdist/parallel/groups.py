@@ -20,7 +20,6 @@ class Groups:
     """The groups this rank belongs to.
 
     Attributes:
-        grid: sizes of the axes.
         place: coordinate of this rank.
         tensor: ranks that split the same matrices.
         control: all ranks over gloo, for agreements between hosts that must not use the device's queue.

@@ -179,7 +179,7 @@ def stage_parameters(model: ModelConfig, pipe_size: int, stage: int) -> Iterator
     if layout.holds_embedding:
         yield embedding_parameter(model)
     if layout.shared_core and layout.sections.start > 0:
-        yield from (spec for spec in section_parameters(model, 0))
+        yield from section_parameters(model, 0)
     for section in layout.sections:
         yield from section_parameters(model, section)
     if model.combine_sections:

@@ -1,10 +1,15 @@
 """Command lines that every rank parses, and the supervisor before them. One rank reports an error for all."""
 
 import argparse
+import os
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from stagdist.errors import ConfigError
+from stagdist.errors import ConfigError, StagdistError, TransportError
+
+OTHERS_WAIT_S = 3.0
+"""Seconds that ranks other than the first of a host wait before they print an error that all ranks may have met."""
 
 
 class RanksParser(argparse.ArgumentParser):
@@ -67,3 +72,24 @@ def pretrain_arguments(arguments: Sequence[str] | None = None) -> argparse.Names
     if parsed.world_size is not None and not parsed.dry_run:
         parser.error("--world-size needs --dry-run; a run gets its size from the launcher")
     return parsed
+
+
+def reports_error(error: StagdistError, *, rank_1_reports_lost_peer: bool = False) -> bool:
+    """Whether this rank prints an error that other ranks may raise as well.
+
+    The first rank of a host prints at once. The others wait, and normally the launcher ends them before they print. An
+    error that only they have raised is printed then.
+
+    Args:
+        rank_1_reports_lost_peer: rank 1 prints a TransportError at once, because the lost peer may be rank 0.
+    """
+    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    if error.everywhere or rank == "0":
+        return rank == "0"
+    if local_rank == "0":
+        return True
+    lost_peer = isinstance(error, TransportError)
+    if lost_peer and rank_1_reports_lost_peer:
+        return rank == "1"
+    time.sleep(OTHERS_WAIT_S)
+    return not lost_peer

@@ -20,9 +20,6 @@ from stagdist.parallel.private_variables import load_private
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-OTHERS_WAIT_S = 3.0
-"""Seconds that ranks other than the first of a host wait before they print an error that all ranks may have met."""
-
 WATCHDOG_GRACE_S = 60.0
 """Seconds that NCCL's watchdog waits longer than the host.
 

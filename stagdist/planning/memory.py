@@ -76,17 +76,6 @@ class StageMemory:
         return self.moments[self.peak_moment]
 
 
-@dataclass(frozen=True)
-class _States:
-    """Bytes of weights, gradients and optimizer state, and of the buffers that process them."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    reduction_buffers: int
-    step_buffers: int
-
-
 def stage_memory(config: RunConfig, grid: Grid, stage: int, device: Device) -> StageMemory:
     """Bytes on one rank of `stage`, for a grid that fits the configuration."""
     sizes = [prod(spec.local_shape(grid.tensor)) for spec in stage_parameters(config.model, grid.pipe, stage)]
@@ -95,14 +84,10 @@ def stage_memory(config: RunConfig, grid: Grid, stage: int, device: Device) -> S
     states = _bf16_states(config, sizes, grid.data) if bf16 else _zero_states(config, sizes, grid.data, setting.element)
     moment = _busiest_pass(config, grid, stage, setting, setting.element * sum(sizes))
     return StageMemory(
-        weights=states.weights,
-        gradients=states.gradients,
-        optimizer=states.optimizer,
+        **states,
         tables=_rotary_tables(config, grid.pipe),
         activations=moment.activations,
         backward_buffers=moment.buffers,
-        reduction_buffers=states.reduction_buffers,
-        step_buffers=states.step_buffers,
     )
 
 
@@ -135,18 +120,22 @@ def activation_setting(config: RunConfig, grid: Grid, device: Device) -> Activat
     )
 
 
-def _zero_states(config: RunConfig, sizes: list[int], replicas: int, element: int) -> _States:
-    """DeepSpeedZeroOptimizer at stage 1: gradients in the precision of the weights, complete on every replica."""
+def _zero_states(config: RunConfig, sizes: list[int], replicas: int, element: int) -> dict[str, int]:
+    """DeepSpeedZeroOptimizer at stage 1: gradients in the precision of the weights, complete on every replica.
+
+    Returns:
+        The part of `StageMemory` that depends on the optimizer.
+    """
     total, share = sum(sizes), -(-sum(sizes) // replicas)
     bucket = config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS)
-    return _States(
-        weights=element * total,
-        gradients=element * total,
-        optimizer=3 * FP32 * share,
-        reduction_buffers=element * copied_elements(sizes, int(bucket)),
+    return {
+        "weights": element * total,
+        "gradients": element * total,
+        "optimizer": 3 * FP32 * share,
+        "reduction_buffers": element * copied_elements(sizes, int(bucket)),
         # The share of the gradients is flattened before the gradients are freed.
-        step_buffers=max(FP64 * max(sizes), element * share + (FP32 * share if element < FP32 else 0)),
-    )
+        "step_buffers": max(FP64 * max(sizes), element * share + (FP32 * share if element < FP32 else 0)),
+    }
 
 
 def copied_elements(sizes: list[int], bucket: int) -> int:
@@ -166,18 +155,18 @@ def copied_elements(sizes: list[int], bucket: int) -> int:
     return largest
 
 
-def _bf16_states(config: RunConfig, sizes: list[int], replicas: int) -> _States:
+def _bf16_states(config: RunConfig, sizes: list[int], replicas: int) -> dict[str, int]:
     """BF16_Optimizer: bf16 gradients of one backward pass are added to fp32 gradients, which are kept."""
     total, share = sum(sizes), -(-sum(sizes) // replicas)
     # The flat fp32 gradients are reduced in place, unless the user configures a narrower communication dtype.
     sent = 0 if config.deepspeed.get("communication_data_type", "fp32") == "fp32" else 2 * max(sizes)
-    return _States(
-        weights=2 * total,
-        gradients=2 * total + FP32 * total,
-        optimizer=3 * FP32 * share,
-        reduction_buffers=sent,
-        step_buffers=FP32 * max(sizes),
-    )
+    return {
+        "weights": 2 * total,
+        "gradients": 2 * total + FP32 * total,
+        "optimizer": 3 * FP32 * share,
+        "reduction_buffers": sent,
+        "step_buffers": FP32 * max(sizes),
+    }
 
 
 def _rotary_tables(config: RunConfig, pipe_size: int) -> int:

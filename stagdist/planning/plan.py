@@ -1,6 +1,6 @@
 """Plan a run: grid, parameters, memory and FLOPs, and every reason why it would not start. Pure, no torch.
 
-No processes, devices or corpora are needed. `stagdist/planning/report.py` prints a plan.
+No processes, devices or corpora are needed. `stagdist/planning/dry_run.py` prints a plan.
 """
 
 from dataclasses import dataclass
@@ -63,8 +63,6 @@ class Plan:
     """The plan of a run on a number of ranks.
 
     Attributes:
-        config: the planned configuration.
-        world_size: number of ranks.
         device: kind of device for which memory is estimated.
         grid: layout of the ranks; None if they do not fit.
         parameters: values of the model, each counted once.
@@ -116,14 +114,15 @@ def plan(config: RunConfig, world_size: int, device: Device = "cpu", problems: t
 
     Args:
         config: may be inconsistent if `problems` says why.
-        world_size: number of ranks.
         device: kind of device to assume if `parallel.device` is auto.
         problems: problems of the configuration that were found before.
     """
     chosen = config.parallel.device
     on: Device = device if chosen == "auto" else "cuda" if chosen.startswith("cuda") else "cpu"
     divides = config.model.num_sections % config.pipeline_parallel_size == 0
-    found = list(problems) + (config.world_problems(world_size) if divides else []) + _missing_data(config)
+    found = list(problems) + (config.world_problems(world_size) if divides else [])
+    if not (config.data.corpora or config.data.train_corpora):
+        found.append("data.corpora is empty; prepare a corpus with tools/prepare_data.py and set data.corpora.0.prefix")
     grid = grid_for(config, world_size) if divides and not config.world_problems(world_size) else None
     splits = grid is not None and not problems
     stages = _stages(config, grid if splits else None, on) if divides else ()
@@ -142,15 +141,9 @@ def plan(config: RunConfig, world_size: int, device: Device = "cpu", problems: t
 
 
 def _sections(config: RunConfig) -> tuple[SectionPlan, ...]:
-    flops = section_flops(config.model, config.sequence_length)
-    return tuple(
-        SectionPlan(
-            layers=config.model.section_layers[section],
-            parameters=sum(spec.numel for spec in section_parameters(config.model, section)),
-            flops=flops[section],
-        )
-        for section in range(config.model.num_sections)
-    )
+    model = config.model
+    counts = [sum(spec.numel for spec in section_parameters(model, section)) for section in range(model.num_sections)]
+    return tuple(map(SectionPlan, model.section_layers, counts, section_flops(model, config.sequence_length)))
 
 
 def _stages(config: RunConfig, grid: Grid | None, device: Device) -> tuple[StagePlan, ...]:
@@ -174,12 +167,6 @@ def _stages(config: RunConfig, grid: Grid | None, device: Device) -> tuple[Stage
         )
         seen |= set(specs) - {"section_mix"}  # each stage holds only the values of its own sections
     return tuple(stages)
-
-
-def _missing_data(config: RunConfig) -> list[str]:
-    if config.data.corpora or config.data.train_corpora:
-        return []
-    return ["data.corpora is empty; prepare a corpus with tools/prepare_data.py and set data.corpora.0.prefix"]
 
 
 def _warnings(config: RunConfig, grid: Grid | None, stages: tuple[StagePlan, ...]) -> list[str]:

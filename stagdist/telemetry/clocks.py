@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 ANCHOR_MS = 100.0
@@ -46,7 +47,11 @@ class EventClock:
     """
 
     def __init__(self, new_event: Callable[[], Any] | None = None) -> None:
-        self._new_event = new_event or _timing_event
+        if new_event is None:
+            import torch
+
+            new_event = partial(torch.cuda.Event, enable_timing=True)
+        self._new_event = new_event
         self._pending: deque[Any] = deque()
         self._times_ns: list[int] = []
         self._anchor = self._new_event()
@@ -78,9 +83,3 @@ class EventClock:
         self._times_ns.append(time_ns)
         if elapsed_ms > ANCHOR_MS:
             self._anchor, self._anchor_ns = event, time_ns
-
-
-def _timing_event() -> Any:
-    import torch
-
-    return torch.cuda.Event(enable_timing=True)

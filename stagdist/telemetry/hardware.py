@@ -68,32 +68,20 @@ def peak_flops(device_name: str | None, dtype: Precision) -> float | None:
     return None
 
 
-class MemoryReading(NamedTuple):
-    """Memory of this process, and which of the possible measures it is."""
+def memory_bytes() -> tuple[str, int]:
+    """Which measure of this process's memory is available, and its bytes.
 
-    bytes: int
-    kind: Literal["cuda_peak_allocated", "process_resident", "process_peak_resident"]
-
-
-def memory_bytes() -> MemoryReading:
-    """Memory this process uses, in bytes.
-
-    With CUDA in use (initialised by torch in this process) the peak of torch's allocator on the current device,
-    otherwise the resident memory of the process (on systems without /proc: its peak).
+    `cuda_peak_allocated`, where torch has initialized CUDA in this process: the peak of its allocator on the current
+    device. Otherwise `process_resident`, or on systems without /proc `process_peak_resident`.
     """
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():
-        return MemoryReading(torch.cuda.max_memory_allocated(), "cuda_peak_allocated")
-    return _process_memory()
-
-
-def _process_memory() -> MemoryReading:
+        return "cuda_peak_allocated", torch.cuda.max_memory_allocated()
     import resource
 
     try:
         with open("/proc/self/statm", encoding="ascii") as statm:
-            return MemoryReading(int(statm.read().split()[1]) * resource.getpagesize(), "process_resident")
+            return "process_resident", int(statm.read().split()[1]) * resource.getpagesize()
     except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         unit = 1 if sys.platform == "darwin" else 1024
-        return MemoryReading(peak * unit, "process_peak_resident")
+        return "process_peak_resident", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -4,29 +4,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """Speed over the last steps; pauses (evaluation, saving) do not count except in the time left."""
-
-    tokens_per_s: float
-    step_s: float
-    model_tflops_per_s: float
-    model_tflops_per_s_per_device: float
-    mfu: float | None
-    time_left_s: float
-
-    def as_metrics(self) -> dict[str, float]:
-        """The values under their names in `metrics.jsonl`; MFU only where the peak is known."""
-        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 class ThroughputMeter:
-    """Turns step numbers and a clock into speeds.
-
-    `start` once before the first step, `record` after every step, `paused` around what is not training.
+    """Speeds from step numbers and a clock. Call `start` once, `record` after every step.
 
     Args:
         flops_per_token: model FLOP of forward and backward pass per token of the model (no recomputation).
@@ -88,8 +69,10 @@ class ThroughputMeter:
         finally:
             self._paused_s += self._clock() - begin
 
-    def reading(self) -> Throughput:
-        """Speeds over the window.
+    def reading(self) -> dict[str, float]:
+        """Speeds over the last steps and the time left, under their names in `metrics.jsonl`.
+
+        Pauses count only in the time left. `mfu` is there only where the peak is known.
 
         Raises:
             ValueError: no step was recorded yet.
@@ -98,14 +81,15 @@ class ThroughputMeter:
         tokens_per_s = self._tokens_per_step / step_s
         flops_per_s = tokens_per_s * self._flops_per_token
         per_device = flops_per_s / self._num_devices
-        return Throughput(
-            tokens_per_s=tokens_per_s,
-            step_s=step_s,
-            model_tflops_per_s=flops_per_s / 1e12,
-            model_tflops_per_s_per_device=per_device / 1e12,
-            mfu=None if self._peak_flops is None else per_device / self._peak_flops,
-            time_left_s=self._time_left_s(step_s),
-        )
+        values = {
+            "tokens_per_s": tokens_per_s,
+            "step_s": step_s,
+            "model_tflops_per_s": flops_per_s / 1e12,
+            "model_tflops_per_s_per_device": per_device / 1e12,
+        }
+        if self._peak_flops is not None:
+            values["mfu"] = per_device / self._peak_flops
+        return values | {"time_left_s": self._time_left_s(step_s)}
 
     def average_tokens_per_s(self) -> float:
         """Tokens per second since `start`, pauses left out.

@@ -81,7 +81,10 @@ class MetricsWriter:
             raise ValueError(f"metrics named {taken} collide with the keys of every line; rename them")
         plain = {key: _plain(value) for key, value in values.items()}
         line = {"step": int(step), "time": round(self._clock(), 3), "split": split}
-        line |= {key: value if _writable(value) else None for key, value in plain.items()}
+        line |= {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in plain.items()
+        }
         self._lines.write(json.dumps(line, allow_nan=False) + "\n")
         self._lines.flush()
         numbers = {f"{split}/{key}": value for key, value in plain.items() if isinstance(value, int | float)}
@@ -194,7 +197,3 @@ def _plain(value: Any) -> int | float | str | None:
     if hasattr(value, "item"):
         value = value.item()
     return value if isinstance(value, int) else float(value)
-
-
-def _writable(value: int | float | str | None) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)

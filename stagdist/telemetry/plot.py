@@ -34,7 +34,9 @@ def plot_loss(metrics_jsonl: str | Path, png: str | Path, title: str) -> None:
     axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, Path(png))
+    Path(png).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(Path(png)) as partial:
+        figure.savefig(partial, format="png", dpi=120)
 
 
 def read_losses(metrics_jsonl: str | Path, split: str) -> list[tuple[int, float]]:
@@ -66,9 +68,3 @@ def _draw_train(axes, train: list[tuple[int, float]]) -> None:  # type: ignore[n
     axes.plot(steps, losses, color="tab:blue", linewidth=0.5, alpha=0.3)
     label = f"train (mean of {2 * half_width + 1} points)"
     axes.plot(steps, running_mean(losses, half_width), color="tab:blue", linewidth=1.2, label=label)
-
-
-def _save(figure, png: Path) -> None:  # type: ignore[no-untyped-def]
-    png.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(png) as partial:
-        figure.savefig(partial, format="png", dpi=120)

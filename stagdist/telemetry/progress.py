@@ -2,36 +2,18 @@
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
-
-from stagdist.telemetry.hardware import MemoryReading
-from stagdist.telemetry.meters import Throughput
 
 PLAIN_INTERVAL_S = 10.0
 """Seconds between plain lines where the output is not a terminal."""
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What one step has to tell."""
-
-    step: int
-    loss: float
-    learning_rate: float
-    grad_norm: float | None = None
-    throughput: Throughput | None = None
-    memory: MemoryReading | None = None
-
-
 class Progress:
-    """Shows the reports of rank 0. Other ranks pass `enabled=False`, and nothing is shown.
+    """Shows the metrics of each step on rank 0. Other ranks pass `enabled=False`.
 
     Args:
-        total_steps: last step of the run.
         first_step: steps already done (resumed runs).
-        enabled: False shows nothing.
         plain_interval_s: seconds between lines off a terminal; the first and the last report are always shown.
         stream: standard error unless given.
         clock: seconds from any origin, never going back.
@@ -66,20 +48,20 @@ class Progress:
                 bar_format="{n_fmt}/{total_fmt} |{bar:20}| {postfix}",
             )
 
-    def show(self, report: StepReport) -> None:
-        """Show one report, at once on a terminal, otherwise when the last line is old enough."""
+    def show(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Show the metrics of one step, at once on a terminal, otherwise when the last line is old enough."""
         if not self._enabled:
             return
         if self._bar is not None:
-            self._bar.set_postfix_str(" ".join(report_parts(report)), refresh=False)
-            self._bar.update(report.step - self._bar.n)
+            self._bar.set_postfix_str(" ".join(progress_parts(values)), refresh=False)
+            self._bar.update(step - self._bar.n)
             return
-        line = f"step {report.step}/{self._total_steps}  " + "  ".join(report_parts(report))
+        line = f"step {step}/{self._total_steps}  " + "  ".join(progress_parts(values))
         now = self._clock()
         due = self._shown_s is None or now - self._shown_s >= self._plain_interval_s
-        if due or report.step >= self._total_steps:
+        if due or step >= self._total_steps:
             self._shown_s, self._latest = now, None
-            self._print(line)
+            print(line, file=self._stream, flush=True)
         else:
             self._latest = line
 
@@ -90,11 +72,8 @@ class Progress:
             self._bar.close()
             self._bar = None
         elif self._latest is not None:
-            self._print(self._latest)
+            print(self._latest, file=self._stream, flush=True)
             self._latest = None
-
-    def _print(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
 
     def __enter__(self) -> "Progress":
         return self
@@ -103,22 +82,24 @@ class Progress:
         self.close()
 
 
-def report_parts(report: StepReport) -> list[str]:
-    """The pieces of a progress line; what is not known is left out."""
-    parts = [f"loss {report.loss:.4f}", f"lr {report.learning_rate:.2e}"]
-    if report.grad_norm is not None:
-        parts.append(f"grad {report.grad_norm:.3g}")
-    speed = report.throughput
-    if speed is not None:
-        parts.append(f"{with_unit(speed.tokens_per_s)}tok/s")
-        parts.append(f"{speed.model_tflops_per_s:.3g} TFLOP/s")
-        if speed.mfu is not None:
-            parts.append(f"MFU {speed.mfu:.1%}")
-    if report.memory is not None:
-        parts.append(f"mem {report.memory.bytes / 2**30:.2f} GiB")
-    if speed is not None:
-        parts.append(f"left {duration(speed.time_left_s)}")
-    return parts
+_PARTS: dict[str, Callable[[float], str]] = {
+    "loss": "loss {:.4f}".format,
+    "learning_rate": "lr {:.2e}".format,
+    "grad_norm": "grad {:.3g}".format,
+    "tokens_per_s": lambda speed: f"{with_unit(speed)}tok/s",
+    "model_tflops_per_s": "{:.3g} TFLOP/s".format,
+    "mfu": "MFU {:.1%}".format,
+    "memory": lambda size: f"mem {size / 2**30:.2f} GiB",
+    "time_left_s": lambda left_s: f"left {duration(left_s)}",
+}
+"""What a progress line shows, by the name of the metric; `memory` is any measure of it."""
+
+
+def progress_parts(values: Mapping[str, float | None]) -> list[str]:
+    """The pieces of a progress line; values that are not known are left out."""
+    named = {"memory" if name.startswith("memory_") else name: value for name, value in values.items()}
+    known = {name: value for name, value in named.items() if value is not None}
+    return [part(known[name]) for name, part in _PARTS.items() if name in known]
 
 
 def with_unit(number: float) -> str:

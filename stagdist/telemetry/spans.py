@@ -38,7 +38,6 @@ class SpanRecorder:
         rank: global rank, the process number of the trace.
         stage: stage of spans that name none.
         clock: times the spans; `EventClock` where they hold work of a GPU. Host work is always timed by the host.
-        max_spans: spans kept at most.
     """
 
     def __init__(

@@ -32,8 +32,6 @@ class WandbRun:
 
     Args:
         folder: run folder; wandb's files go to `folder/wandb`, the run's id to `folder/wandb_run_id`.
-        target: project and entity.
-        name: name shown for the run.
         config: resolved configuration shown with the run.
         resumed: continue the run whose id is in the folder, instead of a new one.
 

@@ -1,7 +1,6 @@
 """The end of a run: the trained weights as a model directory, verified before it is published."""
 
 import logging
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.checkpoint.training.content import Track
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import Tokenizer
-from stagdist.errors import CheckpointError, StagdistError
+from stagdist.errors import CheckpointError
 from stagdist.parallel.groups import Groups
 from stagdist.parallel.layout import ParameterSpec, model_parameters, stage_layout
 from stagdist.telemetry.pulse import Phase, beating
-from stagdist.training.engine.agreement import Result, on_every_rank, shared, while_others_wait
+from stagdist.training.engine.agreement import on_every_rank, shared, while_others_wait
 from stagdist.training.engine.distributed import bring_to_first
 from stagdist.training.engine.section_engine import SectionEngine
 from stagdist.training.engine_logits import engine_logits
@@ -67,7 +66,7 @@ def export_model(
             staged = held.enter_context(staged_folder(directory, "model", ConversionOptions(overwrite=True)))
             return held.enter_context(_Export(directory, staged, model, dtype, tokenizer, tokens))
 
-        export = on_every_rank(groups.control, _with_os_errors(begin), _failed)
+        export = on_every_rank(groups.control, begin, _failed)
         for spec in track(model_parameters(model), "gathering"):
             # Gather to the end even when a write has failed: the other ranks are sending.
             tensor = _gather(spec, parameters, groups, model)
@@ -99,18 +98,6 @@ def _failed(reason: str) -> CheckpointError:
         f"the model directory was not written, {reason}; the last checkpoint is complete: remove the cause or free "
         "space, and start the same command again"
     )
-
-
-def _with_os_errors(action: Callable[[], Result]) -> Callable[[], Result]:
-    """The same action with our errors as OSErrors, which `on_every_rank` raises on all ranks."""
-
-    def run() -> Result:
-        try:
-            return action()
-        except StagdistError as error:
-            raise OSError(str(error)) from error
-
-    return run
 
 
 class _Export:

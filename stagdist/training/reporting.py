@@ -1,7 +1,5 @@
 """What rank 0 shows and writes about a run. On other ranks the same calls do nothing."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +12,7 @@ from stagdist.planning.flops import flops_per_token
 from stagdist.telemetry.hardware import memory_bytes, peak_flops
 from stagdist.telemetry.meters import ThroughputMeter
 from stagdist.telemetry.metrics import MetricsWriter
-from stagdist.telemetry.progress import Progress, StepReport
+from stagdist.telemetry.progress import Progress
 from stagdist.telemetry.score import TextScore
 
 
@@ -56,63 +54,24 @@ class Reporter:
                 config=config.model_dump(mode="json"),
             )
 
-    def start(self, step: int) -> None:
-        """Start the clock after `step` steps."""
-        self.meter.start(step)
-
-    def step_done(self, step: int) -> None:
-        """Count a step for the throughput."""
-        self.meter.record(step)
-
     def due(self, step: int) -> bool:
         """Whether `logging.interval_steps` asks for a report after `step`; the last step is always reported."""
         return step == self._last_step or (self._interval > 0 and step % self._interval == 0)
 
-    def step(
-        self,
-        step: int,
-        *,
-        loss: float,
-        learning_rate: float,
-        grad_norm: float | None,
-        pipeline_bubble: float,
-        data_wait_s: float,
-    ) -> None:
-        """Show and write one training step.
-
-        Args:
-            step: steps done.
-            loss: nats per token.
-            learning_rate: of this update.
-            grad_norm: global norm before clipping; None when the update was skipped.
-            pipeline_bubble: share of the pipelined phase without compute.
-            data_wait_s: seconds rank 0 waited for micro-batches.
-        """
+    def step(self, step: int, values: dict[str, float | None]) -> None:
+        """Show and write the metrics of one training step, with throughput and memory."""
         if self._metrics is None:
             return
-        throughput, memory = self.meter.reading(), memory_bytes()
-        self._progress.show(StepReport(step, loss, learning_rate, grad_norm, throughput, memory))
-        values = {
-            "loss": loss,
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
-            "pipeline_bubble": pipeline_bubble,
-            "data_wait_s": data_wait_s,
-            f"memory_{memory.kind}_bytes": memory.bytes,
-        }
-        self._metrics.write("train", step, values | throughput.as_metrics())
+        kind, size = memory_bytes()
+        values = {**values, f"memory_{kind}_bytes": size, **self.meter.reading()}
+        self._progress.show(step, values)
+        self._metrics.write("train", step, values)
 
     def held_out(self, split: str, step: int, score: TextScore) -> None:
         """Write an evaluation."""
         self.heldout[split] = score
         if self._metrics is not None:
             self._metrics.write(split, step, score.as_metrics())
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Exclude the time inside from the throughput."""
-        with self.meter.paused():
-            yield
 
     def flush(self) -> None:
         """Write all lines to the disk."""

@@ -50,13 +50,9 @@ class Trainer:
     Attributes:
         training: steps, batch and limit of bad steps.
         learning_rate: of the update after a number of steps.
-        groups: process groups of this rank.
         engine: model and optimizer, filled from the checkpoint if there is one.
-        loader: micro-batches of this rank.
         validation: held-out sequences; None if the run has none.
         saver: of checkpoints; closed at the end of `run`.
-        agreement: what ranks decide together.
-        reporter: what the user sees.
         naming_peers: context of everything that needs other ranks.
     """
 
@@ -88,7 +84,7 @@ class Trainer:
 
     def _run(self, state: TrainingState) -> TrainingOutcome:
         saved_step, loss = state.step, None
-        self.reporter.start(state.step)
+        self.reporter.meter.start(state.step)
         self.engine.pulse.beat(Phase.STEP, state.step)
         while state.step < self.training.steps:
             loss = self._step(state)
@@ -121,17 +117,19 @@ class Trainer:
         with self._peers(step):
             batches = self.engine.micro_batches_of_step(self.loader, state.consumed_samples)
             loss = float(self.engine.train_batch(batches, self._gate))
-        self.reporter.step_done(step)
+        self.reporter.meter.record(step)
         if self.reporter.due(step):
             with self._peers(step):
                 bubble = self._bubble()
             self.reporter.step(
                 step,
-                loss=loss,
-                learning_rate=rate,
-                grad_norm=None if self._agreed.bad_ranks else self.engine.gradient_norm(),
-                pipeline_bubble=bubble,
-                data_wait_s=self.loader.wait_s - waited_s,
+                {
+                    "loss": loss,
+                    "learning_rate": rate,
+                    "grad_norm": None if self._agreed.bad_ranks else self.engine.gradient_norm(),
+                    "pipeline_bubble": bubble,
+                    "data_wait_s": self.loader.wait_s - waited_s,
+                },
             )
         return loss
 
@@ -176,12 +174,12 @@ class Trainer:
         )  # fmt: skip
 
     def _evaluate(self, validation: HeldOut, step: int) -> None:
-        with self.reporter.paused(), self._peers(step):
+        with self.reporter.meter.paused(), self._peers(step):
             self.reporter.held_out("validation", step, validation.score(self.engine))
 
     def _save(self, state: TrainingState) -> None:
         self.engine.pulse.beat(Phase.SAVE)
-        with self.reporter.paused(), self._peers(state.step):
+        with self.reporter.meter.paused(), self._peers(state.step):
             self.reporter.flush()
             # No step follows the last save, so copying to host memory would save no time.
             last = self._agreed.stop or state.step >= self.training.steps
@@ -191,7 +189,7 @@ class Trainer:
     def _finish_save(self, step: int) -> None:
         """Complete the save under way, if any; waits for its files where they are not written yet."""
         if self.saver.under_way:
-            with self.reporter.paused(), self._peers(step):
+            with self.reporter.meter.paused(), self._peers(step):
                 self.saver.finish()
 
 

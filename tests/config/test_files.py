@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from stagdist.config.loading import load_config
+from stagdist.planning.dry_run import dry_run
 from stagdist.planning.plan import Plan, plan
-from stagdist.planning.report import dry_run
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 

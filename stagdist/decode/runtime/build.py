@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from stagdist.checkpoint.published.model_reader import ReadSlice
-from stagdist.config.checks import tensor_parallel_problems
+from stagdist.config.cross_checks import tensor_parallel_problems
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.runner import Lap
 from stagdist.decode.layers.weights import Device, Shard, WeightLoader

@@ -125,7 +125,7 @@ def on_every_rank(
 ) -> Result:
     """Run `action` on every rank; if it fails on any, raise the same error on all.
 
-    Only an OSError is shared. Any other error is a bug and is raised unchanged.
+    Only an OSError or our own error is shared. Any other error is a bug and is raised unchanged.
 
     Args:
         explain: makes the error from the message of the first failing rank.
@@ -134,7 +134,7 @@ def on_every_rank(
     result: Result | None = None
     try:
         result = action()
-    except OSError as error:
+    except (OSError, StagdistError) as error:
         failure = f"rank {dist.get_rank()}: {_message(error)}"
     first = first_problem(control, failure)
     if first is not None:

@@ -36,22 +36,16 @@ def start_distributed(grid: Grid, device: str, timeout_s: float, *, deterministi
         dist.get_backend(), timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False
     )
     groups = build_groups(grid, timeout_s)
-    _check_rank_order(grid)
+    for rank in range(grid.world_size):
+        theirs, ours = topology(grid).get_coord(rank), grid.coordinate(rank)
+        same = (theirs.pipe, theirs.data, theirs.model) == (ours.pipe, ours.data, ours.tensor)
+        assert same, f"rank {rank}: ours {ours}, DeepSpeed's {theirs}"
     return groups
 
 
 def topology(grid: Grid) -> PipeModelDataParallelTopology:
     """The grid in DeepSpeed's terms."""
     return PipeModelDataParallelTopology(num_pp=grid.pipe, num_mp=grid.tensor, num_dp=grid.data)
-
-
-def _check_rank_order(grid: Grid) -> None:
-    """Check that DeepSpeed gives every rank the place that our grid gives it."""
-    for rank in range(grid.world_size):
-        theirs, ours = topology(grid).get_coord(rank), grid.coordinate(rank)
-        assert (theirs.pipe, theirs.data, theirs.model) == (ours.pipe, ours.data, ours.tensor), (
-            f"rank {rank}: ours {ours}, DeepSpeed's {theirs}"
-        )
 
 
 def bring_to_first(

@@ -99,7 +99,6 @@ class Exchange:
     All ranks build it at the same time.
 
     Args:
-        grid: sizes of the axes.
         hand_off: shapes and dtypes of what a stage hands to the next.
         rules: of the backend; None takes those of the device's backend.
 

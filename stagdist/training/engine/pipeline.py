@@ -152,13 +152,7 @@ def mean_nats(logits: Tensor, labels: Tensor, parallel: TensorParallel) -> Tenso
 
 
 class SectionPipeline(CutPipeline):
-    """DeepSpeed's pipeline over the sections of a model, cut between sections.
-
-    Args:
-        activation_checkpointing: `training.activation_checkpointing`.
-        grid: sizes of the axes.
-        parallel: the tensor axis.
-    """
+    """DeepSpeed's pipeline over the sections of a model, cut between sections."""
 
     def __init__(self, model: ModelConfig, activation_checkpointing: str, grid: Grid, parallel: TensorParallel):
         self._share_section_weights = model.share_section_weights
@@ -168,10 +162,7 @@ class SectionPipeline(CutPipeline):
     def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         """Run this stage.
 
-        Args:
-            inputs: token ids on the first stage, a hand-off as a tuple on later ones.
-
-        Returns: logits on the last stage, a hand-off as a tuple on earlier ones.
+        It takes token ids on the first stage and returns logits on the last one. In between are hand-offs as tuples.
         """
         outputs = super().forward(HandOff(*inputs) if isinstance(inputs, tuple) else inputs)
         return outputs.to_tuple() if isinstance(outputs, HandOff) else outputs

@@ -79,15 +79,7 @@ class GuardedWriter:
 
 @dataclass(frozen=True)
 class _Save:
-    """A save whose files are being written.
-
-    Attributes:
-        staged: folder in which the files are written.
-        final: folder that they get in the end.
-        written: their writer.
-        started: `time.perf_counter` when the save began.
-        paused_s: how long training was paused for it.
-    """
+    """A save whose files are being written in the folder `staged`, which is renamed to `final`."""
 
     staged: Path
     final: Path
@@ -100,9 +92,6 @@ class Saver:
     """Saves training state: complete on all ranks, or nothing changes. At most one save is under way.
 
     Every method but `vote` and `close` is called on all ranks at the same time.
-
-    Args:
-        config: the run; saved with every checkpoint.
     """
 
     def __init__(self, engine: SectionEngine, groups: Groups, config: RunConfig):

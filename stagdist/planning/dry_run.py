@@ -20,8 +20,6 @@ def dry_run(
     """The output of `--dry-run`, and its exit code: 0 if the run would start, 2 if it would not.
 
     Args:
-        path: configuration file.
-        overrides: as for `load_config`.
         world_size: number of ranks; None for the smallest number that fits the configuration.
         device: kind of device to assume if `parallel.device` is auto.
     """

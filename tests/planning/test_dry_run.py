@@ -7,7 +7,7 @@ import yaml
 
 from stagdist.config.loading import load_config
 from stagdist.config.run_config import RunConfig
-from stagdist.planning.report import dry_run
+from stagdist.planning.dry_run import dry_run
 
 TEXT = """
 name: dry
