@@ -24,7 +24,12 @@ LocalLosses = Callable[[str], dict[int, float]]
 
 @pytest.mark.parametrize(
     ("fault", "launcher"),
-    [("kill_rank_1", "pdsh"), ("power_off_spare", "torchrun"), ("sigkill_supervisor", "openmpi")],
+    [
+        ("kill_rank_1", "pdsh"),
+        # In `make test`, tests/launch/test_run.py and tests/cluster/test_placement.py check the same decisions.
+        pytest.param("power_off_spare", "torchrun", marks=pytest.mark.slow),
+        pytest.param("sigkill_supervisor", "openmpi", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_survives_or_ends_in_order(
     clean_lab: Lab,
