@@ -51,7 +51,7 @@ def read_losses(metrics_jsonl: str | Path, split: str) -> list[tuple[int, float]
 
 
 def running_mean(values: list[float], half_width: int) -> list[float]:
-    """Mean of each value with up to `half_width` neighbours on either side."""
+    """Mean of each value with up to `half_width` neighbors on either side."""
     totals = [0.0]
     for value in values:
         totals.append(totals[-1] + value)
