@@ -26,7 +26,7 @@ BUDGETS = {
     "stagdist/checkpoint": 4052,
     "stagdist/cluster": 4298,
     "stagdist/config": 963,
-    "stagdist/data": 2072,
+    "stagdist/data": 2100,
     "stagdist/decode": 4724,
     "stagdist/evaluation": 516,
     "stagdist/hf": 613,

@@ -3,12 +3,14 @@
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
+import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -62,11 +64,18 @@ def _encode(texts: list[str], tokenizer: Tokenizer, dtype: type[np.generic]) -> 
 
 
 def encode_pieces(
-    pieces: Sequence[Piece], options: ReadOptions, tokenizer: Tokenizer, dtype: type[np.generic], *, workers: int
+    pieces: Sequence[Piece],
+    options: ReadOptions,
+    tokenizer: Tokenizer,
+    dtype: type[np.generic],
+    *,
+    workers: int,
+    held_bytes: int = 16 << 20,
 ) -> Iterator[TokenBatch]:
     """Tokenize pieces with `workers` processes. The batches come in the order of the pieces.
 
-    At most two pieces per worker are read ahead, so memory is bounded.
+    At most two pieces per worker are read ahead. A compressed file is one piece, however large: of each piece, tokens
+    beyond `held_bytes` wait in temporary files, so memory is bounded.
 
     Raises:
         DataError: of reading; or a worker was killed.
@@ -78,7 +87,8 @@ def encode_pieces(
         return
     # spawn: forking a process that has threads (tokenizers, MPI) can deadlock. An executor reports a killed worker; a
     # multiprocessing.Pool would wait for it forever.
-    context, setup = multiprocessing.get_context("spawn"), (options, tokenizer, dtype)
+    context, folder = multiprocessing.get_context("spawn"), tempfile.TemporaryDirectory(prefix="stagdist-tokens-")
+    setup = (options, tokenizer, dtype, folder.name, held_bytes)
     pool = ProcessPoolExecutor(min(workers, len(pieces)), context, _start_worker, setup)
     ahead: deque[tuple[Piece, Future[list[TokenBatch]]]] = deque()
     try:
@@ -90,27 +100,47 @@ def encode_pieces(
             yield from _batches(*ahead.popleft())
     finally:
         pool.shutdown(cancel_futures=True)
+        folder.cleanup()
 
 
-def _batches(piece: Piece, result: "Future[list[TokenBatch]]") -> list[TokenBatch]:
+def _batches(piece: Piece, result: "Future[list[TokenBatch]]") -> Iterator[TokenBatch]:
     try:
-        return result.result()
+        batches = result.result()
     except BrokenProcessPool as error:
         raise DataError(
             f"a worker process ended while it read {piece.source}; was it killed for memory? use fewer --workers"
         ) from error
+    for batch in batches:
+        if isinstance(batch.tokens, _StoredTokens):
+            batch = replace(batch, tokens=batch.tokens.take())
+        yield batch
+
+
+@dataclass(frozen=True)
+class _StoredTokens:
+    """Tokens in a temporary file, which is read once."""
+
+    path: str
+    dtype: type[np.generic]
+
+    def take(self) -> np.ndarray:
+        tokens = np.fromfile(self.path, self.dtype)
+        os.unlink(self.path)
+        return tokens
 
 
 class _Worker:
     """State of a worker process, set once at its start."""
 
-    setup: ClassVar[tuple[Reader, Tokenizer, type[np.generic]]]
+    setup: ClassVar[tuple[Reader, Tokenizer, type[np.generic], str, int]]
 
 
-def _start_worker(options: ReadOptions, tokenizer: Tokenizer, dtype: type[np.generic]) -> None:
+def _start_worker(
+    options: ReadOptions, tokenizer: Tokenizer, dtype: type[np.generic], folder: str, held_bytes: int
+) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent shuts its workers down
-    _Worker.setup = Reader(options), tokenizer, dtype
+    _Worker.setup = Reader(options), tokenizer, dtype, folder, held_bytes
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -122,5 +152,13 @@ def _end_with_parent() -> None:
 
 
 def _encode_in_worker(piece: Piece) -> list[TokenBatch]:
-    reader, tokenizer, dtype = _Worker.setup
-    return list(encode_piece(piece, reader, tokenizer, dtype))
+    reader, tokenizer, dtype, folder, room = _Worker.setup
+    batches: list[TokenBatch] = []
+    for batch in encode_piece(piece, reader, tokenizer, dtype):
+        room -= batch.tokens.nbytes
+        if room < 0:
+            stored = _StoredTokens(os.path.join(folder, uuid.uuid4().hex), dtype)
+            batch.tokens.tofile(stored.path)
+            batch = replace(batch, tokens=stored)  # type: ignore[arg-type]  # only between worker and parent
+        batches.append(batch)
+    return batches
