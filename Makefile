@@ -30,7 +30,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for candidate in python3 python3.12 python3.11; do \
 	"$$candidate" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$candidate"; break; }; done)
 
-.PHONY: help install quickstart test test-all ruff lint reshard-matrix gpu-check lab lab-matrix faults clean
+.PHONY: help install quickstart test test-all ruff lint fuzz reshard-matrix gpu-check lab lab-matrix faults clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -79,6 +79,12 @@ test: ruff ## Lint and the test suite (PYTEST_ARGS="-k name" narrows it)
 
 test-all: ruff ## The same with the slow tests, for every night
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m $(if $(PYTEST_ARGS),pytest,tests.suite) $(PYTEST_ARGS)
+
+fuzz: export MUTATIONS := 2000
+fuzz: export OMP_NUM_THREADS := 1
+fuzz: export HF_HUB_OFFLINE := 1
+fuzz: $(STAMP) ## Give every reader 2,000 damaged or foreign files (`make test` runs 60 of each)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
 
 reshard-matrix: export OMP_NUM_THREADS := 1
 reshard-matrix: $(STAMP) ## Train on every grid, convert to every other, compare losses

@@ -1,0 +1,1 @@
+"""Damaged and foreign input: every reader reports it in one line."""
