@@ -13,7 +13,8 @@ import numpy as np
 
 from stagdist.config.parts import CorpusConfig, DataConfig
 from stagdist.data.indexed import CorpusIndex, canonical_prefix, open_index, read_description
-from stagdist.data.tokenizer import Tokenizer, load_tokenizer
+from stagdist.data.tokenizer import Tokenizer
+from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import ConfigError, DataError
 
 SPLIT_NAMES = ("train", "validation", "test")
