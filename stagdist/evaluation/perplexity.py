@@ -86,7 +86,7 @@ def score_file(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {source.model.vocab_size}; use the model's"
         )
     device = choose_device(scoring.device, int(os.environ.get("LOCAL_RANK", "0")))
-    ids = tokenizer.encode(content)
+    ids = [*tokenizer.begin_ids, *tokenizer.encode(content)]  # as a document of the training begins
     with world_groups(scoring.tensor_parallel_size, device, scoring.timeout_s) as groups:
         dtype = source.dtype if scoring.dtype is None else STORED_DTYPES[scoring.dtype]
         parallel = TensorParallel(groups.tensor, dtype)
