@@ -54,7 +54,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_perplexity(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Score a text as one document of the training. The first token has no context and is not scored."
+    parser.description = "Score a text as one document. The first token has no context and is not scored."
     parser.add_argument(
         "--model",
         required=True,
