@@ -25,7 +25,7 @@ HF_USERS = {"checkpoint", "training", "decode", "evaluation", "cluster"}
 FENCES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("stagdist/training/", "stagdist/checkpoint/", "launch/", "benchmarks/"),
     "megatron": ("stagdist/parallel/frameworks.py", "stagdist/data/"),
-    "transformers": ("stagdist/data/tokenizer.py", "stagdist/checkpoint/", "stagdist/hf/", "benchmarks/"),
+    "transformers": ("stagdist/data/tokenizer_files.py", "stagdist/checkpoint/", "stagdist/hf/", "benchmarks/"),
 }
 # Slow to import and needed by few commands: imported inside the functions that use them.
 LAZY = {"wandb", "tensorboard", "matplotlib", "datasets", "torch.utils.tensorboard"}
