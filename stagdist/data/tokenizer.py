@@ -38,7 +38,9 @@ class Tokenizer:
     Args:
         json_text: content of a `tokenizer.json`.
         end_token: the token that ends a document; None if the tokenizer has none.
-        origin: the `PreTrainedTokenizerFast` that it was loaded as; writes its files and renders chat templates.
+        origin: the `PreTrainedTokenizerFast` that it was loaded as; renders chat templates.
+        files: content of the files that it was loaded from, by relative path; they are saved as they are. None if only
+            `origin` can write files that mean the same in every directory.
 
     Attributes:
         begin_ids: the special tokens that it puts before a text, mostly none or one; documents begin with them too.
@@ -47,7 +49,9 @@ class Tokenizer:
         DataError: the content is not a tokenizer, or lacks `end_token`.
     """
 
-    def __init__(self, json_text: str, end_token: str | None, *, origin: Any = None) -> None:
+    def __init__(
+        self, json_text: str, end_token: str | None, *, origin: Any = None, files: Mapping[str, bytes] | None = None
+    ) -> None:
         try:
             self._backend = tokenizers.Tokenizer.from_str(json_text)
         except Exception as error:  # the library raises bare Exception
@@ -60,7 +64,7 @@ class Tokenizer:
         if end_token is not None and self._end_id is None:
             raise DataError(f"the tokenizer has no token {end_token!r} to end documents with")
         self.begin_ids: tuple[int, ...] = self._special_before_text()
-        self._origin = origin
+        self._origin, self._files = origin, files
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.to_json(), self.end_token)
@@ -203,16 +207,17 @@ class Tokenizer:
         """
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
-            if self._origin is not None:
+            if self._origin is not None and self._files is None:
                 self._origin.save_pretrained(directory)
                 return
-            for name, text in self._own_files().items():
-                with writing(Path(directory, name)) as stream:
-                    stream.write(text)
+            for name, content in (self._files or self._own_files()).items():
+                Path(directory, name).parent.mkdir(exist_ok=True)
+                with writing(Path(directory, name), "wb") as stream:
+                    stream.write(content)
         except OSError as error:
             raise DataError(f"cannot write the tokenizer to {directory}: {error}") from error
 
-    def _own_files(self) -> dict[str, str]:
+    def _own_files(self) -> dict[str, bytes]:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.end_token,
@@ -220,7 +225,8 @@ class Tokenizer:
             "pad_token": self.end_token,
             "clean_up_tokenization_spaces": False,
         }
-        return {"tokenizer_config.json": json.dumps(config, indent=2), "tokenizer.json": self.to_json()}
+        texts = {"tokenizer_config.json": json.dumps(config, indent=2), "tokenizer.json": self.to_json()}
+        return {name: text.encode() for name, text in texts.items()}
 
 
 def _byte_counter(content: dict[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,8 @@ from stagdist.errors import DataError
 JSON_FILE = "tokenizer.json"
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 """Files that say which tokens end, begin and pad a text."""
+
+_MORE_FILES = ("added_tokens.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
 
 _TOKEN_KEYS = {"content", "single_word", "lstrip", "rstrip", "normalized", "special", "__type"}
 
@@ -59,7 +61,7 @@ def _load(directory: Path, named: Path) -> Tokenizer:
     if not holds_tokenizer(directory):
         raise DataError(f"{named} holds no {JSON_FILE} nor any other tokenizer")
     raw = _raw(directory / JSON_FILE, named) if (directory / JSON_FILE).exists() else None
-    configs = [_json_object(directory / name) for name in CONFIG_FILES if (directory / name).exists()]
+    configs = {name: _json_object(directory / name) for name in CONFIG_FILES if (directory / name).exists()}
     if raw is None:
         _require_packages(directory)
     loaded = _load_with_transformers(directory, named)
@@ -69,14 +71,24 @@ def _load(directory: Path, named: Path) -> Tokenizer:
         end_token = next((name for name in _KNOWN_ENDS if name in names), None)
         if end_token is not None:
             loaded.add_special_tokens({"eos_token": end_token})
-    if end_token is not None and raw is not None and not _has_token(raw, configs, end_token):
+    if end_token is not None and raw is not None and not _has_token(raw, configs.values(), end_token):
         raise DataError(
             f"{named}: eos_token is {end_token!r}, but its {JSON_FILE} has no such token; correct one of them"
         )
+    # Without its class, what the files mean depends on the config.json beside them.
+    has_class = raw is not None and "tokenizer_class" in configs.get("tokenizer_config.json", {})
+    files = _contents(directory) if has_class else None
     try:
-        return Tokenizer(loaded.backend_tokenizer.to_str(), end_token, origin=loaded)
+        return Tokenizer(loaded.backend_tokenizer.to_str(), end_token, origin=loaded, files=files)
     except DataError as error:
         raise DataError(f"{named}: {error}") from error
+
+
+def _contents(directory: Path) -> dict[str, bytes]:
+    """The files of a tokenizer with a `tokenizer.json`, which comes last."""
+    names = (*CONFIG_FILES, *_MORE_FILES, JSON_FILE)
+    paths = [path for name in names for path in sorted(directory.glob(name)) if path.is_file()]
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
 
 
 def _raw(path: Path, named: Path) -> tokenizers.Tokenizer:
@@ -136,7 +148,7 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _has_token(raw: tokenizers.Tokenizer, configs: list[dict[str, Any]], token: str) -> bool:
+def _has_token(raw: tokenizers.Tokenizer, configs: Iterable[dict[str, Any]], token: str) -> bool:
     """Whether the files define a token, apart from naming it as the one that ends a text."""
     entries = [entry for config in configs for entry in config.get("added_tokens_decoder", {}).values()]
     return raw.token_to_id(token) is not None or any(entry.get("content") == token for entry in entries)
@@ -172,6 +184,8 @@ def _load_with_transformers(directory: Path, named: Path) -> Any:
         ) from error
     if getattr(loaded, "backend_tokenizer", None) is None:
         raise DataError(f"the tokenizer in {named} has no fast version; save it as {JSON_FILE}")
+    for key in ("is_local", "local_files_only"):  # how it was loaded, which transformers would save
+        loaded.init_kwargs.pop(key, None)
     return loaded
 
 

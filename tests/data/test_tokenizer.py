@@ -86,10 +86,26 @@ def test_a_foreign_directory_is_saved_with_everything_that_it_was_loaded_with(bp
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "note": 7, "model_max_length": 99}
     (tmp_path / "one" / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "one" / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "one" / "additional_chat_templates").mkdir()
+    (tmp_path / "one" / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     load_tokenizer(tmp_path / "one").save(tmp_path / "two")
+    first, second = ({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+                     for folder in (tmp_path / "one", tmp_path / "two"))  # fmt: skip
+    assert first == second and len(first) == 4
+
+
+def test_a_directory_that_does_not_name_its_class_is_saved_with_it(bpe: Tokenizer, tmp_path: Path) -> None:
+    """Otherwise the config.json of the new directory would choose one."""
+    bpe.save(tmp_path / "one")
+    config = {"eos_token": END_OF_DOCUMENT, "note": 7, "model_max_length": 99}
+    (tmp_path / "one" / "tokenizer_config.json").write_text(json.dumps(config))
+    for source, target in (("one", "two"), ("two", "three")):
+        load_tokenizer(tmp_path / source).save(tmp_path / target)
     again = json.loads((tmp_path / "two" / "tokenizer_config.json").read_text())
-    assert (again["note"], again["model_max_length"], again["eos_token"]) == (7, 99, END_OF_DOCUMENT)
-    assert (tmp_path / "two" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert "tokenizer_class" in again and "is_local" not in again
+    assert {key: again[key] for key in config} == config
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
 
 
 def test_files_without_tokenizer_json_are_loaded_by_transformers(tmp_path: Path) -> None:
