@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stagdist.data.tokenizer_files import load_tokenizer
 from tests.data.foreign_tokenizers import KINDS, make
@@ -47,6 +48,21 @@ def test_prompts_have_the_ids_of_transformers(models: tuple[Path, Path], argumen
         assert exported(text, **options)["input_ids"] == expected
         assert answer.get("prompt_token_ids", []) == expected, text
         assert bool(expected) or "the prompt is empty" in answer["error"]
+
+
+def test_texts_are_continued_as_by_transformers(models: tuple[Path, Path]) -> None:
+    source, model = models
+    theirs = AutoTokenizer.from_pretrained(str(source))
+    loaded = AutoModelForCausalLM.from_pretrained(str(model), trust_remote_code=True, dtype=torch.float32)
+    path = model.parent / "texts.txt"
+    path.write_text("the cat\ndef main(\n")
+    done = run_ranks_to_end(
+        model, "--prompts-file", str(path), "--temperature", "0", "--max-new-tokens", "8", "--parse-special", "--json"
+    )
+    for text, line in zip(("the cat", "def main("), done.stdout.splitlines(), strict=True):
+        given = theirs(text, return_tensors="pt")["input_ids"]
+        expected = loaded.generate(given, max_new_tokens=8, do_sample=False)[0, given.shape[1] :].tolist()
+        assert json.loads(line)["token_ids"] == expected
 
 
 def test_conversations_have_the_ids_of_transformers(models: tuple[Path, Path]) -> None:
