@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from stagdist.data.prepare.arguments import add_reading_arguments, reading_options, run_tool
+from stagdist.data.prepare.arguments import add_reading_arguments, reading_options, report_files_left_out, run_tool
 from stagdist.data.prepare.preparation import prepare
 from stagdist.data.prepare.processes import Ranks, current_ranks
 from stagdist.data.tokenizer import load_tokenizer
@@ -80,6 +80,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
             f"({corpus.bytes / corpus.tokens:.2f} per token); left out: {prepared.skipped_empty} empty, "
             f"{prepared.skipped_bad} not UTF-8"
         )
+        report_files_left_out(arguments)
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 
-from stagdist.data.prepare.sources import ReadOptions
+from stagdist.data.prepare.sources import ReadOptions, files_left_out, listed
 from stagdist.errors import StagdistError
 
 
@@ -15,9 +15,10 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="file (.jsonl, .json, .parquet, .arrow, .txt, .md, .py or other text; .gz, .bz2, .xz and .zst are "
-        "decompressed), directory (searched for such files), quoted glob, URL of fsspec (s3://, gs://, ...), or a "
-        "dataset of the Hugging Face Hub: owner/name or hub:NAME",
+        help="file (.jsonl, .ndjson, .json, .parquet, .arrow, .txt, .md, .py or other text; .gz, .bz2, .xz and .zst "
+        "are decompressed; without a known suffix, the content decides), directory (searched for such files; hidden "
+        "ones are skipped, others named at the end), quoted glob, URL of fsspec (s3://, gs://, ...), or a dataset of "
+        "the Hugging Face Hub: owner/name or hub:NAME",
     )
     reading = parser.add_argument_group("how input becomes documents")
     reading.add_argument("--text-key", default="text", metavar="KEY", help="JSON key or column (default: text)")
@@ -53,6 +54,13 @@ def reading_options(arguments: argparse.Namespace) -> ReadOptions:
     """The options in the parsed arguments."""
     values = {field.name: getattr(arguments, field.name) for field in fields(ReadOptions)}
     return ReadOptions(**values | {"include": tuple(arguments.include), "exclude": tuple(arguments.exclude)})
+
+
+def report_files_left_out(arguments: argparse.Namespace) -> None:
+    """Name the files of directories that were not read, on standard error."""
+    if left_out := files_left_out(arguments.inputs, reading_options(arguments)):
+        remedy = "give them by name, or choose with --include and --exclude"
+        print(f"note: {len(left_out)} files were not read: {listed(left_out)}; {remedy}", file=sys.stderr)
 
 
 def run_tool(action: Callable[[], None], on_failure: Callable[[], object] = lambda: None) -> int:

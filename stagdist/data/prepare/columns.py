@@ -60,8 +60,8 @@ def _check_column(path: str, schema: Any, key: str) -> None:
     values = found.value_type if pyarrow.types.is_dictionary(found) else found
     if values not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null()):
         raise DataError(
-            f"{path}: the column {key!r} is of type {found}, not string; choose another with --text-key, or write it as "
-            "string"
+            f"{path}: the column {key!r} is of type {found}, not string; write it as string, or choose another of "
+            f"{', '.join(schema.names)} with --text-key"
         )
 
 

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from stagdist.data.prepare.columns import column_texts
+from stagdist.data.prepare.columns import Columnar, column_texts
 from stagdist.data.prepare.formats import BYTE_ORDER_MARK, is_decompressed, open_input, open_seekable
-from stagdist.data.prepare.sources import BLOCK_BYTES, PIECE_BYTES, Piece, ReadOptions, listed, open_dataset
+from stagdist.data.prepare.sources import BLOCK_BYTES, HUB, PIECE_BYTES, Piece, ReadOptions, listed, open_dataset
 from stagdist.errors import DataError
 
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
@@ -52,7 +52,7 @@ class Reader:
     def _files(self, piece: Piece) -> Iterator[str | None]:
         for path in piece.files:
             with _opened(path) as stream:
-                yield self._decode(stream.read(), path, 0)
+                yield self._plain(stream.read(), path, 0)
 
     def _cut_text(self, piece: Piece) -> Iterator[str | None]:
         with _opened(piece.source, seekable=piece.kind != "lines") as stream:
@@ -63,12 +63,14 @@ class Reader:
             else:
                 parts = _paragraphs(stream, piece)
             for position, raw in parts:
-                text = raw.lstrip(b"\r\n") if piece.kind != "lines" else raw
-                yield self._decode(text.rstrip(b"\r\n"), piece.source, position + len(raw) - len(text))
+                text = raw.lstrip(b"\r\n")
+                yield self._plain(text.rstrip(b"\r\n"), piece.source, position + len(raw) - len(text))
+
+    def _plain(self, raw: bytes, path: str, position: int) -> str | None:
+        text = raw.removeprefix(BYTE_ORDER_MARK) if position == 0 else raw
+        return self._decode(text, path, position + len(raw) - len(text))
 
     def _decode(self, raw: bytes, path: str, position: int) -> str | None:
-        if position == 0:
-            raw = raw.removeprefix(BYTE_ORDER_MARK)
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -97,20 +99,19 @@ class Reader:
         yield None if text is None else self._text_of(_parse(text, path, position), f"{path}, at byte {position}")
 
     def _json_array(self, raw: bytes, path: str) -> Iterator[str | None]:
-        skip = self.options.bad_utf8 == "skip"
         raw = raw.removeprefix(BYTE_ORDER_MARK)
-        text = raw.decode("utf-8", "surrogateescape") if skip else self._decode(raw, path, 0)
-        for index, record in enumerate(_parse(text or "", path, 0)):
-            bad = skip and isinstance(record, dict) and _BAD_BYTE.search(str(record.get(self.options.text_key)))
+        skip = self.options.bad_utf8 == "skip"
+        content = raw.decode("utf-8", "surrogateescape") if skip else self._decode(raw, path, 0)
+        for index, record in enumerate(_parse(content or "", path, 0)):
+            value = record.get(self.options.text_key) if skip and isinstance(record, dict) else None
+            bad = isinstance(value, str) and _BAD_BYTE.search(value)
             yield None if bad else self._text_of(record, f"{path}, record {index}")
 
     def _text_of(self, record: Any, place: str) -> str:
         """Text of a record; of null, which is a document without text, the empty one."""
         key = self.options.text_key
         if not isinstance(record, dict):
-            raise DataError(
-                f"{place}: the record is {_named(record)}, not an object such as {{{json.dumps(key)}: ...}}"
-            )
+            raise DataError(f"{place}: the record is {_named(record)}, not an object with the key {key!r}")
         keys = f"its keys are {listed(list(map(str, record)))}; choose with --text-key"
         if key not in record:
             raise DataError(f"{place}: no text under the key {key!r}, {keys}")
@@ -120,10 +121,9 @@ class Reader:
         return repaired(text)
 
     def _columns(self, piece: Piece) -> Iterator[str | None]:
-        kind = "parquet" if piece.kind == "parquet" else "arrow"
-        rows = column_texts(piece.source, kind, piece.start, piece.stop, self.options.text_key)
-        for row in rows:
-            yield "" if row is None else self._decode(row, piece.source, 0)
+        kind: Columnar = "parquet" if piece.kind == "parquet" else "arrow"
+        for row in column_texts(piece.source, kind, piece.start, piece.stop, self.options.text_key):
+            yield "" if row is None else self._decode(row, f"a text in {piece.source}", 0)
 
     def _rows(self, piece: Piece) -> Iterator[str | None]:
         if piece.source not in self._datasets:
@@ -133,8 +133,9 @@ class Reader:
             rows = dataset if piece.stop == 1 else dataset.shard(num_shards=piece.stop, index=piece.start)
         else:
             rows = (dataset[index] for index in range(piece.start, piece.start + piece.size))
-        for row in rows:
-            yield self._text_of(row, piece.source)
+        with _remote_errors_named(piece.source):
+            for row in rows:
+                yield self._text_of(row, piece.source)
 
 
 @contextmanager
@@ -144,7 +145,7 @@ def _opened(path: str, *, seekable: bool = False) -> Iterator[BinaryIO]:
     Raises:
         DataError: a compressed file is damaged.
     """
-    with (open_seekable if seekable else open_input)(path) as stream:
+    with _remote_errors_named(path), (open_seekable if seekable else open_input)(path) as stream:
         try:
             yield stream
         except DataError as error:
@@ -153,6 +154,17 @@ def _opened(path: str, *, seekable: bool = False) -> Iterator[BinaryIO]:
             while stream.read(PIECE_BYTES):
                 pass
             raise DataError(f"{error} (bytes are counted in the decompressed text)") from error
+
+
+@contextmanager
+def _remote_errors_named(source: str) -> Iterator[None]:
+    """Errors while a URL or a dataset is read; each library has classes of its own."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DataError) or not (source.startswith(HUB) or "://" in source):
+            raise
+        raise DataError(f"{source} cannot be read: {type(error).__name__}: {error}; check the network") from error
 
 
 def _named(value: Any) -> str:
@@ -174,7 +186,10 @@ def _parse(text: str, path: str, position: int) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON at byte {position}: {error}; correct or remove that record") from error
+        remedy = "correct or remove that record"
+        if text.strip() == "{":
+            remedy = "write each record on one line, or all in one array"
+        raise DataError(f"{path} is not JSON at byte {position}: {error}; {remedy}") from error
 
 
 def _lines(stream: BinaryIO, piece: Piece) -> Iterator[tuple[int, bytes]]:

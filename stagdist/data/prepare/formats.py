@@ -93,7 +93,7 @@ def holds_records(path: str) -> bool:
     """Whether a file without suffix is JSON lines or parquet, like the `part-00000` of Spark."""
     try:
         return recognize(path)[0] != "text"
-    except DataError:
+    except (DataError, OSError):
         return False
 
 
@@ -113,7 +113,7 @@ def open_input(path: str) -> BinaryIO:
         DataError: a URL cannot be opened; at a later read: the compressed file is damaged.
     """
     if "://" not in path:
-        packed: BinaryIO = open(path, "rb")
+        packed: BinaryIO = open(path, "rb")  # noqa: SIM115  # the caller closes it
     else:
         try:
             packed = io.BufferedReader(fsspec.open(path, "rb").open())

@@ -30,9 +30,7 @@ _ROWS_PER_PIECE = 2000
 HUB = "hub:"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
-PieceKind = Literal[
-    "files", "blocks", "paragraphs", "lines", "json_lines", "json_array", "parquet", "arrow", "rows", "shard"
-]
+PieceKind = Contents | Literal["files", "blocks", "paragraphs", "lines", "rows", "shard"]
 
 
 @dataclass(frozen=True)
@@ -181,9 +179,9 @@ def _select(directory: str, found: dict[str, str], options: ReadOptions, left_ou
             wanted += [path] if keep else []
             continue
         name = os.path.basename(plain_name(relative))
-        keep = name.endswith(DOCUMENT_SUFFIXES) or ("." not in name and holds_records(path))
-        special = "://" not in path and os.path.exists(path) and not os.path.isfile(path)
-        (wanted if keep and not special else passed).append(path)
+        special = "://" not in path and os.path.exists(path) and not os.path.isfile(path)  # a link to a directory
+        keep = not special and (name.endswith(DOCUMENT_SUFFIXES) or ("." not in name and holds_records(path)))
+        (wanted if keep else passed).append(path)
     if found and not wanted:
         names = f" but {listed(passed)}" if passed else ""
         raise DataError(f"directory {directory} holds no file to read{names}; name others with --include '*.ext'")
