@@ -105,7 +105,7 @@ def test_an_arrow_file_of_a_dataset_is_read_in_its_order(tmp_path: Path) -> None
     (arrow,) = (tmp_path / "set").glob("*.arrow")
     assert read(arrow) == TEXTS
     arrow.write_bytes(arrow.read_bytes()[:1000])
-    with pytest.raises(DataError, match=r"\.arrow is not an Arrow file of a dataset"):
+    with pytest.raises(DataError, match=r"\.arrow is damaged: .*; fetch it again"):
         read(arrow)
 
 

@@ -134,7 +134,7 @@ def test_input_that_cannot_be_read_is_named_with_the_remedy(tmp_path: Path) -> N
     with pytest.raises(DataError, match="is not text"):
         read(tmp_path / "image.png")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(DataError, match="not a parquet file"):
+    with pytest.raises(DataError, match=r"broken\.parquet is damaged: .*; fetch it again"):
         read(tmp_path / "broken.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"content": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="no column 'text' but content"):
@@ -146,8 +146,9 @@ def test_input_that_cannot_be_read_is_named_with_the_remedy(tmp_path: Path) -> N
         read(tmp_path / "absent.txt")
     with pytest.raises(DataError, match="no file matches"):
         read(tmp_path / "*.absent")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no file to read"):
-        read(tmp_path / "empty")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"\x89PNG\0\0")
+    with pytest.raises(DataError, match=r"holds no file to read but .*a\.png; .*--include"):
+        read(tmp_path / "images")
     with pytest.raises(ConfigError, match="no input"):
         read()

@@ -84,7 +84,7 @@ def recognize(path: str) -> tuple[Contents, bool]:
     if controls > 4 + len(head) // 50 or (b"\0" in head and not named):
         raise DataError(f"{path} is not text; convert it to .jsonl, .txt or .parquet, or leave it out")
     head = head.removeprefix(BYTE_ORDER_MARK)
-    if name.endswith(JSON_SUFFIXES) or (not named and _JSON_BEGINS.match(head)):
+    if name.endswith(JSON_SUFFIXES) or (not named and _looks_like_json(head)):
         return ("json_array" if head.lstrip().startswith(b"[") else "json_lines"), compressed
     return "text", compressed
 
@@ -95,6 +95,12 @@ def holds_records(path: str) -> bool:
         return recognize(path)[0] != "text"
     except (DataError, OSError):
         return False
+
+
+def _looks_like_json(head: bytes) -> bool:
+    """Whether a text begins as JSON does, or most of its lines do: the first one may be damaged."""
+    lines = [line for line in head.splitlines() if line.strip()]
+    return bool(_JSON_BEGINS.match(head)) or sum(map(bool, map(_JSON_BEGINS.match, lines))) * 2 > len(lines)
 
 
 def _wide_encoding(head: bytes) -> str | None:
