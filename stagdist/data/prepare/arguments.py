@@ -57,10 +57,10 @@ def reading_options(arguments: argparse.Namespace) -> ReadOptions:
 
 
 def report_files_left_out(arguments: argparse.Namespace) -> None:
-    """Name the files of directories that were not read, on standard error."""
+    """Name what was not read in directories and globs, on standard error."""
     if left_out := files_left_out(arguments.inputs, reading_options(arguments)):
         remedy = "give them by name, or choose with --include and --exclude"
-        print(f"note: {len(left_out)} files were not read: {listed(left_out)}; {remedy}", file=sys.stderr)
+        print(f"note: not read ({len(left_out)}): {listed(left_out)}; {remedy}", file=sys.stderr)
 
 
 def run_tool(action: Callable[[], None], on_failure: Callable[[], object] = lambda: None) -> int:

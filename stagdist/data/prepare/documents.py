@@ -112,7 +112,7 @@ class Reader:
         key = self.options.text_key
         if not isinstance(record, dict):
             raise DataError(f"{place}: the record is {_named(record)}, not an object with the key {key!r}")
-        keys = f"its keys are {listed(list(map(str, record)))}; choose with --text-key"
+        keys = f"its keys are {listed(list(map(str, record)))}; choose with --text-key, or remove that record"
         if key not in record:
             raise DataError(f"{place}: no text under the key {key!r}, {keys}")
         text = "" if record[key] is None else record[key]
@@ -184,12 +184,18 @@ def repaired(text: str) -> str:
 
 def _parse(text: str, path: str, position: int) -> Any:
     try:
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            if isinstance(error, json.JSONDecodeError):
+                raise
+            return json.loads(text, parse_int=float)  # an integer of more digits than Python takes
     except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         remedy = "correct or remove that record"
         if text.strip() == "{":
             remedy = "write each record on one line, or all in one array"
-        raise DataError(f"{path} is not JSON at byte {position}: {error}; {remedy}") from error
+        raise DataError(f"{path} is not JSON at byte {position}: {reason}; {remedy}") from error
 
 
 def _lines(stream: BinaryIO, piece: Piece) -> Iterator[tuple[int, bytes]]:

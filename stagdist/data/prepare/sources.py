@@ -97,7 +97,7 @@ def plan_pieces(inputs: Sequence[str], options: ReadOptions, *, piece_bytes: int
 
 
 def files_left_out(inputs: Sequence[str], options: ReadOptions) -> list[str]:
-    """Files of directories that are not read, because neither name nor content says that they hold documents."""
+    """Files in directories that are not read, because neither name nor content says that they hold documents."""
     left_out: list[str] = []
     for _ in _expand(inputs, options, left_out):
         pass
@@ -120,9 +120,11 @@ def _expand(inputs: Sequence[str], options: ReadOptions, left_out: list[str]) ->
         elif os.path.isdir(entry):
             yield from _select(entry, _walk(entry), options, left_out)
         elif glob.has_magic(entry):
-            found = sorted(path for path in glob.glob(entry, recursive=True) if not os.path.isdir(path))
+            matches = sorted(glob.glob(entry, recursive=True))
+            found = [path for path in matches if not _is_special(path)]
             if not found:
                 raise DataError(f"no file matches {entry}; correct the pattern (quote it for the shell)")
+            left_out += sorted({*matches} - {*found}) if "**" not in entry else []
             yield from found
         elif _looks_like_hub_name(entry):
             yield HUB + entry
@@ -179,14 +181,18 @@ def _select(directory: str, found: dict[str, str], options: ReadOptions, left_ou
             wanted += [path] if keep else []
             continue
         name = os.path.basename(plain_name(relative))
-        special = "://" not in path and os.path.exists(path) and not os.path.isfile(path)  # a link to a directory
-        keep = not special and (name.endswith(DOCUMENT_SUFFIXES) or ("." not in name and holds_records(path)))
+        keep = not _is_special(path) and (name.endswith(DOCUMENT_SUFFIXES) or ("." not in name and holds_records(path)))
         (wanted if keep else passed).append(path)
     if found and not wanted:
         names = f" but {listed(passed)}" if passed else ""
         raise DataError(f"directory {directory} holds no file to read{names}; name others with --include '*.ext'")
     left_out += passed
     return wanted
+
+
+def _is_special(path: str) -> bool:
+    """Whether a local path is a directory, a link to one, or a pipe."""
+    return "://" not in path and os.path.exists(path) and not os.path.isfile(path)
 
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:
@@ -202,6 +208,8 @@ def _looks_like_hub_name(entry: str) -> bool:
 
 def file_size(path: str) -> int:
     """Bytes of a local file or URL, compressed as it is."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise DataError(f"{path} is a link to a file that is missing; fetch that file, or leave it out (--exclude)")
     if "://" not in path:
         return os.path.getsize(path)
     store, root = fsspec.core.url_to_fs(path)
