@@ -39,7 +39,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         "--include", action="append", default=[], metavar="GLOB", help="of a directory only these files; repeatable"
     )
     reading.add_argument(
-        "--exclude", action="append", default=[], metavar="GLOB", help="of a directory all but these; repeatable"
+        "--exclude", action="append", default=[], metavar="GLOB", help="leave these files out; repeatable"
     )
     reading.add_argument("--split-name", default="train", metavar="NAME", help="split of a Hub dataset (train)")
     reading.add_argument("--config-name", metavar="NAME", help="configuration of a Hub dataset")

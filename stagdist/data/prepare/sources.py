@@ -78,6 +78,8 @@ def plan_pieces(inputs: Sequence[str], options: ReadOptions, *, piece_bytes: int
     pieces: list[Piece] = []
     plain: list[tuple[str, int]] = []
     for path in _expand(inputs, options, []):
+        if _matches(path, options.exclude):
+            continue
         if path.startswith(HUB):
             contents, compressed, size = None, False, 0
         else:
