@@ -70,6 +70,51 @@ def test_a_damaged_compressed_file_is_one_error_with_its_name(
         read(path)
 
 
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_damage_is_not_taken_for_the_end_or_for_bad_json(tmp_path: Path, suffix: str) -> None:
+    pack, lines = COMPRESS[suffix], b'{"text": "one"}\n' * 5000
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(pack(lines) * 2)
+    assert read(path) == ["one"] * 10_000
+    for after in (b"garbage", pack(lines)[:-1], pack(lines)[1:]):
+        path.write_bytes(pack(lines) + after)
+        with pytest.raises(DataError, match=rf"a\.jsonl{suffix} is damaged: .*; fetch it again"):
+            read(path)
+    path.write_bytes(pack(b"no JSON\n" + lines)[:-1])
+    with pytest.raises(DataError, match=rf"a\.jsonl{suffix} is damaged: .*; fetch it again"):
+        read(path)
+    path.write_bytes(pack(lines + b"no JSON\n"))
+    with pytest.raises(DataError, match=r"not JSON at byte 80000: .*remove that record \(.* decompressed text\)"):
+        read(path)
+    path.write_bytes(pack(b"one\n\ntw\xf6\n"))
+    path = path.rename(tmp_path / f"a.txt{suffix}")
+    for mode in ("auto", "file", "paragraph", "line"):
+        with pytest.raises(DataError, match=r"not UTF-8 \(byte 0xf6 at 7\); .* \(.* decompressed text\)"):
+            read(path, txt_documents=mode)
+
+
+def test_an_error_of_a_store_while_reading_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFile
+
+    class Timeout(Exception):
+        """As those of aiohttp: of no class that Python knows."""
+
+    def fail(*_: object) -> None:
+        raise Timeout("no answer")
+
+    store = fsspec.filesystem("memory")
+    store.pipe("/broken/a.jsonl", CONTENTS["a.jsonl"].encode() * 10)
+    try:
+        (piece,) = plan_pieces(["memory://broken/a.jsonl"], ReadOptions())
+        monkeypatch.setattr(MemoryFile, "readinto", fail)
+        with pytest.raises(DataError, match=r"memory://broken/a\.jsonl cannot be read: Timeout: no answer; check"):
+            list(Reader(ReadOptions()).documents(piece))
+        with pytest.raises(DataError, match=r"memory://broken/a\.jsonl cannot be read: .*no answer"):
+            plan_pieces(["memory://broken/a.jsonl"], ReadOptions())
+    finally:
+        store.rm("/broken", recursive=True)
+
+
 def test_files_of_a_url_are_read_by_name_folder_and_pattern(tmp_path: Path) -> None:
     store = fsspec.filesystem("memory")
     for name, content in CONTENTS.items():

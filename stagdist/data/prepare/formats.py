@@ -144,8 +144,8 @@ def open_seekable(path: str) -> BinaryIO:
 
 
 def is_decompressed(stream: BinaryIO) -> bool:
-    """Whether a stream of `open_input` decompresses a file, so that it cannot seek."""
-    return isinstance(getattr(stream, "raw", None), _Decompressed)
+    """Whether a stream holds the decompressed bytes of a file; only one of `open_seekable` can seek then."""
+    return isinstance(stream, io.BufferedRandom) or isinstance(getattr(stream, "raw", None), _Decompressed)
 
 
 @contextmanager

@@ -130,7 +130,7 @@ def _expand(inputs: Sequence[str], options: ReadOptions, left_out: list[str]) ->
             yield from found
         elif _looks_like_hub_name(entry):
             yield HUB + entry
-        else:
+        elif not _matches(entry, options.exclude):
             raise DataError(f"input {entry} does not exist; give a file, directory, glob, URL or the name of a dataset")
 
 
