@@ -96,20 +96,20 @@ def test_damage_is_not_taken_for_the_end_or_for_bad_json(tmp_path: Path, suffix:
 def test_an_error_of_a_store_while_reading_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from fsspec.implementations.memory import MemoryFile
 
-    class Timeout(Exception):
+    class NoAnswerError(Exception):
         """As those of aiohttp: of no class that Python knows."""
 
     def fail(*_: object) -> None:
-        raise Timeout("no answer")
+        raise NoAnswerError("no answer")
 
     store = fsspec.filesystem("memory")
     store.pipe("/broken/a.jsonl", CONTENTS["a.jsonl"].encode() * 10)
     try:
         (piece,) = plan_pieces(["memory://broken/a.jsonl"], ReadOptions())
         monkeypatch.setattr(MemoryFile, "readinto", fail)
-        with pytest.raises(DataError, match=r"memory://broken/a\.jsonl cannot be read: Timeout: no answer; check"):
+        with pytest.raises(DataError, match=r"broken/a\.jsonl cannot be read: NoAnswerError: no answer; check"):
             list(Reader(ReadOptions()).documents(piece))
-        with pytest.raises(DataError, match=r"memory://broken/a\.jsonl cannot be read: .*no answer"):
+        with pytest.raises(DataError, match=r"broken/a\.jsonl cannot be read: NoAnswerError: no answer; check"):
             plan_pieces(["memory://broken/a.jsonl"], ReadOptions())
     finally:
         store.rm("/broken", recursive=True)

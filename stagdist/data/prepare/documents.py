@@ -13,8 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from stagdist.data.prepare.columns import Columnar, column_texts
-from stagdist.data.prepare.formats import BYTE_ORDER_MARK, is_decompressed, open_input, open_seekable
-from stagdist.data.prepare.sources import BLOCK_BYTES, HUB, PIECE_BYTES, Piece, ReadOptions, listed, open_dataset
+from stagdist.data.prepare.formats import (
+    BYTE_ORDER_MARK,
+    is_decompressed,
+    open_input,
+    open_seekable,
+    remote_errors_named,
+)
+from stagdist.data.prepare.sources import BLOCK_BYTES, PIECE_BYTES, Piece, ReadOptions, listed, open_dataset
 from stagdist.errors import DataError
 
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
@@ -133,7 +139,7 @@ class Reader:
             rows = dataset if piece.stop == 1 else dataset.shard(num_shards=piece.stop, index=piece.start)
         else:
             rows = (dataset[index] for index in range(piece.start, piece.start + piece.size))
-        with _remote_errors_named(piece.source):
+        with remote_errors_named(piece.source):
             for row in rows:
                 yield self._text_of(row, piece.source)
 
@@ -145,7 +151,7 @@ def _opened(path: str, *, seekable: bool = False) -> Iterator[BinaryIO]:
     Raises:
         DataError: a compressed file is damaged.
     """
-    with _remote_errors_named(path), (open_seekable if seekable else open_input)(path) as stream:
+    with remote_errors_named(path), (open_seekable if seekable else open_input)(path) as stream:
         try:
             yield stream
         except DataError as error:
@@ -154,17 +160,6 @@ def _opened(path: str, *, seekable: bool = False) -> Iterator[BinaryIO]:
             while stream.read(PIECE_BYTES):
                 pass
             raise DataError(f"{error} (bytes are counted in the decompressed text)") from error
-
-
-@contextmanager
-def _remote_errors_named(source: str) -> Iterator[None]:
-    """Errors while a URL or a dataset is read; each library has classes of its own."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, DataError) or not (source.startswith(HUB) or "://" in source):
-            raise
-        raise DataError(f"{source} cannot be read: {type(error).__name__}: {error}; check the network") from error
 
 
 def _named(value: Any) -> str:

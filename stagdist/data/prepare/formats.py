@@ -33,6 +33,8 @@ TEXT_SUFFIXES = (
 DOCUMENT_SUFFIXES = (*TEXT_SUFFIXES, ".jl", *JSON_SUFFIXES, *PARQUET_SUFFIXES, ARROW_SUFFIX)
 """Suffixes of the files that are read in a directory; `.jl` is Julia or JSON lines."""
 
+HUB = "hub:"
+"""Begins the name of a dataset of the Hub."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HEAD_BYTES = 8192
 _CHUNK_BYTES = 1 << 18
@@ -66,7 +68,7 @@ def recognize(path: str) -> tuple[Contents, bool]:
     Raises:
         DataError: it holds something else, UTF-16 for example, or is damaged.
     """
-    with open_input(path) as stream:
+    with remote_errors_named(path), open_input(path) as stream:
         head = stream.read(_HEAD_BYTES)
         compressed = is_decompressed(stream)
     for pattern, what in _REFUSED.items():
@@ -121,10 +123,8 @@ def open_input(path: str) -> BinaryIO:
     if "://" not in path:
         packed: BinaryIO = open(path, "rb")  # noqa: SIM115  # the caller closes it
     else:
-        try:
+        with remote_errors_named(path):
             packed = io.BufferedReader(fsspec.open(path, "rb").open())
-        except Exception as error:  # every store has error classes of its own
-            raise DataError(f"{path} cannot be read: {error}; check the URL and the credentials") from error
     codec = COMPRESSIONS.get(os.path.splitext(path.lower())[1])
     head = packed.peek(16)  # type: ignore[attr-defined]
     codec = codec or next((codec for codec, magic in _COMPRESSED.items() if re.match(magic, head)), None)
@@ -163,6 +163,19 @@ def damage_named(path: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise DataError(f"{path} is damaged: {error}; fetch it again") from error
+
+
+@contextmanager
+def remote_errors_named(source: str) -> Iterator[None]:
+    """Errors while a URL or a dataset of the Hub is read become a DataError; each library has classes of its own."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DataError) or not (source.startswith(HUB) or "://" in source):
+            raise
+        raise DataError(
+            f"{source} cannot be read: {type(error).__name__}: {error}; check the name, the credentials and the network"
+        ) from error
 
 
 class _Decompressed(io.RawIOBase):

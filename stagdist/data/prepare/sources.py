@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn
 import fsspec
 
 from stagdist.data.prepare.columns import column_parts
-from stagdist.data.prepare.formats import DOCUMENT_SUFFIXES, Contents, holds_records, plain_name, recognize
+from stagdist.data.prepare.formats import DOCUMENT_SUFFIXES, HUB, Contents, holds_records, plain_name, recognize
 from stagdist.errors import ConfigError, DataError
 
 PIECE_BYTES = 2 << 20
@@ -27,7 +27,6 @@ AUTO_WHOLE_BYTES = 256 << 10
 _FILES_PER_PIECE = 256
 _ROWS_PER_PIECE = 2000
 
-HUB = "hub:"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 PieceKind = Contents | Literal["files", "blocks", "paragraphs", "lines", "rows", "shard"]
