@@ -5,9 +5,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from stagdist.data.prepare.arguments import add_reading_arguments, reading_options, report_files_left_out, run_tool
+from stagdist.data.prepare.arguments import add_reading_arguments, reading_options, report_left_out, run_tool
 from stagdist.data.prepare.documents import Reader
-from stagdist.data.prepare.sources import Piece, ReadOptions, listed, plan_pieces
+from stagdist.data.prepare.sources import Piece, ReadOptions, files_left_out, listed, plan_pieces
 from stagdist.data.tokenizer import train_bpe
 from stagdist.errors import ConfigError, DataError
 
@@ -69,6 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     if Path(arguments.output).is_file():
         raise ConfigError(f"--output {arguments.output} is a file; give a directory")
     options = reading_options(arguments)
+    left_out = files_left_out(arguments.inputs, options)
     pieces = sample(plan_pieces(arguments.inputs, options), arguments.max_megabytes * 1e6)
     tokenizer = train_bpe(
         texts(pieces, options, arguments.inputs), arguments.vocab_size, show_progress=not arguments.quiet
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     if tokenizer.vocab_size < arguments.vocab_size:
         short = f" (not {arguments.vocab_size}: the text holds no more pairs to merge)"
     print(f"{arguments.output}: {tokenizer.vocab_size} tokens{short}, fingerprint {tokenizer.fingerprint[:12]}")
-    report_files_left_out(arguments)
+    report_left_out(left_out)
 
 
 def main() -> int:

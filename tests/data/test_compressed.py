@@ -139,7 +139,7 @@ def test_files_of_a_url_are_read_by_name_folder_and_pattern(tmp_path: Path) -> N
 def test_a_store_whose_package_is_missing_or_unknown_is_one_error() -> None:
     with pytest.raises(DataError, match=r"s3://bucket/a.jsonl cannot be read: .*s3fs"):
         read("s3://bucket/a.jsonl")
-    with pytest.raises(DataError, match=r"nowhere://a.jsonl cannot be listed: .*nowhere"):
+    with pytest.raises(DataError, match=r"nowhere://a.jsonl cannot be read: .*nowhere"):
         read("nowhere://a.jsonl")
 
 

@@ -2,10 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 
-from stagdist.data.prepare.sources import ReadOptions, files_left_out, listed
+from stagdist.data.prepare.sources import ReadOptions, listed
 from stagdist.errors import StagdistError
 
 
@@ -56,9 +56,9 @@ def reading_options(arguments: argparse.Namespace) -> ReadOptions:
     return ReadOptions(**values | {"include": tuple(arguments.include), "exclude": tuple(arguments.exclude)})
 
 
-def report_files_left_out(arguments: argparse.Namespace) -> None:
+def report_left_out(left_out: Sequence[str]) -> None:
     """Name what was not read in directories and globs, on standard error."""
-    if left_out := files_left_out(arguments.inputs, reading_options(arguments)):
+    if left_out:
         remedy = "give them by name, or choose with --include and --exclude"
         print(f"note: not read ({len(left_out)}): {listed(left_out)}; {remedy}", file=sys.stderr)
 

@@ -1,11 +1,12 @@
 """The column of text of a parquet or Arrow file, in parts that processes can read on their own."""
 
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from stagdist.data.prepare.formats import damage_named, is_decompressed, open_input, open_seekable
+from stagdist.data.prepare.formats import damage_named, is_decompressed, open_seekable
 from stagdist.errors import DataError
 
 Columnar = Literal["parquet", "arrow"]
@@ -93,23 +94,19 @@ def _bytes_of(column: Any) -> list[bytes | None]:
 def _opened(path: str, kind: Columnar) -> Iterator[Any]:
     import pyarrow.parquet
 
-    with open_input(path) as stream:
-        local = "://" not in path and not is_decompressed(stream)
-    if kind == "parquet":
-        with (
-            open_seekable(path) as stream,
-            pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True, pre_buffer=False) as file,
-        ):
-            yield file
-        return
-    with pyarrow.memory_map(path) if local else pyarrow.PythonFile(open_seekable(path)) as stream:
+    with open_seekable(path) as stream:
+        if kind == "parquet":
+            yield pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True, pre_buffer=False)
+            return
         random_access = stream.read(6) == b"ARROW1"
         if not random_access:
-            stream.seek(-len(_STREAM_END), 2)
+            stream.seek(-len(_STREAM_END), os.SEEK_END)
             if stream.read() != _STREAM_END:
                 raise DataError(f"{path} is damaged: its end is missing; fetch it again")
         stream.seek(0)
-        yield pyarrow.ipc.open_file(stream) if random_access else pyarrow.ipc.open_stream(stream)
+        mapped = "://" not in path and not is_decompressed(stream)
+        source = pyarrow.memory_map(path) if mapped else stream
+        yield pyarrow.ipc.open_file(source) if random_access else pyarrow.ipc.open_stream(source)
 
 
 def _arrow_batches(file: Any, start: int, stop: int | None) -> Iterator[Any]:

@@ -38,16 +38,14 @@ HUB = "hub:"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HEAD_BYTES = 8192
 _CHUNK_BYTES = 1 << 18
-_COMPRESSED = {
-    "gzip": rb"\x1f\x8b\x08",
-    "bz2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
-    "xz": rb"\xfd7zXZ\0",
-    "zstd": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
-}
+_COMPRESSED = re.compile(
+    rb"(?P<gzip>\x1f\x8b\x08)|(?P<bz2>BZh[1-9](?:1AY&SY|\x17rE8P\x90))|(?P<xz>\xfd7zXZ\0)"
+    rb"|(?P<zstd>\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)"
+)
 _REFUSED = {
-    rb"PK\x03\x04|7z\xbc\xaf|Rar!\x1a|\x04\x22\x4d\x18|(?s:.){257}ustar": "an archive; unpack it and give its files",
-    rb"%PDF-": "a PDF; extract its text, for example with pdftotext",
-    rb"version https://git-lfs": "a pointer of git-lfs; fetch the file with git lfs pull",
+    (b"PK\3\4", b"7z\xbc\xaf", b"Rar!\x1a", b"\x04\x22\x4d\x18"): "an archive; unpack it and give its files",
+    (b"%PDF-",): "a PDF; extract its text, for example with pdftotext",
+    (b"version https://git-lfs",): "a pointer of git-lfs; fetch the file with git lfs pull",
 }
 _JSON_BEGINS = re.compile(rb"""\s*(\{\s*["}]|\[\s*[{\]])""")
 # by the quarters of the bytes that are mostly zero
@@ -71,8 +69,10 @@ def recognize(path: str) -> tuple[Contents, bool]:
     with remote_errors_named(path), open_input(path) as stream:
         head = stream.read(_HEAD_BYTES)
         compressed = is_decompressed(stream)
-    for pattern, what in _REFUSED.items():
-        if re.match(pattern, head):
+    if not head:  # nothing is no document, whatever its name
+        return "text", compressed
+    for beginnings, what in _REFUSED.items():
+        if head.startswith(beginnings) or (head[257:262] == b"ustar" and "archive" in what):
             raise DataError(f"{path} is {what}")
     name = plain_name(path)
     if name.endswith(PARQUET_SUFFIXES) or head.startswith(b"PAR1\x15"):
@@ -110,6 +110,8 @@ def _wide_encoding(head: bytes) -> str | None:
     for mark, encoding in _MARKED.items():
         if head.startswith(mark):
             return encoding
+    if b"\0" not in head:
+        return None
     quarters = [head[start::4] for start in range(4)]
     return _ENCODINGS.get("".join("01"[quarter.count(0) * 2 > len(quarter)] for quarter in quarters))
 
@@ -126,8 +128,8 @@ def open_input(path: str) -> BinaryIO:
         with remote_errors_named(path):
             packed = io.BufferedReader(fsspec.open(path, "rb").open())
     codec = COMPRESSIONS.get(os.path.splitext(path.lower())[1])
-    head = packed.peek(16)  # type: ignore[attr-defined]
-    codec = codec or next((codec for codec, magic in _COMPRESSED.items() if re.match(magic, head)), None)
+    if codec is None and (magic := _COMPRESSED.match(packed.peek(16))):  # type: ignore[attr-defined]
+        codec = magic.lastgroup
     return packed if codec is None else io.BufferedReader(_Decompressed(path, packed, codec), _CHUNK_BYTES)
 
 

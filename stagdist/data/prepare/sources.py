@@ -18,7 +18,15 @@ from typing import Any, Literal, NoReturn
 import fsspec
 
 from stagdist.data.prepare.columns import column_parts
-from stagdist.data.prepare.formats import DOCUMENT_SUFFIXES, HUB, Contents, holds_records, plain_name, recognize
+from stagdist.data.prepare.formats import (
+    DOCUMENT_SUFFIXES,
+    HUB,
+    Contents,
+    holds_records,
+    plain_name,
+    recognize,
+    remote_errors_named,
+)
 from stagdist.errors import ConfigError, DataError
 
 PIECE_BYTES = 2 << 20
@@ -51,8 +59,8 @@ class Piece:
     """A part of the input that one process reads.
 
     `start` and `stop` are bytes of a file, row groups of a parquet file, batches of an Arrow file or rows of a dataset;
-    for a streamed dataset, the shard and the number of shards. `stop` is None for a compressed file, which one process
-    reads completely. `size` is the share of the work (bytes if they are known).
+    for a streamed dataset, the shard and the number of shards. `stop` is None for a compressed file and for one of
+    unknown size, which one process reads completely. `size` is the share of the work (bytes if they are known).
     """
 
     kind: PieceKind
@@ -80,20 +88,16 @@ def plan_pieces(inputs: Sequence[str], options: ReadOptions, *, piece_bytes: int
         if _matches(path, options.exclude):
             continue
         if path.startswith(HUB):
-            contents, compressed, size = None, False, 0
-        else:
-            size = file_size(path)
-            # a file of zero bytes is an empty document, whatever its name
-            contents, compressed = recognize(path) if size else ("text", False)
-        if contents == "text" and (not size or size <= _largest_document(compressed, options)):
+            pieces += [*_grouped(plain), *_dataset_pieces(path, options)]
+            plain = []
+            continue
+        size = file_size(path)
+        contents, compressed = recognize(path)
+        if contents == "text" and size is not None and size <= _largest_document(compressed, options):
             plain.append((path, size))
             continue
-        pieces += _grouped(plain)
+        pieces += [*_grouped(plain), *_file_pieces(path, contents, compressed, size, options, piece_bytes)]
         plain = []
-        if contents is None:
-            pieces += _dataset_pieces(path, options)
-        else:
-            pieces += _file_pieces(path, contents, compressed, size, options, piece_bytes)
     return pieces + _grouped(plain)
 
 
@@ -135,7 +139,7 @@ def _expand(inputs: Sequence[str], options: ReadOptions, left_out: list[str]) ->
 
 def _expand_url(url: str, options: ReadOptions, left_out: list[str]) -> Iterator[str]:
     """Files of a URL that may be a glob or a folder."""
-    try:
+    with remote_errors_named(url):
         store, root = fsspec.core.url_to_fs(url)
         if glob.has_magic(root):
             found = sorted(map(store.unstrip_protocol, store.glob(root)))
@@ -144,12 +148,6 @@ def _expand_url(url: str, options: ReadOptions, left_out: list[str]) -> Iterator
             found = _select(url, names, options, left_out)
         else:
             found = [store.unstrip_protocol(root)] if store.exists(root) else []
-    except DataError:
-        raise
-    except ImportError as error:
-        raise DataError(f"{url} cannot be read: {error}") from error
-    except Exception as error:  # every store has error classes of its own
-        raise DataError(f"{url} cannot be listed: {error}; check the URL and the credentials") from error
     if not found:
         raise DataError(f"no file at {url}; correct the URL")
     yield from found
@@ -177,12 +175,11 @@ def _select(directory: str, found: dict[str, str], options: ReadOptions, left_ou
     wanted: list[str] = []
     passed: list[str] = []
     for path, relative in sorted(found.items()):
-        if options.include or _matches(relative, options.exclude):
-            keep = _matches(relative, options.include) and not _matches(relative, options.exclude)
-            wanted += [path] if keep else []
+        if _matches(relative, options.exclude) or (options.include and not _matches(relative, options.include)):
             continue
         name = os.path.basename(plain_name(relative))
-        keep = not _is_special(path) and (name.endswith(DOCUMENT_SUFFIXES) or ("." not in name and holds_records(path)))
+        known = bool(options.include) or name.endswith(DOCUMENT_SUFFIXES)
+        keep = not _is_special(path) and (known or ("." not in name and holds_records(path)))
         (wanted if keep else passed).append(path)
     if found and not wanted:
         names = f" but {listed(passed)}" if passed else ""
@@ -193,7 +190,7 @@ def _select(directory: str, found: dict[str, str], options: ReadOptions, left_ou
 
 def _is_special(path: str) -> bool:
     """Whether a local path is a directory, a link to one, or a pipe."""
-    return "://" not in path and os.path.exists(path) and not os.path.isfile(path)
+    return "://" not in path and not os.path.isfile(path) and os.path.exists(path)
 
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:
@@ -207,14 +204,15 @@ def _looks_like_hub_name(entry: str) -> bool:
     return not os.path.isdir(os.path.dirname(entry))
 
 
-def file_size(path: str) -> int:
-    """Bytes of a local file or URL, compressed as it is."""
+def file_size(path: str) -> int | None:
+    """Bytes of a local file or URL, compressed as it is; None where a server does not say."""
     if os.path.islink(path) and not os.path.exists(path):
         raise DataError(f"{path} is a link to a file that is missing; fetch that file, or leave it out (--exclude)")
     if "://" not in path:
         return os.path.getsize(path)
-    store, root = fsspec.core.url_to_fs(path)
-    return int(store.size(root) or 0)
+    with remote_errors_named(path):
+        store, root = fsspec.core.url_to_fs(path)
+        return store.size(root)
 
 
 def _largest_document(compressed: bool, options: ReadOptions) -> float:
@@ -240,12 +238,12 @@ def _grouped(files: list[tuple[str, int]]) -> list[Piece]:
 
 
 def _file_pieces(
-    path: str, contents: Contents, compressed: bool, size: int, options: ReadOptions, piece_bytes: int
+    path: str, contents: Contents, compressed: bool, size: int | None, options: ReadOptions, piece_bytes: int
 ) -> list[Piece]:
     texts: dict[str, PieceKind] = {"auto": "blocks", "paragraph": "paragraphs", "line": "lines"}
     kind: PieceKind = texts[options.txt_documents] if contents == "text" else contents
-    if compressed:
-        return [Piece(kind, path, 0, None, size)]
+    if compressed or size is None:
+        return [Piece(kind, path, 0, None, size or 0)]
     if contents == "json_array":
         return [Piece(kind, path, 0, size, size)]
     if contents == "parquet" or contents == "arrow":
