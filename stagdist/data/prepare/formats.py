@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import BinaryIO, Literal
 
 import fsspec
@@ -134,9 +134,11 @@ def open_input(path: str) -> BinaryIO:
 
 
 def open_seekable(path: str) -> BinaryIO:
-    """Open for random access: a compressed file is first unpacked into a temporary file."""
+    """Open for random access: a compressed file, or one of a server that cannot seek, is copied to a temporary file."""
     stream = open_input(path)
-    if not is_decompressed(stream):
+    with suppress(OSError, ValueError):
+        stream.seek(0, os.SEEK_END)
+        stream.seek(0)
         return stream
     unpacked = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
     with stream:
@@ -175,9 +177,9 @@ def remote_errors_named(source: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, DataError) or not (source.startswith(HUB) or "://" in source):
             raise
-        raise DataError(
-            f"{source} cannot be read: {type(error).__name__}: {error}; check the name, the credentials and the network"
-        ) from error
+        missing = isinstance(error, ImportError)
+        remedy = "install what is missing" if missing else "check the name, the credentials and the network"
+        raise DataError(f"{source} cannot be read: {type(error).__name__}: {error}; {remedy}") from error
 
 
 class _Decompressed(io.RawIOBase):
