@@ -66,7 +66,8 @@ def test_a_damaged_compressed_file_is_one_error_with_its_name(
     content = CONTENTS[name].encode()
     path = tmp_path / (name + suffix)
     path.write_bytes(COMPRESS[suffix](content)[:-40] if damage == "cut" else content)
-    with pytest.raises(DataError, match=rf"{path.name} is damaged: .*; fetch it again"):
+    remedy = "fetch it again" if damage == "cut" else "fetch it again, or correct its suffix"
+    with pytest.raises(DataError, match=rf"{path.name} is damaged: .*; {remedy}"):
         read(path)
 
 

@@ -120,16 +120,20 @@ def open_input(path: str) -> BinaryIO:
     """Open a local file or a URL for reading, decompressed.
 
     Raises:
-        DataError: a URL cannot be opened; at a later read: the compressed file is damaged.
+        DataError: a URL cannot be opened, or the file is not compressed as its suffix says; at a later read: the
+            compressed file is damaged.
     """
     if "://" not in path:
         packed: BinaryIO = open(path, "rb")  # noqa: SIM115  # the caller closes it
     else:
         with remote_errors_named(path):
             packed = io.BufferedReader(fsspec.open(path, "rb").open())
-    codec = COMPRESSIONS.get(os.path.splitext(path.lower())[1])
-    if codec is None and (magic := _COMPRESSED.match(packed.peek(16))):  # type: ignore[attr-defined]
-        codec = magic.lastgroup
+    head = packed.peek(16)  # type: ignore[attr-defined]
+    magic = _COMPRESSED.match(head)
+    codec = magic.lastgroup if magic else None
+    if head and codec != (suffix := COMPRESSIONS.get(os.path.splitext(path.lower())[1], codec)):
+        packed.close()
+        raise DataError(f"{path} is damaged: it is not {suffix}; fetch it again, or correct its suffix")
     return packed if codec is None else io.BufferedReader(_Decompressed(path, packed, codec), _CHUNK_BYTES)
 
 
