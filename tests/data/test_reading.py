@@ -229,7 +229,7 @@ def test_a_table_is_recognized_by_content_and_text_stays_text(tmp_path: Path) ->
           for e in ("utf-16le", "utf-16be", "utf-32le", "utf-32be", "utf-32")),
         ("a.jsonl", b'{"text": "caf\xe9"}', r"not UTF-8 \(byte 0xe9 at 13\).*iconv -f LATIN1.*--bad-utf8"),
         ("a.json", b'[{"text": "caf\xe9"}]', r"not UTF-8 \(byte 0xe9 at 14\).*iconv -f LATIN1.*--bad-utf8"),
-        ("a.jsonl", b'{"text": ["one"]}', "the value under 'text' is a list, not text; .*--text-key"),
+        ("a.jsonl", b'{"text": ["one"]}', "the value under 'text' is a list, not text, its keys are text; choose"),
         ("a.jsonl", b'{"text": 5}', "the value under 'text' is a number"),
         ("a.jsonl", b'{"text": {"a": 1}}', "the value under 'text' is an object"),
         ("a.jsonl", b'["one"]', "the record is a string, not an object with the key 'text'"),

@@ -69,7 +69,7 @@ class Reader:
             else:
                 parts = _paragraphs(stream, piece)
             for position, raw in parts:
-                text = raw.lstrip(b"\r\n")
+                text = raw if piece.kind == "lines" else raw.lstrip(b"\r\n")
                 yield self._plain(text.rstrip(b"\r\n"), piece.source, position + len(raw) - len(text))
 
     def _plain(self, raw: bytes, path: str, position: int) -> str | None:
@@ -118,13 +118,16 @@ class Reader:
         key = self.options.text_key
         if not isinstance(record, dict):
             raise DataError(f"{place}: the record is {_named(record)}, not an object with the key {key!r}")
-        keys = f"its keys are {listed(list(map(str, record)))}; choose with --text-key, or remove that record"
-        if key not in record:
-            raise DataError(f"{place}: no text under the key {key!r}, {keys}")
-        text = "" if record[key] is None else record[key]
-        if not isinstance(text, str):
-            raise DataError(f"{place}: the value under {key!r} is {_named(text)}, not text; {keys}")
-        return repaired(text)
+        text = record.get(key, 0)
+        if isinstance(text, str):
+            return repaired(text)
+        if text is None:
+            return ""
+        fault = f"no text under the key {key!r}"
+        if key in record:
+            fault = f"the value under {key!r} is {_named(text)}, not text"
+        keys = listed(list(map(str, record)))
+        raise DataError(f"{place}: {fault}, its keys are {keys}; choose with --text-key, or remove that record")
 
     def _columns(self, piece: Piece) -> Iterator[str | None]:
         kind: Columnar = "parquet" if piece.kind == "parquet" else "arrow"
@@ -163,9 +166,9 @@ def _opened(path: str, *, seekable: bool = False) -> Iterator[BinaryIO]:
 
 
 def _named(value: Any) -> str:
-    """A value of JSON in words."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "bytes" if isinstance(value, bytes) else "a number")
+    """The type of a value in words."""
+    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
+    return {**names, bool: "true or false", type(None): "null"}.get(type(value), f"of type {type(value).__name__}")
 
 
 def repaired(text: str) -> str:
