@@ -100,7 +100,7 @@ def _opened(path: str, kind: Columnar) -> Iterator[Any]:
             return
         random_access = stream.read(6) == b"ARROW1"
         if not random_access:
-            stream.seek(-len(_STREAM_END), os.SEEK_END)
+            stream.seek(max(stream.seek(0, os.SEEK_END) - len(_STREAM_END), 0))
             if stream.read() != _STREAM_END:
                 raise DataError(f"{path} is damaged: its end is missing; fetch it again")
         stream.seek(0)
