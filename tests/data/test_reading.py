@@ -13,6 +13,7 @@ import pytest
 from stagdist.data.prepare.documents import Reader
 from stagdist.data.prepare.sources import BLOCK_BYTES, PIECE_BYTES, ReadOptions, files_left_out, plan_pieces
 from stagdist.errors import ConfigError, DataError
+from tests.data.conftest import RunTool
 from tests.data.test_compressed import COMPRESS
 
 
@@ -324,3 +325,18 @@ def test_what_is_passed_over_is_listed(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"gone\.jsonl is a link to a file that is missing; .*--exclude"):
             read(entry)
     assert read(tmp_path, exclude=("gone*",)) == ["one"] * 3
+
+
+def test_the_tools_name_what_they_passed_over_and_refuse_input_without_text(run_tool: RunTool, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.pdf").write_bytes(b"%PDF-")
+    (tmp_path / "in" / "b.jsonl").write_text(json.dumps(ONE))
+    (tmp_path / "blank.txt").write_text("\n")
+    for tool, options in (("prepare_data.py", ["--tokenizer", "bytes"]), ("train_tokenizer.py", ["--vocab-size", 260])):
+        done = run_tool(tool, "in", "--output", f"in/{tool}", "--quiet", *options)
+        assert done.returncode == 0 and "note: not read (1): in/a.pdf; " in done.stderr
+        refused = run_tool(tool, "blank.txt", "--output", f"out/{tool}", "--quiet", *options)
+        assert refused.returncode == 2 and refused.stderr.startswith("error: no text in blank.txt")
+        assert len(refused.stderr.splitlines()) == 1 and not list(tmp_path.glob("out/*"))
+        for path in tmp_path.glob("in/prepare_data.py.*"):
+            path.unlink()
