@@ -4,9 +4,10 @@ import argparse
 import os
 import sys
 
-from stagdist.data.prepare.arguments import add_reading_arguments, reading_options, run_tool
+from stagdist.data.prepare.arguments import add_reading_arguments, reading_options, report_left_out, run_tool
 from stagdist.data.prepare.preparation import prepare
 from stagdist.data.prepare.processes import Ranks, current_ranks
+from stagdist.data.prepare.sources import files_left_out
 from stagdist.data.tokenizer_files import load_tokenizer
 
 EXAMPLES = """\
@@ -61,11 +62,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Prepare the corpus and print its size."""
     default_workers = 1 if ranks.size > 1 else len(os.sched_getaffinity(0))
+    options = reading_options(arguments)
+    left_out = files_left_out(arguments.inputs, options) if ranks.rank == 0 else []
     prepared = prepare(
         arguments.inputs,
         arguments.output,
         load_tokenizer(arguments.tokenizer),
-        options=reading_options(arguments),
+        options=options,
         tokenizer_source=arguments.tokenizer,
         workers=default_workers if arguments.workers is None else arguments.workers,
         seed=None if arguments.no_shuffle else arguments.seed,
@@ -80,6 +83,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
             f"({corpus.bytes / corpus.tokens:.2f} per token); left out: {prepared.skipped_empty} empty, "
             f"{prepared.skipped_bad} not UTF-8"
         )
+        report_left_out(left_out)
 
 
 def main() -> int:

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from stagdist.data.prepare.arguments import add_reading_arguments, reading_options, run_tool
+from stagdist.data.prepare.arguments import add_reading_arguments, reading_options, report_left_out, run_tool
 from stagdist.data.prepare.documents import Reader
-from stagdist.data.prepare.sources import Piece, ReadOptions, plan_pieces
+from stagdist.data.prepare.sources import Piece, ReadOptions, files_left_out, listed, plan_pieces
 from stagdist.data.tokenizer import train_bpe
-from stagdist.errors import ConfigError
+from stagdist.errors import ConfigError, DataError
 
 EXAMPLES = """\
 examples:
@@ -48,11 +48,18 @@ def sample(pieces: Sequence[Piece], limit: float) -> list[Piece]:
     return [pieces[index * len(pieces) // count] for index in range(count)]
 
 
-def texts(pieces: Sequence[Piece], options: ReadOptions) -> Iterator[str]:
-    """Documents of the pieces."""
-    reader = Reader(options)
+def texts(pieces: Sequence[Piece], options: ReadOptions, inputs: Sequence[str]) -> Iterator[str]:
+    """Documents of the pieces.
+
+    Raises:
+        DataError: there is none.
+    """
+    reader, text = Reader(options), None
     for piece in pieces:
-        yield from reader.documents(piece)
+        for text in reader.documents(piece):
+            yield text
+    if text is None:
+        raise DataError(f"no text in {listed(inputs)}; nothing was written")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -62,13 +69,17 @@ def run(arguments: argparse.Namespace) -> None:
     if Path(arguments.output).is_file():
         raise ConfigError(f"--output {arguments.output} is a file; give a directory")
     options = reading_options(arguments)
+    left_out = files_left_out(arguments.inputs, options)
     pieces = sample(plan_pieces(arguments.inputs, options), arguments.max_megabytes * 1e6)
-    tokenizer = train_bpe(texts(pieces, options), arguments.vocab_size, show_progress=not arguments.quiet)
+    tokenizer = train_bpe(
+        texts(pieces, options, arguments.inputs), arguments.vocab_size, show_progress=not arguments.quiet
+    )
     tokenizer.save(arguments.output)
     short = ""
     if tokenizer.vocab_size < arguments.vocab_size:
         short = f" (not {arguments.vocab_size}: the text holds no more pairs to merge)"
     print(f"{arguments.output}: {tokenizer.vocab_size} tokens{short}, fingerprint {tokenizer.fingerprint[:12]}")
+    report_left_out(left_out)
 
 
 def main() -> int:

@@ -66,8 +66,54 @@ def test_a_damaged_compressed_file_is_one_error_with_its_name(
     content = CONTENTS[name].encode()
     path = tmp_path / (name + suffix)
     path.write_bytes(COMPRESS[suffix](content)[:-40] if damage == "cut" else content)
-    with pytest.raises(DataError, match=rf"{path.name} is damaged: .*; fetch it again"):
+    remedy = "fetch it again" if damage == "cut" else "fetch it again, or correct its suffix"
+    with pytest.raises(DataError, match=rf"{path.name} is damaged: .*; {remedy}"):
         read(path)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_damage_is_not_taken_for_the_end_or_for_bad_json(tmp_path: Path, suffix: str) -> None:
+    pack, lines = COMPRESS[suffix], b'{"text": "one"}\n' * 5000
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(pack(lines) * 2)
+    assert read(path) == ["one"] * 10_000
+    for after in (b"garbage", pack(lines)[:-1], pack(lines)[1:]):
+        path.write_bytes(pack(lines) + after)
+        with pytest.raises(DataError, match=rf"a\.jsonl{suffix} is damaged: .*; fetch it again"):
+            read(path)
+    path.write_bytes(pack(b"no JSON\n" + lines)[:-1])
+    with pytest.raises(DataError, match=rf"a\.jsonl{suffix} is damaged: .*; fetch it again"):
+        read(path)
+    path.write_bytes(pack(lines + b"no JSON\n"))
+    with pytest.raises(DataError, match=r"not JSON at byte 80000: .*remove that record \(.* decompressed text\)"):
+        read(path)
+    path.write_bytes(pack(b"one\n\ntw\xf6\n"))
+    path = path.rename(tmp_path / f"a.txt{suffix}")
+    for mode in ("auto", "file", "paragraph", "line"):
+        with pytest.raises(DataError, match=r"not UTF-8 \(byte 0xf6 at 7\); .* \(.* decompressed text\)"):
+            read(path, txt_documents=mode)
+
+
+def test_an_error_of_a_store_while_reading_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFile
+
+    class NoAnswerError(Exception):
+        """As those of aiohttp: of no class that Python knows."""
+
+    def fail(*_: object) -> None:
+        raise NoAnswerError("no answer")
+
+    store = fsspec.filesystem("memory")
+    store.pipe("/broken/a.jsonl", CONTENTS["a.jsonl"].encode() * 10)
+    try:
+        (piece,) = plan_pieces(["memory://broken/a.jsonl"], ReadOptions())
+        monkeypatch.setattr(MemoryFile, "readinto", fail)
+        with pytest.raises(DataError, match=r"broken/a\.jsonl cannot be read: NoAnswerError: no answer; check"):
+            list(Reader(ReadOptions()).documents(piece))
+        with pytest.raises(DataError, match=r"broken/a\.jsonl cannot be read: NoAnswerError: no answer; check"):
+            plan_pieces(["memory://broken/a.jsonl"], ReadOptions())
+    finally:
+        store.rm("/broken", recursive=True)
 
 
 def test_files_of_a_url_are_read_by_name_folder_and_pattern(tmp_path: Path) -> None:
@@ -94,7 +140,7 @@ def test_files_of_a_url_are_read_by_name_folder_and_pattern(tmp_path: Path) -> N
 def test_a_store_whose_package_is_missing_or_unknown_is_one_error() -> None:
     with pytest.raises(DataError, match=r"s3://bucket/a.jsonl cannot be read: .*s3fs"):
         read("s3://bucket/a.jsonl")
-    with pytest.raises(DataError, match=r"nowhere://a.jsonl cannot be listed: .*nowhere"):
+    with pytest.raises(DataError, match=r"nowhere://a.jsonl cannot be read: .*nowhere"):
         read("nowhere://a.jsonl")
 
 
@@ -104,9 +150,11 @@ def test_an_arrow_file_of_a_dataset_is_read_in_its_order(tmp_path: Path) -> None
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "set")
     (arrow,) = (tmp_path / "set").glob("*.arrow")
     assert read(arrow) == TEXTS
-    arrow.write_bytes(arrow.read_bytes()[:1000])
-    with pytest.raises(DataError, match=r"\.arrow is not an Arrow file of a dataset"):
-        read(arrow)
+    content = arrow.read_bytes()
+    for cut in (1000, 6, 1, len(content) - 8):
+        arrow.write_bytes(content[:cut])
+        with pytest.raises(DataError, match=r"\.arrow is damaged: .*; fetch it again"):
+            read(arrow)
 
 
 def test_tokens_of_a_large_compressed_file_wait_in_files_that_are_gone_afterwards(

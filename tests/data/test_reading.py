@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -9,8 +11,10 @@ import pyarrow.parquet
 import pytest
 
 from stagdist.data.prepare.documents import Reader
-from stagdist.data.prepare.sources import BLOCK_BYTES, PIECE_BYTES, ReadOptions, plan_pieces
+from stagdist.data.prepare.sources import BLOCK_BYTES, PIECE_BYTES, ReadOptions, files_left_out, plan_pieces
 from stagdist.errors import ConfigError, DataError
+from tests.data.conftest import RunTool
+from tests.data.test_compressed import COMPRESS
 
 
 def read(*inputs: object, piece_bytes: int = PIECE_BYTES, **options: object) -> list[str]:
@@ -134,7 +138,7 @@ def test_input_that_cannot_be_read_is_named_with_the_remedy(tmp_path: Path) -> N
     with pytest.raises(DataError, match="is not text"):
         read(tmp_path / "image.png")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(DataError, match="not a parquet file"):
+    with pytest.raises(DataError, match=r"broken\.parquet is damaged: .*; fetch it again"):
         read(tmp_path / "broken.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"content": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="no column 'text' but content"):
@@ -146,8 +150,193 @@ def test_input_that_cannot_be_read_is_named_with_the_remedy(tmp_path: Path) -> N
         read(tmp_path / "absent.txt")
     with pytest.raises(DataError, match="no file matches"):
         read(tmp_path / "*.absent")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no file to read"):
-        read(tmp_path / "empty")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"\x89PNG\0\0")
+    with pytest.raises(DataError, match=r"holds no file to read but .*a\.png; .*--include"):
+        read(tmp_path / "images")
     with pytest.raises(ConfigError, match="no input"):
         read()
+
+
+ONE, TWO = {"text": "one"}, {"text": "two"}
+EMPTY = {
+    **{f"zero{suffix}": b"" for suffix in (".jsonl", ".json", ".ndjson", ".txt", ".parquet", ".arrow", "")},
+    **{f"zero.jsonl{suffix}": b"" for suffix in COMPRESS},
+    **{f"nothing.jsonl{suffix}": compress(b"") for suffix, compress in COMPRESS.items()},
+    **{f"nothing.txt{suffix}": compress(b"") for suffix, compress in COMPRESS.items()},
+    **{f"mark.{suffix}": b"\xef\xbb\xbf" for suffix in ("jsonl", "json", "txt")},
+    **{f"blank.{suffix}": b"\n \n\n" for suffix in ("jsonl", "json", "txt")},
+    "array.json": b"[]",
+    "array.jsonl": b" [ ]\n",
+    "array.json.gz": gzip.compress(b"[]"),
+}
+
+
+@pytest.mark.parametrize("mode", ["auto", "file", "paragraph", "line"])
+def test_an_empty_input_holds_no_documents_and_the_others_are_kept(tmp_path: Path, mode: str) -> None:
+    for name, content in EMPTY.items():
+        (tmp_path / name).write_bytes(content)
+        assert read(tmp_path / name, txt_documents=mode) == []
+    table = pyarrow.table({"text": pyarrow.array([], pyarrow.string())})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    pyarrow.parquet.ParquetWriter(tmp_path / "groups.parquet", table.schema).close()
+    for name, new in (("stream.arrow", pyarrow.ipc.new_stream), ("file.arrow", pyarrow.ipc.new_file)):
+        new(tmp_path / name, table.schema).close()
+    assert read(tmp_path, txt_documents=mode) == []
+    (tmp_path / "folder").mkdir()
+    assert read(tmp_path / "folder") == []
+    (tmp_path / "one.jsonl").write_text(json.dumps(ONE))
+    assert read(tmp_path / "folder", tmp_path, txt_documents=mode) == ["one"]
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "a.jsonlines", "part-00000", "a.dump", "a.jl", "a.JSONL", "a.gz", "part"])
+@pytest.mark.parametrize("pack", [bytes, *COMPRESS.values()])
+def test_json_is_recognized_by_name_or_content(tmp_path: Path, name: str, pack: Callable[[bytes], bytes]) -> None:
+    lines = (json.dumps(ONE) + "\n" + json.dumps(TWO) + "\n").encode()
+    content = gzip.compress(lines) if name.endswith(".gz") else pack(lines)
+    (tmp_path / name).write_bytes(content)
+    assert read(tmp_path / name) == ["one", "two"]
+    (tmp_path / "array").write_bytes(pack(json.dumps([ONE, TWO], indent=1).encode()))
+    assert read(tmp_path / "array") == ["one", "two"]
+
+
+def test_a_table_is_recognized_by_content_and_text_stays_text(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": pyarrow.array(["one", None, "two"])})
+    pyarrow.parquet.write_table(table, tmp_path / "part-0")
+    with pyarrow.ipc.new_file(tmp_path / "part-1", table.schema) as writer:
+        writer.write_table(table)
+    assert read(tmp_path) == ["one", "two"] * 2
+    for name in ("a.txt", "a.md", "LICENSE"):
+        content = json.dumps(ONE) if name != "LICENSE" else "one {two} [three]"
+        (tmp_path / name).write_text(content)
+        assert read(tmp_path / name) == [content]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.zip", b"PK\3\4" + b"\0" * 30, "is an archive; unpack it"),
+        ("a.jsonl", b"PK\3\4" + b"\0" * 30, "is an archive; unpack it"),
+        ("a.tar", b"a.txt" + b"\0" * 252 + b"ustar" + b"\0" * 250, "is an archive; unpack it"),
+        ("a.pdf", b"%PDF-1.7\n%\xe2\xe3", "is a PDF; .*pdftotext"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs; .*git lfs pull"),
+        ("a.dat", bytes(range(256)) * 4, "is not text; convert it"),
+        ("a.txt", bytes(range(256)) * 4, "is not text; convert it"),
+        ("a", b'{\n "text": "on two lines"\n}', "write each record on one line"),
+        ("a.json", b'{\n "text": "on two lines"\n}', "write each record on one line"),
+        *((name, '{"text": "wide"}\n'.encode(e), "is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+          for e in ("utf-16",) for name in ("a.jsonl", "a.txt", "a.ndjson", "a")),
+        *(("a.jsonl", '{"text": "wide"}\n'.encode(e), f"is {e.upper()}; convert it: iconv -f {e.upper()} -t UTF-8")
+          for e in ("utf-16le", "utf-16be", "utf-32le", "utf-32be", "utf-32")),
+        ("a.jsonl", b'{"text": "caf\xe9"}', r"not UTF-8 \(byte 0xe9 at 13\).*iconv -f LATIN1.*--bad-utf8"),
+        ("a.json", b'[{"text": "caf\xe9"}]', r"not UTF-8 \(byte 0xe9 at 14\).*iconv -f LATIN1.*--bad-utf8"),
+        ("a.jsonl", b'{"text": ["one"]}', "the value under 'text' is a list, not text, its keys are text; choose"),
+        ("a.jsonl", b'{"text": 5}', "the value under 'text' is a number"),
+        ("a.jsonl", b'{"text": {"a": 1}}', "the value under 'text' is an object"),
+        ("a.jsonl", b'["one"]', "the record is a string, not an object with the key 'text'"),
+        ("a.jsonl", b"5", "the record is a number, not an object"),
+        ("a.jsonl", b'{"Text": "one"}', "no text under the key 'text', its keys are Text; choose with --text-key"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "not JSON at byte 0: it is nested too deeply"),
+        ("a.json", b"[" * 100_000, "not JSON at byte 0: it is nested too deeply"),
+    ],
+)  # fmt: skip
+def test_each_fault_has_its_own_message(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"/{name}\b.*{message}"):
+        read(tmp_path / name)
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(DataError, match=rf"/{name}.gz\b.*{message}"):
+        read(tmp_path / f"{name}.gz")
+
+
+def test_null_under_the_key_is_an_empty_document(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "one", "id": ' + "1" * 5000 + "}\n")
+    (tmp_path / "b.json").write_text('[{"text": "one"}, {"text": null}]')
+    assert read(tmp_path) == ["one", "one"]
+
+
+def test_records_that_are_not_utf8_are_left_out_of_an_array(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'[{"text": "caf\xe9"}, {"text": "one"}]')
+    assert read(tmp_path / "a.json", bad_utf8="skip") == ["one"]
+    assert read(tmp_path / "a.json", bad_utf8="replace") == ["caf\ufffd", "one"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    lines = "\ufeff" + json.dumps(ONE) + "\r\n"
+    contents = {"a.jsonl": lines * 2, "b": lines, "c.json": "\ufeff" + json.dumps([ONE]), "d.txt": "\ufeffone"}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content, newline="")
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+        for mode in ("auto", "file", "paragraph", "line"):
+            found = {*read(tmp_path / name, txt_documents=mode), *read(tmp_path / f"{name}.gz", txt_documents=mode)}
+            assert found == {"one"}, name
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_columns_of_text_are_read_and_others_are_named_with_their_type(tmp_path: Path, kind: str) -> None:
+    texts, path = ["one", None, "", "two"] * 600, tmp_path / f"a.{kind}"
+    columns = {
+        "dictionary": pyarrow.array(texts).dictionary_encode(),
+        "large": pyarrow.array(texts, pyarrow.large_string()),
+        "view": pyarrow.array(texts, pyarrow.string_view()),
+        "null": pyarrow.nulls(len(texts)),
+        "binary": pyarrow.array([b"one"] * len(texts)),
+        "list": pyarrow.array([["one"]] * len(texts)),
+        "latin": pyarrow.array([b"caf\xe9"] * len(texts)).view(pyarrow.string()),
+    }
+    table = pyarrow.table(columns)
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=700)
+    for key in ("dictionary", "large", "view"):
+        assert read(path, text_key=key) == ["one", "two"] * 600
+    assert read(path, text_key="null") == read(path, text_key="latin", bad_utf8="skip") == []
+    for key, found in (("binary", "binary"), ("list", "list<")):
+        with pytest.raises(DataError, match=rf"a\.{kind}: the column '{key}' is of type {found}.*--text-key"):
+            read(path, text_key=key)
+    with pytest.raises(DataError, match=rf"a\.{kind} is not UTF-8.*--bad-utf8"):
+        read(path, text_key="latin")
+    (tmp_path / f"packed.{kind}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert read(tmp_path / f"packed.{kind}.gz", text_key="view") == ["one", "two"] * 600
+
+
+def test_what_is_passed_over_is_listed(tmp_path: Path) -> None:
+    for name in ("a.ndjson", "part-0", "b.jsonl.zst", "c.pdf", "_SUCCESS", "README", ".hidden", "sub/d.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        content = b"" if name == "_SUCCESS" else json.dumps(ONE).encode() if name[0] in "apb" else b"%PDF-"
+        (tmp_path / name).write_bytes(COMPRESS[".zst"](content) if name.endswith("zst") else content)
+    (tmp_path / "link").symlink_to(tmp_path / "sub")
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert read(tmp_path) == ["one"] * 3
+
+    def left_out(entry: Path, **options: tuple[str, ...]) -> list[str]:
+        found = files_left_out([str(entry)], ReadOptions(**options))  # type: ignore[arg-type]
+        return [str(Path(path).relative_to(tmp_path)) for path in found]
+
+    expected = ["README", "_SUCCESS", "c.pdf", "link", "pipe.txt", "sub/d.bin"]
+    assert left_out(tmp_path) == expected
+    assert left_out(tmp_path, exclude=("*.pdf", "sub/*")) == ["README", "_SUCCESS", "link", "pipe.txt"]
+    assert left_out(tmp_path, include=("*.ndjson",)) == []
+    assert left_out(tmp_path / "*") == ["link", "pipe.txt", "sub"]
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "absent")
+    for entry in (tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(DataError, match=r"gone\.jsonl is a link to a file that is missing; .*--exclude"):
+            read(entry)
+    assert read(tmp_path, exclude=("gone*",)) == ["one"] * 3
+
+
+def test_the_tools_name_what_they_passed_over_and_refuse_input_without_text(run_tool: RunTool, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.pdf").write_bytes(b"%PDF-")
+    (tmp_path / "in" / "b.jsonl").write_text(json.dumps(ONE))
+    (tmp_path / "blank.txt").write_text("\n")
+    for tool, options in (("prepare_data.py", ["--tokenizer", "bytes"]), ("train_tokenizer.py", ["--vocab-size", 260])):
+        done = run_tool(tool, "in", "--output", f"in/{tool}", "--quiet", *options)
+        assert done.returncode == 0 and "note: not read (1): in/a.pdf; " in done.stderr
+        refused = run_tool(tool, "blank.txt", "--output", f"out/{tool}", "--quiet", *options)
+        assert refused.returncode == 2 and refused.stderr.startswith("error: no text in blank.txt")
+        assert len(refused.stderr.splitlines()) == 1 and not list(tmp_path.glob("out/*"))
+        for path in tmp_path.glob("in/prepare_data.py.*"):
+            path.unlink()

@@ -2,10 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 
-from stagdist.data.prepare.sources import ReadOptions
+from stagdist.data.prepare.sources import ReadOptions, listed
 from stagdist.errors import StagdistError
 
 
@@ -15,9 +15,10 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="file (.jsonl, .json, .parquet, .arrow, .txt, .md, .py or other text; .gz, .bz2, .xz and .zst are "
-        "decompressed), directory (searched for such files), quoted glob, URL of fsspec (s3://, gs://, ...), or a "
-        "dataset of the Hugging Face Hub: owner/name or hub:NAME",
+        help="file (.jsonl, .ndjson, .json, .parquet, .arrow, .txt, .md, .py or other text; .gz, .bz2, .xz and .zst "
+        "are decompressed; without a known suffix, the content decides), directory (searched for such files; hidden "
+        "ones are skipped, others named at the end), quoted glob, URL of fsspec (s3://, gs://, ...), or a dataset of "
+        "the Hugging Face Hub: owner/name or hub:NAME",
     )
     reading = parser.add_argument_group("how input becomes documents")
     reading.add_argument("--text-key", default="text", metavar="KEY", help="JSON key or column (default: text)")
@@ -38,7 +39,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         "--include", action="append", default=[], metavar="GLOB", help="of a directory only these files; repeatable"
     )
     reading.add_argument(
-        "--exclude", action="append", default=[], metavar="GLOB", help="of a directory all but these; repeatable"
+        "--exclude", action="append", default=[], metavar="GLOB", help="leave these files out; repeatable"
     )
     reading.add_argument("--split-name", default="train", metavar="NAME", help="split of a Hub dataset (train)")
     reading.add_argument("--config-name", metavar="NAME", help="configuration of a Hub dataset")
@@ -53,6 +54,13 @@ def reading_options(arguments: argparse.Namespace) -> ReadOptions:
     """The options in the parsed arguments."""
     values = {field.name: getattr(arguments, field.name) for field in fields(ReadOptions)}
     return ReadOptions(**values | {"include": tuple(arguments.include), "exclude": tuple(arguments.exclude)})
+
+
+def report_left_out(left_out: Sequence[str]) -> None:
+    """Name what was not read in directories and globs, on standard error."""
+    if left_out:
+        remedy = "give them by name, or choose with --include and --exclude"
+        print(f"note: not read ({len(left_out)}): {listed(left_out)}; {remedy}", file=sys.stderr)
 
 
 def run_tool(action: Callable[[], None], on_failure: Callable[[], object] = lambda: None) -> int:

@@ -6,30 +6,25 @@ began before the start. So every document is read exactly once, wherever a file 
 
 import io
 import json
-import lzma
 import re
-import shutil
-import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from stagdist.data.prepare.sources import (
-    BLOCK_BYTES,
-    PIECE_BYTES,
-    Piece,
-    ReadOptions,
-    compression,
-    is_text_name,
-    open_dataset,
+from stagdist.data.prepare.columns import Columnar, column_texts
+from stagdist.data.prepare.formats import (
+    BYTE_ORDER_MARK,
+    is_decompressed,
     open_input,
+    open_seekable,
+    remote_errors_named,
 )
+from stagdist.data.prepare.sources import BLOCK_BYTES, PIECE_BYTES, Piece, ReadOptions, listed, open_dataset
 from stagdist.errors import DataError
 
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BAD_BYTE = re.compile("[\udc80-\udcff]")
 
 
 @dataclass
@@ -56,33 +51,32 @@ class Reader:
                 yield text
 
     def _texts(self, piece: Piece) -> Iterator[str | None]:
-        readers = {"files": self._files, "json_lines": self._json, "json_array": self._json, "parquet": self._parquet,
-                   "rows": self._rows, "shard": self._rows}  # fmt: skip
+        readers = {"files": self._files, "json_lines": self._json, "json_array": self._json, "parquet": self._columns,
+                   "arrow": self._columns, "rows": self._rows, "shard": self._rows}  # fmt: skip
         return readers.get(piece.kind, self._cut_text)(piece)
 
     def _files(self, piece: Piece) -> Iterator[str | None]:
         for path in piece.files:
             with _opened(path) as stream:
-                raw = stream.read()
-            yield self._decode(raw, path, 0)
+                yield self._plain(stream.read(), path, 0)
 
     def _cut_text(self, piece: Piece) -> Iterator[str | None]:
         with _opened(piece.source, seekable=piece.kind != "lines") as stream:
             if piece.kind == "lines":
-                for position, line in _lines(stream, piece):
-                    yield self._decode(line.rstrip(b"\r\n"), piece.source, position)
-                return
-            window = BLOCK_BYTES if piece.kind == "blocks" else PIECE_BYTES
-            for start, raw in _blocks(stream, piece, window):
-                parts = [raw] if piece.kind == "blocks" else _BLANK_LINE.split(raw)
-                for part in parts:
-                    yield self._decode(part.strip(b"\r\n"), piece.source, start)
+                parts = _lines(stream, piece)
+            elif piece.kind == "blocks":
+                parts = _blocks(stream, piece, BLOCK_BYTES)
+            else:
+                parts = _paragraphs(stream, piece)
+            for position, raw in parts:
+                text = raw if piece.kind == "lines" else raw.lstrip(b"\r\n")
+                yield self._plain(text.rstrip(b"\r\n"), piece.source, position + len(raw) - len(text))
+
+    def _plain(self, raw: bytes, path: str, position: int) -> str | None:
+        text = raw.removeprefix(BYTE_ORDER_MARK) if position == 0 else raw
+        return self._decode(text, path, position + len(raw) - len(text))
 
     def _decode(self, raw: bytes, path: str, position: int) -> str | None:
-        if position == 0:
-            raw = raw.removeprefix(_BYTE_ORDER_MARK)
-            if b"\0" in raw[:8192] and not is_text_name(path):
-                raise DataError(f"{path} is not text; convert it to .jsonl, .txt or .parquet, or leave it out")
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -91,8 +85,8 @@ class Reader:
             if self.options.bad_utf8 == "replace":
                 return raw.decode("utf-8", "replace")
             raise DataError(
-                f"{path} is not UTF-8 (byte 0x{raw[error.start]:02x} at {position + error.start}); convert it "
-                "(iconv -t utf-8), leave it out (--exclude), or choose --bad-utf8 skip or replace"
+                f"{path} is not UTF-8 (byte 0x{raw[error.start]:02x} at {position + error.start}); convert it (for "
+                "example iconv -f LATIN1 -t UTF-8), leave it out (--exclude), or choose --bad-utf8 skip or replace"
             ) from error
 
     def _json(self, piece: Piece) -> Iterator[str | None]:
@@ -101,41 +95,44 @@ class Reader:
                 for position, line in _lines(stream, piece):
                     yield from self._json_line(line, piece.source, position)
                 return
-            records = _parse(stream.read(), piece.source, 0)
-        for index, record in enumerate(records):
-            yield self._text_of(record, f"{piece.source}, record {index}")
+            yield from self._json_array(stream.read(), piece.source)
 
     def _json_line(self, line: bytes, path: str, position: int) -> Iterator[str | None]:
-        if position == 0:
-            line = line.removeprefix(_BYTE_ORDER_MARK)
+        line = line.removeprefix(BYTE_ORDER_MARK)
         if not line.strip():
             return
-        if self.options.bad_utf8 != "error":
-            text = self._decode(line, path, position)
-            if text is None:
-                yield None
-                return
-            line = text.encode()
-        yield self._text_of(_parse(line, path, position), f"{path}, at byte {position}")
+        text = self._decode(line, path, position)
+        yield None if text is None else self._text_of(_parse(text, path, position), f"{path}, at byte {position}")
+
+    def _json_array(self, raw: bytes, path: str) -> Iterator[str | None]:
+        raw = raw.removeprefix(BYTE_ORDER_MARK)
+        skip = self.options.bad_utf8 == "skip"
+        content = raw.decode("utf-8", "surrogateescape") if skip else self._decode(raw, path, 0)
+        for index, record in enumerate(_parse(content or "", path, 0)):
+            value = record.get(self.options.text_key) if skip and isinstance(record, dict) else None
+            bad = isinstance(value, str) and _BAD_BYTE.search(value)
+            yield None if bad else self._text_of(record, f"{path}, record {index}")
 
     def _text_of(self, record: Any, place: str) -> str:
-        text = record.get(self.options.text_key) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            keys = f"its keys are {', '.join(map(str, record))}" if isinstance(record, dict) else "it is not an object"
-            raise DataError(f"{place}: no text under the key {self.options.text_key!r}, {keys}; choose with --text-key")
-        return repaired(text)
-
-    def _parquet(self, piece: Piece) -> Iterator[str | None]:
-        import pyarrow.parquet
-
+        """Text of a record; of null, which is a document without text, the empty one."""
         key = self.options.text_key
-        with open_input(piece.source) as stream, pyarrow.parquet.ParquetFile(stream) as file:
-            if key not in file.schema_arrow.names:
-                columns = ", ".join(file.schema_arrow.names)
-                raise DataError(f"{piece.source} has no column {key!r} but {columns}; choose with --text-key")
-            for batch in file.iter_batches(256, row_groups=[piece.start], columns=[key]):
-                for text in batch.column(0).to_pylist():
-                    yield self._text_of({key: text if text is not None else ""}, piece.source)
+        if not isinstance(record, dict):
+            raise DataError(f"{place}: the record is {_named(record)}, not an object with the key {key!r}")
+        text = record.get(key, 0)
+        if isinstance(text, str):
+            return repaired(text)
+        if text is None:
+            return ""
+        fault = f"no text under the key {key!r}"
+        if key in record:
+            fault = f"the value under {key!r} is {_named(text)}, not text"
+        keys = listed(list(map(str, record)))
+        raise DataError(f"{place}: {fault}, its keys are {keys}; choose with --text-key, or remove that record")
+
+    def _columns(self, piece: Piece) -> Iterator[str | None]:
+        kind: Columnar = "parquet" if piece.kind == "parquet" else "arrow"
+        for row in column_texts(piece.source, kind, piece.start, piece.stop, self.options.text_key):
+            yield "" if row is None else self._decode(row, f"a text in {piece.source}", 0)
 
     def _rows(self, piece: Piece) -> Iterator[str | None]:
         if piece.source not in self._datasets:
@@ -145,29 +142,33 @@ class Reader:
             rows = dataset if piece.stop == 1 else dataset.shard(num_shards=piece.stop, index=piece.start)
         else:
             rows = (dataset[index] for index in range(piece.start, piece.start + piece.size))
-        for row in rows:
-            yield self._text_of(row, piece.source)
+        with remote_errors_named(piece.source):
+            for row in rows:
+                yield self._text_of(row, piece.source)
 
 
 @contextmanager
 def _opened(path: str, *, seekable: bool = False) -> Iterator[BinaryIO]:
-    """An input, decompressed; a compressed one that must be seekable is first unpacked into a temporary file.
+    """An input, decompressed. What looks wrong in a compressed file is damage if the archive does not read to its end.
 
     Raises:
         DataError: a compressed file is damaged.
     """
-    with open_input(path) as stream:
+    with remote_errors_named(path), (open_seekable if seekable else open_input)(path) as stream:
         try:
-            if not (seekable and compression(path)):
-                yield stream
-                return
-            with tempfile.TemporaryFile() as unpacked:
-                shutil.copyfileobj(stream, unpacked, PIECE_BYTES)
-                yield unpacked  # type: ignore[misc]
-        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-            if compression(path) is None or (isinstance(error, OSError) and error.errno is not None):
+            yield stream
+        except DataError as error:
+            if not is_decompressed(stream):
                 raise
-            raise DataError(f"{path} is damaged: {error}; fetch it again") from error
+            while stream.read(PIECE_BYTES):
+                pass
+            raise DataError(f"{error} (bytes are counted in the decompressed text)") from error
+
+
+def _named(value: Any) -> str:
+    """The type of a value in words."""
+    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
+    return {**names, bool: "true or false", type(None): "null"}.get(type(value), f"of type {type(value).__name__}")
 
 
 def repaired(text: str) -> str:
@@ -179,11 +180,20 @@ def repaired(text: str) -> str:
     return text
 
 
-def _parse(raw: bytes, path: str, position: int) -> Any:
+def _parse(text: str, path: str, position: int) -> Any:
     try:
-        return json.loads(raw)
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON at byte {position}: {error}; correct or remove that record") from error
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            if isinstance(error, json.JSONDecodeError):
+                raise
+            return json.loads(text, parse_int=float)  # an integer of more digits than Python takes
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        remedy = "correct or remove that record"
+        if text.strip() == "{":
+            remedy = "write each record on one line, or all in one array"
+        raise DataError(f"{path} is not JSON at byte {position}: {reason}; {remedy}") from error
 
 
 def _lines(stream: BinaryIO, piece: Piece) -> Iterator[tuple[int, bytes]]:
@@ -198,6 +208,15 @@ def _lines(stream: BinaryIO, piece: Piece) -> Iterator[tuple[int, bytes]]:
             return
         yield position, line
         position += len(line)
+
+
+def _paragraphs(stream: BinaryIO, piece: Piece) -> Iterator[tuple[int, bytes]]:
+    for position, text in _blocks(stream, piece, PIECE_BYTES):
+        start = 0
+        for blank in _BLANK_LINE.finditer(text):
+            yield position + start, text[start : blank.start()]
+            start = blank.end()
+        yield position + start, text[start:]
 
 
 def _blocks(stream: BinaryIO, piece: Piece, window: int) -> Iterator[tuple[int, bytes]]:
