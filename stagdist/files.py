@@ -1,4 +1,4 @@
-"""Files written at once or not at all, hashes of files, and locks between processes."""
+"""Files written at once or not at all, hashes of files, locks between processes, and what failed downloads leave."""
 
 import hashlib
 import os
@@ -22,6 +22,29 @@ class FileRecord:
 
     size: int
     sha256: str
+
+
+def lfs_pointer(path: str | Path, head: bytes) -> str | None:
+    """The problem of a file that git left as a pointer to the real file; None if it is not one.
+
+    Args:
+        head: the first 64 bytes or more.
+    """
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return f"{path} is a git-lfs pointer, not the file: run git lfs pull in its directory"
+    return None
+
+
+def not_downloaded(path: str | Path) -> str | None:
+    """The problem of a binary or JSON file that a download left incomplete; None if it looks like the file."""
+    with Path(path).open("rb") as stream:
+        head = stream.read(64)
+    if not head:
+        return f"{path} is empty (0 bytes), its download or copy did not finish; get it again"
+    start = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return f"{path} begins with <!DOCTYPE html: it is a web page, not the file; log in if needed, get it again"
+    return lfs_pointer(path, head)
 
 
 def file_record(path: Path, *, sync: bool = False) -> FileRecord:

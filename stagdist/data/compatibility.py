@@ -17,8 +17,6 @@ from stagdist.data.tokenizer import Tokenizer, load_tokenizer
 from stagdist.errors import ConfigError, DataError
 
 SPLIT_NAMES = ("train", "validation", "test")
-SCANNED_TOKENS = 64 << 20
-"""Tokens of a foreign corpus that are checked for ids outside the vocabulary."""
 
 _LARGEST_SEED = 2**32 - 1
 
@@ -54,6 +52,33 @@ def training_identity(data: DataConfig, tokenizer: Tokenizer) -> str:
     return hashlib.sha256("/".join([*parts, tokenizer.fingerprint]).encode()).hexdigest()[:16]
 
 
+def check_vocabulary(tokenizer: Tokenizer, place: str | Path, rows: int, directory: Path | None = None) -> None:
+    """Refuse a tokenizer that can give a text, or its end, ids for which the embedding has no row.
+
+    Special tokens beyond the rows are accepted, because no text has them; so are rows without tokens.
+
+    Args:
+        place: where the tokenizer was loaded from, for the message.
+        rows: rows of the embedding.
+        directory: holds the embedding; None for that of a new run.
+
+    Raises:
+        DataError: there is such an id.
+    """
+    needed = tokenizer.text_vocab_size
+    if needed <= rows:
+        return
+    if directory is None:
+        owner, remedy = f"model.vocab_size is {rows}", f"raise model.vocab_size to {needed} or more"
+    else:
+        owner = f"the weights in {directory} have {rows} rows"
+        remedy = (
+            "use the tokenizer that belongs to the model, or add rows with transformers: "
+            f"model.resize_token_embeddings({needed}), then save_pretrained of model and tokenizer to a new directory"
+        )
+    raise DataError(f"the tokenizer {place} gives text or its end ids up to {needed - 1}, but {owner}; {remedy}")
+
+
 def check_data(
     data: DataConfig,
     *,
@@ -71,8 +96,9 @@ def check_data(
         tokenizer: the tokenizer of `data` if it is already loaded.
 
     Raises:
-        ConfigError: no corpus is configured, or the tokenizer's vocabulary is larger than the embedding.
-        DataError: a corpus is missing, damaged, empty, shorter than a sequence, or made by another tokenizer.
+        ConfigError: no corpus is configured.
+        DataError: a corpus is missing, damaged, empty, shorter than a sequence, made by another tokenizer, or has ids
+            that the embedding lacks; the tokenizer has such ids.
     """
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
     plans = plan_splits(data)
@@ -80,11 +106,8 @@ def check_data(
         raise ConfigError("no corpus: set data.corpora (or data.train_corpora) to the PREFIX of a .bin/.idx pair")
     if data.seed > _LARGEST_SEED:
         raise ConfigError(f"data.seed is {data.seed}, at most {_LARGEST_SEED} is possible")
-    if tokenizer.vocab_size > vocab_size:
-        raise ConfigError(
-            f"the vocabulary of data.tokenizer {data.tokenizer} ({tokenizer.vocab_size} tokens) is larger than "
-            f"model.vocab_size {vocab_size}; raise model.vocab_size to {tokenizer.vocab_size} or more"
-        )
+    check_vocabulary(tokenizer, data.tokenizer, vocab_size)
+    _check_cache(cache_directory(data))
     opened: dict[str, CorpusIndex] = {}
     for name, plan, wanted in zip(SPLIT_NAMES, plans, num_samples, strict=True):
         for corpus in plan.corpora if plan is not None else ():
@@ -94,7 +117,6 @@ def check_data(
                 _check_tokens(opened[prefix], data, tokenizer, vocab_size)
             if plan is not None and wanted:
                 _check_length(opened[prefix], name, plan, sequence_length)
-    _check_cache(cache_directory(data))
     return opened
 
 
@@ -113,13 +135,25 @@ def _check_tokens(index: CorpusIndex, data: DataConfig, tokenizer: Tokenizer, vo
             f"data.tokenizer {data.tokenizer} ({tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}); "
             "set data.tokenizer to that one, or prepare the corpus again"
         )
-    if description is None and np.iinfo(index.dtype).max < vocab_size:
+    limits = np.iinfo(index.dtype)
+    if description is not None:  # recorded while these tokens were written
+        smallest, largest = 0, description.max_token
+    elif limits.min < 0 or limits.max >= vocab_size:
+        smallest, largest = index.token_range(cache_directory(data))
+    else:
         return
-    largest = description.max_token if description is not None else index.largest_token(SCANNED_TOKENS)
+    if smallest < 0:
+        position = index.first_outside(np.iinfo(np.int64).max)
+        raise DataError(
+            f"corpus {index.prefix} holds token id {smallest}; ids are 0 or more, and the one at position {position} "
+            f"is not. Write the corpus again: with a wider type than {np.dtype(index.dtype).name} if its ids did not "
+            "fit and wrapped, without the marks if -1 or -100 marks padding"
+        )
     if largest >= vocab_size:
         raise DataError(
-            f"corpus {index.prefix} holds token id {largest}, but model.vocab_size is {vocab_size}; "
-            f"raise model.vocab_size to at least {largest + 1}, or use the corpus's own tokenizer"
+            f"corpus {index.prefix} holds token id {largest}, but model.vocab_size is {vocab_size} (first such id at "
+            f"position {index.first_outside(vocab_size)}); raise model.vocab_size to at least {largest + 1}, or use "
+            "the corpus's own tokenizer"
         )
 
 

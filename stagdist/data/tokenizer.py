@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from stagdist.errors import ConfigError, DataError
-from stagdist.files import writing
+from stagdist.files import not_downloaded, writing
 
 END_OF_DOCUMENT = "<|endoftext|>"
 BYTES = "bytes"
@@ -76,6 +76,13 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Largest token id plus one, special tokens included."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def text_vocab_size(self) -> int:
+        """Largest id that a text or its end can have, plus one. No text has the special tokens that were added."""
+        added = self._backend.get_added_tokens_decoder().items()
+        text = self._backend.get_vocab(with_added_tokens=False).values()
+        return max(self.end_of_document, *text, *(index for index, token in added if not token.special)) + 1
 
     @cached_property
     def fingerprint(self) -> str:
@@ -270,6 +277,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def _load_json(path: Path) -> Tokenizer:
+    if problem := not_downloaded(path):
+        raise DataError(problem)
     try:
         json_text = path.read_text(encoding="utf-8")
         names = {added["content"] for added in json.loads(json_text).get("added_tokens", [])}
