@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from stagdist.config.parts import CorpusConfig, DataConfig
-from stagdist.data.indexed import CorpusIndex, canonical_prefix, open_index, read_description
-from stagdist.data.tokenizer import Tokenizer, load_tokenizer
+from stagdist.config.run_config import RunConfig
+from stagdist.data.indexed import CorpusIndex, canonical_prefix, corpus_path, open_index, read_description
+from stagdist.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from stagdist.errors import ConfigError, DataError
 
 SPLIT_NAMES = ("train", "validation", "test")
@@ -118,6 +119,23 @@ def check_data(
             if plan is not None and wanted:
                 _check_length(opened[prefix], name, plan, sequence_length)
     return opened
+
+
+def problems_on_this_machine(config: RunConfig) -> list[str]:
+    """Why the data cannot train the model, for a dry run. Files that are absent may be on the hosts of the run."""
+    data = config.data
+    corpora = (*data.corpora, *data.train_corpora, *data.validation_corpora, *data.test_corpora)
+    files = [corpus_path(corpus.prefix, ending) for corpus in corpora for ending in (".bin", ".idx")]
+    try:
+        if data.tokenizer != BYTES and not Path(data.tokenizer).exists():
+            return []
+        tokenizer, rows = load_tokenizer(data.tokenizer), config.model.vocab_size
+        check_vocabulary(tokenizer, data.tokenizer, rows)
+        if files and all(path.exists() for path in files):
+            check_data(data, sequence_length=config.sequence_length, vocab_size=rows, tokenizer=tokenizer)
+    except (ConfigError, DataError) as error:
+        return [str(error)]
+    return []
 
 
 def _check_tokens(index: CorpusIndex, data: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -11,6 +11,7 @@ from stagdist.checkpoint.training.directory import COMPLETE, STATE, candidates, 
 from stagdist.checkpoint.training.layout_checks import check_layout
 from stagdist.checkpoint.training.training_reader import TrainingReader
 from stagdist.checkpoint.weight_source import WeightSource
+from stagdist.data.compatibility import check_vocabulary
 from stagdist.data.tokenizer import Tokenizer, load_tokenizer
 from stagdist.errors import CheckpointError, ConfigError, DataError
 
@@ -148,6 +149,7 @@ def source_tokenizer(source: WeightSource, given: str | None) -> Tokenizer:
     Raises:
         ChangedTokenizerError: it is not the one that was written, or not the one of the training.
         CheckpointError: there is none.
+        DataError: it gives text ids that the model lacks.
     """
     if given is not None:
         return _loaded(source, given)
@@ -166,8 +168,10 @@ def source_tokenizer(source: WeightSource, given: str | None) -> Tokenizer:
 
 def _loaded(source: WeightSource, place: str) -> Tokenizer:
     try:
-        return load_tokenizer(place)
+        tokenizer = load_tokenizer(place)
     except DataError as error:
         raise CheckpointError(
             f"{source.directory}: its tokenizer is needed: {error}; name it with --tokenizer"
         ) from error
+    check_vocabulary(tokenizer, place, source.model.vocab_size, source.directory)
+    return tokenizer

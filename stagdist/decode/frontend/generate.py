@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from stagdist.checkpoint.published.model_json import read_text_tokens
 from stagdist.checkpoint.published.model_reader import ModelReader
+from stagdist.data.compatibility import check_vocabulary
 from stagdist.data.tokenizer import Tokenizer, load_tokenizer
 from stagdist.decode.engine import Engine
 from stagdist.decode.frontend.answers import Answers
@@ -66,7 +67,7 @@ class Generation:
     Raises:
         CheckpointError: the model directory is incomplete or of another shape; names the tensor. Or the tokens that
             end texts are not tokens; names the key.
-        DataError: it has no tokenizer.
+        DataError: it has no tokenizer, or one that gives ids that the model lacks.
         ConfigError: the grid, the device or a file does not fit.
     """
 
@@ -90,6 +91,7 @@ class Generation:
         options = replace(options, precision=options.precision or default_precision(self._device))
         self.plan = plan_decoding(self._reader.model, options, world.size)
         self._tokenizer = load_tokenizer(model)
+        check_vocabulary(self._tokenizer, model, self._reader.model.vocab_size, model)
         self._end_tokens = _end_tokens(model, self._tokenizer)
         if prompts_file is not None:
             check_prompts_file(prompts_file)
