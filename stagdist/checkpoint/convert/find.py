@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stagdist.checkpoint.convert.replaced import aside, nameless
 from stagdist.checkpoint.published.model_reader import ChangedTokenizerError, ModelReader, check_tokenizer
+from stagdist.checkpoint.published.other_formats import weights_there
 from stagdist.checkpoint.training.directory import COMPLETE, STATE, candidates, checkpoint_damage
 from stagdist.checkpoint.training.layout_checks import check_layout
 from stagdist.checkpoint.training.training_reader import TrainingReader
@@ -63,7 +64,8 @@ def find(path: str | Path) -> FoundCheckpoint:
         raise CheckpointError(f"none of the {len(found)} checkpoints in {checkpoints} is complete")
     if (folder / "config.json").is_file():
         return FoundCheckpoint("model", folder)
-    raise CheckpointError(f"{folder} holds neither checkpoints nor a model directory (there is no config.json)")
+    there = f": {weights}" if (weights := weights_there(folder)) else ""
+    raise CheckpointError(f"{folder} holds neither checkpoints nor a model directory (there is no config.json){there}")
 
 
 def _step(path: Path) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from stagdist.checkpoint.published.model_json import read_body
 from stagdist.checkpoint.published.model_reader import ModelReader, check_tokenizer
 from stagdist.errors import CheckpointError
 
@@ -14,7 +15,7 @@ _ADAPTER = "adapter_config.json"
 
 
 def load_with_transformers(directory: str | Path, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
-    """Load the model (in evaluation mode) and the tokenizer of a Llama or StagFormer model directory.
+    """Load the model (in evaluation mode) and the tokenizer of a model directory: a StagFormer, Llama or Mistral.
 
     The directory is checked as before a conversion, and every weight of the model must come from it.
 
@@ -25,7 +26,7 @@ def load_with_transformers(directory: str | Path, dtype: torch.dtype | str = "au
         CheckpointError: this is no model directory, it was changed, or it does not load completely; the message names
             the tensor.
     """
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
 
     from stagdist.hf.modeling_stagformer import StagFormerForCausalLM
 
@@ -34,7 +35,10 @@ def load_with_transformers(directory: str | Path, dtype: torch.dtype | str = "au
     check_tokenizer(source.directory)
     if (source.directory / _ADAPTER).exists():
         raise CheckpointError(f"{directory} holds {_ADAPTER}, an adapter to another model; remove it")
-    kind: Any = StagFormerForCausalLM if source.model.staggered else LlamaForCausalLM
+    kinds: dict[str, Any] = {
+        "stagformer": StagFormerForCausalLM, "llama": LlamaForCausalLM, "mistral": MistralForCausalLM
+    }  # fmt: skip
+    kind = kinds[read_body(directory)["model_type"]]
     try:
         model, loading = kind.from_pretrained(
             str(directory), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,

@@ -148,7 +148,7 @@ def test_a_header_larger_than_any_is_not_read(tmp_path: Path, monkeypatch: pytes
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     write(tmp_path / "model", {})
     (tmp_path / "model" / FILE).unlink()
-    with pytest.raises(CheckpointError, match=rf"{FILE} cannot be read"):
+    with pytest.raises(CheckpointError, match=rf"has no {FILE} nor {INDEX}: get the model"):
         ModelReader(tmp_path / "model")
 
 
