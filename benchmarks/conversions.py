@@ -151,7 +151,7 @@ def _random_model(folder: Path, model: dict[str, Any]) -> None:
 
     from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
     from stagdist.config.parts import ModelConfig
-    from stagdist.data.tokenizer import load_tokenizer
+    from stagdist.data.tokenizer_files import load_tokenizer
     from stagdist.parallel.layout import model_parameters
 
     config, tokenizer = ModelConfig.model_validate(model), load_tokenizer("bytes")

@@ -24,9 +24,12 @@ is streamed, and later answers are buffered. Statistics and errors go to standar
 Exit code: 0 all prompts were served; 1 some prompts failed, there were none, or the run failed; 2 invalid arguments,
 model or configuration; 130 and 143 after Ctrl-C and SIGTERM (a second Ctrl-C exits immediately); 141 broken pipe.
 
-A .jsonl file of prompts holds one object per line: "prompt" (text) or "prompt_ids" (token ids), and optionally "id",
-max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, stop_token_ids,
-ignore_end_of_document, logprobs.
+A prompt is encoded as by the tokenizer of the model in transformers: with the begin-of-text token where the tokenizer
+adds one. Control tokens that are written in a prompt are text, unless --parse-special is given.
+
+A .jsonl file of prompts holds one object per line: "prompt" (text), "prompt_ids" (token ids) or "messages" (objects
+with "role" and "content", for the chat template of the model), and optionally "id", max_new_tokens, temperature, top_k,
+top_p, min_p, repetition_penalty, seed, stop, stop_token_ids, ignore_end_of_document, logprobs.
 
 examples:
   deepspeed --quiet --num_accelerators 2 launch/generate.py --model runs/quickstart/model --prompt "def main(" \\
@@ -63,6 +66,10 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     source = group.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeatable")
     source.add_argument("--prompts-file", type=Path, metavar="FILE", help=".txt: one per line; .jsonl: see below")
+    add = group.add_argument
+    add("--chat", action="store_true", help="a prompt is the message of a user in the model's chat template")
+    add("--no-special-tokens", action="store_true", help="add no begin-of-text token or the like to prompts")
+    add("--parse-special", action="store_true", help="control tokens that are written in prompts become themselves")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--logprobs cannot be shown in plain text; add --json")
 
     from stagdist.decode.frontend.generate import Generation
+    from stagdist.decode.frontend.prompts import PromptEncoding
     from stagdist.telemetry.logging import setup_logging
 
     setup_logging(world.rank, None)
@@ -139,6 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         as_json=arguments.json,
         trace=arguments.trace,
+        encoding=PromptEncoding(not arguments.no_special_tokens, arguments.parse_special, arguments.chat),
     )
     return generation.run(interrupts, pulse)
 

@@ -7,7 +7,7 @@ import sys
 from stagdist.data.prepare.arguments import add_reading_arguments, reading_options, run_tool
 from stagdist.data.prepare.preparation import prepare
 from stagdist.data.prepare.processes import Ranks, current_ranks
-from stagdist.data.tokenizer import load_tokenizer
+from stagdist.data.tokenizer_files import load_tokenizer
 
 EXAMPLES = """\
 examples:

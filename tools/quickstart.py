@@ -161,7 +161,8 @@ def read_texts(name: str) -> list[str]:
 def judge() -> dict[str, Any]:
     """Bits per byte of the held-out text: the model, and bigrams trained on the same training text."""
     from stagdist.checkpoint.published.load_model import load_model
-    from stagdist.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+    from stagdist.data.tokenizer import Tokenizer, byte_tokenizer
+    from stagdist.data.tokenizer_files import load_tokenizer
     from stagdist.evaluation.bits_per_byte import nats_from_logits, score_text
     from stagdist.evaluation.ngram import WittenBellBigram
     from stagdist.model.megatron import TensorParallel
@@ -192,7 +193,7 @@ def judge() -> dict[str, Any]:
 
 def sample() -> str:
     """The beginning of the held-out text, continued by the model with both sections working on every token."""
-    from stagdist.data.tokenizer import load_tokenizer
+    from stagdist.data.tokenizer_files import load_tokenizer
 
     tokenizer = load_tokenizer(str(RUN / "model"))
     beginning = tokenizer.encode(read_texts("heldout")[0])[:PROMPT_TOKENS]

@@ -19,7 +19,7 @@ from stagdist.config.run_config import RunConfig
 from stagdist.data.compatibility import training_identity
 from stagdist.data.corpus import build_splits
 from stagdist.data.loader import BatchPlan, Loader, on_device
-from stagdist.data.tokenizer import load_tokenizer
+from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.model.megatron import TensorParallel
 from stagdist.parallel.device import on_cuda, synchronize
 from stagdist.parallel.grid import grid_for

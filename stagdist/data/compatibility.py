@@ -14,7 +14,8 @@ import numpy as np
 from stagdist.config.parts import CorpusConfig, DataConfig
 from stagdist.config.run_config import RunConfig
 from stagdist.data.indexed import CorpusIndex, canonical_prefix, corpus_path, open_index, read_description
-from stagdist.data.tokenizer import BYTES, Tokenizer, load_tokenizer
+from stagdist.data.tokenizer import BYTES, Tokenizer
+from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import ConfigError, DataError
 
 SPLIT_NAMES = ("train", "validation", "test")

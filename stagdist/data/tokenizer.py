@@ -1,54 +1,53 @@
-"""Tokenizers: loading, training, and how many bytes of text each token represents.
+"""Tokenizers: text to token ids and back, and how many bytes of text each token represents.
 
 Every tokenizer is a `tokenizer.json` of the `tokenizers` library, bytes included (byte-level, no merges), so that an
-exported model directory carries one that `transformers` loads. Text is always encoded as text: a document in which
-someone wrote the name of a special token cannot end itself.
+exported model directory carries one that `transformers` loads. `tokenizer_files` loads those of other models.
+
+Documents are encoded as text: a document in which someone wrote the name of a special token cannot end itself.
 """
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from stagdist.errors import ConfigError, DataError
-from stagdist.files import not_downloaded, writing
+from stagdist.files import writing
 
 END_OF_DOCUMENT = "<|endoftext|>"
 BYTES = "bytes"
 
-_KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
-_CONFIG_FILE = "tokenizer_config.json"
-_SIDE_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 _UNUSED_FOR_ENCODING = ("version", "truncation", "padding", "post_processor", "decoder")
+
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation as chat templates read it: objects with the keys `role` and `content`."""
 
 
 class Tokenizer:
     """Text to token ids and back.
 
+    A copy made by pickling encodes and decodes, but has no chat template and cannot be saved.
+
     Args:
         json_text: content of a `tokenizer.json`.
-        end_token: the token that ends a document.
-        config: content of the `tokenizer_config.json` it came with, written again by `save`.
-        side_files: further files of its directory by name, written again by `save`.
+        end_token: the token that ends a document; None if the tokenizer has none.
+        origin: the `PreTrainedTokenizerFast` that it was loaded as; writes its files and renders chat templates.
+
+    Attributes:
+        begin_ids: the special tokens that it puts before a text, mostly none or one; documents begin with them too.
 
     Raises:
         DataError: the content is not a tokenizer, or lacks `end_token`.
     """
 
-    def __init__(
-        self,
-        json_text: str,
-        end_token: str,
-        *,
-        config: dict[str, Any] | None = None,
-        side_files: dict[str, str] | None = None,
-    ) -> None:
+    def __init__(self, json_text: str, end_token: str | None, *, origin: Any = None) -> None:
         try:
             self._backend = tokenizers.Tokenizer.from_str(json_text)
         except Exception as error:  # the library raises bare Exception
@@ -56,17 +55,42 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
-        end = self._backend.token_to_id(end_token)
-        if end is None:
+        self.end_token = end_token
+        self._end_id = None if end_token is None else self._backend.token_to_id(end_token)
+        if end_token is not None and self._end_id is None:
             raise DataError(f"the tokenizer has no token {end_token!r} to end documents with")
-        self.end_token: str = end_token
-        self.end_of_document: int = end
-        self._config = config
-        self._side_files = dict(side_files or {})
+        self.begin_ids: tuple[int, ...] = self._special_before_text()
+        self._origin = origin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        rebuild = partial(Tokenizer, config=self._config, side_files=self._side_files)
-        return rebuild, (self.to_json(), self.end_token)
+        return Tokenizer, (self.to_json(), self.end_token)
+
+    def _special_before_text(self) -> tuple[int, ...]:
+        encoding = self._backend.encode("a")
+        before = [mask == 1 for mask in encoding.special_tokens_mask]
+        return tuple(encoding.ids[: before.index(False) if False in before else 0])
+
+    @property
+    def end_of_document(self) -> int:
+        """Id of the token that ends a document.
+
+        Raises:
+            DataError: the tokenizer has none.
+        """
+        if self._end_id is None:
+            raise DataError(
+                "nothing says which token ends a document: set `eos_token` in the tokenizer_config.json beside the "
+                "tokenizer.json"
+            )
+        return self._end_id
+
+    def without_begin(self) -> "Tokenizer":
+        """The same tokenizer, which adds no special tokens to a text: for a model whose documents began with none."""
+        content = json.loads(self.to_json()) | {"post_processor": None}
+        origin = copy.deepcopy(self._origin)
+        if origin is not None:
+            origin.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
+        return Tokenizer(json.dumps(content), self.end_token, origin=origin)
 
     def to_json(self) -> str:
         """Content of its `tokenizer.json`."""
@@ -79,10 +103,10 @@ class Tokenizer:
 
     @cached_property
     def text_vocab_size(self) -> int:
-        """Largest id that a text or its end can have, plus one. No text has the special tokens that were added."""
+        """Largest id of a text with its begin and end, plus one. Special tokens that were added are in no text."""
         added = self._backend.get_added_tokens_decoder().items()
-        text = self._backend.get_vocab(with_added_tokens=False).values()
-        return max(self.end_of_document, *text, *(index for index, token in added if not token.special)) + 1
+        text = [index for index, token in added if not token.special or index in (self._end_id, *self.begin_ids)]
+        return max([*text, *self._backend.get_vocab(with_added_tokens=False).values()], default=-1) + 1
 
     @cached_property
     def fingerprint(self) -> str:
@@ -102,6 +126,39 @@ class Tokenizer:
         """Token ids of a text; no special token is added or recognized."""
         return self.encode_batch([text])[0]
 
+    def encode_prompt(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of a prompt, as `transformers` encodes it.
+
+        Args:
+            add_special_tokens: add the special tokens that the tokenizer puts around a text.
+            parse_special: special tokens that are written in the text become themselves, not text.
+        """
+        self._backend.encode_special_tokens = not parse_special
+        try:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        finally:
+            self._backend.encode_special_tokens = True
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be encoded."""
+        return self._origin is not None and self._origin.chat_template is not None
+
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """Token ids of a conversation in the tokenizer's chat template, up to the beginning of the answer.
+
+        Raises:
+            ConfigError: there is no chat template, or it refuses the messages.
+        """
+        if not self.has_chat_template:
+            raise ConfigError("the tokenizer of the model has no chat template; give the prompt as text")
+        try:
+            ids = self._origin.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # a template raises what it wants
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"the chat template of the model refuses the messages: {reason}") from error
+        return [int(token) for token in ids]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts."""
         if self.is_bytes:
@@ -109,11 +166,11 @@ class Tokenizer:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_arrays(self, texts: Sequence[str], dtype: type[np.generic]) -> list[np.ndarray]:
-        """Token ids of several texts, each with the end-of-document token after it, as arrays of `dtype`."""
-        end = np.array([self.end_of_document], dtype)
+        """Token ids of several documents as arrays of `dtype`: `begin_ids`, the text, the end-of-document token."""
+        begin, end = np.array(self.begin_ids, dtype), np.array([self.end_of_document], dtype)
         if self.is_bytes:
             return [np.append(np.frombuffer(text.encode(), np.uint8).astype(dtype), end) for text in texts]
-        return [np.append(np.array(ids, dtype), end) for ids in self.encode_batch(texts)]
+        return [np.concatenate((begin, np.array(ids, dtype), end)) for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -141,26 +198,31 @@ class Tokenizer:
         return counts
 
     def save(self, directory: str | Path) -> None:
-        """Write a directory that `transformers.AutoTokenizer` loads; `tokenizer.json` comes last.
+        """Write a directory that `transformers.AutoTokenizer` loads, with everything that it was loaded with.
 
         Raises:
             DataError: the directory cannot be written.
         """
-        config = self._config or {
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            if self._origin is not None:
+                self._origin.save_pretrained(directory)
+                return
+            for name, text in self._own_files().items():
+                with writing(Path(directory, name)) as stream:
+                    stream.write(text)
+        except OSError as error:
+            raise DataError(f"cannot write the tokenizer to {directory}: {error}") from error
+
+    def _own_files(self) -> dict[str, str]:
+        config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.end_token,
             "bos_token": self.end_token,
             "pad_token": self.end_token,
             "clean_up_tokenization_spaces": False,
         }
-        files = {**self._side_files, _CONFIG_FILE: json.dumps(config, indent=2), "tokenizer.json": self.to_json()}
-        try:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            for name, text in files.items():
-                with writing(Path(directory, name)) as stream:
-                    stream.write(text)
-        except OSError as error:
-            raise DataError(f"cannot write the tokenizer to {directory}: {error}") from error
+        return {"tokenizer_config.json": json.dumps(config, indent=2), "tokenizer.json": self.to_json()}
 
 
 def _byte_counter(content: dict[str, Any]) -> Any:
@@ -253,90 +315,3 @@ def _batched(first: str, rest: Iterator[str]) -> Iterator[list[str]]:
             yield batch
             batch = []
     yield batch
-
-
-def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Load a tokenizer.
-
-    Args:
-        source: `bytes`; a `tokenizer.json`; or a directory with one or with other Hugging Face tokenizer files.
-
-    Raises:
-        DataError: nothing that can be loaded is there, or nothing says which token ends a document.
-    """
-    if str(source) == BYTES:
-        return byte_tokenizer()
-    path = Path(source)
-    if path.is_file():
-        return _load_json(path)
-    if not path.is_dir():
-        raise DataError(f"tokenizer {source!s} does not exist; give `bytes`, a tokenizer.json or its directory")
-    if (path / "tokenizer.json").is_file():
-        return _load_json(path / "tokenizer.json")
-    return _load_with_transformers(path)
-
-
-def _load_json(path: Path) -> Tokenizer:
-    if problem := not_downloaded(path):
-        raise DataError(problem)
-    try:
-        json_text = path.read_text(encoding="utf-8")
-        names = {added["content"] for added in json.loads(json_text).get("added_tokens", [])}
-    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
-        raise DataError(f"cannot read the tokenizer {path}: {error}") from error
-    config = _read_config(path.parent / _CONFIG_FILE)
-    end_token = (config or {}).get("eos_token")
-    end_token = end_token.get("content") if isinstance(end_token, dict) else end_token
-    end_token = end_token or next((name for name in _KNOWN_ENDS if name in names), None)
-    if end_token is not None and not isinstance(end_token, str):
-        raise DataError(f"{path.parent / _CONFIG_FILE}: eos_token is {end_token!r}; it must be the text of a token")
-    if end_token is None:
-        raise DataError(
-            f"nothing says which token ends a document in {path}: put a {_CONFIG_FILE} with `eos_token` beside it"
-        )
-    sides = {name: (path.parent / name) for name in _SIDE_FILES}
-    texts = {name: side.read_text(encoding="utf-8") for name, side in sides.items() if side.is_file()}
-    try:
-        return Tokenizer(json_text, end_token, config=config, side_files=texts)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-
-
-def _read_config(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path} does not hold a JSON object")
-    return config
-
-
-_TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.spm")
-"""One of these is in every directory from which transformers loads a tokenizer."""
-
-
-def holds_tokenizer(directory: Path) -> bool:
-    """Whether a directory contains files of a tokenizer, loadable or not."""
-    return any(file for pattern in _TOKENIZER_FILES for file in directory.glob(pattern))
-
-
-def _load_with_transformers(path: Path) -> Tokenizer:
-    from transformers import AutoTokenizer
-
-    if not holds_tokenizer(path):
-        # The error of transformers would be about packages that are not installed.
-        raise DataError(f"{path} holds no tokenizer.json nor any other tokenizer")
-    try:
-        # Without trust_remote_code transformers asks whether to run code of the directory, and reads the answer from
-        # standard input, which may contain prompts.
-        loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds for unknown files
-        raise DataError(f"{path} holds no tokenizer.json and transformers cannot load it either: {error}") from error
-    backend = getattr(loaded, "backend_tokenizer", None)
-    if backend is None or loaded.eos_token is None:
-        missing = "an end-of-text token (eos_token)" if backend is not None else "a fast version"
-        raise DataError(f"the tokenizer in {path} has no {missing}; save it as tokenizer.json with `eos_token` set")
-    return Tokenizer(backend.to_str(), loaded.eos_token)

@@ -15,7 +15,8 @@ from stagdist.config.run_config import RunConfig
 from stagdist.data.compatibility import check_data, training_identity
 from stagdist.data.corpus import Splits, build_splits
 from stagdist.data.loader import BatchPlan, Loader
-from stagdist.data.tokenizer import Tokenizer, load_tokenizer
+from stagdist.data.tokenizer import Tokenizer
+from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import ConfigError
 from stagdist.files import writing
 from stagdist.parallel.device import on_cuda

@@ -21,7 +21,8 @@ from stagdist.checkpoint.training.training_writer import TrainingWriter
 from stagdist.config.loading import dump_config
 from stagdist.config.parts import ModelConfig
 from stagdist.config.run_config import RunConfig
-from stagdist.data.tokenizer import Tokenizer, load_tokenizer
+from stagdist.data.tokenizer import Tokenizer
+from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.model.precision import DTYPES
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.layout import ParameterSpec, model_parameters

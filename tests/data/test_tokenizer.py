@@ -10,7 +10,8 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from stagdist.data.tokenizer import END_OF_DOCUMENT, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from stagdist.data.tokenizer import END_OF_DOCUMENT, Tokenizer, byte_tokenizer, train_bpe
+from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import ConfigError, DataError
 
 TRICKY = "tabs\tand\r\nlines, caf\u00e9, \u6f22\u5b57, \U0001f642\U0001f468\u200d\U0001f469, a\u0301, \ufffd   "
@@ -79,13 +80,15 @@ def test_a_saved_directory_loads_in_transformers_and_here(tokenizer: Tokenizer, 
         assert loaded.encode(TRICKY) == tokenizer.encode(TRICKY)
 
 
-def test_a_foreign_directory_keeps_its_own_files_when_saved_again(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_a_foreign_directory_is_saved_with_everything_that_it_was_loaded_with(bpe: Tokenizer, tmp_path: Path) -> None:
     bpe.save(tmp_path / "one")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": {"content": END_OF_DOCUMENT}, "note": 7}
+    end = {"__type": "AddedToken", "content": END_OF_DOCUMENT, "special": True}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "note": 7, "model_max_length": 99}
     (tmp_path / "one" / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "one" / "chat_template.jinja").write_text("{{ messages }}")
     load_tokenizer(tmp_path / "one").save(tmp_path / "two")
-    assert json.loads((tmp_path / "two" / "tokenizer_config.json").read_text()) == config
+    again = json.loads((tmp_path / "two" / "tokenizer_config.json").read_text())
+    assert (again["note"], again["model_max_length"], again["eos_token"]) == (7, 99, END_OF_DOCUMENT)
     assert (tmp_path / "two" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
@@ -108,7 +111,7 @@ def test_code_of_a_directory_is_not_run_whatever_standard_input_says(
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     prompts = io.StringIO("y\nthe second prompt\n")
     monkeypatch.setattr("sys.stdin", prompts)
-    with pytest.raises(DataError, match="holds no tokenizer.json"):
+    with pytest.raises(DataError, match="cannot load the tokenizer"):
         load_tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists() and prompts.tell() == 0
 
@@ -158,8 +161,12 @@ def test_tokenizers_that_cannot_work_are_refused_with_the_remedy(bpe: Tokenizer,
     with pytest.raises(DataError, match="cannot read the tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match="eos_token"):
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0}, []))
+    (tmp_path / "tokenizer.json").write_text(backend.to_str())
+    with pytest.raises(DataError, match="eos_token"):
+        _ = load_tokenizer(tmp_path).end_of_document
     bpe.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<absent>"}))
     with pytest.raises(DataError, match="<absent>"):

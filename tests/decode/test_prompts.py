@@ -81,16 +81,20 @@ def test_json_lines_carry_ids_names_and_sampling() -> None:
     ("body", "complaint"),
     [
         ([1], "is no JSON object"),
-        ({}, "neither of the keys prompt and prompt_ids"),
-        ({"prompt": "a", "prompt_ids": [1]}, "both of the keys"),
+        ({}, "has no prompt; give one of the keys prompt, prompt_ids, messages"),
+        ({"prompt": "a", "prompt_ids": [1]}, "has prompt and prompt_ids; give one of"),
         ({"prompt": 3}, "prompt is 3; give text"),
         ({"prompt_ids": "abc"}, "prompt_ids is 'abc'; give a list"),
         ({"prompt": "a", "id": [1]}, "id is [1]"),
         ({"prompt": "a", "max_tokens": 3}, "did you mean 'max_new_tokens'?"),
-        ({"prompt": "a", "zzzzzz": 3}, "known are prompt, prompt_ids, id"),
+        ({"prompt": "a", "zzzzzz": 3}, "known are prompt, prompt_ids, messages, id"),
         ({"prompt": "a", "top_p": 0}, "top_p is 0"),
         ({"prompt": "a", "stop": "x"}, "stop is 'x'; give a list"),
         ({"prompt": "half \ud800"}, "not UTF-8 text, see position 5"),
+        ({"messages": [{"role": "user", "content": "half \ud800"}]}, "not UTF-8 text"),
+        ({"messages": []}, "messages must be a list of objects"),
+        ({"messages": [{"content": "a"}]}, "messages must be a list of objects"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "has no chat template"),
     ],
 )
 def test_a_bad_object_says_what_is_wrong_and_where(body: object, complaint: str) -> None:
@@ -126,3 +130,16 @@ def test_the_ending_of_a_file_decides_how_it_is_read(tmp_path: Path) -> None:
         (tmp_path / "c.txt").mkdir(exist_ok=True)
         with pytest.raises(ConfigError, match=complaint):
             check_prompts_file(tmp_path / name)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
+    mark, line = b"\xef\xbb\xbf", b'{"prompt": "def"}'
+    assert [prompt.text for prompt in prompts_from_lines([mark + b"def\n", mark + b"x"], "a.txt")] == ["def", "\ufeffx"]
+    (prompt,) = prompts_from_jsonl([mark + line], "file.jsonl")
+    assert (prompt.text, prompt.error) == ("def", None)
+
+
+@pytest.mark.parametrize("wrong", [{"max_tokens": 3}, {"prompt": 5}, {"prompt_ids": [1]}, {"messages": 3}])
+def test_the_answer_to_a_bad_request_has_the_id_that_came(wrong: dict[str, object]) -> None:
+    prompt = from_json({"id": "row-17", "prompt": "a"} | wrong)
+    assert prompt.name == "row-17" and prompt.error is not None

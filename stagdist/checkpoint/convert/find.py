@@ -13,7 +13,8 @@ from stagdist.checkpoint.training.layout_checks import check_layout
 from stagdist.checkpoint.training.training_reader import TrainingReader
 from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.data.compatibility import check_vocabulary
-from stagdist.data.tokenizer import Tokenizer, load_tokenizer
+from stagdist.data.tokenizer import Tokenizer
+from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import CheckpointError, ConfigError, DataError
 
 LOG = logging.getLogger(__name__)

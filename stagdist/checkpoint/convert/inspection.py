@@ -19,7 +19,7 @@ from stagdist.checkpoint.training.directory import COMPLETE, CONFIG, STATE, dama
 from stagdist.checkpoint.training.stage_files import tensor_files
 from stagdist.checkpoint.training.training_reader import TrainingReader
 from stagdist.checkpoint.weight_source import WeightSource
-from stagdist.data.tokenizer import holds_tokenizer
+from stagdist.data.tokenizer_files import holds_tokenizer
 from stagdist.errors import StagdistError
 from stagdist.parallel.layout import model_parameters
 

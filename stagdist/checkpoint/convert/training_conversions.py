@@ -35,7 +35,8 @@ from stagdist.checkpoint.training.training_reader import TrainingReader
 from stagdist.checkpoint.training.training_writer import TrainingWriter
 from stagdist.config.loading import differences, dump_config, load_config, validate
 from stagdist.config.run_config import RunConfig, require_world
-from stagdist.data.tokenizer import BYTES, Tokenizer, holds_tokenizer, load_tokenizer
+from stagdist.data.tokenizer import BYTES, Tokenizer
+from stagdist.data.tokenizer_files import holds_tokenizer, load_tokenizer
 from stagdist.errors import CheckpointError, ConfigError, DataError
 from stagdist.files import file_record
 from stagdist.model.precision import DTYPES

@@ -22,7 +22,7 @@ from stagdist.checkpoint.published.record import CHECKSUMS, TAMPERED, WrittenRec
 from stagdist.checkpoint.published.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.config.parts import ModelConfig
-from stagdist.data.tokenizer import holds_tokenizer
+from stagdist.data.tokenizer_files import holds_tokenizer
 from stagdist.errors import CheckpointError
 from stagdist.model.precision import SAFETENSORS_DTYPES, STORED_DTYPES
 from stagdist.parallel.layout import ParameterSpec, model_parameters

@@ -159,6 +159,8 @@ class Answers:
     def _echo(self, answer: _Answer) -> str:
         if answer.prompt.text is not None:
             return answer.prompt.text
+        if answer.prompt.messages is not None:
+            return ""
         assert answer.request is not None
         return self._decode(answer.request.prompt_ids)
 

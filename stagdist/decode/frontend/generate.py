@@ -14,12 +14,14 @@ import torch.distributed as dist
 from stagdist.checkpoint.published.model_json import read_text_tokens
 from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.data.compatibility import check_vocabulary
-from stagdist.data.tokenizer import Tokenizer, load_tokenizer
+from stagdist.data.tokenizer import Tokenizer
+from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.decode.engine import Engine
 from stagdist.decode.frontend.answers import Answers
 from stagdist.decode.frontend.interrupts import Interrupts
 from stagdist.decode.frontend.prompts import (
     Prompt,
+    PromptEncoding,
     check_prompts_file,
     make_request,
     prompts_from_arguments,
@@ -63,6 +65,7 @@ class Generation:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         as_json: answers are JSON objects, one per line.
         trace: Chrome trace to write; missing folders are created.
+        encoding: how prompts become token ids.
 
     Raises:
         CheckpointError: the model directory is incomplete or of another shape; names the tensor. Or the tokens that
@@ -83,6 +86,7 @@ class Generation:
         device: str = "auto",
         as_json: bool = False,
         trace: Path | None = None,
+        encoding: PromptEncoding | None = None,
     ):
         self._params, self._world, self._as_json, self._trace = params, world, as_json, trace
         self._prompts, self._prompts_file = prompts, prompts_file
@@ -92,6 +96,11 @@ class Generation:
         self.plan = plan_decoding(self._reader.model, options, world.size)
         self._tokenizer = load_tokenizer(model)
         check_vocabulary(self._tokenizer, model, self._reader.model.vocab_size, model)
+        self._encoding = encoding or PromptEncoding()
+        if self._encoding.chat and not self._tokenizer.has_chat_template:
+            raise ConfigError(
+                f"--chat needs a chat template, and the tokenizer of {model} has none; give plain prompts"
+            )
         self._end_tokens = _end_tokens(model, self._tokenizer)
         if prompts_file is not None:
             check_prompts_file(prompts_file)
@@ -199,7 +208,7 @@ class Generation:
 
     def _submit(self, prompt: Prompt, engine: Engine, answers: Answers) -> None:
         try:
-            request = make_request(prompt, self._params, self._tokenizer)
+            request = make_request(prompt, self._params, self._tokenizer, self._encoding)
             if request.params.logprobs is not None and not self._as_json:
                 raise ConfigError(f"{prompt.place} asks for logprobs, which plain text cannot show; add --json")
         except ConfigError as error:
@@ -255,7 +264,7 @@ def _end_tokens(model: Path, tokenizer: Tokenizer) -> frozenset[int]:
     recorded = read_text_tokens(model)
     tokens = None if recorded is None else recorded.generation.get("eos_token_id")
     several = tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
-    return frozenset([tokenizer.end_of_document, *several])
+    return frozenset(several) if tokenizer.end_token is None else frozenset([tokenizer.end_of_document, *several])
 
 
 def _check_trace(path: Path) -> None:

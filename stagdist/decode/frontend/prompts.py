@@ -6,22 +6,20 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from stagdist.data.tokenizer import Messages, Tokenizer
 from stagdist.decode.request import Request, SamplingParams
 from stagdist.errors import ConfigError
 
 SUFFIXES = (".txt", ".jsonl")
 SAMPLING_FIELDS = tuple(entry.name for entry in dataclasses.fields(SamplingParams))
-FIELDS = ("prompt", "prompt_ids", "id", *SAMPLING_FIELDS)
+KINDS = ("prompt", "prompt_ids", "messages")
+FIELDS = (*KINDS, "id", *SAMPLING_FIELDS)
 """Keys of an object in a .jsonl file of prompts."""
 
 
-class Encoder(Protocol):
-    """Encodes text, for example `stagdist.data.tokenizer.Tokenizer`."""
-
-    def encode(self, text: str, /) -> list[int]:
-        """Return the token ids of a text."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,9 @@ class Prompt:
         index: number from 0, including prompts with errors.
         place: source of the prompt, unique, for error messages.
         name: `id` of the answer; `index` if none is given.
-        text: None if the prompt has `ids` or an error.
+        text: None if the prompt has `ids`, `messages` or an error.
         ids: token ids, unchecked.
+        messages: a conversation for the chat template.
         sampling: parameters that override the defaults, by name.
         error: why the prompt cannot be read.
     """
@@ -43,6 +42,7 @@ class Prompt:
     name: str | int
     text: str | None = None
     ids: Sequence[Any] | None = None
+    messages: Messages | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
 
@@ -59,7 +59,7 @@ def prompts_from_lines(lines: Iterable[bytes], source: str) -> Iterator[Prompt]:
     Args:
         source: name of the stream, for errors.
     """
-    for index, line in enumerate(lines):
+    for index, line in enumerate(_without_mark(lines)):
         place = f"line {index + 1} of {source}"
         try:
             yield Prompt(index, place, index, text=_line_text(line, place))
@@ -68,20 +68,22 @@ def prompts_from_lines(lines: Iterable[bytes], source: str) -> Iterator[Prompt]:
 
 
 def prompts_from_jsonl(lines: Iterable[bytes], source: str) -> Iterator[Prompt]:
-    """One JSON object per line with `prompt` or `prompt_ids`, and any of `FIELDS`; blank lines are skipped.
+    """One JSON object per line with one of `KINDS`, and any of `FIELDS`; blank lines are skipped.
 
     Args:
         source: name of the stream, for errors.
     """
     index = 0
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_without_mark(lines), 1):
         if not line.strip():
             continue
-        place = f"line {number} of {source}"
+        place, name = f"line {number} of {source}", index
         try:
-            yield _from_object(index, place, _line_text(line, place))
+            body = _object(line, place)
+            name = body["id"] if _is_name(body.get("id")) else index
+            yield _from_object(index, place, name, body)
         except ConfigError as error:
-            yield Prompt(index, place, index, error=str(error))
+            yield Prompt(index, place, name, error=str(error))
         index += 1
 
 
@@ -106,11 +108,53 @@ def check_prompts_file(path: Path) -> None:
         raise ConfigError(f"--prompts-file {path} cannot be read: {error.strerror or error}") from error
 
 
-def make_request(prompt: Prompt, defaults: SamplingParams, tokenizer: Encoder) -> Request:
+@dataclass(frozen=True)
+class PromptEncoding:
+    """How prompts become token ids: as with the tokenizer of the model in `transformers`.
+
+    Attributes:
+        add_special_tokens: put the special tokens around a text that the tokenizer puts there, such as a
+            begin-of-text token.
+        parse_special: special tokens that are written in a text become themselves.
+        chat: a text is the message of a user in the chat template.
+    """
+
+    add_special_tokens: bool = True
+    parse_special: bool = False
+    chat: bool = False
+
+    def ids(self, prompt: Prompt, tokenizer: Tokenizer) -> Sequence[Any]:
+        """Token ids of a prompt without an error.
+
+        Raises:
+            ConfigError: its text is not UTF-8, or the chat template refuses it.
+        """
+        if prompt.ids is not None:
+            return prompt.ids
+        text = prompt.text or ""
+        try:
+            (text if prompt.messages is None else json.dumps(prompt.messages, ensure_ascii=False)).encode()
+        except UnicodeEncodeError as error:  # bytes of the command line that are not UTF-8; half a pair in JSON
+            problem = f"{prompt.place} is not UTF-8 text, see position {error.start}; encode it as UTF-8"
+            raise ConfigError(problem) from None
+        messages = [{"role": "user", "content": text}] if self.chat and prompt.messages is None else prompt.messages
+        if messages is None:
+            return tokenizer.encode_prompt(
+                text, add_special_tokens=self.add_special_tokens, parse_special=self.parse_special
+            )
+        try:
+            return tokenizer.encode_chat(messages)
+        except ConfigError as error:
+            raise ConfigError(f"{prompt.place}: {error}") from error
+
+
+def make_request(
+    prompt: Prompt, defaults: SamplingParams, tokenizer: Tokenizer, encoding: PromptEncoding | None = None
+) -> Request:
     """The request of a prompt; `place` is its id. Its seed is that of `defaults` plus `index`, unless it has one.
 
     Raises:
-        ConfigError: the prompt could not be read, is no text, or has a sampling parameter that cannot work.
+        ConfigError: the prompt could not be read or encoded, or has a sampling parameter that cannot work.
     """
     if prompt.error is not None:
         raise ConfigError(prompt.error)
@@ -119,14 +163,13 @@ def make_request(prompt: Prompt, defaults: SamplingParams, tokenizer: Encoder) -
         params = dataclasses.replace(defaults, **changes)
     except ConfigError as error:
         raise ConfigError(f"{prompt.place}: {error}") from error
-    if prompt.ids is not None:
-        return Request(prompt.place, tuple(prompt.ids), params)
-    text = prompt.text or ""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # bytes of the command line that are not UTF-8; half a pair in JSON
-        raise ConfigError(f"{prompt.place} is not UTF-8 text, see position {error.start}; encode it as UTF-8") from None
-    return Request(prompt.place, tuple(tokenizer.encode(text)), params)
+    return Request(prompt.place, tuple((encoding or PromptEncoding()).ids(prompt, tokenizer)), params)
+
+
+def _without_mark(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines without the byte order mark that some editors write before the first."""
+    for index, line in enumerate(lines):
+        yield line if index else line.removeprefix(BYTE_ORDER_MARK)
 
 
 def _line_text(line: bytes, place: str) -> str:
@@ -139,27 +182,46 @@ def _line_text(line: bytes, place: str) -> str:
         ) from None
 
 
-def _from_object(index: int, place: str, line: str) -> Prompt:
+def _object(line: bytes, place: str) -> dict[str, Any]:
     try:
-        body = json.loads(line)
+        body = json.loads(_line_text(line, place))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{place} is not JSON ({error}); a .jsonl file holds one object per line") from None
     if not isinstance(body, dict):
         raise ConfigError(f'{place} is no JSON object; write {{"prompt": "text"}}')
+    return body
+
+
+def _from_object(index: int, place: str, name: str | int, body: dict[str, Any]) -> Prompt:
     for key in body:
         if key not in FIELDS:
             near = difflib.get_close_matches(key, FIELDS, 1)
             known = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FIELDS)}"
             raise ConfigError(f"{place} has the unknown key {key!r}; {known}")
-    if ("prompt" in body) == ("prompt_ids" in body):
-        found = "both" if "prompt" in body else "neither"
-        raise ConfigError(f"{place} has {found} of the keys prompt and prompt_ids; give one of them")
-    text, ids, name = body.get("prompt"), body.get("prompt_ids"), body.get("id", index)
+    if "id" in body and not _is_name(body["id"]):
+        raise ConfigError(f"{place}: id is {body['id']!r}; give text or an integer")
+    given = [key for key in KINDS if key in body]
+    if len(given) != 1:
+        found = " and ".join(given) or "no prompt"
+        raise ConfigError(f"{place} has {found}; give one of the keys {', '.join(KINDS)}")
+    text, ids, messages = (body.get(key) for key in KINDS)
     if "prompt" in body and not isinstance(text, str):
         raise ConfigError(f"{place}: prompt is {text!r}; give text")
     if "prompt_ids" in body and not isinstance(ids, list):
         raise ConfigError(f"{place}: prompt_ids is {ids!r}; give a list of token ids")
-    if not isinstance(name, str | int):
-        raise ConfigError(f"{place}: id is {name!r}; give text or an integer")
+    if "messages" in body and not _is_conversation(messages):
+        raise ConfigError(f'{place}: messages must be a list of objects like {{"role": "user", "content": "text"}}')
     sampling = {key: body[key] for key in SAMPLING_FIELDS if key in body}
-    return Prompt(index, place, name, text=text, ids=ids, sampling=sampling)
+    return Prompt(index, place, name, text=text, ids=ids, messages=messages, sampling=sampling)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+def _is_conversation(messages: Any) -> bool:
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages)
+    )

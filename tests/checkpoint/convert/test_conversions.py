@@ -25,7 +25,7 @@ from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.checkpoint.training.content import KINDS
 from stagdist.checkpoint.training.directory import read_state
 from stagdist.config.parts import ModelConfig
-from stagdist.data.tokenizer import load_tokenizer
+from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import CheckpointError, ConfigError
 from stagdist.model.megatron import TensorParallel
 from stagdist.model.precision import DTYPES

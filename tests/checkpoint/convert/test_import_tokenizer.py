@@ -15,7 +15,8 @@ from stagdist.checkpoint.convert.training_conversions import import_model, resha
 from stagdist.checkpoint.convert.verify import verify
 from stagdist.checkpoint.published.record import CHECKSUMS
 from stagdist.config.loading import dump_config
-from stagdist.data.tokenizer import load_tokenizer, train_bpe
+from stagdist.data.tokenizer import train_bpe
+from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import CheckpointError, ConfigError
 from stagdist.parallel.grid import Grid
 from tests.checkpoint.synthetic import model_directory, run_config

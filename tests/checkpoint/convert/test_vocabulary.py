@@ -12,7 +12,8 @@ from stagdist.checkpoint.convert.find import open_model
 from stagdist.config.loading import dump_config
 from stagdist.config.parts import DataConfig
 from stagdist.data.prepare.preparation import prepare
-from stagdist.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from stagdist.data.tokenizer import Tokenizer, train_bpe
+from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import CheckpointError
 from tests.checkpoint.synthetic import run_config
 from tests.ranks import ROOT, run_script
@@ -137,12 +138,20 @@ def test_the_remedies_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "This run would start." in passes(PRETRAIN, "--config", config, "--dry-run")
 
 
-def test_an_end_token_beyond_the_rows_is_refused(tmp_path: Path) -> None:
+def test_an_end_or_begin_token_beyond_the_rows_is_refused(tmp_path: Path) -> None:
     llama = directory(tmp_path / "llama", special=True)
-    body = json.loads((llama / "tokenizer_config.json").read_text())
-    (llama / "tokenizer_config.json").write_text(json.dumps(body | {"eos_token": "<FIM1>"}))
+    path = llama / "tokenizer_config.json"
+    body = json.loads(path.read_text())
+    path.write_text(json.dumps(body | {"eos_token": "<FIM1>"}))
     assert load_tokenizer(llama).text_vocab_size == 302
     assert "ids up to 301" in refused(CONVERT, "inspect", llama, "--quiet", code=1)
+    path.write_text(json.dumps(body))
+    backend = tokenizers.Tokenizer.from_file(str(llama / "tokenizer.json"))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<FIM2> $A", special_tokens=[("<FIM2>", 302)]
+    )
+    backend.save(str(llama / "tokenizer.json"))
+    assert "ids up to 302" in refused(CONVERT, "inspect", llama, "--quiet", code=1)
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])

@@ -22,7 +22,7 @@ from stagdist.checkpoint.published import model_writer as model_directory
 from stagdist.checkpoint.published.model_writer import CODE_FILES
 from stagdist.checkpoint.published.record import read_record
 from stagdist.checkpoint.training.directory import checkpoint_name, read_complete, write_complete
-from stagdist.data.tokenizer import load_tokenizer
+from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import CheckpointError, StagdistError, TransportError
 from stagdist.parallel.groups import Groups
 from stagdist.parallel.layout import ParameterSpec, model_parameters
