@@ -24,27 +24,24 @@ class FileRecord:
     sha256: str
 
 
-def lfs_pointer(path: str | Path, head: bytes) -> str | None:
-    """The problem of a file that git left as a pointer to the real file; None if it is not one.
+def not_downloaded(path: str | Path, *, text: bool = False) -> str | None:
+    """The problem of a file that is not there although its name is, with the remedy; None if it looks like the file.
 
     Args:
-        head: the first 64 bytes or more.
+        text: the file is text of any kind, which may be empty or HTML.
+
+    Raises:
+        OSError: it cannot be read.
     """
-    if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        return f"{path} is a git-lfs pointer, not the file: run git lfs pull in its directory"
-    return None
-
-
-def not_downloaded(path: str | Path) -> str | None:
-    """The problem of a binary or JSON file that a download left incomplete; None if it looks like the file."""
     with Path(path).open("rb") as stream:
         head = stream.read(64)
-    if not head:
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return f"{path} is a git-lfs pointer, not the file: run git lfs pull in its directory"
+    if not head and not text:
         return f"{path} is empty (0 bytes), its download or copy did not finish; get it again"
-    start = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
-    if start.startswith((b"<!doctype html", b"<html")):
+    if head.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith((b"<!doctype html", b"<html")) and not text:
         return f"{path} begins with <!DOCTYPE html: it is a web page, not the file; log in if needed, get it again"
-    return lfs_pointer(path, head)
+    return None
 
 
 def file_record(path: Path, *, sync: bool = False) -> FileRecord:

@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stagdist.checkpoint.published.other_formats import refuse_undownloaded
 from stagdist.checkpoint.text_tokens import TextTokens, recorded_tokens
 from stagdist.checkpoint.training.stage_files import tensor_files
 from stagdist.config.loading import load_config
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import CheckpointError
-from stagdist.files import FileRecord, file_record, sync_path, writing
+from stagdist.files import FileRecord, file_record, not_downloaded, sync_path, writing
 
 COMPLETE = "complete.json"
 STATE = "state.json"
@@ -81,6 +82,7 @@ def read_state(directory: Path) -> TrainingState:
         CheckpointError: it is missing or damaged.
     """
     try:
+        refuse_undownloaded(directory / STATE)
         values = json.loads((directory / STATE).read_text())
         tokens = recorded_tokens(values.get("text_tokens"), directory / STATE)
         state = TrainingState(**{**values, "grid": tuple(values["grid"]), "text_tokens": tokens})
@@ -133,6 +135,7 @@ def read_complete(directory: Path) -> dict[str, FileRecord]:
         CheckpointError: the directory is not a complete checkpoint.
     """
     try:
+        refuse_undownloaded(directory / COMPLETE)
         body: dict[str, Any] = json.loads((directory / COMPLETE).read_text())
         return {name: FileRecord(**record) for name, record in body["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -146,7 +149,7 @@ def damage(directory: Path, names: Iterable[str], records: Mapping[str, FileReco
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != records[name].size:
-            return f"{name} has {path.stat().st_size} bytes, {records[name].size} were written"
+            return not_downloaded(path) or f"{name} has {path.stat().st_size} bytes, {records[name].size} were written"
         if file_record(path).sha256 != records[name].sha256:
             return f"{name} has other content than was written"
     return None

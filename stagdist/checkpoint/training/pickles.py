@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from stagdist.checkpoint.published.other_formats import refuse_undownloaded
 from stagdist.errors import CheckpointError
 
 
@@ -72,6 +73,7 @@ def load_file(path: Path, *, trust_pickle: bool = False) -> Any:
     Raises:
         CheckpointError: the file is missing, damaged, or has other types; the message names them.
     """
+    refuse_undownloaded(path)
     try:
         if trust_pickle:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=False)

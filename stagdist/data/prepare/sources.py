@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Literal
 import fsspec
 
 from stagdist.errors import ConfigError, DataError
+from stagdist.files import not_downloaded
 
 PIECE_BYTES = 2 << 20
 BLOCK_BYTES = 16 << 10
@@ -188,8 +189,10 @@ def open_input(path: str) -> BinaryIO:
     """Open a local file or a URL for reading, decompressed.
 
     Raises:
-        DataError: a package for the URL is missing.
+        DataError: a package for the URL is missing, or the file is a git-lfs pointer.
     """
+    if "://" not in path and (problem := not_downloaded(path, text=True)):
+        raise DataError(problem)
     if compression(path) is None and "://" not in path:
         return open(path, "rb")
     try:
@@ -294,10 +297,13 @@ def open_dataset(name: str, options: ReadOptions) -> Any:
 
     try:
         if not name.startswith(HUB):
+            open_input(name).close()
             return datasets.Dataset.from_file(name)
         return datasets.load_dataset(
             name.removeprefix(HUB), options.config_name, split=options.split_name, streaming=options.streaming
         )
+    except DataError:
+        raise
     except Exception as error:  # network, missing names, missing splits: the library has no common base class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if not name.startswith(HUB):
