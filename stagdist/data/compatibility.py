@@ -169,9 +169,12 @@ def _check_tokens(index: CorpusIndex, data: DataConfig, tokenizer: Tokenizer, vo
             "fit and wrapped, without the marks if -1 or -100 marks padding"
         )
     if largest >= vocab_size:
+        position = index.first_outside(vocab_size)
+        if position < 0:
+            raise DataError(f"{index.prefix}.json says max_token {largest}, but it is not there; prepare it again")
         raise DataError(
             f"corpus {index.prefix} holds token id {largest}, but model.vocab_size is {vocab_size} (first such id at "
-            f"position {index.first_outside(vocab_size)}); raise model.vocab_size to at least {largest + 1}, or use "
+            f"position {position}); raise model.vocab_size to at least {largest + 1}, or use "
             "the corpus's own tokenizer"
         )
 

@@ -1,16 +1,24 @@
 """Corpora of other programs: ids that the model lacks, positions that contradict each other, failed downloads."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import yaml
 
+from stagdist.config.loading import dump_config
 from stagdist.config.parts import DataConfig
-from stagdist.data.compatibility import check_data
+from stagdist.data.compatibility import check_data, problems_on_this_machine
 from stagdist.data.indexed import CorpusIndex
+from stagdist.data.loader import BatchPlan, Loader
+from stagdist.errors import DataError
+from tests.checkpoint.synthetic import run_config
 from tests.data.test_corpus import LENGTH, numbered, refused, write_foreign
+from tests.ranks import ROOT, run_script
 
 
 @pytest.mark.parametrize(
@@ -87,3 +95,40 @@ def test_a_file_that_was_not_downloaded_is_named(tmp_path: Path, ending: str) ->
     assert refused(data) == f"{path} is a git-lfs pointer, not the file: run git lfs pull in its directory"
     path.write_text("\n<!DOCTYPE HTML><html>")
     assert f"{path} begins with <!DOCTYPE html: it is a web page" in refused(data)
+
+
+def test_ids_that_the_tokenizer_lacks_are_trained_and_evaluated(tmp_path: Path) -> None:
+    """The rows of the model decide, not the tokenizer: bytes have 257 ids, the corpus 400."""
+    documents = [[(index * 7 + place) % 400 for place in range(200)] for index in range(50)]
+    config = yaml.safe_load(dump_config(run_config({"vocab_size": 400})))
+    corpora = [{"prefix": write_foreign(tmp_path / "c", documents)}]
+    config["runs_directory"] = str(tmp_path)
+    config["data"] |= {"corpora": corpora, "sequence_length": 16, "split": [80, 10, 10]}
+    config["training"] |= {"steps": 2, "global_batch_size": 2}
+    config["evaluation"] |= {"interval_steps": 1, "num_batches": 2}
+    config["parallel"] |= {"device": "cpu", "pipeline_parallel_size": 1}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    done = run_script(ROOT / "launch" / "pretrain.py", "--config", tmp_path / "run.yaml")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 5 < summary["validation"]["loss"] < 7 and 5 < summary["test"]["loss"] < 7  # log 400 is 6
+
+
+def test_the_loader_is_the_last_guard(tmp_path: Path) -> None:
+    """For a corpus that is changed after it was checked."""
+    sample = {"tokens": torch.tensor([1, 2]), "labels": torch.tensor([2, -1])}
+    loader = Loader([sample], BatchPlan(1, 1, 0, 1), vocab_size=300)
+    with pytest.raises(DataError, match="hold token id -1, but model.vocab_size is 300; prepare the corpus again"):
+        next(loader.step(0))
+    loader.close()
+
+
+def test_a_dry_run_reads_the_data_that_is_there(tmp_path: Path) -> None:
+    config = run_config({"vocab_size": 300})
+    write_foreign(tmp_path / "c", [[1] * 99 + [-1]], np.int16)
+    data = DataConfig(corpora=[{"prefix": str(tmp_path / "c")}])  # type: ignore[list-item]
+    (problem,) = problems_on_this_machine(config.model_copy(update={"data": data}))
+    assert "holds token id -1" in problem
+    for absent in ({"tokenizer": "absent"}, {"corpora": [{"prefix": "absent"}]}):
+        part = DataConfig(**{**data.model_dump(), **absent})
+        assert problems_on_this_machine(config.model_copy(update={"data": part})) == []

@@ -69,6 +69,11 @@ class ModelReader:
         if cut is not None:
             raise CheckpointError(f"{self.directory / SINGLE_FILE} is cut off: it lacks the tensor {cut} and all after")
         self._where = dict(weight_map(self.directory))
+        if self.model.num_layers > len(self._where):  # before every one of them is named
+            raise CheckpointError(
+                f"{self.directory}/config.json says {self.model.num_layers} layers, the weights are "
+                f"{len(self._where)} tensors; get the directory from its source again"
+            )
         self._expected = {stored_name(spec.name, self.model): spec for spec in model_parameters(self.model)}
         self._check_names_and_shapes()
         self._refuse_unknown()

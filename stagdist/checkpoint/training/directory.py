@@ -6,6 +6,7 @@ nothing that looks complete.
 """
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ from stagdist.files import FileRecord, file_record, not_downloaded, sync_path, w
 COMPLETE = "complete.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
+_MAX_RANKS = 1 << 20
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -94,7 +96,8 @@ def read_state(directory: Path) -> TrainingState:
 
 def _check_state(state: TrainingState, path: Path) -> None:
     counts = (state.step, state.consumed_samples, state.num_samples, state.bad_steps)
-    if len(state.grid) != 3 or not all(type(size) is int and size > 0 for size in state.grid):
+    sizes = all(type(size) is int and size > 0 for size in state.grid)
+    if len(state.grid) != 3 or not sizes or math.prod(state.grid) > _MAX_RANKS:
         raise CheckpointError(f"{path}: grid is {list(state.grid)}; three sizes of 1 or more are needed")
     if not all(type(count) is int and count >= 0 for count in counts):
         raise CheckpointError(f"{path}: its counts are {list(counts)}; numbers of 0 or more are needed")
