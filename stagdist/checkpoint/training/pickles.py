@@ -83,8 +83,9 @@ def load_file(path: Path, *, trust_pickle: bool = False) -> Any:
         raise CheckpointError(f"{path} is missing") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(refusal(path, error)) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # damage in a pickle can end in any
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{path} cannot be read: {reason}; get the checkpoint from its source again") from error
 
 
 def refusal(path: Path, error: Exception) -> str:
