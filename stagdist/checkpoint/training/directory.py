@@ -98,9 +98,7 @@ def _check_state(state: TrainingState, path: Path) -> None:
     counts = (state.step, state.consumed_samples, state.num_samples, state.bad_steps)
     sizes = all(type(size) is int and size > 0 for size in state.grid)
     if len(state.grid) != 3 or not sizes or math.prod(state.grid) > _MAX_RANKS:
-        raise CheckpointError(
-            f"{path}: grid is {list(state.grid)}; three sizes of 1 or more are needed, of {_MAX_RANKS} ranks at most"
-        )
+        raise CheckpointError(f"{path}: grid is {list(state.grid)}; three sizes of 1 to {_MAX_RANKS} ranks are needed")
     if not all(type(count) is int and count >= 0 for count in counts):
         raise CheckpointError(f"{path}: its counts are {list(counts)}; numbers of 0 or more are needed")
     for key in ("data_identity", "tokenizer"):
@@ -143,7 +141,7 @@ def read_complete(directory: Path) -> dict[str, FileRecord]:
         refuse_undownloaded(directory / COMPLETE)
         body: dict[str, Any] = json.loads((directory / COMPLETE).read_text())
         return {name: FileRecord(**record) for name, record in body["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory} is not a complete checkpoint: {COMPLETE}: {error}") from error
 
 
