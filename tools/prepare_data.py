@@ -21,11 +21,11 @@ examples:
     mpirun -n 64 --hostfile hosts python tools/prepare_data.py '/nfs/crawl/*.jsonl' --output /nfs/crawl_tokens \\
         --tokenizer /nfs/tokenizer
 
-Each document becomes one item that ends with the end-of-document token; documents are shuffled. The format is that of
-Megatron-LM and GPT-NeoX. Whatever the number of workers and ranks, the files are the same byte for byte. They are
-written under temporary names and renamed at the end: if PREFIX.idx exists, the corpus is complete. While it runs, the
-disk holds the tokens twice; memory grows by 28 bytes per document. Then set data.corpora to PREFIX in the
-configuration.
+Each document becomes one item: the special tokens that the tokenizer puts before a text, if it has any, the text, and
+the end-of-document token. Documents are shuffled. The format is that of Megatron-LM and GPT-NeoX. Whatever the number
+of workers and ranks, the files are the same byte for byte. They are written under temporary names and renamed at the
+end: if PREFIX.idx exists, the corpus is complete. While it runs, the disk holds the tokens twice; memory grows by 28
+bytes per document. Then set data.corpora to PREFIX in the configuration.
 """
 
 

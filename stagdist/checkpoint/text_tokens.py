@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import CheckpointError
 
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -29,12 +30,21 @@ class TextTokens:
     generation: dict[str, Any]
 
 
-def tokens_of(end_of_document: int) -> TextTokens:
-    """Special tokens for a tokenizer with one end token, which also pads the rows of a batch that have ended."""
+def tokens_of(end_of_document: int, begin: int | None = None, pad: int | None = None) -> TextTokens:
+    """Special tokens of a tokenizer. Without a token for padding the end token pads the rows that have ended."""
     return TextTokens(
-        {"bos_token_id": None, "eos_token_id": end_of_document},
-        {"eos_token_id": end_of_document, "pad_token_id": end_of_document},
+        {"bos_token_id": begin, "eos_token_id": end_of_document},
+        {"eos_token_id": end_of_document, "pad_token_id": end_of_document if pad is None else pad},
     )
+
+
+def tokens_of_tokenizer(tokenizer: Tokenizer) -> TextTokens:
+    """Special tokens of a model that was trained with a tokenizer.
+
+    Raises:
+        DataError: nothing says which token ends a document.
+    """
+    return tokens_of(tokenizer.end_of_document, next(iter(tokenizer.begin_ids), None), tokenizer.pad_id)
 
 
 def recorded_tokens(record: Any, path: Path) -> TextTokens | None:

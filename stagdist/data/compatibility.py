@@ -4,6 +4,7 @@ Needs no framework and no process group: the checks also run before ranks connec
 """
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -17,6 +18,8 @@ from stagdist.data.indexed import CorpusIndex, canonical_prefix, corpus_path, op
 from stagdist.data.tokenizer import BYTES, Tokenizer
 from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import ConfigError, DataError
+
+LOG = logging.getLogger(__name__)
 
 SPLIT_NAMES = ("train", "validation", "test")
 
@@ -79,6 +82,27 @@ def check_vocabulary(tokenizer: Tokenizer, place: str | Path, rows: int, directo
             f"model.resize_token_embeddings({needed}), then save_pretrained of model and tokenizer to a new directory"
         )
     raise DataError(f"the tokenizer {place} gives text or its end ids up to {needed - 1}, but {owner}; {remedy}")
+
+
+def documents_begin(data: DataConfig, tokenizer: Tokenizer) -> bool:
+    """Whether the training documents begin with the special tokens that the tokenizer puts before a text.
+
+    Corpora of other programs record nothing; their first document decides.
+    """
+    plan, begin = plan_splits(data)[0], tokenizer.begin_ids
+    found = {}
+    for corpus in () if plan is None or not begin else plan.corpora:
+        prefix = canonical_prefix(corpus.prefix)
+        description = read_description(prefix)
+        first = description.begin_of_document if description else open_index(prefix).first_tokens(len(begin))
+        found[prefix] = first == begin
+    if len(set(found.values())) == 2:
+        without = ", ".join(prefix for prefix, begins in found.items() if not begins)
+        LOG.warning(
+            "documents of %s do not begin with the special tokens that the tokenizer puts before a text, those of the "
+            "other corpora do; prepare them again for documents of one kind", without,
+        )  # fmt: skip
+    return any(found.values()) or not begin
 
 
 def check_data(

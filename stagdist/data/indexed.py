@@ -53,7 +53,11 @@ def canonical_prefix(prefix: str) -> str:
 
 @dataclass(frozen=True)
 class CorpusDescription:
-    """What PREFIX.json says about a corpus that stagdist prepared."""
+    """What PREFIX.json says about a corpus that stagdist prepared.
+
+    Attributes:
+        begin_of_document: special tokens that every document begins with; older corpora have none.
+    """
 
     documents: int
     tokens: int
@@ -66,6 +70,7 @@ class CorpusDescription:
     vocab_size: int
     end_of_document: int
     sources: tuple[str, ...]
+    begin_of_document: tuple[int, ...] = ()
 
     def to_json(self) -> str:
         """The file's content."""
@@ -83,11 +88,12 @@ def read_description(prefix: str) -> CorpusDescription | None:
         return None
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = CorpusDescription(**{**content, "sources": tuple(content["sources"])})
+        lists = {key: tuple(content.get(key, ())) for key in ("sources", "begin_of_document")}
+        found = CorpusDescription(**content | lists)
         if type(found.tokens) is not int or type(found.max_token) is not int:
             raise TypeError("tokens and max_token are not integers")
         return found
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"cannot read {path}: {error}; prepare the corpus again, or delete this file") from error
 
 
@@ -126,6 +132,11 @@ class CorpusIndex:
     def tokens(self) -> int:
         """Tokens of the corpus."""
         return int(self.lengths.sum(dtype=np.int64))
+
+    def first_tokens(self, count: int) -> tuple[int, ...]:
+        """The first token ids of the first document."""
+        count = min(count, int(self.lengths[0]))
+        return tuple(np.fromfile(corpus_path(self.prefix, ".bin"), self.dtype, count).tolist())
 
     def split_tokens(self, share: tuple[float, float]) -> int:
         """Tokens of the sequences between two shares of the corpus (cut as megatron-core cuts)."""

@@ -84,6 +84,11 @@ class Tokenizer:
             )
         return self._end_id
 
+    @property
+    def pad_id(self) -> int | None:
+        """Id of the token that pads texts in `transformers`, where its files name one."""
+        return None if self._origin is None else self._origin.pad_token_id
+
     def without_begin(self) -> "Tokenizer":
         """The same tokenizer, which adds no special tokens to a text: for a model whose documents began with none."""
         content = json.loads(self.to_json()) | {"post_processor": None}

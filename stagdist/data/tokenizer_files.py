@@ -18,6 +18,8 @@ JSON_FILE = "tokenizer.json"
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 """Files that say which tokens end, begin and pad a text."""
 
+_TOKEN_KEYS = {"content", "single_word", "lstrip", "rstrip", "normalized", "special", "__type"}
+
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.spm")
 """One of these is in every directory from which transformers loads a tokenizer."""
 
@@ -75,25 +77,55 @@ def _load(directory: Path, named: Path) -> Tokenizer:
         if end_token is not None:
             loaded.add_special_tokens({"eos_token": end_token})
     if end_token is not None and raw is not None and not _has_token(raw, configs, end_token):
-        raise DataError(f"{named}: eos_token is {end_token!r}, but its {JSON_FILE} has no such token")
-    return Tokenizer(loaded.backend_tokenizer.to_str(), end_token, origin=loaded)
+        raise DataError(
+            f"{named}: eos_token is {end_token!r}, but its {JSON_FILE} has no such token; correct one of them"
+        )
+    try:
+        return Tokenizer(loaded.backend_tokenizer.to_str(), end_token, origin=loaded)
+    except DataError as error:
+        raise DataError(f"{named}: {error}") from error
 
 
 def _raw(path: Path, named: Path) -> tokenizers.Tokenizer:
     """The content of a `tokenizer.json`, read without the files beside it; errors of transformers do not name it."""
     try:
-        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        raw = tokenizers.Tokenizer.from_str(text)
+        odd = sorted(_undefined_tokens(json.loads(text).get("post_processor")))
     except BaseException as error:
-        raise DataError(f"cannot read the tokenizer {_shown(path, named)}: {_reason(error)}") from error
+        raise DataError(f"cannot read the tokenizer {_shown(path, named)}: {_reason(error)}; restore it") from error
+    if odd:
+        raise DataError(
+            f"cannot read the tokenizer {_shown(path, named)}: its post_processor adds the token {odd[0]!r}, which its "
+            "special_tokens do not define; restore it"
+        )
+    return raw
+
+
+def _undefined_tokens(part: Any) -> set[str]:
+    """Tokens that a template adds without defining them; the library would end the process with a panic."""
+    if isinstance(part, list):
+        return {token for inner in part for token in _undefined_tokens(inner)}
+    if not isinstance(part, dict):
+        return set()
+    if part.get("type") != "TemplateProcessing":
+        return _undefined_tokens(list(part.values()))
+    pieces = (piece.get("SpecialToken") for key in ("single", "pair") for piece in part[key])
+    return {piece["id"] for piece in pieces if piece is not None} - part["special_tokens"].keys()
 
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot read the tokenizer {path}: {error}") from error
+        raise DataError(f"cannot read the tokenizer {path}: {error}; restore it") from error
     if not isinstance(body, dict):
-        raise DataError(f"cannot read the tokenizer {path}: it does not hold a JSON object")
+        raise DataError(f"cannot read the tokenizer {path}: it does not hold a JSON object; restore it")
+    nested = body.get("added_tokens_decoder")
+    for value in (*body.values(), *(nested.values() if isinstance(nested, dict) else ())):
+        # The library would print a warning of its own to standard output.
+        if isinstance(value, dict) and (_TOKEN_KEYS & value.keys()) and (odd := sorted(value.keys() - _TOKEN_KEYS)):
+            raise DataError(f"cannot read the tokenizer {path}: a token has the unknown key {odd[0]!r}; restore it")
     return body
 
 
@@ -142,7 +174,9 @@ def _load_with_transformers(directory: Path, named: Path) -> Any:
     except BaseException as error:
         files = ", ".join(name for name in (JSON_FILE, *CONFIG_FILES) if (directory / name).exists())
         of = f" ({files})" if files else ""
-        raise DataError(f"{named}: transformers cannot load the tokenizer{of}: {_reason(error)}") from error
+        raise DataError(
+            f"{named}: transformers cannot load the tokenizer{of}: {_reason(error)}; restore its files"
+        ) from error
     if getattr(loaded, "backend_tokenizer", None) is None:
         raise DataError(f"the tokenizer in {named} has no fast version; save it as {JSON_FILE}")
     return loaded

@@ -9,6 +9,7 @@ With a `stride` R below L, windows overlap: window `k` begins at `kR` and scores
 scored, so every token outside the first window has at least `L - R` tokens before it. That takes L / R times the work.
 """
 
+from codecs import BOM_UTF8
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ PAD_ID = 0
 
 
 def read_text(path: str | Path) -> str:
-    """The content of a text file, with its line ends unchanged.
+    """The content of a text file without a byte order mark, with its line ends unchanged.
 
     Raises:
         DataError: it is missing or not UTF-8.
@@ -37,11 +38,11 @@ def read_text(path: str | Path) -> str:
     try:
         if problem := not_downloaded(path, text=True):
             raise DataError(problem)
-        return Path(path).read_bytes().decode()
+        return Path(path).read_bytes().removeprefix(BOM_UTF8).decode()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 at byte {error.start}; convert it first") from error
+        raise DataError(f"{path} is not UTF-8 at byte {error.start}; convert it (iconv -t utf-8)") from error
 
 
 def score_text(

@@ -82,7 +82,7 @@ def score_file(
     window, stride = _checked(scoring, source.model)
     tokenizer = source_tokenizer(source, scoring.tokenizer)
     device = choose_device(scoring.device, int(os.environ.get("LOCAL_RANK", "0")))
-    ids = tokenizer.encode(content)
+    ids = [*tokenizer.begin_ids, *tokenizer.encode(content)]  # as a document of the training begins
     with world_groups(scoring.tensor_parallel_size, device, scoring.timeout_s) as groups:
         dtype = source.dtype if scoring.dtype is None else STORED_DTYPES[scoring.dtype]
         parallel = TensorParallel(groups.tensor, dtype)

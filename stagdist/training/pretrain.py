@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from stagdist.checkpoint.training.directory import TrainingState
 from stagdist.config.run_config import RunConfig
-from stagdist.data.compatibility import check_data, training_identity
+from stagdist.data.compatibility import check_data, documents_begin, training_identity
 from stagdist.data.corpus import Splits, build_splits
 from stagdist.data.loader import BatchPlan, Loader
 from stagdist.data.tokenizer import Tokenizer
@@ -83,6 +83,9 @@ def pretrain(
     signals = StopSignals()
     groups = start_distributed(grid, device, config.parallel.timeout_s, deterministic=config.training.deterministic)
     tokenizer = load_tokenizer(config.data.tokenizer)
+    begins = documents_begin(config.data, tokenizer)
+    if not begins:  # the published model is prompted and scored as it was trained
+        tokenizer = tokenizer.without_begin()
     identity = training_identity(config.data, tokenizer)
     checkpoint = _checkpoint_to_resume(config, groups)
     if checkpoint is not None:
@@ -98,6 +101,7 @@ def pretrain(
         loaded = _load(engine, checkpoint, config, groups, trust_pickle=trust_pickle)
         state = begun(loaded, config, identity, fingerprint)
         LOG.info("resumed from %s after %.1f s", checkpoint, time.monotonic() - started_at)
+    state = replace(state, documents_begin=begins)
     resumed_step = None if checkpoint is None else state.step
     reporter = Reporter(config, grid, rank=dist.get_rank(), device=device, resumed_step=resumed_step)
     run = _Run(config, groups, engine, tokenizer, splits, reporter)

@@ -14,7 +14,7 @@ from stagdist.checkpoint.convert.staging import ConversionOptions, put_in_place,
 from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
 from stagdist.checkpoint.published.safetensors_writer import tensor_sha256
-from stagdist.checkpoint.text_tokens import TextTokens
+from stagdist.checkpoint.text_tokens import TextTokens, tokens_of_tokenizer
 from stagdist.checkpoint.training.content import Track
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import Tokenizer
@@ -113,6 +113,7 @@ class _Export:
         tokens: TextTokens | None,
     ):
         self._final, self._staged, self._model, self._tokenizer = final, staged, model, tokenizer
+        tokens = tokens or tokens_of_tokenizer(tokenizer)
         self._writer = ModelDirectoryWriter(staged, model, dtype, tokenizer.end_of_document, tokens)
         self._given: dict[str, str] = {}
         self._failure: OSError | None = None

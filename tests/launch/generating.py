@@ -6,12 +6,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
+from stagdist.checkpoint.text_tokens import TextTokens, tokens_of_tokenizer
 from stagdist.config.parts import ModelConfig
-from stagdist.data.tokenizer import byte_tokenizer
+from stagdist.data.tokenizer import Tokenizer, byte_tokenizer
 from stagdist.parallel.layout import model_parameters
 from tests.launch.runs import BIN, ROOT, Forks, Launch, environment, mpirun
 from tests.ranks import free_port
@@ -21,10 +23,11 @@ GENERATE = ROOT / "launch" / "generate.py"
 Done = subprocess.CompletedProcess[bytes]
 
 
-def write_model(directory: Path, **keys: object) -> Path:
-    """A p=2 model on bytes with random weights."""
+def write_model(directory: Path, tokenizer: Tokenizer | None = None, **keys: Any) -> Path:
+    """A p=2 model with random weights, by default on bytes."""
+    tokenizer = tokenizer or byte_tokenizer()
     body = {
-        "vocab_size": 257,
+        "vocab_size": tokenizer.vocab_size,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_attention_heads": 2,
@@ -34,8 +37,8 @@ def write_model(directory: Path, **keys: object) -> Path:
     }
     model = ModelConfig(**body)  # type: ignore[arg-type]
     parameters = reference.random_parameters(body, 0, torch.float32, perturb=True)
-    tokenizer = byte_tokenizer()
-    with ModelDirectoryWriter(directory, model, torch.float32, tokenizer.end_of_document) as writer:
+    tokens = TextTokens({}, {}) if tokenizer.end_token is None else tokens_of_tokenizer(tokenizer)
+    with ModelDirectoryWriter(directory, model, torch.float32, 0, tokens) as writer:
         for spec in model_parameters(model):
             writer.add(spec.name, parameters[spec.name])
         tokenizer.save(writer.folder)

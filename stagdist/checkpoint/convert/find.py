@@ -149,13 +149,17 @@ def open_weights(path: str | Path, *, trust_pickle: bool = False) -> WeightSourc
 def source_tokenizer(source: WeightSource, given: str | None) -> Tokenizer:
     """Load the tokenizer of a source: the given one, else that of the model directory or of the configuration.
 
+    It puts no special tokens before a text if the documents of the training had none.
+
     Raises:
         ChangedTokenizerError: it is not the one that was written, or not the one of the training.
         CheckpointError: there is none.
         DataError: it gives text ids that the model lacks.
     """
+    begins = not isinstance(source, TrainingReader) or source.state.documents_begin
     if given is not None:
-        return _loaded(source, given)
+        tokenizer = _loaded(source, given)
+        return tokenizer if begins else tokenizer.without_begin()
     place = source.config.data.tokenizer if isinstance(source, TrainingReader) else str(source.directory)
     check_tokenizer(place, "; --tokenizer names another")
     tokenizer = _loaded(source, place)
@@ -166,7 +170,7 @@ def source_tokenizer(source: WeightSource, given: str | None) -> Tokenizer:
             f"{source.directory} was trained with another tokenizer than {place} holds now: its sha256 was "
             f"{before[:12]}, is {now[:12]}; restore it, or name one with --tokenizer"
         )
-    return tokenizer
+    return tokenizer if begins else tokenizer.without_begin()
 
 
 def _loaded(source: WeightSource, place: str) -> Tokenizer:

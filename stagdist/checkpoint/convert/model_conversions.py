@@ -23,6 +23,7 @@ from stagdist.checkpoint.convert.staging import (
 from stagdist.checkpoint.published.model_reader import ChangedTokenizerError, ModelReader
 from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
 from stagdist.checkpoint.published.safetensors_writer import tensor_sha256
+from stagdist.checkpoint.text_tokens import tokens_of_tokenizer
 from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.config.loading import differences
 from stagdist.config.parts import ModelConfig
@@ -145,7 +146,7 @@ def write_model(
     tokenizer = source_tokenizer(source, options.tokenizer)
     sums: dict[str, str] = {}
     with staged_folder(destination, "model", options) as staged:
-        tokens = source.tokens if options.tokenizer is None else None
+        tokens = (source.tokens if options.tokenizer is None else None) or tokens_of_tokenizer(tokenizer)
         with ModelDirectoryWriter(staged, model, source.dtype, tokenizer.end_of_document, tokens) as writer:
             for spec in options.track(model_parameters(model), "writing"):
                 tensor = weight(spec)

@@ -97,7 +97,7 @@ def import_model(
     # The special tokens are ids of the tokenizer of the directory, so another tokenizer needs others.
     tokens = weights.tokens if options.tokenizer is None and tokenizer is not None else None
     sizes = (grid.pipe, grid.data, grid.tensor)
-    state = TrainingState(0, 0, 0, sizes, tokenizer=fingerprint, text_tokens=tokens)
+    state = TrainingState(0, 0, 0, sizes, tokenizer=fingerprint, documents_begin=True, text_tokens=tokens)
     final = training_destination(Path(destination), 0)
     others = [path for path in candidates(final.parent) if path != final]
     if others:

@@ -51,6 +51,8 @@ class TrainingState:
         bad_steps: steps skipped because of values that were not finite.
         data_identity: hash of the training corpora and the tokenizer.
         tokenizer: fingerprint of the tokenizer; empty if it is unknown.
+        documents_begin: the training documents begin with the special tokens that the tokenizer puts before a text, or
+            it has none; False for checkpoints that were written before this was recorded.
         text_tokens: special tokens of the imported model directory; None where only the tokenizer defines them.
         format_version: version of `state.json`.
     """
@@ -62,6 +64,7 @@ class TrainingState:
     bad_steps: int = 0
     data_identity: str = ""
     tokenizer: str = ""
+    documents_begin: bool = False
     text_tokens: TextTokens | None = None
     format_version: int = 1
 
@@ -104,6 +107,8 @@ def _check_state(state: TrainingState, path: Path) -> None:
     for key in ("data_identity", "tokenizer"):
         if not isinstance(getattr(state, key), str):
             raise CheckpointError(f"{path}: {key} is {getattr(state, key)!r}; a string is needed")
+    if not isinstance(state.documents_begin, bool):
+        raise CheckpointError(f"{path}: documents_begin is {state.documents_begin!r}; true or false is needed")
     if state.format_version != 1:
         raise CheckpointError(f"{path}: format_version is {state.format_version!r}; this release reads 1")
 

@@ -260,6 +260,7 @@ def _describe(
         vocab_size=tokenizer.vocab_size,
         end_of_document=tokenizer.end_of_document,
         sources=tuple(inputs),
+        begin_of_document=tokenizer.begin_ids,
     )
 
 

@@ -188,6 +188,7 @@ class Answers:
             "text": "".join(output.text for output in outputs),
             "token_ids": [token for output in outputs for token in output.token_ids],
             "prompt_tokens": len(answer.request.prompt_ids),
+            "prompt_token_ids": list(answer.request.prompt_ids),
             "finish_reason": answer.finish,
             "seed": answer.request.params.seed,
             "time_to_first_token_s": outputs[-1].time_to_first_token_s,

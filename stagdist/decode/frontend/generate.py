@@ -98,9 +98,7 @@ class Generation:
         check_vocabulary(self._tokenizer, model, self._reader.model.vocab_size, model)
         self._encoding = encoding or PromptEncoding()
         if self._encoding.chat and not self._tokenizer.has_chat_template:
-            raise ConfigError(
-                f"--chat needs a chat template, and the tokenizer of {model} has none; give plain prompts"
-            )
+            raise ConfigError(f"--chat needs a chat template, and {model} has none; leave --chat out")
         self._end_tokens = _end_tokens(model, self._tokenizer)
         if prompts_file is not None:
             check_prompts_file(prompts_file)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,6 @@ SAMPLING_FIELDS = tuple(entry.name for entry in dataclasses.fields(SamplingParam
 KINDS = ("prompt", "prompt_ids", "messages")
 FIELDS = (*KINDS, "id", *SAMPLING_FIELDS)
 """Keys of an object in a .jsonl file of prompts."""
-
-
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ def make_request(
 def _without_mark(lines: Iterable[bytes]) -> Iterator[bytes]:
     """Lines without the byte order mark that some editors write before the first."""
     for index, line in enumerate(lines):
-        yield line if index else line.removeprefix(BYTE_ORDER_MARK)
+        yield line if index else line.removeprefix(BOM_UTF8)
 
 
 def _line_text(line: bytes, place: str) -> str:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.gpu.checks.environment import ROOT
 from tests.gpu.checks.setting import Numbers, Setting
@@ -16,7 +17,12 @@ from tests.launch.generating import write_model
 COMMAND_S = {True: 50.0, False: 100.0}
 """Limit of a command, on a GPU and in a rehearsal."""
 PROMPTS = ["def main(", "import os", "for line in", "class A:", "return", "x = [1, 2"]
-SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "section_layers": [4, 4]}
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "section_layers": [4, 4],
+}
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 INTERRUPTED = 130
 

@@ -1,0 +1,100 @@
+"""Tokenizers of published models mean here what they mean in `transformers`, also after they were saved."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stagdist.data.tokenizer import Tokenizer
+from stagdist.data.tokenizer_files import load_tokenizer
+from stagdist.errors import DataError
+from tests.data.foreign_tokenizers import KINDS, make
+
+PROMPTS = [
+    "", " ", "def main(", "  the cat\n\n the  dog", "é 日本 👍 \u2028 \x00", "the</s> <s>cat<|stop|>",
+    "<tool> a<|fim|>b    c",
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>", "[INST] the cat [/INST] <|endoftext|>",
+]  # fmt: skip
+CHAT = [{"role": "user", "content": "the cat </s> "}, {"role": "assistant", "content": "sat"},
+        {"role": "user", "content": "é?"}]  # fmt: skip
+
+
+@pytest.fixture(params=KINDS)
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Tokenizer]:
+    """The tokenizer of transformers and ours, of one directory."""
+    return _pair(make(request.param, tmp_path / request.param))
+
+
+def _pair(folder: Path) -> tuple[Any, Tokenizer]:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder)), load_tokenizer(folder)
+
+
+def assert_same(theirs: Any, ours: Tokenizer) -> None:
+    """The same ids for prompts and conversations, and the same tokens around a text."""
+    for text in PROMPTS:
+        for added in (True, False):
+            plain = theirs(text, add_special_tokens=added, split_special_tokens=True)["input_ids"]
+            parsed = theirs(text, add_special_tokens=added, split_special_tokens=False)["input_ids"]
+            assert ours.encode_prompt(text, add_special_tokens=added) == plain, text
+            assert ours.encode_prompt(text, add_special_tokens=added, parse_special=True) == parsed, text
+            assert added or ours.encode(text) == plain
+    assert ours.end_token == theirs.eos_token
+    assert ours.has_chat_template == (theirs.chat_template is not None)
+    if ours.has_chat_template:
+        expected = theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+        assert ours.encode_chat(CHAT) == expected and len(expected) > 10
+
+
+def test_prompts_and_conversations_have_the_ids_of_transformers(pair: tuple[Any, Tokenizer]) -> None:
+    assert_same(*pair)
+
+
+def test_a_saved_tokenizer_has_lost_nothing(pair: tuple[Any, Tokenizer], tmp_path: Path) -> None:
+    theirs, ours = pair
+    ours.save(tmp_path / "saved")
+    again, loaded = _pair(tmp_path / "saved")
+    assert again.special_tokens_map == theirs.special_tokens_map
+    assert again.chat_template == theirs.chat_template
+    assert loaded.fingerprint == ours.fingerprint and loaded.begin_ids == ours.begin_ids
+    assert_same(again, loaded)
+    assert_same(theirs, loaded)
+
+
+def test_documents_begin_as_the_tokenizer_begins_a_text(pair: tuple[Any, Tokenizer]) -> None:
+    theirs, ours = pair
+    begins = list(ours.begin_ids)
+    assert begins == ([theirs.bos_token_id] if theirs("a")["input_ids"][0] == theirs.bos_token_id else [])
+    if ours.end_token is None:
+        with pytest.raises(DataError, match="set `eos_token` in the tokenizer_config.json"):
+            ours.encode_arrays(["a"], np.uint16)
+        return
+    (document,) = ours.encode_arrays(["the cat"], np.uint16)
+    assert document.tolist() == [*begins, *ours.encode("the cat"), theirs.eos_token_id]
+
+
+def test_without_begin_nothing_is_added_here_and_in_transformers(pair: tuple[Any, Tokenizer], tmp_path: Path) -> None:
+    theirs, ours = pair
+    bare = ours.without_begin()
+    assert bare.begin_ids == () and bare.encode_prompt("the cat") == ours.encode("the cat")
+    bare.save(tmp_path / "bare")
+    again, loaded = _pair(tmp_path / "bare")
+    assert again("the cat")["input_ids"] == loaded.encode_prompt("the cat") == ours.encode("the cat")
+    assert again.bos_token == theirs.bos_token and bare.fingerprint == ours.fingerprint
+    assert load_tokenizer(tmp_path / next(iter(KINDS.keys() & {p.name for p in tmp_path.iterdir()}))).begin_ids == (
+        ours.begin_ids
+    )
+
+
+@pytest.mark.parametrize(("content", "package"), [(None, "sentencepiece"), (b"IQ== 0\nIg== 1\n", "tiktoken")])
+def test_a_missing_package_is_named(
+    content: bytes | None, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make("sentencepiece_model", tmp_path / "model")
+    if content is not None:
+        (folder / "tokenizer.model").write_bytes(content)
+    monkeypatch.setattr("stagdist.data.tokenizer_files.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=f"tokenizer.model needs the package {package}: pip install {package}$"):
+        load_tokenizer(folder)
