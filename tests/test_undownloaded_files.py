@@ -62,6 +62,12 @@ def test_a_file_of_a_tokenizer(tmp_path: Path, name: str) -> None:
     assert f"{tmp_path / name} is a git-lfs pointer" in message(lambda: load_tokenizer(tmp_path))
 
 
+def test_a_tokenizer_needs_no_file_that_is_not_read(tmp_path: Path) -> None:
+    byte_tokenizer().save(tmp_path)
+    (tmp_path / "tokenizer.model").write_text(POINTER)
+    assert load_tokenizer(tmp_path).is_bytes
+
+
 def test_a_file_of_a_training_checkpoint(tmp_path: Path) -> None:
     folder = training_checkpoint(tmp_path / "run", {})
     names = [path.name for path in folder.iterdir()]

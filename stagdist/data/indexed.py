@@ -7,6 +7,7 @@ alone, so preparing and checking corpora does not import a framework; reading fo
 
 import hashlib
 import json
+import logging
 import os
 import struct
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ import numpy as np
 
 from stagdist.errors import DataError
 from stagdist.files import locked, not_downloaded, writing
+
+LOG = logging.getLogger(__name__)
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -170,6 +173,7 @@ class CorpusIndex:
             cache.mkdir(parents=True, exist_ok=True)
             with locked(cache / ".token_range.lock", timeout_s=-1):
                 if (known := _recorded_range(record)) is None:
+                    LOG.info("reading %s.bin for ids outside the vocabulary, once", self.prefix)
                     blocks = [(int(block.min()), int(block.max())) for _, block in self._blocks()]
                     known = min(low for low, _ in blocks), max(high for _, high in blocks)
                     with writing(record) as stream:
@@ -211,7 +215,7 @@ def open_index(prefix: str) -> CorpusIndex:
     if missing:
         raise DataError(f"corpus {prefix} does not exist: no {' and no '.join(missing)}; {_missing_remedy(prefix)}")
     for path in (index_path, token_path):
-        if path.stat().st_size and (problem := not_downloaded(path)):
+        if problem := not_downloaded(path, text=path == token_path):  # tokens may be bytes of HTML
             raise DataError(problem)
     index, pointers, boundaries = _read_index(prefix, index_path)
     itemsize = np.dtype(index.dtype).itemsize

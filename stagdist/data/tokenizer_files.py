@@ -52,18 +52,18 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 def holds_tokenizer(directory: Path) -> bool:
     """Whether a directory contains files of a tokenizer, loadable or not."""
-    return any(_files(directory))
-
-
-def _files(directory: Path) -> Iterator[Path]:
-    return (file for pattern in _TOKENIZER_FILES for file in directory.glob(pattern) if file.is_file())
+    return any(file for pattern in _TOKENIZER_FILES for file in directory.glob(pattern))
 
 
 def _load(directory: Path, named: Path) -> Tokenizer:
     """Load from a directory; `named` is the path for messages."""
     if not holds_tokenizer(directory):
         raise DataError(f"{named} holds no {JSON_FILE} nor any other tokenizer")
-    if problem := next(filter(None, (not_downloaded(_shown(file, named)) for file in _files(directory))), None):
+    if (directory / JSON_FILE).exists():
+        read = [file for name in (JSON_FILE, *CONFIG_FILES) if (file := directory / name).is_file()]
+    else:
+        read = [file for pattern in _TOKENIZER_FILES for file in directory.glob(pattern) if file.is_file()]
+    if problem := next(filter(None, (not_downloaded(_shown(file, named)) for file in read)), None):
         raise DataError(problem)
     raw = _raw(directory / JSON_FILE, named) if (directory / JSON_FILE).exists() else None
     configs = [_json_object(directory / name) for name in CONFIG_FILES if (directory / name).exists()]

@@ -94,7 +94,10 @@ def test_a_file_that_was_not_downloaded_is_named(tmp_path: Path, ending: str) ->
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 720\n")
     assert refused(data) == f"{path} is a git-lfs pointer, not the file: run git lfs pull in its directory"
     path.write_text("\n<!DOCTYPE HTML><html>")
-    assert f"{path} begins with <!DOCTYPE html: it is a web page" in refused(data)
+    problem = "begins with <!DOCTYPE html: it is a web page" if ending == ".idx" else "is cut short"
+    assert f"{path} {problem}" in refused(data)
+    write_foreign(tmp_path / "c", [list(b"<!doctype html>") * 9], np.uint8)
+    check_data(DataConfig(**data | {"split": [1, 0, 0]}), sequence_length=LENGTH, vocab_size=300)  # type: ignore[arg-type]
 
 
 def test_ids_that_the_tokenizer_lacks_are_trained_and_evaluated(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import torch
 
 from stagdist.checkpoint.published.model_json import read_body
 from stagdist.checkpoint.published.model_reader import ModelReader, check_tokenizer
+from stagdist.data.compatibility import check_vocabulary
+from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import CheckpointError
 
 _ADAPTER = "adapter_config.json"
@@ -25,6 +27,7 @@ def load_with_transformers(directory: str | Path, dtype: torch.dtype | str = "au
     Raises:
         CheckpointError: this is no model directory, it was changed, or it does not load completely; the message names
             the tensor.
+        DataError: its tokenizer cannot be loaded, or gives ids that the model lacks.
     """
     from transformers import AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
 
@@ -33,6 +36,7 @@ def load_with_transformers(directory: str | Path, dtype: torch.dtype | str = "au
     source = ModelReader(directory)
     source.check()
     check_tokenizer(source.directory)
+    check_vocabulary(load_tokenizer(directory), directory, source.model.vocab_size, source.directory)
     if (source.directory / _ADAPTER).exists():
         raise CheckpointError(f"{directory} holds {_ADAPTER}, an adapter to another model; remove it")
     kinds: dict[str, Any] = {
