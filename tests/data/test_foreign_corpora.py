@@ -2,6 +2,7 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,11 @@ def test_a_foreign_corpus_is_read_once(tmp_path: Path, monkeypatch: pytest.Monke
     record.write_text("[")
     check_data(data, sequence_length=LENGTH, vocab_size=300)
     assert len(reads) == 2, "a damaged record is written again"
+    record.unlink()
+    with ThreadPoolExecutor(8) as ranks:
+        for verdict in [ranks.submit(check_data, data, sequence_length=LENGTH, vocab_size=300) for _ in range(8)]:
+            verdict.result()
+    assert len(reads) == 3, "of several ranks one reads, and the others wait"
     tokens = np.fromfile(tmp_path / "c.bin", np.uint16)
     tokens[100] = 301
     tokens.tofile(tmp_path / "c.bin")
