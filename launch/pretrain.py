@@ -50,9 +50,12 @@ def main() -> int:
     try:
         arguments = pretrain_arguments()
         if arguments.dry_run:
+            from stagdist.data.compatibility import problems_on_this_machine
             from stagdist.planning.dry_run import dry_run
 
-            text, code = dry_run(arguments.config, arguments.set, arguments.world_size)
+            text, code = dry_run(
+                arguments.config, arguments.set, arguments.world_size, data_problems=problems_on_this_machine
+            )
             print(text, end="")
             return code
         return run(arguments)

@@ -1,4 +1,4 @@
-"""Files written at once or not at all, hashes of files, and locks between processes."""
+"""Files written at once or not at all, hashes of files, locks between processes, and what failed downloads leave."""
 
 import hashlib
 import os
@@ -22,6 +22,26 @@ class FileRecord:
 
     size: int
     sha256: str
+
+
+def not_downloaded(path: str | Path, *, text: bool = False) -> str | None:
+    """The problem of a file that is not there although its name is, with the remedy; None if it looks like the file.
+
+    Args:
+        text: the file is text of any kind, which may be empty or HTML.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with Path(path).open("rb") as stream:
+        head = stream.read(64)
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return f"{path} is a git-lfs pointer, not the file: run git lfs pull in its directory"
+    if not head and not text:
+        return f"{path} is empty (0 bytes), its download or copy did not finish; get it again"
+    if head.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith((b"<!doctype html", b"<html")) and not text:
+        return f"{path} begins with <!DOCTYPE html: it is a web page, not the file; log in if needed, get it again"
+    return None
 
 
 def file_record(path: Path, *, sync: bool = False) -> FileRecord:

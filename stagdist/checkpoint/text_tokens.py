@@ -70,8 +70,11 @@ def recorded_tokens(record: Any, path: Path) -> TextTokens | None:
     return TextTokens(**record)
 
 
-def check_tokens(held: Mapping[str, Any], where: str) -> None:
+def check_tokens(held: Mapping[str, Any], where: str, rows: int | None = None) -> None:
     """Check the values of `TOKEN_KEYS`.
+
+    Args:
+        rows: number of ids that the model has; None does not compare with it. Old directories write -1 for none.
 
     Raises:
         CheckpointError: a value is not a token id, a list of them or null (the message names the key), or the nesting
@@ -83,6 +86,11 @@ def check_tokens(held: Mapping[str, Any], where: str) -> None:
         if not _is_token(held.get(key)):
             raise CheckpointError(
                 f"{where}: {key} is {reprlib.repr(held[key])}; it must be a token id, a list of them or null"
+            )
+        several = held[key] if isinstance(held.get(key), list) else [held.get(key)]
+        if rows is not None and (outside := [one for one in several if one is not None and not -1 <= one < rows]):
+            raise CheckpointError(
+                f"{where}: {key} has {outside[0]}, but the model has the ids 0 to {rows - 1}; correct it, or remove it"
             )
 
 

@@ -16,6 +16,7 @@ from stagdist.config.parts import ModelConfig
 from stagdist.config.run_config import RunConfig
 from stagdist.config.schema import meaning, unknown_keys
 from stagdist.errors import ConfigError
+from stagdist.files import not_downloaded
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -129,6 +130,8 @@ def _parse_yaml(text: str, origin: str) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
+        if problem := not_downloaded(path, text=True):
+            raise ConfigError(problem)
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration file {path}; see configs/ for files to start from") from None

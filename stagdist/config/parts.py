@@ -33,7 +33,7 @@ class RopeScaling(ConfigPart):
 class ModelConfig(ConfigPart):
     """Shape of the model: a Llama divided into sections."""
 
-    vocab_size: Positive = Field(..., description="Rows of the embedding; at least the tokenizer's vocabulary.")
+    vocab_size: Positive = Field(..., description="Rows of the embedding; one for each id that a text can have.")
     hidden_size: Positive = Field(..., description="Width of the residual stream.")
     intermediate_size: Positive = Field(..., description="Width inside the SwiGLU.")
     num_attention_heads: Positive = Field(..., description="Query heads of every attention.")

@@ -13,16 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from stagdist.config.parts import CorpusConfig, DataConfig
-from stagdist.data.indexed import CorpusIndex, canonical_prefix, open_index, read_description
-from stagdist.data.tokenizer import Tokenizer
+from stagdist.config.run_config import RunConfig
+from stagdist.data.indexed import CorpusIndex, canonical_prefix, corpus_path, open_index, read_description
+from stagdist.data.tokenizer import BYTES, Tokenizer
 from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import ConfigError, DataError
 
 LOG = logging.getLogger(__name__)
 
 SPLIT_NAMES = ("train", "validation", "test")
-SCANNED_TOKENS = 64 << 20
-"""Tokens of a foreign corpus that are checked for ids outside the vocabulary."""
 
 _LARGEST_SEED = 2**32 - 1
 
@@ -56,6 +55,33 @@ def training_identity(data: DataConfig, tokenizer: Tokenizer) -> str:
     corpora = () if plan is None else plan.corpora
     parts = [open_index(canonical_prefix(corpus.prefix)).identity() for corpus in corpora]
     return hashlib.sha256("/".join([*parts, tokenizer.fingerprint]).encode()).hexdigest()[:16]
+
+
+def check_vocabulary(tokenizer: Tokenizer, place: str | Path, rows: int, directory: Path | None = None) -> None:
+    """Refuse a tokenizer that can give a text, or its end, ids for which the embedding has no row.
+
+    Special tokens beyond the rows are accepted, because no text has them; so are rows without tokens.
+
+    Args:
+        place: where the tokenizer was loaded from, for the message.
+        rows: rows of the embedding.
+        directory: holds the embedding; None for that of a new run.
+
+    Raises:
+        DataError: there is such an id.
+    """
+    needed = tokenizer.text_vocab_size
+    if needed <= rows:
+        return
+    if directory is None:
+        owner, remedy = f"model.vocab_size is {rows}", f"raise model.vocab_size to {needed} or more"
+    else:
+        owner = f"the weights in {directory} have {rows} rows"
+        remedy = (
+            "use the tokenizer that belongs to the model, or add rows with transformers: "
+            f"model.resize_token_embeddings({needed}), then save_pretrained of model and tokenizer to a new directory"
+        )
+    raise DataError(f"the tokenizer {place} gives text or its end ids up to {needed - 1}, but {owner}; {remedy}")
 
 
 def documents_begin(data: DataConfig, tokenizer: Tokenizer) -> bool:
@@ -96,8 +122,9 @@ def check_data(
         tokenizer: the tokenizer of `data` if it is already loaded.
 
     Raises:
-        ConfigError: no corpus is configured, or the tokenizer's vocabulary is larger than the embedding.
-        DataError: a corpus is missing, damaged, empty, shorter than a sequence, or made by another tokenizer.
+        ConfigError: no corpus is configured.
+        DataError: a corpus is missing, damaged, empty, shorter than a sequence, made by another tokenizer, or has ids
+            that the embedding lacks; the tokenizer has such ids.
     """
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
     plans = plan_splits(data)
@@ -105,11 +132,8 @@ def check_data(
         raise ConfigError("no corpus: set data.corpora (or data.train_corpora) to the PREFIX of a .bin/.idx pair")
     if data.seed > _LARGEST_SEED:
         raise ConfigError(f"data.seed is {data.seed}, at most {_LARGEST_SEED} is possible")
-    if tokenizer.vocab_size > vocab_size:
-        raise ConfigError(
-            f"the vocabulary of data.tokenizer {data.tokenizer} ({tokenizer.vocab_size} tokens) is larger than "
-            f"model.vocab_size {vocab_size}; raise model.vocab_size to {tokenizer.vocab_size} or more"
-        )
+    check_vocabulary(tokenizer, data.tokenizer, vocab_size)
+    _check_cache(cache_directory(data))
     opened: dict[str, CorpusIndex] = {}
     for name, plan, wanted in zip(SPLIT_NAMES, plans, num_samples, strict=True):
         for corpus in plan.corpora if plan is not None else ():
@@ -119,8 +143,24 @@ def check_data(
                 _check_tokens(opened[prefix], data, tokenizer, vocab_size)
             if plan is not None and wanted:
                 _check_length(opened[prefix], name, plan, sequence_length)
-    _check_cache(cache_directory(data))
     return opened
+
+
+def problems_on_this_machine(config: RunConfig) -> list[str]:
+    """Why the data cannot train the model, for a dry run. Files that are absent may be on the hosts of the run."""
+    data = config.data
+    corpora = (*data.corpora, *data.train_corpora, *data.validation_corpora, *data.test_corpora)
+    files = [corpus_path(corpus.prefix, ending) for corpus in corpora for ending in (".bin", ".idx")]
+    try:
+        if data.tokenizer != BYTES and not Path(data.tokenizer).exists():
+            return []
+        tokenizer, rows = load_tokenizer(data.tokenizer), config.model.vocab_size
+        check_vocabulary(tokenizer, data.tokenizer, rows)
+        if files and all(path.exists() for path in files):
+            check_data(data, sequence_length=config.sequence_length, vocab_size=rows, tokenizer=tokenizer)
+    except (ConfigError, DataError) as error:
+        return [str(error)]
+    return []
 
 
 def _check_tokens(index: CorpusIndex, data: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -138,13 +178,28 @@ def _check_tokens(index: CorpusIndex, data: DataConfig, tokenizer: Tokenizer, vo
             f"data.tokenizer {data.tokenizer} ({tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}); "
             "set data.tokenizer to that one, or prepare the corpus again"
         )
-    if description is None and np.iinfo(index.dtype).max < vocab_size:
+    limits = np.iinfo(index.dtype)
+    if description is not None:  # recorded while these tokens were written
+        smallest, largest = 0, description.max_token
+    elif limits.min < 0 or limits.max >= vocab_size:
+        smallest, largest = index.token_range(cache_directory(data))
+    else:
         return
-    largest = description.max_token if description is not None else index.largest_token(SCANNED_TOKENS)
-    if largest >= vocab_size:
+    if smallest < 0:
+        position = index.first_outside(np.iinfo(np.int64).max)
         raise DataError(
-            f"corpus {index.prefix} holds token id {largest}, but model.vocab_size is {vocab_size}; "
-            f"raise model.vocab_size to at least {largest + 1}, or use the corpus's own tokenizer"
+            f"corpus {index.prefix} holds token id {smallest}; ids are 0 or more, and the one at position {position} "
+            f"is not. Write the corpus again: with a wider type than {np.dtype(index.dtype).name} if its ids did not "
+            "fit and wrapped, without the marks if -1 or -100 marks padding"
+        )
+    if largest >= vocab_size:
+        position = index.first_outside(vocab_size)
+        if position < 0:
+            raise DataError(f"{index.prefix}.json says max_token {largest}, but it is not there; prepare it again")
+        raise DataError(
+            f"corpus {index.prefix} holds token id {largest}, but model.vocab_size is {vocab_size} (first such id at "
+            f"position {position}); raise model.vocab_size to at least {largest + 1}, or use "
+            "the corpus's own tokenizer"
         )
 
 

@@ -7,8 +7,10 @@ alone, so preparing and checking corpora does not import a framework; reading fo
 
 import hashlib
 import json
+import logging
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +18,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from stagdist.errors import DataError
+from stagdist.files import locked, not_downloaded, writing
+
+LOG = logging.getLogger(__name__)
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -29,6 +34,8 @@ _DTYPES: dict[int, type[np.integer[Any]]] = {
 }
 _SAMPLED_BYTES = 1 << 16
 _WRITE_STEP = 1 << 20
+_SCAN_STEP = 1 << 20
+_AGAIN = "copy or prepare the corpus again"
 
 
 def token_dtype(vocab_size: int) -> type[np.generic]:
@@ -85,8 +92,11 @@ def read_description(prefix: str) -> CorpusDescription | None:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         lists = {key: tuple(content.get(key, ())) for key in ("sources", "begin_of_document")}
-        return CorpusDescription(**content | lists)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        found = CorpusDescription(**content | lists)
+        if type(found.tokens) is not int or type(found.max_token) is not int:
+            raise TypeError("tokens and max_token are not integers")
+        return found
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"cannot read {path}: {error}; prepare the corpus again, or delete this file") from error
 
 
@@ -149,13 +159,49 @@ class CorpusIndex:
                 digest.update(stream.read(_SAMPLED_BYTES))
         return digest.hexdigest()[:16]
 
-    def largest_token(self, limit: int) -> int:
-        """Largest token id among at most `limit` tokens, taken in blocks spread evenly over the corpus."""
+    def token_range(self, cache: Path) -> tuple[int, int]:
+        """Smallest and largest token id. All tokens are read once; the result is kept in `cache` until they change.
+
+        Of several processes that ask at the same time, one reads the tokens and the others wait.
+
+        Raises:
+            DataError: nothing can be written to `cache`.
+        """
+        changed = corpus_path(self.prefix, ".bin").stat().st_mtime_ns
+        record = cache / f"token_range_{self.identity()}_{changed}.json"
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with locked(cache / ".token_range.lock", timeout_s=-1):
+                if (known := _recorded_range(record)) is None:
+                    LOG.info("reading %s.bin for ids outside the vocabulary, once", self.prefix)
+                    blocks = [(int(block.min()), int(block.max())) for _, block in self._blocks()]
+                    known = min(low for low, _ in blocks), max(high for _, high in blocks)
+                    with writing(record) as stream:
+                        json.dump(known, stream)
+        except OSError as error:
+            raise DataError(f"cannot write {record}: {error}; set data.cache_directory") from error
+        return known
+
+    def first_outside(self, vocab_size: int) -> int:
+        """Position of the first token id that is negative or not below `vocab_size`; -1 if there is none."""
+        for start, block in self._blocks():
+            outside = (block < 0) | (block >= vocab_size)
+            if outside.any():
+                return start + int(outside.argmax())
+        return -1
+
+    def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """All tokens, a few MiB at a time, each with the position of its first token."""
         tokens = np.memmap(corpus_path(self.prefix, ".bin"), dtype=self.dtype, mode="r")
-        block = 1 << 20
-        count = -(-len(tokens) // block)
-        blocks = np.unique(np.linspace(0, count - 1, min(count, max(1, limit // block))).astype(np.int64))
-        return max(int(tokens[index * block : (index + 1) * block].max()) for index in blocks)
+        return ((start, tokens[start : start + _SCAN_STEP]) for start in range(0, len(tokens), _SCAN_STEP))
+
+
+def _recorded_range(record: Path) -> tuple[int, int] | None:
+    try:
+        low, high = map(int, json.loads(record.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    return low, high
 
 
 def open_index(prefix: str) -> CorpusIndex:
@@ -168,29 +214,51 @@ def open_index(prefix: str) -> CorpusIndex:
     missing = [str(path) for path in (index_path, token_path) if not path.is_file()]
     if missing:
         raise DataError(f"corpus {prefix} does not exist: no {' and no '.join(missing)}; {_missing_remedy(prefix)}")
-    size = index_path.stat().st_size
-    with index_path.open("rb") as stream:
-        header = stream.read(_HEADER.size)
-    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-        raise DataError(f"{index_path} is not an index of Megatron-LM's format (mmap); prepare the corpus again")
-    _, version, code, sequences, boundaries = _HEADER.unpack(header)
-    if version != 1 or code not in _DTYPES:
-        raise DataError(f"{index_path} has version {version} and token type {code}; only integer corpora of version 1")
-    if size < _HEADER.size + 12 * sequences + 8 * boundaries:
-        raise DataError(f"{index_path} is cut short ({size} bytes for {sequences} sequences); prepare the corpus again")
-    if sequences == 0:
-        raise DataError(f"corpus {prefix} is empty: it holds no document; prepare it again from files with text")
-    lengths = np.memmap(index_path, dtype=np.int32, mode="r", offset=_HEADER.size, shape=(sequences,))
-    index = CorpusIndex(prefix, _DTYPES[code], lengths, max(0, boundaries - 1))
-    expected = index.tokens * np.dtype(index.dtype).itemsize
-    if token_path.stat().st_size < expected:
-        raise DataError(
-            f"{token_path} is cut short: {token_path.stat().st_size} bytes, its index says {expected}; "
-            "copy or prepare the corpus again"
-        )
+    for path in (index_path, token_path):
+        if problem := not_downloaded(path, text=path == token_path):  # tokens may be bytes of HTML
+            raise DataError(problem)
+    index, pointers, boundaries = _read_index(prefix, index_path)
+    itemsize = np.dtype(index.dtype).itemsize
+    expected = index.tokens * itemsize
+    if token_path.stat().st_size != expected:
+        fault = "is cut short" if token_path.stat().st_size < expected else "does not belong to its index"
+        raise DataError(f"{token_path} {fault}: {token_path.stat().st_size} bytes, its index says {expected}; {_AGAIN}")
     if expected == 0:
         raise DataError(f"corpus {prefix} is empty: it holds no token; prepare it again from files with text")
+    fits = int(pointers[0]) == 0 and int(boundaries[0]) == 0 and int(boundaries[-1]) == len(index.lengths)
+    for start in range(0, len(index.lengths), _WRITE_STEP):
+        part = pointers[start : start + _WRITE_STEP + 1]
+        fits &= np.array_equal(np.diff(part), index.lengths[start : start + len(part) - 1] * np.int64(itemsize))
+    for start in range(0, len(boundaries), _WRITE_STEP):
+        fits &= bool((np.diff(boundaries[start : start + _WRITE_STEP + 1]) >= 0).all())
+    if not fits:
+        raise DataError(f"{index_path} is damaged: its positions do not follow from its lengths; {_AGAIN}")
     return index
+
+
+def _read_index(prefix: str, path: Path) -> tuple[CorpusIndex, np.ndarray, np.ndarray]:
+    """An index, with the first byte of each sequence, int64 [sequences], and the boundaries of documents, int64."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        header = stream.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+        raise DataError(f"{path} is not an index of Megatron-LM's format (mmap); {_AGAIN}")
+    _, version, code, sequences, boundaries = _HEADER.unpack(header)
+    if version != 1 or code not in _DTYPES:
+        raise DataError(f"{path} has version {version} and token type {code}; only integer corpora of version 1")
+    expected = _HEADER.size + 12 * sequences + 8 * boundaries
+    if size not in (expected, expected + sequences):  # Megatron-LM appends a byte of each sequence of images or text
+        fault = "is cut short" if size < expected else "is damaged"
+        raise DataError(f"{path} {fault} ({size} bytes for {sequences} sequences); {_AGAIN}")
+    if sequences == 0 or boundaries == 0:
+        raise DataError(f"corpus {prefix} is empty: it holds no document; prepare it again from files with text")
+    content = np.memmap(path, np.uint8, mode="r", offset=_HEADER.size)
+    lengths = content[: 4 * sequences].view(np.int32)
+    if int(lengths.min()) < 0:
+        raise DataError(f"{path} is damaged: the length of a sequence is {lengths.min()}; {_AGAIN}")
+    pointers = content[4 * sequences : 12 * sequences].view(np.int64)
+    documents = content[12 * sequences : 12 * sequences + 8 * boundaries].view(np.int64)
+    return CorpusIndex(prefix, _DTYPES[code], lengths, boundaries - 1), pointers, documents
 
 
 def _missing_remedy(prefix: str) -> str:

@@ -67,7 +67,7 @@ class Loader:
         dataset: items are dicts with `tokens` and `labels`, int64 [S] (see `Splits`).
         plan: this rank's part of each global batch.
         pin_memory: put batches into page-locked memory (with CUDA only).
-        vocab_size: refuse token ids at or above it; None does not look.
+        vocab_size: refuse negative token ids and those at or above it; None does not look.
     """
 
     def __init__(
@@ -132,11 +132,13 @@ class Loader:
         tokens = torch.stack([item["tokens"] for item in items])
         labels = torch.stack([item["labels"] for item in items])
         if self._vocab_size is not None:
-            largest = max(int(tokens.max()), int(labels.max()))
-            if largest >= self._vocab_size:
+            ids = torch.stack([tokens, labels])
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= self._vocab_size:
+                remedy = f"raise it to at least {high + 1} or use the corpus's own tokenizer"
                 raise DataError(
-                    f"samples {indices.start} to {indices.stop - 1} hold token id {largest}, but model.vocab_size is "
-                    f"{self._vocab_size}; raise it to at least {largest + 1} or use the corpus's own tokenizer"
+                    f"samples {indices.start} to {indices.stop - 1} hold token id {low if low < 0 else high}, but "
+                    f"model.vocab_size is {self._vocab_size}; {remedy if low >= 0 else 'prepare the corpus again'}"
                 )
         if self._pin_memory:
             tokens, labels = tokens.pin_memory(), labels.pin_memory()

@@ -111,6 +111,13 @@ class Tokenizer:
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
+    def text_vocab_size(self) -> int:
+        """Largest id of a text with its begin and end, plus one. Special tokens that were added are in no text."""
+        added = self._backend.get_added_tokens_decoder().items()
+        text = [index for index, token in added if not token.special or index in (self._end_id, *self.begin_ids)]
+        return max([*text, *self._backend.get_vocab(with_added_tokens=False).values()], default=-1) + 1
+
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 over everything in the `tokenizer.json` that decides how text becomes ids."""
         content = json.loads(self.to_json())

@@ -12,6 +12,7 @@ import tokenizers
 
 from stagdist.data.tokenizer import BYTES, END_OF_DOCUMENT, Tokenizer, byte_tokenizer
 from stagdist.errors import DataError
+from stagdist.files import not_downloaded
 
 JSON_FILE = "tokenizer.json"
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -60,6 +61,12 @@ def _load(directory: Path, named: Path) -> Tokenizer:
     """Load from a directory; `named` is the path for messages."""
     if not holds_tokenizer(directory):
         raise DataError(f"{named} holds no {JSON_FILE} nor any other tokenizer")
+    if (directory / JSON_FILE).exists():
+        read = [file for name in (JSON_FILE, *CONFIG_FILES) if (file := directory / name).is_file()]
+    else:
+        read = [file for pattern in _TOKENIZER_FILES for file in directory.glob(pattern) if file.is_file()]
+    if problem := next(filter(None, (not_downloaded(_shown(file, named)) for file in read)), None):
+        raise DataError(problem)
     raw = _raw(directory / JSON_FILE, named) if (directory / JSON_FILE).exists() else None
     configs = {name: _json_object(directory / name) for name in CONFIG_FILES if (directory / name).exists()}
     if raw is None:

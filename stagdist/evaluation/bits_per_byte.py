@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stagdist.errors import DataError
+from stagdist.files import not_downloaded
 from stagdist.telemetry.score import TextScore
 
 TokenNats = Callable[[Tensor, Tensor], Tensor]
@@ -35,6 +36,8 @@ def read_text(path: str | Path) -> str:
         DataError: it is missing or not UTF-8.
     """
     try:
+        if problem := not_downloaded(path, text=True):
+            raise DataError(problem)
         return Path(path).read_bytes().removeprefix(BOM_UTF8).decode()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error

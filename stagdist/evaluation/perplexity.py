@@ -16,7 +16,7 @@ from stagdist.checkpoint.convert.find import open_weights, source_tokenizer
 from stagdist.checkpoint.published.load_model import build_model
 from stagdist.config.cross_checks import tensor_parallel_problems
 from stagdist.config.parts import ModelConfig
-from stagdist.errors import ConfigError, DataError
+from stagdist.errors import ConfigError
 from stagdist.evaluation.bits_per_byte import count_windows, read_text, score_text
 from stagdist.model.cross_entropy import token_nats
 from stagdist.model.megatron import TensorParallel
@@ -74,17 +74,13 @@ def score_file(
 
     Raises:
         ConfigError: a setting does not fit the model or the world.
-        DataError: the text cannot be read or scored.
+        DataError: the text cannot be read or scored, or the tokenizer gives ids that the model lacks.
         CheckpointError: the model cannot be read.
     """
     content = read_text(text)
     source = open_weights(model, trust_pickle=scoring.trust_pickle)
     window, stride = _checked(scoring, source.model)
     tokenizer = source_tokenizer(source, scoring.tokenizer)
-    if tokenizer.vocab_size > source.model.vocab_size:
-        raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {source.model.vocab_size}; use the model's"
-        )
     device = choose_device(scoring.device, int(os.environ.get("LOCAL_RANK", "0")))
     ids = [*tokenizer.begin_ids, *tokenizer.encode(content)]  # as a document of the training begins
     with world_groups(scoring.tensor_parallel_size, device, scoring.timeout_s) as groups:

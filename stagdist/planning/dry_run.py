@@ -1,6 +1,6 @@
 """The dry run: print the plan of a run, without processes or devices."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stagdist.config.loading import dump_config, read_config
@@ -15,13 +15,18 @@ RUNS, REFUSED = 0, 2
 
 
 def dry_run(
-    path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None, device: Device = "cpu"
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    world_size: int | None = None,
+    device: Device = "cpu",
+    data_problems: Callable[[RunConfig], Sequence[str]] = lambda config: (),
 ) -> tuple[str, int]:
     """The output of `--dry-run`, and its exit code: 0 if the run would start, 2 if it would not.
 
     Args:
         world_size: number of ranks; None for the smallest number that fits the configuration.
         device: kind of device to assume if `parallel.device` is auto.
+        data_problems: why the tokenizer and the corpora that are on this machine cannot train the model.
     """
     try:
         config, problems = read_config(path, overrides)
@@ -30,7 +35,8 @@ def dry_run(
     if config is None:
         return _verdict(problems), REFUSED
     fewest = config.pipeline_parallel_size * config.parallel.tensor_parallel_size
-    planned = plan(config, fewest if world_size is None else world_size, device, tuple(problems))
+    found = (*problems, *data_problems(config))
+    planned = plan(config, fewest if world_size is None else world_size, device, found)
     return render(planned), REFUSED if planned.problems else RUNS
 
 

@@ -15,6 +15,9 @@ class HeldOut:
     """One held-out split, the same sequences at every evaluation.
 
     Sequences do not overlap. All labels are scored, each given the tokens before it in its sequence.
+
+    Args:
+        token_bytes: UTF-8 bytes of each id of the model; 0 for ids that the tokenizer lacks.
     """
 
     def __init__(self, dataset: Any, plan: BatchPlan, evaluation: EvaluationConfig, token_bytes: np.ndarray):
@@ -28,7 +31,7 @@ class HeldOut:
 
     def score(self, engine: SectionEngine) -> TextScore:
         """Evaluate on all ranks and return the result on all ranks."""
-        loader = Loader(self._dataset, self._plan, pin_memory=on_cuda(engine.device))
+        loader = Loader(self._dataset, self._plan, pin_memory=on_cuda(engine.device), vocab_size=len(self._token_bytes))
         try:
             means = []
             for batch in range(self._num_batches):

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from stagdist.checkpoint.training.directory import TrainingState
@@ -154,7 +155,9 @@ class _Run:
     def _held_out(self, dataset: Any) -> HeldOut | None:
         if dataset is None:
             return None
-        return HeldOut(dataset, self._plan, self.config.evaluation, self.tokenizer.token_bytes())
+        rows = self.config.model.vocab_size  # a corpus of another program may use all of them
+        known = self.tokenizer.token_bytes()[:rows]
+        return HeldOut(dataset, self._plan, self.config.evaluation, np.pad(known, (0, rows - len(known))))
 
     def train(self, agreement: Agreement, state: TrainingState) -> TrainingOutcome:
         """Run the loop."""

@@ -273,13 +273,16 @@ def test_tokens_and_tokenizers_that_do_not_fit_the_model_are_refused(
     tmp_path: Path, corpus: str, bpe: Tokenizer, bpe_directory: Path
 ) -> None:
     foreign = {"corpora": [{"prefix": write_foreign(tmp_path / "c", numbered(0, 301))}]}
-    assert "holds token id 300, but model.vocab_size is 300; raise model.vocab_size to at least 301" in refused(foreign)
+    message = refused(foreign)
+    assert "holds token id 300, but model.vocab_size is 300 (first such id at position 12000)" in message
+    assert "raise model.vocab_size to at least 301" in message
     check_data(DataConfig(**foreign), sequence_length=LENGTH, vocab_size=301)  # type: ignore[arg-type]
     message = refused(foreign, vocab_size=256)
-    assert "vocabulary of data.tokenizer bytes (257 tokens) is larger than model.vocab_size 256" in message
+    assert "the tokenizer bytes gives text or its end ids up to 256, but model.vocab_size is 256" in message
+    assert "raise model.vocab_size to 257 or more" in message
     ours = {"corpora": [{"prefix": corpus}], "tokenizer": str(bpe_directory)}
     check_data(DataConfig(**ours), sequence_length=LENGTH, vocab_size=1000)  # type: ignore[arg-type]
-    assert "(1000 tokens) is larger than model.vocab_size 999" in refused(ours, vocab_size=999)
+    assert "ids up to 999, but model.vocab_size is 999; raise model.vocab_size to 1000" in refused(ours, vocab_size=999)
     message = refused({"corpora": [{"prefix": corpus}]}, vocab_size=1000)
     assert "was made with the tokenizer" in message and bpe.fingerprint[:12] in message
     assert "set data.tokenizer to that one" in message
@@ -295,21 +298,6 @@ def test_a_description_of_another_corpus_is_noticed(tmp_path: Path) -> None:
     assert "they do not belong together" in refused(data)
     (tmp_path / "c.json").write_text(json.dumps({"tokens": 5}))
     assert "cannot read" in refused(data)
-
-
-def test_a_large_foreign_corpus_is_sampled_evenly_within_a_bound(tmp_path: Path) -> None:
-    from stagdist.data.indexed import open_index
-
-    block = 1 << 20
-    tokens = np.ones(4 * block + 10, np.int32)
-    tokens[-1] = 9000
-    with (tmp_path / "c.idx").open("wb") as stream:
-        write_index(stream, np.array([len(tokens)], np.int32), np.int32)
-    tokens.tofile(tmp_path / "c.bin")
-    index = open_index(str(tmp_path / "c"))
-    assert index.largest_token(64 * block) == 9000
-    assert index.largest_token(2 * block) == 9000, "the last block is always looked at"
-    assert index.largest_token(1) == 1, "the bound is kept"
 
 
 def test_other_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], complaint: str) -> None:
         (("--tensor-parallel-size", "2"), "1 processes cannot be split into tensor groups of 2"),
         (("--json", "absent/score.json"), "there is no folder absent"),
         (("--tokenizer", "absent"), "tokenizer absent does not exist"),
-        (("--model", "small"), "the tokenizer has 257 tokens, the model 37"),
+        (("--model", "small"), "eos_token_id has 256, but the model has the ids 0 to 36"),
     ],
 )
 def test_invalid_arguments_are_one_line_and_code_2(

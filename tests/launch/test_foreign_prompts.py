@@ -53,7 +53,7 @@ def test_prompts_have_the_ids_of_transformers(models: tuple[Path, Path], argumen
 def test_texts_are_continued_as_by_transformers(models: tuple[Path, Path]) -> None:
     source, model = models
     theirs = AutoTokenizer.from_pretrained(str(source))
-    loaded = AutoModelForCausalLM.from_pretrained(str(model), trust_remote_code=True, dtype=torch.float32)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(str(model), trust_remote_code=True, dtype=torch.float32)
     path = model.parent / "texts.txt"
     path.write_text("the cat\ndef main(\n")
     done = run_ranks_to_end(

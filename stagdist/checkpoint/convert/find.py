@@ -7,10 +7,12 @@ from pathlib import Path
 
 from stagdist.checkpoint.convert.replaced import aside, nameless
 from stagdist.checkpoint.published.model_reader import ChangedTokenizerError, ModelReader, check_tokenizer
+from stagdist.checkpoint.published.other_formats import weights_there
 from stagdist.checkpoint.training.directory import COMPLETE, STATE, candidates, checkpoint_damage
 from stagdist.checkpoint.training.layout_checks import check_layout
 from stagdist.checkpoint.training.training_reader import TrainingReader
 from stagdist.checkpoint.weight_source import WeightSource
+from stagdist.data.compatibility import check_vocabulary
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import CheckpointError, ConfigError, DataError
@@ -63,7 +65,8 @@ def find(path: str | Path) -> FoundCheckpoint:
         raise CheckpointError(f"none of the {len(found)} checkpoints in {checkpoints} is complete")
     if (folder / "config.json").is_file():
         return FoundCheckpoint("model", folder)
-    raise CheckpointError(f"{folder} holds neither checkpoints nor a model directory (there is no config.json)")
+    there = f": {weights}" if (weights := weights_there(folder)) else ""
+    raise CheckpointError(f"{folder} holds neither checkpoints nor a model directory (there is no config.json){there}")
 
 
 def _step(path: Path) -> int:
@@ -151,6 +154,7 @@ def source_tokenizer(source: WeightSource, given: str | None) -> Tokenizer:
     Raises:
         ChangedTokenizerError: it is not the one that was written, or not the one of the training.
         CheckpointError: there is none.
+        DataError: it gives text ids that the model lacks.
     """
     begins = not isinstance(source, TrainingReader) or source.state.documents_begin
     if given is not None:
@@ -171,8 +175,10 @@ def source_tokenizer(source: WeightSource, given: str | None) -> Tokenizer:
 
 def _loaded(source: WeightSource, place: str) -> Tokenizer:
     try:
-        return load_tokenizer(place)
+        tokenizer = load_tokenizer(place)
     except DataError as error:
         raise CheckpointError(
             f"{source.directory}: its tokenizer is needed: {error}; name it with --tokenizer"
         ) from error
+    check_vocabulary(tokenizer, place, source.model.vocab_size, source.directory)
+    return tokenizer

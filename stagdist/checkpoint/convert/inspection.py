@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.convert.find import FoundCheckpoint, find, open_training
+from stagdist.checkpoint.convert.find import FoundCheckpoint, find, open_training, source_tokenizer
 from stagdist.checkpoint.published.model_json import read_body
-from stagdist.checkpoint.published.model_reader import ModelReader
+from stagdist.checkpoint.published.model_reader import ChangedTokenizerError, ModelReader
 from stagdist.checkpoint.published.model_writer import CODE_FILES, weight_map
 from stagdist.checkpoint.published.record import CHECKSUMS, read_record
 from stagdist.checkpoint.text_tokens import GENERATION
@@ -19,6 +19,7 @@ from stagdist.checkpoint.training.directory import COMPLETE, CONFIG, STATE, dama
 from stagdist.checkpoint.training.stage_files import tensor_files
 from stagdist.checkpoint.training.training_reader import TrainingReader
 from stagdist.checkpoint.weight_source import WeightSource
+from stagdist.data.tokenizer_files import holds_tokenizer
 from stagdist.errors import StagdistError
 from stagdist.parallel.layout import model_parameters
 
@@ -126,6 +127,11 @@ def _open_directory(found: FoundCheckpoint, report: Inspection) -> WeightSource 
     except StagdistError as error:
         report.problems.append(str(error))
         return None
+    if holds_tokenizer(found.directory):
+        try:
+            source_tokenizer(source, None)
+        except StagdistError as error:
+            report.problems += [] if isinstance(error, ChangedTokenizerError) else [str(error)]  # is in the list
     return source
 
 

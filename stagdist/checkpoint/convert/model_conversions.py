@@ -144,7 +144,6 @@ def write_model(
     """
     require_free(destination, "model", options)
     tokenizer = source_tokenizer(source, options.tokenizer)
-    input_ids = text_ids(tokenizer, model)  # also where no logits follow: it refuses a tokenizer of another model
     sums: dict[str, str] = {}
     with staged_folder(destination, "model", options) as staged:
         tokens = (source.tokens if options.tokenizer is None else None) or tokens_of_tokenizer(tokenizer)
@@ -158,7 +157,7 @@ def write_model(
         _require_same(written, model, source.dtype, sums, options)
         checked = f"{len(sums)} tensors are {equal_to}"
         if logits_of is not None:
-            checked += prove_logits(logits_of, written, input_ids, options.track)
+            checked += prove_logits(logits_of, written, text_ids(tokenizer, model), options.track)
         put_in_place(staged, destination.resolve())
     return ConversionResult(destination, checked)
 

@@ -16,7 +16,7 @@ from stagdist.checkpoint.training.content import Track
 from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import Tokenizer
-from stagdist.errors import CheckpointError
+from stagdist.errors import CheckpointError, ConfigError
 from stagdist.model.rotary import inverse_frequencies
 from stagdist.parallel.layout import model_parameters
 
@@ -41,14 +41,11 @@ def text_ids(tokenizer: Tokenizer, model: ModelConfig, text: str = TEXT, limit: 
     """Encode a text: at most `limit` tokens, and at most the context of the model. Shapes: int64 [1, S].
 
     Raises:
-        CheckpointError: the tokenizer produces tokens that the model does not have.
+        ConfigError: the text is empty.
     """
     input_ids = tokenizer.encode(text)[: min(limit, model.max_position_embeddings)]
-    if not input_ids or max(input_ids) >= model.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer gives {len(input_ids)} tokens up to {max(input_ids, default=0)}, the model has "
-            f"{model.vocab_size}; this is not the tokenizer of the model, or the text is empty"
-        )
+    if not input_ids:
+        raise ConfigError("the text is empty; give a longer one")
     return torch.tensor([input_ids])
 
 

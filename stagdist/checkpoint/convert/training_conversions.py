@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from stagdist.checkpoint.convert.find import STEP_FOLDER, open_model, open_training, source_tokenizer
-from stagdist.checkpoint.convert.proof import text_ids
 from stagdist.checkpoint.convert.staging import (
     ConversionOptions,
     ConversionResult,
@@ -94,8 +93,6 @@ def import_model(
     tokenizer = source_tokenizer(weights, options.tokenizer) if has_tokenizer else None
     if config_file is not None and tokenizer is not None:
         _require_tokenizer(config_file, config.data.tokenizer, weights, tokenizer, options)
-    if options.tokenizer is not None and tokenizer is not None:
-        text_ids(tokenizer, weights.model)  # refuses a tokenizer of another model
     fingerprint = "" if tokenizer is None else tokenizer.fingerprint
     # The special tokens are ids of the tokenizer of the directory, so another tokenizer needs others.
     tokens = weights.tokens if options.tokenizer is None and tokenizer is not None else None

@@ -7,15 +7,30 @@ from typing import Any
 
 import torch
 
+from stagdist.checkpoint.published.other_formats import refuse_undownloaded
 from stagdist.checkpoint.text_tokens import GENERATION, TOKEN_KEYS, TextTokens, check_tokens
 from stagdist.config.loading import validate_model
 from stagdist.config.parts import ModelConfig, RopeScaling
 from stagdist.errors import CheckpointError
 from stagdist.model.precision import STORED_DTYPES
 
-_CONNECTIONS = {"stagformer": "staggered", "llama": "sequential"}
-_LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
-"""Defaults of `LlamaConfig` in transformers that differ from ours or that we do not have."""
+_CONNECTIONS = {"stagformer": "staggered", "llama": "sequential", "mistral": "sequential"}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "stagformer": {},
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "num_key_value_heads": 8},
+}
+"""Defaults of `LlamaConfig` and `MistralConfig` in transformers that differ from ours or that we do not have."""
+_MISTRAL_WINDOW = 4096
+"""`sliding_window` of a Mistral whose `config.json` does not have it."""
+_LACKS = {
+    "qwen": "biases or norms of queries and keys",
+    "gemma": "scaled embeddings, norms with an offset and GELU",
+    "phi": "fused projections",
+    "mixtral": "experts",
+    "deepseek": "experts and latent attention",
+}
+"""What families of models have and a StagFormer lacks, by the beginning of `model_type`."""
 _DEFAULT_THETA = 10000.0
 _SCALING_KEYS = tuple(key for key in RopeScaling.model_fields if key != "rope_type")
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_SCALING_KEYS}
@@ -24,7 +39,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "hidden_act": ("silu", None),
     "pretraining_tp": (1, None),
-    "sliding_window": (None,),
     "partial_rotary_factor": (1.0, 1, None),
 }
 """Keys of a Llama configuration with the only values that a StagFormer supports."""
@@ -39,8 +53,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or damaged.
     """
+    refuse_undownloaded(path)
     try:
-        body = json.loads(path.read_text())
+        body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(body, dict):
@@ -71,15 +86,19 @@ def model_of(body: Mapping[str, Any], path: Path) -> ModelConfig:
     """
     kind = body.get("model_type")
     if not isinstance(kind, str) or kind not in _CONNECTIONS:
-        raise CheckpointError(f"{path} says model_type {kind!r}; stagformer and llama are read")
+        lacks = next((text for family, text in _LACKS.items() if str(kind).startswith(family)), "another architecture")
+        raise CheckpointError(
+            f"{path} says model_type {kind!r}; stagformer, llama and mistral are read, and this one has {lacks}; "
+            "choose a model of the Llama architecture"
+        )
     _refuse_contradictions(body, path)
     keys = {key: body[key] for key in ModelConfig.model_fields if key in body}
     keys["connection"] = _CONNECTIONS[kind]
     keys["rope_theta"], keys["rope_scaling"] = rope_of(body, path)
-    if kind == "llama":
+    if kind != "stagformer":
         if "section_layers" not in keys and "num_hidden_layers" not in body:
             raise CheckpointError(f"{path} has no num_hidden_layers; add the number of layers")
-        keys = _LLAMA_DEFAULTS | {"section_layers": [body.get("num_hidden_layers")]} | keys
+        keys = _DEFAULTS[kind] | {"section_layers": [body.get("num_hidden_layers")]} | keys
     model, problems = validate_model(keys)
     if model is None or problems:
         listed = "; ".join(problems).replace("model.", "")
@@ -170,6 +189,14 @@ def refuse_unsupported(body: Mapping[str, Any], directory: Path) -> None:
             raise CheckpointError(
                 f"{directory}/config.json: {key} is {body[key]!r}; a StagFormer has {allowed[0]!r} only"
             )
+    mistral = body.get("model_type") == "mistral"
+    window = body.get("sliding_window", _MISTRAL_WINDOW if mistral else None)
+    context = body.get("max_position_embeddings", _DEFAULTS["mistral"]["max_position_embeddings"])
+    if window is not None and not (mistral and type(window) is int and window >= context):
+        reach = f"; to use its first {window} positions only, set max_position_embeddings to {window}" * mistral
+        raise CheckpointError(
+            f"{directory}/config.json: sliding_window is {window!r}; a StagFormer has no such window{reach}"
+        )
     if body.get("quantization_config"):
         raise CheckpointError(f"{directory}/config.json has a quantization_config; use the model before quantization")
 
@@ -189,8 +216,11 @@ def declared_dtype(body: Mapping[str, Any], path: Path) -> torch.dtype | None:
     return STORED_DTYPES[names[0]] if names else None
 
 
-def read_text_tokens(directory: Path) -> TextTokens | None:
+def read_text_tokens(directory: Path, rows: int | None = None) -> TextTokens | None:
     """The special tokens of a model directory; None if it defines no end token.
+
+    Args:
+        rows: number of ids that the model has; None does not compare with it.
 
     Raises:
         CheckpointError: a file is damaged, or a value is not a token id; the message names the key.
@@ -199,7 +229,7 @@ def read_text_tokens(directory: Path) -> TextTokens | None:
     config = {key: body[key] for key in TOKEN_KEYS if key in body}
     path = directory / GENERATION
     generation = read_json(path) if path.is_file() else dict(config)
-    check_tokens(config, str(directory / "config.json"))
-    check_tokens(generation, str(path))
+    check_tokens(config, str(directory / "config.json"), rows)
+    check_tokens(generation, str(path if path.is_file() else directory / "config.json"), rows)
     ends = config.get("eos_token_id") is not None or generation.get("eos_token_id") is not None
     return TextTokens(config, generation) if ends else None

@@ -17,13 +17,14 @@ from stagdist.checkpoint.published.model_json import (
     refuse_unsupported,
 )
 from stagdist.checkpoint.published.model_writer import CODE_FILES, stored_name, weight_map
+from stagdist.checkpoint.published.other_formats import converted, refuse_undownloaded, unfinished_download
 from stagdist.checkpoint.published.record import CHECKSUMS, TAMPERED, WrittenRecord, read_record
 from stagdist.checkpoint.published.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer_files import holds_tokenizer
 from stagdist.errors import CheckpointError
-from stagdist.model.precision import SAFETENSORS_DTYPES
+from stagdist.model.precision import SAFETENSORS_DTYPES, STORED_DTYPES
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
@@ -68,6 +69,11 @@ class ModelReader:
         if cut is not None:
             raise CheckpointError(f"{self.directory / SINGLE_FILE} is cut off: it lacks the tensor {cut} and all after")
         self._where = dict(weight_map(self.directory))
+        if self.model.num_layers > len(self._where):  # before every one of them is named
+            raise CheckpointError(
+                f"{self.directory}/config.json says {self.model.num_layers} layers, the weights are "
+                f"{len(self._where)} tensors; get the directory from its source again"
+            )
         self._expected = {stored_name(spec.name, self.model): spec for spec in model_parameters(self.model)}
         self._check_names_and_shapes()
         self._refuse_unknown()
@@ -75,7 +81,7 @@ class ModelReader:
         self.dtype: torch.dtype = self._checked_dtype(declared_dtype(body, self.directory / "config.json"))
         self.record.check_dtype(self.dtype)
         self.record.check_names(list(self._expected))
-        self.tokens: TextTokens | None = read_text_tokens(self.directory)
+        self.tokens: TextTokens | None = read_text_tokens(self.directory, self.model.vocab_size)
 
     def read(self, spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
         """A slice of one parameter, in the dtype of the file."""
@@ -106,10 +112,14 @@ class ModelReader:
         """Open the file that should contain the tensor `name`."""
         path = self.directory / file
         if file not in self._files:
+            refuse_undownloaded(path)
             try:
                 self._files[file] = safe_open(path, framework="pt")
             except FileNotFoundError as error:
-                raise CheckpointError(f"{self.directory} lacks the tensor {name}: there is no {file}") from error
+                advice = unfinished_download(self.directory) or "get it from the source of the model"
+                raise CheckpointError(
+                    f"{self.directory} lacks the tensor {name}: there is no {file}; {advice}"
+                ) from error
             except Exception as error:  # the library raises bare exceptions for damaged files
                 if (cut := _first_cut_tensor(path)) is not None:
                     raise CheckpointError(f"{path} is cut off: it lacks the tensor {cut} and all after") from error
@@ -163,14 +173,27 @@ class ModelReader:
 
     def _checked_dtype(self, declared: torch.dtype | None) -> torch.dtype:
         """The dtype of all tensors: that of `config.json`, else that of the first tensor."""
+        stored: dict[str, list[str]] = {}
         for name in self._expected:
-            found = SAFETENSORS_DTYPES.get(self._slice(name).get_dtype())
-            declared = found if declared is None else declared
-            if found is None or found != declared:
-                stored = found or self._slice(name).get_dtype()
-                raise CheckpointError(f"{name} in {self.directory} is {stored}, config.json says {declared}")
-        assert declared is not None
-        return declared
+            kind = self._slice(name).get_dtype()
+            stored.setdefault(_short(SAFETENSORS_DTYPES[kind]) if kind in SAFETENSORS_DTYPES else kind, []).append(name)
+        kinds = ", ".join(f"{len(names)} {kind} such as {names[0]}" for kind, names in stored.items())
+        holds, most = f"{self.directory} holds {kinds}", max(stored, key=lambda kind: len(stored[kind]))
+        if unread := sorted(stored.keys() - STORED_DTYPES.keys()):
+            remedy = converted(self.directory, "float32") if unread[0] == "F64" else "use the model before quantization"
+            raise CheckpointError(f"{holds}, but {unread[0]} is not read; {remedy}")
+        if len(stored) > 1:
+            remedy = TAMPERED if self.record.sha256 else converted(self.directory, most)
+            raise CheckpointError(f"{holds}, but tensors of one type are read; {remedy}")
+        if declared not in (None, STORED_DTYPES[most]):
+            raise CheckpointError(
+                f"{holds}, config.json says {_short(declared)}; set dtype or torch_dtype there to {most}"
+            )
+        return STORED_DTYPES[most]
+
+
+def _short(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_tokenizer(place: str | Path, remedy: str = "") -> None:

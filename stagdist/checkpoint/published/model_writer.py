@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stagdist.checkpoint.names import llama_name
+from stagdist.checkpoint.published.other_formats import refuse_undownloaded, weights_there
 from stagdist.checkpoint.published.record import CHECKSUMS
 from stagdist.checkpoint.published.safetensors_writer import SafetensorsWriter
 from stagdist.checkpoint.text_tokens import GENERATION, TOKEN_KEYS, TextTokens, tokens_of
@@ -223,6 +224,10 @@ def weight_map(folder: Path) -> list[tuple[str, str]]:
             f"{folder} holds {single.name} and {index.name}, which programs read differently; remove the wrong one"
         )
     path = index if index.is_file() else single
+    if not path.is_file():
+        there = weights_there(folder) or "get the model with model*.safetensors from its source"
+        raise CheckpointError(f"{folder} has no model.safetensors nor {_INDEX}: {there}")
+    refuse_undownloaded(path)
     try:
         if path == index:
             return _checked_index(json.loads(index.read_text())["weight_map"])

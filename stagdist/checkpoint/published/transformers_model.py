@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 
+from stagdist.checkpoint.published.model_json import read_body
 from stagdist.checkpoint.published.model_reader import ModelReader, check_tokenizer
+from stagdist.data.compatibility import check_vocabulary
+from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import CheckpointError
 
 _ADAPTER = "adapter_config.json"
@@ -14,7 +17,7 @@ _ADAPTER = "adapter_config.json"
 
 
 def load_with_transformers(directory: str | Path, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
-    """Load the model (in evaluation mode) and the tokenizer of a Llama or StagFormer model directory.
+    """Load the model (in evaluation mode) and the tokenizer of a model directory: a StagFormer, Llama or Mistral.
 
     The directory is checked as before a conversion, and every weight of the model must come from it.
 
@@ -24,17 +27,22 @@ def load_with_transformers(directory: str | Path, dtype: torch.dtype | str = "au
     Raises:
         CheckpointError: this is no model directory, it was changed, or it does not load completely; the message names
             the tensor.
+        DataError: its tokenizer cannot be loaded, or gives ids that the model lacks.
     """
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
 
     from stagdist.hf.modeling_stagformer import StagFormerForCausalLM
 
     source = ModelReader(directory)
     source.check()
     check_tokenizer(source.directory)
+    check_vocabulary(load_tokenizer(directory), directory, source.model.vocab_size, source.directory)
     if (source.directory / _ADAPTER).exists():
         raise CheckpointError(f"{directory} holds {_ADAPTER}, an adapter to another model; remove it")
-    kind: Any = StagFormerForCausalLM if source.model.staggered else LlamaForCausalLM
+    kinds: dict[str, Any] = {
+        "stagformer": StagFormerForCausalLM, "llama": LlamaForCausalLM, "mistral": MistralForCausalLM
+    }  # fmt: skip
+    kind = kinds[read_body(directory)["model_type"]]
     try:
         model, loading = kind.from_pretrained(
             str(directory), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,

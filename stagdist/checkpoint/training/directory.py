@@ -6,6 +6,7 @@ nothing that looks complete.
 """
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -13,16 +14,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stagdist.checkpoint.published.other_formats import refuse_undownloaded
 from stagdist.checkpoint.text_tokens import TextTokens, recorded_tokens
 from stagdist.checkpoint.training.stage_files import tensor_files
 from stagdist.config.loading import load_config
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import CheckpointError
-from stagdist.files import FileRecord, file_record, sync_path, writing
+from stagdist.files import FileRecord, file_record, not_downloaded, sync_path, writing
 
 COMPLETE = "complete.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
+_MAX_RANKS = 1 << 20
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -84,6 +87,7 @@ def read_state(directory: Path) -> TrainingState:
         CheckpointError: it is missing or damaged.
     """
     try:
+        refuse_undownloaded(directory / STATE)
         values = json.loads((directory / STATE).read_text())
         tokens = recorded_tokens(values.get("text_tokens"), directory / STATE)
         state = TrainingState(**{**values, "grid": tuple(values["grid"]), "text_tokens": tokens})
@@ -95,8 +99,9 @@ def read_state(directory: Path) -> TrainingState:
 
 def _check_state(state: TrainingState, path: Path) -> None:
     counts = (state.step, state.consumed_samples, state.num_samples, state.bad_steps)
-    if len(state.grid) != 3 or not all(type(size) is int and size > 0 for size in state.grid):
-        raise CheckpointError(f"{path}: grid is {list(state.grid)}; three sizes of 1 or more are needed")
+    sizes = all(type(size) is int and size > 0 for size in state.grid)
+    if len(state.grid) != 3 or not sizes or math.prod(state.grid) > _MAX_RANKS:
+        raise CheckpointError(f"{path}: grid is {list(state.grid)}; three sizes of 1 to {_MAX_RANKS} ranks are needed")
     if not all(type(count) is int and count >= 0 for count in counts):
         raise CheckpointError(f"{path}: its counts are {list(counts)}; numbers of 0 or more are needed")
     for key in ("data_identity", "tokenizer"):
@@ -138,9 +143,10 @@ def read_complete(directory: Path) -> dict[str, FileRecord]:
         CheckpointError: the directory is not a complete checkpoint.
     """
     try:
+        refuse_undownloaded(directory / COMPLETE)
         body: dict[str, Any] = json.loads((directory / COMPLETE).read_text())
         return {name: FileRecord(**record) for name, record in body["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory} is not a complete checkpoint: {COMPLETE}: {error}") from error
 
 
@@ -151,7 +157,7 @@ def damage(directory: Path, names: Iterable[str], records: Mapping[str, FileReco
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != records[name].size:
-            return f"{name} has {path.stat().st_size} bytes, {records[name].size} were written"
+            return not_downloaded(path) or f"{name} has {path.stat().st_size} bytes, {records[name].size} were written"
         if file_record(path).sha256 != records[name].sha256:
             return f"{name} has other content than was written"
     return None

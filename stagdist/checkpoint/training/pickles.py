@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from stagdist.checkpoint.published.other_formats import refuse_undownloaded
 from stagdist.errors import CheckpointError
 
 
@@ -72,6 +73,7 @@ def load_file(path: Path, *, trust_pickle: bool = False) -> Any:
     Raises:
         CheckpointError: the file is missing, damaged, or has other types; the message names them.
     """
+    refuse_undownloaded(path)
     try:
         if trust_pickle:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
@@ -81,8 +83,9 @@ def load_file(path: Path, *, trust_pickle: bool = False) -> Any:
         raise CheckpointError(f"{path} is missing") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(refusal(path, error)) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # damage in a pickle can end in any
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{path} cannot be read: {reason}; get the checkpoint from its source again") from error
 
 
 def refusal(path: Path, error: Exception) -> str:

@@ -17,6 +17,7 @@ from typing import BinaryIO, Literal
 import fsspec
 
 from stagdist.errors import DataError
+from stagdist.files import not_downloaded
 
 Contents = Literal["text", "json_lines", "json_array", "parquet", "arrow"]
 
@@ -45,7 +46,6 @@ _COMPRESSED = re.compile(
 _REFUSED = {
     (b"PK\3\4", b"7z\xbc\xaf", b"Rar!\x1a", b"\x04\x22\x4d\x18"): "an archive; unpack it and give its files",
     (b"%PDF-",): "a PDF; extract its text, for example with pdftotext",
-    (b"version https://git-lfs",): "a pointer of git-lfs; fetch the file with git lfs pull",
 }
 _JSON_BEGINS = re.compile(rb"""\s*(\{\s*["}]|\[\s*[{\]])""")
 # by the quarters of the bytes that are mostly zero
@@ -120,10 +120,12 @@ def open_input(path: str) -> BinaryIO:
     """Open a local file or a URL for reading, decompressed.
 
     Raises:
-        DataError: a URL cannot be opened, or the file is not compressed as its suffix says; at a later read: the
-            compressed file is damaged.
+        DataError: a URL cannot be opened, or the file is a pointer of git-lfs, or not compressed as its suffix says; at
+            a later read: the compressed file is damaged.
     """
     if "://" not in path:
+        if problem := not_downloaded(path, text=True):
+            raise DataError(problem)
         packed: BinaryIO = open(path, "rb")  # noqa: SIM115  # the caller closes it
     else:
         with remote_errors_named(path):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from stagdist.checkpoint.published.model_json import read_text_tokens
 from stagdist.checkpoint.published.model_reader import ModelReader
+from stagdist.data.compatibility import check_vocabulary
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.decode.engine import Engine
@@ -69,7 +70,7 @@ class Generation:
     Raises:
         CheckpointError: the model directory is incomplete or of another shape; names the tensor. Or the tokens that
             end texts are not tokens; names the key.
-        DataError: it has no tokenizer.
+        DataError: it has no tokenizer, or one that gives ids that the model lacks.
         ConfigError: the grid, the device or a file does not fit.
     """
 
@@ -94,6 +95,7 @@ class Generation:
         options = replace(options, precision=options.precision or default_precision(self._device))
         self.plan = plan_decoding(self._reader.model, options, world.size)
         self._tokenizer = load_tokenizer(model)
+        check_vocabulary(self._tokenizer, model, self._reader.model.vocab_size, model)
         self._encoding = encoding or PromptEncoding()
         if self._encoding.chat and not self._tokenizer.has_chat_template:
             raise ConfigError(f"--chat needs a chat template, and {model} has none; leave --chat out")

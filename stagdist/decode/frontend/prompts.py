@@ -12,6 +12,7 @@ from typing import Any
 from stagdist.data.tokenizer import Messages, Tokenizer
 from stagdist.decode.request import Request, SamplingParams
 from stagdist.errors import ConfigError
+from stagdist.files import not_downloaded
 
 SUFFIXES = (".txt", ".jsonl")
 SAMPLING_FIELDS = tuple(entry.name for entry in dataclasses.fields(SamplingParams))
@@ -101,9 +102,11 @@ def check_prompts_file(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"--prompts-file {path} ends in {path.suffix!r}; give a {' or a '.join(SUFFIXES)} file")
     try:
-        path.open("rb").close()
+        problem = not_downloaded(path, text=True)
     except OSError as error:
         raise ConfigError(f"--prompts-file {path} cannot be read: {error.strerror or error}") from error
+    if problem is not None:
+        raise ConfigError(f"--prompts-file {problem}")
 
 
 @dataclass(frozen=True)

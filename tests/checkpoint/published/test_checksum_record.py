@@ -23,7 +23,11 @@ SCALED = {
         ({}, {"rms_norm_eps": 0.5}, r"says rms_norm_eps 0\.5, the weights were written for 1e-05"),
         ({}, {"rope_scaling": SCALED}, "read differently"),
         (LLAMA, {"rope_parameters": SCALED}, r"rope_scaling\.rope_type 'llama3', the weights were written for None"),
-        ({}, {"torch_dtype": "bfloat16"}, r"is torch\.float32, config\.json says torch\.bfloat16"),
+        (
+            {},
+            {"torch_dtype": "bfloat16"},
+            "config.json says bfloat16; set dtype or torch_dtype there to float32",
+        ),
     ],
 )
 def test_a_changed_configuration_is_noticed_without_a_sum_being_made(

@@ -70,6 +70,15 @@ def test_a_configuration_of_another_size_than_the_tensors_is_refused(tmp_path: P
         ModelReader(tmp_path / "model")
 
 
+def test_more_layers_than_tensors_are_refused_before_they_are_counted(tmp_path: Path) -> None:
+    write(tmp_path / "model", {})
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    many = {"section_layers": [10**9, 10**9], "num_hidden_layers": 2 * 10**9}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | many))
+    with pytest.raises(CheckpointError, match=r"config\.json says 2000000000 layers, the weights are \d+ tensors"):
+        ModelReader(tmp_path / "model")
+
+
 def test_a_bias_of_a_llama_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path / "model", LLAMA)
     name = "model.layers.0.self_attn.q_proj.bias"
@@ -148,7 +157,7 @@ def test_a_header_larger_than_any_is_not_read(tmp_path: Path, monkeypatch: pytes
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     write(tmp_path / "model", {})
     (tmp_path / "model" / FILE).unlink()
-    with pytest.raises(CheckpointError, match=rf"{FILE} cannot be read"):
+    with pytest.raises(CheckpointError, match=rf"has no {FILE} nor {INDEX}: get the model"):
         ModelReader(tmp_path / "model")
 
 

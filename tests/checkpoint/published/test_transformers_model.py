@@ -54,7 +54,7 @@ def test_heads_that_do_not_divide_the_width_load_in_a_stagformer_but_not_in_a_ll
 def test_a_directory_that_does_not_load_is_named(tmp_path: Path) -> None:
     write(tmp_path / "model", shape("tied"))
     (tmp_path / "model" / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"the weights in .*model/model\.safetensors cannot be read"):
+    with pytest.raises(CheckpointError, match=r"model has no model\.safetensors"):
         load_with_transformers(tmp_path / "model")
 
 
@@ -144,7 +144,7 @@ def test_weights_in_a_pickle_are_not_taken(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save(tensors, tmp_path / "model" / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(CheckpointError, match=r"its weights are in pytorch_model\.bin; convert them"):
         load_with_transformers(tmp_path / "model")
 
 

@@ -137,6 +137,7 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ({"step": "1"}, "its counts are"),
         ({"bad_steps": True}, "its counts are"),
         ({"grid": 5}, "cannot be read"),
+        ({"grid": [1, 10**9, 1]}, "three sizes of 1 to 1048576 ranks"),
         ({"text_tokens": [2]}, r"text_tokens is \[2\]; config and generation are needed"),
         ({"text_tokens": {"config": {}, "generation": 3}}, "text_tokens.generation is 3; an object is needed"),
         (

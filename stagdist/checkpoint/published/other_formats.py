@@ -1,0 +1,64 @@
+"""What a directory without readable weights holds instead, and how to get one with them."""
+
+from pathlib import Path
+
+from stagdist.errors import CheckpointError
+from stagdist.files import not_downloaded
+
+_ELSEWHERE = "get the model with model*.safetensors from its source"
+_CONVERT = ""  # the remedy of `converted`
+_FORMATS = {
+    "pytorch_model*": _CONVERT,
+    "adapter_model.*": "they change another model: merge them into it with peft (merge_and_unload), and save that",
+    "model-*-of-*.safetensors": "their index, model.safetensors.index.json, is missing: get it from their source",
+} | dict.fromkeys(
+    ("consolidated*", "*.gguf", "flax_model*", "tf_model*", "*.onnx", "*.safetensors", "*.pt*", "*.ckpt", "*.bin"),
+    _ELSEWHERE,
+)
+"""Remedy by the names of files with weights that are not read; the first that matches is reported."""
+
+
+def converted(folder: Path, dtype: str = "") -> str:
+    """The command that converts a directory to one whose weights are read.
+
+    Args:
+        dtype: of the result; empty for that of the weights.
+    """
+    place = f"{str(folder)!r}" + (f", dtype='{dtype}'" if dtype else "")
+    return (
+        f"convert them with transformers: AutoModelForCausalLM.from_pretrained({place}).save_pretrained(NEW), and copy "
+        "the files of the tokenizer to NEW"
+    )
+
+
+def unfinished_download(folder: Path) -> str:
+    """The remains of a download in a directory or in the cache that it belongs to, with the remedy; empty if none."""
+    for left in (*folder.rglob("*.incomplete"), *folder.glob("../../blobs/*.incomplete")):
+        return f"its download did not finish (it left {left.name}); start the download again"
+    return ""
+
+
+def weights_there(folder: Path) -> str:
+    """What a directory has instead of weights that are read, with the remedy; empty if nothing looks like weights."""
+    if unfinished := unfinished_download(folder):
+        return unfinished
+    for pattern, remedy in _FORMATS.items():
+        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            kept = not_downloaded(found[0])
+            return kept or f"its weights are in {found[0].name}{more}; {remedy or converted(folder)}"
+    return ""
+
+
+def refuse_undownloaded(path: Path) -> None:
+    """Refuse a file that is a git-lfs pointer, a web page or empty.
+
+    Raises:
+        CheckpointError: it is one. A file that cannot be opened is left to its reader.
+    """
+    try:
+        problem = not_downloaded(path)
+    except OSError:
+        return
+    if problem is not None:
+        raise CheckpointError(problem)
