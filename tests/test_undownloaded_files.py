@@ -8,8 +8,8 @@ import pytest
 
 from stagdist.checkpoint.convert.find import open_model, open_training
 from stagdist.config.loading import load_config
-from stagdist.data.prepare.preparation import prepare
 from stagdist.data.prepare.formats import open_input
+from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.decode.frontend.prompts import check_prompts_file
