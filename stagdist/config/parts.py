@@ -194,8 +194,9 @@ class DataConfig(ConfigPart):
     )
     num_samples: Positive | None = Field(
         None,
-        description="Training sequences for which the order of samples is computed; fixed for a run. "
-        "null means training.steps * training.global_batch_size.",
+        description="Training sequences for which the order of samples is computed; fixed for a run. A longer run "
+        "continues in another order (docs/checkpoints.md). null means training.steps * training.global_batch_size "
+        "when the run begins.",
     )
     cache_directory: str | None = Field(
         None, description="Where index maps are stored; shared by all ranks. null: next to the first corpus."

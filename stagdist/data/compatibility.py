@@ -20,7 +20,8 @@ SPLIT_NAMES = ("train", "validation", "test")
 SCANNED_TOKENS = 64 << 20
 """Tokens of a foreign corpus that are checked for ids outside the vocabulary."""
 
-_LARGEST_SEED = 2**32 - 1
+LARGEST_SEED = 2**32 - 1
+"""Largest seed that numpy's generators take."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def check_data(
     plans = plan_splits(data)
     if plans[0] is None:
         raise ConfigError("no corpus: set data.corpora (or data.train_corpora) to the PREFIX of a .bin/.idx pair")
-    if data.seed > _LARGEST_SEED:
-        raise ConfigError(f"data.seed is {data.seed}, at most {_LARGEST_SEED} is possible")
+    if data.seed > LARGEST_SEED:
+        raise ConfigError(f"data.seed is {data.seed}, at most {LARGEST_SEED} is possible")
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"the vocabulary of data.tokenizer {data.tokenizer} ({tokenizer.vocab_size} tokens) is larger than "
