@@ -130,10 +130,9 @@ def _build(data: DataConfig, seed: int, num_samples: tuple[int, int, int], fixed
 def _further_rounds(data: DataConfig, first: Any, num_samples: int, read_samples: int, fixed: dict[str, Any]) -> Any:
     """The training samples of a run that is longer than planned, beginning with those of `first`.
 
-    Each corpus is read to the end of its data set in `first`, which holds complete epochs, before its next round begins:
-    a data set with another seed. Round r is built for `num_samples * 2**(r - 1)` samples, as many as all rounds before
-    it, so even a run that becomes a thousand times longer has few rounds. A blend divides all samples by its weights
-    as before.
+    Each corpus is read to the end of its data set in `first`, which holds complete epochs. Its next round is a data set
+    with another seed, and so on. Round r is built for `num_samples * 2**(r - 1)` samples, as many as all rounds before
+    it, so even a run that becomes a thousand times longer has few rounds. A blend keeps its weights.
     """
     rounds = [first]
     while sum(map(len, rounds)) < read_samples:
