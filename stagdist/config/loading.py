@@ -3,8 +3,10 @@
 A file becomes a `RunConfig`, or one error that lists every problem by the path of its key. No other file is opened.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +95,17 @@ def differences(first: ConfigPart, second: ConfigPart) -> dict[str, tuple[Any, A
 # ---- files and overrides ----
 
 
+_MOST_NODES = 100_000
+"""Keys and values of a file; a configuration has some hundreds."""
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML with 3e-4 as a number, as in YAML 1.2, and without duplicate keys."""
+    """YAML with 3e-4 as a number, as in YAML 1.2, without duplicate keys and aliases that multiply."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        if _expanded_size(node, {}) > _MOST_NODES:
+            raise ConfigError(f"it holds more than {_MOST_NODES} keys and values, aliases written out")
+        return super().construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
@@ -105,6 +116,16 @@ class _StrictLoader(yaml.SafeLoader):
             if isinstance(key, str):
                 seen[key] = line
         return super().construct_mapping(node, deep)
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
+    """Number of nodes below a node and itself, with every alias written out; infinite if it contains itself."""
+    if node not in sizes:
+        sizes[node] = math.inf
+        pairs = isinstance(node, yaml.MappingNode)
+        below = chain.from_iterable(node.value) if pairs else node.value if isinstance(node, yaml.SequenceNode) else ()
+        sizes[node] = 1 + sum(_expanded_size(one, sizes) for one in below)
+    return sizes[node]
 
 
 _StrictLoader.add_implicit_resolver(
@@ -124,16 +145,21 @@ def _parse_yaml(text: str, origin: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{origin}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise ConfigError(f"{origin}{place}: not valid YAML: {problem}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # a number, date or tag
+        raise ConfigError(f"{origin}: a value cannot be read: {error}; put text into quotes") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows may write a byte order mark
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration file {path}; see configs/ for files to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the configuration file {path} is not UTF-8 ({error}); save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from None
     keys = _parse_yaml(text, str(path))
     if not isinstance(keys, dict):
         raise ConfigError(f"{path} must hold keys such as `name: my-run`, got {type(keys).__name__}")
