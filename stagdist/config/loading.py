@@ -95,6 +95,7 @@ def differences(first: ConfigPart, second: ConfigPart) -> dict[str, tuple[Any, A
 # ---- files and overrides ----
 
 
+_MOST_SHOWN = 200
 _MOST_NODES = 100_000
 """Keys and values of a file; a configuration has some hundreds."""
 
@@ -166,13 +167,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in keys.items()}
 
 
+def shown(value: Any) -> str:
+    """A value for a message, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
 def _apply_override(keys: dict[str, Any], override: str) -> None:
     """Set one key, creating the mappings and list entries on its path."""
     path, equals, text = override.partition("=")
     parts = path.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"override {override!r} must look like key.path=value, for example training.steps=20")
-    value = _parse_yaml(text, f"override {override!r}")
+        raise ConfigError(f"override {shown(override)} must look like key.path=value, for example training.steps=20")
+    value = _parse_yaml(text, f"override {shown(override)}")
     place: Any = keys
     for depth, part in enumerate(parts):
         here = ".".join(parts[:depth])
@@ -187,14 +194,14 @@ def _enter(place: Any, part: str, below: Any, *, replace: bool, here: str, overr
     if isinstance(place, list):
         if not part.isdigit() or int(part) > len(place):
             raise ConfigError(
-                f"override {override!r}: {here} has {len(place)} entries in the file, there is no entry {part}; "
+                f"override {shown(override)}: {here} has {len(place)} entries in the file, there is no entry {part}; "
                 f"give the complete list as {here}=[...]"
             )
         index = int(part)
         if index == len(place):
             place.append(None)
     elif not isinstance(place, dict):
-        raise ConfigError(f"override {override!r}: {here} is {place!r} and has no keys; set {here} itself")
+        raise ConfigError(f"override {shown(override)}: {here} is {shown(place)} and has no keys; set {here} itself")
     held = place[index] if isinstance(place, list) else place.get(part)
     if replace or held is None:
         place[index] = held = below
@@ -239,8 +246,8 @@ def _readable(error: Mapping[str, Any]) -> str:
         return f"{path} {reason}" if reason.startswith("is ") else reason
     expected = _EXPECTED.get(kind)
     if expected is None:
-        return f"{path} is {error['input']!r}: {error['msg']}"
-    return f"{path} is {error['input']!r}, must be {expected.format(**error.get('ctx', {}))}{meaning(path)}"
+        return f"{path} is {shown(error['input'])}: {error['msg']}"
+    return f"{path} is {shown(error['input'])}, must be {expected.format(**error.get('ctx', {}))}{meaning(path)}"
 
 
 def _resolved(part: ConfigPart) -> ConfigPart:

@@ -6,7 +6,6 @@ from pathlib import Path
 from stagdist.config.loading import dump_config, read_config
 from stagdist.config.parts import CorpusConfig
 from stagdist.config.run_config import RunConfig
-from stagdist.errors import ConfigError
 from stagdist.planning.memory import Device, StageMemory
 from stagdist.planning.plan import Plan, plan
 
@@ -22,11 +21,11 @@ def dry_run(
     Args:
         world_size: number of ranks; None for the smallest number that fits the configuration.
         device: kind of device to assume if `parallel.device` is auto.
+
+    Raises:
+        ConfigError: the file or an override cannot be read.
     """
-    try:
-        config, problems = read_config(path, overrides)
-    except ConfigError as error:
-        return f"{error}\n", REFUSED
+    config, problems = read_config(path, overrides)
     if config is None:
         return _verdict(problems), REFUSED
     fewest = config.pipeline_parallel_size * config.parallel.tensor_parallel_size

@@ -7,6 +7,7 @@ import yaml
 
 from stagdist.config.loading import load_config
 from stagdist.config.run_config import RunConfig
+from stagdist.errors import ConfigError
 from stagdist.planning.dry_run import dry_run
 
 TEXT = """
@@ -82,8 +83,8 @@ def test_a_wrong_configuration_is_refused_with_its_reasons(file: Path, overrides
 
 
 def test_a_missing_configuration_file_is_refused(tmp_path: Path) -> None:
-    text, code = dry_run(tmp_path / "none.yaml")
-    assert code == 2 and "there is no configuration file" in text
+    with pytest.raises(ConfigError, match="there is no configuration file"):
+        dry_run(tmp_path / "none.yaml")
 
 
 def test_the_device_of_the_memory_is_named(file: Path) -> None:
