@@ -1,5 +1,6 @@
 """The dry run: print the plan of a run, without processes or devices."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def _files(config: RunConfig) -> list[str]:
     needed = [f"{corpus.prefix}{ending}" for corpus in corpora for ending in (".bin", ".idx")]
     if data.tokenizer != "bytes":
         needed.append(data.tokenizer)
-    return [f"{path} is not on this machine" for path in dict.fromkeys(needed) if not Path(path).exists()]
+    return [f"{path} is not on this machine" for path in dict.fromkeys(needed) if not os.path.exists(path)]
 
 
 def _heading(title: str) -> str:
