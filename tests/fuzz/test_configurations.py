@@ -143,7 +143,7 @@ def test_no_value_of_any_key_ends_in_a_traceback(tmp_path: Path, text: str, valu
     def paths(tree: Any, here: str = "") -> list[str]:
         entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
         below = [one for key, inner in entries for one in paths(inner, f"{here}.{key}" if here else str(key))]
-        return ([here] if here else []) + below
+        return below or [here]
 
     for key in paths(yaml.safe_load(text)):
         dry_run(path, f"{key}={value}")

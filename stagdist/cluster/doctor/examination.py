@@ -65,7 +65,7 @@ def examine(options: DoctorOptions) -> int:
     for name, path in (("--json", options.json), ("--write-env", options.write_env)):
         if path is not None and not os.path.isdir(path.absolute().parent):
             raise ConfigError(f"{name} {path}: there is no folder {path.parent}; make it first")
-        if path is not None and (path.is_dir() or len(os.fsencode(path.name)) > LONGEST_NAME):
+        if path is not None and (os.path.isdir(path) or len(os.fsencode(path.name)) > LONGEST_NAME):
             raise ConfigError(f"{name} {path} is a folder, or its name is too long; name a file")
     slots = {host.name: host.slots for host in (*hosts, *spares)} or {ALONE: grid.world_size}
     whom = next(iter(slots)) if len(slots) == 1 else f"{len(slots)} hosts"
