@@ -131,7 +131,7 @@ def test_a_file_that_is_no_configuration_is_refused_at_once(tmp_path: Path, cont
         assert outcome.code == 2
 
 
-VALUES = (".nan", "-1", "9" * 4000, "x" * 9999, "{a: {1: 2}}")
+VALUES = ("9" * 4000, "x" * 9999, "{a: {1: 2}}")
 
 
 @pytest.mark.parametrize("value", VALUES)
