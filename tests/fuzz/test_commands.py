@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.run import parse_arguments
+from stagdist.cluster.supervision.options import options_of
+from stagdist.errors import ConfigError
 from tests.fuzz.mutations import Outcome, run_main
 from tests.launch.runs import tiny_config
 
@@ -117,6 +120,19 @@ def test_paths_that_cannot_be_read_are_refused(line: str, kind: str) -> None:
         assert not outcome.errors and "problem" in outcome.output
         return
     assert_refused(outcome)
+
+
+@pytest.mark.parametrize("kind", BAD_PATHS)
+@pytest.mark.parametrize(
+    "words",
+    ["--hostfile PATH -- launch/pretrain.py --config run.yaml", "-- PATH", "-- launch/pretrain.py --config PATH"],
+)
+def test_the_supervisor_refuses_paths_that_cannot_be_read(words: str, kind: str) -> None:
+    """Without its `main`, which writes to the file descriptors of the process."""
+    arguments = parse_arguments([word.replace("PATH", BAD_PATHS[kind]) for word in words.split()])
+    with pytest.raises(ConfigError) as refused:
+        options_of(arguments)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("line", FILES)
