@@ -7,6 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+MOST = 1_000_000
+"""Largest number of an option."""
+
 EPILOG = """\
 Asks every host over ssh, then starts ranks through the launcher and measures the links between them. Prints one
 table; ! marks what differs or is slow; then every finding with its remedy and the verdict.
@@ -58,8 +61,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--set changes the configuration of --config FILE; give that too")
     for name in ("num_ranks", "write_mib", "time_limit_s"):
         value = getattr(parsed, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.removesuffix('_s').replace('_', '-')} must be at least 1, got {value}")
+        if value is not None and not 1 <= value <= MOST:
+            parser.error(
+                f"--{name.removesuffix('_s').replace('_', '-')} must be at least 1 and at most {MOST}, got {value}"
+            )
     return parsed
 
 

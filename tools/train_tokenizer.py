@@ -11,6 +11,9 @@ from stagdist.data.prepare.sources import Piece, ReadOptions, files_left_out, li
 from stagdist.data.tokenizer import train_bpe
 from stagdist.errors import ConfigError, DataError
 
+MOST_TOKENS = 10_000_000
+"""Largest vocabulary; tables of this size are allocated at the start."""
+
 EXAMPLES = """\
 examples:
   python tools/train_tokenizer.py book.txt notes/ --output data/tokenizer --vocab-size 8192
@@ -36,7 +39,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that exists")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_reading_arguments(parser)
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if not parsed.max_megabytes > 0:
+        parser.error(f"--max-megabytes {parsed.max_megabytes} must be above 0")
+    if parsed.vocab_size > MOST_TOKENS:
+        parser.error(f"--vocab-size {parsed.vocab_size} must be at most {MOST_TOKENS}")
+    return parsed
 
 
 def sample(pieces: Sequence[Piece], limit: float) -> list[Piece]:

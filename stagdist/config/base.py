@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 
 def _not_a_bool(value: Any) -> Any:
@@ -12,9 +12,16 @@ def _not_a_bool(value: Any) -> Any:
     return value
 
 
+def _bounded(value: int) -> int:
+    """Refuse integers far above any size, whose products a float would not hold."""
+    if value > 2**53:
+        raise ValueError("is an integer above 2**53")
+    return value
+
+
 Number = BeforeValidator(_not_a_bool)
-Positive = Annotated[int, Field(ge=1), Number]
-NonNegative = Annotated[int, Field(ge=0), Number]
+Positive = Annotated[int, Field(ge=1), Number, AfterValidator(_bounded)]
+NonNegative = Annotated[int, Field(ge=0), Number, AfterValidator(_bounded)]
 PositiveFloat = Annotated[float, Field(gt=0), Number]
 NonNegativeFloat = Annotated[float, Field(ge=0), Number]
 Share = Annotated[float, Field(ge=0, le=1), Number]

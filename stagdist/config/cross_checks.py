@@ -36,7 +36,7 @@ def tensor_parallel_problems(model: ModelConfig, size: int, option: str) -> list
 
 
 def training_problems(
-    model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, sequence_length: int, num_samples: int
+    model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, sequence_length: int
 ) -> list[str]:
     """Why a run cannot train with these batches, this precision and this data."""
     problems = []
@@ -55,12 +55,6 @@ def training_problems(
     if training.precision == "fp16" and parallel.device == "cpu":
         problems.append(
             "training.precision fp16 scales the loss, which works on a GPU only, but parallel.device is cpu; use bf16"
-        )
-    samples = training.steps * training.global_batch_size
-    if samples > num_samples:
-        problems.append(
-            f"data.num_samples {num_samples} is less than training.steps * training.global_batch_size = {samples}; "
-            "raise it before the run starts, it is fixed afterwards"
         )
     return problems
 

@@ -3,8 +3,10 @@
 A file becomes a `RunConfig`, or one error that lists every problem by the path of its key. No other file is opened.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +96,18 @@ def differences(first: ConfigPart, second: ConfigPart) -> dict[str, tuple[Any, A
 # ---- files and overrides ----
 
 
+_MOST_SHOWN = 200
+_MOST_NODES = 100_000
+"""Keys and values of a file; a configuration has some hundreds."""
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML with 3e-4 as a number, as in YAML 1.2, and without duplicate keys."""
+    """YAML with 3e-4 as a number, as in YAML 1.2, without duplicate keys and aliases that multiply."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        if _expanded_size(node, {}) > _MOST_NODES:
+            raise ConfigError(f"it holds more than {_MOST_NODES} keys and values, aliases written out")
+        return super().construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
@@ -106,6 +118,16 @@ class _StrictLoader(yaml.SafeLoader):
             if isinstance(key, str):
                 seen[key] = line
         return super().construct_mapping(node, deep)
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
+    """Number of nodes below a node and itself, with every alias written out; infinite if it contains itself."""
+    if node not in sizes:
+        sizes[node] = math.inf
+        pairs = isinstance(node, yaml.MappingNode)
+        below = chain.from_iterable(node.value) if pairs else node.value if isinstance(node, yaml.SequenceNode) else ()
+        sizes[node] = 1 + sum(_expanded_size(one, sizes) for one in below)
+    return sizes[node]
 
 
 _StrictLoader.add_implicit_resolver(
@@ -125,22 +147,33 @@ def _parse_yaml(text: str, origin: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{origin}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise ConfigError(f"{origin}{place}: not valid YAML: {problem}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # a number, date or tag
+        raise ConfigError(f"{origin}: a value cannot be read: {error}; put text into quotes") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         if problem := not_downloaded(path, text=True):
             raise ConfigError(problem)
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows may write a byte order mark
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration file {path}; see configs/ for files to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the configuration file {path} is not UTF-8 ({error}); save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from None
     keys = _parse_yaml(text, str(path))
     if not isinstance(keys, dict):
         raise ConfigError(f"{path} must hold keys such as `name: my-run`, got {type(keys).__name__}")
     return {str(name): value for name, value in keys.items()}
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _apply_override(keys: dict[str, Any], override: str) -> None:
@@ -148,8 +181,8 @@ def _apply_override(keys: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     parts = path.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"override {override!r} must look like key.path=value, for example training.steps=20")
-    value = _parse_yaml(text, f"override {override!r}")
+        raise ConfigError(f"override {shown(override)} must look like key.path=value, for example training.steps=20")
+    value = _parse_yaml(text, f"override {shown(override)}")
     place: Any = keys
     for depth, part in enumerate(parts):
         here = ".".join(parts[:depth])
@@ -164,14 +197,14 @@ def _enter(place: Any, part: str, below: Any, *, replace: bool, here: str, overr
     if isinstance(place, list):
         if not part.isdigit() or int(part) > len(place):
             raise ConfigError(
-                f"override {override!r}: {here} has {len(place)} entries in the file, there is no entry {part}; "
+                f"override {shown(override)}: {here} has {len(place)} entries in the file, there is no entry {part}; "
                 f"give the complete list as {here}=[...]"
             )
         index = int(part)
         if index == len(place):
             place.append(None)
     elif not isinstance(place, dict):
-        raise ConfigError(f"override {override!r}: {here} is {place!r} and has no keys; set {here} itself")
+        raise ConfigError(f"override {shown(override)}: {here} is {shown(place)} and has no keys; set {here} itself")
     held = place[index] if isinstance(place, list) else place.get(part)
     if replace or held is None:
         place[index] = held = below
@@ -216,8 +249,8 @@ def _readable(error: Mapping[str, Any]) -> str:
         return f"{path} {reason}" if reason.startswith("is ") else reason
     expected = _EXPECTED.get(kind)
     if expected is None:
-        return f"{path} is {error['input']!r}: {error['msg']}"
-    return f"{path} is {error['input']!r}, must be {expected.format(**error.get('ctx', {}))}{meaning(path)}"
+        return f"{path} is {shown(error['input'])}: {error['msg']}"
+    return f"{path} is {shown(error['input'])}, must be {expected.format(**error.get('ctx', {}))}{meaning(path)}"
 
 
 def _resolved(part: ConfigPart) -> ConfigPart:

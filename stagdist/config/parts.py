@@ -46,7 +46,7 @@ class ModelConfig(ConfigPart):
     rms_norm_eps: PositiveFloat = Field(1e-5, description="Added to the mean square in every RMSNorm.")
     max_position_embeddings: Positive = Field(..., description="Longest context, tokens.")
     tie_word_embeddings: bool = Field(False, description="The head uses the embedding's matrix.")
-    section_layers: tuple[Positive, ...] = Field(
+    section_layers: tuple[Annotated[int, Field(ge=1, le=10_000), Number], ...] = Field(
         ..., min_length=1, description="Layers of each section; the number of entries is p."
     )
     connection: Literal["staggered", "sequential"] = Field(
@@ -194,8 +194,9 @@ class DataConfig(ConfigPart):
     )
     num_samples: Positive | None = Field(
         None,
-        description="Training sequences for which the order of samples is computed; fixed for a run. "
-        "null means training.steps * training.global_batch_size.",
+        description="Training sequences for which the order of samples is computed; fixed for a run. A longer run "
+        "continues in another order (docs/checkpoints.md). null means training.steps * training.global_batch_size "
+        "when the run begins.",
     )
     cache_directory: str | None = Field(
         None, description="Where index maps are stored; shared by all ranks. null: next to the first corpus."

@@ -102,9 +102,7 @@ class RunConfig(ConfigPart):
     def _consistent(self, found: ValidationInfo) -> "RunConfig":
         report_problems(
             cross_checks.layout_problems(self.model, self.pipeline_parallel_size, self.parallel.tensor_parallel_size)
-            + cross_checks.training_problems(
-                self.model, self.parallel, self.training, self.sequence_length, self.num_samples
-            )
+            + cross_checks.training_problems(self.model, self.parallel, self.training, self.sequence_length)
             + cross_checks.zero_problems(self.deepspeed)
             + cross_checks.scheduler_problems(self.scheduler, self.training.steps),
             found,

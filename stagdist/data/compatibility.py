@@ -23,7 +23,8 @@ LOG = logging.getLogger(__name__)
 
 SPLIT_NAMES = ("train", "validation", "test")
 
-_LARGEST_SEED = 2**32 - 1
+LARGEST_SEED = 2**32 - 1
+"""Largest seed that numpy's generators take."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,8 @@ def check_data(
     plans = plan_splits(data)
     if plans[0] is None:
         raise ConfigError("no corpus: set data.corpora (or data.train_corpora) to the PREFIX of a .bin/.idx pair")
-    if data.seed > _LARGEST_SEED:
-        raise ConfigError(f"data.seed is {data.seed}, at most {_LARGEST_SEED} is possible")
+    if data.seed > LARGEST_SEED:
+        raise ConfigError(f"data.seed is {data.seed}, at most {LARGEST_SEED} is possible")
     check_vocabulary(tokenizer, data.tokenizer, vocab_size)
     _check_cache(cache_directory(data))
     opened: dict[str, CorpusIndex] = {}

@@ -7,7 +7,7 @@ and a run that is killed while it writes them leaves maps that look complete.
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,15 @@ import numpy as np
 import torch
 
 from stagdist.config.parts import CorpusConfig, DataConfig
-from stagdist.data.compatibility import cache_directory, check_data, plan_splits
+from stagdist.data.compatibility import LARGEST_SEED, cache_directory, check_data, plan_splits
 from stagdist.data.indexed import CorpusIndex, canonical_prefix
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import ConfigError, DataError
 from stagdist.files import locked
 
 logger = logging.getLogger(__name__)
+
+_SEED_STEP = 0x9E3779B9  # between the seeds of rounds; odd, so that they differ
 
 TokenDataset = torch.utils.data.Dataset[dict[str, torch.Tensor]]
 
@@ -54,18 +56,35 @@ class _TokenizerFacts:
         }
 
 
+class _AllRounds(torch.utils.data.ConcatDataset[dict[str, torch.Tensor]]):
+    """The samples of one corpus in the order of the rounds, with the attributes that megatron-core's blend reads."""
+
+    def __init__(self, rounds: Sequence[Any]) -> None:
+        super().__init__(rounds)
+        self.index_split = rounds[0].index_split
+        self.unique_identifiers = [one.unique_identifiers for one in rounds]
+
+
 def build_splits(
-    data: DataConfig, *, sequence_length: int, num_samples: tuple[int, int, int], tokenizer: Tokenizer, vocab_size: int
+    data: DataConfig,
+    *,
+    sequence_length: int,
+    num_samples: tuple[int, int, int],
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    read_samples: int = 0,
 ) -> Splits:
     """Build the data sets of a run.
 
     If torch.distributed is initialized every rank must call this: rank 0 writes index maps into the cache while
     the others wait, so the cache must be on a shared file system. The order of the samples depends on
-    `num_samples`: it must stay the same during a run.
+    `num_samples`: it must stay the same during a run. It does not depend on `read_samples`: a run that needs more
+    samples than the first data set has gets further rounds, see `_further_rounds`.
 
     Args:
         sequence_length: tokens of a sequence.
         num_samples: sequences of train, validation and test; 0 builds none.
+        read_samples: training sequences that the run reads, if that may be more than `num_samples`.
 
     Raises:
         ConfigError: see `check_data`.
@@ -76,30 +95,60 @@ def build_splits(
     corpora = check_data(
         data, sequence_length=sequence_length, vocab_size=vocab_size, num_samples=num_samples, tokenizer=tokenizer
     )
+    directory = cache_directory(data)
+    fixed = {
+        "sequence_length": sequence_length,
+        "path_to_cache": str(directory),
+        "tokenizer": _TokenizerFacts(tokenizer, corpora),
+        "reset_position_ids": False,
+        "reset_attention_mask": False,
+        "eod_mask_loss": False,
+        "create_attention_mask": False,
+    }
+    with _process_group(), _locked_cache(directory):
+        train, validation, test = _build(data, data.seed, num_samples, fixed)
+        if len(train) < read_samples:
+            train = _further_rounds(data, train, num_samples[0], read_samples, fixed)
+    return Splits(train, validation, test)
+
+
+def _build(data: DataConfig, seed: int, num_samples: tuple[int, int, int], fixed: dict[str, Any]) -> list[Any]:
+    """Data sets of the three splits by megatron-core."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core warns of optional GPU packages when it is imported
         from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
         from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    plans = plan_splits(data)
-    wanted = [plan is not None and count > 0 for plan, count in zip(plans, num_samples, strict=True)]
-    directory = cache_directory(data)
-    config = GPTDatasetConfig(
-        random_seed=data.seed,
-        sequence_length=sequence_length,
-        path_to_cache=str(directory),
-        tokenizer=_TokenizerFacts(tokenizer, corpora),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        **_blend_arguments(data, wanted),
-    )
+    wanted = [plan is not None and count > 0 for plan, count in zip(plan_splits(data), num_samples, strict=True)]
+    config = GPTDatasetConfig(random_seed=seed, **fixed, **_blend_arguments(data, wanted))
     if config.split_matrix is not None:
         # an unused split must not be built: with few documents it may be empty
         config.split_matrix = [edges if keep else None for edges, keep in zip(config.split_matrix, wanted, strict=True)]
-    with _process_group(), _locked_cache(directory):
-        built = BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), lambda: True, config).build()
-    return Splits(*built)
+    built: list[Any] = BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), lambda: True, config).build()
+    return built
+
+
+def _further_rounds(data: DataConfig, first: Any, num_samples: int, read_samples: int, fixed: dict[str, Any]) -> Any:
+    """The training samples of a run that is longer than planned, beginning with those of `first`.
+
+    Each corpus is read to the end of its data set in `first`, which holds complete epochs. Its next round is a data set
+    with another seed, and so on. Round r is built for `num_samples * 2**(r - 1)` samples, as many as all rounds before
+    it, so even a run that becomes a thousand times longer has few rounds. A blend keeps its weights.
+    """
+    rounds = [first]
+    while sum(map(len, rounds)) < read_samples:
+        seed = (data.seed + len(rounds) * _SEED_STEP) & LARGEST_SEED
+        rounds.append(_build(data, seed, (num_samples << (len(rounds) - 1), 0, 0), fixed)[0])
+    if not hasattr(first, "datasets"):  # one corpus
+        return _AllRounds(rounds)
+    from megatron.core.datasets.blended_dataset import BlendedDataset
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.utils import normalize
+
+    corpora = [_AllRounds(one) for one in zip(*(blend.datasets for blend in rounds), strict=True)]
+    weights = normalize([corpus.weight for corpus in data.corpora or data.train_corpora])
+    return BlendedMegatronDatasetBuilder.build_generic_dataset(
+        BlendedDataset, lambda: True, True, corpora, weights, sum(map(len, rounds)), first.config
+    )
 
 
 def _blend_arguments(data: DataConfig, wanted: list[bool]) -> dict[str, Any]:

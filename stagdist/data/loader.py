@@ -126,7 +126,7 @@ class Loader:
         if indices.stop > len(self._dataset):
             raise DataError(
                 f"the data set holds {len(self._dataset)} samples, the step after {consumed_samples} needs sample "
-                f"{indices.stop - 1}; train fewer steps, or start a run with a larger data.num_samples"
+                f"{indices.stop - 1}; train fewer steps"
             )
         items = [self._dataset[index] for index in indices]
         tokens = torch.stack([item["tokens"] for item in items])

@@ -1,12 +1,12 @@
 """The dry run: print the plan of a run, without processes or devices."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stagdist.config.loading import dump_config, read_config
 from stagdist.config.parts import CorpusConfig
 from stagdist.config.run_config import RunConfig
-from stagdist.errors import ConfigError
 from stagdist.planning.memory import Device, StageMemory
 from stagdist.planning.plan import Plan, plan
 
@@ -27,11 +27,11 @@ def dry_run(
         world_size: number of ranks; None for the smallest number that fits the configuration.
         device: kind of device to assume if `parallel.device` is auto.
         data_problems: why the tokenizer and the corpora that are on this machine cannot train the model.
+
+    Raises:
+        ConfigError: the file or an override cannot be read.
     """
-    try:
-        config, problems = read_config(path, overrides)
-    except ConfigError as error:
-        return f"{error}\n", REFUSED
+    config, problems = read_config(path, overrides)
     if config is None:
         return _verdict(problems), REFUSED
     fewest = config.pipeline_parallel_size * config.parallel.tensor_parallel_size
@@ -144,7 +144,7 @@ def _files(config: RunConfig) -> list[str]:
     needed = [f"{corpus.prefix}{ending}" for corpus in corpora for ending in (".bin", ".idx")]
     if data.tokenizer != "bytes":
         needed.append(data.tokenizer)
-    return [f"{path} is not on this machine" for path in dict.fromkeys(needed) if not Path(path).exists()]
+    return [f"{path} is not on this machine" for path in dict.fromkeys(needed) if not os.path.exists(path)]
 
 
 def _heading(title: str) -> str:

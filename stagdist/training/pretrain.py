@@ -92,7 +92,12 @@ def pretrain(
         config = resumed_config(config, checkpoint, identity, tokenizer.fingerprint)
     length, vocab_size = config.sequence_length, config.model.vocab_size
     splits = build_splits(
-        config.data, sequence_length=length, num_samples=split_sizes(config), tokenizer=tokenizer, vocab_size=vocab_size
+        config.data,
+        sequence_length=length,
+        num_samples=split_sizes(config),
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        read_samples=config.training.steps * config.training.global_batch_size,
     )
     engine = build_engine(config, groups, pulse)
     sizes, fingerprint = (grid.pipe, grid.data, grid.tensor), tokenizer.fingerprint

@@ -49,7 +49,7 @@ def test_this_machine_alone_is_examined_and_everything_is_written(tmp_path: Path
         (["--hostfile", "nowhere"], "hostfile nowhere cannot be read"),
         (["--hostfile", "evil"], "refused"),
         (["--hostfile", "hostfile", "--num-ranks", "3"], "belongs to this machine alone"),
-        (["--num-ranks", "0"], "--num-ranks must be at least 1, got 0"),
+        (["--num-ranks", "0"], "--num-ranks must be at least 1 and at most 1000000, got 0"),
         (["--launcher", "mpich"], "invalid choice: 'mpich'"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--json", "no/folder.json"], "there is no folder no"),

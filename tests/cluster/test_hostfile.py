@@ -44,7 +44,8 @@ def test_text_of_hosts_reads_back_in_both_programs(tmp_path: Path) -> None:
         ("`id` slots=1", "refused"),
         ("-oProxyCommand=x slots=1", "refused"),
         ("a slots=1\n#spare -x slots=1", "line 2"),
-        ("root@node1 slots=1", "refused"),
+        ("root@node1 slots=1", "write the host alone here, and `Host node1` with `User root` into ~/.ssh/config"),
+        ("node1 slots=10000", "at most 9999"),
         ("a slots=1 max_slots=2", "no host"),
     ],
 )

@@ -71,7 +71,7 @@ class Outcome:
 
 def run_main(main: Callable[[], int], *arguments: object) -> Outcome:
     """Call the `main` of a script in this process with a command line. An unexpected exception is code 1."""
-    output, errors = io.StringIO(), io.StringIO()
+    output, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True) for _ in "12")
     with (
         mock.patch.object(sys, "argv", ["command", *map(str, arguments)]),
         contextlib.redirect_stdout(output),
@@ -81,4 +81,5 @@ def run_main(main: Callable[[], int], *arguments: object) -> Outcome:
             code = main()
         except SystemExit as end:
             code = int(end.code or 0)
-    return Outcome(code, output.getvalue(), errors.getvalue())
+    printed, complaint = (stream.buffer.getvalue().decode() for stream in (output, errors))  # type: ignore[attr-defined]
+    return Outcome(code, printed, complaint)

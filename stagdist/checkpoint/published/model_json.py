@@ -1,6 +1,7 @@
 """Read `config.json` of a model directory, in all spellings that Llama directories use."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def read_body(directory: str | Path) -> dict[str, Any]:
         CheckpointError: it is missing or damaged.
     """
     path = Path(directory) / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path} cannot be read: there is none; is {directory} a model directory?")
     return read_json(path)
 

@@ -46,7 +46,8 @@ class TrainingState:
     Attributes:
         step: optimizer steps done.
         consumed_samples: training sequences read by all replicas.
-        num_samples: number of sequences that the order of samples was computed for; constant during a run.
+        num_samples: number of sequences that the order of samples was computed for; constant during a run, also when
+            `training.steps` is raised beyond it.
         grid: (pipe, data, tensor) sizes of the run that wrote the checkpoint.
         bad_steps: steps skipped because of values that were not finite.
         data_identity: hash of the training corpora and the tokenizer.

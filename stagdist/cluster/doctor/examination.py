@@ -49,6 +49,10 @@ class DoctorOptions:
     time_limit_s: int = 150  # for measuring the links
 
 
+LONGEST_NAME = 255
+"""Bytes of the name of a file on Linux."""
+
+
 def examine(options: DoctorOptions) -> int:
     """Examine, print the report to standard output. Returns: 0 fine, 1 problems.
 
@@ -59,8 +63,10 @@ def examine(options: DoctorOptions) -> int:
     hosts, spares = known.hosts, known.spares
     grid, checkpoints = _layout(options, hosts)
     for name, path in (("--json", options.json), ("--write-env", options.write_env)):
-        if path is not None and not path.absolute().parent.is_dir():
+        if path is not None and not os.path.isdir(path.absolute().parent):
             raise ConfigError(f"{name} {path}: there is no folder {path.parent}; make it first")
+        if path is not None and (os.path.isdir(path) or len(os.fsencode(path.name)) > LONGEST_NAME):
+            raise ConfigError(f"{name} {path} is a folder, or its name is too long; name a file")
     slots = {host.name: host.slots for host in (*hosts, *spares)} or {ALONE: grid.world_size}
     whom = next(iter(slots)) if len(slots) == 1 else f"{len(slots)} hosts"
     _say(f"asking {whom}, writing {options.write_mib} MiB to {checkpoints}")

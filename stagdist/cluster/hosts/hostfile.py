@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stagdist.errors import ConfigError
 
-_ENTRY = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d+)\s*(?:#.*)?")
+_ENTRY = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>[0-9]{1,4})\s*(?:#.*)?")
 _SPARE = re.compile(r"#\s*spare\s+(?P<entry>.*)")
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 
@@ -58,13 +58,13 @@ def read_hostfile(path: str | Path) -> Hostfile:
         ConfigError: it cannot be read, or a line says something else; names the line.
     """
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8-sig")  # editors on Windows may write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"hostfile {path} cannot be read: {reason}; hostfile.example shows what it holds") from error
     hosts: list[Host] = []
     spares: list[Host] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         line = line.strip()
         spare = _SPARE.fullmatch(line)
         if not line or (line.startswith("#") and not spare):
@@ -81,7 +81,13 @@ def read_hostfile(path: str | Path) -> Hostfile:
 def _host(entry: str, where: str) -> Host:
     match = _ENTRY.fullmatch(entry)
     if match is None:
-        raise ConfigError(f"{where}: {entry[:80]!r} is no host; write: name slots=N")
+        raise ConfigError(f"{where}: {entry[:80]!r} is no host; write: name slots=N (at most 9999)")
+    user, at, host = match["name"].partition("@")
+    if at:
+        raise ConfigError(
+            f"{where}: {match['name'][:80]!r} names a user; write the host alone here, and `Host {host[:80]}` with "
+            f"`User {user[:80]}` into ~/.ssh/config"
+        )
     try:
         return Host(match["name"], int(match["slots"]))
     except ConfigError as error:

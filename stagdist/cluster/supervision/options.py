@@ -80,7 +80,7 @@ def options_of(arguments: argparse.Namespace) -> SupervisorOptions:
         ConfigError: with the remedy.
     """
     placement, config = placement_of(arguments), config_of(arguments.command)
-    if not Path(arguments.command[0]).is_file():
+    if not os.path.isfile(arguments.command[0]):
         raise ConfigError(
             f"{arguments.command[0]} is no script; write for example -- launch/pretrain.py --config x.yaml"
         )

@@ -1,5 +1,6 @@
 """What a run may resume: whether its configuration fits a checkpoint, and the configuration to continue with."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from stagdist.config.loading import differences, load_config
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import ConfigError
 from stagdist.training.engine.agreement import shared
+from stagdist.training.engine.optimizer import learning_rate
+
+LOG = logging.getLogger(__name__)
 
 _MAY_CHANGE = ("num_samples", "cache_directory", "tokenizer", "validation_corpora", "test_corpora")
 """Keys of `data` that do not change the training samples; tokenizer and corpora are compared by content."""
@@ -34,6 +38,7 @@ def resumed_config(config: RunConfig, checkpoint: Path, data_identity: str, toke
         raise shared(ConfigError(f"{checkpoint} {problem}"))
     if _imported(state):
         return config
+    _log_schedule(before, config, state.step)
     data = config.data.model_copy(update={"num_samples": state.num_samples})
     return config.model_copy(update={"data": data})
 
@@ -66,14 +71,23 @@ def _samples_problem(before: RunConfig, config: RunConfig, state: TrainingState,
         return f"would not continue with the same samples: {listed}; restore it, or begin a new run"
     if data_identity != state.data_identity:
         return "was trained on other corpora, or with another tokenizer, than those now at their paths; restore them"
-    needed = config.training.steps * config.training.global_batch_size
-    if needed > state.num_samples:
-        return (
-            f"was begun for {state.num_samples} samples, but training.steps {config.training.steps} need {needed}; "
-            f"train to step {state.num_samples // config.training.global_batch_size}, or begin a new run with a larger "
-            "data.num_samples"
-        )
+    if state.step > config.training.steps:
+        return f"is of step {state.step}, but training.steps is {config.training.steps}; set it to {state.step} or more"
     return None
+
+
+def _log_schedule(before: RunConfig, config: RunConfig, step: int) -> None:
+    """Log how the learning rate changes because `training.steps` changed; silent where it stays."""
+    old, new = (
+        learning_rate(step, steps=run.training.steps, optimizer=config.optimizer, scheduler=config.scheduler)
+        for run in (before, config)
+    )
+    if old != new:
+        LOG.info(
+            "training.steps was %d, is %d: this moves the end of the schedule, so the learning rate of step %d is %.4g "
+            "instead of %.4g; see \"Training longer\" in docs/checkpoints.md",
+            before.training.steps, config.training.steps, step + 1, new, old,
+        )  # fmt: skip
 
 
 def _imported(state: TrainingState) -> bool:

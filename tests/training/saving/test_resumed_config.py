@@ -32,7 +32,10 @@ def checkpoint(tmp_path: Path) -> Path:
     "sections",
     [
         {},
+        {"training": {"steps": 8}},
         {"training": {"steps": 9}},
+        {"training": {"steps": 13}},
+        {"training": {"steps": 1300}, "data": {"num_samples": 96}},
         {"training": {"micro_batch_size": 4}},
         {"training": {"deterministic": True}},
         {"parallel": {"tensor_parallel_size": 2}},
@@ -57,7 +60,7 @@ def test_what_keeps_the_samples_may_change(checkpoint: Path, sections: dict[str,
         ({"data": {"num_samples": 104}}, "data.num_samples was 96, is 104"),
         ({"training": {"global_batch_size": 4}}, "training.global_batch_size was 8, is 4"),
         ({"training": {"precision": "bf16"}}, "training.precision was 'fp32', is 'bf16'"),
-        ({"training": {"steps": 13}}, "begun for 96 samples, but training.steps 13 need 104; train to step 12"),
+        ({"training": {"steps": 7}}, "is of step 8, but training.steps is 7; set it to 8 or more"),
     ],
 )
 def test_what_would_change_model_or_samples_is_refused_by_name(
@@ -72,3 +75,23 @@ def test_what_would_change_model_or_samples_is_refused_by_name(
 def test_other_corpora_or_another_tokenizer_under_the_same_path_are_refused(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="trained on other corpora, or with another tokenizer"):
         resumed_config(config(), checkpoint, "others", TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("steps", "scheduler", "expected"),
+    [
+        (12, {}, ""),
+        (24, {"kind": "constant"}, ""),
+        (24, {"decay_steps": 12}, ""),
+        (24, {"kind": "cosine"}, "learning rate of step 9 is 0.000775 instead of 0.000325"),
+        (24, {"kind": "linear"}, "learning rate of step 9 is 0.0007 instead of 0.0004"),
+        (24, {"kind": "warmup_stable_decay", "decay_steps": 6}, "learning rate of step 9 is 0.001 instead of 0.0007"),
+    ],
+)
+def test_a_schedule_that_moves_with_the_number_of_steps_is_reported(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, steps: int, scheduler: dict[str, Any], expected: str
+) -> None:
+    with caplog.at_level("INFO"):
+        resumed_config(config(training={"steps": steps}, scheduler=scheduler), checkpoint, CORPORA, TOKENIZER)
+    assert len(caplog.messages) == bool(expected)
+    assert all(expected in line and line.startswith("training.steps was 12, is 24") for line in caplog.messages)
