@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 from .configuration_stagformer import StagFormerConfig
 from .layers_stagformer import ForwardContext, ResidualProjection, StagFormerCache, StagFormerSection, rms_norm
+
+logger = logging.get_logger(__name__)
 
 
 class StagFormerPreTrainedModel(PreTrainedModel):
@@ -24,7 +27,8 @@ class StagFormerPreTrainedModel(PreTrainedModel):
     config: StagFormerConfig
     config_class = StagFormerConfig
     _supports_sdpa = True
-    _no_split_modules = ["StagFormerSection"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["StagFormerLayer"]
     _skip_keys_device_placement = ["past_key_values"]
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -50,6 +54,7 @@ class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"head.weight": "embedding.weight"}
+    gradient_checkpointing = False
     _is_stateful = True  # `pending` cannot be rolled back, which assisted decoding needs
 
     def __init__(self, config: StagFormerConfig):
@@ -116,14 +121,20 @@ class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
         Returns: logits [B, S, V].
         """
         _check_arguments(input_ids, inputs_embeds, past_key_values, kwargs.pop("output_attentions", None))
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
+            logger.warning_once("Caching is incompatible with gradient checkpointing. Setting `use_cache=False`.")
+            use_cache, past_key_values = False, None
+        if past_key_values is None and use_cache:
             past_key_values = StagFormerCache()
         embeddings = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         context = ForwardContext(self.config, embeddings, attention_mask, position_ids, past_key_values)
         outputs = self._section_outputs(embeddings, context)
         hidden_states = outputs[-1]
         if self.config.combine_sections:
-            hidden_states = sum(mix * output for mix, output in zip(self.section_mix, outputs, strict=True))
+            mixes = self.section_mix.to(hidden_states.device)  # sections may lie on several devices
+            parts = zip(mixes, outputs, strict=True)
+            hidden_states = sum(mix * output.to(hidden_states.device) for mix, output in parts)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(self.output_norm(hidden_states[:, kept]))
         loss = None
@@ -140,9 +151,20 @@ class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
 
     def _section_outputs(self, embeddings: Tensor, context: ForwardContext) -> list[Tensor]:
         outputs: list[Tensor] = []
+        cache: dict[str, Any] = {"past_key_values": context.cache}
         for section in self.sections:
-            shared = self.sections[0] if self.config.share_section_weights else None
-            outputs.append(section(embeddings, outputs[-1] if outputs else None, context, shared))
+            memory = section(outputs[-1], context.in_gap, **cache) if outputs else None
+            hidden_states = embeddings.view_as(embeddings)  # gradients add up section by section, checkpointed or not
+            for number, layer in enumerate(section.layers):
+                tables = (context.rotary, context.visible, context.visible_memory, section.first_cache_layer + number)
+                if memory is None or not self.config.share_section_weights:
+                    hidden_states = layer(hidden_states, memory, *tables, **cache)
+                else:
+                    core = self.sections[0].layers[number]
+                    hidden_states = core(hidden_states, None, *tables, feed=False, **cache)
+                    hidden_states = layer(hidden_states, memory, *tables, **cache)
+                    hidden_states = core(hidden_states, None, *tables, attend=False, **cache)
+            outputs.append(hidden_states)
         return outputs
 
 
