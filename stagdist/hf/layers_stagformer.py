@@ -128,14 +128,14 @@ class StagFormerAttention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         visible: Tensor | None,
         cache_layer: int,
-        past_key_values: StagFormerCache | None,
+        cache: StagFormerCache | None,
     ) -> Tensor:
         """Attend. Queries from `hidden_states`, new keys and values from `source`, both [B, S, H] -> [B, S, H]."""
         query = rotate(self._heads(self.q_proj(hidden_states)), *rotary)
         key = rotate(self._heads(self.k_proj(source)), *rotary)
         value = self._heads(self.v_proj(source))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, cache_layer)
+        if cache is not None:
+            key, value = cache.update(key, value, cache_layer)
         output = F.scaled_dot_product_attention(
             query,
             key,
@@ -202,7 +202,7 @@ class StagFormerLayer(GradientCheckpointingLayer):
         cache_layer: int,
         attend: bool = True,
         feed: bool = True,
-        past_key_values: StagFormerCache | None = None,
+        cache: StagFormerCache | None = None,
     ) -> Tensor:
         """Run what the layer has. Shapes: hidden_states and memory [B, S, H] -> [B, S, H].
 
@@ -212,7 +212,7 @@ class StagFormerLayer(GradientCheckpointingLayer):
         if self.has_core and attend:
             normed = self.self_attention_norm(hidden_states)
             hidden_states = hidden_states + self.self_attention(
-                normed, normed, rotary, visible, cache_layer, past_key_values=past_key_values
+                normed, normed, rotary, visible, cache_layer, cache=cache
             )
         if memory is not None:
             hidden_states = hidden_states + self.cross_attention(
@@ -221,7 +221,7 @@ class StagFormerLayer(GradientCheckpointingLayer):
                 rotary,
                 visible_memory,
                 self.num_layers + cache_layer,
-                past_key_values=past_key_values,
+                cache=cache,
             )
         return hidden_states + self.mlp(self.mlp_norm(hidden_states)) if self.has_core and feed else hidden_states
 
@@ -242,7 +242,7 @@ class StagFormerSection(nn.Module):
             if config.stagger > 0:
                 self.null_memory = nn.Parameter(torch.zeros(config.hidden_size))
 
-    def forward(self, previous: Tensor, in_gap: Tensor, past_key_values: StagFormerCache | None = None) -> Tensor:
+    def forward(self, previous: Tensor, in_gap: Tensor, cache: StagFormerCache | None = None) -> Tensor:
         """Output of the previous section, normalized and delayed by `stagger`; a learned vector fills the gap.
 
         The model runs the layers. Shapes: previous [B, S, H], in_gap [B or 1, S] -> [B, S, H].
@@ -250,12 +250,12 @@ class StagFormerSection(nn.Module):
         normed = self.memory_norm(previous)
         if self.stagger == 0:
             return normed
-        earlier = None if past_key_values is None else past_key_values.pending.get(self.index)
+        earlier = None if cache is None else cache.pending.get(self.index)
         if earlier is None:
             earlier = normed.new_zeros(normed.shape[0], self.stagger, normed.shape[2])  # all of it is in the gap
         outputs = torch.cat((earlier, normed), dim=1)
-        if past_key_values is not None:
-            past_key_values.pending[self.index] = outputs[:, -self.stagger :].clone()  # a view would keep all
+        if cache is not None:
+            cache.pending[self.index] = outputs[:, -self.stagger :].clone()  # a view would keep all
         # The layers of a section may lie on several devices, and its parameter on another than its norm.
         null_memory, in_gap = self.null_memory.to(normed.device), in_gap.to(normed.device)
         return torch.where(in_gap[..., None], null_memory, outputs[:, : normed.shape[1]])

@@ -29,7 +29,7 @@ class StagFormerPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     supports_gradient_checkpointing = True
     _no_split_modules = ["StagFormerLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize: normal by hidden size, smaller for projections into the residual stream; norms 1, vectors 0."""
@@ -121,12 +121,7 @@ class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
         Returns: logits [B, S, V].
         """
         _check_arguments(input_ids, inputs_embeds, past_key_values, kwargs.pop("output_attentions", None))
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
-            logger.warning_once("Caching is incompatible with gradient checkpointing. Setting `use_cache=False`.")
-            use_cache, past_key_values = False, None
-        if past_key_values is None and use_cache:
-            past_key_values = StagFormerCache()
+        past_key_values = self._usable_cache(past_key_values, self.config.use_cache if use_cache is None else use_cache)
         embeddings = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         context = ForwardContext(self.config, embeddings, attention_mask, position_ids, past_key_values)
         outputs = self._section_outputs(embeddings, context)
@@ -149,10 +144,21 @@ class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
         )
         return result.to_tuple() if return_dict is False else result
 
+    def _usable_cache(self, cache: StagFormerCache | None, use_cache: bool) -> StagFormerCache | None:
+        # Without gradients, as in `generate`, nothing is computed a second time, which would fill the cache twice.
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return StagFormerCache() if cache is None and use_cache else cache
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError("gradient checkpointing cannot use a filled cache; give all tokens, or call eval() before")
+        if use_cache:
+            logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing. It is off.")
+        return None
+
     def _section_outputs(self, embeddings: Tensor, context: ForwardContext) -> list[Tensor]:
         outputs: list[Tensor] = []
-        cache: dict[str, Any] = {"past_key_values": context.cache}
-        for section in self.sections:
+        cache = {"cache": context.cache}  # by name: see _skip_keys_device_placement
+        sections: Any = self.sections
+        for section in sections:
             memory = section(outputs[-1], context.in_gap, **cache) if outputs else None
             hidden_states = embeddings.view_as(embeddings)  # gradients add up section by section, checkpointed or not
             for number, layer in enumerate(section.layers):
@@ -160,7 +166,7 @@ class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
                 if memory is None or not self.config.share_section_weights:
                     hidden_states = layer(hidden_states, memory, *tables, **cache)
                 else:
-                    core = self.sections[0].layers[number]
+                    core = sections[0].layers[number]
                     hidden_states = core(hidden_states, None, *tables, feed=False, **cache)
                     hidden_states = layer(hidden_states, memory, *tables, **cache)
                     hidden_states = core(hidden_states, None, *tables, attend=False, **cache)
