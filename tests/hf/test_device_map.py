@@ -19,11 +19,14 @@ def batch() -> dict[str, Tensor]:
     return {"input_ids": tokens(2, 7), "attention_mask": mask}
 
 
-def results(model: Any) -> list[Tensor]:
-    """Logits with and without cache and padding, and texts of greedy and beam search."""
-    padded = batch()
+def results(model: Any, device: torch.device | str = "cpu", generate: bool = True) -> list[Tensor]:
+    """Logits with and without cache and padding; texts of greedy and beam search, or logits of one more token."""
+    padded = {name: tensor.to(device) for name, tensor in batch().items()}
     with torch.no_grad():
         found = [model(**padded).logits, model(padded["input_ids"], use_cache=False).logits]
+        if not generate:
+            cache = model(padded["input_ids"]).past_key_values
+            return [*found, model(padded["input_ids"][:, :1], past_key_values=cache).logits]
     for options in ({}, {"use_cache": False}, {"num_beams": 2}):
         found.append(generated(model, padded["input_ids"], padded["attention_mask"], **options))
     return found
@@ -58,25 +61,18 @@ def by_layer(model: Any) -> dict[str, torch.device]:
     return places
 
 
-@pytest.mark.parametrize("ends", [(FIRST, SECOND), (SECOND, FIRST)], ids=["head second", "head first"])
-@pytest.mark.parametrize("divide", [by_section, by_layer])
-@pytest.mark.parametrize("variant", STAGGERED)
+@pytest.mark.parametrize(("divide", "begin", "end"), [(by_section, FIRST, SECOND), (by_layer, SECOND, FIRST)])
+@pytest.mark.parametrize("variant", STAGGERED + list(DEEP))
 def test_no_operation_meets_tensors_of_two_devices(
-    variant: str, divide: Any, ends: tuple[torch.device, torch.device]
+    variant: str, divide: Any, begin: torch.device, end: torch.device
 ) -> None:
     model, _ = build(variant)
-    expected = results(model)
-    begin, end = ends
+    expected = results(model, generate=variant in DEEP)
     last = begin if model.config.tie_word_embeddings else end
     spread(model, divide(model) | {"embedding": begin, "output_norm": end, "head": last, "section_mix": begin})
     with Devices():
-        given = {name: tensor.to(FIRST) for name, tensor in batch().items()}
-        with torch.no_grad():
-            found = [model(**given).logits, model(given["input_ids"], use_cache=False).logits]
-            cache = model(**given).past_key_values
-            more = torch.ones(2, 8, dtype=torch.int64, device=FIRST)
-            assert model(given["input_ids"][:, :1], attention_mask=more, past_key_values=cache).logits.device == FIRST
-    assert_same(found, expected[:2])
+        found = results(model, FIRST, generate=variant in DEEP)
+    assert_same(found, expected)
 
 
 def test_the_stand_in_for_two_devices_notices_a_tensor_of_the_other() -> None:
