@@ -86,7 +86,7 @@ def test_the_stand_in_for_two_devices_notices_a_tensor_of_the_other() -> None:
 @pytest.mark.parametrize("place", ["auto", "layers", "disk"])
 @pytest.mark.parametrize("variant", STAGGERED + list(DEEP))
 def test_a_device_map_with_weights_on_disk_changes_nothing(tmp_path: Path, variant: str, place: str) -> None:
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="needs the extra `eval`")
     model, _ = build(variant)
     model.save_pretrained(tmp_path / "model")
     size = sum(parameter.numel() * 4 for parameter in model.parameters())

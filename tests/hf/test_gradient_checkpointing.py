@@ -130,7 +130,7 @@ def trained(model: Any, folder: Any, **options: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "LoRA"])
 @pytest.mark.parametrize("variant", ["tied", "stagger 0", "three sections with everything", *DEEP])
 def test_the_trainer_learns_the_same_weights(variant: str, adapted: bool, reentrant: bool, tmp_path: Any) -> None:
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="needs the extra `eval`")
 
     def model() -> Any:
         torch.manual_seed(0)
