@@ -55,6 +55,7 @@ class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"head.weight": "embedding.weight"}
     gradient_checkpointing = False
+    _input_embed_layer = "embedding"
     _is_stateful = True  # `pending` cannot be rolled back, which assisted decoding needs
 
     def __init__(self, config: StagFormerConfig):
@@ -71,14 +72,6 @@ class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `forward` creates the cache: it stores more than keys and values
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
-        return self.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding."""
-        self.embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
