@@ -136,13 +136,9 @@ class StagFormerAttention(nn.Module):
         value = self._heads(self.v_proj(source))
         if cache is not None:
             key, value = cache.update(key, value, cache_layer)
+        causal, grouped = visible is None and query.shape[2] > 1, key.shape[1] != query.shape[1]
         output = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=visible,
-            is_causal=visible is None and query.shape[2] > 1,
-            enable_gqa=key.shape[1] != query.shape[1],
+            query, key, value, attn_mask=visible, is_causal=causal, enable_gqa=grouped
         )
         return self.o_proj(output.transpose(1, 2).flatten(2))  # [B, N, S, D] -> [B, S, N * D]
 
@@ -211,18 +207,14 @@ class StagFormerLayer(GradientCheckpointingLayer):
         """
         if self.has_core and attend:
             normed = self.self_attention_norm(hidden_states)
-            hidden_states = hidden_states + self.self_attention(
-                normed, normed, rotary, visible, cache_layer, cache=cache
-            )
+            attended = self.self_attention(normed, normed, rotary, visible, cache_layer, cache=cache)
+            hidden_states = hidden_states + attended
         if memory is not None:
-            hidden_states = hidden_states + self.cross_attention(
-                self.cross_attention_norm(hidden_states),
-                memory.view_as(memory),  # gradients add up layer by layer, checkpointed or not
-                rotary,
-                visible_memory,
-                self.num_layers + cache_layer,
-                cache=cache,
-            )
+            normed = self.cross_attention_norm(hidden_states)
+            memory = memory.view_as(memory)  # gradients add up layer by layer, checkpointed or not
+            slot = self.num_layers + cache_layer
+            attended = self.cross_attention(normed, memory, rotary, visible_memory, slot, cache=cache)
+            hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.mlp_norm(hidden_states)) if self.has_core and feed else hidden_states
 
 
