@@ -206,14 +206,13 @@ class StagFormerLayer(GradientCheckpointingLayer):
         `feed`: the cross-attention of the other layer comes between the two.
         """
         if self.has_core and attend:
-            normed = self.self_attention_norm(hidden_states)
-            attended = self.self_attention(normed, normed, rotary, visible, cache_layer, cache=cache)
-            hidden_states = hidden_states + attended
+            x = self.self_attention_norm(hidden_states)
+            hidden_states = hidden_states + self.self_attention(x, x, rotary, visible, cache_layer, cache=cache)
         if memory is not None:
             normed = self.cross_attention_norm(hidden_states)
             memory = memory.view_as(memory)  # gradients add up layer by layer, checkpointed or not
-            slot = self.num_layers + cache_layer
-            attended = self.cross_attention(normed, memory, rotary, visible_memory, slot, cache=cache)
+            cache_layer += self.num_layers
+            attended = self.cross_attention(normed, memory, rotary, visible_memory, cache_layer, cache=cache)
             hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.mlp_norm(hidden_states)) if self.has_core and feed else hidden_states
 
