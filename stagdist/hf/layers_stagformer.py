@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_stagformer import StagFormerConfig
 
@@ -126,8 +127,8 @@ class StagFormerAttention(nn.Module):
         source: Tensor,
         rotary: tuple[Tensor, Tensor],
         visible: Tensor | None,
-        cache: StagFormerCache | None,
         cache_layer: int,
+        cache: StagFormerCache | None,
     ) -> Tensor:
         """Attend. Queries from `hidden_states`, new keys and values from `source`, both [B, S, H] -> [B, S, H]."""
         query = rotate(self._heads(self.q_proj(hidden_states)), *rotary)
@@ -135,13 +136,9 @@ class StagFormerAttention(nn.Module):
         value = self._heads(self.v_proj(source))
         if cache is not None:
             key, value = cache.update(key, value, cache_layer)
+        causal, grouped = visible is None and query.shape[2] > 1, key.shape[1] != query.shape[1]
         output = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=visible,
-            is_causal=visible is None and query.shape[2] > 1,
-            enable_gqa=key.shape[1] != query.shape[1],
+            query, key, value, attn_mask=visible, is_causal=causal, enable_gqa=grouped
         )
         return self.o_proj(output.transpose(1, 2).flatten(2))  # [B, N, S, D] -> [B, S, N * D]
 
@@ -168,8 +165,11 @@ def rms_norm(config: StagFormerConfig) -> nn.RMSNorm:
     return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class StagFormerLayer(nn.Module):
+class StagFormerLayer(GradientCheckpointingLayer):
     """Self-attention, cross-attention if there is a memory, and MLP.
+
+    Arguments of `forward` are tensors, tuples of tensors, numbers and the cache, because hooks that place layers on
+    several devices move the arguments. A call uses parameters of this layer only.
 
     Args:
         has_core: False if the layer uses self-attention and MLP of section 0.
@@ -178,6 +178,7 @@ class StagFormerLayer(nn.Module):
 
     def __init__(self, config: StagFormerConfig, has_core: bool, has_cross: bool):
         super().__init__()
+        self.has_core, self.num_layers = has_core, config.num_hidden_layers
         if has_core:
             self.self_attention_norm = rms_norm(config)
             self.self_attention = StagFormerAttention(config, config.num_key_value_heads)
@@ -191,30 +192,33 @@ class StagFormerLayer(nn.Module):
         self,
         hidden_states: Tensor,
         memory: Tensor | None,
-        core: "StagFormerLayer",
-        context: "ForwardContext",
+        rotary: tuple[Tensor, Tensor],
+        visible: Tensor | None,
+        visible_memory: Tensor | None,
         cache_layer: int,
+        attend: bool = True,
+        feed: bool = True,
+        cache: StagFormerCache | None = None,
     ) -> Tensor:
-        """Shapes: hidden_states and memory [B, S, H] -> [B, S, H]. `core` has self-attention and MLP: itself, or one
-        of section 0."""
-        normed = core.self_attention_norm(hidden_states)
-        hidden_states = hidden_states + core.self_attention(
-            normed, normed, context.rotary, context.visible, context.cache, cache_layer
-        )
+        """Run what the layer has. Shapes: hidden_states and memory [B, S, H] -> [B, S, H].
+
+        A layer of section 0 that other sections share leaves out self-attention without `attend`, its MLP without
+        `feed`: the cross-attention of the other layer comes between the two.
+        """
+        if self.has_core and attend:
+            x = self.self_attention_norm(hidden_states)
+            hidden_states = hidden_states + self.self_attention(x, x, rotary, visible, cache_layer, cache=cache)
         if memory is not None:
-            hidden_states = hidden_states + self.cross_attention(
-                self.cross_attention_norm(hidden_states),
-                memory,
-                context.rotary,
-                context.visible_memory,
-                context.cache,
-                context.num_layers + cache_layer,
-            )
-        return hidden_states + core.mlp(core.mlp_norm(hidden_states))
+            normed = self.cross_attention_norm(hidden_states)
+            memory = memory.view_as(memory)  # gradients add up layer by layer, checkpointed or not
+            cache_layer += self.num_layers
+            attended = self.cross_attention(normed, memory, rotary, visible_memory, cache_layer, cache=cache)
+            hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states)) if self.has_core and feed else hidden_states
 
 
 class StagFormerSection(nn.Module):
-    """Consecutive layers with one residual stream and a memory of the previous section."""
+    """Consecutive layers with one residual stream, and the memory of the previous section that they read."""
 
     def __init__(self, config: StagFormerConfig, index: int):
         super().__init__()
@@ -229,32 +233,23 @@ class StagFormerSection(nn.Module):
             if config.stagger > 0:
                 self.null_memory = nn.Parameter(torch.zeros(config.hidden_size))
 
-    def forward(
-        self, embeddings: Tensor, previous: Tensor | None, context: "ForwardContext", shared: "StagFormerSection | None"
-    ) -> Tensor:
-        """Output of the section, all [B, S, H]; `shared` has self-attention and MLP if this section has not."""
-        memory = None if previous is None else self.memory(previous, context)
-        hidden_states = embeddings
-        cores = self.layers if shared is None else shared.layers
-        for number, (layer, core) in enumerate(zip(self.layers, cores, strict=True)):
-            hidden_states = layer(hidden_states, memory, core, context, self.first_cache_layer + number)
-        return hidden_states
-
-    def memory(self, previous: Tensor, context: "ForwardContext") -> Tensor:
+    def forward(self, previous: Tensor, in_gap: Tensor, cache: StagFormerCache | None = None) -> Tensor:
         """Output of the previous section, normalized and delayed by `stagger`; a learned vector fills the gap.
 
-        Shape: [B, S, H].
+        The model runs the layers. Shapes: previous [B, S, H], in_gap [B or 1, S] -> [B, S, H].
         """
         normed = self.memory_norm(previous)
         if self.stagger == 0:
             return normed
-        earlier = None if context.cache is None else context.cache.pending.get(self.index)
+        earlier = None if cache is None else cache.pending.get(self.index)
         if earlier is None:
             earlier = normed.new_zeros(normed.shape[0], self.stagger, normed.shape[2])  # all of it is in the gap
         outputs = torch.cat((earlier, normed), dim=1)
-        if context.cache is not None:
-            context.cache.pending[self.index] = outputs[:, -self.stagger :].clone()  # a view would keep all
-        return torch.where(context.in_gap[..., None], self.null_memory, outputs[:, : normed.shape[1]])
+        if cache is not None:
+            cache.pending[self.index] = outputs[:, -self.stagger :].clone()  # a view would keep all
+        # The layers of a section may lie on several devices, and its parameter on another than its norm.
+        null_memory, in_gap = self.null_memory.to(normed.device), in_gap.to(normed.device)
+        return torch.where(in_gap[..., None], null_memory, outputs[:, : normed.shape[1]])
 
 
 class ForwardContext:
@@ -279,18 +274,17 @@ class ForwardContext:
         position_ids: Tensor | None,
         cache: StagFormerCache | None,
     ):
-        self.cache, self.num_layers = cache, config.num_hidden_layers
+        self.cache = cache
         device, length = embeddings.device, embeddings.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
-        self.real = None if attention_mask is None else _checked_mask(attention_mask, past + length)
+        self.real = None if attention_mask is None else _checked_mask(attention_mask.to(device), past + length)
         if self.real is None:
             order = torch.arange(past, past + length, device=device)[None]
         else:
             order = self.real.long().cumsum(-1)[:, past:] - 1
         self.in_gap = order < config.stagger
-        self.rotary = rotary_tables(
-            config, order.clamp(min=0) if position_ids is None else position_ids, embeddings.dtype
-        )
+        positions = order.clamp(min=0) if position_ids is None else position_ids.to(device)
+        self.rotary = rotary_tables(config, positions, embeddings.dtype)
         self.visible = visible_keys(self.real, past, length, None, device)
         window = config.cross_attention_window
         self.visible_memory = self.visible if window is None else visible_keys(self.real, past, length, window, device)

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 from .configuration_stagformer import StagFormerConfig
 from .layers_stagformer import ForwardContext, ResidualProjection, StagFormerCache, StagFormerSection, rms_norm
+
+logger = logging.get_logger(__name__)
 
 
 class StagFormerPreTrainedModel(PreTrainedModel):
@@ -24,8 +27,9 @@ class StagFormerPreTrainedModel(PreTrainedModel):
     config: StagFormerConfig
     config_class = StagFormerConfig
     _supports_sdpa = True
-    _no_split_modules = ["StagFormerSection"]
-    _skip_keys_device_placement = ["past_key_values"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["StagFormerLayer"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize: normal by hidden size, smaller for projections into the residual stream; norms 1, vectors 0."""
@@ -50,6 +54,8 @@ class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"head.weight": "embedding.weight"}
+    gradient_checkpointing = False
+    _input_embed_layer = "embedding"
     _is_stateful = True  # `pending` cannot be rolled back, which assisted decoding needs
 
     def __init__(self, config: StagFormerConfig):
@@ -66,14 +72,6 @@ class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `forward` creates the cache: it stores more than keys and values
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
-        return self.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding."""
-        self.embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
@@ -116,14 +114,15 @@ class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
         Returns: logits [B, S, V].
         """
         _check_arguments(input_ids, inputs_embeds, past_key_values, kwargs.pop("output_attentions", None))
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = StagFormerCache()
+        past_key_values = self._usable_cache(past_key_values, self.config.use_cache if use_cache is None else use_cache)
         embeddings = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         context = ForwardContext(self.config, embeddings, attention_mask, position_ids, past_key_values)
         outputs = self._section_outputs(embeddings, context)
         hidden_states = outputs[-1]
         if self.config.combine_sections:
-            hidden_states = sum(mix * output for mix, output in zip(self.section_mix, outputs, strict=True))
+            mixes = self.section_mix.to(hidden_states.device)  # sections may lie on several devices
+            parts = zip(mixes, outputs, strict=True)
+            hidden_states = sum(mix * output.to(hidden_states.device) for mix, output in parts)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(self.output_norm(hidden_states[:, kept]))
         loss = None
@@ -138,11 +137,33 @@ class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
         )
         return result.to_tuple() if return_dict is False else result
 
+    def _usable_cache(self, cache: StagFormerCache | None, use_cache: bool) -> StagFormerCache | None:
+        # Without gradients, as in `generate`, nothing is computed a second time, which would fill the cache twice.
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return StagFormerCache() if cache is None and use_cache else cache
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError("gradient checkpointing cannot use a filled cache; give all tokens, or call eval() before")
+        if use_cache:
+            logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing. It is off.")
+        return None
+
     def _section_outputs(self, embeddings: Tensor, context: ForwardContext) -> list[Tensor]:
         outputs: list[Tensor] = []
-        for section in self.sections:
-            shared = self.sections[0] if self.config.share_section_weights else None
-            outputs.append(section(embeddings, outputs[-1] if outputs else None, context, shared))
+        cache = {"cache": context.cache}  # by name: see _skip_keys_device_placement
+        sections: Any = self.sections
+        for section in sections:
+            memory = section(outputs[-1], context.in_gap, **cache) if outputs else None
+            hidden_states = embeddings.view_as(embeddings)  # gradients add up section by section, checkpointed or not
+            for number, layer in enumerate(section.layers):
+                tables = (context.rotary, context.visible, context.visible_memory, section.first_cache_layer + number)
+                if memory is None or not self.config.share_section_weights:
+                    hidden_states = layer(hidden_states, memory, *tables, **cache)
+                else:
+                    core = sections[0].layers[number]
+                    hidden_states = core(hidden_states, None, *tables, feed=False, **cache)
+                    hidden_states = layer(hidden_states, memory, *tables, **cache)
+                    hidden_states = core(hidden_states, None, *tables, attend=False, **cache)
+            outputs.append(hidden_states)
         return outputs
 
 

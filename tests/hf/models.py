@@ -15,11 +15,17 @@ from tests.reference.variants import BASE, VARIANTS
 
 END = 0
 """The end-of-document token."""
+STAGGERED = [name for name, change in VARIANTS.items() if change.get("connection") != "sequential"]
+DEEP: dict[str, dict[str, Any]] = {
+    "deep": {"section_layers": [3, 2, 3], "stagger": 2, "cross_attention_window": 3},
+    "deep, shared, combined": {"section_layers": [3, 3, 3], "share_section_weights": True, "combine_sections": True},
+}
+"""Variants of several layers, where the order of additions is seen in the last bits."""
 
 
 def shape(variant: str) -> ModelConfig:
     """The configuration of a variant by name."""
-    return ModelConfig(**BASE | VARIANTS[variant])
+    return ModelConfig(**BASE | (VARIANTS | DEEP)[variant])
 
 
 def build(variant: str, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Tensor]]:
@@ -40,3 +46,13 @@ def build(variant: str, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[s
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
     """Random tokens, never the end of a document. Shape: int64 [rows, length]."""
     return torch.randint(1, BASE["vocab_size"] - 1, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def generated(model: Any, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """Exactly six new tokens for every prompt; the same noise at every call. Shape: [rows, 6]."""
+    torch.manual_seed(0)
+    mask = torch.ones_like(ids) if mask is None else mask
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False} | options
+    new: Tensor = model.generate(ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
+    assert new.shape[1] == 6
+    return new

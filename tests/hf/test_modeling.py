@@ -4,29 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import DynamicCache
 
 from stagdist.hf.configuration_stagformer import StagFormerConfig
 from stagdist.hf.layers_stagformer import StagFormerCache
 from stagdist.hf.modeling_stagformer import StagFormerForCausalLM
-from tests.hf.models import END, build, tokens
+from tests.hf.models import END, STAGGERED, build, generated, tokens
 from tests.reference import stagformer as reference
 from tests.reference.variants import BASE, LLAMA3, VARIANTS
 
-STAGGERED = [name for name, change in VARIANTS.items() if change.get("connection") != "sequential"]
 HARD = ["stagger 0", "stagger 2", "window", "three sections with everything", "four combined sections"]
 """Variants that treat memory, cache or head in different ways."""
-
-
-def generated(model: Any, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-    """Exactly six new tokens for every prompt; the same noise at every call. Shape: [rows, 6]."""
-    torch.manual_seed(0)
-    mask = torch.ones_like(ids) if mask is None else mask
-    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False} | options
-    new: Tensor = model.generate(ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
-    assert new.shape[1] == 6
-    return new
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
