@@ -153,11 +153,11 @@ def problems_on_this_machine(config: RunConfig) -> list[str]:
     corpora = (*data.corpora, *data.train_corpora, *data.validation_corpora, *data.test_corpora)
     files = [corpus_path(corpus.prefix, ending) for corpus in corpora for ending in (".bin", ".idx")]
     try:
-        if data.tokenizer != BYTES and not Path(data.tokenizer).exists():
+        if data.tokenizer != BYTES and not os.path.exists(data.tokenizer):
             return []
         tokenizer, rows = load_tokenizer(data.tokenizer), config.model.vocab_size
         check_vocabulary(tokenizer, data.tokenizer, rows)
-        if files and all(path.exists() for path in files):
+        if files and all(map(os.path.exists, files)):
             check_data(data, sequence_length=config.sequence_length, vocab_size=rows, tokenizer=tokenizer)
     except (ConfigError, DataError) as error:
         return [str(error)]

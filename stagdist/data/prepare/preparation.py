@@ -101,6 +101,8 @@ def _planned(inputs: Sequence[str], prefix: str, options: ReadOptions, overwrite
     if corpus_path(prefix, ".idx").exists() and not overwrite:
         raise ConfigError(f"{prefix}.idx exists; choose another --output, or --overwrite")
     pieces = plan_pieces(inputs, options)
+    if not pieces:
+        raise DataError(f"no text in {', '.join(inputs)}; nothing was written")
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     return pieces
 
