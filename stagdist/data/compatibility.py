@@ -179,6 +179,12 @@ def _check_tokens(index: CorpusIndex, data: DataConfig, tokenizer: Tokenizer, vo
             f"data.tokenizer {data.tokenizer} ({tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}); "
             "set data.tokenizer to that one, or prepare the corpus again"
         )
+    if description is not None and description.begin_of_document not in ((), tokenizer.begin_ids):
+        raise DataError(
+            f"documents of corpus {index.prefix} begin with the token ids {list(description.begin_of_document)}, but "
+            f"data.tokenizer {data.tokenizer} puts {list(tokenizer.begin_ids)} before a text; set data.tokenizer to "
+            "the one that made the corpus, or prepare the corpus again"
+        )
     limits = np.iinfo(index.dtype)
     if description is not None:  # recorded while these tokens were written
         smallest, largest = 0, description.max_token

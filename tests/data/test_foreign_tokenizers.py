@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stagdist.config.parts import DataConfig
+from stagdist.data.compatibility import check_data
+from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import DataError
@@ -98,3 +101,28 @@ def test_a_missing_package_is_named(
     monkeypatch.setattr("stagdist.data.tokenizer_files.find_spec", lambda name: None)
     with pytest.raises(DataError, match=f"tokenizer.model needs the package {package}: pip install {package}$"):
         load_tokenizer(folder)
+
+
+def test_a_corpus_whose_documents_begin_otherwise_is_refused(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(make("llama_3", tmp_path / "tokenizer"))
+    tokenizer.without_begin().save(tmp_path / "bare")
+    (tmp_path / "text.txt").write_text("the cat " * 50)
+    for name, maker in (("begins", tokenizer), ("older", tokenizer.without_begin())):
+        prepare([str(tmp_path / "text.txt")], str(tmp_path / name), maker)
+    accepted = []
+    for corpus in ("begins", "older"):
+        for place in ("tokenizer", "bare"):
+            data = DataConfig.model_validate(
+                {
+                    "tokenizer": str(tmp_path / place),
+                    "split": [1, 0, 0],
+                    "corpora": [{"prefix": str(tmp_path / corpus)}],
+                }
+            )
+            try:
+                check_data(data, sequence_length=8, vocab_size=tokenizer.vocab_size)
+            except DataError as error:
+                assert "begin with the token ids" in str(error) and str(tmp_path / corpus) in str(error)
+            else:
+                accepted.append((corpus, place))
+    assert accepted == [("begins", "tokenizer"), ("older", "tokenizer"), ("older", "bare")]
