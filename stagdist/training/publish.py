@@ -86,11 +86,9 @@ def export_model(
 
 
 def _proof_ids(tokenizer: Tokenizer, model: ModelConfig) -> Tensor:
-    """Token ids of some real text; of bytes if the tokenizer cannot encode it. Shapes: int64 [1, S]."""
-    try:
-        return text_ids(tokenizer, model)
-    except CheckpointError:
-        return any_ids(model)
+    """Token ids of some real text; of bytes if the model lacks some of them. Shapes: int64 [1, S]."""
+    input_ids = text_ids(tokenizer, model)
+    return input_ids if int(input_ids.max()) < model.vocab_size else any_ids(model)
 
 
 def _failed(reason: str) -> CheckpointError:

@@ -214,7 +214,7 @@ def _lose_shard(folder: Path) -> None:
         (_reshape_tensor, "output_norm.weight in"),
         (_cut_file, "cut off: it lacks the tensor head.weight"),
         (_lose_shard, "lacks the tensor sections.1.null_memory: there is no model-00002"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "No such file"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
     ],
     ids=["tensor", "shape", "cut", "shard", "weights", "tokenizer"],

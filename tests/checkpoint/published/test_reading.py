@@ -73,9 +73,9 @@ def test_a_configuration_of_another_size_than_the_tensors_is_refused(tmp_path: P
 def test_more_layers_than_tensors_are_refused_before_they_are_counted(tmp_path: Path) -> None:
     write(tmp_path / "model", {})
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    many = {"section_layers": [10**9, 10**9], "num_hidden_layers": 2 * 10**9}
+    many = {"section_layers": [9999, 9999], "num_hidden_layers": 2 * 9999}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | many))
-    with pytest.raises(CheckpointError, match=r"config\.json says 2000000000 layers, the weights are \d+ tensors"):
+    with pytest.raises(CheckpointError, match=r"config\.json says 19998 layers, the weights are \d+ tensors"):
         ModelReader(tmp_path / "model")
 
 
