@@ -46,6 +46,7 @@ _COMPRESSED = re.compile(
 _REFUSED = {
     (b"PK\3\4", b"7z\xbc\xaf", b"Rar!\x1a", b"\x04\x22\x4d\x18"): "an archive; unpack it and give its files",
     (b"%PDF-",): "a PDF; extract its text, for example with pdftotext",
+    (b"version https://git-lfs",): "a git-lfs pointer, not the file: run git lfs pull in its directory",
 }
 _JSON_BEGINS = re.compile(rb"""\s*(\{\s*["}]|\[\s*[{\]])""")
 # by the quarters of the bytes that are mostly zero

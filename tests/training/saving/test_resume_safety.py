@@ -149,7 +149,7 @@ def groups_barrier(groups: Groups) -> None:
 
 
 def _exports(folder: Path, groups: Groups) -> dict[str, Any]:
-    config = Case("stages", {}, (2, 1, 1)).config()
+    config = Case("stages", {"vocab_size": 258}, (2, 1, 1)).config()
     pulse, tokenizer = Watched(), load_tokenizer("bytes")
     engine = build_engine(config, groups, pulse)
 
