@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.config.parts import ModelConfig
+from stagdist.errors import CheckpointError
 from stagdist.parallel.layout import ParameterSpec
 
 
@@ -32,3 +33,16 @@ class WeightSource(Protocol):
 
     def weight(self, spec: ParameterSpec) -> Tensor:
         """One global parameter of `model_parameters`, on the CPU."""
+
+
+def require_finite(tensor: Tensor, name: str, directory: Path) -> Tensor:
+    """The tensor.
+
+    Raises:
+        CheckpointError: it has values that are not finite.
+    """
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(
+            f"{name} in {directory} has values that are not finite; use an earlier checkpoint, or get it again"
+        )
+    return tensor

@@ -20,7 +20,7 @@ from stagdist.checkpoint.training.stage_files import tensor_files
 from stagdist.checkpoint.training.training_reader import TrainingReader
 from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.data.tokenizer_files import holds_tokenizer
-from stagdist.errors import StagdistError
+from stagdist.errors import CheckpointError, StagdistError
 from stagdist.parallel.layout import model_parameters
 
 _MODEL_FILES = ("config.json", GENERATION, "tokenizer.json", "tokenizer_config.json", CHECKSUMS)
@@ -106,6 +106,8 @@ def _open_checkpoint(found: FoundCheckpoint, report: Inspection, trust_pickle: b
             records = read_complete(found.directory)
             reason = damage(found.directory, sorted(records), records)
             report.problems += [reason] if reason is not None and reason not in report.problems else []
+            with suppress(CheckpointError):  # the tokenizer may be on another machine
+                source_tokenizer(reader, None)
             if not report.problems:
                 return open_training(found.directory, trust_pickle=trust_pickle)
         except StagdistError as error:

@@ -24,7 +24,7 @@ from stagdist.checkpoint.published.model_reader import ChangedTokenizerError, Mo
 from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
 from stagdist.checkpoint.published.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.text_tokens import tokens_of_tokenizer
-from stagdist.checkpoint.weight_source import WeightSource
+from stagdist.checkpoint.weight_source import WeightSource, require_finite
 from stagdist.config.loading import differences
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import CheckpointError
@@ -150,6 +150,8 @@ def write_model(
         with ModelDirectoryWriter(staged, model, source.dtype, tokenizer.end_of_document, tokens) as writer:
             for spec in options.track(model_parameters(model), "writing"):
                 tensor = weight(spec)
+                if logits_of is not None:
+                    require_finite(tensor, spec.name, source.directory)
                 sums[spec.name] = tensor_sha256(tensor)
                 writer.add(spec.name, tensor)
             tokenizer.save(staged)

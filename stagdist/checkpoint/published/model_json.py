@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stagdist.checkpoint.published.other_formats import refuse_undownloaded
+from stagdist.checkpoint.published.other_formats import refuse_undownloaded, save_as_utf8
 from stagdist.checkpoint.text_tokens import GENERATION, TOKEN_KEYS, TextTokens, check_tokens
 from stagdist.config.loading import validate_model
 from stagdist.config.parts import ModelConfig, RopeScaling
@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {error}{save_as_utf8(path)}") from error
     if not isinstance(body, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return body

@@ -129,7 +129,10 @@ class ModelReader:
     def _check_names_and_shapes(self) -> None:
         for name, spec in self._expected.items():
             if name not in self._where:
-                raise CheckpointError(f"{self.directory} lacks the tensor {name}")
+                raise CheckpointError(
+                    f"{self.directory} lacks the tensor {name}; its first ones are {sorted(self._where)[:2]}; save the "
+                    "causal language model with transformers again"
+                )
             if name not in self._open(self._where[name], name).keys():  # noqa: SIM118 - not a dict
                 raise CheckpointError(f"{self.directory / self._where[name]} lacks the tensor {name} of the index")
             shape = tuple(self._slice(name).get_shape())

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stagdist.checkpoint.names import llama_name
-from stagdist.checkpoint.published.other_formats import refuse_undownloaded, weights_there
+from stagdist.checkpoint.published.other_formats import refuse_undownloaded, save_as_utf8, weights_there
 from stagdist.checkpoint.published.record import CHECKSUMS
 from stagdist.checkpoint.published.safetensors_writer import SafetensorsWriter
 from stagdist.checkpoint.text_tokens import GENERATION, TOKEN_KEYS, TextTokens, tokens_of
@@ -234,7 +234,8 @@ def weight_map(folder: Path) -> list[tuple[str, str]]:
         with safe_open(path, framework="pt") as stream:
             return [(name, path.name) for name in stream.keys()]  # noqa: SIM118 - not a dict
     except Exception as error:  # the library raises bare exceptions for damaged files
-        raise CheckpointError(f"the weights in {path} cannot be read: {error}") from error
+        remedy = save_as_utf8(path) or "; get the file from its source again"
+        raise CheckpointError(f"the weights in {path} cannot be read: {error}{remedy}") from error
 
 
 def _checked_index(where: Any) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """What a directory without readable weights holds instead, and how to get one with them."""
 
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from pathlib import Path
 
 from stagdist.errors import CheckpointError
@@ -33,7 +34,11 @@ def converted(folder: Path, dtype: str = "") -> str:
 
 def unfinished_download(folder: Path) -> str:
     """The remains of a download in a directory or in the cache that it belongs to, with the remedy; empty if none."""
-    for left in (*folder.rglob("*.incomplete"), *folder.glob("../../blobs/*.incomplete")):
+    endings = ("incomplete", "part", "aria2", "crdownload")
+    for left in (
+        *(path for end in endings for path in folder.rglob(f"*.{end}")),
+        *folder.glob("../../blobs/*.incomplete"),
+    ):
         return f"its download did not finish (it left {left.name}); start the download again"
     return ""
 
@@ -62,3 +67,9 @@ def refuse_undownloaded(path: Path) -> None:
         return
     if problem is not None:
         raise CheckpointError(problem)
+
+
+def save_as_utf8(path: Path) -> str:
+    """The remedy for a JSON file with a byte order mark, which transformers refuses as well; empty without one."""
+    marked = path.is_file() and path.read_bytes().startswith((BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE))
+    return "; save it as UTF-8 without a byte order mark" if marked else ""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.checkpoint.training.content import MASTER, Counters
+from stagdist.checkpoint.weight_source import require_finite
 from stagdist.config.run_config import RunConfig
 from stagdist.model.precision import DTYPES
 from stagdist.parallel.layout import ParameterSpec, model_parameters
@@ -28,7 +29,7 @@ class ImportedModel:
             stored = self.source.weight(self._specs["section_mix"])[section].reshape(1)
         else:
             stored = self.source.weight(spec)
-        return stored.to(DTYPES[self.config.training.precision])
+        return require_finite(stored, spec.name, self.source.directory).to(DTYPES[self.config.training.precision])
 
     def optimizer_value(self, spec: ParameterSpec, kind: str) -> Tensor:
         """The fp32 copy, rounded as the weight is; the moments are zero."""

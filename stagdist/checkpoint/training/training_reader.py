@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.text_tokens import TextTokens
+from stagdist.checkpoint.text_tokens import TextTokens, check_tokens
 from stagdist.checkpoint.training.content import MASTER, Counters
-from stagdist.checkpoint.training.directory import CONFIG, TrainingState, read_state
+from stagdist.checkpoint.training.directory import CONFIG, STATE, TrainingState, read_state
 from stagdist.checkpoint.training.file_structure import structure_problem
 from stagdist.checkpoint.training.pickles import load_file
 from stagdist.checkpoint.training.stage_files import (
@@ -65,6 +65,8 @@ class TrainingReader:
         self.config: RunConfig = load_config(self.directory / CONFIG)
         self.state: TrainingState = read_state(self.directory)
         self.model: ModelConfig = self.config.model
+        for part, held in vars(self.state.text_tokens).items() if self.state.text_tokens else ():
+            check_tokens(held, f"{self.directory / STATE}: text_tokens.{part}", self.model.vocab_size)
         self.dtype = DTYPES[self.config.training.precision]
         self._trust_pickle = trust_pickle
         self._files: dict[str, Any] = {}
