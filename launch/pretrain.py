@@ -43,8 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Exit code: 0 done or stopped as requested, 1 an error while running, 2 wrong configuration, data or checkpoint."""
-    from stagdist.errors import CheckpointError, ConfigError, DataError, StagdistError
+    """Exit code: 0 done or stopped as requested, 1 an error while running, 2 invalid configuration or input."""
+    from stagdist.errors import CheckpointError, ConfigError, DataError, SavingError, StagdistError
     from stagdist.parallel.ranks_parser import pretrain_arguments, reports_error
 
     try:
@@ -62,7 +62,8 @@ def main() -> int:
     except StagdistError as error:
         if reports_error(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, CheckpointError | ConfigError | DataError) else 1
+        invalid = isinstance(error, CheckpointError | ConfigError | DataError) and not isinstance(error, SavingError)
+        return 2 if invalid else 1
     except SystemExit as end:  # --help
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:

@@ -23,6 +23,10 @@ class CheckpointError(StagdistError, RuntimeError):
     """A checkpoint or model directory is missing, incomplete, damaged or of another model."""
 
 
+class SavingError(CheckpointError):
+    """A checkpoint or model directory of a run could not be written; starting again may help."""
+
+
 class TrainingError(StagdistError, RuntimeError):
     """Training cannot continue, for example after too many steps that were not finite."""
 

@@ -21,9 +21,9 @@ from tests.house_rules import (
 
 # Lines of Python in each room. To change a number on purpose, edit it here.
 BUDGETS = {
-    "stagdist/errors.py": 31,
+    "stagdist/errors.py": 35,
     "stagdist/files.py": 119,
-    "stagdist/checkpoint": 4235,
+    "stagdist/checkpoint": 4260,
     "stagdist/cluster": 4298,
     "stagdist/config": 995,
     "stagdist/data": 2900,

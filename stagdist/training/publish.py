@@ -18,7 +18,7 @@ from stagdist.checkpoint.text_tokens import TextTokens, tokens_of_tokenizer
 from stagdist.checkpoint.training.content import Track
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import Tokenizer
-from stagdist.errors import CheckpointError
+from stagdist.errors import CheckpointError, SavingError
 from stagdist.parallel.groups import Groups
 from stagdist.parallel.layout import ParameterSpec, model_parameters, stage_layout
 from stagdist.telemetry.pulse import Phase, beating
@@ -91,8 +91,8 @@ def _proof_ids(tokenizer: Tokenizer, model: ModelConfig) -> Tensor:
     return input_ids if int(input_ids.max()) < model.vocab_size else any_ids(model)
 
 
-def _failed(reason: str) -> CheckpointError:
-    return CheckpointError(
+def _failed(reason: str) -> SavingError:
+    return SavingError(
         f"the model directory was not written, {reason}; the last checkpoint is complete: remove the cause or free "
         "space, and start the same command again"
     )

@@ -26,7 +26,7 @@ from stagdist.checkpoint.training.directory import (
 )
 from stagdist.config.loading import dump_config
 from stagdist.config.run_config import RunConfig
-from stagdist.errors import CheckpointError
+from stagdist.errors import CheckpointError, SavingError
 from stagdist.files import FileRecord, file_record
 from stagdist.parallel.groups import Groups
 from stagdist.training.engine.agreement import Writing, on_every_rank
@@ -232,8 +232,8 @@ def save_checkpoint(engine: SectionEngine, groups: Groups, config: RunConfig, st
     return Saver(engine, groups, config).save(state, wait=True)
 
 
-def _failed(reason: str) -> CheckpointError:
-    return CheckpointError(
+def _failed(reason: str) -> SavingError:
+    return SavingError(
         f"saving failed on {reason}; the previous checkpoint is untouched. Free space or repair the folder, and "
         "start the run again: it resumes from there"
     )
