@@ -170,7 +170,7 @@ def test_tokens_of_a_large_compressed_file_wait_in_files_that_are_gone_afterward
     assert len(pieces) == 3 and all(piece.stop is None for piece in pieces)
     expected = list(encode_pieces(pieces, options, tokenizer, np.uint16, workers=1))
     found = []
-    for batch in encode_pieces(pieces, options, tokenizer, np.uint16, workers=2, held_bytes=0):
+    for batch in encode_pieces(pieces, options, tokenizer, np.uint16, workers=2):
         assert list((tmp_path / "temporary").iterdir()), "the tokens are in files while workers read ahead"
         found.append(batch)
     assert len(found) == len(expected) > 3

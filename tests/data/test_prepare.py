@@ -193,7 +193,7 @@ def test_a_killed_worker_ends_the_run_with_the_remedy(tmp_path: Path, monkeypatc
     from stagdist.data.prepare import encode as encoding
     from stagdist.data.prepare.sources import plan_pieces
 
-    for name in ("a", "b", "c", "d"):
+    for name in "abcdefgh":
         (tmp_path / f"{name}.jsonl").write_text('{"text": "some text"}\n' * 20_000)
     pieces = plan_pieces([str(tmp_path)], ReadOptions())
     batches = encoding.encode_pieces(pieces, ReadOptions(), byte_tokenizer(), np.uint16, workers=2)

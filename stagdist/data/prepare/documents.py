@@ -58,7 +58,9 @@ class Reader:
     def _files(self, piece: Piece) -> Iterator[str | None]:
         for path in piece.files:
             with _opened(path) as stream:
-                yield self._plain(stream.read(), path, 0)
+                raw = stream.read()
+                if raw:  # a file of 0 bytes holds no document, not an empty one
+                    yield self._plain(raw, path, 0)
 
     def _cut_text(self, piece: Piece) -> Iterator[str | None]:
         with _opened(piece.source, seekable=piece.kind != "lines") as stream:

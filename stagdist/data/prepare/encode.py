@@ -2,15 +2,15 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import threading
-import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -70,12 +70,11 @@ def encode_pieces(
     dtype: type[np.generic],
     *,
     workers: int,
-    held_bytes: int = 16 << 20,
 ) -> Iterator[TokenBatch]:
     """Tokenize pieces with `workers` processes. The batches come in the order of the pieces.
 
-    At most two pieces per worker are read ahead. A compressed file is one piece, however large: of each piece, tokens
-    beyond `held_bytes` wait in temporary files, so memory is bounded.
+    At most two pieces per worker are read ahead; their tokens wait in temporary files, so memory is bounded, although a
+    compressed file is one piece, however large.
 
     Raises:
         DataError: of reading; or a worker was killed.
@@ -88,59 +87,40 @@ def encode_pieces(
     # spawn: forking a process that has threads (tokenizers, MPI) can deadlock. An executor reports a killed worker; a
     # multiprocessing.Pool would wait for it forever.
     context, folder = multiprocessing.get_context("spawn"), tempfile.TemporaryDirectory(prefix="stagdist-tokens-")
-    setup = (options, tokenizer, dtype, folder.name, held_bytes)
+    setup = (options, tokenizer, dtype, folder.name)
     pool = ProcessPoolExecutor(min(workers, len(pieces)), context, _start_worker, setup)
-    ahead: deque[tuple[Piece, Future[list[TokenBatch]]]] = deque()
+    ahead: deque[Future[str]] = deque()
     try:
         for piece in pieces:
-            ahead.append((piece, pool.submit(_encode_in_worker, piece)))
+            ahead.append(pool.submit(encode_in_worker, piece))
             if len(ahead) > 2 * workers:
-                yield from _batches(*ahead.popleft())
+                yield from _stored_batches(ahead.popleft().result())
         while ahead:
-            yield from _batches(*ahead.popleft())
+            yield from _stored_batches(ahead.popleft().result())
+    except BrokenProcessPool as error:
+        raise DataError("a worker process ended; was it killed for memory? use fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
         folder.cleanup()
 
 
-def _batches(piece: Piece, result: "Future[list[TokenBatch]]") -> Iterator[TokenBatch]:
-    try:
-        batches = result.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"a worker process ended while it read {piece.source}; was it killed for memory? use fewer --workers"
-        ) from error
-    for batch in batches:
-        if isinstance(batch.tokens, _StoredTokens):
-            batch = replace(batch, tokens=batch.tokens.take())
-        yield batch
-
-
-@dataclass(frozen=True)
-class _StoredTokens:
-    """Tokens in a temporary file, which is read once."""
-
-    path: str
-    dtype: type[np.generic]
-
-    def take(self) -> np.ndarray:
-        tokens = np.fromfile(self.path, self.dtype)
-        os.unlink(self.path)
-        return tokens
+def _stored_batches(path: str) -> Iterator[TokenBatch]:
+    with open(path, "rb") as stream:
+        os.unlink(path)
+        while stream.peek(1):
+            yield pickle.load(stream)
 
 
 class _Worker:
     """State of a worker process, set once at its start."""
 
-    setup: ClassVar[tuple[Reader, Tokenizer, type[np.generic], str, int]]
+    setup: ClassVar[tuple[Reader, Tokenizer, type[np.generic], str]]
 
 
-def _start_worker(
-    options: ReadOptions, tokenizer: Tokenizer, dtype: type[np.generic], folder: str, held_bytes: int
-) -> None:
+def _start_worker(options: ReadOptions, tokenizer: Tokenizer, dtype: type[np.generic], folder: str) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent shuts its workers down
-    _Worker.setup = Reader(options), tokenizer, dtype, folder, held_bytes
+    _Worker.setup = Reader(options), tokenizer, dtype, folder
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -151,14 +131,15 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(piece: Piece) -> list[TokenBatch]:
-    reader, tokenizer, dtype, folder, room = _Worker.setup
-    batches: list[TokenBatch] = []
-    for batch in encode_piece(piece, reader, tokenizer, dtype):
-        room -= batch.tokens.nbytes
-        if room < 0:
-            stored = _StoredTokens(os.path.join(folder, uuid.uuid4().hex), dtype)
-            batch.tokens.tofile(stored.path)
-            batch = replace(batch, tokens=stored)  # type: ignore[arg-type]  # only between worker and parent
-        batches.append(batch)
-    return batches
+def encode_in_worker(piece: Piece) -> str:
+    """Path of a file with the batches of a piece.
+
+    What a worker returns passes through a pipe. If it is killed while it writes more than `PIPE_BUF` bytes, the
+    executor waits forever for the rest.
+    """
+    reader, tokenizer, dtype, folder = _Worker.setup
+    descriptor, path = tempfile.mkstemp(dir=folder)
+    with open(descriptor, "wb") as stream:
+        for batch in encode_piece(piece, reader, tokenizer, dtype):
+            pickle.dump(batch, stream)
+    return path
