@@ -129,6 +129,8 @@ def run(arguments: argparse.Namespace) -> int:
     world.share_cores()
 
     params = _sampling_params(arguments)
+    if arguments.chat and (arguments.no_special_tokens or arguments.parse_special):
+        raise ConfigError("--chat leaves special tokens to the template; drop --no-special-tokens and --parse-special")
     if params.logprobs is not None and not arguments.json:
         raise ConfigError("--logprobs cannot be shown in plain text; add --json")
 

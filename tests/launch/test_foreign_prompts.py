@@ -89,6 +89,12 @@ def test_a_model_without_a_template_refuses_chat_at_once(tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.parametrize("option", ["--no-special-tokens", "--parse-special"])
+def test_chat_leaves_special_tokens_to_the_template(option: str, tmp_path: Path) -> None:
+    done = run_ranks_to_end(tmp_path, "--prompt", "a", "--chat", option)
+    assert done.returncode == 2 and "--chat leaves special tokens to the template" in done.stderr.decode()
+
+
 def test_a_template_that_refuses_messages_is_one_line(tmp_path: Path) -> None:
     source = make("llama_3", tmp_path / "tokenizer")
     (source / "chat_template.jinja").write_text("{{ raise_exception('roles must\nalternate') }}")
