@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from stagdist.data.post_processor import ids_before_text
 from stagdist.errors import ConfigError, DataError
 from stagdist.files import writing
 
@@ -63,16 +65,11 @@ class Tokenizer:
         self._end_id = None if end_token is None else self._backend.token_to_id(end_token)
         if end_token is not None and self._end_id is None:
             raise DataError(f"the tokenizer has no token {end_token!r} to end documents with")
-        self.begin_ids: tuple[int, ...] = self._special_before_text()
+        self.begin_ids = ids_before_text(json.loads(json_text).get("post_processor"))
         self._origin, self._files = origin, files
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.to_json(), self.end_token)
-
-    def _special_before_text(self) -> tuple[int, ...]:
-        encoding = self._backend.encode("a")
-        before = [mask == 1 for mask in encoding.special_tokens_mask]
-        return tuple(encoding.ids[: before.index(False) if False in before else 0])
 
     @property
     def end_of_document(self) -> int:
@@ -141,10 +138,14 @@ class Tokenizer:
         Args:
             add_special_tokens: add the special tokens that the tokenizer puts around a text.
             parse_special: special tokens that are written in the text become themselves, not text.
+
+        Raises:
+            DataError: as `encode_batch`.
         """
         self._backend.encode_special_tokens = not parse_special
         try:
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            with _encoding_errors():
+                return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
         finally:
             self._backend.encode_special_tokens = True
 
@@ -169,10 +170,15 @@ class Tokenizer:
         return [int(token) for token in ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of several texts."""
+        """Token ids of several texts.
+
+        Raises:
+            DataError: a text has characters for which the tokenizer has no token, not even an unknown one.
+        """
         if self.is_bytes:
             return [list(text.encode()) for text in texts]
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _encoding_errors():
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_arrays(self, texts: Sequence[str], dtype: type[np.generic]) -> list[np.ndarray]:
         """Token ids of several documents as arrays of `dtype`: `begin_ids`, the text, the end-of-document token."""
@@ -234,6 +240,14 @@ class Tokenizer:
         }
         texts = {"tokenizer_config.json": json.dumps(config, indent=2), "tokenizer.json": self.to_json()}
         return {name: text.encode() for name, text in texts.items()}
+
+
+@contextmanager
+def _encoding_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"the tokenizer cannot encode the text: {error}; add an unknown token to its model") from error
 
 
 def _byte_counter(content: dict[str, Any]) -> Any:

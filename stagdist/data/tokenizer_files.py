@@ -10,6 +10,7 @@ from typing import Any
 
 import tokenizers
 
+from stagdist.data.post_processor import undefined_tokens
 from stagdist.data.tokenizer import BYTES, END_OF_DOCUMENT, Tokenizer, byte_tokenizer
 from stagdist.errors import DataError
 from stagdist.files import not_downloaded
@@ -103,7 +104,7 @@ def _raw(path: Path, named: Path) -> tokenizers.Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
         raw = tokenizers.Tokenizer.from_str(text)
-        odd = sorted(_undefined_tokens(json.loads(text).get("post_processor")))
+        odd = sorted(undefined_tokens(json.loads(text).get("post_processor")))
     except BaseException as error:
         raise DataError(f"cannot read the tokenizer {_shown(path, named)}: {_reason(error)}; restore it") from error
     if odd:
@@ -112,18 +113,6 @@ def _raw(path: Path, named: Path) -> tokenizers.Tokenizer:
             "special_tokens do not define; restore it"
         )
     return raw
-
-
-def _undefined_tokens(part: Any) -> set[str]:
-    """Tokens that a template adds without defining them; the library would end the process with a panic."""
-    if isinstance(part, list):
-        return {token for inner in part for token in _undefined_tokens(inner)}
-    if not isinstance(part, dict):
-        return set()
-    if part.get("type") != "TemplateProcessing":
-        return _undefined_tokens(list(part.values()))
-    pieces = (piece.get("SpecialToken") for key in ("single", "pair") for piece in part[key])
-    return {piece["id"] for piece in pieces if piece is not None} - part["special_tokens"].keys()
 
 
 def _json_object(path: Path) -> dict[str, Any]:

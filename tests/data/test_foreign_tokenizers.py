@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 from stagdist.config.parts import DataConfig
 from stagdist.data.compatibility import check_data
@@ -126,3 +128,32 @@ def test_a_corpus_whose_documents_begin_otherwise_is_refused(tmp_path: Path) -> 
             else:
                 accepted.append((corpus, place))
     assert accepted == [("begins", "tokenizer"), ("older", "tokenizer"), ("older", "bare")]
+
+
+@pytest.mark.parametrize(
+    ("processor", "begin"),
+    [
+        (None, ()),
+        (processors.ByteLevel(), ()),
+        (processors.BertProcessing(("</s>", 1), ("<s>", 0)), (0,)),
+        (processors.RobertaProcessing(("</s>", 1), ("<s>", 0)), (0,)),
+        (processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]), (0,)),
+        (processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)]), ()),
+        (processors.TemplateProcessing(single="<s> </s> $A", special_tokens=[("<s>", 0), ("</s>", 1)]), (0, 1)),
+    ],
+)
+def test_the_begin_is_known_without_a_text_and_what_cannot_be_encoded_is_refused(
+    processor: Any, begin: tuple[int, ...]
+) -> None:
+    """This vocabulary has no token for most texts, and none that stands for the unknown."""
+    backend = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "b": 2}))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<s>", "</s>"])
+    if processor is not None:
+        backend.post_processor = processor
+    tokenizer = Tokenizer(backend.to_str(), "</s>")
+    assert tokenizer.begin_ids == begin == tuple(tokenizer.encode_prompt("b")[: len(begin)])
+    assert tokenizer.encode_arrays(["b b"], np.uint16)[0].tolist() == [*begin, 2, 2, 1]
+    for encode in (tokenizer.encode, tokenizer.encode_prompt):
+        with pytest.raises(DataError, match="cannot encode the text: .*; add an unknown token"):
+            encode("a")
