@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-MOST = 1_000_000
+MAX_NUMBER = 1_000_000
 """Largest number of an option."""
 
 EPILOG = """\
@@ -61,10 +61,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--set changes the configuration of --config FILE; give that too")
     for name in ("num_ranks", "write_mib", "time_limit_s"):
         value = getattr(parsed, name)
-        if value is not None and not 1 <= value <= MOST:
-            parser.error(
-                f"--{name.removesuffix('_s').replace('_', '-')} must be at least 1 and at most {MOST}, got {value}"
-            )
+        if value is not None and not 1 <= value <= MAX_NUMBER:
+            option = name.removesuffix("_s").replace("_", "-")
+            parser.error(f"--{option} must be at least 1 and at most {MAX_NUMBER}, got {value}")
     return parsed
 
 

@@ -11,7 +11,7 @@ from stagdist.data.prepare.sources import Piece, ReadOptions, files_left_out, li
 from stagdist.data.tokenizer import train_bpe
 from stagdist.errors import ConfigError, DataError
 
-MOST_TOKENS = 10_000_000
+MAX_VOCAB_SIZE = 10_000_000
 """Largest vocabulary; tables of this size are allocated at the start."""
 
 EXAMPLES = """\
@@ -42,8 +42,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     if not parsed.max_megabytes > 0:
         parser.error(f"--max-megabytes {parsed.max_megabytes} must be above 0")
-    if parsed.vocab_size > MOST_TOKENS:
-        parser.error(f"--vocab-size {parsed.vocab_size} must be at most {MOST_TOKENS}")
+    if parsed.vocab_size > MAX_VOCAB_SIZE:
+        parser.error(f"--vocab-size {parsed.vocab_size} must be at most {MAX_VOCAB_SIZE}")
     return parsed
 
 

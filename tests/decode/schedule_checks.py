@@ -72,7 +72,7 @@ def check_sections(topology: Topology, played: Run, operations: list[Operation],
 
 
 def check_hand_offs(topology: Topology, operations: list[Operation], stage: int, own: list[Placed]) -> None:
-    """Sends equal receives in every operation; nobody waits for a hand-off before its time; none is held back."""
+    """Sends equal receives in every operation; no rank waits for a hand-off before its time; none is held back."""
     counts: dict[int, Counter[Kind]] = {number: Counter() for number in range(len(operations))}
     for placed, following in itertools.zip_longest(own, own[1:]):
         counts[placed.operation][placed.instruction.kind] += 1

@@ -56,7 +56,7 @@ def column_texts(path: str, kind: Columnar, start: int, stop: int | None, key: s
 
 
 def _check_rows(found: int, stated: int) -> None:
-    """The headers have no check sum, but they repeat the number of rows."""
+    """The headers have no checksum, but they repeat the number of rows."""
     if found != stated:
         raise ValueError(f"{found} rows of {stated}")
 

@@ -20,7 +20,7 @@ import numpy as np
 from stagdist.data.indexed import CorpusDescription, corpus_path, token_dtype, write_index
 from stagdist.data.prepare.encode import encode_pieces
 from stagdist.data.prepare.processes import Ranks
-from stagdist.data.prepare.sources import Piece, ReadOptions, plan_pieces
+from stagdist.data.prepare.sources import Piece, ReadOptions, listed, plan_pieces
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import ConfigError, DataError
 
@@ -102,7 +102,7 @@ def _planned(inputs: Sequence[str], prefix: str, options: ReadOptions, overwrite
         raise ConfigError(f"{prefix}.idx exists; choose another --output, or --overwrite")
     pieces = plan_pieces(inputs, options)
     if not pieces:
-        raise DataError(f"no text in {', '.join(inputs)}; nothing was written")
+        raise DataError(f"no text in {listed(inputs)}; nothing was written")
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     return pieces
 
@@ -249,7 +249,7 @@ def _describe(
     documents = sum(len(part.lengths) for part in parts)
     if documents == 0:
         empty = sum(part.skipped_empty + part.skipped_bad for part in parts)
-        raise DataError(f"no text in {', '.join(inputs)} ({empty} documents were left out); nothing was written")
+        raise DataError(f"no text in {listed(inputs)} ({empty} documents were left out); nothing was written")
     return CorpusDescription(
         documents=documents,
         tokens=sum(int(part.lengths.sum(dtype=np.int64)) for part in parts),

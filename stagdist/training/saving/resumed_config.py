@@ -77,7 +77,7 @@ def _samples_problem(before: RunConfig, config: RunConfig, state: TrainingState,
 
 
 def _log_schedule(before: RunConfig, config: RunConfig, step: int) -> None:
-    """Log how the learning rate changes because `training.steps` changed; silent where it stays."""
+    """Log how the learning rate changes because `training.steps` changed; nothing if it does not."""
     old, new = (
         learning_rate(step, steps=run.training.steps, optimizer=config.optimizer, scheduler=config.scheduler)
         for run in (before, config)
