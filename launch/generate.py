@@ -79,19 +79,11 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=1.0, metavar="T", help="0: always the likeliest token (default 1)")
     add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (default all)")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P of all (default 1)")
-    add(
-        "--min-p",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="drop tokens below P times the top probability (default 0)",
-    )
+    add("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P of the top probability (default 0)")
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (default 1)")
     add("--seed", type=int, default=0, metavar="S", help="prompt i, counted from 0, uses S + i (default 0)")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
-    add(
-        "--stop-token-id", action="append", type=int, default=[], metavar="ID", help="stop after this token; repeatable"
-    )
+    add("--stop-token-id", action="append", type=int, default=[], metavar="ID", help="stop after it; repeatable")
     add("--ignore-eos", action="store_true", help="continue after an end-of-text token")
     add("--logprobs", type=int, metavar="N", help="log-probabilities, also of the N likeliest tokens (with --json)")
 
