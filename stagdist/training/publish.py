@@ -13,7 +13,7 @@ from stagdist.checkpoint.convert.proof import any_ids, source_logits, text_ids
 from stagdist.checkpoint.convert.staging import ConversionOptions, put_in_place, staged_folder
 from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
-from stagdist.checkpoint.published.safetensors_writer import tensor_sha256
+from stagdist.checkpoint.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.text_tokens import TextTokens, tokens_of_tokenizer
 from stagdist.checkpoint.training.content import Track
 from stagdist.config.parts import ModelConfig

@@ -7,16 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stagdist.checkpoint.complete import checkpoint_files, write_complete
 from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
 from stagdist.checkpoint.training.content import MASTER, Counters
-from stagdist.checkpoint.training.directory import (
-    CONFIG,
-    TrainingState,
-    checkpoint_files,
-    checkpoint_name,
-    file_record,
-    write_complete,
-)
+from stagdist.checkpoint.training.directory import CONFIG, TrainingState, checkpoint_name, file_record
 from stagdist.checkpoint.training.training_writer import TrainingWriter
 from stagdist.config.loading import dump_config
 from stagdist.config.parts import ModelConfig

@@ -5,10 +5,11 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stagdist.checkpoint.complete import COMPLETE
 from stagdist.checkpoint.convert.replaced import aside, nameless
 from stagdist.checkpoint.published.model_reader import ChangedTokenizerError, ModelReader, check_tokenizer
 from stagdist.checkpoint.published.other_formats import weights_there
-from stagdist.checkpoint.training.directory import COMPLETE, STATE, candidates, checkpoint_damage
+from stagdist.checkpoint.training.directory import STATE, candidates, checkpoint_damage
 from stagdist.checkpoint.training.layout_checks import check_layout
 from stagdist.checkpoint.training.training_reader import TrainingReader
 from stagdist.checkpoint.weight_source import WeightSource

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stagdist.checkpoint.complete import COMPLETE, damage, read_complete
 from stagdist.checkpoint.convert.find import FoundCheckpoint, find, open_training, source_tokenizer
 from stagdist.checkpoint.published.model_json import read_body
 from stagdist.checkpoint.published.model_reader import ChangedTokenizerError, ModelReader
@@ -15,7 +16,7 @@ from stagdist.checkpoint.published.model_writer import CODE_FILES, weight_map
 from stagdist.checkpoint.published.record import CHECKSUMS, read_record
 from stagdist.checkpoint.text_tokens import GENERATION
 from stagdist.checkpoint.training.content import Track, untracked
-from stagdist.checkpoint.training.directory import COMPLETE, CONFIG, STATE, damage, read_complete
+from stagdist.checkpoint.training.directory import CONFIG, STATE
 from stagdist.checkpoint.training.stage_files import tensor_files
 from stagdist.checkpoint.training.training_reader import TrainingReader
 from stagdist.checkpoint.weight_source import WeightSource

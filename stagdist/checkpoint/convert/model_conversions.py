@@ -22,7 +22,7 @@ from stagdist.checkpoint.convert.staging import (
 )
 from stagdist.checkpoint.published.model_reader import ChangedTokenizerError, ModelReader
 from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
-from stagdist.checkpoint.published.safetensors_writer import tensor_sha256
+from stagdist.checkpoint.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.text_tokens import tokens_of_tokenizer
 from stagdist.checkpoint.weight_source import WeightSource, require_finite
 from stagdist.config.loading import differences

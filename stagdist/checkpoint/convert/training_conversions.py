@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from stagdist.checkpoint.complete import checkpoint_files, write_complete
 from stagdist.checkpoint.convert.find import STEP_FOLDER, open_model, open_training, source_tokenizer
 from stagdist.checkpoint.convert.staging import (
     ConversionOptions,
@@ -24,10 +25,8 @@ from stagdist.checkpoint.training.directory import (
     STATE,
     TrainingState,
     candidates,
-    checkpoint_files,
     checkpoint_name,
     expected_files,
-    write_complete,
 )
 from stagdist.checkpoint.training.imported import ImportedModel
 from stagdist.checkpoint.training.layout_checks import require_same

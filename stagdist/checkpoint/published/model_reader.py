@@ -19,7 +19,7 @@ from stagdist.checkpoint.published.model_json import (
 from stagdist.checkpoint.published.model_writer import CODE_FILES, stored_name, weight_map
 from stagdist.checkpoint.published.other_formats import converted, refuse_undownloaded, unfinished_download
 from stagdist.checkpoint.published.record import CHECKSUMS, TAMPERED, WrittenRecord, read_record
-from stagdist.checkpoint.published.safetensors_writer import tensor_sha256
+from stagdist.checkpoint.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer_files import holds_tokenizer

@@ -20,7 +20,7 @@ from torch import Tensor
 from stagdist.checkpoint.names import llama_name
 from stagdist.checkpoint.published.other_formats import refuse_undownloaded, save_as_utf8, weights_there
 from stagdist.checkpoint.published.record import CHECKSUMS
-from stagdist.checkpoint.published.safetensors_writer import SafetensorsWriter
+from stagdist.checkpoint.safetensors_writer import SafetensorsWriter
 from stagdist.checkpoint.text_tokens import GENERATION, TOKEN_KEYS, TextTokens, tokens_of
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import CheckpointError

@@ -9,20 +9,19 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from stagdist.checkpoint.complete import COMPLETE, damage, read_complete
 from stagdist.checkpoint.published.other_formats import refuse_undownloaded
 from stagdist.checkpoint.text_tokens import TextTokens, recorded_tokens
 from stagdist.checkpoint.training.stage_files import tensor_files
 from stagdist.config.loading import load_config
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import CheckpointError
-from stagdist.files import FileRecord, file_record, not_downloaded, sync_path, writing
+from stagdist.files import FileRecord
 
-COMPLETE = "complete.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
 _MAX_RANKS = 1 << 20
@@ -112,56 +111,6 @@ def _check_state(state: TrainingState, path: Path) -> None:
         raise CheckpointError(f"{path}: documents_begin is {state.documents_begin!r}; true or false is needed")
     if state.format_version != 1:
         raise CheckpointError(f"{path}: format_version is {state.format_version!r}; this release reads 1")
-
-
-def checkpoint_files(directory: Path) -> list[str]:
-    """Relative names of all files except `complete.json`, sorted."""
-    names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    return sorted(name for name in names if name != COMPLETE)
-
-
-def write_complete(directory: Path, records: Mapping[str, FileRecord]) -> None:
-    """Write `complete.json`, which makes the directory a checkpoint."""
-    body = {"files": {name: asdict(record) for name, record in sorted(records.items())}}
-    with writing(directory / COMPLETE, sync=True) as stream:
-        json.dump(body, stream, indent=1)
-    sync_path(directory)
-
-
-def publish(staged: Path, final: Path) -> None:
-    """Rename a finished directory to its final name. An incomplete directory of that name is removed."""
-    if final.exists():
-        shutil.rmtree(final)
-    staged.rename(final)
-    sync_path(final.parent)
-    shutil.rmtree(staged.parent, ignore_errors=True)
-
-
-def read_complete(directory: Path) -> dict[str, FileRecord]:
-    """The records of `complete.json`.
-
-    Raises:
-        CheckpointError: the directory is not a complete checkpoint.
-    """
-    try:
-        refuse_undownloaded(directory / COMPLETE)
-        body: dict[str, Any] = json.loads((directory / COMPLETE).read_text())
-        return {name: FileRecord(**record) for name, record in body["files"].items()}
-    except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{directory} is not a complete checkpoint: {COMPLETE}: {error}") from error
-
-
-def damage(directory: Path, names: Iterable[str], records: Mapping[str, FileRecord]) -> str | None:
-    """The first reason why the files `names` do not match their records; None if all match."""
-    for name in names:
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != records[name].size:
-            return not_downloaded(path) or f"{name} has {path.stat().st_size} bytes, {records[name].size} were written"
-        if file_record(path).sha256 != records[name].sha256:
-            return f"{name} has other content than was written"
-    return None
 
 
 def expected_files(config: RunConfig, grid: tuple[int, int, int]) -> set[str]:

@@ -10,17 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.serialization import safe_globals
 
+from stagdist.checkpoint.complete import COMPLETE, damage, read_complete
 from stagdist.checkpoint.convert.staging import put_back
-from stagdist.checkpoint.training.directory import (
-    COMPLETE,
-    TrainingState,
-    candidates,
-    coverage_damage,
-    damage,
-    read_complete,
-    read_state,
-    withdraw,
-)
+from stagdist.checkpoint.training.directory import TrainingState, candidates, coverage_damage, read_state, withdraw
 from stagdist.checkpoint.training.pickles import ENUM_MEMBER, refusal
 from stagdist.checkpoint.training.stage_files import tensor_files
 from stagdist.checkpoint.training.training_reader import TrainingReader

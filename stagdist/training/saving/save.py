@@ -13,17 +13,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from stagdist.checkpoint.training.directory import (
-    CONFIG,
-    STATE,
-    TrainingState,
-    checkpoint_files,
-    checkpoint_name,
-    prune,
-    publish,
-    staging_folder,
-    write_complete,
-)
+from stagdist.checkpoint.complete import checkpoint_files, publish, write_complete
+from stagdist.checkpoint.training.directory import CONFIG, STATE, TrainingState, checkpoint_name, prune, staging_folder
 from stagdist.config.loading import dump_config
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import CheckpointError, SavingError

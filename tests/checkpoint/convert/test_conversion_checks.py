@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from stagdist.checkpoint.complete import read_complete, write_complete
 from stagdist.checkpoint.convert.find import find, open_training
 from stagdist.checkpoint.convert.inspection import inspect
 from stagdist.checkpoint.convert.model_conversions import export, merge
@@ -16,7 +17,7 @@ from stagdist.checkpoint.convert.staging import ConversionOptions
 from stagdist.checkpoint.convert.training_conversions import import_model, reshard
 from stagdist.checkpoint.convert.verify import verify
 from stagdist.checkpoint.training import directory as training_directory
-from stagdist.checkpoint.training.directory import read_complete, read_state, write_complete
+from stagdist.checkpoint.training.directory import read_state
 from stagdist.checkpoint.training.training_writer import TrainingWriter
 from stagdist.config.loading import dump_config
 from stagdist.errors import CheckpointError

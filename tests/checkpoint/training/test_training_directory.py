@@ -7,21 +7,16 @@ from typing import Any
 
 import pytest
 
+from stagdist.checkpoint.complete import COMPLETE, checkpoint_files, damage, publish, read_complete, write_complete
 from stagdist.checkpoint.training.directory import (
-    COMPLETE,
     TrainingState,
     candidates,
-    checkpoint_files,
     checkpoint_name,
-    damage,
     file_record,
     prune,
-    publish,
-    read_complete,
     read_state,
     staging_folder,
     withdraw,
-    write_complete,
 )
 from stagdist.errors import CheckpointError
 

@@ -13,7 +13,8 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagdist.checkpoint.training.directory import COMPLETE, TrainingState, damage, read_complete
+from stagdist.checkpoint.complete import COMPLETE, damage, read_complete
+from stagdist.checkpoint.training.directory import TrainingState
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import CheckpointError
 from stagdist.files import FileRecord

@@ -16,12 +16,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from stagdist.checkpoint.complete import read_complete, write_complete
 from stagdist.checkpoint.convert.inspection import inspect
 from stagdist.checkpoint.convert.staging import exclusive
 from stagdist.checkpoint.published import model_writer as model_directory
 from stagdist.checkpoint.published.model_writer import CODE_FILES
 from stagdist.checkpoint.published.record import read_record
-from stagdist.checkpoint.training.directory import checkpoint_name, read_complete, write_complete
+from stagdist.checkpoint.training.directory import checkpoint_name
 from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import CheckpointError, StagdistError, TransportError
 from stagdist.parallel.groups import Groups

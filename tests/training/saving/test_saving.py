@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.training.directory import checkpoint_files
+from stagdist.checkpoint.complete import checkpoint_files
 from stagdist.checkpoint.training.layout_checks import check_layout
 from stagdist.checkpoint.training.pickles import load_file
 from stagdist.checkpoint.training.training_reader import TrainingReader
