@@ -13,12 +13,11 @@ from stagdist.parallel.groups import Groups
 from stagdist.training.engine.pipeline import SectionPipeline
 from stagdist.training.engine.section_engine import SectionEngine, build_module, wrap_module
 from stagdist.training.engine_logits import engine_logits
+from tests.ranks import GUARD_S
 from tests.reference.sharding import cut
 from tests.training.faults import damage, planted, replica
 from tests.training.parity_cases import GLOBAL_BATCH, LEARNING_RATES, Case
 from tests.training.worlds import World
-
-TIMEOUT_S = 120.0
 
 
 @dataclass
@@ -49,14 +48,14 @@ class RankReport:
 def run_cases(cases: list[Case]) -> dict[str, RankReport]:
     """Run all cases one after the other in one world; reports by the case's name."""
     reports: dict[str, RankReport] = {}
-    world = World(TIMEOUT_S)
+    world = World(GUARD_S)
     for case in sorted(cases, key=lambda case: case.grid):
         groups = world.groups(case.grid)
         try:
             with planted(case.fault):
                 reports[case.name] = _run(case, groups)
         except Exception as error:
-            raise RuntimeError(f"case {case.name!r} failed") from error
+            raise RuntimeError(f"case {case.name!r} failed: {error!r}") from error
     return reports
 
 
