@@ -126,7 +126,7 @@ def mismatches(case: Case, ranks: Sequence[RankReport] | None = None) -> list[st
     """
     ranks = ranks or reports(case)
     record, tolerance = reference(case), FP32 if case.precision == "fp32" else BF16
-    problems = _number_mismatches(ranks, record, tolerance)
+    problems = _number_mismatches(ranks, record, tolerance) + [text for rank in ranks for text in rank.differences]
     try:
         for step, expected in record.gradients.items():
             found = full_tensors([(rank.place, rank.gradients[step]) for rank in ranks], case.model_keys["vocab_size"])

@@ -8,8 +8,10 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
+from stagdist.errors import TrainingError
 from stagdist.parallel.grid import Coordinate
 from stagdist.parallel.groups import Groups
+from stagdist.training.engine.audit import Audit
 from stagdist.training.engine.pipeline import SectionPipeline
 from stagdist.training.engine.section_engine import SectionEngine, build_module, wrap_module
 from stagdist.training.engine_logits import engine_logits
@@ -32,6 +34,7 @@ class RankReport:
         gradients: of every step, averaged over replicas and before clipping, this rank's part.
         weights: after the last step.
         finite: argument of the gate at every step.
+        differences: what an audit found, of every step.
         logits: of `case.text()` after the last step, on rank 0.
     """
 
@@ -42,6 +45,7 @@ class RankReport:
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     finite: list[bool] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -66,6 +70,7 @@ def _run(case: Case, groups: Groups) -> RankReport:
     load_reference(module, case, groups)
     engine = wrap_module(module, config, groups)
     damage(engine, case.fault)
+    audit = Audit(engine, groups, config.model, every_steps=1)
 
     def gate(finite: bool) -> bool:
         report.finite.append(finite)
@@ -76,9 +81,13 @@ def _run(case: Case, groups: Groups) -> RankReport:
 
     for rate, (tokens, labels) in zip(LEARNING_RATES, case.batches(), strict=True):
         engine.set_learning_rate(rate)
-        loss = engine.train_batch(micro_batches(case, groups, tokens, labels), gate)
+        loss = engine.train_batch(micro_batches(case, groups, tokens, labels), gate, audit.watch_reduction)
         report.losses.append(float(loss))
         report.norms.append(engine.gradient_norm())
+        try:
+            audit.compare(len(report.losses))
+        except TrainingError as error:
+            report.differences.append(str(error))
     report.weights = _values(module)
     report.logits = engine_logits(engine, groups, config.model.vocab_size, case.text())
     return report
