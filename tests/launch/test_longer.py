@@ -66,7 +66,7 @@ def assert_same_run(folder: Path, other: Path, step: int) -> None:
     ours, theirs = (TrainingReader(one / f"runs/run/checkpoints/step_{step:08d}") for one in (folder, other))
     for spec in model_parameters(theirs.model):
         assert all(ours.value(spec, kind).equal(theirs.value(spec, kind)) for kind in KINDS)
-    assert ours.steps().equal(theirs.steps()) and ours.steps() == step
+    assert ours.state.optimizer_steps == theirs.state.optimizer_steps == step
     assert read_state(ours.directory) == read_state(theirs.directory)
     models = [load_file(one / "runs/run/model/model.safetensors") for one in (folder, other)]
     assert all(models[0][name].equal(value) for name, value in models[1].items())

@@ -2,8 +2,9 @@
 
     python -m tests.training.saving.resume_matrix --output benchmarks/results/resume-matrix.json
 
-The full matrix takes about ten minutes on two idle cores (`make resume-matrix`). It also resumes on the same grid, where
-losses must be bit-equal, and every model once in the other precision. `make test` runs only the pairs that contain 2x1x2.
+The full matrix takes about ten minutes on two idle cores (`make resume-matrix`). It also resumes on the same grid,
+where losses must be bit-equal, and every model once in the other precision. `make test` runs only the pairs that
+contain 2x1x2.
 """
 
 import argparse
