@@ -68,8 +68,7 @@ def documents(inputs: list[str]) -> list[str]:
     texts: list[str] = []
     for cut in ("auto", "paragraph", "line"):
         options = ReadOptions(bad_utf8="skip", txt_documents=cut)  # type: ignore[arg-type]
-        reader = Reader(options)
-        texts = [text for piece in plan_pieces(inputs, options) for text in reader.documents(piece)]
+        texts = list(Reader(options).documents(plan_pieces(inputs, options)))
         if len(texts) >= MIN_DOCUMENTS:
             break
     if not texts:

@@ -7,9 +7,10 @@ began before the start. So every document is read exactly once, wherever a file 
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, BinaryIO
 
 from stagdist.data.prepare.columns import Columnar, column_texts
@@ -29,20 +30,19 @@ _BAD_BYTE = re.compile("[\udc80-\udcff]")
 
 @dataclass
 class Reader:
-    """Reads pieces in one process; counts the documents that it left out."""
+    """Reads pieces; counts the documents that it left out."""
 
     options: ReadOptions
     skipped_empty: int = 0
     skipped_bad: int = 0
-    _datasets: dict[str, Any] = field(default_factory=dict)
 
-    def documents(self, piece: Piece) -> Iterator[str]:
-        """Texts of a piece, in order; empty ones are left out.
+    def documents(self, pieces: Iterable[Piece]) -> Iterator[str]:
+        """Texts of pieces, in order; empty ones are left out.
 
         Raises:
-            DataError: the file is damaged, not text, or lacks the key.
+            DataError: a file is damaged, not text, or lacks the key.
         """
-        for text in self._texts(piece):
+        for text in chain.from_iterable(map(self._texts, pieces)):
             if text is None:
                 self.skipped_bad += 1
             elif not text.strip():
@@ -52,7 +52,7 @@ class Reader:
 
     def _texts(self, piece: Piece) -> Iterator[str | None]:
         readers = {"files": self._files, "json_lines": self._json, "json_array": self._json, "parquet": self._columns,
-                   "arrow": self._columns, "rows": self._rows, "shard": self._rows}  # fmt: skip
+                   "arrow": self._columns, "shard": self._rows}  # fmt: skip
         return readers.get(piece.kind, self._cut_text)(piece)
 
     def _files(self, piece: Piece) -> Iterator[str | None]:
@@ -137,15 +137,8 @@ class Reader:
             yield "" if row is None else self._decode(row, f"a text in {piece.source}", 0)
 
     def _rows(self, piece: Piece) -> Iterator[str | None]:
-        if piece.source not in self._datasets:
-            self._datasets[piece.source] = open_dataset(piece.source, self.options)
-        dataset = self._datasets[piece.source]
-        if piece.kind == "shard":
-            rows = dataset if piece.stop == 1 else dataset.shard(num_shards=piece.stop, index=piece.start)
-        else:
-            rows = (dataset[index] for index in range(piece.start, piece.start + piece.size))
         with remote_errors_named(piece.source):
-            for row in rows:
+            for row in open_dataset(piece.source, self.options).shard(piece.stop, piece.start):
                 yield self._text_of(row, piece.source)
 
 

@@ -8,11 +8,13 @@ URLs such as `s3://` or `gs://` name files of object stores, which fsspec opens.
 """
 
 import glob
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from typing import Any, Literal, NoReturn
 
 import fsspec
@@ -37,7 +39,7 @@ _ROWS_PER_PIECE = 2000
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
-PieceKind = Contents | Literal["files", "blocks", "paragraphs", "lines", "rows", "shard"]
+PieceKind = Contents | Literal["files", "blocks", "paragraphs", "lines", "shard"]
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,9 @@ class ReadOptions:
 class Piece:
     """A part of the input that one process reads.
 
-    `start` and `stop` are bytes of a file, row groups of a parquet file, batches of an Arrow file or rows of a dataset;
-    for a streamed dataset, the shard and the number of shards. `stop` is None for a compressed file and for one of
-    unknown size, which one process reads completely. `size` is the share of the work (bytes if they are known).
+    `start` and `stop` are bytes of a file, row groups of a parquet file or batches of an Arrow file; for a dataset, the
+    shard and the number of shards. `stop` is None for a compressed file and for one of unknown size, which one process
+    reads completely. `size` is the share of the work (bytes if they are known).
     """
 
     kind: PieceKind
@@ -254,17 +256,11 @@ def _file_pieces(
 
 def _dataset_pieces(name: str, options: ReadOptions) -> list[Piece]:
     dataset = open_dataset(name, options)
-    if options.streaming:
-        shards = int(dataset.num_shards)
-        return [Piece("shard", name, index, shards, 1) for index in range(shards)]
-    rows = len(dataset)
-    edges = range(0, rows, _ROWS_PER_PIECE)
-    return [
-        Piece("rows", name, start, min(start + _ROWS_PER_PIECE, rows), min(_ROWS_PER_PIECE, rows - start))
-        for start in edges
-    ]
+    shards = int(dataset.num_shards) if options.streaming else math.ceil(len(dataset) / _ROWS_PER_PIECE)
+    return [Piece("shard", name, index, shards, 1) for index in range(shards)]
 
 
+@cache
 def open_dataset(name: str, options: ReadOptions) -> Any:
     """Open a dataset of the Hub with the `datasets` library, streamed or downloaded.
 
