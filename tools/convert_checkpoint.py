@@ -58,11 +58,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             verb, help=text, description=text, epilog="\n".join(["example:", *lines]), formatter_class=style
         )
         _add_paths(made[verb], verb)
-        made[verb].add_argument(
-            "--trust-pickle",
-            action="store_true",
-            help="load files that may run any program: use it only for your own files",
-        )
         made[verb].add_argument("--quiet", action="store_true", help="no progress bar")
     _add_options(made)
     return parser.parse_args(arguments)
@@ -141,12 +136,11 @@ def convert(arguments: argparse.Namespace) -> int:
     from stagdist.checkpoint.convert import model_conversions, training_conversions
     from stagdist.checkpoint.convert.staging import ConversionOptions
     from stagdist.checkpoint.convert.upcycle import OUTPUT_SCALE, upcycle
-    from stagdist.checkpoint.training.content import untracked
+    from stagdist.checkpoint.weight_source import untracked
     from stagdist.parallel.grid import Grid
 
     options = ConversionOptions(
         tokenizer=getattr(arguments, "tokenizer", None),
-        trust_pickle=arguments.trust_pickle,
         overwrite=arguments.overwrite,
         track=untracked if arguments.quiet else show,
     )
@@ -173,10 +167,10 @@ def convert(arguments: argparse.Namespace) -> int:
 def inspect(arguments: argparse.Namespace) -> int:
     """Print the content of a directory."""
     from stagdist.checkpoint.convert import inspection
-    from stagdist.checkpoint.training.content import untracked
+    from stagdist.checkpoint.weight_source import untracked
 
     track = untracked if arguments.quiet else show
-    report = inspection.inspect(arguments.directory, trust_pickle=arguments.trust_pickle, track=track)
+    report = inspection.inspect(arguments.directory, track=track)
     print(json.dumps(asdict(report), indent=2) if arguments.json else inspection.as_table(report))
     return 1 if report.problems else 0
 
@@ -185,7 +179,7 @@ def verify(arguments: argparse.Namespace) -> int:
     """Compare two models."""
     from stagdist.checkpoint.convert.proof import TEXT
     from stagdist.checkpoint.convert.verify import verify as compare
-    from stagdist.checkpoint.training.content import untracked
+    from stagdist.checkpoint.weight_source import untracked
     from stagdist.evaluation.bits_per_byte import read_text
 
     text = TEXT if arguments.text is None else read_text(arguments.text)
@@ -195,7 +189,6 @@ def verify(arguments: argparse.Namespace) -> int:
         text=text,
         tokens=arguments.tokens,
         tokenizer=arguments.tokenizer,
-        trust_pickle=arguments.trust_pickle,
         track=untracked if arguments.quiet else show,
     )
     same = verdict.same(arguments.tolerance)

@@ -1,7 +1,8 @@
-"""The interface of everything that weights can be read from."""
+"""The interface of everything that weights can be read from, and of what shows the progress."""
 
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,15 @@ from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import CheckpointError
 from stagdist.parallel.layout import ParameterSpec
+
+Item = TypeVar("Item")
+Track = Callable[[Sequence[Item], str], Iterable[Item]]
+"""Iterates over items and shows the progress: (items, name of the work) -> items."""
+
+
+def untracked(items: Sequence[Item], what: str) -> Iterable[Item]:
+    """Iterate without showing the progress."""
+    return items
 
 
 class WeightSource(Protocol):

@@ -10,8 +10,7 @@ from stagdist.checkpoint.convert.replaced import aside, nameless
 from stagdist.checkpoint.published.model_reader import ChangedTokenizerError, ModelReader, check_tokenizer
 from stagdist.checkpoint.published.other_formats import weights_there
 from stagdist.checkpoint.training.directory import STATE, candidates, checkpoint_damage
-from stagdist.checkpoint.training.layout_checks import check_layout
-from stagdist.checkpoint.training.training_reader import TrainingReader
+from stagdist.checkpoint.training.reader import TrainingReader
 from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.data.compatibility import check_vocabulary
 from stagdist.data.tokenizer import Tokenizer
@@ -98,27 +97,25 @@ def _first_complete(checkpoints: list[Path]) -> FoundCheckpoint | None:
     return None
 
 
-def open_training(path: str | Path, *, trust_pickle: bool = False, files_checked: bool = False) -> TrainingReader:
+def open_training(path: str | Path) -> TrainingReader:
     """Open a training checkpoint and check that its files match their records and the model.
-
-    Args:
-        files_checked: the files were just compared with their records.
 
     Raises:
         CheckpointError: this is no training checkpoint, or it is incomplete or damaged; the message names the file.
     """
-    return _open_checkpoint(find(path), trust_pickle=trust_pickle, files_checked=files_checked)
+    return _open_checkpoint(find(path), files_checked=False)
 
 
-def _open_checkpoint(found: FoundCheckpoint, *, trust_pickle: bool, files_checked: bool) -> TrainingReader:
+def _open_checkpoint(found: FoundCheckpoint, *, files_checked: bool) -> TrainingReader:
     if found.kind != "training":
         raise CheckpointError(f"{found.directory} is a model directory; a run's folder or checkpoint is needed here")
     if not (found.directory / COMPLETE).is_file():
         raise CheckpointError(f"{found.directory} has no {COMPLETE}: it is not a complete checkpoint")
-    reader = TrainingReader(found.directory, trust_pickle=trust_pickle)
+    reader = TrainingReader(
+        found.directory,
+    )
     if not (files_checked or found.files_checked) and (reason := checkpoint_damage(reader.directory)):
         raise CheckpointError(f"{reader.directory}: {reason}")
-    check_layout(reader)
     return reader
 
 
@@ -139,12 +136,12 @@ def _open_directory(found: FoundCheckpoint) -> ModelReader:
     return source
 
 
-def open_weights(path: str | Path, *, trust_pickle: bool = False) -> WeightSource:
+def open_weights(path: str | Path) -> WeightSource:
     """Open a training checkpoint or a model directory and check it."""
     found = find(path)
     if found.kind == "model":
         return _open_directory(found)
-    return _open_checkpoint(found, trust_pickle=trust_pickle, files_checked=False)
+    return _open_checkpoint(found, files_checked=False)
 
 
 def source_tokenizer(source: WeightSource, given: str | None) -> Tokenizer:

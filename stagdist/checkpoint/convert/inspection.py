@@ -15,11 +15,10 @@ from stagdist.checkpoint.published.model_reader import ChangedTokenizerError, Mo
 from stagdist.checkpoint.published.model_writer import CODE_FILES, weight_map
 from stagdist.checkpoint.published.record import CHECKSUMS, read_record
 from stagdist.checkpoint.text_tokens import GENERATION
-from stagdist.checkpoint.training.content import Track, untracked
 from stagdist.checkpoint.training.directory import CONFIG, STATE
-from stagdist.checkpoint.training.stage_files import tensor_files
-from stagdist.checkpoint.training.training_reader import TrainingReader
-from stagdist.checkpoint.weight_source import WeightSource
+from stagdist.checkpoint.training.index import INDEX
+from stagdist.checkpoint.training.reader import TrainingReader
+from stagdist.checkpoint.weight_source import Track, WeightSource, untracked
 from stagdist.data.tokenizer_files import holds_tokenizer
 from stagdist.errors import CheckpointError, StagdistError
 from stagdist.parallel.layout import model_parameters
@@ -69,7 +68,7 @@ class Inspection:
     tensors: list[TensorFacts] = field(default_factory=list)
 
 
-def inspect(path: str | Path, *, trust_pickle: bool = False, track: Track[Any] = untracked) -> Inspection:
+def inspect(path: str | Path, track: Track[Any] = untracked) -> Inspection:
     """Examine a directory. Problems are listed, not raised.
 
     Raises:
@@ -82,24 +81,24 @@ def inspect(path: str | Path, *, trust_pickle: bool = False, track: Track[Any] =
     hidden = [name for name in files if any(part.startswith(".") for part in name.parts)]
     report.files = {name.as_posix(): file.stat().st_size for name, file in files.items() if name not in hidden}
     report.bytes = sum(report.files.values())
-    source = (
-        _open_checkpoint(found, report, trust_pickle) if found.kind == "training" else _open_directory(found, report)
-    )
+    source = _open_checkpoint(found, report) if found.kind == "training" else _open_directory(found, report)
     if source is not None:
         _describe(source, report, track)
     return report
 
 
-def _open_checkpoint(found: FoundCheckpoint, report: Inspection, trust_pickle: bool) -> WeightSource | None:
+def _open_checkpoint(found: FoundCheckpoint, report: Inspection) -> WeightSource | None:
     """Open the checkpoint; None if it cannot be read."""
     try:
-        reader = TrainingReader(found.directory, trust_pickle=trust_pickle)
+        reader = TrainingReader(
+            found.directory,
+        )
     except StagdistError as error:
         report.problems.append(str(error))
         return None
     report.step, report.state = reader.state.step, asdict(reader.state)
     report.grid = dict(zip(("pipe", "data", "tensor"), reader.state.grid, strict=True))
-    expected = {*tensor_files(reader.model, reader.state.grid, bf16=reader.bf16), CONFIG, STATE, COMPLETE}
+    expected = {*reader.index.files(), CONFIG, STATE, INDEX, COMPLETE}
     report.problems += [f"{name} is missing" for name in sorted(expected - set(report.files))]
     report.problems += [f"{name} does not belong here" for name in sorted(set(report.files) - expected)]
     if (found.directory / COMPLETE).is_file():
@@ -110,7 +109,9 @@ def _open_checkpoint(found: FoundCheckpoint, report: Inspection, trust_pickle: b
             with suppress(CheckpointError):  # the tokenizer may be on another machine
                 source_tokenizer(reader, None)
             if not report.problems:
-                return open_training(found.directory, trust_pickle=trust_pickle)
+                return open_training(
+                    found.directory,
+                )
         except StagdistError as error:
             report.problems.append(str(error))
     return None if report.problems else reader

@@ -41,7 +41,9 @@ def export(source: str | Path, destination: str | Path, options: ConversionOptio
         CheckpointError: source or destination is refused, or the proof failed; nothing is left behind.
     """
     require_free(Path(destination), "model", options)
-    reader = open_training(source, trust_pickle=options.trust_pickle)
+    reader = open_training(
+        source,
+    )
     return write_model(reader, reader.model, reader.weight, Path(destination), options)
 
 
@@ -52,7 +54,9 @@ def split(source: str | Path, destination: str | Path, options: ConversionOption
         CheckpointError: the sections of the source share nothing; else as `export`.
     """
     require_free(Path(destination), "model", options)
-    weights = open_weights(source, trust_pickle=options.trust_pickle)
+    weights = open_weights(
+        source,
+    )
     if not weights.model.share_section_weights:
         raise CheckpointError(f"{weights.directory}: its sections share no weights, there is nothing to split")
     model = ModelConfig.model_validate(weights.model.model_dump() | {"share_section_weights": False})
@@ -76,7 +80,12 @@ def merge(sources: Sequence[str | Path], destination: str | Path, options: Conve
     if len(sources) < 2:
         raise CheckpointError(f"merge needs two sources at least, {sources[0]} is one; export copies a single one")
     require_free(Path(destination), "model", options)
-    opened = [open_weights(source, trust_pickle=options.trust_pickle) for source in sources]
+    opened = [
+        open_weights(
+            source,
+        )
+        for source in sources
+    ]
     for other in opened[1:]:
         changed = differences(opened[0].model, other.model)
         if changed:

@@ -14,7 +14,7 @@ from typing import Any
 
 from stagdist.checkpoint.convert.find import FoundCheckpoint, find
 from stagdist.checkpoint.convert.replaced import aside, nameless, recover, replaced
-from stagdist.checkpoint.training.content import Track, untracked
+from stagdist.checkpoint.weight_source import Track, untracked
 from stagdist.errors import CheckpointError
 from stagdist.files import locked, sync_path
 
@@ -25,14 +25,12 @@ class ConversionOptions:
 
     Attributes:
         tokenizer: path of the tokenizer; None for the tokenizer of the source.
-        trust_pickle: see `load_file`.
         overwrite: replace an existing destination.
         files_checked: the files of the source were just compared with their records.
         track: shows progress.
     """
 
     tokenizer: str | None = None
-    trust_pickle: bool = False
     overwrite: bool = False
     files_checked: bool = False
     track: Track[Any] = untracked

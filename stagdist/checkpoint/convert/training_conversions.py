@@ -4,13 +4,11 @@ Each writes into a hidden folder, proves the result, and only then gives it its 
 every rank, read back bit by bit.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from stagdist.checkpoint.complete import checkpoint_files, write_complete
-from stagdist.checkpoint.convert.find import STEP_FOLDER, open_model, open_training, source_tokenizer
+from stagdist.checkpoint.convert.find import STEP_FOLDER, open_model, source_tokenizer
 from stagdist.checkpoint.convert.staging import (
     ConversionOptions,
     ConversionResult,
@@ -19,58 +17,15 @@ from stagdist.checkpoint.convert.staging import (
     staged_folder,
 )
 from stagdist.checkpoint.published.model_reader import ModelReader
-from stagdist.checkpoint.training.content import KINDS, TrainingSource
-from stagdist.checkpoint.training.directory import (
-    CONFIG,
-    STATE,
-    TrainingState,
-    candidates,
-    checkpoint_name,
-    expected_files,
-)
-from stagdist.checkpoint.training.imported import ImportedModel
-from stagdist.checkpoint.training.layout_checks import require_same
-from stagdist.checkpoint.training.training_reader import TrainingReader
-from stagdist.checkpoint.training.training_writer import TrainingWriter
-from stagdist.config.loading import differences, dump_config, load_config, validate
+from stagdist.checkpoint.training.directory import TrainingState, candidates, checkpoint_name
+from stagdist.checkpoint.training.writer import write_values
+from stagdist.config.loading import differences, load_config, validate
 from stagdist.config.run_config import RunConfig, require_world
 from stagdist.data.tokenizer import BYTES, Tokenizer
 from stagdist.data.tokenizer_files import holds_tokenizer, load_tokenizer
 from stagdist.errors import CheckpointError, ConfigError, DataError
-from stagdist.files import file_record
-from stagdist.model.precision import DTYPES
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.layout import model_parameters
-
-
-def reshard(
-    source: str | Path,
-    destination: str | Path,
-    grid: Grid,
-    options: ConversionOptions,
-    *,
-    config: RunConfig | None = None,
-) -> ConversionResult:
-    """Convert a training checkpoint to another grid, with optimizer, counters, position in the data and generators.
-
-    Args:
-        destination: the folder of a run, or a `step_NNNNNNNN` inside its `checkpoints`.
-        config: of the run that continues; None for that of the checkpoint.
-
-    Raises:
-        CheckpointError: source or destination is refused, or the proof failed; nothing is left behind.
-        ConfigError: the batch or the model does not fit the grid.
-    """
-    require_makeable(Path(destination))
-    reader = open_training(source, trust_pickle=options.trust_pickle, files_checked=options.files_checked)
-    config = on_grid(reader.config if config is None else config, grid)
-    state = replace(reader.state, grid=(grid.pipe, grid.data, grid.tensor))
-    final = training_destination(Path(destination), state.step)
-    _write_training(reader, config, state, final, options)
-    tensors = len(list(reader.specs())) * (1 + len(KINDS))
-    return ConversionResult(
-        final, f"{tensors} tensors, including the optimizer, are bit-equal on all {grid.world_size} ranks"
-    )
 
 
 def import_model(
@@ -103,12 +58,10 @@ def import_model(
         raise CheckpointError(
             f"{final.parent} holds {others[0].name}, from which a run would continue; choose another run"
         )
-    imported = ImportedModel(weights, config)
-    # fp32 represents all values of the other dtypes
-    exact = DTYPES[config.training.precision] in (weights.dtype, torch.float32)
-    _write_training(imported, config, state, final, options)
-    rounded = "" if exact else f", rounded to {config.training.precision}"
-    return ConversionResult(final, f"{len(model_parameters(weights.model))} tensors are bit-equal{rounded}")
+    with staged_folder(final, "training", options) as staged:
+        write_values(staged, weights, config, state, options.track)
+        put_in_place(staged, final.resolve())
+    return ConversionResult(final, f"{len(model_parameters(weights.model))} tensors are bit-equal")
 
 
 def on_grid(config: RunConfig, grid: Grid) -> RunConfig:
@@ -200,24 +153,3 @@ def _require_tokenizer(
         f"{config_file}: data.tokenizer {named} is another tokenizer than {whose} (sha256 {now[:12]}, there "
         f"{tokenizer.fingerprint[:12]}); {remedy}{other}"
     )
-
-
-def _write_training(
-    source: TrainingSource, config: RunConfig, state: TrainingState, final: Path, options: ConversionOptions
-) -> None:
-    """Write a training checkpoint, read it back, compare it, and give it its name."""
-    grid = Grid(*state.grid)
-    with staged_folder(final, "training", options) as staged:
-        (staged / CONFIG).write_text(dump_config(config))
-        state.write(staged)
-        records = {name: file_record(staged / name, sync=True) for name in (CONFIG, STATE)}
-        records |= TrainingWriter(source, config, grid, staged).write(options.track)
-        written = TrainingReader(staged)
-        if written.state.as_text() != state.as_text() or dump_config(written.config) != dump_config(config):
-            raise CheckpointError(f"{final}: {STATE} or {CONFIG} was not written as it was read")
-        require_same(written, source, options.track)
-        expected = expected_files(config, state.grid)
-        if odd := sorted((expected ^ set(checkpoint_files(staged))) | (expected ^ set(records))):
-            raise CheckpointError(f"{final}: {odd[0]} should not have been written, or is missing; convert it again")
-        write_complete(staged, records)
-        put_in_place(staged, final.resolve())

@@ -55,7 +55,9 @@ def upcycle(
     if not math.isfinite(output_scale):
         raise ConfigError(f"--output-scale is {output_scale}; give a finite number (0: no effect at the start)")
     require_free(Path(destination), "model", options)
-    llama = open_weights(source, trust_pickle=options.trust_pickle)
+    llama = open_weights(
+        source,
+    )
     model = upcycled_config(llama, section_layers)
     initial = UpcycledWeights(llama, model, output_scale)
     return write_model(

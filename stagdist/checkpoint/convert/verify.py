@@ -16,8 +16,7 @@ from torch import Tensor
 from stagdist.checkpoint.convert.find import open_weights, source_tokenizer
 from stagdist.checkpoint.convert.proof import TEXT, source_logits, text_ids
 from stagdist.checkpoint.published.model_reader import ChangedTokenizerError
-from stagdist.checkpoint.training.content import Track, untracked
-from stagdist.checkpoint.weight_source import WeightSource
+from stagdist.checkpoint.weight_source import Track, WeightSource, untracked
 from stagdist.config.loading import differences
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import Tokenizer
@@ -68,7 +67,6 @@ def verify(
     text: str = TEXT,
     tokens: int | None = None,
     tokenizer: str | None = None,
-    trust_pickle: bool = False,
     track: Track[Any] = untracked,
 ) -> Verdict:
     """Run both models on the same tokens in fp32, and compare their configurations.
@@ -83,7 +81,12 @@ def verify(
         CheckpointError: a model cannot be read, or the vocabularies differ.
         ConfigError: the text or the context has fewer tokens.
     """
-    one, other = (open_weights(path, trust_pickle=trust_pickle) for path in (first, second))
+    one, other = (
+        open_weights(
+            path,
+        )
+        for path in (first, second)
+    )
     if one.model.vocab_size != other.model.vocab_size:
         raise CheckpointError(
             f"{one.directory} has {one.model.vocab_size} tokens, {other.directory} {other.model.vocab_size}; their "

@@ -20,7 +20,7 @@ from torch import Tensor
 from stagdist.checkpoint.names import llama_name
 from stagdist.checkpoint.published.other_formats import refuse_undownloaded, save_as_utf8, weights_there
 from stagdist.checkpoint.published.record import CHECKSUMS
-from stagdist.checkpoint.safetensors_writer import SafetensorsWriter
+from stagdist.checkpoint.safetensors_writer import SafetensorsWriter, tensor_sha256
 from stagdist.checkpoint.text_tokens import GENERATION, TOKEN_KEYS, TextTokens, tokens_of
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import CheckpointError
@@ -151,10 +151,11 @@ class ModelDirectoryWriter:
             self._begin_file()
         assert self._file is not None
         stored = stored_name(name, self.model)
-        self._checksums[stored] = self._file.add(stored, tensor)
+        self._file.add(stored, tensor)
+        self._checksums[stored] = tensor_sha256(tensor.detach().to("cpu", self.dtype))
         self._index[stored] = self._file.path.name
         if self._file.full:
-            self._file.close()
+            self._file.finish()
             self._total += self._file.data_bytes
             self._file = None
 
