@@ -51,16 +51,14 @@ class Reader:
                 yield text
 
     def _texts(self, piece: Piece) -> Iterator[str | None]:
-        readers = {"files": self._files, "json_lines": self._json, "json_array": self._json, "parquet": self._columns,
+        readers = {"file": self._file, "json_lines": self._json, "json_array": self._json, "parquet": self._columns,
                    "arrow": self._columns, "shard": self._rows}  # fmt: skip
         return readers.get(piece.kind, self._cut_text)(piece)
 
-    def _files(self, piece: Piece) -> Iterator[str | None]:
-        for path in piece.files:
-            with _opened(path) as stream:
-                raw = stream.read()
-                if raw:  # a file of 0 bytes holds no document, not an empty one
-                    yield self._plain(raw, path, 0)
+    def _file(self, piece: Piece) -> Iterator[str | None]:
+        with _opened(piece.source) as stream:
+            if raw := stream.read():  # a file of 0 bytes holds no document, not an empty one
+                yield self._plain(raw, piece.source, 0)
 
     def _cut_text(self, piece: Piece) -> Iterator[str | None]:
         with _opened(piece.source, seekable=piece.kind != "lines") as stream:

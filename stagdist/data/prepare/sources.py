@@ -1,7 +1,7 @@
 """Where documents come from: files, directories, globs, URLs and Hugging Face datasets, split into pieces.
 
-A *piece* is a part of the input that one process can read: a byte range of a large file, a group of small files, a
-compressed file, a row group, a shard. The list of pieces depends on the input and the options alone, never on the
+A *piece* is a part of the input that one process can read: a small file, a byte range of a large one, a compressed
+file, a row group, a shard. The list of pieces depends on the input and the options alone, never on the
 number of processes, so any division of the pieces gives the same documents in the same order.
 
 URLs such as `s3://` or `gs://` name files of object stores, which fsspec opens.
@@ -34,12 +34,11 @@ from stagdist.errors import ConfigError, DataError
 PIECE_BYTES = 2 << 20
 BLOCK_BYTES = 16 << 10
 AUTO_WHOLE_BYTES = 256 << 10
-_FILES_PER_PIECE = 256
 _ROWS_PER_PIECE = 2000
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
-PieceKind = Contents | Literal["files", "blocks", "paragraphs", "lines", "shard"]
+PieceKind = Contents | Literal["file", "blocks", "paragraphs", "lines", "shard"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class ReadOptions:
     streaming: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A part of the input that one process reads.
 
@@ -70,7 +69,6 @@ class Piece:
     start: int = 0
     stop: int | None = 0
     size: int = 0
-    files: tuple[str, ...] = ()
 
 
 def plan_pieces(inputs: Sequence[str], options: ReadOptions, *, piece_bytes: int = PIECE_BYTES) -> list[Piece]:
@@ -85,22 +83,11 @@ def plan_pieces(inputs: Sequence[str], options: ReadOptions, *, piece_bytes: int
     if not inputs:
         raise ConfigError("no input; give files, directories, globs, URLs or the name of a dataset")
     pieces: list[Piece] = []
-    plain: list[tuple[str, int]] = []
     for path in _expand(inputs, options, []):
-        if _matches(path, options.exclude):
-            continue
-        if path.startswith(HUB):
-            pieces += [*_grouped(plain), *_dataset_pieces(path, options)]
-            plain = []
-            continue
-        size = file_size(path)
-        contents, compressed = recognize(path)
-        if contents == "text" and size is not None and size <= _largest_document(compressed, options):
-            plain.append((path, size))
-            continue
-        pieces += [*_grouped(plain), *_file_pieces(path, contents, compressed, size, options, piece_bytes)]
-        plain = []
-    return pieces + _grouped(plain)
+        if not _matches(path, options.exclude):
+            is_dataset = path.startswith(HUB)
+            pieces += _dataset_pieces(path, options) if is_dataset else _file_pieces(path, options, piece_bytes)
+    return pieces
 
 
 def files_left_out(inputs: Sequence[str], options: ReadOptions) -> list[str]:
@@ -217,33 +204,14 @@ def file_size(path: str) -> int | None:
         return store.size(root)
 
 
-def _largest_document(compressed: bool, options: ReadOptions) -> float:
-    """Size up to which a text file is one document; the size of a compressed one is not known."""
-    sizes = {"auto": -1.0 if compressed else AUTO_WHOLE_BYTES, "file": float("inf")}
-    return sizes.get(options.txt_documents, -1.0)
-
-
-def _grouped(files: list[tuple[str, int]]) -> list[Piece]:
-    """Small text files, together up to a piece's size."""
-    pieces: list[Piece] = []
-    group: list[str] = []
-    size = 0
-    for path, file_size in files:
-        if group and (size + file_size > PIECE_BYTES // 2 or len(group) == _FILES_PER_PIECE):
-            pieces.append(Piece("files", group[0], size=size, files=tuple(group)))
-            group, size = [], 0
-        group.append(path)
-        size += file_size
-    if group:
-        pieces.append(Piece("files", group[0], size=size, files=tuple(group)))
-    return pieces
-
-
-def _file_pieces(
-    path: str, contents: Contents, compressed: bool, size: int | None, options: ReadOptions, piece_bytes: int
-) -> list[Piece]:
+def _file_pieces(path: str, options: ReadOptions, piece_bytes: int) -> list[Piece]:
+    size, mode = file_size(path), options.txt_documents
+    contents, compressed = recognize(path)
+    small = not compressed and size is not None and size <= AUTO_WHOLE_BYTES
+    if contents == "text" and (mode == "file" or (mode == "auto" and small)):
+        return [Piece("file", path, size=size or 0)]
     texts: dict[str, PieceKind] = {"auto": "blocks", "paragraph": "paragraphs", "line": "lines"}
-    kind: PieceKind = texts[options.txt_documents] if contents == "text" else contents
+    kind: PieceKind = texts[mode] if contents == "text" else contents
     if compressed or size is None:
         return [Piece(kind, path, 0, None, size or 0)]
     if contents == "json_array":
