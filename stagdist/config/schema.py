@@ -4,46 +4,47 @@ import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from functools import cache
+from typing import Any
 
-from pydantic.fields import FieldInfo
-
-from stagdist.config.base import ConfigPart
 from stagdist.config.run_config import RunConfig
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key of the schema: its path such as `optimizer.betas`, and its field."""
+    """One key of the configuration.
+
+    Attributes:
+        path: such as `optimizer.betas`; a list entry has the index `0`.
+        schema: JSON schema of its value, with default and description.
+        part: JSON schema of the part that it holds (directly, optionally or in a list); None for a plain value.
+    """
 
     path: str
-    field: FieldInfo
+    schema: dict[str, Any]
+    part: dict[str, Any] | None
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the key holds a list."""
+        return self.schema.get("type") == "array"
 
 
-def schema_keys(part: type[ConfigPart] = RunConfig, prefix: str = "") -> Iterator[Key]:
-    """Every key of the schema in the order of definition; a list entry has the index `0`."""
-    for name, field in part.model_fields.items():
-        path = f"{prefix}{name}"
-        yield Key(path, field)
-        inner = inner_part(field)
-        if inner is not None:
-            yield from schema_keys(inner, f"{path}.0." if is_list(field) else f"{path}.")
+@cache
+def schema_keys() -> tuple[Key, ...]:
+    """Every key in the order of definition."""
+    root = RunConfig.model_json_schema()
+    return tuple(_keys(root["properties"], root["$defs"], ""))
 
 
-def inner_part(field: FieldInfo) -> type[ConfigPart] | None:
-    """The part of the configuration that a key holds (directly, optionally or in a list), None for a plain value."""
-    waiting: list[Any] = [field.annotation]
-    while waiting:
-        kind = waiting.pop()
-        if isinstance(kind, type) and issubclass(kind, ConfigPart):
-            return kind
-        waiting += get_args(kind)
-    return None
-
-
-def is_list(field: FieldInfo) -> bool:
-    """True for a key that holds a list."""
-    return getattr(field.annotation, "__origin__", None) is tuple
+def _keys(properties: dict[str, Any], parts: dict[str, Any], prefix: str) -> Iterator[Key]:
+    for name, schema in properties.items():
+        inner = (schema, schema.get("items", {}), *schema.get("anyOf", ()))
+        part = next((parts[one["$ref"].rpartition("/")[2]] for one in inner if "$ref" in one), None)
+        key = Key(prefix + name, schema, part)
+        yield key
+        if part is not None:
+            yield from _keys(part["properties"], parts, f"{key.path}.0." if key.is_list else f"{key.path}.")
 
 
 def unknown(place: str, name: str) -> str:
@@ -61,7 +62,7 @@ def unknown(place: str, name: str) -> str:
 def meaning(path: str) -> str:
     """The description of a key in parentheses, for messages about a missing or wrong value."""
     paths = (_pattern(path), _pattern(path).removesuffix(".0"))
-    return next((f" ({(key.field.description or '').rstrip('.')})" for key in schema_keys() if key.path in paths), "")
+    return next((f" ({key.schema['description'].rstrip('.')})" for key in schema_keys() if key.path in paths), "")
 
 
 def _pattern(path: str) -> str:
