@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from stagdist.config.parts import WandbConfig
 from stagdist.errors import ConfigError
 from stagdist.files import writing
-from stagdist.telemetry.wandb_run import WandbRun
+from stagdist.telemetry.wandb_run import start_wandb
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -48,17 +48,15 @@ class MetricsWriter:
         name: str | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        self._folder = Path(folder)
-        self._tensorboard: Any = None
-        self._wandb: WandbRun | None = None
-        self._lines: TextIO = _open_lines(self._folder, resumed_step)
-        if tensorboard:
-            self._tensorboard = _open_tensorboard(self._folder, resumed_step)
+        folder = Path(folder)
+        self._lines = _open_lines(folder, resumed_step)
+        self._tensorboard: Any = _open_tensorboard(folder, resumed_step) if tensorboard else None
+        self._wandb: Any = None
         if wandb is not None and wandb.enabled:
-            self._wandb = WandbRun(
-                self._folder,
+            self._wandb = start_wandb(
+                folder,
                 wandb,
-                name=name or self._folder.name,
+                name=name or folder.name,
                 config=config or {},
                 resumed=resumed_step is not None,
             )
@@ -93,7 +91,7 @@ class MetricsWriter:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.close()
+            self._wandb.finish()
 
 
 def read_metrics(path: str | Path, split: str) -> list[dict[str, Any]]:

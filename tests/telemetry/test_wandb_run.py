@@ -20,7 +20,7 @@ import pytest
 from stagdist.config.parts import WandbConfig
 from stagdist.errors import ConfigError
 from stagdist.telemetry.metrics import MetricsWriter
-from stagdist.telemetry.wandb_run import WandbRun, claim_run_id
+from stagdist.telemetry.wandb_run import claim_run_id, start_wandb
 
 FAKE_KEY = "0123456789abcdef" * 2 + "feedc0de"
 
@@ -152,7 +152,7 @@ def test_a_run_that_cannot_start_at_all_is_one_error(tmp_path: Path, monkeypatch
     monkeypatch.setattr(wandb, "init", refuse)
     monkeypatch.setattr(wandb, "teardown", lambda: None)
     with pytest.raises(ConfigError, match="wandb cannot start: no room for the run; set logging.wandb.enabled: false"):
-        WandbRun(tmp_path, WandbConfig(enabled=True), name="run", config={}, resumed=False)
+        start_wandb(tmp_path, WandbConfig(enabled=True), name="run", config={}, resumed=False)
     assert modes == [None, "offline"], "online first, then offline"
 
 
