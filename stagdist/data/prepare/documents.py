@@ -51,9 +51,18 @@ class Reader:
                 yield text
 
     def _texts(self, piece: Piece) -> Iterator[str | None]:
-        readers = {"file": self._file, "json_lines": self._json, "json_array": self._json, "parquet": self._columns,
-                   "arrow": self._columns, "shard": self._rows}  # fmt: skip
-        return readers.get(piece.kind, self._cut_text)(piece)
+        match piece.kind:
+            case "file":
+                return self._file(piece)
+            case "json_lines":
+                return self._json_lines(piece)
+            case "json_array":
+                return self._json_array(piece)
+            case "parquet" | "arrow":
+                return self._columns(piece, piece.kind)
+            case "shard":
+                return self._rows(piece)
+        return self._cut_text(piece)
 
     def _file(self, piece: Piece) -> Iterator[str | None]:
         with _opened(piece.source) as stream:
@@ -89,29 +98,23 @@ class Reader:
                 "example iconv -f LATIN1 -t UTF-8), leave it out (--exclude), or choose --bad-utf8 skip or replace"
             ) from error
 
-    def _json(self, piece: Piece) -> Iterator[str | None]:
+    def _json_lines(self, piece: Piece) -> Iterator[str | None]:
         with _opened(piece.source) as stream:
-            if piece.kind == "json_lines":
-                for position, line in _lines(stream, piece):
-                    yield from self._json_line(line, piece.source, position)
-                return
-            yield from self._json_array(stream.read(), piece.source)
+            for position, line in _lines(stream, piece):
+                line = line.removeprefix(BYTE_ORDER_MARK)
+                if line.strip():
+                    text, place = self._decode(line, piece.source, position), f"{piece.source}, at byte {position}"
+                    yield None if text is None else self._text_of(_parse(text, piece.source, position), place)
 
-    def _json_line(self, line: bytes, path: str, position: int) -> Iterator[str | None]:
-        line = line.removeprefix(BYTE_ORDER_MARK)
-        if not line.strip():
-            return
-        text = self._decode(line, path, position)
-        yield None if text is None else self._text_of(_parse(text, path, position), f"{path}, at byte {position}")
-
-    def _json_array(self, raw: bytes, path: str) -> Iterator[str | None]:
-        raw = raw.removeprefix(BYTE_ORDER_MARK)
-        skip = self.options.bad_utf8 == "skip"
-        content = raw.decode("utf-8", "surrogateescape") if skip else self._decode(raw, path, 0)
-        for index, record in enumerate(_parse(content or "", path, 0)):
-            value = record.get(self.options.text_key) if skip and isinstance(record, dict) else None
-            bad = isinstance(value, str) and _BAD_BYTE.search(value)
-            yield None if bad else self._text_of(record, f"{path}, record {index}")
+    def _json_array(self, piece: Piece) -> Iterator[str | None]:
+        path, skip = piece.source, self.options.bad_utf8 == "skip"
+        with _opened(path) as stream:
+            raw = stream.read().removeprefix(BYTE_ORDER_MARK)
+            content = raw.decode("utf-8", "surrogateescape") if skip else self._decode(raw, path, 0)
+            for index, record in enumerate(_parse(content or "", path, 0)):
+                value = record.get(self.options.text_key) if skip and isinstance(record, dict) else None
+                bad = isinstance(value, str) and _BAD_BYTE.search(value)
+                yield None if bad else self._text_of(record, f"{path}, record {index}")
 
     def _text_of(self, record: Any, place: str) -> str:
         """Text of a record; of null, which is a document without text, the empty one."""
@@ -129,8 +132,7 @@ class Reader:
         keys = listed(list(map(str, record)))
         raise DataError(f"{place}: {fault}, its keys are {keys}; choose with --text-key, or remove that record")
 
-    def _columns(self, piece: Piece) -> Iterator[str | None]:
-        kind: Columnar = "parquet" if piece.kind == "parquet" else "arrow"
+    def _columns(self, piece: Piece, kind: Columnar) -> Iterator[str | None]:
         for row in column_texts(piece.source, kind, piece.start, piece.stop, self.options.text_key):
             yield "" if row is None else self._decode(row, f"a text in {piece.source}", 0)
 
