@@ -6,12 +6,11 @@ additional tokens are dropped. Length limits are known in advance.
 """
 
 import gc
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-from stagdist.decode.request import NUM_PARAM_FIELDS, Request, SamplingParams, decode_params, encode_params
+from stagdist.decode.request import Request
 from stagdist.decode.runtime.slots import Control, Operation
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
@@ -70,19 +69,13 @@ class _ControlChannel:
             return self._plain_step
         return Control.decode(message)
 
-    def admission(self, control: Control) -> tuple[Sequence[int], SamplingParams]:
-        """Return prompt and parameters of an ADMIT."""
-        if self._owner is not None:
-            request = self._owner.admission(control.slot)
-            if self._transport is not None:
-                payload = [*map(float, request.prompt_ids), *encode_params(request.params)]
-                self._transport.share_admission(torch.tensor(payload, dtype=torch.float64))
-            return request.prompt_ids, request.params
-        assert self._transport is not None, "a single process must own the requests"
-        empty = torch.empty(control.prompt_length + NUM_PARAM_FIELDS, dtype=torch.float64)
-        values = self._transport.share_admission(empty).tolist()
-        prompt = [int(token) for token in values[: control.prompt_length]]
-        return prompt, decode_params(values[control.prompt_length :])
+    def admission(self, slot: int) -> Request:
+        """Return the request of an ADMIT."""
+        request = None if self._owner is None else self._owner.admission(slot)
+        if self._transport is not None:
+            return self._transport.share_admission(request)
+        assert request is not None, "a single process must own the requests"
+        return request
 
 
 @torch.inference_mode()
@@ -121,7 +114,8 @@ def _operate(channel: _ControlChannel, stage: Stage, owner: Owner | None) -> Non
             continue
         channel.post()
         if control.operation is Operation.ADMIT:
-            choice = stage.prefill(control.slot, *channel.admission(control), host_work)
+            request = channel.admission(control.slot)
+            choice = stage.prefill(control.slot, request.prompt_ids, request.params, host_work)
         else:
             choice = stage.step(host_work)
         if owner is not None:

@@ -104,6 +104,11 @@ class Sampler:
         self._num_special -= params is not None and not is_plain(params)
         self._plans.clear()
 
+    def num_logprobs(self, slots: Sequence[int]) -> int | None:
+        """Return the most log-probabilities that a request in these slots asks for; None if no request does."""
+        asked = [self._params[slot] for slot in slots]
+        return max((each.logprobs for each in asked if each and each.logprobs is not None), default=None)
+
     def width(self, slots: Sequence[int]) -> int:
         """Return the columns of a message of `candidates` for these slots, the same on all ranks."""
         plan = self._plan(slots)

@@ -14,7 +14,7 @@ class Operation(IntEnum):
     STEP = 0
     """One token for every active slot."""
     ADMIT = 1
-    """Prefill a prompt into a slot; prompt and sampling parameters follow in a second message."""
+    """Prefill a prompt into a slot; the request follows in a second message."""
     REST = 2
     """Complete all hand-offs and wait for the next message."""
     STOP = 3
@@ -27,28 +27,23 @@ class Control:
 
     Attributes:
         slot: slot of an ADMIT.
-        prompt_length: number of prompt tokens of an ADMIT.
         retired: slots to free before the operation.
     """
 
     operation: Operation
     slot: int = 0
-    prompt_length: int = 0
     retired: tuple[int, ...] = ()
 
     def encode(self, num_slots: int) -> Tensor:
-        """Shapes: int64 [3 + num_slots]."""
-        message = torch.zeros(3 + num_slots, dtype=torch.int64)
-        message[:3] = torch.tensor([int(self.operation), self.slot, self.prompt_length])
-        for slot in self.retired:
-            message[3 + slot] = 1
-        return message
+        """Shapes: int64 [2 + num_slots]."""
+        flags = [int(slot in self.retired) for slot in range(num_slots)]
+        return torch.tensor([int(self.operation), self.slot, *flags])
 
     @staticmethod
     def decode(message: Tensor) -> "Control":
         """Decode a message of `encode`."""
-        operation, slot, length, *retired = message.tolist()
-        return Control(Operation(operation), slot, length, tuple(i for i, flag in enumerate(retired) if flag))
+        operation, slot, *flags = message.tolist()
+        return Control(Operation(operation), slot, tuple(i for i, flag in enumerate(flags) if flag))
 
 
 class Slots:
@@ -61,11 +56,6 @@ class Slots:
     def rows(self) -> int:
         """Number of rows of a step: up to the last active slot."""
         return max((slot + 1 for slot, position in enumerate(self._positions) if position is not None), default=0)
-
-    @property
-    def active(self) -> list[int]:
-        """Active slots in order."""
-        return [slot for slot, position in enumerate(self._positions) if position is not None]
 
     def positions(self) -> list[int]:
         """Return the position of each row's next input token; 0 for unused rows."""

@@ -91,7 +91,7 @@ class Stage:
         """
         if self._transport is not None:
             self._transport.step = self.step_number
-        self.readout.admit(slot, params, input_ids)
+        self.readout.sampler.admit(slot, params, input_ids)
         bounds = schedule.chunk_bounds(len(input_ids), self.limits.chunk_size)
         call = self._sections.prompt_call(slot, input_ids, bounds)
         self._execute(call, schedule.prefill(self.topology, self.index, len(bounds)), _PREFILL, host_work)
@@ -132,7 +132,7 @@ class Stage:
         """Free slots."""
         self.slots.retire(slots)
         for slot in slots:
-            self.readout.retire(slot)
+            self.readout.sampler.retire(slot)
 
     def on_host(self, choice: Choice) -> Choice:
         """The choice in host memory. Here rank 0 waits for the device.
@@ -152,7 +152,6 @@ class Stage:
         """Release the CUDA graphs; the stage cannot run afterwards."""
         if self._graphs is not None:
             self._graphs.close()
-        self.readout.logits = None
 
     @property
     def caches(self) -> dict[int, SectionCache]:
@@ -264,8 +263,8 @@ _STEP: Methods = {
     Kind.SHARE: lambda stage, call, _: stage.readout.share(stage._last_output(call)),
     Kind.HEAD: lambda stage, call, _: stage.readout.head(stage._last_output(call)),
     Kind.CHOOSE: lambda stage, call, _: stage.readout.choose(call.slots, call.next_positions),
-    Kind.PUBLISH: lambda stage, call, _: stage.readout.publish(call.slots),
-    Kind.TOKEN: lambda stage, call, _: stage.readout.receive(call.slots),
+    Kind.PUBLISH: lambda stage, call, _: stage.readout.publish(),
+    Kind.TOKEN: lambda stage, call, _: stage.readout.receive(),
 }
 """The instructions of a step, except `Kind.HOST`, which `_execute` handles."""
 

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stagdist.decode.request import Request
 from stagdist.errors import ConfigError, TransportError
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.link import (
@@ -237,11 +238,13 @@ class Transport:
                 work.wait()
         return message
 
-    def share_admission(self, payload: Tensor) -> Tensor:
-        """Broadcast prompt and parameters of a request from rank 0, in place. Shapes: float64 [n]."""
+    def share_admission(self, request: Request | None) -> Request:
+        """Send a request from rank 0 to the others, which pass None; returns it everywhere."""
+        shared = [request]
         with self._errors("while a request was sent", 0):
-            dist.broadcast(payload, 0, group=self._host)
-        return payload
+            dist.broadcast_object_list(shared, 0, group=self._host)
+        assert shared[0] is not None
+        return shared[0]
 
     # --- set-up -------------------------------------------------------------------------------------------------
 
