@@ -153,8 +153,8 @@ class Recorder(TorchDispatchMode):
     @contextmanager
     def recording(self) -> Iterator["Recorder"]:
         """Everything inside is recorded as this rank."""
-        names = ("new_group", "isend", "irecv", "send", "recv", "all_reduce", "reduce", "broadcast_object_list", "barrier",
-                 "get_rank", "get_world_size")  # fmt: skip
+        names = ("new_group", "isend", "irecv", "send", "recv", "all_reduce", "reduce", "barrier",
+                 "broadcast_object_list", "get_rank", "get_world_size")  # fmt: skip
         environment = {"RANK": str(self.rank), "WORLD_SIZE": str(self.size), "LOCAL_RANK": str(self.rank)}
         with (
             mock.patch.multiple(dist, **{name: getattr(self, name) for name in names}),

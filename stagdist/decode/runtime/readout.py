@@ -75,11 +75,9 @@ class Readout:
         """Compute the logits of this rank's slice of the vocabulary."""
         hidden = last_output if self._hidden is None else self._hidden
         self._hidden = None
-        weights = self._weights
+        weights, eps = self._weights, self._setup.model.rms_norm_eps
         assert hidden is not None and weights.head is not None and weights.output_norm is not None
-        normed = F.rms_norm(
-            hidden[:, 0], weights.output_norm.shape, weights.output_norm, self._setup.model.rms_norm_eps
-        )
+        normed = F.rms_norm(hidden[:, 0], weights.output_norm.shape, weights.output_norm, eps)
         self.logits = F.linear(normed, weights.head)
 
     def choose(self, slots: Sequence[int], positions: Sequence[int]) -> None:
