@@ -5,6 +5,7 @@ from torch import Tensor
 
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.weights import Device
+from stagdist.decode.topology import Limits
 
 
 class SectionCache:
@@ -14,33 +15,23 @@ class SectionCache:
     dimension holds keys (rotated), 1 values. Entries that were never written are never seen.
 
     Args:
-        layers: layers of the section.
-        has_memory: the section looks at an earlier one.
-        num_slots: requests at a time (B).
-        capacity: positions of a request (S).
+        limits: their `num_slots` are B, their `max_context` is S.
         tensor_size: ranks that share the heads.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        layers: int,
-        *,
-        has_memory: bool,
-        num_slots: int,
-        capacity: int,
-        tensor_size: int,
-        device: Device,
-    ):
-        options = {"dtype": device.dtype, "device": device.name}
-        heads, width = model.key_value_heads // tensor_size, model.head_width
-        # Zeros, not empty memory: a masked entry times weight zero must not be NaN.
-        self.self_kv = torch.zeros(layers, 2, num_slots, heads, capacity, width, **options)  # type: ignore[call-overload]
-        self.window = min(model.cross_attention_window or capacity, capacity)
+    def __init__(self, model: ModelConfig, section: int, limits: Limits, tensor_size: int, device: Device):
+        layers, slots = model.section_layers[section], limits.num_slots
+
+        def zeros(heads: int, entries: int) -> Tensor:
+            # Zeros, not empty memory: a masked entry times weight zero must not be NaN.
+            shape = (layers, 2, slots, heads // tensor_size, entries, model.head_width)
+            return torch.zeros(shape, dtype=device.dtype, device=device.name)
+
+        self.self_kv = zeros(model.key_value_heads, limits.max_context)
         self.memory_kv: Tensor | None = None
-        if has_memory:
-            heads = model.cross_key_value_heads // tensor_size
-            self.memory_kv = torch.zeros(layers, 2, num_slots, heads, self.window, width, **options)  # type: ignore[call-overload]
+        if model.staggered and section > 0:
+            window = min(model.cross_attention_window or limits.max_context, limits.max_context)
+            self.memory_kv = zeros(model.cross_key_value_heads, window)
 
     @property
     def kv_bytes(self) -> int:

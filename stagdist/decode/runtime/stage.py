@@ -73,9 +73,6 @@ class Stage:
         self.step_number = 0
         self._first_step = 0
         self._programs: dict[int, tuple[Instruction, ...]] = {}
-        if self.index > 0:
-            shape = (self.topology.buffers, setup.limits.num_slots, 1, self.model.hidden_size)
-            self._buffers = torch.zeros(shape, dtype=self.device.dtype, device=self.device.name)
 
     # --- operations, the same on every rank ---------------------------------------------------------------------
 
@@ -165,7 +162,8 @@ class Stage:
 
     def prompt_memory(self) -> Tensor:
         """Return the memory of this stage's first section in the first step after a prefill into slot 0: [1, 1, H]."""
-        return self._sections.young_memory(1, self.step_number)[:, None]
+        assert self._sections.received is not None, "the first stage has no memory"
+        return self._sections.received.oldest(1, self.step_number)
 
     # --- execution ----------------------------------------------------------------------------------------------
 
@@ -221,8 +219,9 @@ class Stage:
         return self._recorder.span(name, CATEGORIES[instruction.kind], step=self.step_number)
 
     def _receive_hand_off(self, call: Call, instruction: Instruction) -> None:
+        assert self._sections.received is not None
         step = instruction.step + self._program_shift
-        self.setup.link.expect(("step", step), self._buffers[step % self.topology.buffers, : call.rows])
+        self.setup.link.expect(("step", step), self._sections.received.of_step(call.rows, step))
 
     def _wait_for_hand_off(self, call: Call, instruction: Instruction) -> None:
         call.carried = self.setup.link.arrived(("step", instruction.step + self._program_shift))
