@@ -163,7 +163,7 @@ def test_caches_hold_own_sections_and_heads_and_of_a_memory_only_the_window(name
 
 
 def test_the_cache_of_a_window_does_not_grow_with_the_context() -> None:
-    model = ModelConfig(**config_of({"cross_attention_window": 3}))
+    model = ModelConfig(**config_of({"cross_attention_window": 3, "section_layers": [2, 2]}))
     sizes = []
     for capacity in (4, CONTEXT):
         cache = SectionCache(model, 1, Limits(1, capacity, 8), 1, Device("cpu", torch.float64))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stagdist.decode.runtime.setup import StageSetup
+from stagdist.decode.runtime.transport import TOKEN
 from stagdist.decode.sampler import Choice, Sampler
 
 
@@ -61,12 +62,12 @@ class Readout:
             shape, dtype = (len(slots),), torch.int64
         else:
             shape, dtype = (len(slots), width), torch.float64
-        self._setup.link.ask(torch.empty(shape, dtype=dtype, device=self._setup.device.name))
+        self._setup.link.tokens_in.expect(TOKEN, torch.empty(shape, dtype=dtype, device=self._setup.device.name))
 
     def share(self, last_output: Tensor | None) -> None:
         """Publish the last section's output to all stages. Shapes: [B, 1, H]; None on other stages."""
         if last_output is None:
-            self._hidden = self._setup.link.published()
+            (self._hidden,) = self._setup.link.tokens_in.take(TOKEN)
             return
         self._hidden = last_output.contiguous()
         self._setup.link.publish(self._hidden)
@@ -111,7 +112,7 @@ class Readout:
 
     def receive(self) -> None:
         """Receive the choice of the last stage."""
-        message = self._setup.link.published()
+        (message,) = self._setup.link.tokens_in.take(TOKEN)
         if message.dim() == 1:
             self._choice = Choice(message)
             return

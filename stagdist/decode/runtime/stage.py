@@ -119,7 +119,7 @@ class Stage:
     def rest(self) -> None:
         """Complete all hand-offs, so that nothing is in flight."""
         for instruction in schedule.rest(self.topology, self.index, self.step_number, self._first_step):
-            self.setup.link.arrived(("step", instruction.step))
+            self.setup.link.hand_offs_in.take(("step", instruction.step))
         if self._transport is not None:
             self._transport.finish_sends()
             self._transport.wait_for_device("while hand-offs were completed")
@@ -221,23 +221,25 @@ class Stage:
     def _receive_hand_off(self, call: Call, instruction: Instruction) -> None:
         assert self._sections.received is not None
         step = instruction.step + self._program_shift
-        self.setup.link.expect(("step", step), self._sections.received.of_step(call.rows, step))
+        buffer = self._sections.received.of_step(call.rows, step)
+        self.setup.link.hand_offs_in.expect(("step", step), buffer)
 
     def _wait_for_hand_off(self, call: Call, instruction: Instruction) -> None:
-        call.carried = self.setup.link.arrived(("step", instruction.step + self._program_shift))
+        (call.carried,) = self.setup.link.hand_offs_in.take(("step", instruction.step + self._program_shift))
 
     def _receive_chunk(self, call: Call, instruction: Instruction) -> None:
         assert call.prompt is not None
         begin, end = call.prompt.bounds[instruction.step]
         shape = (1, end - begin, self.model.hidden_size)
         buffer = torch.empty(shape, dtype=self.device.dtype, device=self.device.name)
-        self.setup.link.expect(("chunk", instruction.step), buffer)
+        self.setup.link.hand_offs_in.expect(("chunk", instruction.step), buffer)
 
     def _wait_for_chunk(self, call: Call, instruction: Instruction) -> None:
-        call.carried = self.setup.link.arrived(("chunk", instruction.step))
+        (call.carried,) = self.setup.link.hand_offs_in.take(("chunk", instruction.step))
 
     def _send(self, call: Call, in_flight: int) -> None:
-        self.setup.link.send(call.outputs[self._sections.last], in_flight)
+        output = call.outputs[self._sections.last].contiguous()
+        self.setup.link.hand_offs_out.send(output, in_flight=in_flight)
 
     def _last_output(self, call: Call) -> Tensor | None:
         """Output of the model's last section at the last position, if this rank has it."""
