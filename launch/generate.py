@@ -4,6 +4,7 @@
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -116,15 +117,15 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything that needs no process group, then generate."""
-    from stagdist.decode.frontend.interrupts import Interrupts, leave_to_first_rank
+    from stagdist.decode.frontend.interrupts import Interrupts
     from stagdist.parallel.world import join_launcher
     from stagdist.telemetry.pulse import Pulse
 
     pulse = Pulse.from_environment()
     world = join_launcher()
     interrupts = Interrupts() if world.rank == 0 else None
-    if interrupts is None:
-        leave_to_first_rank()
+    if interrupts is None:  # a terminal sends Ctrl-C to all ranks; rank 0 shuts the others down
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     world.share_cores()
 
     from stagdist.decode.request import SamplingParams

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from stagdist.data.tokenizer import Tokenizer
-from stagdist.decode.operations import operate
+from stagdist.decode.operations import Control, Operation, operate
 from stagdist.decode.request import (
     FinishReason,
     Request,
@@ -19,7 +19,6 @@ from stagdist.decode.request import (
     check_request,
     join_outputs,
 )
-from stagdist.decode.runtime.slots import Control, Operation
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.sampler import Choice

@@ -6,16 +6,56 @@ additional tokens are dropped. Length limits are known in advance.
 """
 
 import gc
+from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from stagdist.decode.request import Request
-from stagdist.decode.runtime.slots import Control, Operation
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.sampler import Choice
 from stagdist.telemetry.pulse import Phase
+
+
+class Operation(IntEnum):
+    """The next operation of all ranks."""
+
+    STEP = 0
+    """One token for every active slot."""
+    ADMIT = 1
+    """Prefill a prompt into a slot; the request follows in a second message."""
+    REST = 2
+    """Complete all hand-offs and wait for the next message."""
+    STOP = 3
+    """Shut down."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """One message of fixed size, applied by all ranks before the same operation.
+
+    Attributes:
+        slot: slot of an ADMIT.
+        retired: slots to free before the operation.
+    """
+
+    operation: Operation
+    slot: int = 0
+    retired: tuple[int, ...] = ()
+
+    def encode(self, num_slots: int) -> Tensor:
+        """Shapes: int64 [2 + num_slots]."""
+        flags = [int(slot in self.retired) for slot in range(num_slots)]
+        return torch.tensor([int(self.operation), self.slot, *flags])
+
+    @staticmethod
+    def decode(message: Tensor) -> "Control":
+        """Decode a message of `encode`."""
+        operation, slot, *flags = message.tolist()
+        return Control(Operation(operation), slot, tuple(i for i, flag in enumerate(flags) if flag))
 
 
 class Owner(Protocol):

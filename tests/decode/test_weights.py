@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stagdist.config.parts import ModelConfig
-from stagdist.decode.layers.cache import SectionCache
+from stagdist.decode.layers.runner import SectionCache
 from stagdist.decode.layers.weights import Device, Shard, StageWeights, WeightLoader
 from stagdist.decode.runtime.build import DecodePlan, EngineOptions, build_stage, plan_decoding
 from stagdist.decode.runtime.stage import Stage

@@ -120,37 +120,32 @@ class Generation:
             TransportError: a rank has ended; names stage and step.
         """
         try:
-            return self._run(interrupts, pulse)
+            with joined_world(self.plan, self._device) as transport:
+                recorder = None if self._trace is None else self._recorder(transport)
+                stage = build_stage(
+                    self.plan,
+                    self._reader.read,
+                    self._device,
+                    transport,
+                    recorder=recorder,
+                    pulse=pulse,
+                    progress=None if interrupts is None else _show_captures,
+                )
+                code = 0
+                if interrupts is None:
+                    operate(stage, transport, None)
+                else:
+                    code = self._serve(stage, transport, interrupts)
+                if self._trace is not None and recorder is not None:
+                    _write_trace(self._trace, recorder, self._world)
+            return code
         except TransportError:
             # The launcher may have ended the others on the same signal.
             if interrupts is None or interrupts.code is None:
                 raise
             return interrupts.code
 
-    def _run(self, interrupts: Interrupts | None, pulse: Pulse) -> int:
-        with joined_world(self.plan, self._device) as transport:
-            recorder = self._recorder(transport)
-            stage = build_stage(
-                self.plan,
-                self._reader.read,
-                self._device,
-                transport,
-                recorder=recorder,
-                pulse=pulse,
-                progress=None if interrupts is None else _show_captures,
-            )
-            if interrupts is None:
-                operate(stage, transport, None)
-                code = 0
-            else:
-                code = self._serve(stage, transport, interrupts)
-            if self._trace is not None and recorder is not None:
-                _write_trace(self._trace, recorder, self._world)
-        return code
-
-    def _recorder(self, transport: Transport | None) -> SpanRecorder | None:
-        if self._trace is None:
-            return None
+    def _recorder(self, transport: Transport | None) -> SpanRecorder:
         clock = EventClock() if on_cuda(self._device) else HostClock()
         return SpanRecorder(rank=self._world.rank, stage=0 if transport is None else transport.stage, clock=clock)
 

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stagdist.decode.layers.cache import SectionCache
 from stagdist.decode.layers.cells import Cells
-from stagdist.decode.layers.runner import LayerMath
+from stagdist.decode.layers.runner import LayerMath, SectionCache
 from stagdist.decode.layers.weights import SectionWeights
 
 

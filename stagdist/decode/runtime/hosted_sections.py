@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stagdist.decode.layers.batched import BatchedSections
-from stagdist.decode.layers.cache import SectionCache
 from stagdist.decode.layers.cells import Angles, Cells, ChunkCells, StepCells, step_cells
-from stagdist.decode.layers.runner import LayerMath, SectionRunner
+from stagdist.decode.layers.runner import LayerMath, SectionCache, SectionRunner
 from stagdist.decode.runtime.hand_off import HandOffBuffers, LocalHandOff, PromptMemory
 from stagdist.decode.runtime.setup import StageSetup
 
@@ -95,16 +94,12 @@ class StageSections:
 
     def step_call(self, positions: Sequence[int], step: int) -> Call:
         """Create the call of a step of rows 0 to len(positions) - 1."""
-        call = self.bare_call(positions, step)
+        call = Call(range(len(positions)), [position + 1 for position in positions], step)
         call.cells = step_cells(self._angles, positions, self.device)
         if self._batched is not None:
             call.wide = step_cells(self._angles, positions, self.device, self._batched.count)
         call.null_rows = self._null_rows(positions)
         return call
-
-    def bare_call(self, positions: Sequence[int], step: int) -> Call:
-        """Create the call of a step whose sections run in a graph."""
-        return Call(range(len(positions)), [position + 1 for position in positions], step)
 
     def fixed_call(self, positions: Tensor, reach: int) -> Call:
         """Create the call of a fixed-shape step. Shapes: positions int64 [B], on the device."""

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from stagdist.decode.layers.cache import SectionCache
+from stagdist.decode.layers.runner import SectionCache
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.runtime import schedule
 from stagdist.decode.runtime.graphs import StepGraphs
@@ -14,7 +14,6 @@ from stagdist.decode.runtime.hosted_sections import Call, StageSections
 from stagdist.decode.runtime.readout import Readout
 from stagdist.decode.runtime.schedule import Instruction, Kind
 from stagdist.decode.runtime.setup import StageSetup
-from stagdist.decode.runtime.slots import Slots
 from stagdist.decode.sampler import Choice
 from stagdist.telemetry.pulse import Phase, Pulse
 from stagdist.telemetry.spans import SpanRecorder
@@ -68,7 +67,7 @@ class Stage:
         self.model, self.topology, self.limits = setup.model, setup.topology, setup.limits
         self.weights, self.device, self.index = setup.weights, setup.device, setup.index
         self._transport = setup.transport
-        self.slots = Slots(setup.limits.num_slots)
+        self._next_positions: dict[int, int] = {}  # of the active slots
         self.pulse = pulse or Pulse()
         self.step_number = 0
         self._first_step = 0
@@ -93,7 +92,7 @@ class Stage:
         call = self._sections.prompt_call(slot, input_ids, bounds)
         self._execute(call, schedule.prefill(self.topology, self.index, len(bounds)), _PREFILL, host_work)
         self._sections.keep_tails(call, self.step_number)
-        self.slots.admit(slot, len(input_ids))
+        self._next_positions[slot] = len(input_ids)
         return self._take_choice(call)
 
     def step(self, host_work: HostWork | None = None) -> Choice:
@@ -107,12 +106,12 @@ class Stage:
         if self._transport is not None:
             self._transport.step = self.step_number
         if self._graphs is None:
-            call = self._sections.step_call(self.slots.positions(), self.step_number)
+            call = self._sections.step_call(self._positions(), self.step_number)
             self._execute(call, self._program(), _STEP, host_work)
             self._sections.push_local(call)
         else:
             call = self._run_graph(self._graphs)
-        self.slots.advance()
+        self._next_positions = {slot: position + 1 for slot, position in self._next_positions.items()}
         self.step_number += 1
         return self._take_choice(call)
 
@@ -127,8 +126,8 @@ class Stage:
 
     def retire(self, slots: Sequence[int]) -> None:
         """Free slots."""
-        self.slots.retire(slots)
         for slot in slots:
+            self._next_positions.pop(slot, None)
             self.readout.sampler.retire(slot)
 
     def on_host(self, choice: Choice) -> Choice:
@@ -167,6 +166,10 @@ class Stage:
 
     # --- execution ----------------------------------------------------------------------------------------------
 
+    def _positions(self) -> list[int]:
+        """Return the position of the next token of each row, up to the last active slot; 0 for unused rows."""
+        return [self._next_positions.get(slot, 0) for slot in range(1 + max(self._next_positions))]
+
     def _program(self) -> tuple[Instruction, ...]:
         """Return the instructions of this step.
 
@@ -197,9 +200,9 @@ class Stage:
 
     def _run_graph(self, graphs: StepGraphs) -> Call:
         """Run a step up to the logits as one graph, then choose tokens."""
-        positions = self.slots.positions()
+        positions = self._positions()
         self.pulse.beat(Phase.FORWARD)
-        call = self._sections.bare_call(positions, self.step_number)
+        call = Call(range(len(positions)), [position + 1 for position in positions], self.step_number)
         with self._span(Instruction(Kind.FINISH, self.step_number)):
             self.readout.logits = graphs.run(positions)
         self._execute(call, (Instruction(Kind.CHOOSE, self.step_number),), _STEP, None)
