@@ -1,41 +1,40 @@
-"""What the doctor starts on every rank, through the launcher: measures stage boundaries and all-reduces.
+"""The program that the doctor runs on every host: starts the host's ranks, which measure the links between all ranks.
 
-Rank 0 prints the result in marked pieces, short enough for launchers that cut long lines. One code path: nccl where
-there are devices, gloo where there are none.
+Rank 0 prints a `LinkReport`; a rank that fails prints one line to standard error. One code path: nccl where there are
+devices, gloo where there are none.
 """
 
 import argparse
-import base64
-import json
 import os
-import signal
 import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import chain
+from multiprocessing import connection, get_context
 from typing import TYPE_CHECKING, Any
 
-from stagdist.cluster.doctor.facts import Boundary, Links, Reduction
+from stagdist.cluster.doctor.facts import Link, LinkReport
 from stagdist.parallel.grid import Grid
-from stagdist.parallel.world import World, join_launcher
+from stagdist.parallel.world import World, choose_device, join_launcher, join_world
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
-RESULT_PREFIX = "STAGDIST-LINKS"
-ERROR_PREFIX = "STAGDIST-LINKS-ERROR"
-PIECE = 1000
-"""Characters of the result in one line."""
-
+ERROR_PREFIX = "rank "
 LATENCY_ROUNDS = 40
 REPEATS = 3
+SMALL_BYTES = 4
 TRIAL_BYTES = 1 << 20
+LARGEST_BYTES = 16 << 20
 AIM_S = 0.2
-"""Seconds that one large message may take: on a slow link it is made smaller."""
+"""Seconds that one large message may take. Over slow links it is made smaller."""
+
+STEP_S = 30.0
+"""Limit of each step of the measurement, in seconds."""
 
 
 class Meter:
@@ -45,18 +44,22 @@ class Meter:
         grid: of all ranks.
         rank: of this process.
         device: cpu or cuda:N.
-        largest_bytes: of a message.
     """
 
-    def __init__(self, grid: Grid, rank: int, device: "torch.device", largest_bytes: int):
-        self.grid, self.rank, self.device, self.largest_bytes = grid, rank, device, largest_bytes
+    def __init__(self, grid: Grid, rank: int, device: "torch.device"):
+        self.grid, self.rank, self.device = grid, rank, device
+        self.large_bytes = self._fitting()
 
-    def _bytes(self, size: int) -> "torch.Tensor":
+    def links(self) -> list[Link]:
+        """Links whose first rank is this one."""
+        return [*self._boundaries(), *self._reductions()]
+
+    def _tensor(self, num_bytes: int) -> "torch.Tensor":
         import torch
 
-        return torch.zeros(max(1, size // 4), dtype=torch.float32, device=self.device)
+        return torch.zeros(num_bytes // 4, dtype=torch.float32, device=self.device)
 
-    def _timed(self, action: Callable[[], None]) -> float:
+    def _timed(self, action: Callable[[], Any]) -> float:
         import torch
 
         started = time.perf_counter()
@@ -65,14 +68,21 @@ class Meter:
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - started
 
-    def _fitting(self, trial_s: float) -> int:
-        return int(min(self.largest_bytes, max(TRIAL_BYTES, TRIAL_BYTES * AIM_S / max(trial_s, 1e-9))))
+    def _fitting(self) -> int:
+        """Bytes of a large message. All ranks agree on it: the slowest link decides."""
+        import torch
+        import torch.distributed as dist
+
+        trial = self._tensor(TRIAL_BYTES)
+        dist.all_reduce(trial)  # opens the connections
+        slowest = torch.tensor([self._timed(lambda: dist.all_reduce(trial))], dtype=torch.float64, device=self.device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        return int(min(LARGEST_BYTES, TRIAL_BYTES * max(1.0, AIM_S / slowest.item()))) // 4 * 4
 
     # --- stage boundaries -------------------------------------------------------------------------------------------
 
-    def boundaries(self) -> list[Boundary]:
-        """Boundaries whose first rank is this one. Every second one at a time, so that no rank is in two; all replicas
-        at once, as in training."""
+    def _boundaries(self) -> list[Link]:
+        """Every second boundary at a time, so that no rank is in two; all replicas at once, as in training."""
         import torch.distributed as dist
 
         found = []
@@ -82,123 +92,80 @@ class Meter:
             first = place.pipe if place.pipe % 2 == turn else place.pipe - 1
             if 0 <= first < self.grid.pipe - 1:
                 left, right = (self.grid.rank(stage, place.data, place.tensor) for stage in (first, first + 1))
-                measured = self._boundary(first, left, right)
+                measured = self._boundary(left, right)
                 if self.rank == left:
                     found.append(measured)
-        dist.barrier()
         return found
 
-    def _boundary(self, stage: int, left: int, right: int) -> Boundary:
-        """One boundary; the figures of its first rank count."""
-        latency_s = self._round_trip(left, right, 4, LATENCY_ROUNDS) / 2
-        size = self._fitting(self._round_trip(left, right, TRIAL_BYTES, 1) / 2)
-        size = int(self._told(left, right, size))
-        forward_s = self._one_way(left, right, size, latency_s)
-        backward_s = self._told(right, left, self._one_way(right, left, size, latency_s))
-        return Boundary(stage, (left, right), latency_s, size / forward_s, size / backward_s)
+    def _boundary(self, left: int, right: int) -> Link:
+        """One boundary; only the figures of its first rank count."""
+        latency_s = statistics.median(self._exchanges(left, right, SMALL_BYTES, SMALL_BYTES, LATENCY_ROUNDS)) / 2
+        speeds = []
+        for there, back in ((self.large_bytes, SMALL_BYTES), (SMALL_BYTES, self.large_bytes)):
+            shortest_s = min(self._exchanges(left, right, there, back, REPEATS))
+            speeds.append(self.large_bytes / max(shortest_s - latency_s, shortest_s / 2))
+        return Link("pipe", (left, right), latency_s, tuple(speeds))
 
-    def _round_trip(self, left: int, right: int, size: int, rounds: int) -> float:
-        """Median time there and back."""
+    def _exchanges(self, left: int, right: int, there_bytes: int, back_bytes: int, rounds: int) -> list[float]:
+        """Seconds of messages to the right that are each answered by one to the left."""
         import torch.distributed as dist
 
-        message = self._bytes(size)
+        there, back = self._tensor(there_bytes), self._tensor(back_bytes)
 
         def exchange() -> None:
             if self.rank == left:
-                dist.send(message, right)
-                dist.recv(message, right)
+                dist.send(there, right)
+                dist.recv(back, right)
             else:
-                dist.recv(message, left)
-                dist.send(message, left)
+                dist.recv(there, left)
+                dist.send(back, left)
 
         exchange()  # opens the connection
-        return statistics.median(self._timed(exchange) for _ in range(rounds))
-
-    def _one_way(self, source: int, target: int, size: int, latency_s: float) -> float:
-        """Shortest time of a large message; only the source's figure counts."""
-        import torch.distributed as dist
-
-        message, receipt = self._bytes(size), self._bytes(4)
-
-        def send() -> None:
-            if self.rank == source:
-                dist.send(message, target)
-                dist.recv(receipt, target)
-            else:
-                dist.recv(message, source)
-                dist.send(receipt, source)
-
-        shortest = min(self._timed(send) for _ in range(REPEATS))
-        return max(shortest - latency_s, shortest / 2)
-
-    def _told(self, source: int, target: int, number: float) -> float:
-        """The source's number, on both."""
-        import torch
-        import torch.distributed as dist
-
-        message = torch.tensor([number], dtype=torch.float64, device=self.device)
-        if self.rank == source:
-            dist.send(message, target)
-        else:
-            dist.recv(message, source)
-        return float(message.item())
+        return [self._timed(exchange) for _ in range(rounds)]
 
     # --- groups -----------------------------------------------------------------------------------------------------
 
-    def reductions(self, timeout: timedelta) -> list[Reduction]:
-        """All-reduces of the groups whose first rank is this one; all groups of an axis at once, as in training."""
+    def _reductions(self) -> list[Link]:
+        """All groups of an axis at once, as in training."""
         import torch.distributed as dist
 
         found = []
         everyone = [list(range(self.grid.world_size))]
-        for axis, groups in (
-            ("tensor", self.grid.tensor_groups()),
-            ("data", self.grid.data_groups()),
-            ("all", everyone),
-        ):
-            if len(groups[0]) == 1:
-                continue
-            for ranks in groups:
-                group = dist.new_group(ranks, timeout=timeout)
-                if self.rank in ranks:
-                    mine, own_ranks = group, ranks
-            dist.barrier()
-            measured = self._reduction(axis, own_ranks, mine)
-            if self.rank == own_ranks[0]:
-                found.append(measured)
+        axes = {"tensor": self.grid.tensor_groups(), "data": self.grid.data_groups(), "all": everyone}
+        for axis, groups in axes.items():
+            if len(groups[0]) > 1:
+                made = [dist.new_group(ranks, timeout=timedelta(seconds=STEP_S)) for ranks in groups]
+                dist.barrier()
+                index = next(index for index, ranks in enumerate(groups) if self.rank in ranks)
+                measured = self._reduction(axis, groups[index], made[index])
+                if self.rank == groups[index][0]:
+                    found.append(measured)
         return found
 
-    def _reduction(self, axis: str, ranks: list[int], group: Any) -> Reduction:
-        import torch
+    def _reduction(self, axis: str, ranks: Sequence[int], group: "dist.ProcessGroup") -> Link:
         import torch.distributed as dist
 
         def reduce(tensor: "torch.Tensor") -> float:
             return self._timed(lambda: dist.all_reduce(tensor, group=group))
 
-        number = self._bytes(4)
-        reduce(number)
+        number, large = self._tensor(SMALL_BYTES), self._tensor(self.large_bytes)
+        reduce(number)  # opens the connections
         latency_s = statistics.median(reduce(number) for _ in range(LATENCY_ROUNDS))
-        slowest = torch.tensor([reduce(self._bytes(TRIAL_BYTES))], dtype=torch.float64, device=self.device)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
-        size = self._fitting(float(slowest.item()))
-        large, shortest = self._bytes(size), float("inf")
-        correct = True
+        times_s, correct = [], True
         for _ in range(REPEATS):
             large.fill_(ranks.index(self.rank) + 1)
-            shortest = min(shortest, reduce(large))
+            times_s.append(reduce(large))
             correct = correct and bool((large == len(ranks) * (len(ranks) + 1) / 2).all())
-        return Reduction(axis, tuple(ranks), latency_s, size / shortest, correct)
+        return Link(axis, tuple(ranks), latency_s, (self.large_bytes / min(times_s),), correct)
 
 
-def measure(grid: Grid, world: World, largest_bytes: int, timeout_s: float, start_s: float = 60.0) -> Links | None:
+def measure(grid: Grid, world: World, start_s: float) -> LinkReport | None:
     """Join the ranks and measure; rank 0 returns the complete result.
 
     Args:
         grid: of all ranks.
         world: place of this one.
-        largest_bytes: of a message.
-        timeout_s: of every step.
-        start_s: for all ranks to come; hosts may load Python from one slow disk.
+        start_s: for all ranks to join, in seconds.
 
     Raises:
         ConfigError: there are fewer devices than ranks on this host.
@@ -207,65 +174,69 @@ def measure(grid: Grid, world: World, largest_bytes: int, timeout_s: float, star
     import torch
     import torch.distributed as dist
 
-    from stagdist.parallel.world import choose_device, join_world
-
     device = torch.device(choose_device("auto", world.local_rank))
     cuda = device.type == "cuda"
-    join_world(str(device), timeout_s, start_timeout_s=start_s)
+    join_world(str(device), STEP_S, start_timeout_s=start_s)
     try:
-        meter = Meter(grid, world.rank, device, largest_bytes)
         name = torch.cuda.get_device_name(device) if cuda else "cpu"
-        own = (socket.gethostname(), name, meter.boundaries(), meter.reductions(timedelta(seconds=timeout_s)))
+        own = (socket.gethostname(), name, Meter(grid, world.rank, device).links())
         gathered: list[Any] = [None] * world.size
         dist.all_gather_object(gathered, own)
         dist.barrier()  # no rank leaves while another still receives
     finally:
         dist.destroy_process_group()
-    return None if world.rank else _merged(grid, "nccl" if cuda else "gloo", gathered)
+    if world.rank:
+        return None
+    hosts, devices, links = zip(*gathered, strict=True)
+    sizes, backend = (grid.pipe, grid.data, grid.tensor), "nccl" if cuda else "gloo"
+    return LinkReport(grid=sizes, backend=backend, hosts=hosts, devices=devices, links=tuple(chain(*links)))
 
 
-def _merged(grid: Grid, backend: str, gathered: list[Any]) -> Links:
-    hosts, devices, boundaries, reductions = zip(*gathered, strict=True)
-    sizes = (grid.pipe, grid.data, grid.tensor)
-    return Links(sizes, backend, hosts, devices, tuple(chain(*boundaries)), tuple(chain(*reductions)))
+# --- processes ------------------------------------------------------------------------------------------------------
 
 
-def pieces(links: Links) -> list[str]:
-    """The result as lines short enough for every launcher."""
-    text = base64.b64encode(json.dumps(asdict(links)).encode()).decode()
-    parts = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
-    return [f"{RESULT_PREFIX} {index}/{len(parts)} {part} END" for index, part in enumerate(parts)]
+def run_rank(grid: Grid, world: World, start_s: float) -> None:
+    """Measure on one rank, in a process of its own. MASTER_ADDR and MASTER_PORT are in the environment."""
+    names = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
+    os.environ.update({name: str(value) for name, value in (names | {"LOCAL_WORLD_SIZE": world.local_size}).items()})
+    code = 0
+    try:
+        join_launcher().share_cores()
+        report = measure(grid, world, start_s)
+        if report is not None:
+            print(report.model_dump_json(), flush=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        line = f"{ERROR_PREFIX}{world.rank} on {socket.gethostname()}: {type(error).__name__}: {reason}\n"
+        os.write(sys.stderr.fileno(), line.encode())  # at once: the ranks of a host share standard error
+        code = 1
+    os._exit(code)  # threads of a backend that has failed may hang
 
 
 def main() -> int:
-    """Exit code: 0 measured, 1 not."""
+    """Exit code: 0 measured, 1 a rank failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--grid", type=int, nargs=3, required=True, metavar=("PIPE", "DATA", "TENSOR"))
-    parser.add_argument("--largest-mib", type=int, default=16)
-    parser.add_argument("--timeout-s", type=float, default=30.0, help="for each step of the measurement")
-    parser.add_argument("--limit-s", type=int, default=120, help="for all; the kernel ends this process then")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    # Not a Python handler: those wait for the end of a call that hangs.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(arguments.limit_s)
-    try:
-        world = join_launcher()
-        world.share_cores()
-        largest, limit_s = arguments.largest_mib << 20, arguments.limit_s
-        links = measure(Grid(*arguments.grid), world, largest, arguments.timeout_s, 0.6 * limit_s)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:400]
-        print(
-            f"{ERROR_PREFIX} rank {os.environ.get('RANK', '?')} on {socket.gethostname()}: "
-            f"{type(error).__name__}: {reason} END", flush=True,
-        )  # fmt: skip
-        return 1
-    if links is not None:
-        print("\n".join(pieces(links)), flush=True)
-    return 0
+    parser.add_argument("--first-rank", type=int, required=True, help="on this host")
+    parser.add_argument("--ranks", type=int, required=True, help="on this host")
+    parser.add_argument("--start-s", type=float, required=True, help="for all ranks to join, in seconds")
+    given = parser.parse_args()
+    grid = Grid(*given.grid)
+    worlds = [World(given.first_rank + local, grid.world_size, local, given.ranks) for local in range(given.ranks)]
+    # Forks: no framework has been imported yet, and Python starts only once for all ranks of the host.
+    fork = get_context("fork")
+    ranks = [fork.Process(target=run_rank, args=(grid, world, given.start_s)) for world in worlds]
+    for rank in ranks:
+        rank.start()
+    running = {rank.sentinel: rank for rank in ranks}
+    while running:
+        for sentinel in connection.wait(list(running)):
+            running.pop(sentinel).join()  # type: ignore[call-overload]
+        if any(rank.exitcode for rank in ranks):  # the others would wait for it until their time is up
+            for rank in running.values():
+                rank.kill()
+    return int(any(rank.exitcode for rank in ranks))
 
 
 if __name__ == "__main__":
-    sys.stdout.flush()
-    os._exit(main())
+    sys.exit(main())
