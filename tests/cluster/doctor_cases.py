@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stagdist.cluster.doctor.facts import Accelerator, ClockOffset, HostFacts, Link, LinkReport, Storage, Survey
+from stagdist.cluster.doctor.facts import Accelerator, HostFacts, Link, LinkReport, Storage, Survey
 
 VERSIONS = {
     "python": "3.11.7",
@@ -39,9 +39,9 @@ def facts(number: int = 1, hosts: int = 2, **changes: Any) -> HostFacts:
     return healthy.model_copy(update=changes)
 
 
-def boundary(left: int, right: int, latency_s: float = 3e-5, *bytes_s: float) -> Link:
+def boundary(left: int, right: int, latency_s: float = 3e-5, bytes_s: float = 11e9) -> Link:
     """Two ranks of neighboring stages, healthy unless figures are given."""
-    return Link("pipe", (left, right), latency_s, bytes_s or (11e9, 11e9))
+    return Link("pipe", (left, right), latency_s, bytes_s, True)
 
 
 def links(
@@ -49,7 +49,7 @@ def links(
 ) -> LinkReport:
     """Two stages, each as many ranks as there are pairs, node1 and node2."""
     boundaries = boundaries or tuple(boundary(rank, rank + pairs) for rank in range(pairs))
-    groups = groups or (Link("all", tuple(range(2 * pairs)), 5e-5, (6e9,)),)
+    groups = groups or (Link("all", tuple(range(2 * pairs)), 5e-5, 6e9, True),)
     healthy = LinkReport(
         grid=(2, pairs, 1),
         backend="nccl",
@@ -68,7 +68,6 @@ def survey(num_hosts: int = 2, changed: dict[str, HostFacts] | None = None, **ch
         hosts=names,
         slots=dict.fromkeys(names, 2),
         facts=known,
-        clocks=dict.fromkeys(names, ClockOffset(0.001, 0.0005)),
         links=links(),
     )
     return healthy.model_copy(update=changes)

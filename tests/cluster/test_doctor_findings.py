@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from stagdist.cluster.doctor.facts import NOTE, PROBLEM, Accelerator, ClockOffset, Finding, HostFacts, Link
+from stagdist.cluster.doctor.facts import NOTE, PROBLEM, Accelerator, Finding, HostFacts, Link
 from stagdist.cluster.doctor.findings import findings
 from tests.cluster.doctor_cases import STORAGE, VERSIONS, boundary, facts, links, survey
 
@@ -76,20 +76,19 @@ def test_a_silent_host_is_a_problem_with_the_reason_and_the_remedy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("clock", "expected"),
+    ("offset_s", "error_s", "expected"),
     [
-        (ClockOffset(0.9, 0.0), []),
-        (ClockOffset(3.0, 0.01), ["its clock is 3.0 s ahead"]),
-        (ClockOffset(-3.0, 0.01), ["its clock is 3.0 s behind"]),
-        (ClockOffset(3.0, 2.5), []),  # the network was too slow to say
+        (0.9, 0.0, []),
+        (3.0, 0.01, ["its clock is 3.0 s ahead"]),
+        (-3.0, 0.01, ["its clock is 3.0 s behind"]),
+        (3.0, 2.5, []),  # the network was too slow to say
     ],
 )
-def test_a_clock_counts_as_wrong_only_beyond_what_the_round_trip_leaves_open(
-    clock: ClockOffset, expected: list[str]
+def test_a_clock_counts_as_wrong_only_beyond_what_the_answer_leaves_open(
+    offset_s: float, error_s: float, expected: list[str]
 ) -> None:
-    results = survey()
-    found = findings(results.model_copy(update={"clocks": results.clocks | {"node2": clock}}))
-    assert [finding.what for finding in found] == expected
+    changed = facts(2, clock_offset_s=offset_s, clock_error_s=error_s)
+    assert [finding.what for finding in findings(survey(2, {"node2": changed}))] == expected
 
 
 def test_clones_with_one_name_are_noted() -> None:
@@ -138,22 +137,22 @@ def test_a_single_machine_may_call_itself_what_it_likes() -> None:
 
 
 def test_one_slow_boundary_among_others_is_a_problem_that_names_its_ranks() -> None:
-    for slow in (boundary(2, 6, 3e-5, 11e9, 2e9), boundary(2, 6, 4e-4)):
+    for slow in (boundary(2, 6, 3e-5, 2e9), boundary(2, 6, 4e-4)):
         pairs = (boundary(0, 4), boundary(1, 5), slow, boundary(3, 7))
         (found,) = findings(survey(links=links(boundaries=pairs)))
         assert found.level == PROBLEM and "rank 2 (node1), rank 6 (node2)" in found.what
 
 
 def test_boundaries_that_are_all_slow_are_noted() -> None:
-    slow = tuple(boundary(rank, rank + 4, 5e-3, 50e6, 50e6) for rank in range(4))
+    slow = tuple(boundary(rank, rank + 4, 5e-3, 50e6) for rank in range(4))
     (found,) = findings(survey(links=links(boundaries=slow)))
     assert found.level == NOTE and "4 stage boundaries are slower than gigabit Ethernet" in found.what
 
 
 def test_a_wrong_sum_and_a_slow_group_are_problems() -> None:
-    groups = [Link("data", (first, first + 1), 5e-5, (6e9,)) for first in (0, 2, 4, 6)]
+    groups = [Link("data", (first, first + 1), 5e-5, 6e9, True) for first in (0, 2, 4, 6)]
     groups[1] = dataclasses.replace(groups[1], correct=False)
-    groups[3] = dataclasses.replace(groups[3], bytes_s=(1e9,))
+    groups[3] = dataclasses.replace(groups[3], bytes_s=1e9)
     found = findings(survey(links=links(groups=tuple(groups))))
     assert [finding.level for finding in found] == [PROBLEM, PROBLEM]
     assert "rank 6" in found[0].what and "slower" in found[0].what

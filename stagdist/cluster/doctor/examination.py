@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stagdist.cluster.doctor.facts import ALONE, PROBLEM, ROOT, ClockOffset, Finding, HostFacts, LinkReport, Survey
+from stagdist.cluster.doctor.facts import ALONE, PROBLEM, ROOT, Finding, HostFacts, LinkReport, Survey
 from stagdist.cluster.doctor.findings import findings
 from stagdist.cluster.doctor.host_probe import temporary_folder
 from stagdist.cluster.doctor.link_probe import ERROR_PREFIX
@@ -163,7 +163,7 @@ def ask_all(slots: dict[str, int], checkpoints: Path, write_mib: int) -> Survey:
     storage = checkpoints / f".stagdist-doctor-{secrets.token_hex(8)}"
     request = {"hosts": list(slots), "folder": str(Path.cwd()), "storage": str(storage), "size_mib": write_mib}
 
-    def ask(host: str) -> tuple[HostFacts, ClockOffset] | TransportError:
+    def ask(host: str) -> HostFacts | TransportError:
         try:
             return ask_host(host, request)
         except TransportError as error:
@@ -173,25 +173,25 @@ def ask_all(slots: dict[str, int], checkpoints: Path, write_mib: int) -> Survey:
         with contextlib.suppress(OSError):  # hosts that cannot write there either say why; the others do not see it
             stack.enter_context(temporary_folder(storage))
         answers = on_all(slots, ask)
-    silent = {host: str(answer) for host, answer in answers.items() if isinstance(answer, TransportError)}
-    good = {host: answer for host, answer in answers.items() if not isinstance(answer, TransportError)}
-    facts, clocks = ({host: answer[part] for host, answer in good.items()} for part in (0, 1))
-    return Survey(hosts=tuple(slots), slots=slots, facts=facts, silent=silent, clocks=clocks)
+    facts = {host: answer for host, answer in answers.items() if isinstance(answer, HostFacts)}
+    silent = {host: str(answer) for host, answer in answers.items() if host not in facts}
+    return Survey(hosts=tuple(slots), slots=slots, facts=facts, silent=silent)
 
 
-def ask_host(host: str, request: Mapping[str, object]) -> tuple[HostFacts, ClockOffset]:
-    """The answer of a host, and its clock: it answered after its examination and before the answer arrived here.
+def ask_host(host: str, request: Mapping[str, object]) -> HostFacts:
+    """The answer of a host, with its clock: it answered after its examination and before the answer arrived here.
 
     Raises:
         TransportError: there is none; says why and what helps.
     """
     sent = time.time()
     done = run(host, HOST_PROBE, limit_s=EXAMINE_S, stdin=json.dumps({**request, "host": host}))
-    if done.ok and done.stdout:
-        facts = HostFacts.model_validate_json(done.stdout.splitlines()[-1])  # a login script may print lines before
-        error_s = max(0.0, done.wall_s - facts.elapsed_s) / 2
-        return facts, ClockOffset(facts.clock - (sent + facts.elapsed_s + error_s), error_s)
-    raise TransportError(_why_silent(host, done))
+    if not done.ok or not done.stdout:
+        raise TransportError(_why_silent(host, done))
+    facts = HostFacts.model_validate_json(done.stdout.splitlines()[-1])  # a login script may print lines before
+    error_s = max(0.0, done.wall_s - facts.elapsed_s) / 2
+    offset_s = facts.clock - (sent + facts.elapsed_s + error_s)
+    return facts.model_copy(update={"clock_offset_s": offset_s, "clock_error_s": error_s})
 
 
 def _why_silent(host: str, done: Finished) -> str:

@@ -58,6 +58,8 @@ class HostFacts(BaseModel, frozen=True):
     storage: Storage  # the folder of the checkpoints
     clock: float  # seconds since 1970, when it reported
     elapsed_s: float  # from the start of its examination until it reported
+    clock_offset_s: float = 0.0  # of `clock`, positive if the host is ahead of the doctor's machine, which fills it in
+    clock_error_s: float = 0.0  # largest error of the offset
 
     @property
     def own_interface(self) -> str | None:
@@ -68,31 +70,17 @@ class HostFacts(BaseModel, frozen=True):
 
 
 @dataclass(frozen=True)
-class ClockOffset:
-    """A host's clock compared with the clock of the machine where the doctor runs."""
-
-    offset_s: float  # positive if the host is ahead
-    error_s: float  # largest error of the offset
-
-
-@dataclass(frozen=True)
 class Link:
-    """A stage boundary between two ranks, or the all-reduce of a group."""
+    """All-reduce of a group of ranks. A stage boundary is a group of two."""
 
-    axis: str  # pipe for a boundary; tensor, data or all for a group
-    ranks: tuple[int, ...]  # of a boundary in the direction of the activations
-    latency_s: float  # half a round trip of a small message, or the all-reduce of one small number
-    bytes_s: tuple[float, ...]  # bytes per second; of a boundary in both directions, activations first
-    correct: bool = True  # whether the sum was right
+    axis: str  # pipe, tensor or data, or all for all ranks
+    ranks: tuple[int, ...]  # of the group
+    latency_s: float  # of one small number
+    bytes_s: float  # size of a large tensor over the time, in bytes per second
+    correct: bool  # whether the sum was right
 
     def __str__(self) -> str:
-        return f"{self.latency_s * 1e3:.2f} ms, {self.speed}"
-
-    @property
-    def speed(self) -> str:
-        """Bandwidths in words."""
-        forward, *backward = (f"{speed / 1e6:.0f}" for speed in self.bytes_s)
-        return f"{forward} MB/s forward, {backward[0]} backward" if backward else f"{forward} MB/s"
+        return f"{self.latency_s * 1e3:.2f} ms, {self.bytes_s / 1e6:.0f} MB/s"
 
 
 class LinkReport(BaseModel, frozen=True):
@@ -102,7 +90,7 @@ class LinkReport(BaseModel, frozen=True):
     backend: str  # nccl or gloo
     hosts: tuple[str, ...]  # host name by rank
     devices: tuple[str, ...]  # by rank
-    links: tuple[Link, ...]  # all stage boundaries, and all groups of more than one rank
+    links: tuple[Link, ...]  # of all groups of more than one rank
 
 
 @dataclass(frozen=True)
@@ -127,7 +115,6 @@ class Survey(BaseModel, frozen=True):
     slots: dict[str, int]  # ranks by host
     facts: dict[str, HostFacts]  # of the hosts that answered
     silent: dict[str, str] = {}  # why the others did not
-    clocks: dict[str, ClockOffset] = {}  # of the hosts that answered
     interface: str | None = None  # GLOO_SOCKET_IFNAME that ranks will get
     links: LinkReport | None = None  # what the ranks measured
     links_problem: str = ""  # why they did not

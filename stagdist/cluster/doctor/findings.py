@@ -3,7 +3,6 @@
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from itertools import chain
 
 from stagdist.cluster.doctor.facts import NOTE, PROBLEM, Finding, HostFacts, Link, LinkReport, Survey
 from stagdist.cluster.doctor.host_probe import PACKAGES
@@ -98,9 +97,9 @@ def _devices(survey: Survey, host: str, fact: HostFacts) -> Iterator[Fault]:
 
 
 def _clock(survey: Survey, host: str, fact: HostFacts) -> Iterator[Fault]:
-    clock = survey.clocks[host]
-    if abs(clock.offset_s) - clock.error_s > CLOCK_S:
-        what = f"its clock is {abs(clock.offset_s):.1f} s {'ahead' if clock.offset_s > 0 else 'behind'}"
+    ahead_s = fact.clock_offset_s
+    if abs(ahead_s) - fact.clock_error_s > CLOCK_S:
+        what = f"its clock is {abs(ahead_s):.1f} s {'ahead' if ahead_s > 0 else 'behind'}"
         yield PROBLEM, "clock", what, "synchronize it with chrony or ntpd: log files and file times mislead"
 
 
@@ -219,8 +218,8 @@ def slow_links(report: LinkReport) -> list[Link]:
         links = [link for link in report.links if link.axis == axis]
         usual_s = statistics.median(link.latency_s for link in links)
         limit_s = max(SLOWER * usual_s, usual_s + LATENCY_FLOOR_S)
-        limit_bytes_s = statistics.median(chain.from_iterable(link.bytes_s for link in links)) / SLOWER
-        slow += [link for link in links if link.latency_s > limit_s or min(link.bytes_s) < limit_bytes_s]
+        limit_bytes_s = statistics.median(link.bytes_s for link in links) / SLOWER
+        slow += [link for link in links if link.latency_s > limit_s or link.bytes_s < limit_bytes_s]
     return slow
 
 
@@ -250,7 +249,7 @@ def _links(survey: Survey) -> Iterator[Finding]:
             remedy = "do not train on these hosts: memory, device or network corrupts data"
             yield Finding(PROBLEM, "links", (), f"{_name(report, link)} gave a wrong sum", remedy)
     usual = [link for link in report.links if link.axis == "pipe" and link not in slow]
-    poor = [link for link in usual if link.latency_s > LATENCY_S or min(link.bytes_s) < BYTES_S]
+    poor = [link for link in usual if link.latency_s > LATENCY_S or link.bytes_s < BYTES_S]
     if poor:
         what = f"{len(poor)} stage boundaries are slower than gigabit Ethernet, for example {poor[0]}"
         remedy = "see that the fast network is used: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"

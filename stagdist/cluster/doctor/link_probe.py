@@ -10,7 +10,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from itertools import chain
 from multiprocessing import connection, get_context
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 ERROR_PREFIX = "rank "
+AXES = ("pipe", "tensor", "data", "all")
 LATENCY_ROUNDS = 40
 REPEATS = 3
 SMALL_BYTES = 4
@@ -37,126 +38,67 @@ STEP_S = 30.0
 """Limit of each step of the measurement, in seconds."""
 
 
+def rounds(grid: Grid) -> list[tuple[str, list[list[int]]]]:
+    """Axes with groups of ranks that are measured at the same time, as in training: all replicas at once.
+
+    Every second stage boundary at a time, so that no rank is in two.
+    """
+    pipes = grid.pipe_groups()
+    turns = [
+        [ranks[stage : stage + 2] for stage in range(turn, grid.pipe - 1, 2) for ranks in pipes] for turn in (0, 1)
+    ]
+    everyone = [list(range(grid.world_size))]
+    axes = [("pipe", turns[0]), ("pipe", turns[1]), ("tensor", grid.tensor_groups()), ("data", grid.data_groups())]
+    return [(axis, groups) for axis, groups in [*axes, ("all", everyone)] if groups and len(groups[0]) > 1]
+
+
 class Meter:
-    """Measures on one rank; every rank makes the same calls in the same order.
+    """Measures on one rank. Large messages are as large as the slowest link allows.
 
     Args:
-        grid: of all ranks.
-        rank: of this process.
         device: cpu or cuda:N.
     """
 
-    def __init__(self, grid: Grid, rank: int, device: "torch.device"):
-        self.grid, self.rank, self.device = grid, rank, device
-        self.large_bytes = self._fitting()
+    def __init__(self, device: "torch.device"):
+        import torch
+        import torch.distributed as dist
 
-    def links(self) -> list[Link]:
-        """Links whose first rank is this one."""
-        return [*self._boundaries(), *self._reductions()]
+        self._device = device
+        trial = self._tensor(TRIAL_BYTES)
+        self._reduce(trial)  # opens the connections
+        slowest = torch.tensor([self._reduce(trial)], dtype=torch.float64, device=device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        self._large_bytes = int(min(LARGEST_BYTES, TRIAL_BYTES * max(1.0, AIM_S / slowest.item()))) // 4 * 4
 
     def _tensor(self, num_bytes: int) -> "torch.Tensor":
         import torch
 
-        return torch.zeros(num_bytes // 4, dtype=torch.float32, device=self.device)
+        return torch.zeros(num_bytes // 4, dtype=torch.float32, device=self._device)
 
-    def _timed(self, action: Callable[[], Any]) -> float:
+    def _reduce(self, tensor: "torch.Tensor", group: "dist.ProcessGroup | None" = None) -> float:
+        """Seconds of an all-reduce."""
         import torch
+        import torch.distributed as dist
 
         started = time.perf_counter()
-        action()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        dist.all_reduce(tensor, group=group)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         return time.perf_counter() - started
 
-    def _fitting(self) -> int:
-        """Bytes of a large message. All ranks agree on it: the slowest link decides."""
-        import torch
+    def measure(self, axis: str, ranks: Sequence[int], group: "dist.ProcessGroup") -> Link:
+        """The link between the ranks of a group, which all call this at the same time."""
         import torch.distributed as dist
 
-        trial = self._tensor(TRIAL_BYTES)
-        dist.all_reduce(trial)  # opens the connections
-        slowest = torch.tensor([self._timed(lambda: dist.all_reduce(trial))], dtype=torch.float64, device=self.device)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        return int(min(LARGEST_BYTES, TRIAL_BYTES * max(1.0, AIM_S / slowest.item()))) // 4 * 4
-
-    # --- stage boundaries -------------------------------------------------------------------------------------------
-
-    def _boundaries(self) -> list[Link]:
-        """Every second boundary at a time, so that no rank is in two; all replicas at once, as in training."""
-        import torch.distributed as dist
-
-        found = []
-        place = self.grid.coordinate(self.rank)
-        for turn in (0, 1):
-            dist.barrier()
-            first = place.pipe if place.pipe % 2 == turn else place.pipe - 1
-            if 0 <= first < self.grid.pipe - 1:
-                left, right = (self.grid.rank(stage, place.data, place.tensor) for stage in (first, first + 1))
-                measured = self._boundary(left, right)
-                if self.rank == left:
-                    found.append(measured)
-        return found
-
-    def _boundary(self, left: int, right: int) -> Link:
-        """One boundary; only the figures of its first rank count."""
-        latency_s = statistics.median(self._exchanges(left, right, SMALL_BYTES, SMALL_BYTES, LATENCY_ROUNDS)) / 2
-        speeds = []
-        for there, back in ((self.large_bytes, SMALL_BYTES), (SMALL_BYTES, self.large_bytes)):
-            shortest_s = min(self._exchanges(left, right, there, back, REPEATS))
-            speeds.append(self.large_bytes / max(shortest_s - latency_s, shortest_s / 2))
-        return Link("pipe", (left, right), latency_s, tuple(speeds))
-
-    def _exchanges(self, left: int, right: int, there_bytes: int, back_bytes: int, rounds: int) -> list[float]:
-        """Seconds of messages to the right that are each answered by one to the left."""
-        import torch.distributed as dist
-
-        there, back = self._tensor(there_bytes), self._tensor(back_bytes)
-
-        def exchange() -> None:
-            if self.rank == left:
-                dist.send(there, right)
-                dist.recv(back, right)
-            else:
-                dist.recv(there, left)
-                dist.send(back, left)
-
-        exchange()  # opens the connection
-        return [self._timed(exchange) for _ in range(rounds)]
-
-    # --- groups -----------------------------------------------------------------------------------------------------
-
-    def _reductions(self) -> list[Link]:
-        """All groups of an axis at once, as in training."""
-        import torch.distributed as dist
-
-        found = []
-        everyone = [list(range(self.grid.world_size))]
-        axes = {"tensor": self.grid.tensor_groups(), "data": self.grid.data_groups(), "all": everyone}
-        for axis, groups in axes.items():
-            if len(groups[0]) > 1:
-                made = [dist.new_group(ranks, timeout=timedelta(seconds=STEP_S)) for ranks in groups]
-                dist.barrier()
-                index = next(index for index, ranks in enumerate(groups) if self.rank in ranks)
-                measured = self._reduction(axis, groups[index], made[index])
-                if self.rank == groups[index][0]:
-                    found.append(measured)
-        return found
-
-    def _reduction(self, axis: str, ranks: Sequence[int], group: "dist.ProcessGroup") -> Link:
-        import torch.distributed as dist
-
-        def reduce(tensor: "torch.Tensor") -> float:
-            return self._timed(lambda: dist.all_reduce(tensor, group=group))
-
-        number, large = self._tensor(SMALL_BYTES), self._tensor(self.large_bytes)
-        reduce(number)  # opens the connections
-        latency_s = statistics.median(reduce(number) for _ in range(LATENCY_ROUNDS))
+        number, large = self._tensor(SMALL_BYTES), self._tensor(self._large_bytes)
+        self._reduce(number, group)  # opens the connections
+        latency_s = statistics.median(self._reduce(number, group) for _ in range(LATENCY_ROUNDS))
         times_s, correct = [], True
         for _ in range(REPEATS):
-            large.fill_(ranks.index(self.rank) + 1)
-            times_s.append(reduce(large))
+            large.fill_(ranks.index(dist.get_rank()) + 1)
+            times_s.append(self._reduce(large, group))
             correct = correct and bool((large == len(ranks) * (len(ranks) + 1) / 2).all())
-        return Link(axis, tuple(ranks), latency_s, (self.large_bytes / min(times_s),), correct)
+        return Link(axis, tuple(ranks), latency_s, self._large_bytes / min(times_s), correct)
 
 
 def measure(grid: Grid, world: World, start_s: float) -> LinkReport | None:
@@ -178,18 +120,26 @@ def measure(grid: Grid, world: World, start_s: float) -> LinkReport | None:
     cuda = device.type == "cuda"
     join_world(str(device), STEP_S, start_timeout_s=start_s)
     try:
+        meter, links = Meter(device), []
+        for axis, groups in rounds(grid):
+            made = [dist.new_group(ranks, timeout=timedelta(seconds=STEP_S)) for ranks in groups]
+            dist.barrier()
+            for ranks, group in zip(groups, made, strict=True):
+                if world.rank in ranks:
+                    link = meter.measure(axis, ranks, group)
+                    links += [link] if world.rank == ranks[0] else []
         name = torch.cuda.get_device_name(device) if cuda else "cpu"
-        own = (socket.gethostname(), name, Meter(grid, world.rank, device).links())
         gathered: list[Any] = [None] * world.size
-        dist.all_gather_object(gathered, own)
+        dist.all_gather_object(gathered, (socket.gethostname(), name, links))
         dist.barrier()  # no rank leaves while another still receives
     finally:
         dist.destroy_process_group()
     if world.rank:
         return None
-    hosts, devices, links = zip(*gathered, strict=True)
+    hosts, devices, found = zip(*gathered, strict=True)
+    by_axis = tuple(link for axis in AXES for link in chain(*found) if link.axis == axis)
     sizes, backend = (grid.pipe, grid.data, grid.tensor), "nccl" if cuda else "gloo"
-    return LinkReport(grid=sizes, backend=backend, hosts=hosts, devices=devices, links=tuple(chain(*links)))
+    return LinkReport(grid=sizes, backend=backend, hosts=hosts, devices=devices, links=by_axis)
 
 
 # --- processes ------------------------------------------------------------------------------------------------------

@@ -34,8 +34,11 @@ def _rows(survey: Survey) -> list[TableRow]:
         rows.append(TableRow(name, {host: text(fact) for host, fact in facts.items()}, numbers))
 
     rows = [TableRow("answers", dict.fromkeys(facts, "yes") | dict.fromkeys(survey.silent, "NO"))]
-    clocks = {host: f"{clock.offset_s:+.1f} s (+-{clock.error_s:.1f})" for host, clock in survey.clocks.items()}
-    rows.append(TableRow("clock", clocks, {host: clock.offset_s for host, clock in survey.clocks.items()}))
+    row(
+        "clock",
+        lambda fact: f"{fact.clock_offset_s:+.1f} s (+-{fact.clock_error_s:.1f})",
+        lambda fact: fact.clock_offset_s,
+    )
     for name, by_host in equal_rows(survey).items():
         rows.append(TableRow(name, {host: value or "none" for host, value in by_host.items()}))
     if any(fact.devices for fact in facts.values()):
@@ -102,18 +105,17 @@ def _aligned(lines: list[list[str]]) -> str:
 
 def link_table(report: LinkReport) -> str:
     """Every stage boundary by its slowest pair of ranks, and every axis by its slowest group."""
-    slow, kinds = slow_links(report), defaultdict(list)
+    slow, rows = slow_links(report), defaultdict(list)
     for link in report.links:
         stage = link.ranks[0] // (report.grid[1] * report.grid[2])
-        kinds[f"stage {stage} -> {stage + 1}" if link.axis == "pipe" else f"all-reduce, {link.axis}"].append(link)
+        rows[f"stage {stage} -> {stage + 1}" if link.axis == "pipe" else f"all-reduce, {link.axis}"].append(link)
     lines = [["  link", "ranks", "latency", "bandwidth", ""]]
-    for name, links in sorted(kinds.items(), key=lambda kind: -len(kind[1][0].bytes_s)):  # boundaries first
-        worst = min(links, key=lambda link: min(link.bytes_s))
-        wrong = any(link in slow or not link.correct for link in links)
-        latency_s = max(link.latency_s for link in links)
+    for name, links in rows.items():
+        worst = min(links, key=lambda link: link.bytes_s)
+        mark = MARKER if any(link in slow or not link.correct for link in links) else NO_MARKER
+        latency = f"{max(link.latency_s for link in links) * 1e3:.2f} ms"
         count = f"slowest of {len(links)}" if len(links) > 1 else ""
-        mark = MARKER if wrong else NO_MARKER
-        lines.append([mark + name, _ranks(report, worst), f"{latency_s * 1e3:.2f} ms", worst.speed, count])
+        lines.append([mark + name, _ranks(report, worst), latency, f"{worst.bytes_s / 1e6:.0f} MB/s", count])
     return _aligned(lines)
 
 
