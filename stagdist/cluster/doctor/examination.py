@@ -25,11 +25,10 @@ from stagdist.cluster.doctor.variables import (
     write_variables,
 )
 from stagdist.cluster.hosts.hostfile import Host, Hostfile, read_hostfile
-from stagdist.cluster.hosts.remote import SSH_FAILED, Finished, on_all, run_here, run_on
+from stagdist.cluster.hosts.remote import SSH_FAILED, Finished, on_all, remote_command, run_here, run_on
 from stagdist.cluster.hosts.shell_variables import may_be_shown, rank_variables
 from stagdist.config.loading import load_config
 from stagdist.errors import ConfigError, TransportError
-from stagdist.files import replacing
 from stagdist.parallel.grid import Grid, grid_for
 from stagdist.parallel.lost_peer_phrases import peer_closed
 
@@ -37,6 +36,9 @@ HOST_PROBE = "stagdist.cluster.doctor.host_probe"
 LINK_PROBE = "stagdist.cluster.doctor.link_probe"
 EXAMINE_S = 90.0
 """Seconds for the report of one host; writing the test file takes most of it."""
+
+GRACE_S = 5.0
+"""Seconds in which a command ends whose time is up."""
 
 START_SHARE = 0.6
 """Share of the time limit in which all ranks must start: hosts may load Python from one slow disk."""
@@ -112,7 +114,8 @@ def _variables(
 ) -> tuple[dict[str, str], tuple[Finding, ...]]:
     """What ranks get of this shell and of `.deepspeed_env`, which is written on request; what is wrong with it."""
     names = [host.name for host in hosts]
-    variables, found = {}, []
+    variables: dict[str, str] = {}
+    found: list[Finding] = []
     shell = {name: value for name, value in rank_variables(os.environ).items() if may_be_shown(name, value)}
     several = options.hostfile is not None
     if path := options.write_env:
@@ -128,11 +131,11 @@ def _variables(
 
 
 def _write(path: Path, survey: Survey, found: Sequence[Finding], code: int) -> None:
-    body = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "doctor_host": platform.node(), "python": sys.executable}
-    body |= {**survey.model_dump(), "findings": [asdict(one) for one in found], "exit_code": code}
+    where = {"doctor_host": platform.node(), "python": sys.executable}
+    results = {"findings": [asdict(finding) for finding in found], "exit_code": code}
+    body = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **where, **survey.model_dump(), **results}
     try:
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(body, indent=1) + "\n")
+        path.write_text(json.dumps(body, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"--json {path} cannot be written: {error.strerror or error}") from error
 
@@ -145,10 +148,11 @@ def _say(text: str) -> None:
 
 
 def run(host: str, module: str, *words: str, limit_s: float, stdin: str = "", **variables: str) -> Finished:
-    """Run one of the doctor's programs on a host, or here for `ALONE`, at most `limit_s` seconds."""
+    """Run one of the doctor's programs on a host, or here for `ALONE`. It ends after `limit_s` seconds at the latest."""
     command = [sys.executable, "-m", module, *words]
     if host == ALONE:
-        return run_here(command, limit_s, folder=ROOT, environment=variables, stdin=stdin)
+        line = remote_command(command, limit_s, ROOT, variables)
+        return run_here(["sh", "-c", line], limit_s + GRACE_S, stdin=stdin)
     return run_on(host, command, limit_s, folder=ROOT, environment=variables, stdin=stdin)
 
 

@@ -178,13 +178,12 @@ def main() -> int:
     ranks = [fork.Process(target=run_rank, args=(grid, world, given.start_s)) for world in worlds]
     for rank in ranks:
         rank.start()
-    running = {rank.sentinel: rank for rank in ranks}
-    while running:
-        for sentinel in connection.wait(list(running)):
-            running.pop(sentinel).join()  # type: ignore[call-overload]
-        if any(rank.exitcode for rank in ranks):  # the others would wait for it until their time is up
-            for rank in running.values():
-                rank.kill()
+    running = list(ranks)
+    while running and not any(rank.exitcode for rank in ranks):
+        connection.wait([rank.sentinel for rank in running])
+        running = [rank for rank in running if rank.exitcode is None]
+    for rank in running:
+        rank.kill()  # after the first failure the others would wait until their time is up
     return int(any(rank.exitcode for rank in ranks))
 
 
