@@ -148,7 +148,7 @@ def _say(text: str) -> None:
 
 
 def run(host: str, module: str, *words: str, limit_s: float, stdin: str = "", **variables: str) -> Finished:
-    """Run one of the doctor's programs on a host, or here for `ALONE`. It ends after `limit_s` seconds at the latest."""
+    """Run one of the doctor's programs on a host, or here for `ALONE`, for at most `limit_s` seconds."""
     command = [sys.executable, "-m", module, *words]
     if host == ALONE:
         line = remote_command(command, limit_s, ROOT, variables)
