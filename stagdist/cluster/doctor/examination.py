@@ -131,9 +131,14 @@ def _variables(
 
 
 def _write(path: Path, survey: Survey, found: Sequence[Finding], code: int) -> None:
-    where = {"doctor_host": platform.node(), "python": sys.executable}
-    results = {"findings": [asdict(finding) for finding in found], "exit_code": code}
-    body = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **where, **survey.model_dump(), **results}
+    body = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "doctor_host": platform.node(),
+        "python": sys.executable,
+        **survey.model_dump(exclude={"environment"}),
+        "findings": [asdict(finding) for finding in found],
+        "exit_code": code,
+    }
     try:
         path.write_text(json.dumps(body, indent=1) + "\n")
     except OSError as error:
