@@ -39,12 +39,10 @@ def examine(host: str, hosts: list[str], folder: str, storage: str, size_mib: in
         storage: the temporary folder that the doctor made among the checkpoints.
         size_mib: size of the file that measures the disk, in MiB.
     """
-    started = time.monotonic() - time.process_time()  # about when Python started: the clock is known the better
     interfaces = network_interfaces()
     devices, driver = gpus()
     addresses = {name: address_of(name) for name in hosts}
     target = next((name for name in hosts[:2] if name != host), host)
-    kept = examine_storage(Path(storage), host, size_mib)
     memory = psutil.virtual_memory()
     return HostFacts(
         hostname=socket.gethostname(),
@@ -60,9 +58,7 @@ def examine(host: str, hosts: list[str], folder: str, storage: str, size_mib: in
         route=route_to(addresses[target], interfaces),
         port=free_port(),
         folder=Path(folder).is_dir(),
-        storage=kept,
-        elapsed_s=time.monotonic() - started,
-        clock=time.time(),
+        storage=examine_storage(Path(storage), host, size_mib),
     )
 
 
