@@ -27,6 +27,7 @@ from stagdist.telemetry.metrics import last_values
 from stagdist.telemetry.plot import plot_loss
 from stagdist.telemetry.pulse import Pulse
 from stagdist.training.engine.agreement import Agreement, StopSignals, shared
+from stagdist.training.engine.audit import Audit
 from stagdist.training.engine.distributed import start_distributed, stop_distributed
 from stagdist.training.engine.optimizer import learning_rate
 from stagdist.training.engine.section_engine import SectionEngine, build_engine
@@ -166,6 +167,7 @@ class _Run:
                 self.engine,
                 loader,
                 validation=self._held_out(self.splits.validation),
+                audit=Audit(self.engine, self.groups, config.model, config.training.audit_steps),
                 saver=Saver(self.engine, self.groups, config),
                 agreement=agreement,
                 reporter=self.reporter,

@@ -20,11 +20,11 @@ from stagdist.decode.runtime.build import DecodePlan, EngineOptions, build_stage
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.parallel.layout import ParameterSpec
+from tests.ranks import GUARD_S
 from tests.reference import stagformer as reference
 from tests.reference.variants import BASE
 
 CONTEXT = 24
-TIMEOUT_S = 60.0
 
 
 class Letters:
@@ -115,7 +115,7 @@ class World:
         key = plan.grid.tensor, plan.topology.combined, plan.options.hand_off_delay_s
         if key not in self._transports:
             _, combined, delay_s = key
-            self._transports[key] = Transport(plan.grid, "cpu", TIMEOUT_S, combined=combined, hand_off_delay_s=delay_s)
+            self._transports[key] = Transport(plan.grid, "cpu", GUARD_S, combined=combined, hand_off_delay_s=delay_s)
         return self._transports[key]
 
     def stage(self, case: Case) -> tuple[Stage, Transport | None]:
@@ -200,7 +200,7 @@ class Outbox:
             return any(output.finish_reason is not None for output in outputs)
 
         with self._changed:
-            assert self._changed.wait_for(there, TIMEOUT_S), f"request {request_id} does not end"
+            assert self._changed.wait_for(there, GUARD_S), f"request {request_id} does not end"
             outputs = self._outputs[request_id]
             return join_outputs(outputs) if outputs[-1].finish_reason is not None else None
 

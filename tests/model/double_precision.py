@@ -13,10 +13,10 @@ from stagdist.model.megatron import TensorParallel, enter_tensor_parallel
 from stagdist.model.stagformer import StagFormer
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import build_groups, set_default_timeout
+from tests.ranks import GUARD_S
 from tests.reference.sharding import cut
 from tests.reference.stagformer import random_parameters
 
-TIMEOUT_S = 60.0
 SEED = 3
 BATCH = 2
 
@@ -123,8 +123,8 @@ def _entrance(parallel: TensorParallel) -> Entrance:
 def run(payload: tuple[dict[str, dict[str, Any]], int]) -> tuple[dict[str, Evaluation], Entrance]:
     """What one tensor rank does: every model once."""
     models, length = payload
-    set_default_timeout(TIMEOUT_S)
+    set_default_timeout(GUARD_S)
     dist.init_process_group("gloo")
-    groups = build_groups(Grid(1, 1, dist.get_world_size()), TIMEOUT_S)
+    groups = build_groups(Grid(1, 1, dist.get_world_size()), GUARD_S)
     parallel = TensorParallel(groups.tensor, torch.float64)
     return {name: evaluate(model, parallel, length) for name, model in models.items()}, _entrance(parallel)

@@ -34,7 +34,7 @@ PATIENCE_S = 0.5
 LONG_PATIENCE_S = 30.0
 REQUEST = request("0", 7, 8)
 END_S = 12.0
-START_S = 30.0
+START_S = 120.0
 RANKS = 3
 AT_ONCE = 2
 """Faults that are run concurrently: most of their time is waiting."""
