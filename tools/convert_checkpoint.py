@@ -141,7 +141,7 @@ def convert(arguments: argparse.Namespace) -> int:
     from stagdist.checkpoint.convert import model_conversions, training_conversions
     from stagdist.checkpoint.convert.staging import ConversionOptions
     from stagdist.checkpoint.convert.upcycle import OUTPUT_SCALE, upcycle
-    from stagdist.checkpoint.training.content import untracked
+    from stagdist.checkpoint.weight_source import untracked
     from stagdist.parallel.grid import Grid
 
     options = ConversionOptions(
@@ -173,7 +173,7 @@ def convert(arguments: argparse.Namespace) -> int:
 def inspect(arguments: argparse.Namespace) -> int:
     """Print the content of a directory."""
     from stagdist.checkpoint.convert import inspection
-    from stagdist.checkpoint.training.content import untracked
+    from stagdist.checkpoint.weight_source import untracked
 
     track = untracked if arguments.quiet else show
     report = inspection.inspect(arguments.directory, trust_pickle=arguments.trust_pickle, track=track)
@@ -185,7 +185,7 @@ def verify(arguments: argparse.Namespace) -> int:
     """Compare two models."""
     from stagdist.checkpoint.convert.proof import TEXT
     from stagdist.checkpoint.convert.verify import verify as compare
-    from stagdist.checkpoint.training.content import untracked
+    from stagdist.checkpoint.weight_source import untracked
     from stagdist.evaluation.bits_per_byte import read_text
 
     text = TEXT if arguments.text is None else read_text(arguments.text)

@@ -15,7 +15,7 @@ from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
 from stagdist.checkpoint.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.text_tokens import TextTokens, tokens_of_tokenizer
-from stagdist.checkpoint.training.content import Track
+from stagdist.checkpoint.weight_source import Track
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import CheckpointError, SavingError

@@ -15,11 +15,10 @@ from stagdist.checkpoint.published.model_reader import ChangedTokenizerError, Mo
 from stagdist.checkpoint.published.model_writer import CODE_FILES, weight_map
 from stagdist.checkpoint.published.record import CHECKSUMS, read_record
 from stagdist.checkpoint.text_tokens import GENERATION
-from stagdist.checkpoint.training.content import Track, untracked
 from stagdist.checkpoint.training.directory import CONFIG, STATE
 from stagdist.checkpoint.training.stage_files import tensor_files
 from stagdist.checkpoint.training.training_reader import TrainingReader
-from stagdist.checkpoint.weight_source import WeightSource
+from stagdist.checkpoint.weight_source import Track, WeightSource, untracked
 from stagdist.data.tokenizer_files import holds_tokenizer
 from stagdist.errors import CheckpointError, StagdistError
 from stagdist.parallel.layout import model_parameters

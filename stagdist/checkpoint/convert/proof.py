@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stagdist.checkpoint.training.content import Track
-from stagdist.checkpoint.weight_source import WeightSource
+from stagdist.checkpoint.weight_source import Track, WeightSource
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import CheckpointError, ConfigError

@@ -16,8 +16,7 @@ from torch import Tensor
 from stagdist.checkpoint.convert.find import open_weights, source_tokenizer
 from stagdist.checkpoint.convert.proof import TEXT, source_logits, text_ids
 from stagdist.checkpoint.published.model_reader import ChangedTokenizerError
-from stagdist.checkpoint.training.content import Track, untracked
-from stagdist.checkpoint.weight_source import WeightSource
+from stagdist.checkpoint.weight_source import Track, WeightSource, untracked
 from stagdist.config.loading import differences
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import Tokenizer

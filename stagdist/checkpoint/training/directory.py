@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stagdist.checkpoint.complete import COMPLETE, damage, read_complete
-from stagdist.checkpoint.published.other_formats import refuse_undownloaded
+from stagdist.checkpoint.complete import COMPLETE, damage, read_complete, refuse_undownloaded
 from stagdist.checkpoint.text_tokens import TextTokens, recorded_tokens
 from stagdist.checkpoint.training.stage_files import tensor_files
 from stagdist.config.loading import load_config
