@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_before_start(config, device)
     setup_logging(world.rank, config.folder)
-    outcome = pretrain(config, grid, device, STARTED_AT, pulse, trust_pickle=arguments.trust_pickle)
+    outcome = pretrain(config, grid, device, STARTED_AT, pulse)
     if world.rank == 0:
         done = "finished" if outcome.finished else "stopped, the same command resumes from here"
         print(f"{config.folder}: {done} at step {outcome.state.step} of {config.training.steps}", file=sys.stderr)

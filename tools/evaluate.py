@@ -74,7 +74,6 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that split every matrix; groups of this size divide the text (default: 1)",
     )
-    parser.add_argument("--trust-pickle", action="store_true", help="read a checkpoint although its files can run code")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_common(parser)
 
@@ -101,7 +100,6 @@ def perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
     scoring = Scoring(
         **{key: getattr(arguments, key) for key in ("window", "stride", "batch_size", "dtype", "device", "tokenizer")},
         tensor_parallel_size=arguments.tensor_parallel_size,
-        trust_pickle=arguments.trust_pickle,
     )
     started = time.monotonic()
     scored = score_file(arguments.model, arguments.text, scoring, _progress(arguments.quiet or _rank() > 0))

@@ -24,11 +24,9 @@ from stagdist.model.megatron import TensorParallel
 from stagdist.parallel.device import on_cuda, synchronize
 from stagdist.parallel.grid import grid_for
 from stagdist.parallel.world import choose_device
-from stagdist.telemetry.pulse import Pulse
 from stagdist.training.engine.distributed import start_distributed, stop_distributed
 from stagdist.training.engine.pipeline import expected_hand_off
 from stagdist.training.engine.section_engine import SectionEngine, build_engine
-from stagdist.training.saving.other_grid import on_this_grid
 from stagdist.training.saving.resume import load_checkpoint, newest_complete
 from stagdist.training.saving.resumed_config import resumed_config
 from stagdist.training.saving.save import save_checkpoint
@@ -93,8 +91,7 @@ class TrainSite(RankSite):
             tokenizer=tokenizer, vocab_size=config.model.vocab_size,
         ).train  # fmt: skip
         if checkpoint is not None:
-            with on_this_grid(checkpoint, config, self.groups, Pulse()) as fitting:
-                load_checkpoint(self.engine(config), fitting, config.optimizer)
+            load_checkpoint(self.engine(config), self.groups, config.model, checkpoint)
         batch, length = config.training.micro_batch_size, config.sequence_length
         self._carried = tuple(expected_hand_off(config.model, batch, length, torch.float32).memory.shape)
         self._contestants: dict[str, Callable[[], Reading]] = {}

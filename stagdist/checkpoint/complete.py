@@ -131,7 +131,7 @@ class RunningHashes:
         if name in self._records:
             if name not in self._ends:
                 self._ends[name] = _tensor_ends(self._directory / name)
-            self._advance(name, self._ends[name][tensor])
+            self._advance(name, self._ends[name].get(tensor, 0))
 
     def damage(self) -> str | None:
         """The first reason why a file does not match its record; None if all match."""

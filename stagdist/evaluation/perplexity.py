@@ -38,7 +38,6 @@ class Scoring:
         device: as for `choose_device`.
         tensor_parallel_size: ranks that split every matrix; the world divided by it splits the windows.
         tokenizer: path of the tokenizer; None for the tokenizer of the model.
-        trust_pickle: read checkpoints whose files can run code.
         timeout_s: limit of every collective.
     """
 
@@ -49,7 +48,6 @@ class Scoring:
     device: str = "auto"
     tensor_parallel_size: int = 1
     tokenizer: str | None = None
-    trust_pickle: bool = False
     timeout_s: float = 600.0
 
 
@@ -78,7 +76,7 @@ def score_file(
         CheckpointError: the model cannot be read.
     """
     content = read_text(text)
-    source = open_weights(model, trust_pickle=scoring.trust_pickle)
+    source = open_weights(model)
     window, stride = _checked(scoring, source.model)
     tokenizer = source_tokenizer(source, scoring.tokenizer)
     device = choose_device(scoring.device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -87,6 +85,7 @@ def score_file(
         dtype = source.dtype if scoring.dtype is None else STORED_DTYPES[scoring.dtype]
         parallel = TensorParallel(groups.tensor, dtype)
         runner = build_model(source, parallel).to(device)
+        source.check()
         part = (groups.place.data, groups.grid.data)
         windows = len(range(part[0], count_windows(len(ids), window, stride), part[1]))
         done = 0

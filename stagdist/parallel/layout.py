@@ -170,6 +170,16 @@ def stage_layout(model: ModelConfig, pipe_size: int, stage: int) -> StageLayout:
     )
 
 
+def owning_stage(name: str, model: ModelConfig, pipe_size: int) -> int:
+    """The first stage that holds a parameter; `section_mix` is given as `section_mix.{s}`."""
+    if name == "embedding.weight":
+        return 0
+    kind, _, rest = name.partition(".")
+    if kind in ("sections", "section_mix"):
+        return int(rest.split(".")[0]) // (model.num_sections // pipe_size)
+    return pipe_size - 1
+
+
 def stage_parameters(model: ModelConfig, pipe_size: int, stage: int) -> Iterator[ParameterSpec]:
     """Parameters of a stage, including copies of tied and shared ones.
 

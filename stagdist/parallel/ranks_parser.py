@@ -62,11 +62,6 @@ def pretrain_arguments(arguments: Sequence[str] | None = None) -> argparse.Names
     )
     add("--dry-run", action="store_true", help="print grid, parameters, memory and every problem; start nothing")
     add("--world-size", type=int, metavar="N", help="ranks to plan for (with --dry-run)")
-    add(
-        "--trust-pickle",
-        action="store_true",
-        help="resume from a checkpoint although its files can run any program: only if you trust who made it",
-    )
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     if parsed.world_size is not None and not parsed.dry_run:

@@ -34,7 +34,6 @@ from stagdist.training.held_out import HeldOut
 from stagdist.training.lost_peers import naming_lost_peers
 from stagdist.training.publish import export_model
 from stagdist.training.reporting import Reporter
-from stagdist.training.saving.other_grid import on_this_grid
 from stagdist.training.saving.resume import load_checkpoint, newest_complete
 from stagdist.training.saving.resumed_config import begun, resumed_config
 from stagdist.training.saving.save import Saver
@@ -70,15 +69,12 @@ def split_sizes(config: RunConfig) -> tuple[int, int, int]:
     return config.num_samples, held_out if has_validation else 0, held_out if has_test else 0
 
 
-def pretrain(
-    config: RunConfig, grid: Grid, device: str, started_at: float, pulse: Pulse, *, trust_pickle: bool = False
-) -> TrainingOutcome:
+def pretrain(config: RunConfig, grid: Grid, device: str, started_at: float, pulse: Pulse) -> TrainingOutcome:
     """Train, evaluate, export. Called on every rank with the same configuration.
 
     Args:
         started_at: `time.monotonic` when the process began, for the wall-clock limit.
         pulse: signs of life for a supervisor.
-        trust_pickle: resume from a checkpoint although its files can run any program.
     """
     signals = StopSignals()
     groups = start_distributed(grid, device, config.parallel.timeout_s, deterministic=config.training.deterministic)
@@ -103,7 +99,8 @@ def pretrain(
     sizes, fingerprint = (grid.pipe, grid.data, grid.tensor), tokenizer.fingerprint
     state = TrainingState(0, 0, config.num_samples, sizes, data_identity=identity, tokenizer=fingerprint)
     if checkpoint is not None:
-        loaded = _load(engine, checkpoint, config, groups, trust_pickle=trust_pickle)
+        with naming_lost_peers(groups, config.parallel.timeout_s, "resuming"):
+            loaded = load_checkpoint(engine, groups, config.model, checkpoint)
         state = begun(loaded, config, identity, fingerprint)
         LOG.info("resumed from %s after %.1f s", checkpoint, time.monotonic() - started_at)
     state = replace(state, documents_begin=begins)
@@ -129,16 +126,6 @@ def _checkpoint_to_resume(config: RunConfig, groups: Groups) -> Path | None:
         problem = f"{checkpoint} exists and checkpoint.resume is never; choose another name for the run"
         raise shared(ConfigError(problem))
     return checkpoint
-
-
-def _load(
-    engine: SectionEngine, checkpoint: Path, config: RunConfig, groups: Groups, *, trust_pickle: bool
-) -> TrainingState:
-    with (
-        naming_lost_peers(groups, config.parallel.timeout_s, "resuming"),
-        on_this_grid(checkpoint, config, groups, engine.pulse, trust_pickle=trust_pickle) as fitting,
-    ):
-        return load_checkpoint(engine, fitting, config.optimizer, trust_pickle=trust_pickle)
 
 
 @dataclass(frozen=True)

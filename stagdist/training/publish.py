@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stagdist.checkpoint.complete import publish
 from stagdist.checkpoint.convert.proof import any_ids, source_logits, text_ids
-from stagdist.checkpoint.convert.staging import ConversionOptions, put_in_place, staged_folder
+from stagdist.checkpoint.convert.staging import ConversionOptions, staged_folder
 from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
 from stagdist.checkpoint.safetensors_writer import tensor_sha256
@@ -20,7 +21,7 @@ from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import CheckpointError, SavingError
 from stagdist.parallel.groups import Groups
-from stagdist.parallel.layout import ParameterSpec, model_parameters, stage_layout
+from stagdist.parallel.layout import ParameterSpec, model_parameters, owning_stage
 from stagdist.telemetry.pulse import Phase, beating
 from stagdist.training.engine.agreement import on_every_rank, shared, while_others_wait
 from stagdist.training.engine.distributed import bring_to_first
@@ -63,7 +64,7 @@ def export_model(
         def begin() -> _Export | None:
             if dist.get_rank() != 0:
                 return None
-            staged = held.enter_context(staged_folder(directory, "model", ConversionOptions(overwrite=True)))
+            staged = held.enter_context(staged_folder(directory, ConversionOptions(overwrite=True)))
             return held.enter_context(_Export(directory, staged, model, dtype, tokenizer, tokens))
 
         export = on_every_rank(groups.control, begin, _failed)
@@ -117,7 +118,6 @@ class _Export:
         self._failure: OSError | None = None
 
     def __enter__(self) -> "_Export":
-        self._writer.open()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -164,7 +164,7 @@ class _Export:
             "%s: %d tensors read back; on %d tokens of text its logits differ from the training's by %.1e of their "
             "size", self._final, len(self._given), input_ids.shape[1], difference,
         )  # fmt: skip
-        put_in_place(self._staged, self._final.resolve())
+        publish(self._staged, self._final.resolve())
 
 
 def logit_limit(dtype: torch.dtype) -> float:
@@ -186,21 +186,10 @@ def _gather(spec: ParameterSpec, parameters: dict[str, Tensor], groups: Groups, 
     dtype = next(iter(parameters.values())).dtype
     slices = []
     for tensor_rank in range(1 if spec.shard_dim is None else groups.grid.tensor):
-        owner = groups.grid.rank(owning_stage(spec, model, groups.grid.pipe), 0, tensor_rank)
+        owner = groups.grid.rank(owning_stage(spec.name, model, groups.grid.pipe), 0, tensor_rank)
         mine = parameters[spec.name] if dist.get_rank() == owner else None
         slices.append(bring_to_first(groups.control, owner, mine, spec.local_shape(groups.grid.tensor), dtype))
     if dist.get_rank() != 0:
         return torch.empty(0)
     full = slices[0] if spec.shard_dim is None else torch.cat(slices, dim=spec.shard_dim)
     return full[: spec.shape[0]] if spec.vocabulary else full
-
-
-def owning_stage(spec: ParameterSpec, model: ModelConfig, pipe_size: int) -> int:
-    """The first stage that holds a parameter."""
-    if spec.name == "embedding.weight":
-        return 0
-    kind, _, rest = spec.name.partition(".")
-    if kind in ("sections", "section_mix"):
-        section = int(rest.split(".")[0])
-        return next(s for s in range(pipe_size) if section in stage_layout(model, pipe_size, s).sections)
-    return pipe_size - 1

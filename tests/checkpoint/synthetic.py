@@ -1,6 +1,5 @@
 """Training checkpoints of random values for any model and grid, made without training anything."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +8,18 @@ from torch import Tensor
 
 from stagdist.checkpoint.complete import checkpoint_files, write_complete
 from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
-from stagdist.checkpoint.training.content import MASTER, Counters
-from stagdist.checkpoint.training.directory import CONFIG, TrainingState, checkpoint_name, file_record
-from stagdist.checkpoint.training.training_writer import TrainingWriter
-from stagdist.config.loading import dump_config
+from stagdist.checkpoint.training.directory import TrainingState, checkpoint_name
+from stagdist.checkpoint.training.index import KINDS, VALUE, Fragment, box_numel, index_of
+from stagdist.checkpoint.training.reader import stored_box
+from stagdist.checkpoint.training.writer import OwnedFragment, part_name, write_fragments
+from stagdist.checkpoint.training.writer import complete as describe
 from stagdist.config.parts import ModelConfig
 from stagdist.config.run_config import RunConfig
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.data.tokenizer_files import load_tokenizer
-from stagdist.model.precision import DTYPES
+from stagdist.files import file_record
 from stagdist.parallel.grid import Grid
-from stagdist.parallel.layout import ParameterSpec, model_parameters
+from stagdist.parallel.layout import model_parameters, owning_stage
 from tests.reference.stagformer import random_parameters
 
 SHAPE: dict[str, Any] = {
@@ -35,37 +35,9 @@ SHAPE: dict[str, Any] = {
 STEP = 7
 
 
-@dataclass(frozen=True)
-class RandomSource:
-    """Values that depend on the name alone."""
-
-    config: RunConfig
-    parameters: dict[str, Tensor]
-
-    def weight(self, spec: ParameterSpec) -> Tensor:
-        """The fp32 copy, rounded."""
-        return self.optimizer_value(spec, MASTER).to(DTYPES[self.config.training.precision])
-
-    def optimizer_value(self, spec: ParameterSpec, kind: str) -> Tensor:
-        """Random; the second moment is positive."""
-        name, _, part = spec.name.partition("section_mix.")
-        value = self.parameters["section_mix"][int(part)].reshape(1) if part else self.parameters[name]
-        return value if kind == MASTER else (value * 3).sin() if kind == "exp_avg" else (value * 5).sin().square()
-
-    def steps(self) -> Tensor:
-        """Some."""
-        return torch.tensor(float(STEP))
-
-    def counters(self) -> Counters:
-        """As of a run after some steps."""
-        group: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "fused": True}
-        groups = [group | {"params": [0]}, group | {"weight_decay": 0.0, "params": [1]}]
-        random = {"cpu_random_state": torch.arange(16, dtype=torch.uint8)}
-        dynamic = self.config.training.precision == "fp16"
-        scaler: dict[str, Any] = {"cur_scale": 1.0, "dynamic": False}
-        if dynamic:
-            scaler = {"cur_scale": 4096.0, "dynamic": True, "cur_iter": STEP, "dtype": torch.float16}
-        return Counters(STEP, 8 * STEP, 0, groups, 1.0, scaler, dynamic, lambda *_: random)
+def optimizer_value(value: Tensor, kind: str) -> Tensor:
+    """What the optimizer holds of a parameter with these values; the second moment is positive."""
+    return value if kind == VALUE else (value * 3).sin() if kind == "exp_avg" else (value * 5).sin().square()
 
 
 def run_config(model: dict[str, Any], precision: str = "fp32") -> RunConfig:
@@ -87,12 +59,44 @@ def training_checkpoint(
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update=keys)})
     folder = run / "checkpoints" / checkpoint_name(STEP)
     folder.mkdir(parents=True)
-    (folder / CONFIG).write_text(dump_config(config))
-    TrainingState(STEP, 8 * STEP, 160, sizes, data_identity="some").write(folder)
+    scaler = {"cur_scale": 4096.0, "cur_iter": STEP} if precision == "fp16" else None
+    state = TrainingState(STEP, 8 * STEP, 160, sizes, optimizer_steps=STEP, loss_scaler=scaler, data_identity="some")
     parameters = random_parameters(config.model, seed, perturb=True)
-    TrainingWriter(RandomSource(config, parameters), config, Grid(*sizes), folder).write()
-    complete(folder)
+    owned, records = [], {}
+    grid = Grid(*sizes)
+    for rank in range(grid.world_size):
+        fragments = fragments_of_rank(config.model, grid, rank, parameters)
+        owned += [(one.name, one.place) for one in fragments]
+        if fragments:
+            records[part_name(rank)] = write_fragments(folder / part_name(rank), fragments)
+    specs = model_parameters(config.model)
+    describe(folder, config, state, index_of(owned, specs, KINDS), records)
     return folder
+
+
+def fragments_of_rank(model: ModelConfig, grid: Grid, rank: int, parameters: dict[str, Tensor]) -> list[OwnedFragment]:
+    """What a rank stores; replicas divide every tensor unevenly."""
+    place, fragments = grid.coordinate(rank), []
+    for spec in model_parameters(model):
+        parts = [(spec.name, tuple((0, size) for size in spec.shape))]
+        if spec.name == "section_mix":
+            parts = [(f"section_mix.{section}", ((section, section + 1),)) for section in range(model.num_sections)]
+        elif spec.shard_dim is not None:
+            parts = [(spec.name, stored_box(spec, place.tensor, grid.tensor))]
+        elif place.tensor > 0:
+            continue
+        for name, box in parts:
+            if owning_stage(name, model, grid.pipe) != place.pipe or (spec.shard_dim is None and place.tensor > 0):
+                continue
+            cuts = [box_numel(box) * data**2 // grid.data**2 for data in range(grid.data + 1)]
+            start, stop = cuts[place.data : place.data + 2]
+            if start == stop:
+                continue
+            values = parameters[spec.name][tuple(slice(*side) for side in box)].flatten()[start:stop]
+            fragment = Fragment(file=part_name(rank), key=name, box=box, range=(start, stop))
+            tensors = {kind: optimizer_value(values, kind) for kind in KINDS}
+            fragments.append(OwnedFragment(spec.name, fragment, tensors))
+    return fragments
 
 
 def complete(folder: Path) -> None:

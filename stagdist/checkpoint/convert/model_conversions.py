@@ -5,9 +5,10 @@ configuration and the hash of every tensor, taken when it was read and when it w
 `upcycle`, whose result is another model than their source, also compare logits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
 from stagdist.checkpoint.safetensors_writer import tensor_sha256
 from stagdist.checkpoint.text_tokens import tokens_of_tokenizer
-from stagdist.checkpoint.weight_source import WeightSource, require_finite
+from stagdist.checkpoint.weight_source import Track, WeightSource, require_finite
 from stagdist.config.loading import differences
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import CheckpointError, ConfigError
@@ -98,9 +99,8 @@ def export_state_dict(
         written, checked = _write_proved(exported, staged, options)
         torch.save({spec.name: written.weight(spec) for spec in specs}, staged / final.name)
         saved = torch.load(staged / final.name, mmap=True, weights_only=True)
-        for spec in options.track(specs, "checking"):
-            if tensor_sha256(saved[spec.name]) != tensor_sha256(written.weight(spec)):
-                raise CheckpointError(f"{spec.name} was not written as it was read")
+        sums = {spec.name: tensor_sha256(written.weight(spec)) for spec in options.track(specs, "reading")}
+        require_same(written.model, lambda spec: saved[spec.name], exported.config, sums, options.track)
         sync_path(staged / final.name)
         (staged / final.name).rename(final)
     return ConversionResult(Path(destination), checked)
@@ -139,9 +139,7 @@ def split(source: str | Path, destination: str | Path, options: ConversionOption
         _, _, rest = spec.name.split(".", 2)
         return weights.weight(shared[f"sections.0.{rest}"])
 
-    return write_model(
-        NewModel([weights], model, weight, weights.dtype, logits_of=weights), Path(destination), options
-    )
+    return write_model(NewModel([weights], model, weight, weights.dtype, logits_of=weights), Path(destination), options)
 
 
 def merge(sources: Sequence[str | Path], destination: str | Path, options: ConversionOptions) -> ConversionResult:
@@ -224,7 +222,7 @@ def _write_proved(new: NewModel, folder: Path, options: ConversionOptions) -> tu
     for one in new.sources:
         one.check()
     written = ModelReader(folder)
-    require_same(written, new.config, new.dtype, sums, options)
+    require_same(written.model, written.weight, new.config, sums, options.track)
     checked = f"{len(sums)} tensors are {new.equal_to}"
     if new.logits_of is not None:
         checked += prove_logits(new.logits_of, written, text_ids(tokenizer, new.config), options.track)
@@ -232,19 +230,23 @@ def _write_proved(new: NewModel, folder: Path, options: ConversionOptions) -> tu
 
 
 def require_same(
-    written: WeightSource, model: ModelConfig, dtype: torch.dtype, sums: dict[str, str], options: ConversionOptions
+    written: ModelConfig,
+    read_back: Callable[[ParameterSpec], Tensor],
+    model: ModelConfig,
+    sums: Mapping[str, str],
+    track: Track[Any],
 ) -> None:
-    """Compare configuration, dtype and the bits of every tensor with what was to be written.
+    """Compare the configuration and the bits of every tensor with what was to be written.
 
     Args:
-        sums: sha256 of every tensor, by canonical name.
+        written: configuration that was read back.
+        sums: sha256 of every tensor that was to be written, by canonical name.
 
     Raises:
         CheckpointError: one differs.
     """
-    changed = sorted(differences(model, written.model))
-    if changed or written.dtype != dtype:
-        raise CheckpointError(f"{changed[0] if changed else 'the dtype'} was not written as it was read")
-    for spec in options.track(model_parameters(model), "checking"):
-        if tensor_sha256(written.weight(spec)) != sums[spec.name]:
+    if changed := sorted(differences(model, written)):
+        raise CheckpointError(f"{changed[0]} was not written as it was read")
+    for spec in track(model_parameters(model), "checking"):
+        if tensor_sha256(read_back(spec)) != sums[spec.name]:
             raise CheckpointError(f"{spec.name} was not written as it was read")

@@ -100,9 +100,7 @@ def staged_folder(destination: Path, options: ConversionOptions) -> Iterator[Pat
             finally:
                 shutil.rmtree(hidden, ignore_errors=True)
     except TimeoutError as error:
-        raise CheckpointError(
-            f"another conversion is writing {destination}; wait until it ends, or stop it"
-        ) from error
+        raise CheckpointError(f"another conversion is writing {destination}; wait until it ends, or stop it") from error
     except OSError as error:
         free = shutil.disk_usage(next(folder for folder in hidden.parents if folder.exists())).free
         full = f", {free / 1e9:.1f} GB were left; free space, or choose a destination on another disk"

@@ -15,9 +15,7 @@ from pathlib import Path
 
 from stagdist.checkpoint.complete import COMPLETE, damage, read_complete, refuse_undownloaded
 from stagdist.checkpoint.text_tokens import TextTokens, recorded_tokens
-from stagdist.checkpoint.training.stage_files import tensor_files
-from stagdist.config.loading import load_config
-from stagdist.config.run_config import RunConfig
+from stagdist.checkpoint.training.index import INDEX, read_index
 from stagdist.errors import CheckpointError
 from stagdist.files import FileRecord
 
@@ -46,8 +44,12 @@ class TrainingState:
         consumed_samples: training sequences read by all replicas.
         num_samples: number of sequences that the order of samples was computed for; constant during a run, also when
             `training.steps` is raised beyond it.
-        grid: (pipe, data, tensor) sizes of the run that wrote the checkpoint.
+        grid: (pipe, data, tensor) sizes of the run that wrote the checkpoint; any other grid can load it.
         bad_steps: steps skipped because of values that were not finite.
+        optimizer_steps: updates that Adam's moments have seen.
+        loss_scaler: state of the fp16 loss scaler; None in other precisions.
+        generators: states of torch's random generators in base64, by device, for every (stage, tensor rank) in the
+            order of ranks.
         data_identity: hash of the training corpora and the tokenizer.
         tokenizer: fingerprint of the tokenizer; empty if it is unknown.
         documents_begin: the training documents begin with the special tokens that the tokenizer puts before a text, or
@@ -61,11 +63,14 @@ class TrainingState:
     num_samples: int
     grid: tuple[int, int, int]
     bad_steps: int = 0
+    optimizer_steps: int = 0
+    loss_scaler: dict[str, int | float | bool] | None = None
+    generators: tuple[dict[str, str], ...] = ()
     data_identity: str = ""
     tokenizer: str = ""
     documents_begin: bool = False
     text_tokens: TextTokens | None = None
-    format_version: int = 1
+    format_version: int = 2
 
     def as_text(self) -> str:
         """The content of `state.json`. The key `text_tokens` is absent if there are none."""
@@ -88,8 +93,14 @@ def read_state(directory: Path) -> TrainingState:
     try:
         refuse_undownloaded(directory / STATE)
         values = json.loads((directory / STATE).read_text())
+        if values.get("format_version") == 1:
+            raise CheckpointError(
+                f"{directory} was written by a release that stored DeepSpeed's files; export it with that release, and "
+                "import the model directory"
+            )
         tokens = recorded_tokens(values.get("text_tokens"), directory / STATE)
-        state = TrainingState(**{**values, "grid": tuple(values["grid"]), "text_tokens": tokens})
+        tuples = {"grid": tuple(values["grid"]), "generators": tuple(values.get("generators", ()))}
+        state = TrainingState(**{**values, **tuples, "text_tokens": tokens})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory / STATE} cannot be read: {error}") from error
     _check_state(state, directory / STATE)
@@ -97,7 +108,7 @@ def read_state(directory: Path) -> TrainingState:
 
 
 def _check_state(state: TrainingState, path: Path) -> None:
-    counts = (state.step, state.consumed_samples, state.num_samples, state.bad_steps)
+    counts = (state.step, state.consumed_samples, state.num_samples, state.bad_steps, state.optimizer_steps)
     sizes = all(type(size) is int and size > 0 for size in state.grid)
     if len(state.grid) != 3 or not sizes or math.prod(state.grid) > _MAX_RANKS:
         raise CheckpointError(f"{path}: grid is {list(state.grid)}; three sizes of 1 to {_MAX_RANKS} ranks are needed")
@@ -108,44 +119,51 @@ def _check_state(state: TrainingState, path: Path) -> None:
             raise CheckpointError(f"{path}: {key} is {getattr(state, key)!r}; a string is needed")
     if not isinstance(state.documents_begin, bool):
         raise CheckpointError(f"{path}: documents_begin is {state.documents_begin!r}; true or false is needed")
-    if state.format_version != 1:
-        raise CheckpointError(f"{path}: format_version is {state.format_version!r}; this release reads 1")
+    _check_random(state, path)
+    if state.format_version != 2:
+        raise CheckpointError(f"{path}: format_version is {state.format_version!r}; this release reads 2")
 
 
-def expected_files(config: RunConfig, grid: tuple[int, int, int]) -> set[str]:
-    """Names of all files of a checkpoint except `complete.json`."""
-    return {*tensor_files(config.model, grid, bf16=config.training.precision == "bf16"), CONFIG, STATE}
+def _check_random(state: TrainingState, path: Path) -> None:
+    scaler = state.loss_scaler
+    if scaler is not None and not (
+        isinstance(scaler, dict) and all(isinstance(v, int | float) for v in scaler.values())
+    ):
+        raise CheckpointError(f"{path}: loss_scaler is {scaler!r}; numbers by name are needed")
+    for held in state.generators:
+        if not isinstance(held, dict) or not all(isinstance(one, str) for one in held.values()):
+            raise CheckpointError(f"{path}: generators must hold states in base64 by device")
 
 
 def coverage_damage(directory: Path, records: Mapping[str, FileRecord]) -> str | None:
-    """The reason why the records do not cover exactly the files of the model and grid; None if they do.
+    """The reason why the records do not cover exactly the files of the checkpoint; None if they do.
 
     Raises:
-        CheckpointError: `state.json` is damaged.
-        ConfigError: `config.yaml` is unchanged, but this release does not accept it.
+        CheckpointError: `index.json` is damaged.
     """
-    if unrecorded := [name for name in (CONFIG, STATE) if name not in records]:
+    described = {CONFIG, STATE, INDEX}
+    if unrecorded := sorted(described - set(records)):
         return f"{COMPLETE} has no record of {unrecorded[0]}"
-    reason = damage(directory, (CONFIG, STATE), records)
-    if reason is not None:
+    if reason := damage(directory, sorted(described), records):
         return reason
-    expected = expected_files(load_config(directory / CONFIG), read_state(directory).grid)
-    if unrecorded := sorted(expected - set(records)):
-        return f"{COMPLETE} has no record of {unrecorded[0]}"
-    if unknown := sorted(set(records) - expected):
-        return f"{COMPLETE} has a record of {unknown[0]}, which model and grid do not have"
+    expected = described | read_index(directory).files()
+    if odd := sorted(expected ^ set(records)):
+        return f"{COMPLETE} has {'no' if odd[0] in expected else 'a'} record of {odd[0]}, which {INDEX} " + (
+            "names" if odd[0] in expected else "does not name"
+        )
     return None
 
 
-def checkpoint_damage(directory: Path) -> str | None:
+def checkpoint_damage(directory: Path, *, contents: bool = True) -> str | None:
     """The first reason why a directory is not a complete checkpoint; None if it is one.
 
-    Raises:
-        ConfigError: as `coverage_damage`.
+    Args:
+        contents: compare the contents of the safetensors files too, not only their sizes.
     """
     try:
         records = read_complete(directory)
-        return coverage_damage(directory, records) or damage(directory, sorted(records), records)
+        reason = coverage_damage(directory, records)
+        return reason or damage(directory, sorted(records), records, contents=contents)
     except CheckpointError as error:
         return str(error)
 

@@ -7,22 +7,15 @@ installed release, so that an upgrade of DeepSpeed fails there, in words, instea
 
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import deepspeed
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
-
-FILE_CLASSES = (fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler)
-"""Classes of DeepSpeed's own whose instances are in its checkpoint files."""
 
 
 class Touched(NamedTuple):
@@ -43,7 +36,6 @@ _PIPELINE = "deepspeed.runtime.pipe.engine.PipelineEngine"
 _MODULE = "deepspeed.runtime.pipe.module.PipelineModule"
 _ZERO = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 _BF16 = "deepspeed.runtime.bf16_optimizer.BF16_Optimizer"
-_FILES = "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine.TorchCheckpointEngine"
 
 TOUCHED = {
     # The interpreter of a schedule, replaced to time instructions and to wait with a limit.
@@ -78,12 +70,10 @@ TOUCHED = {
     f"{_ENGINE}.skipped_steps": Touched("attribute", "counted when a step is skipped"),
     f"{_ENGINE}.global_samples": Touched("attribute", "counted when a step is skipped"),
     "deepspeed.runtime.pipe.engine.TRAIN_BATCH_TIMER": Touched("str", "timer that DeepSpeed resets only when it logs"),
-    # Files.
-    f"{_ENGINE}.checkpoint_engine": Touched("attribute", "replaced by our readers and writers of files"),
-    f"{_ENGINE}._copy_recovery_script": Touched("(self, save_path)", "replaced: adds no scripts to a checkpoint"),
-    f"{_FILES}.save": Touched("(self, state_dict, path: str)", "replaced by our writers"),
-    f"{_FILES}.load": Touched("(self, path: str, map_location=None)", "replaced by our reader"),
-    f"{_FILES}.preserves_storage_sharing": Touched("(self)", "replaced: our copies need no copy by DeepSpeed"),
+    # Saving and loading.
+    f"{_ZERO}._hp_mapping": Touched("attribute", "which part of a parameter this rank owns, and its fp32 values"),
+    f"{_BF16}._hp_mapping": Touched("attribute", "the same in bf16"),
+    f"{_ZERO}.loss_scaler": Touched("attribute", "state of the fp16 loss scaler"),
     # The pipeline's layers.
     f"{_MODULE}._partition_layers": Touched("(self, method='uniform')", "replaced by cuts between sections"),
     f"{_MODULE}._set_bounds": Touched("(self, start=None, stop=None)", "sets this stage's layers"),
@@ -125,41 +115,40 @@ class CutPipeline(PipelineModule):
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
 
-class FileWriter(TorchCheckpointEngine):
-    """DeepSpeed's writer of files, with our function in its place.
+class OwnedPart(NamedTuple):
+    """The part of a parameter whose optimizer state this rank owns under ZeRO-1.
 
-    Args:
-        write: called with content and path of each file.
-        copies: `write` copies what it keeps, so DeepSpeed makes no copy for it.
+    Attributes:
+        start, stop: flat range in the rank's parameter.
+        value: fp32 [stop - start], a view of the optimizer's copy.
+        group: index of the optimizer's group of parameters.
+        flat: the range of `value` in the flat tensor of the group.
     """
 
-    def __init__(self, write: Callable[[dict[str, Any], str], None], *, copies: bool):
-        super().__init__()
-        self._write, self._copies = write, copies
-
-    def preserves_storage_sharing(self) -> bool:
-        """Whether a file would hold all of a tensor's storage, so that DeepSpeed must copy a part of it first."""
-        return not self._copies
-
-    def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """Write one file."""
-        self._write(state_dict, path)
+    start: int
+    stop: int
+    value: torch.Tensor
+    group: int
+    flat: slice
 
 
-class FileReader(TorchCheckpointEngine):
-    """DeepSpeed's reader of files, with our function in its place.
+def owned_part(parameter: torch.nn.Parameter) -> OwnedPart | None:
+    """The part of a parameter that this rank owns; None where other replicas own all of it.
 
-    Args:
-        read: called with a path and torch's `map_location`; returns the content.
+    DeepSpeed's public `safe_get_full_fp32_param` returns the same values, but sums over all replicas for each of them.
     """
-
-    def __init__(self, read: Callable[[str, Any], Any]):
-        super().__init__()
-        self._read = read
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file."""
-        return self._read(path, map_location)
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return None
+    start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+    flat = mapping.get_hp_fragment_address()
+    return OwnedPart(
+        start,
+        start + length,
+        mapping.get_hp_fragment(),
+        mapping.param_group_index,
+        slice(flat.start, flat.start + length),
+    )
 
 
 def disable_shared_memory_op() -> None:

@@ -6,7 +6,6 @@ With `deepspeed_adapter.py` the only module that may use a private name of DeepS
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -16,7 +15,8 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor
 
-from stagdist.config.parts import OptimizerConfig
+from stagdist.checkpoint.training.directory import TrainingState
+from stagdist.checkpoint.training.index import MOMENTS
 from stagdist.config.run_config import RunConfig
 from stagdist.data.loader import Loader, on_device
 from stagdist.model.megatron import TensorParallel
@@ -24,7 +24,7 @@ from stagdist.model.precision import DTYPES
 from stagdist.model.stagformer import fill_parameters
 from stagdist.parallel.groups import Groups
 from stagdist.telemetry.pulse import Phase, Pulse
-from stagdist.training.engine.deepspeed_adapter import FileReader, FileWriter, quiet
+from stagdist.training.engine.deepspeed_adapter import quiet
 from stagdist.training.engine.deepspeed_config import deepspeed_config
 from stagdist.training.engine.exchange import Exchange
 from stagdist.training.engine.kernel_warm_up import dry_pass
@@ -124,30 +124,29 @@ class SectionEngine(PipelineEngine):
         norm = self.get_global_grad_norm()
         return math.nan if norm is None else float(norm)
 
-    def write_files(self, writer: FileWriter, folder: Path, name: str, client_state: dict[str, object]) -> None:
-        """Give the content of every file of a checkpoint `folder/name` to a writer. Called on all ranks."""
-        self.checkpoint_engine = writer
-        self.save_checkpoint(str(folder), tag=name, client_state=client_state, save_latest=False)
+    def moments(self, group: int) -> dict[str, Tensor]:
+        """Adam's state of one group of parameters, flat, of this rank; empty before the first update."""
+        found: dict[str, Tensor] = self.basic_optimizer.state.get(self.optimizer.param_groups[group]["params"][0], {})
+        return found
 
-    def read_files(self, reader: FileReader, checkpoint: Path, config: OptimizerConfig) -> dict[str, Any] | None:
-        """Fill weights and optimizer from a checkpoint; the optimizer's settings are those of `config`.
+    def begin_moments(self, steps: int) -> None:
+        """Give the optimizer moments of zero that have seen `steps` updates."""
+        for group in self.optimizer.param_groups:
+            (flat,) = group["params"]
+            count = torch.tensor(float(steps), device=flat.device)
+            self.basic_optimizer.state[flat] = {"step": count} | {kind: torch.zeros_like(flat) for kind in MOMENTS}
 
-        Returns:
-            The client state; None where DeepSpeed finds nothing.
-        """
-        self.checkpoint_engine = reader
-        with quiet():
-            path, client_state = self.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        if path is None:
+    def loss_scaler_state(self) -> dict[str, int | float | bool] | None:
+        """State of the fp16 loss scaler; None in other precisions."""
+        if not self.fp16_enabled():
             return None
-        matrices, vectors = self.optimizer.param_groups
-        for group, weight_decay in ((matrices, config.weight_decay), (vectors, 0.0)):
-            group.update(betas=config.betas, eps=config.eps, weight_decay=weight_decay)
-        self.optimizer.clip_grad = config.max_grad_norm
-        return dict(client_state)
+        return {key: value for key, value in vars(self.optimizer.loss_scaler).items() if isinstance(value, int | float)}
 
-    def _copy_recovery_script(self, save_path: str) -> None:
-        """Leave DeepSpeed's scripts out of checkpoints: more files would be more ways to fail."""
+    def continue_from(self, state: TrainingState) -> None:
+        """Set the counters and, in fp16, the loss scaler."""
+        self.global_steps, self.global_samples, self.skipped_steps = state.step, state.consumed_samples, state.bad_steps
+        if self.fp16_enabled() and state.loss_scaler is not None:
+            vars(self.optimizer.loss_scaler).update(state.loss_scaler)
 
     def _aggregate_total_loss(self) -> Tensor:
         self._wait_for_device()  # DeepSpeed copies from pageable memory next, where the host would wait without a limit

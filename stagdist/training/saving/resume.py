@@ -1,27 +1,19 @@
 """Resuming: which checkpoint, and its content back into the engine."""
 
 import logging
-import pickle
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch.serialization import safe_globals
 
 from stagdist.checkpoint.complete import COMPLETE, damage, read_complete
-from stagdist.checkpoint.convert.staging import put_back
-from stagdist.checkpoint.training.directory import TrainingState, candidates, coverage_damage, read_state, withdraw
-from stagdist.checkpoint.training.pickles import ENUM_MEMBER, refusal
-from stagdist.checkpoint.training.stage_files import tensor_files
-from stagdist.checkpoint.training.training_reader import TrainingReader
-from stagdist.config.parts import OptimizerConfig
-from stagdist.errors import CheckpointError, ConfigError, StagdistError
+from stagdist.checkpoint.training.directory import TrainingState, candidates, coverage_damage, withdraw
+from stagdist.checkpoint.training.reader import TrainingReader
+from stagdist.config.parts import ModelConfig
+from stagdist.errors import CheckpointError
 from stagdist.parallel.groups import Groups
-from stagdist.training.engine.agreement import first_problem, shared, while_others_wait
-from stagdist.training.engine.deepspeed_adapter import FILE_CLASSES, FileReader
+from stagdist.training.engine.agreement import first_problem, on_every_rank, shared
 from stagdist.training.engine.section_engine import SectionEngine
+from stagdist.training.saving.engine_state import load_tensors, restore_generators
 
 LOG = logging.getLogger(__name__)
 
@@ -33,9 +25,8 @@ def newest_complete(checkpoints: Path, groups: Groups) -> Path | None:
 
     Raises:
         CheckpointError: there are checkpoints, but none is complete: starting over would lose the run's work without
-            a word; or a conversion is replacing one now.
+            a word.
     """
-    _put_back(checkpoints, groups)
     chosen: list[list[Path]] = [candidates(checkpoints) if dist.get_rank() == 0 else []]
     dist.broadcast_object_list(chosen, src=0, group=groups.control)
     for path in chosen[0]:
@@ -55,19 +46,6 @@ def newest_complete(checkpoints: Path, groups: Groups) -> Path | None:
     return None
 
 
-def _put_back(checkpoints: Path, groups: Groups) -> None:
-    """Undo the renaming by a conversion that was killed while it replaced a checkpoint; rank 0 renames."""
-
-    def rename() -> None:
-        for path in put_back(checkpoints):
-            LOG.warning("restored %s: a conversion was killed while it replaced it", path)
-
-    try:
-        while_others_wait(groups.control, rename, lambda: None)  # takes no time
-    except CheckpointError as error:
-        raise shared(error) from error
-
-
 def _shared_damage(path: Path, groups: Groups) -> str | None:
     try:
         if not (path / COMPLETE).is_file():
@@ -78,69 +56,24 @@ def _shared_damage(path: Path, groups: Groups) -> str | None:
             reason = coverage_damage(path, records) or damage(path, mine, records)
     except CheckpointError as error:
         reason = str(error)
-    except ConfigError as error:
-        raise shared(ConfigError(f"{path}: {error}")) from error
     return first_problem(groups.control, reason)
 
 
-def load_checkpoint(
-    engine: SectionEngine, checkpoint: Path, optimizer: OptimizerConfig, *, trust_pickle: bool = False
-) -> TrainingState:
-    """Fill the engine from a checkpoint that was found complete and is of this grid.
-
-    Args:
-        optimizer: its settings replace those that DeepSpeed saved.
-        trust_pickle: read files that could run a program all the same.
+def load_checkpoint(engine: SectionEngine, groups: Groups, model: ModelConfig, checkpoint: Path) -> TrainingState:
+    """Fill the engine from a checkpoint that was found complete, whatever grid wrote it.
 
     Raises:
-        CheckpointError: on every rank: DeepSpeed finds nothing in it, or a file could run a program and is not
-            trusted, or is not what DeepSpeed writes.
+        CheckpointError: on every rank: a file does not hold what the index says.
     """
-    if not trust_pickle:
-        _check_readable(checkpoint, engine)
-    client_state = engine.read_files(
-        FileReader(partial(load_checkpoint_file, trust_pickle=trust_pickle)), checkpoint, optimizer
-    )
-    if client_state is None:
-        raise shared(CheckpointError(f"DeepSpeed found nothing to load in {checkpoint}"))
-    torch.set_rng_state(client_state["cpu_random_state"])
-    if torch.cuda.is_available() and "cuda_random_state" in client_state:
-        torch.cuda.set_rng_state(client_state["cuda_random_state"])
-    return read_state(checkpoint)
 
-
-def load_checkpoint_file(path: str, map_location: Any = None, *, trust_pickle: bool = False) -> Any:
-    """Read one file for DeepSpeed. Refuses what could run a program: a checkpoint may come from anywhere.
-
-    Args:
-        trust_pickle: read such files all the same, and run what they contain.
-
-    Raises:
-        CheckpointError: it asks for more than tensors, plain containers and DeepSpeed's own few types.
-    """
-    if trust_pickle:
-        return torch.load(path, map_location=map_location, weights_only=False)
-    try:
-        with safe_globals([ENUM_MEMBER, *FILE_CLASSES]):
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(refusal(Path(path), error)) from error
-
-
-def _check_readable(checkpoint: Path, engine: SectionEngine) -> None:
-    """Open the files, a share on every rank, before DeepSpeed loads them together: there, one refusal would hang.
-
-    Raises:
-        CheckpointError: on every rank, about the first file that is refused.
-    """
-    problem: str | None = None
-    try:
+    def load() -> TrainingState:
         reader = TrainingReader(checkpoint)
-        names = sorted(tensor_files(reader.model, reader.state.grid, bf16=reader.bf16))
-        for name in names[dist.get_rank() :: dist.get_world_size()]:
-            reader.file(name)
-    except StagdistError as error:
-        problem = str(error)
-    first = first_problem(engine.control, problem)
-    if first is not None:
-        raise shared(CheckpointError(first))
+        load_tensors(engine, groups, model, reader)
+        return reader.state
+
+    state = on_every_rank(groups.control, load, lambda reason: CheckpointError(f"{checkpoint}: {reason}"))
+    engine.continue_from(state)
+    restore_generators(state, groups)
+    if state.grid != (groups.grid.pipe, groups.grid.data, groups.grid.tensor):
+        LOG.info("%s was saved on pipe x data x tensor %dx%dx%d, this run has %s", checkpoint, *state.grid, groups.grid)
+    return state

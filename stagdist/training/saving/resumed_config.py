@@ -26,11 +26,11 @@ def resumed_config(config: RunConfig, checkpoint: Path, data_identity: str, toke
         tokenizer: fingerprint of this run's tokenizer.
 
     Raises:
-        ConfigError: the checkpoint is of another model, precision or tokenizer, or of other samples; on every rank.
+        ConfigError: the checkpoint is of another model or tokenizer, or of other samples; on every rank.
     """
     before, state = load_config(checkpoint / CONFIG), read_state(checkpoint)
     problem = _model_problem(before, config) or (
-        _precision_problem(before, config) or _tokenizer_problem(state, config, tokenizer)
+        _tokenizer_problem(state, config, tokenizer)
         if _imported(state)
         else _samples_problem(before, config, state, data_identity)
     )
@@ -58,12 +58,9 @@ def _samples_problem(before: RunConfig, config: RunConfig, state: TrainingState,
         for key, values in differences(before.data, config.data).items()
         if not key.startswith(_MAY_CHANGE) and not key.endswith(".prefix")
     }
-    pairs = (("training", "global_batch_size"), ("training", "precision"))
-    changed |= {
-        f"{part}.{key}": (getattr(getattr(before, part), key), getattr(getattr(config, part), key))
-        for part, key in pairs
-        if getattr(getattr(before, part), key) != getattr(getattr(config, part), key)
-    }
+    batches = before.training.global_batch_size, config.training.global_batch_size
+    if batches[0] != batches[1]:
+        changed["training.global_batch_size"] = batches
     if config.data.num_samples not in (None, state.num_samples):
         changed["data.num_samples"] = (state.num_samples, config.data.num_samples)
     if changed:
@@ -92,16 +89,6 @@ def _log_schedule(before: RunConfig, config: RunConfig, step: int) -> None:
 
 def _imported(state: TrainingState) -> bool:
     return state.num_samples == 0
-
-
-def _precision_problem(before: RunConfig, config: RunConfig) -> str | None:
-    old, new = before.training.precision, config.training.precision
-    if old == new:
-        return None
-    return (
-        f"was imported for training.precision {old}, this run has {new}; import it again with --config and the "
-        "configuration of this run"
-    )
 
 
 def _tokenizer_problem(state: TrainingState, config: RunConfig, tokenizer: str) -> str | None:

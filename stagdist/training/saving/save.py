@@ -4,27 +4,28 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 
-from stagdist.checkpoint.complete import checkpoint_files, publish, write_complete
-from stagdist.checkpoint.training.directory import CONFIG, STATE, TrainingState, checkpoint_name, prune, staging_folder
-from stagdist.config.loading import dump_config
+from stagdist.checkpoint.complete import publish
+from stagdist.checkpoint.training.directory import TrainingState, checkpoint_name, prune, staging_folder
+from stagdist.checkpoint.training.index import Fragment, index_of
+from stagdist.checkpoint.training.writer import complete, part_name, write_fragments
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import CheckpointError, SavingError
-from stagdist.files import FileRecord, file_record
+from stagdist.files import FileRecord
 from stagdist.parallel.groups import Groups
+from stagdist.parallel.layout import model_parameters
 from stagdist.training.engine.agreement import Writing, on_every_rank
-from stagdist.training.engine.deepspeed_adapter import FileWriter
 from stagdist.training.engine.section_engine import SectionEngine
-from stagdist.training.saving.file_writing import BackgroundWrite, write_file
-from stagdist.training.saving.host_copies import Capture, HostCopies
+from stagdist.training.saving.background_write import BackgroundWrite
+from stagdist.training.saving.engine_state import generator_states, optimizer_steps, stored_fragments
+from stagdist.training.saving.host_copies import HostCopies
 
 LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -33,48 +34,29 @@ GIVE_UP_S = 5.0
 """How long an abandoned write may take to stop."""
 
 
-class GuardedWriter:
-    """Writes and hashes the files of one save.
+@dataclass(frozen=True)
+class _Part:
+    """What one rank has written: the record of its file, where its fragments are, its kinds and its generators.
 
-    A failure is kept, not raised: a rank that raised in the middle of a save would leave the others waiting in
-    DeepSpeed's barriers.
+    A rank whose partition is all padding writes no file.
     """
 
-    def __init__(self) -> None:
-        self._failure: str | None = None
-        self._records: dict[Path, FileRecord] = {}
-        self._never = threading.Event()
-
-    def write(self, content: object, path: str) -> None:
-        """Write one file unless an earlier one has failed."""
-        if self._failure is not None:
-            return
-        try:
-            self._records[Path(path)] = write_file(content, Path(path), self._never)
-        except OSError as error:
-            self._failure = str(error)
-
-    def check(self) -> None:
-        """Raise the failure, if any.
-
-        Raises:
-            OSError: a file could not be written.
-        """
-        if self._failure is not None:
-            raise OSError(self._failure)
-
-    def records(self) -> dict[Path, FileRecord]:
-        """Size and hash of every file."""
-        return self._records
+    file: str
+    record: FileRecord | None
+    owned: list[tuple[str, Fragment]]
+    kinds: tuple[str, ...]
+    generators: dict[str, str] | None
 
 
 @dataclass(frozen=True)
 class _Save:
-    """A save whose files are being written in the folder `staged`, which is renamed to `final`."""
+    """A save whose file is being written in the folder `staged`, which is renamed to `final`."""
 
     staged: Path
     final: Path
-    written: GuardedWriter | BackgroundWrite
+    state: TrainingState
+    part: _Part
+    written: BackgroundWrite | None
     started: float
     paused_s: float
 
@@ -105,7 +87,7 @@ class Saver:
     def vote(self) -> Writing:
         """How far this rank's files have come."""
         written = self._under_way.written if self._under_way is not None else None
-        if not isinstance(written, BackgroundWrite):
+        if written is None:
             return Writing.NONE
         return Writing.FAILED if written.failed else Writing.RUNNING if written.running else Writing.NONE
 
@@ -122,16 +104,32 @@ class Saver:
         """
         self._wait_for_earlier(state.step)
         started, wait = time.perf_counter(), wait or not self._config.checkpoint.asynchronous
-        staging, name = staging_folder(self._checkpoints), checkpoint_name(state.step)
+        staged = staging_folder(self._checkpoints) / checkpoint_name(state.step)
+        state = replace(
+            state, optimizer_steps=optimizer_steps(self._engine), loss_scaler=self._engine.loss_scaler_state()
+        )
         with self._all_or_nothing(None):
-            self._on_every_rank(lambda: _prepare(staging, name, self._config, state))
-            self._on_every_rank(lambda: _check_shared(staging / name))
-            written = self._write(staging, name) if wait else self._capture(staging, name)
-        paused_s = time.perf_counter() - started
-        self._under_way = _Save(staging / name, self._checkpoints / name, written, started, paused_s)
+            self._on_every_rank(lambda: _prepare(staged))
+            self._on_every_rank(lambda: _check_shared(staged))
+            part, written = self._on_every_rank(lambda: self._begin(staged, wait))
+        final, paused_s = self._checkpoints / staged.name, time.perf_counter() - started
+        self._under_way = _Save(staged, final, state, part, written, started, paused_s)
         if wait:
             self.finish()
-        return self._checkpoints / name
+        return final
+
+    def _begin(self, staged: Path, wait: bool) -> tuple[_Part, BackgroundWrite | None]:
+        """Write this rank's file, or copy what it will hold to host memory and begin to write it."""
+        file, place = part_name(dist.get_rank()), self._groups.place
+        fragments = stored_fragments(self._engine, self._groups, self._config.model, file)
+        kinds = tuple(fragments[0].tensors) if fragments else ()
+        generators = generator_states() if place.data == 0 else None
+        part = _Part(file, None, [(one.name, one.place) for one in fragments], kinds, generators)
+        if not fragments:
+            return part, None
+        if wait:
+            return replace(part, record=write_fragments(staged / file, fragments)), None
+        return part, BackgroundWrite(staged / file, self._copies.copy(fragments))
 
     def finish(self) -> None:
         """Wait for the files of the save under way, if any, and publish them as the newest checkpoint.
@@ -142,23 +140,38 @@ class Saver:
         save, self._under_way = self._under_way, None
         if save is None:
             return
-        with self._all_or_nothing(save.written):
-            self._on_every_rank(save.written.check)
-            records = self._on_every_rank(lambda: _records(save.staged, save.written.records()))
-            gathered: list[dict[str, FileRecord]] = [{}] * dist.get_world_size()
-            dist.all_gather_object(gathered, records, group=self._groups.control)
-            everything = {file: record for part in gathered for file, record in part.items()}
-            self._on_every_rank(lambda: _finish(save.staged, save.final, everything))
+        part, written = save.part, save.written
+        with self._all_or_nothing(written):
+            if written is not None:
+                part = replace(part, record=self._on_every_rank(written.record))
+            else:
+                self._on_every_rank(lambda: None)
+            parts = [part] * dist.get_world_size()
+            dist.all_gather_object(parts, part, group=self._groups.control)
+            self._on_every_rank(lambda: self._publish(save, parts))
         self._prune(save)
         total_s, note = time.perf_counter() - save.started, ""
-        if isinstance(save.written, BackgroundWrite):
+        if written is not None:
             note = f", during training except for {save.paused_s:.2f} s"
         LOG.info("saved %s in %.1f s%s", save.final, total_s, note)
+
+    def _publish(self, save: _Save, parts: list[_Part]) -> None:
+        """Rank 0 writes what describes the parts, and gives the checkpoint its name."""
+        if dist.get_rank() != 0:
+            return
+        specs = model_parameters(self._config.model)
+        index = index_of((entry for part in parts for entry in part.owned), specs, parts[0].kinds)
+        if problem := index.problem(specs):
+            raise OSError(f"the ranks did not write the complete model: {problem}")
+        state = replace(save.state, generators=tuple(p.generators for p in parts if p.generators is not None))
+        records = {part.file: part.record for part in parts if part.record is not None}
+        complete(save.staged, self._config, state, index, records)
+        publish(save.staged, save.final)
 
     def close(self) -> None:
         """Abandon the save under way: the run ends with an error that the other ranks may not have seen."""
         save, self._under_way = self._under_way, None
-        if save is not None and isinstance(save.written, BackgroundWrite):
+        if save is not None and save.written is not None:
             save.written.give_up(GIVE_UP_S)
         if self._pruning is not None:
             self._pruning.join(GIVE_UP_S)
@@ -176,7 +189,7 @@ class Saver:
         arguments = self._checkpoints, self._config.checkpoint.keep_last, save.final
         self._pruning = threading.Thread(target=_prune, args=arguments, name="checkpoint-pruner", daemon=True)
         self._pruning.start()
-        if not isinstance(save.written, BackgroundWrite):
+        if save.written is None:
             self._pruning.join()
 
     def _wait_for_earlier(self, step: int) -> None:
@@ -187,26 +200,16 @@ class Saver:
         waited_s = time.perf_counter() - started
         LOG.info("the save of step %d waited %.1f s for that of %s", step, waited_s, earlier)
 
-    def _capture(self, staging: Path, name: str) -> BackgroundWrite:
-        capture = Capture(self._copies)
-        self._engine.write_files(FileWriter(capture.write, copies=True), staging, name, _random_state())
-        return BackgroundWrite(self._on_every_rank(capture.files))
-
-    def _write(self, staging: Path, name: str) -> GuardedWriter:
-        writer = GuardedWriter()
-        self._engine.write_files(FileWriter(writer.write, copies=False), staging, name, _random_state())
-        return writer
-
     def _on_every_rank(self, action: Callable[[], Result]) -> Result:
         return on_every_rank(self._groups.control, action, _failed)
 
     @contextmanager
-    def _all_or_nothing(self, written: GuardedWriter | BackgroundWrite | None) -> Iterator[None]:
+    def _all_or_nothing(self, written: BackgroundWrite | None) -> Iterator[None]:
         """Remove the files of the save when the block fails, as it then does on all ranks."""
         try:
             yield
         except CheckpointError:
-            if isinstance(written, BackgroundWrite):
+            if written is not None:
                 written.give_up(GIVE_UP_S)
             dist.barrier(group=self._groups.control)  # no rank writes any more
             if dist.get_rank() == 0:
@@ -230,35 +233,16 @@ def _failed(reason: str) -> SavingError:
     )
 
 
-def _prepare(staging: Path, name: str, config: RunConfig, state: TrainingState) -> None:
+def _prepare(staged: Path) -> None:
     if dist.get_rank() == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        (staging / name).mkdir(parents=True)
-        (staging / name / CONFIG).write_text(dump_config(config))
-        state.write(staging / name)
+        shutil.rmtree(staged.parent, ignore_errors=True)
+        staged.mkdir(parents=True)
 
 
-def _check_shared(directory: Path) -> None:
-    """Check that files of rank 0 are visible here; otherwise the checkpoint would be spread over several disks."""
-    if not (directory / STATE).is_file():
-        raise OSError(f"{directory} is not what rank 0 sees; runs_directory must be on a file system all ranks share")
-
-
-def _records(directory: Path, written: Mapping[Path, FileRecord]) -> dict[str, FileRecord]:
-    """Size and hash of this rank's files, which are on the disk; rank 0 adds those that it wrote itself."""
-    records = {path.relative_to(directory).as_posix(): record for path, record in written.items()}
-    if dist.get_rank() == 0:
-        records |= {name: file_record(directory / name, sync=True) for name in (CONFIG, STATE)}
-    return records
-
-
-def _finish(staged: Path, final: Path, records: dict[str, FileRecord]) -> None:
-    if dist.get_rank() == 0:
-        unknown = set(checkpoint_files(staged)) ^ set(records)
-        if unknown:
-            raise OSError(f"{staged} does not hold exactly what the ranks wrote: {', '.join(sorted(unknown))}")
-        write_complete(staged, records)
-        publish(staged, final)
+def _check_shared(staged: Path) -> None:
+    """Check that the folder of rank 0 is visible here; otherwise the checkpoint would be spread over several disks."""
+    if not staged.is_dir():
+        raise OSError(f"{staged} is not what rank 0 sees; runs_directory must be on a file system all ranks share")
 
 
 def _prune(checkpoints: Path, keep_last: int, newest: Path) -> None:
@@ -267,11 +251,3 @@ def _prune(checkpoints: Path, keep_last: int, newest: Path) -> None:
         prune(checkpoints, keep_last, newest)
     except OSError as error:
         LOG.warning("an old checkpoint could not be removed: %s", error)
-
-
-def _random_state() -> dict[str, object]:
-    """State of torch's generators. Training draws no random numbers today; the state is saved for when it does."""
-    state: dict[str, object] = {"cpu_random_state": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda_random_state"] = torch.cuda.get_rng_state()
-    return state

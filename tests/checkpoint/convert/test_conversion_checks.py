@@ -14,7 +14,7 @@ from stagdist.checkpoint.convert.find import find, open_training
 from stagdist.checkpoint.convert.inspection import inspect
 from stagdist.checkpoint.convert.model_conversions import export, merge
 from stagdist.checkpoint.convert.staging import ConversionOptions
-from stagdist.checkpoint.convert.training_conversions import import_model, reshard
+from stagdist.checkpoint.convert.import_model import import_model
 from stagdist.checkpoint.convert.verify import verify
 from stagdist.checkpoint.training import directory as training_directory
 from stagdist.checkpoint.training.directory import read_state
@@ -221,11 +221,11 @@ def test_widening_is_exact_and_rounding_is_reported(tmp_path: Path) -> None:
     folder = model_directory(tmp_path / "model", {}, torch.bfloat16)
     config = tmp_path / "run.yaml"
     config.write_text(dump_config(run_config({}, "fp32")))
-    wide = import_model(folder, tmp_path / "wide", Grid(1, 1, 1), str(config), OPTIONS).checked
+    wide = import_model(folder, tmp_path / "wide", str(config), OPTIONS).checked
     assert "tensors are bit-equal" in wide and "rounded" not in wide
     config.write_text(dump_config(run_config({}, "bf16")))
     narrow = import_model(
-        model_directory(tmp_path / "fp32", {}), tmp_path / "narrow", Grid(1, 1, 1), str(config), OPTIONS
+        model_directory(tmp_path / "fp32", {}), tmp_path / "narrow", str(config), OPTIONS
     )
     assert "rounded to bf16" in narrow.checked
 

@@ -10,7 +10,7 @@ from stagdist.checkpoint.convert import staging
 from stagdist.checkpoint.convert.find import find
 from stagdist.checkpoint.convert.model_conversions import export
 from stagdist.checkpoint.convert.staging import ConversionOptions, exclusive, put_back, staged_folder
-from stagdist.checkpoint.convert.training_conversions import import_model, reshard
+from stagdist.checkpoint.convert.import_model import import_model
 from stagdist.checkpoint.training.directory import withdraw
 from stagdist.checkpoint.training.training_writer import TrainingWriter
 from stagdist.errors import CheckpointError
@@ -147,7 +147,7 @@ def test_a_destination_that_cannot_be_made_is_named_before_anything_is_read(tmp_
     for convert in (
         lambda: export(tmp_path / "absent", tmp_path / "file" / "model", OPTIONS),
         lambda: reshard(tmp_path / "absent", tmp_path / "file" / "run", Grid(1, 1, 1), OPTIONS),
-        lambda: import_model(tmp_path / "absent", tmp_path / "file" / "run", Grid(1, 1, 1), None, OPTIONS),
+        lambda: import_model(tmp_path / "absent", tmp_path / "file" / "run", None, OPTIONS),
     ):
         with pytest.raises(
             CheckpointError, match=r"cannot be made: .*file is no folder that can be written to; choose"

@@ -18,7 +18,7 @@ from stagdist.checkpoint.convert.inspection import as_table, inspect
 from stagdist.checkpoint.convert.model_conversions import export, merge, split
 from stagdist.checkpoint.convert.proof import plain_logits, text_ids
 from stagdist.checkpoint.convert.staging import ConversionOptions
-from stagdist.checkpoint.convert.training_conversions import import_model, reshard
+from stagdist.checkpoint.convert.import_model import import_model
 from stagdist.checkpoint.convert.verify import verify
 from stagdist.checkpoint.published.load_model import load_model
 from stagdist.checkpoint.published.model_reader import ModelReader
@@ -79,7 +79,7 @@ def test_export_import_export_is_bit_identical_and_computes_the_model(
 ) -> None:
     training_checkpoint(tmp_path / "run", model, (len((SHAPE | model)["section_layers"]), 1, 2), precision)
     first = export(tmp_path / "run", tmp_path / "first", OPTIONS).directory
-    imported = import_model(first, tmp_path / "again", Grid(1, 2, 2), None, OPTIONS).directory
+    imported = import_model(first, tmp_path / "again", None, OPTIONS).directory
     assert (imported.name, read_state(imported).num_samples) == ("step_00000000", 0)
     second = export(tmp_path / "again", tmp_path / "second", OPTIONS).directory
     assert file_contents(first) == file_contents(second)
@@ -227,7 +227,7 @@ def test_grids_and_configurations_that_do_not_fit_are_refused(tmp_path: Path) ->
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps(run_config({"intermediate_size": 32}).model_dump(mode="json")))
     with pytest.raises(ConfigError, match=r"model\.intermediate_size is 32, the directory has 24"):
-        import_model(folder, tmp_path / "other", Grid(1, 1, 1), str(config), OPTIONS)
+        import_model(folder, tmp_path / "other", str(config), OPTIONS)
     with pytest.raises(CheckpointError, match="named like step 3"):
         reshard(tmp_path / "run", tmp_path / "checkpoints" / "step_00000003", Grid(1, 1, 1), OPTIONS)
     body = json.loads((folder / "config.json").read_text())
@@ -238,7 +238,7 @@ def test_grids_and_configurations_that_do_not_fit_are_refused(tmp_path: Path) ->
     ):
         (folder / "config.json").write_text(json.dumps(body | change))
         with pytest.raises(CheckpointError, match=complaint):
-            import_model(folder, tmp_path / "other", Grid(1, 1, 1), None, OPTIONS)
+            import_model(folder, tmp_path / "other", None, OPTIONS)
     assert not (tmp_path / "other").exists()
 
 

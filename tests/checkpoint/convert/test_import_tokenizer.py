@@ -11,7 +11,7 @@ import pytest
 from stagdist.checkpoint.convert.find import open_training
 from stagdist.checkpoint.convert.model_conversions import export, merge
 from stagdist.checkpoint.convert.staging import ConversionOptions, ConversionResult
-from stagdist.checkpoint.convert.training_conversions import import_model, reshard
+from stagdist.checkpoint.convert.import_model import import_model
 from stagdist.checkpoint.convert.verify import verify
 from stagdist.checkpoint.published.record import CHECKSUMS
 from stagdist.config.loading import dump_config
@@ -41,7 +41,7 @@ def bring(source: Path, tokenizer: str | Path | None, given: str | Path | None =
         config.write_text(dump_config(run.model_copy(update={"data": data})))
     options = ConversionOptions(tokenizer=None if given is None else str(given))
     return import_model(
-        source, source.parent / "run", Grid(1, 1, 1), config if config is None else str(config), options
+        source, source.parent / "run", config if config is None else str(config), options
     ).directory
 
 

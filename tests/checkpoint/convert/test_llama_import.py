@@ -13,7 +13,7 @@ from stagdist.checkpoint.convert.find import open_model, open_training
 from stagdist.checkpoint.convert.model_conversions import export
 from stagdist.checkpoint.convert.proof import plain_logits, reader
 from stagdist.checkpoint.convert.staging import ConversionOptions
-from stagdist.checkpoint.convert.training_conversions import import_model
+from stagdist.checkpoint.convert.import_model import import_model
 from stagdist.checkpoint.convert.verify import verify
 from stagdist.errors import CheckpointError
 from stagdist.parallel.grid import Grid
@@ -54,7 +54,7 @@ def test_a_llama_is_imported_and_exported_as_the_same_llama(tmp_path: Path, keys
     with torch.no_grad():
         expected = llama(ids).logits
     tensor = 1 if keys.get("num_key_value_heads") == 1 else 2
-    imported_as = import_model(tmp_path / "llama", tmp_path / "run", Grid(1, 2, tensor), None, ConversionOptions())
+    imported_as = import_model(tmp_path / "llama", tmp_path / "run", None, ConversionOptions())
     assert "tensors are bit-equal" in imported_as.checked
     imported = open_training(tmp_path / "run")
     assert (imported.model.connection, imported.model.section_layers) == ("sequential", (3,))

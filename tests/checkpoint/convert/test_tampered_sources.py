@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from stagdist.checkpoint.convert.inspection import inspect
 from stagdist.checkpoint.convert.model_conversions import export
 from stagdist.checkpoint.convert.staging import ConversionOptions
-from stagdist.checkpoint.convert.training_conversions import import_model, reshard
+from stagdist.checkpoint.convert.import_model import import_model
 from stagdist.errors import CheckpointError
 from stagdist.parallel.grid import Grid
 from tests.checkpoint.synthetic import (
@@ -101,7 +101,7 @@ def test_a_model_directory_that_was_tampered_with_is_refused(
     folder = model_directory(tmp_path / "model", {})
     tamper(folder)
     with pytest.raises(CheckpointError, match=complaint):
-        import_model(folder, tmp_path / "run", Grid(1, 1, 1), None, OPTIONS)
+        import_model(folder, tmp_path / "run", None, OPTIONS)
     assert not (tmp_path / "run").exists()
     assert any(tamper.__name__ and problem for problem in inspect(folder).problems)
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stagdist.checkpoint.convert.inspection import inspect
 from stagdist.checkpoint.convert.model_conversions import export, merge, split
 from stagdist.checkpoint.convert.staging import ConversionOptions
-from stagdist.checkpoint.convert.training_conversions import import_model
+from stagdist.checkpoint.convert.import_model import import_model
 from stagdist.checkpoint.convert.upcycle import upcycle
 from stagdist.checkpoint.convert.verify import verify
 from stagdist.checkpoint.published.model_reader import ModelReader
@@ -98,7 +98,7 @@ def test_a_changed_file_is_named_with_the_remedy(tmp_path: Path, name: str) -> N
 CONVERSIONS: list[tuple[str, Callable[[Path, Path, ConversionOptions], object]]] = [
     ("split", split),
     ("merge", lambda source, target, options: merge([source.with_name("other"), source], target, options)),
-    ("import", lambda source, target, options: import_model(source, target, Grid(1, 1, 1), None, options)),
+    ("import", lambda source, target, options: import_model(source, target, None, options)),
 ]  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def test_what_hubs_and_version_controls_leave_is_not_odd(tmp_path: Path) -> None
 
 def test_an_imported_run_does_not_export_a_tokenizer_that_was_changed_since(tmp_path: Path) -> None:
     folder = model_directory(tmp_path / "model", {})
-    import_model(folder, tmp_path / "run", Grid(1, 1, 1), None, OPTIONS)
+    import_model(folder, tmp_path / "run", None, OPTIONS)
     lowercase(folder)
     with pytest.raises(CheckpointError, match=r"model: tokenizer\.json has other .*; --tokenizer names another$"):
         export(tmp_path / "run", tmp_path / "again", OPTIONS)

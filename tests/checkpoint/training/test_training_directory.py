@@ -12,7 +12,7 @@ from stagdist.checkpoint.training.directory import (
     TrainingState,
     candidates,
     checkpoint_name,
-    file_record,
+
     prune,
     read_state,
     staging_folder,

@@ -12,7 +12,7 @@ from tests.ranks import run_ranks
 from tests.reference.variants import VARIANTS
 from tests.training.comparison import full_tensors
 from tests.training.parity_cases import Case, label
-from tests.training.saving.reshard_worker import Leg, LegReport
+from tests.training.saving.resume_worker import Leg, LegReport
 
 pytestmark = pytest.mark.ranks
 
@@ -63,7 +63,7 @@ def _launched(function: str, legs: list[Leg]) -> dict[str, list[LegReport]]:
     found: dict[str, list[LegReport]] = {}
     for size in sorted({leg.case.world_size for leg in legs}):
         here = sorted((leg for leg in legs if leg.case.world_size == size), key=lambda leg: leg.case.grid)
-        ranks = run_ranks(f"tests.training.saving.reshard_worker:{function}", size, here, timeout_s=300)
+        ranks = run_ranks(f"tests.training.saving.resume_worker:{function}", size, here, timeout_s=300)
         found |= {journey(leg): [reports[index] for reports in ranks] for index, leg in enumerate(here)}
     return found
 

@@ -1,6 +1,6 @@
 """Resume on every grid from every other: the next 10 losses must be those of the run that was never stopped.
 
-    python -m tests.training.saving.reshard_matrix --output benchmarks/results/reshard-matrix.json
+    python -m tests.training.saving.resume_matrix --output benchmarks/results/resume-matrix.json
 
 The full matrix takes about ten minutes on two idle cores. `make test` runs only the pairs that contain 2x1x2.
 """
@@ -23,7 +23,7 @@ from tests.ranks import run_ranks
 from tests.reference.variants import VARIANTS
 from tests.training.comparison import full_tensors
 from tests.training.parity_cases import Case, label
-from tests.training.saving.reshard_worker import Leg, LegReport
+from tests.training.saving.resume_worker import Leg, LegReport
 
 STEPS = 10
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
@@ -80,7 +80,7 @@ def _launched(function: str, legs: Sequence[Leg]) -> dict[tuple[str, Sizes], lis
         here = sorted((leg for leg in legs if leg.case.world_size == size), key=lambda leg: leg.case.grid)
         for start in range(0, len(here), LEGS_OF_A_LAUNCH):
             part = here[start : start + LEGS_OF_A_LAUNCH]
-            ranks = run_ranks(f"tests.training.saving.reshard_worker:{function}", size, part, timeout_s=600)
+            ranks = run_ranks(f"tests.training.saving.resume_worker:{function}", size, part, timeout_s=600)
             found |= {(leg.name, leg.case.grid): [rank[index] for rank in ranks] for index, leg in enumerate(part)}
             print(f"{function}: {size} ranks, {start + len(part)} of {len(here)}", file=sys.stderr, flush=True)
     return found

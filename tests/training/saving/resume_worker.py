@@ -1,4 +1,4 @@
-"""The ranks of a resharding test: train and save on one grid, resume on another."""
+"""The ranks of the tests of resuming: train and save on one grid, resume on another."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +10,7 @@ from stagdist.checkpoint.training.directory import TrainingState
 from stagdist.config.run_config import RunConfig
 from stagdist.parallel.grid import Coordinate
 from stagdist.parallel.groups import Groups
-from stagdist.telemetry.pulse import Pulse
 from stagdist.training.engine.section_engine import SectionEngine, build_engine
-from stagdist.training.saving.other_grid import on_this_grid
 from stagdist.training.saving.resume import load_checkpoint, newest_complete
 from stagdist.training.saving.save import save_checkpoint
 from tests.training.parity_cases import GLOBAL_BATCH, SEQUENCE, Case
@@ -90,8 +88,7 @@ def _resume(leg: Leg, groups: Groups) -> LegReport:
     engine = build_engine(other, groups)
     checkpoint = newest_complete(Path(config.folder) / "checkpoints", groups)
     assert checkpoint is not None
-    with on_this_grid(checkpoint, config, groups, Pulse()) as fitting:
-        state = load_checkpoint(engine, fitting, config.optimizer)
+    state = load_checkpoint(engine, groups, config.model, checkpoint)
     parameters = _parameters(engine)
     return LegReport(groups.place, parameters, _train(engine, leg, groups, state.step), state.step)
 
