@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from stagdist.checkpoint.convert.import_model import import_model
 from stagdist.checkpoint.convert.model_conversions import export
 from stagdist.checkpoint.convert.staging import ConversionOptions
-from stagdist.checkpoint.convert.import_model import import_model
 from stagdist.checkpoint.convert.upcycle import upcycle
 from stagdist.data.tokenizer_files import load_tokenizer
-from stagdist.parallel.grid import Grid
 from tests.checkpoint.convert.test_llama_import import save_llama
 from tests.data.foreign_tokenizers import KINDS, make
 from tests.data.test_foreign_tokenizers import assert_same

@@ -9,15 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from stagdist.checkpoint.convert.find import open_model
+from stagdist.checkpoint.convert.import_model import import_model
 from stagdist.checkpoint.convert.model_conversions import export
 from stagdist.checkpoint.convert.proof import plain_logits, reader
 from stagdist.checkpoint.convert.staging import ConversionOptions
-from stagdist.checkpoint.convert.import_model import import_model
 from stagdist.checkpoint.convert.upcycle import upcycle
 from stagdist.checkpoint.published.transformers_model import load_with_transformers
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.errors import CheckpointError
-from stagdist.parallel.grid import Grid
 from tests.checkpoint.convert.test_llama_import import rewrite
 from tests.ranks import ROOT, run_script
 
