@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from stagdist.checkpoint.complete import refuse_undownloaded
 from stagdist.errors import CheckpointError
@@ -40,7 +40,7 @@ class Fragment(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: str
+    file: str = Field(pattern=r"^\w[\w.-]*$")
     key: str
     box: tuple[tuple[NonNegativeInt, NonNegativeInt], ...]
     range: tuple[NonNegativeInt, NonNegativeInt]

@@ -42,6 +42,15 @@ class BackgroundWrite:
         """Whether the file could not be written."""
         return self._failure is not None
 
+    def check(self) -> None:
+        """Raise a failure, if any, without waiting.
+
+        Raises:
+            OSError: the file could not be written, or the writer broke.
+        """
+        if self._failure is not None:
+            raise OSError(self._failure)
+
     def give_up(self, timeout_s: float) -> None:
         """Abandon the write. Returns after `timeout_s` at the latest, also if the disk does not respond."""
         self._given_up.set()
@@ -54,8 +63,8 @@ class BackgroundWrite:
             OSError: it could not be written, or the writer broke.
         """
         self._thread.join()
-        if self._record is None:
-            raise OSError(self._failure)
+        self.check()
+        assert self._record is not None
         return self._record
 
     def _run(self) -> None:

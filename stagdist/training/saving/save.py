@@ -142,10 +142,9 @@ class Saver:
             return
         part, written = save.part, save.written
         with self._all_or_nothing(written):
-            if written is not None:
-                part = replace(part, record=self._on_every_rank(written.record))
-            else:
-                self._on_every_rank(lambda: None)
+            self._on_every_rank(lambda: written and written.check())  # a rank that failed does not wait for the others
+            record = self._on_every_rank(lambda: written.record() if written else part.record)
+            part = replace(part, record=record)
             parts = [part] * dist.get_world_size()
             dist.all_gather_object(parts, part, group=self._groups.control)
             self._on_every_rank(lambda: self._publish(save, parts))

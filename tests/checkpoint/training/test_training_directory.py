@@ -12,13 +12,13 @@ from stagdist.checkpoint.training.directory import (
     TrainingState,
     candidates,
     checkpoint_name,
-
     prune,
     read_state,
     staging_folder,
     withdraw,
 )
 from stagdist.errors import CheckpointError
+from stagdist.files import file_record
 
 
 def make(checkpoints: Path, step: int) -> Path:
@@ -145,7 +145,10 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ),
         ({"text_tokens": {"config": {}, "generation": NESTED_30}}, "generation is nested more than 20 levels deep"),
         ({"text_tokens": list(range(9000))}, r"text_tokens is \[0, 1, 2, 3, 4, 5, \.\.\.\]; config and"),
-        ({"format_version": 2}, "format_version is 2; this release reads 1"),
+        ({"format_version": 3}, "format_version is 3; this release reads 2"),
+        ({"loss_scaler": {"cur_scale": "x"}}, "numbers by name are needed"),
+        ({"generators": [5]}, "generators must hold states in base64"),
+        ({"optimizer_steps": -1}, "its counts are"),
         ({"format_version": "x"}, "format_version is 'x'"),
     ],
     ids=str,

@@ -11,17 +11,17 @@ from typing import Any
 from unittest.mock import patch
 
 import torch.distributed as dist
-from torch import Tensor
 
 from stagdist.checkpoint.complete import COMPLETE, damage, read_complete
 from stagdist.checkpoint.training.directory import TrainingState
+from stagdist.checkpoint.training.writer import OwnedFragment
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import CheckpointError
 from stagdist.files import FileRecord
 from stagdist.parallel.groups import Groups
 from stagdist.training.engine.agreement import Writing
 from stagdist.training.engine.section_engine import SectionEngine, build_engine
-from stagdist.training.saving import file_writing
+from stagdist.training.saving import background_write
 from stagdist.training.saving.host_copies import HostCopies
 from stagdist.training.saving.save import Saver, save_checkpoint
 from tests.training.parity_cases import LEARNING_RATES, Case
@@ -156,11 +156,11 @@ def _with_broken_writer(error: Exception) -> Callable[[Rank], None]:
     def scenario(rank: Rank) -> None:
         rank.saver.save(rank.state(1), wait=True)
 
-        def broken(content: object, path: Path, given_up: threading.Event) -> FileRecord:
+        def broken(path: Path, fragments: object, given_up: threading.Event) -> FileRecord:
             raise error
 
         if dist.get_rank() == BROKEN_RANK:
-            with patch.object(file_writing, "write_file", broken):
+            with patch.object(background_write, "write_fragments", broken):
                 rank.saver.save(rank.state(2))
                 _wait_until(lambda: rank.saver.vote() is Writing.FAILED)
         else:
@@ -177,12 +177,12 @@ def _with_broken_writer(error: Exception) -> Callable[[Rank], None]:
 def no_memory(rank: Rank) -> None:
     """The copy to host memory fails on one rank."""
 
-    def full(copies: HostCopies, tensor: Tensor, key: object) -> Tensor:
+    def full(copies: HostCopies, numel: int, pinned: bool) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     rank.saver.save(rank.state(1), wait=True)
     if dist.get_rank() == BROKEN_RANK:
-        with patch.object(HostCopies, "_copy", full):
+        with patch.object(HostCopies, "_make", full):
             rank.failing(lambda: rank.saver.save(rank.state(2)))
     else:
         rank.failing(lambda: rank.saver.save(rank.state(2)))
@@ -201,21 +201,21 @@ SCENARIOS: dict[str, Callable[[Rank], None]] = {
 @contextmanager
 def _held(report: SavingReport, release: threading.Event) -> Iterator[None]:
     """No file is written in the background before `release` is set; counts how many are written at once."""
-    original, lock, now = file_writing.write_file, threading.Lock(), [0]
+    original, lock, now = background_write.write_fragments, threading.Lock(), [0]
 
-    def held(content: object, path: Path, given_up: threading.Event) -> FileRecord:
+    def held(path: Path, fragments: list[OwnedFragment], given_up: threading.Event) -> FileRecord:
         with lock:
             now[0] += 1
             report.most_at_once = max(report.most_at_once, now[0])
         try:
             while not (release.is_set() or given_up.is_set()):
                 time.sleep(0.002)
-            return original(content, path, given_up)
+            return original(path, fragments, given_up)
         finally:
             with lock:
                 now[0] -= 1
 
-    with patch.object(file_writing, "write_file", held):
+    with patch.object(background_write, "write_fragments", held):
         yield
 
 

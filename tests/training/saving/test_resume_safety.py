@@ -7,9 +7,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -23,6 +22,7 @@ from stagdist.checkpoint.published import model_writer as model_directory
 from stagdist.checkpoint.published.model_writer import CODE_FILES
 from stagdist.checkpoint.published.record import read_record
 from stagdist.checkpoint.training.directory import checkpoint_name
+from stagdist.checkpoint.training.reader import TrainingReader
 from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import CheckpointError, StagdistError, TransportError
 from stagdist.parallel.groups import Groups
@@ -32,24 +32,13 @@ from stagdist.training import publish as export
 from stagdist.training.engine.agreement import while_others_wait
 from stagdist.training.engine.section_engine import build_engine
 from stagdist.training.lost_peers import naming_lost_peers
-from stagdist.training.saving.other_grid import on_this_grid
 from stagdist.training.saving.resume import load_checkpoint, newest_complete
-from tests.checkpoint.synthetic import complete, file_contents, run_config, training_checkpoint
+from tests.checkpoint.synthetic import complete, file_contents, training_checkpoint
 from tests.ranks import run_ranks
 from tests.training.parity_cases import Case
 from tests.training.worlds import World
 
 pytestmark = pytest.mark.ranks
-
-
-class Bomb:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, target: Path):
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.target,)
 
 
 def _outcome(action: Callable[[], object]) -> str:
@@ -61,8 +50,8 @@ def _outcome(action: Callable[[], object]) -> str:
 
 
 def _load(folder: Path, groups: Groups) -> object:
-    engine: Any = SimpleNamespace(control=groups.control)  # it is refused before the engine is asked
-    return load_checkpoint(engine, folder, run_config({}).optimizer)
+    engine = build_engine(TrainingReader(folder).config, groups)
+    return load_checkpoint(engine, groups, TrainingReader(folder).model, folder)
 
 
 class Watched(Pulse):
@@ -77,12 +66,6 @@ class Watched(Pulse):
         self.phases.append(phase)
 
 
-def _fail_inside(checkpoint: Path, groups: Groups, pulse: Pulse) -> None:
-    with on_this_grid(checkpoint, run_config({}), groups, pulse) as fitting:
-        assert fitting.parent.name == ".for-2x1x1" and fitting.is_dir()
-        raise ArithmeticError
-
-
 def _hidden(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob(".*"))
 
@@ -90,30 +73,10 @@ def _hidden(folder: Path) -> list[str]:
 def scenarios(folder: Path) -> dict[str, Any]:
     """All scenarios in one world of two stages."""
     groups = World(120.0).groups((2, 1, 1))
-    found: dict[str, Any] = {
-        name: _outcome(partial(_load, folder / name / "checkpoints" / checkpoint_name(7), groups))
-        for name in ("bomb", "empty")
-    }
+    wrong = folder / "wrong key" / "checkpoints" / checkpoint_name(7)
+    found: dict[str, Any] = {"wrong key": _outcome(lambda: _load(wrong, groups))}
     found["unrecorded"] = _outcome(lambda: newest_complete(folder / "unrecorded" / "checkpoints", groups))
     found |= _nameless(folder / "nameless" / "checkpoints", groups)
-    other = folder / "other" / "checkpoints" / checkpoint_name(7)
-    pulse = Watched()
-    with pytest.raises(ArithmeticError):
-        _fail_inside(other, groups, pulse)
-    found["signs while converting"] = set(pulse.phases)
-    groups_barrier(groups)
-    found["after a failure"] = _hidden(other.parent)
-    groups_barrier(groups)
-    if groups.place.pipe == 0:
-        with exclusive(other.parent / ".for-a-grid.lock", "busy"):
-            found["busy"] = _outcome(lambda: _fail_inside(other, groups, Pulse()))
-    else:
-        found["busy"] = _outcome(lambda: _fail_inside(other, groups, Pulse()))
-    fits = folder / "fits" / "checkpoints" / checkpoint_name(7)
-    with on_this_grid(fits, run_config({}), groups, Pulse()) as fitting:
-        assert fitting == fits
-    groups_barrier(groups)
-    found["leftover"] = _hidden(fits.parent)
     return found | _exports(folder, groups) | {"lost": _lose_the_other(groups)}
 
 
@@ -184,27 +147,19 @@ def _queries_as_keys(spec: ParameterSpec) -> ParameterSpec:
     return replace(spec, name=name)
 
 
-def _edit_state(folder: Path, rank: int, change: Callable[[Any], Any]) -> None:
-    path = folder / f"mp_rank_{rank:02d}_model_states.pt"
-    torch.save(change(torch.load(path)), path)
-    complete(folder)
-
-
 @cache
 def launched(folder: Path) -> list[dict[str, Any]]:
     """The results of both ranks."""
-    _edit_state(training_checkpoint(folder / "bomb", {}, (2, 1, 1)), 1, lambda one: one | {"x": Bomb(folder / "ran")})
-    _edit_state(training_checkpoint(folder / "empty", {}, (2, 1, 1)), 0, lambda _: {})
+    wrong = training_checkpoint(folder / "wrong key", {}, (2, 1, 1))
+    index = (wrong / "index.json").read_text()
+    (wrong / "index.json").write_text(index.replace('"key":"sections.1.', '"key":"sections.9.'))
+    complete(wrong)
     unrecorded = training_checkpoint(folder / "unrecorded", {}, (2, 1, 1))
     records = read_complete(unrecorded)
-    del records["mp_rank_01_model_states.pt"]
+    del records["part_00001.safetensors"]
     write_complete(unrecorded, records)
     newest = training_checkpoint(folder / "nameless", {}, (2, 1, 1))
     shutil.copytree(newest, newest.with_name(f".replaced-{checkpoint_name(9)}"))
-    training_checkpoint(folder / "other", {}, (1, 1, 1))
-    fits = training_checkpoint(folder / "fits", {}, (2, 1, 1))
-    for checkpoints in (fits.parent, folder / "other" / "checkpoints"):
-        shutil.copytree(fits, checkpoints / ".for-8x8x8" / fits.name)
     (folder / "models" / "thesis").mkdir(parents=True)
     (folder / "models" / "thesis" / "chapter.txt").write_text("years of work")
     return run_ranks("tests.training.saving.test_resume_safety:scenarios", 2, folder, timeout_s=150)
@@ -222,12 +177,8 @@ def same(reports: list[dict[str, Any]], scenario: str) -> str:
     return str(reports[0][scenario])
 
 
-def test_an_untrusted_or_damaged_file_is_refused_on_all_ranks_before_they_load_together(
-    reports: list[dict[str, Any]],
-) -> None:
-    assert "mp_rank_01_model_states.pt would run pathlib.Path" in same(reports, "bomb")
-    assert "--trust-pickle" in same(reports, "bomb")
-    assert "mp_rank_00_model_states.pt lacks two dictionaries of shapes" in same(reports, "empty")
+def test_a_damaged_checkpoint_is_refused_on_all_ranks(reports: list[dict[str, Any]]) -> None:
+    assert "rank 1: " in same(reports, "wrong key") and "value cannot be read" in same(reports, "wrong key")
     assert same(reports, "unrecorded").startswith("none of the 1 checkpoints in ")
 
 
@@ -242,12 +193,6 @@ def test_a_run_resumes_from_a_checkpoint_that_a_killed_conversion_had_renamed(
     assert same(reports, "left") == "[]"
 
 
-def test_copies_for_a_grid_are_always_removed(reports: list[dict[str, Any]]) -> None:
-    assert same(reports, "after a failure") == "[]"
-    assert "another run is converting a checkpoint in " in same(reports, "busy")
-    assert same(reports, "leftover") == "[]"
-
-
 def test_a_rank_that_does_not_respond_is_reported_in_one_line(
     reports: list[dict[str, Any]],
 ) -> None:
@@ -259,7 +204,6 @@ def test_a_rank_that_does_not_respond_is_reported_in_one_line(
 def test_long_work_of_one_rank_gives_signs_of_life_on_all(reports: list[dict[str, Any]]) -> None:
     parameters = len(model_parameters(Case("stages", {}, (2, 1, 1)).config().model))
     for report in reports:
-        assert report["signs while converting"] == {Phase.START}
         # The engine's forward pass gives other signs in between; work after it must not look like that pass.
         assert report["signs"][-1] is Phase.EXPORT and report["signs"].count(Phase.EXPORT) > parameters + 2
     assert reports[0]["signs"].count(Phase.EXPORT) > 3 * parameters, "while it gathers, checks and computes"

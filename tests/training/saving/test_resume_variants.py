@@ -87,7 +87,7 @@ def _save_and_resume(case: Case, config: RunConfig, groups: Groups) -> Report:
     fresh = _parameters(second)
     newest = newest_complete(Path(config.folder) / "checkpoints", groups)
     assert newest == saved, f"saved {saved}, found {newest}"
-    state_read = load_checkpoint(second, newest, config.optimizer)
+    state_read = load_checkpoint(second, groups, config.model, newest)
     return Report(continued, _train(second, case, groups), fresh, state_read)
 
 
