@@ -20,7 +20,7 @@ from tests.checkpoint.synthetic import model_directory, training_checkpoint
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 135\n"
 PAGE = "\n<!doctype HTML>\n<html><body>Sign in</body></html>"
-MODEL_FILES = ("model.safetensors", "config.json", "generation_config.json", "checksums.json")
+MODEL_FILES = ("model.safetensors", "config.json", "generation_config.json", "complete.json")
 
 
 @pytest.fixture(scope="module")

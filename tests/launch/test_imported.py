@@ -8,11 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stagdist.checkpoint.convert.staging import ConversionOptions
 from stagdist.checkpoint.convert.import_model import import_model
+from stagdist.checkpoint.convert.staging import ConversionOptions
 from stagdist.config.loading import load_config
 from stagdist.data.tokenizer import train_bpe
-from stagdist.parallel.grid import Grid
 from stagdist.training.saving.resumed_config import resumed_config
 from tests.checkpoint.synthetic import model_directory
 from tests.launch.runs import losses, pretrain, tiny_config
