@@ -34,7 +34,7 @@ def test_a_run_begins_from_an_imported_model_on_its_own_data_and_grid(corpus: Pa
     import_model(source, tmp_path / "runs" / "tuned", None, ConversionOptions())
     run = pretrain(tmp_path, config)
     assert run.wait() == 0, run.text()
-    assert "was saved on pipe x data x tensor 1x1x1, this run has 2x1x1" in run.text()
+    assert "was saved on pipe x data x tensor 1x1x1, this run has pipe 2 x data 1 x tensor 1" in run.text()
     assert "resumed from runs/tuned/checkpoints/step_00000000" in run.text()
     assert sorted(losses(tmp_path, "tuned")) == [1, 2]
     before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "runs/tuned/model"))
@@ -70,7 +70,7 @@ def test_a_run_with_another_tokenizer_than_the_import_is_refused_once_until_that
 
 def test_a_checkpoint_that_was_imported_without_a_tokenizer_goes_with_any(tmp_path: Path) -> None:
     source = model_directory(tmp_path / "source", {})
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "complete.json"):
         (source / name).unlink()
     imported = import_model(source, tmp_path / "run", None, ConversionOptions()).directory
     config = load_config(imported / "config.yaml")
