@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stagdist.checkpoint.complete import publish
 from stagdist.checkpoint.convert.proof import any_ids, source_logits, text_ids
-from stagdist.checkpoint.convert.staging import ConversionOptions, put_in_place, staged_folder
+from stagdist.checkpoint.convert.staging import ConversionOptions, staged_folder
 from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
 from stagdist.checkpoint.safetensors_writer import tensor_sha256
@@ -63,7 +64,7 @@ def export_model(
         def begin() -> _Export | None:
             if dist.get_rank() != 0:
                 return None
-            staged = held.enter_context(staged_folder(directory, "model", ConversionOptions(overwrite=True)))
+            staged = held.enter_context(staged_folder(directory, ConversionOptions(overwrite=True)))
             return held.enter_context(_Export(directory, staged, model, dtype, tokenizer, tokens))
 
         export = on_every_rank(groups.control, begin, _failed)
@@ -117,7 +118,6 @@ class _Export:
         self._failure: OSError | None = None
 
     def __enter__(self) -> "_Export":
-        self._writer.open()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -164,7 +164,7 @@ class _Export:
             "%s: %d tensors read back; on %d tokens of text its logits differ from the training's by %.1e of their "
             "size", self._final, len(self._given), input_ids.shape[1], difference,
         )  # fmt: skip
-        put_in_place(self._staged, self._final.resolve())
+        publish(self._staged, self._final.resolve())
 
 
 def logit_limit(dtype: torch.dtype) -> float:

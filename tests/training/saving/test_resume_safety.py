@@ -1,10 +1,8 @@
 """What a run refuses to resume from, what it removes, and what it verifies at its end: the same on all ranks."""
 
 import re
-import shutil
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
@@ -17,10 +15,8 @@ import torch
 
 from stagdist.checkpoint.complete import read_complete, write_complete
 from stagdist.checkpoint.convert.inspection import inspect
-from stagdist.checkpoint.convert.staging import exclusive
 from stagdist.checkpoint.published import model_writer as model_directory
 from stagdist.checkpoint.published.model_writer import CODE_FILES
-from stagdist.checkpoint.published.record import read_record
 from stagdist.checkpoint.training.directory import checkpoint_name
 from stagdist.checkpoint.training.reader import TrainingReader
 from stagdist.data.tokenizer_files import load_tokenizer
@@ -76,7 +72,6 @@ def scenarios(folder: Path) -> dict[str, Any]:
     wrong = folder / "wrong key" / "checkpoints" / checkpoint_name(7)
     found: dict[str, Any] = {"wrong key": _outcome(lambda: _load(wrong, groups))}
     found["unrecorded"] = _outcome(lambda: newest_complete(folder / "unrecorded" / "checkpoints", groups))
-    found |= _nameless(folder / "nameless" / "checkpoints", groups)
     return found | _exports(folder, groups) | {"lost": _lose_the_other(groups)}
 
 
@@ -91,20 +86,6 @@ def _lose_the_other(groups: Groups) -> str:
     with pytest.raises(TransportError) as raised, naming_lost_peers(groups, limit_s, "resuming"):
         while_others_wait(control, lambda: time.sleep(1), lambda: None)
     return str(raised.value)
-
-
-def _nameless(checkpoints: Path, groups: Groups) -> dict[str, Any]:
-    """While a conversion replaces the newest checkpoint, and after it was killed in between."""
-    lock = checkpoints / f".converting-{checkpoint_name(9)}.lock"
-    found: dict[str, Any] = {}
-    with ExitStack() as held:
-        if groups.place.pipe == 0:
-            held.enter_context(exclusive(lock, "busy"))
-        found["while it is replaced"] = _outcome(lambda: newest_complete(checkpoints, groups))
-    groups_barrier(groups)
-    found["after a kill"] = _outcome(lambda: newest_complete(checkpoints, groups))
-    groups_barrier(groups)
-    return found | {"left": _hidden(checkpoints)}
 
 
 def groups_barrier(groups: Groups) -> None:
@@ -124,7 +105,7 @@ def _exports(folder: Path, groups: Groups) -> dict[str, Any]:
 
     found: dict[str, Any] = {"export": leave(folder / "models" / "model"), "signs": list(pulse.phases)}
     before = file_contents(folder / "models" / "model")
-    found["recorded"] = sorted(read_record(folder / "models" / "model").files)
+    found["recorded"] = sorted(read_complete(folder / "models" / "model"))
     found["problems"] = inspect(folder / "models" / "model").problems
     with patch.object(export.ModelReader, "weight", lambda _, spec: torch.zeros(spec.shape)):
         found["export read back wrong"] = leave(folder / "models" / "model")
@@ -158,8 +139,6 @@ def launched(folder: Path) -> list[dict[str, Any]]:
     records = read_complete(unrecorded)
     del records["part_00001.safetensors"]
     write_complete(unrecorded, records)
-    newest = training_checkpoint(folder / "nameless", {}, (2, 1, 1))
-    shutil.copytree(newest, newest.with_name(f".replaced-{checkpoint_name(9)}"))
     (folder / "models" / "thesis").mkdir(parents=True)
     (folder / "models" / "thesis" / "chapter.txt").write_text("years of work")
     return run_ranks("tests.training.saving.test_resume_safety:scenarios", 2, folder, timeout_s=150)
@@ -182,17 +161,6 @@ def test_a_damaged_checkpoint_is_refused_on_all_ranks(reports: list[dict[str, An
     assert same(reports, "unrecorded").startswith("none of the 1 checkpoints in ")
 
 
-def test_a_run_resumes_from_a_checkpoint_that_a_killed_conversion_had_renamed(
-    reports: list[dict[str, Any]],
-) -> None:
-    assert "another conversion is writing" in same(reports, "while it is replaced")
-    assert "on this rank only" not in same(reports, "while it is replaced")
-    assert same(reports, "after a kill").startswith("done: ") and same(reports, "after a kill").endswith(
-        "step_00000009"
-    )
-    assert same(reports, "left") == "[]"
-
-
 def test_a_rank_that_does_not_respond_is_reported_in_one_line(
     reports: list[dict[str, Any]],
 ) -> None:
@@ -211,7 +179,9 @@ def test_long_work_of_one_rank_gives_signs_of_life_on_all(reports: list[dict[str
 
 def test_the_model_of_a_run_is_read_back_and_replaces_only_an_earlier_one(reports: list[dict[str, Any]]) -> None:
     assert same(reports, "export") == "done: None"
-    assert reports[0]["recorded"] == sorted([*CODE_FILES, "tokenizer.json", "tokenizer_config.json"])
+    assert reports[0]["recorded"] == sorted(
+        [*CODE_FILES, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    )
     assert same(reports, "problems") == "[]"
     assert "is read back from" in same(reports, "export read back wrong")
     assert "model is not the model that was trained" in same(reports, "export under wrong names")
