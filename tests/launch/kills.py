@@ -16,12 +16,13 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common.conditions import commit
 from stagdist.checkpoint.training.directory import candidates, checkpoint_damage
 from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import byte_tokenizer
-from tests.launch.runs import losses, pretrain, tiny_config
+from tests.launch.runs import Forks, losses, pretrain, tiny_config
 
 MODEL = {"hidden_size": 128, "intermediate_size": 512, "section_layers": [2, 2]}
 LONGEST_S = 1.0
@@ -47,7 +48,7 @@ class KillReport:
 
 def kill_often(folder: Path, corpus: Path, kills: int, seed: int) -> KillReport:
     """Start the run and kill it, `kills` times."""
-    checkpoints, metrics = folder / "runs/run/checkpoints", folder / "runs/run/metrics.jsonl"
+    checkpoints = folder / "runs/run/checkpoints"
     training = {"steps": 20_000, "global_batch_size": 2, "micro_batch_size": 2}
     config = tiny_config(
         corpus, "run", model=MODEL, training=training, checkpoint={"interval_steps": 1, "keep_last": 2}
@@ -56,12 +57,7 @@ def kill_often(folder: Path, corpus: Path, kills: int, seed: int) -> KillReport:
     generator, report, logged = random.Random(seed), KillReport(), dict[int, float]()
     for number in range(kills):
         newest = report.steps[-1] if report.steps else 0
-        run = pretrain(folder, config)
-        if newest:
-            resumed = f"resumed from runs/run/checkpoints/step_{newest:08d}"
-            run.wait_until(lambda line=resumed: line in run.text(), resumed)  # type: ignore[misc]
-        else:
-            run.wait_for_step(metrics, 2)
+        run = _training(folder, config, newest)
         time.sleep(generator.uniform(0, LONGEST_S))
         seen = _newest_name(checkpoints)
         report.while_saving += (checkpoints / ".saving").exists()
@@ -80,6 +76,17 @@ def kill_often(folder: Path, corpus: Path, kills: int, seed: int) -> KillReport:
         ]
         logged |= now
     return report
+
+
+def _training(folder: Path, config: dict[str, Any], newest: int) -> Forks:
+    """Start the run; returns once it trains from where it should."""
+    run = pretrain(folder, config)
+    if newest == 0:
+        run.wait_for_step(folder / "runs/run/metrics.jsonl", 2)
+    else:
+        resumed = f"resumed from runs/run/checkpoints/step_{newest:08d}"
+        run.wait_until(lambda: resumed in run.text(), resumed)
+    return run
 
 
 def _newest_name(checkpoints: Path) -> int:

@@ -42,6 +42,7 @@ class NewModel:
         equal_to: what every tensor is proved to be, as text for the user.
         logits_of: the result must have the logits of this model. None where model and tensors are those of the
             source: the same forward pass over the same bits proves nothing.
+        prove: another comparison of the written directory; returns what it compared, as text for the user.
     """
 
     sources: Sequence[WeightSource]
@@ -50,6 +51,7 @@ class NewModel:
     dtype: torch.dtype
     equal_to: str = "bit-equal"
     logits_of: WeightSource | None = None
+    prove: Callable[[ModelReader], str] | None = None
 
 
 def export(
@@ -226,6 +228,8 @@ def _write_proved(new: NewModel, folder: Path, options: ConversionOptions) -> tu
     checked = f"{len(sums)} tensors are {new.equal_to}"
     if new.logits_of is not None:
         checked += prove_logits(new.logits_of, written, text_ids(tokenizer, new.config), options.track)
+    if new.prove is not None:
+        checked += new.prove(written)
     return written, checked
 
 
