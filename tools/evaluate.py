@@ -157,14 +157,14 @@ def _rank() -> int:
 def _progress(hidden: bool) -> Callable[[int, int], None]:
     from tqdm import tqdm
 
-    bars: list[Any] = []  # created at the first window, so that an error before it is not printed into the bar
+    # The delay: an error before the first window is not printed into the bar.
+    bar = tqdm(unit="window", disable=hidden, leave=False, delay=1e-3)
 
     def report(done: int, total: int) -> None:
-        if not bars:
-            bars.append(tqdm(total=total, unit="window", disable=hidden, leave=False))
-        bars[0].update(done - bars[0].n)
+        bar.total = total
+        bar.update(done - bar.n)
         if done == total:
-            bars[0].close()
+            bar.close()
 
     return report
 

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.rank == 0:
         corpus = prepared.description
         print(
-            f"{prepared.prefix}: {corpus.documents} documents, {corpus.tokens} tokens, {corpus.bytes} bytes of text "
+            f"{arguments.output}: {corpus.documents} documents, {corpus.tokens} tokens, {corpus.bytes} bytes of text "
             f"({corpus.bytes / corpus.tokens:.2f} per token); left out: {prepared.skipped_empty} empty, "
             f"{prepared.skipped_bad} not UTF-8"
         )

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,12 @@ HELD_OUT_BYTES = 150_000
 MIN_DOCUMENTS = 60
 MICRO_BATCH = ("--set", "training.micro_batch_size=4")
 """The configuration says 1, so that it fits many ranks; two do better with larger matrices."""
-PROMPT_TOKENS, SAMPLE_TOKENS = 24, 100
+PROMPT_TOKENS = 24
+NEXT = """
+Next, generate more text or train longer, for example:
+  deepspeed --num_accelerators 2 launch/generate.py --model runs/quickstart/model --prompt 'def main(' --temperature 0.7
+  deepspeed --num_accelerators 2 launch/pretrain.py --config configs/quickstart.yaml --set name=longer \\
+      --set training.micro_batch_size=4 --set training.steps=2000"""
 EXAMPLES = """\
 examples:
   make quickstart
@@ -68,8 +74,7 @@ def documents(inputs: list[str]) -> list[str]:
     texts: list[str] = []
     for cut in ("auto", "paragraph", "line"):
         options = ReadOptions(bad_utf8="skip", txt_documents=cut)  # type: ignore[arg-type]
-        reader = Reader(options)
-        texts = [text for piece in plan_pieces(inputs, options) for text in reader.documents(piece)]
+        texts = list(Reader(options).documents(plan_pieces(inputs, options)))
         if len(texts) >= MIN_DOCUMENTS:
             break
     if not texts:
@@ -78,27 +83,25 @@ def documents(inputs: list[str]) -> list[str]:
     return texts
 
 
-def split(texts: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Cut documents into train, validation and held-out text; held out is at most a tenth, of many documents."""
+def split(texts: list[str]) -> dict[str, list[str]]:
+    """Cut documents into held-out, validation and training text; held out is at most a tenth, of many documents."""
     sizes = [len(text.encode()) for text in texts]
     total = sum(sizes)
     share = min(HELD_OUT_BYTES, total // 10)
     # Long documents go to the end, which is training text: one of them must not be all of the held-out text.
-    texts = [text for _, text in sorted(zip(sizes, texts, strict=True), key=lambda pair: pair[0] > share // 8)]
-    position = 0
+    queue = deque(sorted(zip(sizes, texts, strict=True), key=lambda pair: pair[0] > share // 8))
+    parts: dict[str, list[str]] = {}
     for name, wanted in (("heldout", share), ("validation", share), ("train", TEXT_BYTES)):
-        part: list[str] = []
-        size = 0
-        while position < len(texts) and size < wanted:
-            part.append(texts[position])
-            size += len(texts[position].encode())
-            position += 1
-        if not part:
+        size, parts[name] = 0, []
+        while queue and size < wanted:
+            parts[name].append(queue[0][1])
+            size += queue.popleft()[0]
+        if not parts[name]:
             raise DataError(f"{total} bytes of text are too few to learn from; give some hundred kilobytes")
-        print(f"  {name}: {len(part)} documents, {size / 1e6:.2f} MB", flush=True)
-        yield name, part
-    if position < len(texts):
-        print(f"  {len(texts) - position} documents more are left out of this short run", flush=True)
+        print(f"  {name}: {len(parts[name])} documents, {size / 1e6:.2f} MB", flush=True)
+    if queue:
+        print(f"  {len(queue)} documents more are left out of this short run", flush=True)
+    return parts
 
 
 def run(*command: str, output: Path | None = None) -> None:
@@ -133,32 +136,22 @@ def deepspeed(*arguments: str, output: Path | None = None) -> None:
     run("deepspeed", *quiet, "--num_accelerators", "2", "--master_port", port, *arguments, output=output)
 
 
-def prepare(texts: list[str], vocab_size: int) -> None:
+def prepare(parts: dict[str, list[str]], vocab_size: int) -> None:
     """Write the three texts, train the tokenizer on the training text, tokenize."""
     data = RUN / "data"
     data.mkdir(parents=True)
-    for name, part in split(texts):
-        with (data / f"{name}.jsonl").open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps({"text": text}) + "\n" for text in part)
-    tokenizer = str(data / "tokenizer")
-    run(
-        "python", "tools/train_tokenizer.py", str(data / "train.jsonl"), "--output", tokenizer,
-        "--vocab-size", str(vocab_size),
-    )  # fmt: skip
-    for name in ("train", "validation", "heldout"):
-        run(
-            "python", "tools/prepare_data.py", str(data / f"{name}.jsonl"), "--output", str(data / name),
-            "--tokenizer", tokenizer, "--quiet",
-        )  # fmt: skip
+    for name, texts in parts.items():
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (data / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    tokenizer = f"{data}/tokenizer"
+    train = ("--output", tokenizer, "--vocab-size", str(vocab_size))
+    run("python", "tools/train_tokenizer.py", f"{data}/train.jsonl", *train)
+    for name in parts:
+        options = ("--output", f"{data}/{name}", "--tokenizer", tokenizer, "--quiet")
+        run("python", "tools/prepare_data.py", f"{data}/{name}.jsonl", *options)
 
 
-def read_texts(name: str) -> list[str]:
-    """Documents of one of the three texts."""
-    lines = (RUN / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"] for line in lines]
-
-
-def judge() -> dict[str, Any]:
+def judge(parts: dict[str, list[str]]) -> dict[str, Any]:
     """Bits per byte of the held-out text: the model, and bigrams trained on the same training text."""
     from stagdist.checkpoint.published.load_model import load_model
     from stagdist.data.tokenizer import Tokenizer, byte_tokenizer
@@ -168,17 +161,15 @@ def judge() -> dict[str, Any]:
     from stagdist.model.megatron import TensorParallel
     from stagdist.parallel.groups import single_process
 
-    train, held_out = read_texts("train"), read_texts("heldout")
-
     def stream(texts: list[str], by: Tokenizer) -> list[int]:
         return [token for ids in by.encode_batch(texts) for token in (*ids, by.end_of_document)]
 
     def bigram(by: Tokenizer) -> float:
-        model = WittenBellBigram(stream(train, by), by.vocab_size)
-        return model.score(stream(held_out, by), by.token_bytes()).bits_per_byte
+        model = WittenBellBigram(stream(parts["train"], by), by.vocab_size)
+        return model.score(stream(parts["heldout"], by), by.token_bytes()).bits_per_byte
 
     tokenizer = load_tokenizer(str(RUN / "model"))
-    ids = stream(held_out, tokenizer)
+    ids = stream(parts["heldout"], tokenizer)
     with single_process() as groups:
         model = load_model(RUN / "model", TensorParallel(groups.tensor))
         context = model.config.max_position_embeddings
@@ -191,39 +182,37 @@ def judge() -> dict[str, Any]:
     }
 
 
-def sample() -> str:
-    """The beginning of the held-out text, continued by the model with both sections working on every token."""
+def sample(text: str, device: Sequence[str]) -> str:
+    """The beginning of a text, continued by the model with both sections working on every token."""
     from stagdist.data.tokenizer_files import load_tokenizer
 
-    tokenizer = load_tokenizer(str(RUN / "model"))
-    beginning = tokenizer.encode(read_texts("heldout")[0])[:PROMPT_TOKENS]
-    prompt = tokenizer.decode(beginning).rstrip("\ufffd")  # not half a character
-    device = () if enough_devices() else ("--device", "cpu")
+    tokenizer = load_tokenizer(RUN / "model")
+    prompt = tokenizer.decode(tokenizer.encode(text)[:PROMPT_TOKENS]).rstrip("\ufffd")  # not half a character
     deepspeed(
-        "launch/generate.py", "--model", str(RUN / "model"), f"--prompt={prompt}", "--max-new-tokens",
-        str(SAMPLE_TOKENS), "--temperature", "0.7", "--top-k", "40", "--seed", "0", *device,
+        *("launch/generate.py", "--model", str(RUN / "model"), f"--prompt={prompt}"),
+        *("--max-new-tokens", "100", "--temperature", "0.7", "--top-k", "40", "--seed", "0", *device),
         output=RUN / "sample.txt",
-    )  # fmt: skip
+    )
     return (RUN / "sample.txt").read_text(encoding="utf-8").rstrip("\n")
 
 
 def report(summary: dict[str, Any]) -> None:
     """The final report."""
     model, byte, token = (summary[f"{key}bits_per_byte"] for key in ("heldout_", "bigram_", "token_bigram_"))
-    print(f"\n--- a sample, after its first {PROMPT_TOKENS} tokens ---\n{summary['sample']}\n---")
-    print("\nbits per byte of held-out text (lower is better)")
-    print(f"  this StagFormer           {model:.3f}   {model / byte:.2f} of the byte bigram")
-    print(f"  bigram over its tokens    {token:.3f}\n  bigram over bytes         {byte:.3f}")
-    print(f"\n{summary['tokens_per_s']:.0f} tokens/s in training, {summary['wall_s']:.0f} s in all. In {RUN}/:")
-    print("  checkpoints/  config.yaml  metrics.jsonl  loss.png  model/  sample.txt  summary.json")
-    print("\nNext, generate more text or train longer, for example:")
     print(
-        "  deepspeed --num_accelerators 2 launch/generate.py --model runs/quickstart/model "
-        "--prompt 'def main(' --temperature 0.7"
-    )
-    print(
-        "  deepspeed --num_accelerators 2 launch/pretrain.py --config configs/quickstart.yaml "
-        "--set name=longer --set training.micro_batch_size=4 --set training.steps=2000"
+        f"""
+--- a sample, after its first {PROMPT_TOKENS} tokens ---
+{summary["sample"]}
+---
+
+bits per byte of held-out text (lower is better)
+  this StagFormer           {model:.3f}   {model / byte:.2f} of the byte bigram
+  bigram over its tokens    {token:.3f}
+  bigram over bytes         {byte:.3f}
+
+{summary["tokens_per_s"]:.0f} tokens/s in training, {summary["wall_s"]:.0f} s in all. In {RUN}/:
+  checkpoints/  config.yaml  metrics.jsonl  loss.png  model/  sample.txt  summary.json
+{NEXT}"""
     )
 
 
@@ -234,16 +223,17 @@ def quickstart(arguments: argparse.Namespace) -> None:
     config = load_config(CONFIG, arguments.set)
     inputs = arguments.corpus or standard_library()
     print(f"reading {len(inputs)} input(s)", flush=True)
-    texts = documents(inputs)
+    parts = split(documents(inputs))
     if RUN.exists():
         print(f"removing {RUN} of an earlier quickstart", flush=True)
         shutil.rmtree(RUN)
-    prepare(texts, config.model.vocab_size)
+    prepare(parts, config.model.vocab_size)
     device = () if enough_devices() else ("--set", "parallel.device=cpu")
     overrides = [part for override in arguments.set for part in ("--set", override)]
     deepspeed("launch/pretrain.py", "--config", "configs/quickstart.yaml", *MICRO_BATCH, *device, *overrides)
     print("\nscoring held-out text", flush=True)
-    summary = json.loads((RUN / "summary.json").read_text()) | judge() | {"sample": sample()}
+    summary = json.loads((RUN / "summary.json").read_text()) | judge(parts)
+    summary["sample"] = sample(parts["heldout"][0], () if enough_devices() else ("--device", "cpu"))
     summary["wall_s"] = time.monotonic() - started
     (RUN / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report(summary)

@@ -2,12 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from stagdist.data.prepare.arguments import add_reading_arguments, reading_options, report_left_out, run_tool
 from stagdist.data.prepare.documents import Reader
-from stagdist.data.prepare.sources import Piece, ReadOptions, files_left_out, listed, plan_pieces
+from stagdist.data.prepare.sources import Piece, files_left_out, listed, plan_pieces
 from stagdist.data.tokenizer import train_bpe
 from stagdist.errors import ConfigError, DataError
 
@@ -56,20 +57,6 @@ def sample(pieces: Sequence[Piece], limit: float) -> list[Piece]:
     return [pieces[index * len(pieces) // count] for index in range(count)]
 
 
-def texts(pieces: Sequence[Piece], options: ReadOptions, inputs: Sequence[str]) -> Iterator[str]:
-    """Documents of the pieces.
-
-    Raises:
-        DataError: there is none.
-    """
-    reader, text = Reader(options), None
-    for piece in pieces:
-        for text in reader.documents(piece):
-            yield text
-    if text is None:
-        raise DataError(f"no text in {listed(inputs)}; nothing was written")
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Train, save, and say what came out."""
     if Path(arguments.output, "tokenizer.json").exists() and not arguments.overwrite:
@@ -79,9 +66,11 @@ def run(arguments: argparse.Namespace) -> None:
     options = reading_options(arguments)
     left_out = files_left_out(arguments.inputs, options)
     pieces = sample(plan_pieces(arguments.inputs, options), arguments.max_megabytes * 1e6)
-    tokenizer = train_bpe(
-        texts(pieces, options, arguments.inputs), arguments.vocab_size, show_progress=not arguments.quiet
-    )
+    texts = Reader(options).documents(pieces)
+    first = next(texts, None)
+    if first is None:
+        raise DataError(f"no text in {listed(arguments.inputs)}; nothing was written")
+    tokenizer = train_bpe(chain([first], texts), arguments.vocab_size, show_progress=not arguments.quiet)
     tokenizer.save(arguments.output)
     short = ""
     if tokenizer.vocab_size < arguments.vocab_size:

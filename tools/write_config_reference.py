@@ -1,22 +1,13 @@
-"""Write docs/configuration.md from the schema in stagdist/config/.
+"""Write docs/configuration.md from the schema in stagdist/config/: python tools/write_config_reference.py"""
 
-python tools/write_config_reference.py            writes the page
-python tools/write_config_reference.py --check    exits with code 1 if the page is not up to date
-"""
-
-import argparse
 import re
-import sys
-import types
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic_core import PydanticUndefined
 
-from stagdist.config.base import ConfigPart
 from stagdist.config.run_config import OWNED_DEEPSPEED_KEYS
-from stagdist.config.schema import Key, inner_part, is_list, schema_keys
+from stagdist.config.schema import schema_keys
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -62,45 +53,28 @@ pipeline. The following keys are refused, because stagdist derives them from its
 """
 
 
-def main() -> int:
-    """Write or compare the page; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    arguments = parser.parse_args()
-    if not arguments.check:
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(reference(), encoding="utf-8")
-        return 0
-    current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == reference()
-    if not current:
-        sys.stderr.write(f"{PAGE.name} is not up to date; run: python tools/write_config_reference.py\n")
-    return 0 if current else 1
-
-
 def reference() -> str:
     """The page: a table for every part of the configuration."""
     tables: dict[str, list[str]] = {"": []}
-    meanings: dict[str, tuple[str, type[ConfigPart]]] = {}
+    parts: dict[str, dict[str, Any]] = {}
     for key in schema_keys():
-        part, _, name = key.path.rpartition(".")
-        inner = inner_part(key.field)
-        if inner is not None:
-            meanings[f"{key.path}.0" if is_list(key.field) else key.path] = (key.field.description or "", inner)
-        if inner is None or is_list(key.field) or key.field.default is None:
-            tables.setdefault(part, []).append(_row(name, key))
+        place, _, name = key.path.rpartition(".")
+        if key.part is not None:
+            parts[f"{key.path}.0" if key.is_list else key.path] = key.part
+        if key.part is None or key.is_list or key.schema.get("default", {}) is None:
+            tables.setdefault(place, []).append(_row(name, key.schema))
     text = INTRODUCTION + "\n" + _table("## Run", "", tables.pop(""))
-    described: set[type[ConfigPart]] = set()
-    for part, rows in tables.items():
-        description, inner = meanings[part]
-        if inner not in described:  # the lists of corpora share one table
-            described.add(inner)
-            text += _table(f"## {_title(part)}", (inner.__doc__ or description).strip(), rows)
+    described = set()
+    for place, rows in tables.items():
+        if parts[place]["title"] not in described:  # the lists of corpora share one table
+            described.add(parts[place]["title"])
+            text += _table(f"## {_title(place)}", parts[place]["description"], rows)
     return text + DEEPSPEED + "".join(f"| `{key}` | `{ours}` |\n" for key, ours in OWNED_DEEPSPEED_KEYS.items())
 
 
-def _title(part: str) -> str:
+def _title(place: str) -> str:
     """Heading of a part: its path. The lists of corpora share one heading."""
-    return "Entries of `data.corpora` and of the other lists of corpora" if part.endswith(".0") else f"`{part}`"
+    return "Entries of `data.corpora` and of the other lists of corpora" if place.endswith(".0") else f"`{place}`"
 
 
 def _table(heading: str, meaning: str, rows: list[str]) -> str:
@@ -108,60 +82,39 @@ def _table(heading: str, meaning: str, rows: list[str]) -> str:
     return f"{heading}\n\n{paragraph}| key | type | default | meaning |\n|---|---|---|---|\n" + "".join(rows) + "\n"
 
 
-def _row(name: str, key: Key) -> str:
-    cells = (f"`{name}`", type_words(key.field.annotation, key.field.metadata), _default(key), key.field.description)
-    return "| " + " | ".join((cell or "").replace("|", "\\|") for cell in cells) + " |\n"
-
-
-def _default(key: Key) -> str:
-    default = key.field.get_default()
-    if default is PydanticUndefined:
-        return "**required**"
-    if isinstance(default, tuple):
-        return f"`[{', '.join(_as_yaml(entry) for entry in default)}]`"
-    return f"`{_as_yaml(default)}`"
+def _row(name: str, schema: dict[str, Any]) -> str:
+    default = f"`{_as_yaml(schema['default'])}`" if "default" in schema else "**required**"
+    cells = (f"`{name}`", type_words(schema), default, schema["description"])
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
 def _as_yaml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_as_yaml, value))}]"
     if isinstance(value, float):
         return re.sub(r"e-0*", "e-", repr(value)).removesuffix(".0")
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
 
 
-_PLAIN_WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
+_WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
+_LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
-def type_words(kind: Any, metadata: list[Any]) -> str:
-    """The type of a key and its limits as text."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if hasattr(kind, "__metadata__"):  # Annotated
-        return type_words(kind.__origin__, [*kind.__metadata__, *metadata])
-    if origin is Literal:
-        return " or ".join(f"`{value}`" for value in inner)
-    if origin in (Union, types.UnionType):
-        return " or ".join(type_words(one, metadata if one is not type(None) else []) for one in inner)
-    if origin is tuple and inner[-1] is Ellipsis:
-        return f"list of {type_words(inner[0], [])}"
-    if origin is tuple:
-        return f"list of {len(inner)} of {type_words(inner[0], [])}"
-    if origin is dict or (isinstance(kind, type) and issubclass(kind, ConfigPart)):
-        return "mapping"
-    return _PLAIN_WORDS[kind] + _limits(metadata)
-
-
-def _limits(metadata: list[Any]) -> str:
-    """Limits of a number, from pydantic's constraints at any depth."""
-    found: dict[str, float] = {}
-    for one in metadata:
-        for constraint in [one, *getattr(one, "metadata", [])]:
-            for sign in ("ge", "gt", "le", "lt"):
-                if getattr(constraint, sign, None) is not None:
-                    found[sign] = getattr(constraint, sign)
-    if "ge" in found and "le" in found:
-        return f" {found['ge']:g} to {found['le']:g}"
-    words = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    return "".join(f" {words[sign]} {limit:g}" for sign, limit in sorted(found.items()))
+def type_words(schema: dict[str, Any]) -> str:
+    """The type of a value and its limits as text, from its JSON schema."""
+    if "anyOf" in schema:
+        return " or ".join(map(type_words, schema["anyOf"]))
+    if values := schema.get("enum") or ([schema["const"]] if "const" in schema else []):
+        return " or ".join(f"`{value}`" for value in values)
+    if "prefixItems" in schema:
+        return f"list of {len(schema['prefixItems'])} of {type_words(schema['prefixItems'][0])}"
+    if "items" in schema:
+        return f"list of {type_words(schema['items'])}"
+    if "minimum" in schema and "maximum" in schema:
+        return f"{_WORDS[schema['type']]} {schema['minimum']} to {schema['maximum']}"
+    limits = "".join(f" {sign} {schema[limit]:g}" for limit, sign in _LIMITS.items() if limit in schema)
+    return _WORDS.get(schema.get("type", ""), "mapping") + limits
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    PAGE.write_text(reference(), encoding="utf-8")

@@ -1,8 +1,8 @@
 """Checks between the parts of a configuration. Each function returns one message per problem, with the remedy."""
 
+import re
 from typing import Any
 
-from stagdist.config.device_choice import device_problem
 from stagdist.config.parts import ModelConfig, ParallelConfig, SchedulerConfig, TrainingConfig
 
 
@@ -57,6 +57,17 @@ def training_problems(
             "training.precision fp16 scales the loss, which works on a GPU only, but parallel.device is cpu; use bf16"
         )
     return problems
+
+
+def device_problem(choice: str, option: str) -> str | None:
+    """Why `choice` does not name a device; None if it does.
+
+    Args:
+        option: name of the option or configuration key.
+    """
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", choice):
+        return None
+    return f"{option} is {choice!r}; give auto, cpu, cuda or cuda:N"
 
 
 def zero_problems(deepspeed: dict[str, Any]) -> list[str]:

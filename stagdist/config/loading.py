@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from stagdist.config.base import ConfigPart
 from stagdist.config.parts import ModelConfig
 from stagdist.config.run_config import RunConfig
-from stagdist.config.schema import meaning, unknown_keys
+from stagdist.config.schema import meaning, unknown
 from stagdist.errors import ConfigError
 from stagdist.files import not_downloaded
 
@@ -52,13 +52,12 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunCon
 
 def validate(keys: Mapping[str, Any]) -> tuple[RunConfig | None, list[str]]:
     """A configuration from nested mappings, with every problem found; None if a single key is wrong."""
-    unknown = unknown_keys(keys)
     contradictions: list[str] = []  # filled by the checks instead of being raised
     try:
         config = RunConfig.model_validate(dict(keys), context=contradictions)
     except ValidationError as error:
-        wrong = [_readable(one) for one in error.errors() if one["type"] != "extra_forbidden"]
-        return None, unknown + wrong + contradictions
+        unknown_first = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        return None, [_readable(one) for one in unknown_first] + contradictions
     return config, contradictions
 
 
@@ -241,7 +240,10 @@ _EXPECTED = {
 
 def _readable(error: Mapping[str, Any]) -> str:
     """A problem with the path of its key, without the vocabulary of the validation library."""
-    path, kind = ".".join(str(part) for part in error["loc"]), error["type"]
+    names, kind = list(map(str, error["loc"])), error["type"]
+    path = ".".join(names)
+    if kind == "extra_forbidden":
+        return unknown(".".join(names[:-1]), names[-1])
     if kind == "missing":
         return f"{path} is missing{meaning(path)}"
     if kind == "value_error":

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from stagdist.errors import ConfigError, DataError
+from stagdist.errors import DataError
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
 """Tokens and labels, each int64 [B, S]."""
@@ -22,26 +22,12 @@ MicroBatch = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which samples of a global batch this data-parallel rank takes.
-
-    Raises:
-        ConfigError: the sizes do not divide.
-    """
+    """Which samples of a global batch this data-parallel rank takes; the sizes divide (`world_problems`)."""
 
     global_batch_size: int
     micro_batch_size: int
     data_parallel_rank: int
     data_parallel_size: int
-
-    def __post_init__(self) -> None:
-        per_round = self.micro_batch_size * self.data_parallel_size
-        if per_round < 1 or self.global_batch_size < 1 or self.global_batch_size % per_round:
-            raise ConfigError(
-                f"training.global_batch_size {self.global_batch_size} is not a multiple of training.micro_batch_size "
-                f"{self.micro_batch_size} x data-parallel size {self.data_parallel_size} = {per_round}"
-            )
-        if not 0 <= self.data_parallel_rank < self.data_parallel_size:
-            raise ConfigError(f"data-parallel rank {self.data_parallel_rank} of {self.data_parallel_size} ranks")
 
     @property
     def num_micro_batches(self) -> int:

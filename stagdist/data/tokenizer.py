@@ -126,7 +126,7 @@ class Tokenizer:
     @cached_property
     def is_bytes(self) -> bool:
         """Whether token ids are exactly the UTF-8 bytes (and the end-of-document token)."""
-        return self.fingerprint == Tokenizer(_byte_json(), END_OF_DOCUMENT).fingerprint
+        return self.fingerprint == byte_tokenizer().fingerprint
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; no special token is added or recognized."""
@@ -289,17 +289,13 @@ def byte_alphabet() -> list[str]:
     return [table[byte] for byte in range(256)]
 
 
-def _byte_json() -> str:
+def byte_tokenizer() -> Tokenizer:
+    """One token per UTF-8 byte (ids 0 to 255) and the end-of-document token (256)."""
     backend = tokenizers.Tokenizer(models.BPE({char: byte for byte, char in enumerate(byte_alphabet())}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([END_OF_DOCUMENT])
-    return str(backend.to_str())
-
-
-def byte_tokenizer() -> Tokenizer:
-    """One token per UTF-8 byte (ids 0 to 255) and the end-of-document token (256)."""
-    return Tokenizer(_byte_json(), END_OF_DOCUMENT)
+    return Tokenizer(backend.to_str(), END_OF_DOCUMENT)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, *, show_progress: bool = False) -> Tokenizer:
@@ -311,7 +307,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, show_progress: bool = Fa
 
     Raises:
         ConfigError: `vocab_size` is below 257.
-        DataError: there is no text.
     """
     if vocab_size < 257:
         raise ConfigError(f"vocabulary size {vocab_size} is below 257 (256 bytes and the end-of-document token)")
@@ -324,19 +319,5 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, show_progress: bool = Fa
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
-    iterator = iter(texts)
-    first = next(iterator, None)
-    if first is None:
-        raise DataError("no text to train a tokenizer on; give files with at least one document")
-    backend.train_from_iterator(_batched(first, iterator), trainer)
+    backend.train_from_iterator(texts, trainer)
     return Tokenizer(backend.to_str(), END_OF_DOCUMENT)
-
-
-def _batched(first: str, rest: Iterator[str]) -> Iterator[list[str]]:
-    batch = [first]
-    for text in rest:
-        batch.append(text)
-        if len(batch) == 256:
-            yield batch
-            batch = []
-    yield batch

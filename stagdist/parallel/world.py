@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stagdist.config.device_choice import device_problem
+from stagdist.config.cross_checks import device_problem
 from stagdist.errors import ConfigError, TransportError
 from stagdist.parallel.private_variables import load_private
 

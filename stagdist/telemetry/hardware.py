@@ -4,6 +4,8 @@ import re
 import sys
 from typing import Literal, NamedTuple
 
+import psutil
+
 Precision = Literal["bf16", "fp16", "fp32"]
 
 
@@ -57,13 +59,11 @@ def peak_flops(device_name: str | None, dtype: Precision) -> float | None:
         device_name: as `torch.cuda.get_device_name()` returns it; None for a CPU.
         dtype: precision of the matrix products.
     """
-    if dtype not in ("bf16", "fp16", "fp32"):
-        raise ValueError(f"dtype {dtype!r} is not one of bf16, fp16, fp32")
     if device_name is None or re.search(r"\bMIG\b", device_name):
         return None
     for peak in DEVICE_PEAKS:
         if re.search(peak.pattern, device_name, flags=re.IGNORECASE):
-            tflops = {"bf16": peak.bf16, "fp16": peak.fp16, "fp32": peak.fp32}[dtype]
+            tflops: float | None = getattr(peak, dtype)
             return None if tflops is None else tflops * 1e12
     return None
 
@@ -72,16 +72,9 @@ def memory_bytes() -> tuple[str, int]:
     """Which measure of this process's memory is available, and its bytes.
 
     `cuda_peak_allocated`, where torch has initialized CUDA in this process: the peak of its allocator on the current
-    device. Otherwise `process_resident`, or on systems without /proc `process_peak_resident`.
+    device. Otherwise `process_resident`.
     """
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():
         return "cuda_peak_allocated", torch.cuda.max_memory_allocated()
-    import resource
-
-    try:
-        with open("/proc/self/statm", encoding="ascii") as statm:
-            return "process_resident", int(statm.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return "process_peak_resident", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return "process_resident", psutil.Process().memory_info().rss

@@ -7,6 +7,7 @@ errors, and the file of the rank holds the rest.
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -41,19 +42,20 @@ def setup_logging(rank: int, folder: str | Path | None, *, stream: TextIO | None
     Raises:
         ConfigError: the log file cannot be written.
     """
-    _remove_earlier_handlers()
-    console = _ConsoleHandler(rank, stream)
-    handlers: list[logging.Handler] = [console]
-    if folder is not None:
-        handlers.append(_file_handler(rank, Path(folder)))
+    for logger in _known_loggers():
+        for handler in list(logger.handlers):
+            if isinstance(handler, _ConsoleHandler | _RankFileHandler):
+                logger.removeHandler(handler)
+                handler.close()
+    files = [] if folder is None else [_RankFileHandler(Path(folder), rank)]
     root = logging.getLogger()
     root.setLevel(logging.INFO)
-    for handler in handlers:
+    for handler in (_ConsoleHandler(rank, stream), *files):
         root.addHandler(handler)
     logging.captureWarnings(True)
     for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    _quiet_isolated_loggers(rank, handlers[1:])
+    _quiet_isolated_loggers(rank, files)
     return logging.getLogger(PACKAGE)
 
 
@@ -62,13 +64,29 @@ def log_path(folder: str | Path, rank: int) -> Path:
     return Path(folder) / "logs" / f"rank_{rank:05d}.log"
 
 
+ONLY_IN_FILE = {"only_in_file": True}
+"""Pass as `extra` for what the console need not show, for example the stack trace behind a plain error."""
+
+
 class _ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Short lines on the console that do not break an active progress bar."""
+    """Short lines on the console that do not break an active progress bar.
+
+    Rank 0 shows our lines and the warnings of others; other ranks show our warnings and the errors of others.
+    """
 
     def __init__(self, rank: int, stream: TextIO | None) -> None:
         super().__init__(stream or sys.stderr)
-        self.addFilter(_ConsoleFilter(rank))
+        self.ours, self.others = (logging.INFO, logging.WARNING) if rank == 0 else (logging.WARNING, logging.ERROR)
+        self.rank_prefix = f"[rank {rank}] " if rank else ""
         self.setFormatter(logging.Formatter(CONSOLE_FORMAT, datefmt="%H:%M:%S"))
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if getattr(record, "only_in_file", False):
+            return False
+        level = f"{record.levelname} " if record.levelno >= logging.WARNING else ""
+        record.console_prefix = self.rank_prefix + level
+        ours = record.name == PACKAGE or record.name.startswith(PACKAGE + ".")
+        return record.levelno >= (self.ours if ours else self.others)
 
     def emit(self, record: logging.LogRecord) -> None:
         # A bar on the same terminal must be cleared and drawn again around the line; only tqdm knows how.
@@ -82,46 +100,21 @@ class _ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
             self.handleError(record)
 
 
-ONLY_IN_FILE = {"only_in_file": True}
-"""Pass as `extra` for what the console need not show, for example the stack trace behind a plain error."""
-
-
-class _ConsoleFilter(logging.Filter):
-    """Rank 0: our lines and others' warnings. Other ranks: our warnings and others' errors."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self.ours, self.others = (logging.INFO, logging.WARNING) if rank == 0 else (logging.WARNING, logging.ERROR)
-        self.rank_prefix = f"[rank {rank}] " if rank else ""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if getattr(record, "only_in_file", False):
-            return False
-        level = f"{record.levelname} " if record.levelno >= logging.WARNING else ""
-        record.console_prefix = self.rank_prefix + level
-        ours = record.name == PACKAGE or record.name.startswith(PACKAGE + ".")
-        return record.levelno >= (self.ours if ours else self.others)
-
-
 class _RankFileHandler(logging.FileHandler):
     """Appends every line of INFO and above to the file of the rank."""
 
-    def __init__(self, path: Path, rank: int) -> None:
-        super().__init__(path, mode="a", encoding="utf-8")
-        self.rank = rank
+    def __init__(self, folder: Path, rank: int) -> None:
+        path = log_path(folder, rank)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            super().__init__(path, mode="a", encoding="utf-8")
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(
+                f"cannot write the log file {path}: {reason}; choose a writable folder with runs_directory"
+            ) from error
         self.setLevel(logging.INFO)
         self.setFormatter(logging.Formatter(FILE_FORMAT, defaults={"rank": rank}))
-
-
-def _file_handler(rank: int, folder: Path) -> logging.Handler:
-    path = log_path(folder, rank)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return _RankFileHandler(path, rank)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write the log file {path}: {error.strerror or error}; choose a writable folder with runs_directory"
-        ) from error
 
 
 def _known_loggers() -> list[logging.Logger]:
@@ -129,15 +122,7 @@ def _known_loggers() -> list[logging.Logger]:
     return [logging.getLogger(), *named]
 
 
-def _remove_earlier_handlers() -> None:
-    for logger in _known_loggers():
-        for handler in list(logger.handlers):
-            if isinstance(handler, _ConsoleHandler | _RankFileHandler):
-                logger.removeHandler(handler)
-                handler.close()
-
-
-def _quiet_isolated_loggers(rank: int, file_handlers: list[logging.Handler]) -> None:
+def _quiet_isolated_loggers(rank: int, files: Sequence[logging.Handler]) -> None:
     """Loggers with `propagate` off that write to a console of their own: raise its level, add the file."""
     level = logging.WARNING if rank == 0 else logging.ERROR
     for logger in _known_loggers()[1:]:
@@ -147,5 +132,5 @@ def _quiet_isolated_loggers(rank: int, file_handlers: list[logging.Handler]) -> 
             continue
         for console in consoles:
             console.setLevel(max(console.level, level))
-        for handler in file_handlers:
+        for handler in files:
             logger.addHandler(handler)

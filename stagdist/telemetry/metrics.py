@@ -5,17 +5,16 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from stagdist.config.parts import WandbConfig
 from stagdist.errors import ConfigError
 from stagdist.files import writing
-from stagdist.telemetry.wandb_run import WandbRun
+from stagdist.telemetry.wandb_run import start_wandb
 
 METRICS_FILE = "metrics.jsonl"
-RESERVED_KEYS = ("step", "time", "split")
 
 LOG = logging.getLogger(__name__)
 
@@ -34,7 +33,6 @@ class MetricsWriter:
         wandb: where to send metrics; None, or `enabled` false, sends nothing.
         name: name of the run in wandb; the folder's name unless given.
         config: resolved configuration, shown in wandb.
-        clock: Unix seconds.
 
     Raises:
         ConfigError: the folder cannot be written, or an enabled package is missing.
@@ -49,50 +47,35 @@ class MetricsWriter:
         wandb: WandbConfig | None = None,
         name: str | None = None,
         config: Mapping[str, Any] | None = None,
-        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._folder = Path(folder)
-        self._clock = clock
-        self._tensorboard: Any = None
-        self._wandb: WandbRun | None = None
-        self._lines: TextIO = _open_lines(self._folder, resumed_step)
-        if tensorboard:
-            self._tensorboard = _open_tensorboard(self._folder, resumed_step)
+        folder = Path(folder)
+        self._lines = _open_lines(folder, resumed_step)
+        self._tensorboard: Any = _open_tensorboard(folder, resumed_step) if tensorboard else None
+        self._wandb: Any = None
         if wandb is not None and wandb.enabled:
-            self._wandb = WandbRun(
-                self._folder,
+            self._wandb = start_wandb(
+                folder,
                 wandb,
-                name=name or self._folder.name,
+                name=name or folder.name,
                 config=config or {},
                 resumed=resumed_step is not None,
             )
 
-    def write(self, split: str, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, split: str, step: int, values: Mapping[str, float | None]) -> None:
         """Write the values of one step: `split` is train, validation or test.
 
-        Values are numbers, scalar tensors (fetched here), strings or None. The line is handed to the operating
-        system before this returns, so that a killed process loses none.
-
-        Raises:
-            ValueError: a value uses a reserved name.
+        The line is handed to the operating system before this returns, so that a killed process loses none.
         """
-        taken = [key for key in RESERVED_KEYS if key in values]
-        if taken:
-            raise ValueError(f"metrics named {taken} collide with the keys of every line; rename them")
-        plain = {key: _plain(value) for key, value in values.items()}
-        line = {"step": int(step), "time": round(self._clock(), 3), "split": split}
-        line |= {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in plain.items()
-        }
+        finite = {key: None if value is None or not math.isfinite(value) else value for key, value in values.items()}
+        line = {"step": step, "time": round(time.time(), 3), "split": split, **finite}
         self._lines.write(json.dumps(line, allow_nan=False) + "\n")
         self._lines.flush()
-        numbers = {f"{split}/{key}": value for key, value in plain.items() if isinstance(value, int | float)}
+        numbers = {f"{split}/{key}": value for key, value in values.items() if value is not None}
         if self._tensorboard is not None:
             for key, value in numbers.items():
                 self._tensorboard.add_scalar(key, value, step)
         if self._wandb is not None:
-            self._wandb.log({**numbers, "step": int(step)})
+            self._wandb.log({**numbers, "step": step})
 
     def flush(self) -> None:
         """Make all lines durable, for example before a checkpoint is declared complete."""
@@ -102,80 +85,53 @@ class MetricsWriter:
             self._tensorboard.flush()
 
     def close(self) -> None:
-        """Close everything; may be called twice."""
-        if self._lines.closed:
-            return
+        """Write everything to the disk and close it."""
         self.flush()
         self._lines.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.close()
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+            self._wandb.finish()
 
 
-def keep_history(path: Path, resumed_step: int | None) -> int:
-    """Drop the lines of an earlier attempt after `resumed_step` (None: all of them).
-
-    A line that a kill cut off is dropped too.
-
-    Returns:
-        Lines dropped.
-    """
-    if not path.exists():
-        return 0
-    kept, dropped = [], 0
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            step = _line_step(line)
-            if resumed_step is not None and step is not None and step <= resumed_step:
-                kept.append(line)
-            else:
-                dropped += 1
-    if dropped:
-        with writing(path, sync=True) as file:
-            file.writelines(kept)
-    return dropped
+def read_metrics(path: str | Path, split: str) -> list[dict[str, Any]]:
+    """The lines of one split in a `metrics.jsonl`."""
+    with open(path, encoding="utf-8") as lines:
+        return [values for values in map(json.loads, lines) if values["split"] == split]
 
 
-def last_values(folder: str | Path, split: str) -> dict[str, Any]:
+def last_values(folder: Path, split: str) -> dict[str, Any]:
     """The newest line of a split in `folder/metrics.jsonl`; empty when there is none."""
-    path = Path(folder) / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found: dict[str, Any] = next(
-        (values for values in map(json.loads, reversed(lines)) if values["split"] == split), {}
-    )
-    return found
-
-
-def _line_step(line: str) -> int | None:
-    """Step of a complete line, None for one that is cut off."""
-    if not line.endswith("\n"):
-        return None
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return None
+    path = folder / METRICS_FILE
+    return (read_metrics(path, split) or [{}])[-1] if path.exists() else {}
 
 
 def _open_lines(folder: Path, resumed_step: int | None) -> TextIO:
+    """Open `metrics.jsonl` after dropping what an earlier attempt wrote after `resumed_step` (None: all of it)."""
     path = folder / METRICS_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        dropped = keep_history(path, resumed_step)
-        if dropped:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if resumed_step is not None and _line_step(line) <= resumed_step]
+        if len(kept) < len(lines):
+            with writing(path, sync=True) as file:
+                file.writelines(kept)
             since = "from the start" if resumed_step is None else f"from step {resumed_step}"
+            dropped = len(lines) - len(kept)
             LOG.info("%s: dropped %d lines of an earlier attempt; the run continues %s", path, dropped, since)
         return path.open("a", encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"cannot write {path}: {error.strerror or error}; choose a writable folder with runs_directory"
         ) from error
+
+
+def _line_step(line: str) -> float:
+    """Step of a line; infinite for one that a kill cut off."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _open_tensorboard(folder: Path, resumed_step: int | None) -> Any:
@@ -188,12 +144,3 @@ def _open_tensorboard(folder: Path, resumed_step: int | None) -> Any:
     # Readers then hide what an earlier attempt wrote beyond this step.
     purge_step = 0 if resumed_step is None else resumed_step + 1
     return SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=purge_step)
-
-
-def _plain(value: Any) -> int | float | str | None:
-    """A number from a Python, numpy or torch scalar; strings and None stay."""
-    if value is None or isinstance(value, str):
-        return value
-    if hasattr(value, "item"):
-        value = value.item()
-    return value if isinstance(value, int) else float(value)

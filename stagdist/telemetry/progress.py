@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any, TextIO
 
 PLAIN_INTERVAL_S = 10.0
@@ -75,12 +76,6 @@ class Progress:
             print(self._latest, file=self._stream, flush=True)
             self._latest = None
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
 
 _PARTS: dict[str, Callable[[float], str]] = {
     "loss": "loss {:.4f}".format,
@@ -90,7 +85,7 @@ _PARTS: dict[str, Callable[[float], str]] = {
     "model_tflops_per_s": "{:.3g} TFLOP/s".format,
     "mfu": "MFU {:.1%}".format,
     "memory": lambda size: f"mem {size / 2**30:.2f} GiB",
-    "time_left_s": lambda left_s: f"left {duration(left_s)}",
+    "time_left_s": lambda left_s: f"left {timedelta(seconds=round(left_s))}",
 }
 """What a progress line shows, by the name of the metric; `memory` is any measure of it."""
 
@@ -108,10 +103,3 @@ def with_unit(number: float) -> str:
         if number >= 0.9995 * size:
             return f"{number / size:.3g} {prefix}"
     return f"{number:.3g} "
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `1:02:03`, with days in front where there are any."""
-    days, rest = divmod(round(seconds), 86400)
-    clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-    return f"{days}d {clock}" if days else clock

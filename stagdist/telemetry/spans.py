@@ -16,9 +16,6 @@ HOST_WORK = "host work"
 MAX_SPANS = 1_000_000
 """Spans kept by default, about 200 MB; later ones are counted and left out."""
 
-BUBBLE_TOLERANCE = 0.01
-"""Computing may exceed its phase by this share before it counts as a mistake: two clocks are compared."""
-
 
 class Span(NamedTuple):
     """One stretch of work on one stage, in nanoseconds of `time.perf_counter_ns`."""
@@ -128,17 +125,8 @@ def bubble_share(compute_s: Sequence[float], phase_s: float) -> float:
     Args:
         compute_s: seconds each stage computes inside the phase, one number per stage.
         phase_s: seconds from the first stage's first micro-batch to the last gradient.
-
-    Raises:
-        ValueError: no stage, an empty phase, or a stage that computes longer than the phase lasts.
     """
-    if not compute_s:
-        raise ValueError("compute_s is empty; give the seconds of at least one stage")
-    if not phase_s > 0:
-        raise ValueError(f"phase_s is {phase_s}; a pipelined phase takes time")
-    for stage, seconds in enumerate(compute_s):
-        if not 0 <= seconds <= phase_s * (1 + BUBBLE_TOLERANCE):
-            raise ValueError(f"stage {stage} computes {seconds} s in a phase of {phase_s} s")
+    # The two are timed by different clocks, so a stage may seem to compute a little longer than the phase.
     return max(0.0, 1.0 - sum(compute_s) / (len(compute_s) * phase_s))
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ FINISH_TIMEOUT_S = 10.0
 LOG = logging.getLogger(__name__)
 
 
-class WandbRun:
-    """An open wandb run.
+def start_wandb(folder: Path, target: WandbConfig, *, name: str, config: Mapping[str, Any], resumed: bool) -> Any:
+    """Start a wandb run; no key, a refused key or a server that cannot be reached must not cost a training run.
 
     `step` is a metric and the x axis of all others instead of wandb's own counter: steps that are repeated after a
     resume would be behind that counter, and wandb drops such lines.
@@ -35,70 +36,53 @@ class WandbRun:
         config: resolved configuration shown with the run.
         resumed: continue the run whose id is in the folder, instead of a new one.
 
+    Returns:
+        The `wandb.Run`. What it has not sent when it is finished stays in `folder/wandb`, for `wandb sync`.
+
     Raises:
         ConfigError: the package wandb is missing, or it cannot start.
     """
-
-    def __init__(
-        self, folder: Path, target: WandbConfig, *, name: str, config: Mapping[str, Any], resumed: bool
-    ) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError(
-                "logging.wandb.enabled is true, but the package wandb is missing; pip install wandb"
-            ) from error
-        # The console output is kept in folder/logs; wandb's copy would wrap the streams of the progress bar.
-        init_timeout_s = float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT_S))
-        settings = wandb.Settings(
-            console="off", quiet=True, init_timeout=init_timeout_s, finish_timeout=FINISH_TIMEOUT_S
-        )
-        self._run = _open(
-            wandb,
-            project=target.project,
-            entity=target.entity,
-            name=name,
-            id=claim_run_id(folder, resumed=resumed),
-            resume="allow",
-            dir=str(folder),
-            config=dict(config),
-            settings=settings,
-        )
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-        if self._run.disabled:
-            LOG.info("wandb: disabled by WANDB_MODE")
-        elif self._run.offline:
-            LOG.info("wandb: run %s is kept offline; send it with `wandb sync %s`", self.id, Path(self._run.dir).parent)
-        else:
-            LOG.info("wandb: run %s at %s", self.id, self._run.url)
-
-    @property
-    def id(self) -> str:
-        """The run's id, the same for all attempts of one training run."""
-        return str(self._run.id)
-
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        """Send one line of metrics; `step` must be among them."""
-        self._run.log(dict(metrics))
-
-    def close(self) -> None:
-        """Finish the run; what was not sent in time stays in `folder/wandb`, for `wandb sync`."""
-        self._run.finish()
-
-
-def _open(wandb: Any, **arguments: Any) -> Any:
-    """Start a run. No key, a refused key or a server that cannot be reached must not cost a training run."""
     try:
-        return wandb.init(**arguments)
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            "logging.wandb.enabled is true, but the package wandb is missing; pip install wandb"
+        ) from error
+    settings = wandb.Settings(
+        console="off",  # the console output is in folder/logs; a copy would wrap the streams of the progress bar
+        quiet=True,
+        init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT_S)),
+        finish_timeout=FINISH_TIMEOUT_S,
+    )
+    start = partial(
+        wandb.init,
+        project=target.project,
+        entity=target.entity,
+        name=name,
+        id=claim_run_id(folder, resumed=resumed),
+        resume="allow",
+        dir=str(folder),
+        config=dict(config),
+        settings=settings,
+    )
+    try:
+        run = start()
     except wandb.errors.Error as error:
         LOG.warning("wandb: offline, because the run could not start online: %s", " ".join(str(error).split()))
-        # wandb's service would still count the id of the failed attempt as taken.
-        wandb.teardown()
-    try:
-        return wandb.init(mode="offline", **arguments)
-    except wandb.errors.Error as error:
-        raise ConfigError(f"wandb cannot start: {error}; set logging.wandb.enabled: false") from error
+        wandb.teardown()  # its service would still count the id of the failed attempt as taken
+        try:
+            run = start(mode="offline")
+        except wandb.errors.Error as error:
+            raise ConfigError(f"wandb cannot start: {error}; set logging.wandb.enabled: false") from error
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    if run.disabled:
+        LOG.info("wandb: disabled by WANDB_MODE")
+    elif run.offline:
+        LOG.info("wandb: run %s is kept offline; send it with `wandb sync %s`", run.id, Path(run.dir).parent)
+    else:
+        LOG.info("wandb: run %s at %s", run.id, run.url)
+    return run
 
 
 def claim_run_id(folder: Path, *, resumed: bool) -> str:

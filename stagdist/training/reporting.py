@@ -56,7 +56,7 @@ class Reporter:
 
     def due(self, step: int) -> bool:
         """Whether `logging.interval_steps` asks for a report after `step`; the last step is always reported."""
-        return step == self._last_step or (self._interval > 0 and step % self._interval == 0)
+        return step == self._last_step or step % self._interval == 0
 
     def step(self, step: int, values: dict[str, float | None]) -> None:
         """Show and write the metrics of one training step, with throughput and memory."""
@@ -79,7 +79,7 @@ class Reporter:
             self._metrics.flush()
 
     def close(self) -> None:
-        """Close the progress bar and the writers; may be called twice."""
+        """Close the progress bar and the writers."""
         self._progress.close()
         if self._metrics is not None:
             self._metrics.close()

@@ -29,7 +29,7 @@ def test_every_key_is_on_the_page_with_its_meaning(tool: ModuleType) -> None:
     page = tool.reference()
     for key in schema_keys():
         name = key.path.rpartition(".")[-1]
-        assert key.field.description, f"{key.path} has no description"
+        assert key.schema["description"], f"{key.path} has no description"
         assert f"| `{name}` |" in page or f"## `{key.path}`" in page, f"{key.path} is not on the page"
 
 

@@ -4,20 +4,16 @@ import bz2
 import gzip
 import json
 import lzma
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from stagdist.data.prepare.documents import Reader
-from stagdist.data.prepare.encode import encode_pieces
 from stagdist.data.prepare.sources import ReadOptions, plan_pieces
-from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.errors import DataError
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -36,8 +32,7 @@ CONTENTS = {
 
 def read(*inputs: object, **options: object) -> list[str]:
     chosen = ReadOptions(**options)  # type: ignore[arg-type]
-    reader = Reader(chosen)
-    return [text for piece in plan_pieces(list(map(str, inputs)), chosen) for text in reader.documents(piece)]
+    return list(Reader(chosen).documents(plan_pieces(list(map(str, inputs)), chosen)))
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
@@ -109,7 +104,7 @@ def test_an_error_of_a_store_while_reading_is_one_error(monkeypatch: pytest.Monk
         (piece,) = plan_pieces(["memory://broken/a.jsonl"], ReadOptions())
         monkeypatch.setattr(MemoryFile, "readinto", fail)
         with pytest.raises(DataError, match=r"broken/a\.jsonl cannot be read: NoAnswerError: no answer; check"):
-            list(Reader(ReadOptions()).documents(piece))
+            list(Reader(ReadOptions()).documents([piece]))
         with pytest.raises(DataError, match=r"broken/a\.jsonl cannot be read: NoAnswerError: no answer; check"):
             plan_pieces(["memory://broken/a.jsonl"], ReadOptions())
     finally:
@@ -155,24 +150,3 @@ def test_an_arrow_file_of_a_dataset_is_read_in_its_order(tmp_path: Path) -> None
         arrow.write_bytes(content[:cut])
         with pytest.raises(DataError, match=r"\.arrow is damaged: .*; fetch it again"):
             read(arrow)
-
-
-def test_tokens_of_a_large_compressed_file_wait_in_files_that_are_gone_afterwards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    (tmp_path / "temporary").mkdir()
-    names = [str(tmp_path / f"{index}.jsonl.gz") for index in range(3)]
-    for name in names:
-        Path(name).write_bytes(gzip.compress(CONTENTS["a.jsonl"].encode()))
-    options, tokenizer = ReadOptions(), byte_tokenizer()
-    pieces = plan_pieces(names, options)
-    assert len(pieces) == 3 and all(piece.stop is None for piece in pieces)
-    expected = list(encode_pieces(pieces, options, tokenizer, np.uint16, workers=1))
-    found = []
-    for batch in encode_pieces(pieces, options, tokenizer, np.uint16, workers=2):
-        assert list((tmp_path / "temporary").iterdir()), "the tokens are in files while workers read ahead"
-        found.append(batch)
-    assert len(found) == len(expected) > 3
-    assert all(one.tokens.tolist() == other.tokens.tolist() for one, other in zip(found, expected, strict=True))
-    assert list((tmp_path / "temporary").iterdir()) == []

@@ -1,6 +1,7 @@
 """Preparing corpora: the files, their independence of processes, and what a killed or wrong run leaves behind."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -13,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stagdist.data.prepare.encode import Encoder, write_parts
 from stagdist.data.prepare.preparation import prepare
-from stagdist.data.prepare.sources import PIECE_BYTES, ReadOptions
+from stagdist.data.prepare.sources import PIECE_BYTES, ReadOptions, plan_pieces
 from stagdist.data.tokenizer import Tokenizer, byte_tokenizer
 from stagdist.errors import ConfigError, DataError
 from tests.data.conftest import LIBRARY, ROOT, RunTool, tool_environment
@@ -189,24 +191,32 @@ def _processes_with(marker: str) -> list[str]:
     return found
 
 
-def test_a_killed_worker_ends_the_run_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stagdist.data.prepare import encode as encoding
-    from stagdist.data.prepare.sources import plan_pieces
-
+def test_a_killed_worker_ends_the_run_with_the_remedy(tmp_path: Path) -> None:
     for name in "abcdefgh":
         (tmp_path / f"{name}.jsonl").write_text('{"text": "some text"}\n' * 20_000)
     pieces = plan_pieces([str(tmp_path)], ReadOptions())
-    batches = encoding.encode_pieces(pieces, ReadOptions(), byte_tokenizer(), np.uint16, workers=2)
-    next(batches)
-    import multiprocessing
-
+    paths = [tmp_path / f"{number}.partial" for number in range(len(pieces))]
+    encoder = Encoder(ReadOptions(), byte_tokenizer(), np.uint16)
+    parts = write_parts(encoder, [[piece] for piece in pieces], paths, workers=2)
+    next(parts)
     victims = multiprocessing.active_children()
     assert len(victims) == 2
     for victim in victims:
         victim.kill()
         victim.join()
     with pytest.raises(DataError, match="fewer --workers"):
-        list(batches)
+        list(parts)
+
+
+def test_an_error_ends_the_workers_at_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("no JSON")
+    (tmp_path / "b.jsonl").write_text('{"text": "some text"}\n' * 1_000_000)
+    runs = [[piece] for piece in plan_pieces([str(tmp_path)], ReadOptions(), piece_bytes=1 << 30)]
+    encoder = Encoder(ReadOptions(), byte_tokenizer(), np.uint16)
+    with pytest.raises(DataError, match=r"a\.jsonl is not JSON"):
+        list(write_parts(encoder, runs, [tmp_path / "0.partial", tmp_path / "1.partial"], workers=2))
+    written = sum(path.stat().st_size for path in tmp_path.glob("1.partial"))
+    assert written < 1_000_000 * 20 and not multiprocessing.active_children()
 
 
 def test_an_existing_corpus_is_kept_unless_it_is_to_be_replaced(tmp_path: Path) -> None:

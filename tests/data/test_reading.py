@@ -19,9 +19,7 @@ from tests.data.test_compressed import COMPRESS
 
 def read(*inputs: object, piece_bytes: int = PIECE_BYTES, **options: object) -> list[str]:
     chosen = ReadOptions(**options)  # type: ignore[arg-type]
-    pieces = plan_pieces([str(entry) for entry in inputs], chosen, piece_bytes=piece_bytes)
-    reader = Reader(chosen)
-    return [text for piece in pieces for text in reader.documents(piece)]
+    return list(Reader(chosen).documents(plan_pieces(list(map(str, inputs)), chosen, piece_bytes=piece_bytes)))
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagdist.config.parts import ModelConfig
+from stagdist.model import megatron
 from stagdist.model.megatron import TensorParallel, enter_tensor_parallel
 from stagdist.model.stagformer import StagFormer
-from stagdist.parallel.frameworks import copy_to_tensor_model_parallel_region
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import build_groups, set_default_timeout
 from tests.ranks import GUARD_S
@@ -116,7 +116,7 @@ def _entrance(parallel: TensorParallel) -> Entrance:
     return Entrance(
         expected=factors.t() * sum(rank + 1 for rank in range(parallel.size)),
         ours=gradient(lambda start: enter_tensor_parallel(start, parallel)),
-        plain=gradient(lambda start: copy_to_tensor_model_parallel_region(start, group=parallel.group)),
+        plain=gradient(lambda start: megatron.copy_to_tensor_model_parallel_region(start, group=parallel.group)),
     )
 
 

@@ -193,7 +193,8 @@ def _decode(fault: Fault) -> Callable[[], str]:
     if fault.where == "chunk":
         _after(stage._sections, "run_chunk", fault.strike)
     elif fault.where == "hand-off":
-        _after(transport, "send", in_faulty_step)
+        if transport.stage < plan.topology.last_stage:
+            _after(transport.hand_offs_out, "send", in_faulty_step)
     else:
         _before(transport, "sum_over_stages", in_faulty_step)
 

@@ -1,8 +1,10 @@
 """The loss curve is a readable picture with what the metrics hold."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -26,7 +28,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def _metrics(folder: Path, steps: int, validate_every: int | None = None) -> Path:
-    with MetricsWriter(folder) as writer:
+    with closing(MetricsWriter(folder)) as writer:
         for step in range(1, steps + 1):
             writer.write("train", step, {"loss": 5.0 / step})
             if validate_every and step % validate_every == 0:
@@ -35,6 +37,7 @@ def _metrics(folder: Path, steps: int, validate_every: int | None = None) -> Pat
 
 
 def test_both_curves_with_labelled_axes(tmp_path: Path, drawn: list[Figure]) -> None:
+    (tmp_path / "out").mkdir()
     plot_loss(_metrics(tmp_path, 20, validate_every=10), tmp_path / "out" / "loss.png", "a run")
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["loss.png"]
@@ -54,7 +57,7 @@ def test_long_curves_are_smoothed_over_the_raw_ones(tmp_path: Path, drawn: list[
 
 
 def test_steps_without_a_finite_loss_are_left_out(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path) as writer:
+    with closing(MetricsWriter(tmp_path)) as writer:
         writer.write("train", 1, {"loss": 2.0})
         writer.write("train", 2, {"loss": float("nan")})
         writer.write("train", 3, {"learning_rate": 1.0})
@@ -62,12 +65,11 @@ def test_steps_without_a_finite_loss_are_left_out(tmp_path: Path) -> None:
 
 
 def test_metrics_without_a_loss_are_refused(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path):
-        pass
+    MetricsWriter(tmp_path).close()
     with pytest.raises(DataError, match="no loss"):
         plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", "empty")
     assert not (tmp_path / "loss.png").exists()
 
 
 def test_the_running_mean_narrows_at_the_ends() -> None:
-    assert running_mean([1.0, 2.0, 6.0, 8.0], 1) == pytest.approx([1.5, 3.0, 16 / 3, 7.0])
+    assert running_mean(np.array([1.0, 2.0, 6.0, 8.0]), 1) == pytest.approx([1.5, 3.0, 16 / 3, 7.0])

@@ -1,10 +1,11 @@
 """Progress: a bar on a terminal, plain lines from time to time elsewhere, silence on other ranks."""
 
 import io
+from contextlib import closing
 
 import pytest
 
-from stagdist.telemetry.progress import Progress, duration, progress_parts, with_unit
+from stagdist.telemetry.progress import Progress, progress_parts, with_unit
 
 VALUES = {
     "loss": 2.34567,
@@ -47,7 +48,7 @@ def test_what_is_not_known_is_left_out() -> None:
 
 def test_off_a_terminal_lines_come_at_intervals_with_the_first_and_the_last() -> None:
     stream, now = io.StringIO(), [0.0]
-    with Progress(9, plain_interval_s=3.0, stream=stream, clock=lambda: now[0]) as progress:
+    with closing(Progress(9, plain_interval_s=3.0, stream=stream, clock=lambda: now[0])) as progress:
         for step in range(1, 10):
             progress.show(step, VALUES)
             now[0] += 1.0
@@ -58,7 +59,7 @@ def test_off_a_terminal_lines_come_at_intervals_with_the_first_and_the_last() ->
 
 def test_the_last_report_of_a_run_that_ends_early_is_not_lost() -> None:
     stream = io.StringIO()
-    with Progress(9, stream=stream, clock=lambda: 0.0) as progress:
+    with closing(Progress(9, stream=stream, clock=lambda: 0.0)) as progress:
         progress.show(1, VALUES)
         progress.show(2, VALUES)
     assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["1/9", "2/9"]
@@ -66,7 +67,7 @@ def test_the_last_report_of_a_run_that_ends_early_is_not_lost() -> None:
 
 def test_on_a_terminal_a_bar_starts_where_the_run_resumed() -> None:
     stream = Terminal()
-    with Progress(9, first_step=4, stream=stream) as progress:
+    with closing(Progress(9, first_step=4, stream=stream)) as progress:
         progress.show(5, VALUES)
         progress.show(6, VALUES)
     drawn = stream.getvalue().split("\r")
@@ -76,23 +77,11 @@ def test_on_a_terminal_a_bar_starts_where_the_run_resumed() -> None:
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
 def test_other_ranks_stay_silent(stream: io.StringIO) -> None:
-    with Progress(9, enabled=False, stream=stream) as progress:
+    with closing(Progress(9, enabled=False, stream=stream)) as progress:
         progress.show(9, VALUES)
     assert stream.getvalue() == ""
 
 
-def test_numbers_and_durations_read_well() -> None:
-    assert [with_unit(number) for number in (7.0, 999.4, 999.9, 12345.0, 2.5e6, 3e9)] == [
-        "7 ",
-        "999 ",
-        "1 k",
-        "12.3 k",
-        "2.5 M",
-        "3 G",
-    ]
-    assert [duration(seconds) for seconds in (0.4, 59.6, 3600, 90061)] == [
-        "0:00:00",
-        "0:01:00",
-        "1:00:00",
-        "1d 1:01:01",
-    ]
+def test_numbers_read_well() -> None:
+    shown = [with_unit(number) for number in (7.0, 999.4, 999.9, 12345.0, 2.5e6, 3e9)]
+    assert shown == ["7 ", "999 ", "1 k", "12.3 k", "2.5 M", "3 G"]

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -19,18 +20,20 @@ import pytest
 from stagdist.config.parts import WandbConfig
 from stagdist.errors import ConfigError
 from stagdist.telemetry.metrics import MetricsWriter
-from stagdist.telemetry.wandb_run import WandbRun, claim_run_id
+from stagdist.telemetry.wandb_run import claim_run_id, start_wandb
 
 FAKE_KEY = "0123456789abcdef" * 2 + "feedc0de"
 
 SCRIPT = """
 import json, logging, sys
+from contextlib import closing
 from stagdist.config.parts import WandbConfig
 from stagdist.telemetry.metrics import MetricsWriter
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
 folder, resumed_step, steps = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 target = WandbConfig(enabled=True, project="tests")
-with MetricsWriter(folder, resumed_step=resumed_step, wandb=target, config={"model": {"hidden_size": 8}}) as writer:
+shape = {"model": {"hidden_size": 8}}
+with closing(MetricsWriter(folder, resumed_step=resumed_step, wandb=target, config=shape)) as writer:
     for step in steps:
         writer.write("train", step, {"loss": 1.0 / step})
 """
@@ -132,7 +135,7 @@ def test_wandb_mode_disabled_is_respected(tmp_path: Path) -> None:
 
 
 def test_wandb_switched_off_leaves_no_trace(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, wandb=WandbConfig.model_validate({"enabled": False})) as writer:
+    with closing(MetricsWriter(tmp_path, wandb=WandbConfig.model_validate({"enabled": False}))) as writer:
         writer.write("train", 1, {"loss": 1.0})
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -149,7 +152,7 @@ def test_a_run_that_cannot_start_at_all_is_one_error(tmp_path: Path, monkeypatch
     monkeypatch.setattr(wandb, "init", refuse)
     monkeypatch.setattr(wandb, "teardown", lambda: None)
     with pytest.raises(ConfigError, match="wandb cannot start: no room for the run; set logging.wandb.enabled: false"):
-        WandbRun(tmp_path, WandbConfig(enabled=True), name="run", config={}, resumed=False)
+        start_wandb(tmp_path, WandbConfig(enabled=True), name="run", config={}, resumed=False)
     assert modes == [None, "offline"], "online first, then offline"
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from stagdist.checkpoint.published.load_model import load_model
+from stagdist.checkpoint.training.directory import TrainingState
 from stagdist.config.run_config import RunConfig
 from stagdist.data.corpus import Splits, build_splits
 from stagdist.data.loader import BatchPlan, Loader
@@ -23,7 +24,8 @@ from stagdist.parallel.groups import single_process
 from stagdist.telemetry.score import TextScore
 from stagdist.training.engine.section_engine import SectionEngine, build_engine
 from stagdist.training.held_out import HeldOut
-from stagdist.training.publish import export_model
+from stagdist.training.publish import publish_model
+from stagdist.training.saving.save import save_checkpoint
 from tests.ranks import GUARD_S, run_ranks
 from tests.training.worlds import World
 
@@ -87,7 +89,9 @@ def score_on_grids(task: Task) -> dict[tuple[int, int, int], TextScore]:
         held_out = HeldOut(splits.test, plan, config.evaluation, byte_tokenizer().token_bytes())
         scores[grid] = held_out.score(engine)
         assert held_out.score(engine) == scores[grid], "the same model gives the same sequences another score"
-        export_model(engine, groups, config.model, byte_tokenizer(), task.model_directory(grid))
+        run = config.model_copy(update={"runs_directory": str(task.model_directory(grid)) + "-run"})
+        saved = save_checkpoint(engine, groups, run, TrainingState(STEPS, STEPS * GLOBAL_BATCH, 1, grid))
+        publish_model(engine, groups, saved, byte_tokenizer(), task.model_directory(grid))
     return scores
 
 

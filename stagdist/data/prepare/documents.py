@@ -7,9 +7,10 @@ began before the start. So every document is read exactly once, wherever a file 
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, BinaryIO
 
 from stagdist.data.prepare.columns import Columnar, column_texts
@@ -29,20 +30,19 @@ _BAD_BYTE = re.compile("[\udc80-\udcff]")
 
 @dataclass
 class Reader:
-    """Reads pieces in one process; counts the documents that it left out."""
+    """Reads pieces; counts the documents that it left out."""
 
     options: ReadOptions
     skipped_empty: int = 0
     skipped_bad: int = 0
-    _datasets: dict[str, Any] = field(default_factory=dict)
 
-    def documents(self, piece: Piece) -> Iterator[str]:
-        """Texts of a piece, in order; empty ones are left out.
+    def documents(self, pieces: Iterable[Piece]) -> Iterator[str]:
+        """Texts of pieces, in order; empty ones are left out.
 
         Raises:
-            DataError: the file is damaged, not text, or lacks the key.
+            DataError: a file is damaged, not text, or lacks the key.
         """
-        for text in self._texts(piece):
+        for text in chain.from_iterable(map(self._texts, pieces)):
             if text is None:
                 self.skipped_bad += 1
             elif not text.strip():
@@ -51,16 +51,23 @@ class Reader:
                 yield text
 
     def _texts(self, piece: Piece) -> Iterator[str | None]:
-        readers = {"files": self._files, "json_lines": self._json, "json_array": self._json, "parquet": self._columns,
-                   "arrow": self._columns, "rows": self._rows, "shard": self._rows}  # fmt: skip
-        return readers.get(piece.kind, self._cut_text)(piece)
+        match piece.kind:
+            case "file":
+                return self._file(piece)
+            case "json_lines":
+                return self._json_lines(piece)
+            case "json_array":
+                return self._json_array(piece)
+            case "parquet" | "arrow":
+                return self._columns(piece, piece.kind)
+            case "shard":
+                return self._rows(piece)
+        return self._cut_text(piece)
 
-    def _files(self, piece: Piece) -> Iterator[str | None]:
-        for path in piece.files:
-            with _opened(path) as stream:
-                raw = stream.read()
-                if raw:  # a file of 0 bytes holds no document, not an empty one
-                    yield self._plain(raw, path, 0)
+    def _file(self, piece: Piece) -> Iterator[str | None]:
+        with _opened(piece.source) as stream:
+            if raw := stream.read():  # a file of 0 bytes holds no document, not an empty one
+                yield self._plain(raw, piece.source, 0)
 
     def _cut_text(self, piece: Piece) -> Iterator[str | None]:
         with _opened(piece.source, seekable=piece.kind != "lines") as stream:
@@ -91,29 +98,23 @@ class Reader:
                 "example iconv -f LATIN1 -t UTF-8), leave it out (--exclude), or choose --bad-utf8 skip or replace"
             ) from error
 
-    def _json(self, piece: Piece) -> Iterator[str | None]:
+    def _json_lines(self, piece: Piece) -> Iterator[str | None]:
         with _opened(piece.source) as stream:
-            if piece.kind == "json_lines":
-                for position, line in _lines(stream, piece):
-                    yield from self._json_line(line, piece.source, position)
-                return
-            yield from self._json_array(stream.read(), piece.source)
+            for position, line in _lines(stream, piece):
+                line = line.removeprefix(BYTE_ORDER_MARK)
+                if line.strip():
+                    text, place = self._decode(line, piece.source, position), f"{piece.source}, at byte {position}"
+                    yield None if text is None else self._text_of(_parse(text, piece.source, position), place)
 
-    def _json_line(self, line: bytes, path: str, position: int) -> Iterator[str | None]:
-        line = line.removeprefix(BYTE_ORDER_MARK)
-        if not line.strip():
-            return
-        text = self._decode(line, path, position)
-        yield None if text is None else self._text_of(_parse(text, path, position), f"{path}, at byte {position}")
-
-    def _json_array(self, raw: bytes, path: str) -> Iterator[str | None]:
-        raw = raw.removeprefix(BYTE_ORDER_MARK)
-        skip = self.options.bad_utf8 == "skip"
-        content = raw.decode("utf-8", "surrogateescape") if skip else self._decode(raw, path, 0)
-        for index, record in enumerate(_parse(content or "", path, 0)):
-            value = record.get(self.options.text_key) if skip and isinstance(record, dict) else None
-            bad = isinstance(value, str) and _BAD_BYTE.search(value)
-            yield None if bad else self._text_of(record, f"{path}, record {index}")
+    def _json_array(self, piece: Piece) -> Iterator[str | None]:
+        path, skip = piece.source, self.options.bad_utf8 == "skip"
+        with _opened(path) as stream:
+            raw = stream.read().removeprefix(BYTE_ORDER_MARK)
+            content = raw.decode("utf-8", "surrogateescape") if skip else self._decode(raw, path, 0)
+            for index, record in enumerate(_parse(content or "", path, 0)):
+                value = record.get(self.options.text_key) if skip and isinstance(record, dict) else None
+                bad = isinstance(value, str) and _BAD_BYTE.search(value)
+                yield None if bad else self._text_of(record, f"{path}, record {index}")
 
     def _text_of(self, record: Any, place: str) -> str:
         """Text of a record; of null, which is a document without text, the empty one."""
@@ -131,21 +132,13 @@ class Reader:
         keys = listed(list(map(str, record)))
         raise DataError(f"{place}: {fault}, its keys are {keys}; choose with --text-key, or remove that record")
 
-    def _columns(self, piece: Piece) -> Iterator[str | None]:
-        kind: Columnar = "parquet" if piece.kind == "parquet" else "arrow"
+    def _columns(self, piece: Piece, kind: Columnar) -> Iterator[str | None]:
         for row in column_texts(piece.source, kind, piece.start, piece.stop, self.options.text_key):
             yield "" if row is None else self._decode(row, f"a text in {piece.source}", 0)
 
     def _rows(self, piece: Piece) -> Iterator[str | None]:
-        if piece.source not in self._datasets:
-            self._datasets[piece.source] = open_dataset(piece.source, self.options)
-        dataset = self._datasets[piece.source]
-        if piece.kind == "shard":
-            rows = dataset if piece.stop == 1 else dataset.shard(num_shards=piece.stop, index=piece.start)
-        else:
-            rows = (dataset[index] for index in range(piece.start, piece.start + piece.size))
         with remote_errors_named(piece.source):
-            for row in rows:
+            for row in open_dataset(piece.source, self.options).shard(piece.stop, piece.start):
                 yield self._text_of(row, piece.source)
 
 

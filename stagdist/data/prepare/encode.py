@@ -1,16 +1,17 @@
-"""Pieces of input to batches of token ids, by several processes, in the order of the pieces."""
+"""Pieces of input to part files of token ids, by several processes.
+
+A part file holds the tokens of a run of pieces; `PART.lengths` beside it holds the lengths of the documents.
+"""
 
 import multiprocessing
 import os
-import pickle
 import signal
-import tempfile
 import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -25,102 +26,103 @@ _BATCH_DOCUMENTS = 1024
 
 
 @dataclass(frozen=True)
-class TokenBatch:
-    """Some documents of one piece, tokenized.
+class Part:
+    """A part file, and what is in it."""
 
-    Shapes: tokens [sum of lengths], lengths int32 [documents]; each document ends with the end-of-document token.
-    `read` is the part of the pieces' sizes that is done with this batch.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
+    path: Path
+    documents: int
     text_bytes: int
-    read: int
-    skipped_empty: int = 0
-    skipped_bad: int = 0
+    max_token: int
+    skipped_empty: int
+    skipped_bad: int
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int32 [documents]; each ends with the end-of-document token."""
+        return np.fromfile(lengths_path(self.path), np.int32)
 
 
-def encode_piece(piece: Piece, reader: Reader, tokenizer: Tokenizer, dtype: type[np.generic]) -> Iterator[TokenBatch]:
-    """Read and tokenize one piece, a bounded batch at a time; the last batch carries the counters."""
-    texts: list[str] = []
+def lengths_path(part: Path) -> Path:
+    """File with the lengths of the documents of a part file."""
+    return part.with_suffix(".lengths" + part.suffix)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Reads pieces and tokenizes their documents."""
+
+    options: ReadOptions
+    tokenizer: Tokenizer
+    dtype: type[np.generic]
+
+    def write_part(self, pieces: Sequence[Piece], path: Path) -> Part:
+        """Write the documents of some pieces, in order, with a bounded number of them in memory.
+
+        Raises:
+            DataError: of reading.
+        """
+        reader = Reader(self.options)
+        documents = text_bytes = max_token = 0
+        with path.open("wb") as stream, lengths_path(path).open("wb") as lengths:
+            for texts in _batches(reader.documents(pieces)):
+                arrays = self.tokenizer.encode_arrays(texts, self.dtype)
+                tokens = np.concatenate(arrays)
+                stream.write(tokens.data)
+                lengths.write(np.array([len(array) for array in arrays], np.int32).data)
+                documents += len(arrays)
+                text_bytes += sum(len(text.encode()) for text in texts)
+                max_token = max(max_token, int(tokens.max()))
+        return Part(path, documents, text_bytes, max_token, reader.skipped_empty, reader.skipped_bad)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
     characters = 0
-    for text in reader.documents(piece):
-        texts.append(text)
+    for text in texts:
+        batch.append(text)
         characters += len(text)
-        if characters >= _BATCH_CHARACTERS or len(texts) == _BATCH_DOCUMENTS:
-            yield _encode(texts, tokenizer, dtype)
-            texts, characters = [], 0
-    last = _encode(texts, tokenizer, dtype)
-    skipped = reader.skipped_empty, reader.skipped_bad
-    reader.skipped_empty = reader.skipped_bad = 0
-    yield TokenBatch(last.tokens, last.lengths, last.text_bytes, piece.size, *skipped)
+        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer, dtype: type[np.generic]) -> TokenBatch:
-    arrays = tokenizer.encode_arrays(texts, dtype)
-    tokens = np.concatenate(arrays) if arrays else np.zeros(0, dtype)
-    lengths = np.array([len(array) for array in arrays], np.int32)
-    return TokenBatch(tokens, lengths, sum(len(text.encode()) for text in texts), 0)
-
-
-def encode_pieces(
-    pieces: Sequence[Piece],
-    options: ReadOptions,
-    tokenizer: Tokenizer,
-    dtype: type[np.generic],
-    *,
-    workers: int,
-) -> Iterator[TokenBatch]:
-    """Tokenize pieces with `workers` processes. The batches come in the order of the pieces.
-
-    At most two pieces per worker are read ahead; their tokens wait in temporary files, so memory is bounded, although a
-    compressed file is one piece, however large.
+def write_parts(
+    encoder: Encoder, runs: Sequence[Sequence[Piece]], paths: Sequence[Path], *, workers: int
+) -> Iterator[Part]:
+    """Tokenize each run of pieces into its part file, by `workers` processes; the parts come in order.
 
     Raises:
         DataError: of reading; or a worker was killed.
     """
-    if workers <= 1 or len(pieces) <= 1:
-        reader = Reader(options)
-        for piece in pieces:
-            yield from encode_piece(piece, reader, tokenizer, dtype)
+    workers = min(workers, len(runs))
+    if workers <= 1:
+        yield from map(encoder.write_part, runs, paths)
         return
     # spawn: forking a process that has threads (tokenizers, MPI) can deadlock. An executor reports a killed worker; a
     # multiprocessing.Pool would wait for it forever.
-    context, folder = multiprocessing.get_context("spawn"), tempfile.TemporaryDirectory(prefix="stagdist-tokens-")
-    setup = (options, tokenizer, dtype, folder.name)
-    pool = ProcessPoolExecutor(min(workers, len(pieces)), context, _start_worker, setup)
-    ahead: deque[Future[str]] = deque()
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder,))
     try:
-        for piece in pieces:
-            ahead.append(pool.submit(encode_in_worker, piece))
-            if len(ahead) > 2 * workers:
-                yield from _stored_batches(ahead.popleft().result())
-        while ahead:
-            yield from _stored_batches(ahead.popleft().result())
+        yield from pool.map(write_part_in_worker, runs, paths)
     except BrokenProcessPool as error:
         raise DataError("a worker process ended; was it killed for memory? use fewer --workers") from error
     finally:
+        for worker in multiprocessing.active_children():  # after an error they would finish their runs first
+            worker.terminate()
         pool.shutdown(cancel_futures=True)
-        folder.cleanup()
-
-
-def _stored_batches(path: str) -> Iterator[TokenBatch]:
-    with open(path, "rb") as stream:
-        os.unlink(path)
-        while stream.peek(1):
-            yield pickle.load(stream)
 
 
 class _Worker:
     """State of a worker process, set once at its start."""
 
-    setup: ClassVar[tuple[Reader, Tokenizer, type[np.generic], str]]
+    encoder: ClassVar[Encoder]
 
 
-def _start_worker(options: ReadOptions, tokenizer: Tokenizer, dtype: type[np.generic], folder: str) -> None:
+def _start_worker(encoder: Encoder) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent shuts its workers down
-    _Worker.setup = Reader(options), tokenizer, dtype, folder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    _Worker.encoder = encoder
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -131,15 +133,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def encode_in_worker(piece: Piece) -> str:
-    """Path of a file with the batches of a piece.
+def write_part_in_worker(pieces: Sequence[Piece], path: Path) -> Part:
+    """`Encoder.write_part` of this worker.
 
     What a worker returns passes through a pipe. If it is killed while it writes more than `PIPE_BUF` bytes, the
-    executor waits forever for the rest.
+    executor waits forever for the rest; so the lengths are in a file too.
     """
-    reader, tokenizer, dtype, folder = _Worker.setup
-    descriptor, path = tempfile.mkstemp(dir=folder)
-    with open(descriptor, "wb") as stream:
-        for batch in encode_piece(piece, reader, tokenizer, dtype):
-            pickle.dump(batch, stream)
-    return path
+    return _Worker.encoder.write_part(pieces, path)

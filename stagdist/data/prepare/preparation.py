@@ -1,52 +1,45 @@
 """Prepare a corpus: tokenize input, shuffle its documents, write the indexed format.
 
-In two passes, with memory that grows by 28 bytes per document only. First each rank tokenizes its run of the pieces,
-in order, into a temporary part file. Then one permutation of all documents, made from the seed alone, is drawn, and
-each rank copies its share of the shuffled corpus out of the (memory-mapped) parts. The result is the same, byte for
-byte, for every number of ranks and workers. While it runs the disk holds the tokens twice.
+In two passes, with memory that grows by 28 bytes per document only. First the pieces of input are divided into runs,
+and the workers of every rank tokenize one run after the other, each into a temporary part file. Then one permutation of
+all documents, made from the seed alone, is drawn, and each rank copies its share of the shuffled corpus out of the
+(memory-mapped) parts. The result is the same, byte for byte, for every number of ranks and workers. While it runs the
+disk holds the tokens twice.
 
 Everything is written to `PREFIX.*.partial`; `.idx` is renamed last, so a corpus exists if and only if its `.idx` does.
 """
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
 
 from stagdist.data.indexed import CorpusDescription, corpus_path, token_dtype, write_index
-from stagdist.data.prepare.encode import encode_pieces
+from stagdist.data.prepare.encode import Encoder, Part, write_parts
 from stagdist.data.prepare.processes import Ranks
 from stagdist.data.prepare.sources import Piece, ReadOptions, listed, plan_pieces
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import ConfigError, DataError
+from stagdist.files import PARTIAL
 
-_PARTIAL = ".partial"
+_RUN_BYTES = 16 << 20
+_MAX_LARGE_RUNS = 4096
+_RUNS_PER_WORKER = 4
 _COPIED_DOCUMENTS = 4096
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was written, and what was left out of it."""
+    """What was written, and how many documents were left out of it."""
 
-    prefix: str
     description: CorpusDescription
     skipped_empty: int
     skipped_bad: int
-
-
-@dataclass
-class _Part:
-    """What one rank tokenized: the counters of its part file."""
-
-    lengths: np.ndarray
-    text_bytes: int = 0
-    max_token: int = 0
-    skipped_empty: int = 0
-    skipped_bad: int = 0
 
 
 def prepare(
@@ -79,18 +72,38 @@ def prepare(
     pieces: list[Piece] = ranks.from_first(
         _planned(inputs, prefix, options, overwrite, workers) if ranks.rank == 0 else None
     )
-    dtype = token_dtype(tokenizer.vocab_size)
+    encoder = Encoder(options, tokenizer, token_dtype(tokenizer.vocab_size))
     with _partial_files(prefix, ranks):
-        share = _share(pieces, ranks)
-        part = _tokenize(share, prefix, options, tokenizer, dtype, workers=workers, progress=progress, ranks=ranks)
-        parts: list[_Part] = ranks.gather(part)
-        description = _describe(parts, tokenizer, tokenizer_source, inputs, seed, dtype)
-        _write_shuffled(prefix, parts, dtype, seed, ranks)
+        written = _tokenize(pieces, prefix, encoder, workers=workers, progress=progress, ranks=ranks)
+        parts: list[Part] = list(chain.from_iterable(ranks.gather(written)))
+        skipped = sum(part.skipped_empty for part in parts), sum(part.skipped_bad for part in parts)
+        parts = [part for part in parts if part.documents]
+        if not parts:
+            raise DataError(
+                f"no text in {listed(inputs)} ({sum(skipped)} documents were left out); nothing was written"
+            )
+        lengths = np.concatenate([part.lengths() for part in parts])
+        # RandomState is frozen, so the order for a seed never changes
+        order = np.arange(len(lengths)) if seed is None else np.random.RandomState(seed).permutation(len(lengths))
+        _write_tokens(prefix, parts, lengths, order, encoder.dtype, ranks)
+        description = CorpusDescription(
+            documents=len(lengths),
+            tokens=int(lengths.sum(dtype=np.int64)),
+            bytes=sum(part.text_bytes for part in parts),
+            max_token=max(part.max_token for part in parts),
+            dtype=np.dtype(encoder.dtype).name,
+            seed=seed,
+            tokenizer=tokenizer_source,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            end_of_document=tokenizer.end_of_document,
+            sources=tuple(inputs),
+            begin_of_document=tokenizer.begin_ids,
+        )
         if ranks.rank == 0:
-            _finish(prefix, description, parts, dtype, seed)
+            _finish(prefix, description, lengths[order], encoder.dtype)
         ranks.gather(None)
-    skipped = [sum(each.skipped_empty for each in parts), sum(each.skipped_bad for each in parts)]
-    return Prepared(prefix, description, *skipped)
+    return Prepared(description, *skipped)
 
 
 def _planned(inputs: Sequence[str], prefix: str, options: ReadOptions, overwrite: bool, workers: int) -> list[Piece]:
@@ -107,21 +120,8 @@ def _planned(inputs: Sequence[str], prefix: str, options: ReadOptions, overwrite
     return pieces
 
 
-def _share(pieces: list[Piece], ranks: Ranks) -> list[Piece]:
-    """This rank's run of the pieces, of about equal size on every rank."""
-    sizes = np.array([piece.size for piece in pieces], np.float64)
-    middles = np.cumsum(sizes) - sizes / 2
-    owners = np.minimum(middles * ranks.size // max(sizes.sum(), 1), ranks.size - 1)
-    first, last = np.searchsorted(owners, [ranks.rank, ranks.rank + 1])
-    return pieces[first:last]
-
-
 def _partial(prefix: str, ending: str) -> Path:
-    return corpus_path(prefix, ending + _PARTIAL)
-
-
-def _part_path(prefix: str, rank: int) -> Path:
-    return _partial(prefix, f".part{rank:05d}")
+    return corpus_path(prefix, ending + PARTIAL)
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def _partial_files(prefix: str, ranks: Ranks) -> Iterator[None]:
 
     def clear() -> None:
         for path in list(Path(prefix).parent.iterdir()):
-            if path.name.startswith(name + ".") and path.name.endswith(_PARTIAL):
+            if path.name.startswith(name + ".") and path.name.endswith(PARTIAL):
                 path.unlink(missing_ok=True)
 
     if ranks.rank == 0:
@@ -150,129 +150,74 @@ def _partial_files(prefix: str, ranks: Ranks) -> Iterator[None]:
 
 
 def _tokenize(
-    pieces: list[Piece],
-    prefix: str,
-    options: ReadOptions,
-    tokenizer: Tokenizer,
-    dtype: type[np.generic],
-    *,
-    workers: int,
-    progress: bool,
-    ranks: Ranks,
-) -> _Part:
-    """First pass: this rank's pieces into its part file."""
-    lengths, part = [np.zeros(0, np.int32)], _Part(np.zeros(0, np.int32))
-    total = sum(piece.size for piece in pieces)
-    with _part_path(prefix, ranks.rank).open("wb") as stream, _bar(total, "tokenizing", progress, ranks) as advance:
-        for batch in encode_pieces(pieces, options, tokenizer, dtype, workers=workers):
-            stream.write(batch.tokens.data)
-            lengths.append(batch.lengths)
-            part.text_bytes += batch.text_bytes
-            part.max_token = max(part.max_token, int(batch.tokens.max(initial=0)))
-            part.skipped_empty += batch.skipped_empty
-            part.skipped_bad += batch.skipped_bad
-            advance(batch.read)
-    part.lengths = np.concatenate(lengths)
-    return part
-
-
-@contextmanager
-def _bar(total: int, action: str, progress: bool, ranks: Ranks) -> Iterator[Callable[[int], object]]:
+    pieces: list[Piece], prefix: str, encoder: Encoder, *, workers: int, progress: bool, ranks: Ranks
+) -> list[Part]:
+    """First pass: the parts of this rank, which takes some consecutive runs of all."""
     from tqdm import tqdm
 
-    of_all = f" (rank 0 of {ranks.size})" if ranks.size > 1 else ""
+    large = min(sum(piece.size for piece in pieces) // _RUN_BYTES, _MAX_LARGE_RUNS)
+    runs = _runs(pieces, max(large, _RUNS_PER_WORKER * workers * ranks.size))
+    first, last = (len(runs) * edge // ranks.size for edge in (ranks.rank, ranks.rank + 1))
+    paths = [_partial(prefix, f".part{number:05d}") for number in range(first, last)]
+    sizes = [sum(piece.size for piece in run) for run in runs[first:last]]
+    parts = []
     with tqdm(
-        total=total,
-        desc=action + of_all,
+        total=sum(sizes),
+        desc="tokenizing" + (f" (rank 0 of {ranks.size})" if ranks.size > 1 else ""),
         unit="B",
         unit_scale=True,
         disable=not progress or ranks.rank != 0,
         mininterval=0.2 if sys.stderr.isatty() else 10.0,
     ) as bar:
-        yield bar.update
+        for part, size in zip(write_parts(encoder, runs[first:last], paths, workers=workers), sizes, strict=True):
+            parts.append(part)
+            bar.update(size)
+    return parts
 
 
-def _order(documents: int, seed: int | None) -> np.ndarray:
-    """Input number of each output document; RandomState is frozen, so the order for a seed never changes."""
-    if seed is None:
-        return np.arange(documents)
-    return np.random.RandomState(seed).permutation(documents)
+def _runs(pieces: list[Piece], count: int) -> list[list[Piece]]:
+    """Pieces in their order, in at most `count` runs of about equal size."""
+    sizes = np.array([piece.size + 1 for piece in pieces], np.float64)  # 0 where the size is not known
+    middles = np.cumsum(sizes) - sizes / 2
+    numbers = (middles * count // sizes.sum()).tolist()
+    numbered = groupby(zip(numbers, pieces, strict=True), key=lambda pair: pair[0])
+    return [[piece for _, piece in run] for _, run in numbered]
 
 
-def _write_shuffled(prefix: str, parts: list[_Part], dtype: type[np.generic], seed: int | None, ranks: Ranks) -> None:
-    """Second pass: this rank's share of the documents, in the new order, at its place in the file."""
-    lengths = np.concatenate([part.lengths for part in parts])
-    order = _order(len(lengths), seed)
-    first, last = (len(order) * edge // ranks.size for edge in (ranks.rank, ranks.rank + 1))
-    itemsize = np.dtype(dtype).itemsize
-    path = _partial(prefix, ".bin")
+def _write_tokens(
+    prefix: str, parts: list[Part], lengths: np.ndarray, order: np.ndarray, dtype: type[np.generic], ranks: Ranks
+) -> None:
+    """Second pass: this rank's share of the documents, in the new order, at its place in the file.
+
+    Args:
+        lengths: tokens of each document in the order of the input, int32 [documents].
+        order: number in the input of each document of the corpus, int64 [documents].
+    """
+    path, itemsize = _partial(prefix, ".bin"), np.dtype(dtype).itemsize
     if ranks.rank == 0:
         with path.open("wb") as stream:
             stream.truncate(int(lengths.sum(dtype=np.int64)) * itemsize)
     ranks.gather(None)
-    document = _DocumentBytes(prefix, parts, itemsize)
+    part_ends = np.cumsum([part.documents for part in parts])
+    ends = np.concatenate([np.cumsum(part, dtype=np.int64) for part in np.split(lengths, part_ends[:-1])])
+    tokens = [np.memmap(part.path, dtype, "r").data for part in parts]
+    first, last = (len(order) * edge // ranks.size for edge in (ranks.rank, ranks.rank + 1))
     with path.open("r+b") as stream:
         stream.seek(int(lengths[order[:first]].sum(dtype=np.int64)) * itemsize)
         for start in range(first, last, _COPIED_DOCUMENTS):
-            stream.write(b"".join(document(index) for index in order[start : min(start + _COPIED_DOCUMENTS, last)]))
+            documents = order[start : min(start + _COPIED_DOCUMENTS, last)]
+            owners = np.searchsorted(part_ends, documents, "right")
+            places = zip(owners, ends[documents] - lengths[documents], ends[documents], strict=True)
+            stream.write(b"".join(tokens[owner][begin:end] for owner, begin, end in places))
         stream.flush()
         os.fsync(stream.fileno())
     ranks.gather(None)
 
 
-class _DocumentBytes:
-    """Bytes of a document by its number in the input, out of the part files of all ranks."""
-
-    def __init__(self, prefix: str, parts: list[_Part], itemsize: int) -> None:
-        self._first = np.cumsum([0] + [len(part.lengths) for part in parts])
-        self._ends = [np.cumsum(part.lengths, dtype=np.int64) * itemsize for part in parts]
-        self._bytes = [
-            np.memmap(_part_path(prefix, rank), np.uint8, "r").data if len(part.lengths) else memoryview(b"")
-            for rank, part in enumerate(parts)
-        ]
-
-    def __call__(self, document: int) -> memoryview:
-        rank = int(np.searchsorted(self._first, document, "right")) - 1
-        index = int(document - self._first[rank])
-        start = int(self._ends[rank][index - 1]) if index else 0
-        return self._bytes[rank][start : int(self._ends[rank][index])]
-
-
-def _describe(
-    parts: list[_Part],
-    tokenizer: Tokenizer,
-    tokenizer_source: str,
-    inputs: Sequence[str],
-    seed: int | None,
-    dtype: type[np.generic],
-) -> CorpusDescription:
-    documents = sum(len(part.lengths) for part in parts)
-    if documents == 0:
-        empty = sum(part.skipped_empty + part.skipped_bad for part in parts)
-        raise DataError(f"no text in {listed(inputs)} ({empty} documents were left out); nothing was written")
-    return CorpusDescription(
-        documents=documents,
-        tokens=sum(int(part.lengths.sum(dtype=np.int64)) for part in parts),
-        bytes=sum(part.text_bytes for part in parts),
-        max_token=max(part.max_token for part in parts),
-        dtype=np.dtype(dtype).name,
-        seed=seed,
-        tokenizer=tokenizer_source,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        end_of_document=tokenizer.end_of_document,
-        sources=tuple(inputs),
-        begin_of_document=tokenizer.begin_ids,
-    )
-
-
-def _finish(
-    prefix: str, description: CorpusDescription, parts: list[_Part], dtype: type[np.generic], seed: int | None
-) -> None:
+def _finish(prefix: str, description: CorpusDescription, lengths: np.ndarray, dtype: type[np.generic]) -> None:
     """Write index and description, then give all three their names, the index last."""
-    lengths = np.concatenate([part.lengths for part in parts])
     with _partial(prefix, ".idx").open("wb") as stream:
-        write_index(stream, lengths[_order(len(lengths), seed)], dtype)
+        write_index(stream, lengths, dtype)
         stream.flush()
         os.fsync(stream.fileno())
     _partial(prefix, ".json").write_text(description.to_json(), encoding="utf-8")

@@ -1,18 +1,20 @@
 """Where documents come from: files, directories, globs, URLs and Hugging Face datasets, split into pieces.
 
-A *piece* is a part of the input that one process can read: a byte range of a large file, a group of small files, a
-compressed file, a row group, a shard. The list of pieces depends on the input and the options alone, never on the
+A *piece* is a part of the input that one process can read: a small file, a byte range of a large one, a compressed
+file, a row group, a shard. The list of pieces depends on the input and the options alone, never on the
 number of processes, so any division of the pieces gives the same documents in the same order.
 
 URLs such as `s3://` or `gs://` name files of object stores, which fsspec opens.
 """
 
 import glob
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from typing import Any, Literal, NoReturn
 
 import fsspec
@@ -32,12 +34,11 @@ from stagdist.errors import ConfigError, DataError
 PIECE_BYTES = 2 << 20
 BLOCK_BYTES = 16 << 10
 AUTO_WHOLE_BYTES = 256 << 10
-_FILES_PER_PIECE = 256
 _ROWS_PER_PIECE = 2000
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
-PieceKind = Contents | Literal["files", "blocks", "paragraphs", "lines", "rows", "shard"]
+PieceKind = Contents | Literal["file", "blocks", "paragraphs", "lines", "shard"]
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,13 @@ class ReadOptions:
     streaming: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A part of the input that one process reads.
 
-    `start` and `stop` are bytes of a file, row groups of a parquet file, batches of an Arrow file or rows of a dataset;
-    for a streamed dataset, the shard and the number of shards. `stop` is None for a compressed file and for one of
-    unknown size, which one process reads completely. `size` is the share of the work (bytes if they are known).
+    `start` and `stop` are bytes of a file, row groups of a parquet file or batches of an Arrow file; for a dataset, the
+    shard and the number of shards. `stop` is None for a compressed file and for one of unknown size, which one process
+    reads completely. `size` is the share of the work (bytes if they are known).
     """
 
     kind: PieceKind
@@ -68,7 +69,6 @@ class Piece:
     start: int = 0
     stop: int | None = 0
     size: int = 0
-    files: tuple[str, ...] = ()
 
 
 def plan_pieces(inputs: Sequence[str], options: ReadOptions, *, piece_bytes: int = PIECE_BYTES) -> list[Piece]:
@@ -83,22 +83,11 @@ def plan_pieces(inputs: Sequence[str], options: ReadOptions, *, piece_bytes: int
     if not inputs:
         raise ConfigError("no input; give files, directories, globs, URLs or the name of a dataset")
     pieces: list[Piece] = []
-    plain: list[tuple[str, int]] = []
     for path in _expand(inputs, options, []):
-        if _matches(path, options.exclude):
-            continue
-        if path.startswith(HUB):
-            pieces += [*_grouped(plain), *_dataset_pieces(path, options)]
-            plain = []
-            continue
-        size = file_size(path)
-        contents, compressed = recognize(path)
-        if contents == "text" and size is not None and size <= _largest_document(compressed, options):
-            plain.append((path, size))
-            continue
-        pieces += [*_grouped(plain), *_file_pieces(path, contents, compressed, size, options, piece_bytes)]
-        plain = []
-    return pieces + _grouped(plain)
+        if not _matches(path, options.exclude):
+            is_dataset = path.startswith(HUB)
+            pieces += _dataset_pieces(path, options) if is_dataset else _file_pieces(path, options, piece_bytes)
+    return pieces
 
 
 def files_left_out(inputs: Sequence[str], options: ReadOptions) -> list[str]:
@@ -215,33 +204,14 @@ def file_size(path: str) -> int | None:
         return store.size(root)
 
 
-def _largest_document(compressed: bool, options: ReadOptions) -> float:
-    """Size up to which a text file is one document; the size of a compressed one is not known."""
-    sizes = {"auto": -1.0 if compressed else AUTO_WHOLE_BYTES, "file": float("inf")}
-    return sizes.get(options.txt_documents, -1.0)
-
-
-def _grouped(files: list[tuple[str, int]]) -> list[Piece]:
-    """Small text files, together up to a piece's size."""
-    pieces: list[Piece] = []
-    group: list[str] = []
-    size = 0
-    for path, file_size in files:
-        if group and (size + file_size > PIECE_BYTES // 2 or len(group) == _FILES_PER_PIECE):
-            pieces.append(Piece("files", group[0], size=size, files=tuple(group)))
-            group, size = [], 0
-        group.append(path)
-        size += file_size
-    if group:
-        pieces.append(Piece("files", group[0], size=size, files=tuple(group)))
-    return pieces
-
-
-def _file_pieces(
-    path: str, contents: Contents, compressed: bool, size: int | None, options: ReadOptions, piece_bytes: int
-) -> list[Piece]:
+def _file_pieces(path: str, options: ReadOptions, piece_bytes: int) -> list[Piece]:
+    size, mode = file_size(path), options.txt_documents
+    contents, compressed = recognize(path)
+    small = not compressed and size is not None and size <= AUTO_WHOLE_BYTES
+    if contents == "text" and (mode == "file" or (mode == "auto" and small)):
+        return [Piece("file", path, size=size or 0)]
     texts: dict[str, PieceKind] = {"auto": "blocks", "paragraph": "paragraphs", "line": "lines"}
-    kind: PieceKind = texts[options.txt_documents] if contents == "text" else contents
+    kind: PieceKind = texts[mode] if contents == "text" else contents
     if compressed or size is None:
         return [Piece(kind, path, 0, None, size or 0)]
     if contents == "json_array":
@@ -254,17 +224,11 @@ def _file_pieces(
 
 def _dataset_pieces(name: str, options: ReadOptions) -> list[Piece]:
     dataset = open_dataset(name, options)
-    if options.streaming:
-        shards = int(dataset.num_shards)
-        return [Piece("shard", name, index, shards, 1) for index in range(shards)]
-    rows = len(dataset)
-    edges = range(0, rows, _ROWS_PER_PIECE)
-    return [
-        Piece("rows", name, start, min(start + _ROWS_PER_PIECE, rows), min(_ROWS_PER_PIECE, rows - start))
-        for start in edges
-    ]
+    shards = int(dataset.num_shards) if options.streaming else math.ceil(len(dataset) / _ROWS_PER_PIECE)
+    return [Piece("shard", name, index, shards, 1) for index in range(shards)]
 
 
+@cache
 def open_dataset(name: str, options: ReadOptions) -> Any:
     """Open a dataset of the Hub with the `datasets` library, streamed or downloaded.
 

@@ -150,7 +150,7 @@ def owned_part(parameter: torch.nn.Parameter) -> OwnedPart | None:
     return OwnedPart(
         start,
         start + length,
-        mapping.get_hp_fragment(),
+        mapping.get_hp_fragment().data,
         mapping.param_group_index,
         slice(flat.start, flat.start + length),
     )
