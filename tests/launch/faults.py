@@ -52,7 +52,7 @@ def one_bit_of_rank_1() -> None:
             weight.data.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
         return original(engine, *arguments)
 
-    SectionEngine.train_batch = train_batch  # type: ignore[method-assign]
+    SectionEngine.train_batch = train_batch  # type: ignore[assignment]
 
 
 def _slow_down(fault: Callable[[int], None]) -> None:
