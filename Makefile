@@ -30,7 +30,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for candidate in python3 python3.12 python3.11; do \
 	"$$candidate" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$candidate"; break; }; done)
 
-.PHONY: help install quickstart test test-all ruff lint fuzz reshard-matrix gpu-check lab lab-matrix faults clean
+.PHONY: help install quickstart test test-all ruff lint fuzz resume-matrix kill-saves gpu-check lab lab-matrix faults clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -86,9 +86,13 @@ fuzz: export HF_HUB_OFFLINE := 1
 fuzz: $(STAMP) ## Give every reader 2,000 damaged or foreign files (`make test` runs 60 of each)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
 
-reshard-matrix: export OMP_NUM_THREADS := 1
-reshard-matrix: $(STAMP) ## Train on every grid, convert to every other, compare losses
-	$(BIN)/python -m tests.training.saving.reshard_matrix --output benchmarks/results/reshard-matrix.json
+resume-matrix: export OMP_NUM_THREADS := 1
+resume-matrix: $(STAMP) ## Train on every grid, resume on every grid, compare weights and losses
+	$(BIN)/python -m tests.training.saving.resume_matrix --output benchmarks/results/resume-matrix.json
+
+kill-saves: export OMP_NUM_THREADS := 1
+kill-saves: $(STAMP) ## Kill a run 200 times while it saves; no published checkpoint may be lost
+	$(BIN)/python -m tests.launch.kills --output benchmarks/results/kills.json
 
 gpu-check: $(STAMP) ## Everything that only a GPU can show, 9 minutes at most (OUTPUT=FILE ONLY="names" NCCL=library)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.gpu.check $(if $(ONLY),--only $(ONLY)) \

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Memory of conversions: peak of anonymous memory of every verb on 2 GB of weights, `python benchmarks/conversions.py`.
+"""Memory of conversions: peak of anonymous memory of every verb, `python benchmarks/conversions.py`.
 
 Checkpoints of random weights are made in a temporary folder, `tools/convert_checkpoint.py` runs on them, and `RssAnon`
-of its process is read every 20 ms. Memory mapped from files does not count: the system takes it back when needed.
+of its process is read every 20 ms. Memory mapped from files does not count: the system takes it back when needed. The
+first row is the memory of a process that only imports what a conversion needs.
 """
 
 import argparse
@@ -36,25 +37,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shared": {"share_section_weights": True},
     "sequential": {"connection": "sequential"},
 }
+IMPORTS = "import stagdist.checkpoint.convert.import_model, stagdist.checkpoint.convert.upcycle"
 CONVERSIONS: dict[str, dict[str, str]] = {
     "separate": {
-        "import to 2x1x1": "import model runs/a --pipe 2",
-        "export of 2x1x1": "export runs/a exported",
-        "reshard to 2x1x2": "reshard runs/a runs/b --pipe 2 --tensor 2",
-        "reshard to 1x1x1": "reshard runs/a runs/c",
-        "export of 2x1x2": "export runs/b exported-b",
-        "verify": "verify runs/a runs/b",
+        "import": "import model runs/a",
+        "export": "export runs/b exported",
+        "export --from-master": "export runs/b master --from-master",
+        "export --format torch": "export runs/b model.pt --format torch",
+        "verify": "verify runs/b exported",
         "inspect": "inspect runs/b",
         "merge": "merge runs/a runs/b merged",
     },
-    "shared": {"import, shared weights": "import model runs/a --pipe 2", "split": "split runs/a separate"},
-    "sequential": {
-        "import, sequential": "import model runs/a --pipe 2",
-        "upcycle": "upcycle runs/a stagformer --section-layers 4 4",
-    },
+    "shared": {"split": "split model separate"},
+    "sequential": {"upcycle": "upcycle model stagformer --section-layers 4 4"},
 }
-"""Arguments of the tool by the name in the table, for the variant whose model directory they begin from. `import` makes
-the training checkpoint of the others."""
+"""Arguments of the tool by the name in the table, for the variant whose model directory they begin from. `runs/a` is
+what `import` makes; `runs/b` is that of a run on two replicas, with moments."""
 LINE = "{:<24} {:>8} {:>8} {:>8}"
 
 
@@ -87,7 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_outputs(arguments)
     shape = SHAPE | TINY if arguments.tiny else SHAPE
     print(LINE.format("conversion", "source", "peak", "seconds"), flush=True)
-    peaks = []
+    peaks = [Peak("imports alone", (), peak_anonymous_bytes([sys.executable, "-c", IMPORTS], ROOT), 0, 0.0)]
+    print(LINE.format(peaks[0].name, "", f"{peaks[0].peak_anonymous_bytes / 1e6:.0f} MB", ""), flush=True)
     for variant in VARIANTS:
         with tempfile.TemporaryDirectory(prefix="stagdist-bench-conversions-", dir=arguments.folder) as folder:
             for peak in measure(Path(folder), variant, shape):
@@ -96,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
                 print(LINE.format(peak.name, size, most, f"{peak.seconds:.0f}"), flush=True)
     if arguments.json:
         body = conditions(None, 0) | {"benchmark": "conversions", "precision": "bf16", "model": shape}
+        body |= {"largest_tensor_fp32_bytes": 4 * shape["vocab_size"] * shape["hidden_size"]}
         body |= {"limit_bytes": LIMIT_BYTES, "sample_s": SAMPLE_S, "conversions": [asdict(peak) for peak in peaks]}
         write_results(arguments.json, body)
     return 0 if all(peak.peak_anonymous_bytes < LIMIT_BYTES for peak in peaks) else 1
@@ -106,10 +106,12 @@ def measure(folder: Path, variant: str, shape: dict[str, Any]) -> Iterator[Peak]
     _random_model(folder / "model", shape | VARIANTS[variant])
     for name, words in CONVERSIONS[variant].items():
         arguments = tuple(words.split())
+        if "runs/b" in arguments and not (folder / "runs/b").exists():
+            _run_of_two_replicas(folder / "runs/a/checkpoints/step_00000000", folder / "runs/b")
         started = time.perf_counter()
         peak = peak_anonymous_bytes([sys.executable, str(TOOL), *arguments, "--quiet"], folder)
         seconds = time.perf_counter() - started
-        source = folder / ("runs/a" if arguments[0] == "import" else arguments[1])
+        source = folder / arguments[1]
         size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
         yield Peak(name, arguments, peak, size, seconds)
 
@@ -160,6 +162,29 @@ def _random_model(folder: Path, model: dict[str, Any]) -> None:
         for spec in model_parameters(config):
             writer.add(spec.name, (torch.randn(spec.shape, generator=generator) * 0.02).to(torch.bfloat16))
         tokenizer.save(writer.folder)
+
+
+def _run_of_two_replicas(imported: Path, run: Path) -> None:
+    """A checkpoint of the imported values with moments, every tensor cut in two."""
+    from stagdist.checkpoint.training.index import KINDS, Fragment, index_of
+    from stagdist.checkpoint.training.reader import TrainingReader
+    from stagdist.checkpoint.training.writer import OwnedFragment, complete, part_name, write_fragments
+    from stagdist.parallel.layout import model_parameters
+
+    source, folder, owned, records = TrainingReader(imported), run / "checkpoints" / "step_00000000", [], {}
+    folder.mkdir(parents=True)
+    specs = model_parameters(source.model)
+    for rank in range(2):
+        fragments = []
+        for spec in specs:
+            cut = (rank * spec.numel // 2, (rank + 1) * spec.numel // 2)
+            values = source.value(spec).flatten()[slice(*cut)]
+            box = tuple((0, size) for size in spec.shape)
+            place = Fragment(file=part_name(rank), key=spec.name, box=box, range=cut)
+            fragments.append(OwnedFragment(spec.name, place, dict.fromkeys(KINDS, values)))
+        records[part_name(rank)] = write_fragments(folder / part_name(rank), fragments)
+        owned += [(one.name, one.place) for one in fragments]
+    complete(folder, source.config, source.state, index_of(owned, specs, KINDS), records)
 
 
 if __name__ == "__main__":

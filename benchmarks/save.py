@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What saving costs training: a synchronous against an asynchronous save, `python benchmarks/save.py`.
+"""What saving costs training, and what loading costs: `python benchmarks/save.py`.
 
 Every round trains the same number of steps three times, in changing order: without a save, after a synchronous save,
 after an asynchronous one. The time lost is that of a round minus that of the same round without a save. An
 asynchronous save loses time twice: in the pause (copy to host memory, and the end, when the ranks publish the
-checkpoint) and in steps that are slower while files are written.
+checkpoint) and in steps that are slower while files are written. At the end every round loads the newest checkpoint:
+the ranks compare all files with their records and fill their engines.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from stagdist.errors import ConfigError
 from stagdist.parallel.grid import grid_for
 
 CONTESTANTS = ("plain", "synchronous", "asynchronous")
+LOAD = "load"
 MODEL = {
     "vocab_size": 8000,
     "hidden_size": 384,
@@ -79,9 +81,12 @@ def run(arguments: argparse.Namespace) -> int:
         grid_for(config, world_size)  # refuses what does not fit
         settings = {"site": "benchmarks.training.save_site:SaveSite", "config": config.model_dump(mode="json")}
         with Workers(world_size, settings | {"steps": arguments.steps}) as workers:
-            first = {name: workers.together(name) for name in CONTESTANTS}
+            first = {name: workers.together(name) for name in (*CONTESTANTS, LOAD)}
             rounds = [
-                {name: workers.together(name) for name in CONTESTANTS[number % 3 :] + CONTESTANTS[: number % 3]}
+                {
+                    name: workers.together(name)
+                    for name in (*CONTESTANTS[number % 3 :], *CONTESTANTS[: number % 3], LOAD)
+                }
                 for number in range(arguments.rounds)
             ]
     results = figures(rounds, first)
@@ -117,6 +122,7 @@ def figures(rounds: Sequence[Round], first: Round) -> dict[str, Any]:
         "asynchronous_pause_s": spread(pause),
         "asynchronous_slower_steps_s": spread(over_plain("asynchronous", "steps_s")),
         "lost_s": {name: spread(values) for name, values in lost.items()},
+        "load_s": spread(slowest(LOAD, "seconds")),
         "step_s": spread([seconds / steps for seconds in slowest("plain", "seconds")]),
         "steps_until_complete": spread(slowest("asynchronous", "complete_after")),
         "ratio_of_pauses": spread(paired_ratios(pause, synchronous)),
@@ -136,6 +142,7 @@ def _print(results: dict[str, Any]) -> None:
         "asynchronous save: copy": results["asynchronous_copy_s"],
         "  pause (copy and end)": results["asynchronous_pause_s"],
         "  slower steps, sum": results["asynchronous_slower_steps_s"],
+        "load (check and fill)": results["load_s"],
         "lost by a synchronous save": results["lost_s"]["synchronous"],
         "lost by an asynchronous save": results["lost_s"]["asynchronous"],
         "pause over a synchronous save": results["ratio_of_pauses"],

@@ -2,18 +2,16 @@
 """Generate text: `deepspeed --num_accelerators 2 launch/generate.py --model DIR --prompt TEXT`."""
 
 import argparse
+import dataclasses
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from stagdist.errors import ConfigError
 from stagdist.parallel.ranks_parser import RanksParser, reports_error
-
-if TYPE_CHECKING:
-    from stagdist.decode.request import SamplingParams
-    from stagdist.decode.runtime.build import EngineOptions
 
 EPILOG = """\
 The number of processes divided by --tensor-parallel-size is the number of pipeline stages; it divides the number of
@@ -38,6 +36,16 @@ examples:
   torchrun --nproc_per_node 4 launch/generate.py --model DIR --tensor-parallel-size 2 --head sharded < prompts.txt
   python launch/generate.py --model DIR --prompt "Once" --temperature 0 --trace decode.json
 """
+
+_FIELDS = {
+    "stop_token_id": "stop_token_ids",
+    "ignore_eos": "ignore_end_of_document",
+    "batch_size": "num_slots",
+    "prefill_chunk": "chunk_size",
+    "timeout": "timeout_s",
+    "margins": "want_margins",
+}
+"""Fields of `SamplingParams` and `EngineOptions` with other names than the options that set them."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -109,18 +117,20 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything that needs no process group, then generate."""
-    from stagdist.decode.frontend.interrupts import Interrupts, leave_to_first_rank
+    from stagdist.decode.frontend.interrupts import Interrupts
     from stagdist.parallel.world import join_launcher
     from stagdist.telemetry.pulse import Pulse
 
     pulse = Pulse.from_environment()
     world = join_launcher()
     interrupts = Interrupts() if world.rank == 0 else None
-    if interrupts is None:
-        leave_to_first_rank()
+    if interrupts is None:  # a terminal sends Ctrl-C to all ranks; rank 0 shuts the others down
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     world.share_cores()
 
-    params = _sampling_params(arguments)
+    from stagdist.decode.request import SamplingParams
+
+    params = _from_options(SamplingParams, arguments)
     if arguments.chat and (arguments.no_special_tokens or arguments.parse_special):
         raise ConfigError("--chat leaves special tokens to the template; drop --no-special-tokens and --parse-special")
     if params.logprobs is not None and not arguments.json:
@@ -128,12 +138,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     from stagdist.decode.frontend.generate import Generation
     from stagdist.decode.frontend.prompts import PromptEncoding
+    from stagdist.decode.runtime.build import EngineOptions
     from stagdist.telemetry.logging import setup_logging
 
     setup_logging(world.rank, None)
     generation = Generation(
         arguments.model,
-        _engine_options(arguments),
+        _from_options(EngineOptions, arguments),
         params,
         world,
         prompts=arguments.prompt,
@@ -146,38 +157,10 @@ def run(arguments: argparse.Namespace) -> int:
     return generation.run(interrupts, pulse)
 
 
-def _sampling_params(arguments: argparse.Namespace) -> "SamplingParams":
-    from stagdist.decode.request import SamplingParams
-
-    return SamplingParams(
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
-        seed=arguments.seed,
-        stop=tuple(arguments.stop),
-        stop_token_ids=tuple(arguments.stop_token_id),
-        ignore_end_of_document=arguments.ignore_eos,
-        logprobs=arguments.logprobs,
-    )
-
-
-def _engine_options(arguments: argparse.Namespace) -> "EngineOptions":
-    from stagdist.decode.runtime.build import EngineOptions
-
-    return EngineOptions(
-        tensor_parallel_size=arguments.tensor_parallel_size,
-        head=arguments.head,
-        num_slots=arguments.batch_size,
-        max_context=arguments.max_context,
-        chunk_size=arguments.prefill_chunk,
-        precision=arguments.precision,
-        recurrent=arguments.recurrent,
-        timeout_s=arguments.timeout,
-        want_margins=arguments.margins,
-    )
+def _from_options(kind: Any, arguments: argparse.Namespace) -> Any:
+    """A dataclass with the values of the options that are named like its fields, or renamed in `_FIELDS`."""
+    given = {_FIELDS.get(name, name): value for name, value in vars(arguments).items()}
+    return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given})
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ HF_USERS = {"checkpoint", "training", "decode", "evaluation", "cluster"}
 # Where each framework may be imported; a folder ends in a slash.
 FENCES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("stagdist/training/", "stagdist/checkpoint/", "launch/", "benchmarks/"),
-    "megatron": ("stagdist/parallel/frameworks.py", "stagdist/data/"),
+    "megatron": ("stagdist/model/megatron.py", "stagdist/data/"),
     "transformers": ("stagdist/data/tokenizer_files.py", "stagdist/checkpoint/", "stagdist/hf/", "benchmarks/"),
 }
 # Slow to import and needed by few commands: imported inside the functions that use them.

@@ -42,6 +42,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.02
 GRACE_S = 0.3
+GUARD_S = 600.0
+"""Limit of a wait that only guards against a hang. Long, because a busy machine is no failure."""
 LOG_CHARACTERS = 4000
 PR_SET_PDEATHSIG = 1
 
@@ -55,7 +57,7 @@ class RankError(RuntimeError):
 
 
 def run_ranks(
-    target: str, world_size: int, payload: Any = None, timeout_s: float = 300.0, env: dict[str, str] | None = None
+    target: str, world_size: int, payload: Any = None, timeout_s: float = GUARD_S, env: dict[str, str] | None = None
 ) -> list[Any]:
     """Call `target` ("module:function") with `payload` on `world_size` local processes; results by rank.
 
@@ -127,7 +129,7 @@ def fork_script(script: Script, world_size: int | None) -> list[BaseProcess]:
     return processes
 
 
-def run_script(path: Path, *arguments: str | Path, timeout_s: float = 120) -> "subprocess.CompletedProcess[str]":
+def run_script(path: Path, *arguments: str | Path, timeout_s: float = GUARD_S) -> "subprocess.CompletedProcess[str]":
     """Run a script to its end in one fork without a launcher, in the working directory of this process.
 
     Raises:
@@ -233,7 +235,7 @@ def _wait(ranks: list[BaseProcess], folder: Path, deadline: float, timeout_s: fl
 
 
 def _first_failure(ranks: list[BaseProcess], folder: Path) -> RankError:
-    """The rank whose failure came first. One that ended without a report comes first."""
+    """The rank whose failure came first, then a line about each other. One that ended without a report comes first."""
     reports: list[tuple[float, int, str]] = []
     for rank, process in enumerate(ranks):
         if _failure(folder, rank).exists():
@@ -241,9 +243,10 @@ def _first_failure(ranks: list[BaseProcess], folder: Path) -> RankError:
             reports.append((moment, rank, report))
         elif process.exitcode is not None:
             reports.append((0.0, rank, f"exit code {process.exitcode} without result or exception\n"))
-    _, rank, report = min(reports)
+    (_, rank, report), *later = sorted(reports)
+    afterwards = "".join(f"then rank {other}: {text.splitlines()[-1]}\n" for _, other, text in later)
     return RankError(
-        rank, f"rank {rank} of {len(ranks)} failed:\n{report}output of rank {rank}:\n{_tail(folder, rank)}"
+        rank, f"rank {rank} of {len(ranks)} failed:\n{report}{afterwards}output of rank {rank}:\n{_tail(folder, rank)}"
     )
 
 

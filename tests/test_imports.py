@@ -43,7 +43,7 @@ def check(tmp_path: Path, files: dict[str, str]) -> list[str]:
     ("place", "source"),
     [
         ("stagdist/training/trainer.py", "import deepspeed\nfrom stagdist.model.section import Section"),
-        ("stagdist/parallel/frameworks.py", "from megatron.core import tensor_parallel"),
+        ("stagdist/model/megatron.py", "from megatron.core import tensor_parallel"),
         ("stagdist/data/corpus.py", "def read():\n    from datasets import load_dataset"),
         ("stagdist/config/loading.py", "from stagdist.config.run_config import RunConfig"),
         ("stagdist/checkpoint/export.py", "from stagdist.hf import modeling\nimport transformers"),
@@ -73,11 +73,11 @@ def test_allowed_imports_pass(tmp_path: Path, place: str, source: str) -> None:
         ("stagdist/model/head.py", "from stagdist.hf import modeling", "use hf"),
         ("stagdist/model/section.py", "import deepspeed.pipe", "allowed in stagdist/training/"),
         ("tools/convert.py", "from deepspeed import checkpoint", "allowed in stagdist/training/"),
-        ("stagdist/model/section.py", "from megatron.core import x", "allowed in stagdist/parallel/frameworks.py"),
+        ("stagdist/model/section.py", "from megatron.core import x", "allowed in stagdist/model/megatron.py"),
         (
             "stagdist/parallel/grid.py",
             "def f():\n    import megatron.core",
-            "allowed in stagdist/parallel/frameworks.py",
+            "allowed in stagdist/model/megatron.py",
         ),
         ("stagdist/decode/x.py", "import importlib\nimportlib.import_module('deepspeed')", "allowed in"),
         (

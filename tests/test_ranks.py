@@ -82,24 +82,24 @@ def surroundings(names: list[str]) -> dict[str, str]:
 
 
 def test_results_come_back_by_rank_and_one_launch_runs_many_cases() -> None:
-    assert run_ranks("tests.test_ranks:reduce_cases", 3, [1.0, 0.5], timeout_s=120) == [[6.0, 3.0]] * 3
+    assert run_ranks("tests.test_ranks:reduce_cases", 3, [1.0, 0.5]) == [[6.0, 3.0]] * 3
 
 
 def test_the_error_of_the_first_failing_rank_is_raised_not_the_cascade() -> None:
     with pytest.raises(RankError, match="seven is not a section") as failure:
-        run_ranks("tests.test_ranks:fail_on_rank_1", 2, timeout_s=120)
+        run_ranks("tests.test_ranks:fail_on_rank_1", 2)
     assert failure.value.rank == 1
 
 
 def test_a_killed_rank_is_named_and_not_its_victim() -> None:
     with pytest.raises(RankError, match="rank 1 of 2 failed:\nexit code -9") as failure:
-        run_ranks("tests.test_ranks:die_on_rank_1", 2, timeout_s=120)
+        run_ranks("tests.test_ranks:die_on_rank_1", 2)
     assert failure.value.rank == 1
 
 
 def test_leaving_without_a_result_is_a_failure_even_with_code_0() -> None:
     with pytest.raises(RankError, match="SystemExit: 0"):
-        run_ranks("tests.test_ranks:leave_early", 2, timeout_s=30)
+        run_ranks("tests.test_ranks:leave_early", 2)
 
 
 def test_a_hanging_rank_ends_at_the_limit_with_its_stack_and_its_children(tmp_path: Path) -> None:

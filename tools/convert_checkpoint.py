@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Convert checkpoints: training checkpoints to and from model directories, to other grids; inspect and compare.
+"""Convert training checkpoints to and from model directories; inspect and compare both.
 
 The folder of a run as SOURCE means its newest complete checkpoint. Every conversion writes into a hidden folder, proves
-the result, and only then renames it; a conversion that fails or is killed leaves nothing that looks complete.
+the result, and only then renames it; a conversion that fails or is killed leaves nothing that looks complete. A run
+that continues on another grid, or in another precision, needs no conversion: every grid loads every checkpoint.
 """
 
 import argparse
@@ -16,8 +17,8 @@ from typing import Any
 EXAMPLES = """\
 examples:
   python tools/convert_checkpoint.py export runs/my-run runs/my-run/model
-  python tools/convert_checkpoint.py reshard runs/my-run runs/my-run-8 --pipe 2 --data 2 --tensor 2
-  python tools/convert_checkpoint.py import runs/my-run/model runs/finetune --pipe 2 --config configs/x.yaml
+  python tools/convert_checkpoint.py export runs/my-run model.pt --format torch --precision bf16
+  python tools/convert_checkpoint.py import runs/my-run/model runs/finetune --config configs/x.yaml
   python tools/convert_checkpoint.py upcycle path/to/llama stagformer/ --section-layers 18 18
   python tools/convert_checkpoint.py split runs/shared/model separate/
   python tools/convert_checkpoint.py merge runs/my-run/checkpoints/step_00000100 runs/my-run averaged/
@@ -28,11 +29,10 @@ Formats, names and recipes: docs/checkpoints.md.
 """
 
 DESCRIPTIONS = {
-    "export": "Training checkpoint of any grid to a model directory (config.json, safetensors, tokenizer).",
+    "export": "Training checkpoint of any grid to a model directory (config.json, safetensors, tokenizer), or to one "
+    "file of PyTorch.",
     "import": "Model directory to a training checkpoint at step 0: its weights and a new optimizer state. "
-    "`pretrain` with the name of the run starts from it, on any data.",
-    "reshard": "Training checkpoint to another grid, with optimizer, counters, position in the data and generators: "
-    "training continues exactly. (`pretrain` on another grid does this by itself.)",
+    "`pretrain` with the name of the run starts from it, on any data and any grid.",
     "upcycle": "Llama-architecture model directory (or sequential run) to a StagFormer as a starting point for "
     "training: its layers are cut into sections, cross-attention starts as a copy of self-attention. Then `import` it "
     "and train. Choices and measured recovery: docs/checkpoints.md.",
@@ -72,20 +72,29 @@ def _add_paths(parser: argparse.ArgumentParser, verb: str) -> None:
     else:
         many = {"nargs": "+"} if verb == "merge" else {}
         parser.add_argument("source", metavar="SOURCE", help="what to convert", **many)  # type: ignore[arg-type]
-        training = verb in ("import", "reshard")
-        what = "run's folder (or checkpoints/step_NNNNNNNN in one)" if training else "model directory"
+        what = "run's folder (or checkpoints/step_00000000 in one)" if verb == "import" else "model directory"
         parser.add_argument("destination", metavar="DESTINATION", help=f"{what} to write")
-        parser.add_argument("--overwrite", action="store_true", help="replace an existing DESTINATION")
+        if verb != "import":
+            parser.add_argument("--overwrite", action="store_true", help="replace an existing DESTINATION")
 
 
 def _add_options(made: dict[str, argparse.ArgumentParser]) -> None:
-    for verb in ("import", "reshard"):
-        for axis, meaning in (
-            ("pipe", "pipeline stages"),
-            ("data", "replicas"),
-            ("tensor", "ranks that split matrices"),
-        ):
-            made[verb].add_argument(f"--{axis}", type=int, default=1, metavar="N", help=f"{meaning} (default: 1)")
+    made["export"].add_argument(
+        "--format",
+        choices=("model", "torch"),
+        default="model",
+        help="model: a model directory (default); torch: one file, a state dict of canonical names that "
+        "torch.load(weights_only=True) reads",
+    )
+    made["export"].add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), help="of the written weights (default: that of the run)"
+    )
+    made["export"].add_argument(
+        "--from-master",
+        action="store_true",
+        help="write the fp32 values of the optimizer (in fp32, or rounded to --precision), not the weights of a run "
+        "in a lower precision",
+    )
     made["import"].add_argument(
         "--config",
         metavar="FILE",
@@ -133,20 +142,23 @@ def show(items: Sequence[Any], what: str) -> Iterable[Any]:
 
 def convert(arguments: argparse.Namespace) -> int:
     """Run a conversion and print what it proved."""
-    from stagdist.checkpoint.convert import model_conversions, training_conversions
+    from stagdist.checkpoint.convert import model_conversions
+    from stagdist.checkpoint.convert.import_model import import_model
     from stagdist.checkpoint.convert.staging import ConversionOptions
     from stagdist.checkpoint.convert.upcycle import OUTPUT_SCALE, upcycle
     from stagdist.checkpoint.weight_source import untracked
-    from stagdist.parallel.grid import Grid
 
     options = ConversionOptions(
-        tokenizer=getattr(arguments, "tokenizer", None),
-        overwrite=arguments.overwrite,
+        tokenizer=arguments.tokenizer,
+        overwrite=getattr(arguments, "overwrite", False),
         track=untracked if arguments.quiet else show,
     )
     source, destination = arguments.source, arguments.destination
     if arguments.verb == "export":
-        result = model_conversions.export(source, destination, options)
+        exporter = {"model": model_conversions.export, "torch": model_conversions.export_state_dict}[arguments.format]
+        result = exporter(
+            source, destination, options, precision=arguments.precision, from_master=arguments.from_master
+        )
     elif arguments.verb == "split":
         result = model_conversions.split(source, destination, options)
     elif arguments.verb == "upcycle":
@@ -155,11 +167,7 @@ def convert(arguments: argparse.Namespace) -> int:
     elif arguments.verb == "merge":
         result = model_conversions.merge(source, destination, options)
     else:
-        grid = Grid(arguments.pipe, arguments.data, arguments.tensor)
-        if arguments.verb == "reshard":
-            result = training_conversions.reshard(source, destination, grid, options)
-        else:
-            result = training_conversions.import_model(source, destination, grid, arguments.config, options)
+        result = import_model(source, destination, arguments.config, options)
     print(f"wrote {result.directory}: {result.checked}")
     return 0
 

@@ -15,10 +15,9 @@ from stagdist.config.parts import ModelConfig
 from stagdist.decode.engine import Engine
 from stagdist.decode.layers.runner import Lap
 from stagdist.decode.layers.weights import random_reader
-from stagdist.decode.operations import operate
+from stagdist.decode.operations import Control, Operation, operate
 from stagdist.decode.request import Request, SamplingParams
 from stagdist.decode.runtime.build import EngineOptions, build_stage, plan_decoding
-from stagdist.decode.runtime.slots import Control, Operation
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.sampler import Choice
 from stagdist.parallel.device import on_cuda, synchronize

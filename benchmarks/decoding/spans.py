@@ -14,7 +14,7 @@ from stagdist.telemetry.clocks import Clock
 from stagdist.telemetry.spans import HOST_WORK, Span, SpanRecorder, covered_ns, merge_traces
 
 PHASES = ("self_attention", "cross_attention", "mlp")
-"""Phases inside a section, as `SectionRunner` names them."""
+"""Phases inside a section, as `LayerMath` names them."""
 MEASURES = {
     "compute": "compute",
     "combine": "combine",

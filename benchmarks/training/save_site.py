@@ -10,6 +10,7 @@ from benchmarks.training.site import RankSite, random_batches
 from stagdist.checkpoint.training.directory import TrainingState
 from stagdist.config.run_config import RunConfig
 from stagdist.training.engine.agreement import Agreed, Agreement, StopSignals, Writing
+from stagdist.training.saving.resume import load_checkpoint, newest_complete
 from stagdist.training.saving.save import Saver
 
 
@@ -31,7 +32,7 @@ class SaveSite(RankSite):
         self._train()  # the first step makes the optimizer's moments
 
     def run(self, name: str, *, together: bool) -> dict[str, Any]:
-        """Save (`synchronous`, `asynchronous`) or not (`plain`), then train the steps of a round.
+        """Save (`synchronous`, `asynchronous`) or not (`plain`), then train the steps of a round; or `load`.
 
         Returns: seconds of all (`seconds`), of the save's calls (`save_s`, `finish_s`) and of the steps alone
         (`steps_s`), their number (`steps`); after how many steps the checkpoint was complete (`complete_after`, more
@@ -39,6 +40,8 @@ class SaveSite(RankSite):
         """
         dist.barrier(group=self.groups.control)
         started = time.perf_counter()
+        if name == "load":
+            return {"seconds": self._load()}
         if name in self._savers:
             self._saver = self._savers[name]
             self._saver.save(self._state())
@@ -60,6 +63,15 @@ class SaveSite(RankSite):
             "complete_after": complete_after + 1 if name == "asynchronous" else complete_after,
             "bytes": self._bytes(),
         }
+
+    def _load(self) -> float:
+        """Seconds to check the newest checkpoint and to fill the engine from it."""
+        started = time.perf_counter()
+        checkpoint = newest_complete(Path(self._config.folder) / "checkpoints", self.groups)
+        assert checkpoint is not None
+        load_checkpoint(self._engine, self.groups, self._config.model, checkpoint)
+        self.synchronize()
+        return time.perf_counter() - started
 
     def _train(self) -> float:
         started = time.perf_counter()

@@ -4,18 +4,19 @@ Checkpoints and model directories are written under a hidden name, get their rec
 process leaves nothing that looks complete. Imports no torch.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from stagdist.checkpoint.published.other_formats import refuse_undownloaded
 from stagdist.errors import CheckpointError
 from stagdist.files import FileRecord, file_record, not_downloaded, sync_path, writing
 
 COMPLETE = "complete.json"
+_BLOCK = 1 << 22
 
 
 def checkpoint_files(directory: Path) -> list[str]:
@@ -32,13 +33,48 @@ def write_complete(directory: Path, records: Mapping[str, FileRecord]) -> None:
     sync_path(directory)
 
 
-def publish(staged: Path, final: Path) -> None:
-    """Rename a finished directory to its final name. An incomplete directory of that name is removed."""
+def aside(final: Path) -> Path:
+    """The hidden name of a directory while a new one takes its place."""
+    return final.with_name(f".replaced-{final.name}")
+
+
+def recover(final: Path) -> None:
+    """Finish a replacement that a kill interrupted: restore the old directory, or remove it if the new one is there."""
+    old = aside(final)
     if final.exists():
-        shutil.rmtree(final)
-    staged.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.is_dir():
+        old.rename(final)
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Rename a finished directory to its final name, and remove the hidden folder that it was in.
+
+    A directory that it replaces is kept aside until then: see `recover`.
+    """
+    recover(final)
+    if final.exists():
+        final.rename(aside(final))
+    try:
+        staged.rename(final)
+    finally:
+        recover(final)
     sync_path(final.parent)
     shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def refuse_undownloaded(path: Path) -> None:
+    """Refuse a file that is a git-lfs pointer, a web page or empty.
+
+    Raises:
+        CheckpointError: it is one. A file that cannot be opened is left to its reader.
+    """
+    try:
+        problem = not_downloaded(path)
+    except OSError:
+        return
+    if problem is not None:
+        raise CheckpointError(problem)
 
 
 def read_complete(directory: Path) -> dict[str, FileRecord]:
@@ -55,14 +91,66 @@ def read_complete(directory: Path) -> dict[str, FileRecord]:
         raise CheckpointError(f"{directory} is not a complete checkpoint: {COMPLETE}: {error}") from error
 
 
-def damage(directory: Path, names: Iterable[str], records: Mapping[str, FileRecord]) -> str | None:
-    """The first reason why the files `names` do not match their records; None if all match."""
+def damage(
+    directory: Path, names: Iterable[str], records: Mapping[str, FileRecord], *, contents: bool = True
+) -> str | None:
+    """The first reason why the files `names` do not match their records; None if all match.
+
+    Args:
+        contents: compare the hashes too, not only the sizes.
+    """
     for name in names:
         path = directory / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != records[name].size:
             return not_downloaded(path) or f"{name} has {path.stat().st_size} bytes, {records[name].size} were written"
-        if file_record(path).sha256 != records[name].sha256:
-            return f"{name} has other content than was written"
+        if contents and file_record(path).sha256 != records[name].sha256:
+            return _changed(name)
     return None
+
+
+def _changed(name: str) -> str:
+    return f"{name} has other content than was written"
+
+
+class RunningHashes:
+    """Hashes safetensors files while they are read, so that a checked conversion reads every byte once.
+
+    A file is hashed as far as it was read; `damage` hashes the rest and compares.
+    """
+
+    def __init__(self, directory: Path, records: Mapping[str, FileRecord]):
+        self._directory, self._records = directory, records
+        self._streams: dict[str, IO[bytes]] = {}
+        self._digests = {name: hashlib.sha256() for name in records}
+        self._ends: dict[str, dict[str, int]] = {}
+
+    def reading(self, name: str, tensor: str) -> None:
+        """Hash a file up to the end of one of its tensors, which is about to be read."""
+        if name in self._records:
+            if name not in self._ends:
+                self._ends[name] = _tensor_ends(self._directory / name)
+            self._advance(name, self._ends[name].get(tensor, 0))
+
+    def damage(self) -> str | None:
+        """The first reason why a file does not match its record; None if all match."""
+        for name, record in self._records.items():
+            self._advance(name, record.size)
+            if self._digests[name].hexdigest() != record.sha256:
+                return _changed(name)
+        return None
+
+    def _advance(self, name: str, stop: int) -> None:
+        stream = self._streams.get(name) or self._streams.setdefault(name, (self._directory / name).open("rb"))
+        while (missing := stop - stream.tell()) > 0 and (block := stream.read(min(missing, _BLOCK))):
+            self._digests[name].update(block)
+
+
+def _tensor_ends(path: Path) -> dict[str, int]:
+    """Position after the last byte of every tensor of a safetensors file that the library accepts."""
+    with path.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_bytes))
+    header.pop("__metadata__", None)
+    return {name: 8 + header_bytes + entry["data_offsets"][1] for name, entry in header.items()}

@@ -60,7 +60,7 @@ class SafetensorsWriter:
         """
         expected, shape = self._waiting.pop()
         assert (expected, shape) == (name, tuple(tensor.shape)), f"{expected} {shape} is next, got {name}"
-        for block in blocks(tensor.detach().to("cpu", self.dtype)):
+        for block in blocks(tensor.detach().cpu(), self.dtype):
             self._write(block)
 
     @property
@@ -88,16 +88,16 @@ class SafetensorsWriter:
         self._size += len(block)
 
 
-def tensor_sha256(tensor: Tensor) -> str:
-    """sha256 of the bytes of a tensor."""
+def tensor_sha256(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+    """sha256 of the bytes of a tensor, rounded to `dtype` if one is given."""
     digest = hashlib.sha256()
-    for block in blocks(tensor):
+    for block in blocks(tensor, dtype):
         digest.update(block)
     return digest.hexdigest()
 
 
-def blocks(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor on the CPU, a few MB at a time."""
+def blocks(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[memoryview]:
+    """The bytes of a tensor on the CPU, a few MB at a time, rounded to `dtype` if one is given."""
     values = tensor.contiguous().flatten()
     for block in values.split(_BLOCK_BYTES // values.element_size()):
-        yield block.view(torch.uint8).numpy().data
+        yield block.to(dtype or block.dtype).view(torch.uint8).numpy().data

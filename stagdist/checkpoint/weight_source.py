@@ -1,5 +1,6 @@
-"""The interface of everything that weights can be read from, and of what shows the progress."""
+"""The interface of everything that weights can be read from, and of the progress of reading."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -44,15 +45,32 @@ class WeightSource(Protocol):
     def weight(self, spec: ParameterSpec) -> Tensor:
         """One global parameter of `model_parameters`, on the CPU."""
 
+    def check(self) -> None:
+        """Compare the files with their records; what was hashed while it was read is not read again.
 
-def require_finite(tensor: Tensor, name: str, directory: Path) -> Tensor:
+        Raises:
+            CheckpointError: a file differs; the message names it.
+        """
+
+
+def require_finite(tensor: Tensor, name: str, directory: Path, dtype: torch.dtype = torch.float32) -> Tensor:
     """The tensor.
 
+    Args:
+        dtype: to which it will be rounded.
+
     Raises:
-        CheckpointError: it has values that are not finite.
+        CheckpointError: it has values that are not finite, or that the dtype cannot represent.
     """
-    if not torch.isfinite(tensor).all():
+    low, high = torch.aminmax(tensor)  # allocates nothing; both are NaN if any value is
+    largest = max(-low.item(), high.item(), key=lambda value: (math.isnan(value), value))
+    if not math.isfinite(largest):
         raise CheckpointError(
             f"{name} in {directory} has values that are not finite; use an earlier checkpoint, or get it again"
+        )
+    if largest > torch.finfo(dtype).max:
+        raise CheckpointError(
+            f"{name} in {directory} has values up to {largest:.3g}, {dtype} ends at {torch.finfo(dtype).max:.3g}; "
+            "choose fp32"
         )
     return tensor

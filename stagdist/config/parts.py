@@ -268,6 +268,11 @@ class TrainingConfig(ConfigPart):
     max_bad_steps: NonNegative = Field(
         3, description="Steps with a loss or gradient that is not finite before the run stops without saving."
     )
+    audit_steps: NonNegative = Field(
+        100,
+        description="Compare the replicas every N steps: their weights, and whether gradients were averaged. A "
+        "difference stops the run, and nothing is saved. 0 switches it off.",
+    )
     max_minutes: PositiveFloat | None = Field(
         None, description="Wall-clock limit; the run saves and shuts down cleanly when it is reached."
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from stagdist.data.tokenizer import Tokenizer
-from stagdist.decode.operations import operate
+from stagdist.decode.operations import Control, Operation, operate
 from stagdist.decode.request import (
     FinishReason,
     Request,
@@ -17,8 +17,8 @@ from stagdist.decode.request import (
     TokenLogprobs,
     allowed_new_tokens,
     check_request,
+    join_outputs,
 )
-from stagdist.decode.runtime.slots import Control, Operation
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.sampler import Choice
@@ -42,24 +42,6 @@ class _Running:
     finish: FinishReason | None = None
     first_token_s: float | None = None
     fresh: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The complete result of a request.
-
-    Attributes:
-        token_ids: generated tokens, including the one that ended the request.
-        text: their text, up to a stop string.
-    """
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    text: str
-    logprobs: tuple[TokenLogprobs, ...]
-    finish_reason: FinishReason
-    error: str | None
-    time_to_first_token_s: float | None
 
 
 class Engine:
@@ -159,8 +141,8 @@ class Engine:
             running.finish = running.finish or FinishReason.CANCELLED
             self._report(running)
 
-    def generate(self, requests: Iterable[Request]) -> list[Completion]:
-        """Serve these requests and close. Returns their completions in the same order."""
+    def generate(self, requests: Iterable[Request]) -> list[RequestOutput]:
+        """Serve these requests and close. Returns the complete output of each, in the same order."""
         requests = list(requests)
         outputs: dict[str, list[RequestOutput]] = {request.request_id: [] for request in requests}
         if len(outputs) < len(requests):
@@ -169,7 +151,7 @@ class Engine:
             self.submit(request)
         self.close()
         self.run(lambda output: outputs[output.request_id].append(output))
-        return [completion(request_id, parts) for request_id, parts in outputs.items()]
+        return [join_outputs(parts) for parts in outputs.values()]
 
     # --- called by `operate` ------------------------------------------------------------------------------------
 
@@ -191,7 +173,7 @@ class Engine:
             allowed = allowed_new_tokens(request, self._stage.limits.max_context)
             self._running[slot] = _Running(request, submitted_s, allowed, text, scheduled=1)
             self._planned.append({slot: self._running[slot]})
-            return Control(Operation.ADMIT, slot, len(request.prompt_ids), retired)
+            return Control(Operation.ADMIT, slot, retired)
         if self._running:
             for running in self._running.values():
                 running.scheduled += 1
@@ -316,21 +298,6 @@ class Engine:
                 time_to_first_token_s=running.first_token_s,
             )
         )
-
-
-def completion(request_id: str, outputs: Sequence[RequestOutput]) -> Completion:
-    """Join all outputs of a finished request."""
-    last = outputs[-1]
-    assert last.finish_reason is not None, f"request {request_id!r} has not ended"
-    return Completion(
-        request_id,
-        token_ids=tuple(token for output in outputs for token in output.token_ids),
-        text="".join(output.text for output in outputs),
-        logprobs=tuple(entry for output in outputs for entry in output.logprobs),
-        finish_reason=last.finish_reason,
-        error=last.error,
-        time_to_first_token_s=last.time_to_first_token_s,
-    )
 
 
 def _token_logprobs(params: SamplingParams, token: int, values: Sequence[float] | None) -> TokenLogprobs | None:

@@ -6,17 +6,56 @@ additional tokens are dropped. Length limits are known in advance.
 """
 
 import gc
-from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from stagdist.decode.request import NUM_PARAM_FIELDS, Request, SamplingParams, decode_params, encode_params
-from stagdist.decode.runtime.slots import Control, Operation
+from stagdist.decode.request import Request
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.sampler import Choice
 from stagdist.telemetry.pulse import Phase
+
+
+class Operation(IntEnum):
+    """The next operation of all ranks."""
+
+    STEP = 0
+    """One token for every active slot."""
+    ADMIT = 1
+    """Prefill a prompt into a slot; the request follows in a second message."""
+    REST = 2
+    """Complete all hand-offs and wait for the next message."""
+    STOP = 3
+    """Shut down."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """One message of fixed size, applied by all ranks before the same operation.
+
+    Attributes:
+        slot: slot of an ADMIT.
+        retired: slots to free before the operation.
+    """
+
+    operation: Operation
+    slot: int = 0
+    retired: tuple[int, ...] = ()
+
+    def encode(self, num_slots: int) -> Tensor:
+        """Shapes: int64 [2 + num_slots]."""
+        flags = [int(slot in self.retired) for slot in range(num_slots)]
+        return torch.tensor([int(self.operation), self.slot, *flags])
+
+    @staticmethod
+    def decode(message: Tensor) -> "Control":
+        """Decode a message of `encode`."""
+        operation, slot, *flags = message.tolist()
+        return Control(Operation(operation), slot, tuple(i for i, flag in enumerate(flags) if flag))
 
 
 class Owner(Protocol):
@@ -70,19 +109,13 @@ class _ControlChannel:
             return self._plain_step
         return Control.decode(message)
 
-    def admission(self, control: Control) -> tuple[Sequence[int], SamplingParams]:
-        """Return prompt and parameters of an ADMIT."""
-        if self._owner is not None:
-            request = self._owner.admission(control.slot)
-            if self._transport is not None:
-                payload = [*map(float, request.prompt_ids), *encode_params(request.params)]
-                self._transport.share_admission(torch.tensor(payload, dtype=torch.float64))
-            return request.prompt_ids, request.params
-        assert self._transport is not None, "a single process must own the requests"
-        empty = torch.empty(control.prompt_length + NUM_PARAM_FIELDS, dtype=torch.float64)
-        values = self._transport.share_admission(empty).tolist()
-        prompt = [int(token) for token in values[: control.prompt_length]]
-        return prompt, decode_params(values[control.prompt_length :])
+    def admission(self, slot: int) -> Request:
+        """Return the request of an ADMIT."""
+        request = None if self._owner is None else self._owner.admission(slot)
+        if self._transport is not None:
+            return self._transport.share_admission(request)
+        assert request is not None, "a single process must own the requests"
+        return request
 
 
 @torch.inference_mode()
@@ -121,7 +154,8 @@ def _operate(channel: _ControlChannel, stage: Stage, owner: Owner | None) -> Non
             continue
         channel.post()
         if control.operation is Operation.ADMIT:
-            choice = stage.prefill(control.slot, *channel.admission(control), host_work)
+            request = channel.admission(control.slot)
+            choice = stage.prefill(control.slot, request.prompt_ids, request.params, host_work)
         else:
             choice = stage.step(host_work)
         if owner is not None:

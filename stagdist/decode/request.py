@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -16,11 +16,6 @@ MAX_SEED = 2**63 - 1
 
 SMALLEST_FACTOR = 1e-6
 """Smallest temperature above 0, and smallest repetition penalty: below it, scaled logits would overflow."""
-
-NUM_PARAM_FIELDS = 8
-"""Length of the list that `encode_params` returns."""
-
-_SEED_LOW_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -143,9 +138,9 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass
+@dataclass(frozen=True)
 class RequestOutput:
-    """New tokens and text of a request since its previous output.
+    """New tokens and text of a request since its previous output, or all of them (`join_outputs`).
 
     Attributes:
         token_ids: new tokens.
@@ -163,6 +158,16 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     error: str | None = None
     time_to_first_token_s: float | None = None
+
+
+def join_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    """All outputs of a request as one."""
+    return replace(
+        outputs[-1],
+        token_ids=tuple(token for output in outputs for token in output.token_ids),
+        text="".join(output.text for output in outputs),
+        logprobs=tuple(entry for output in outputs for entry in output.logprobs),
+    )
 
 
 def check_request(request: Request, *, vocab_size: int, max_context: int) -> None:
@@ -199,27 +204,3 @@ def _check_ids(name: str, where: str, ids: Sequence[Any], vocab_size: int) -> No
 def allowed_new_tokens(request: Request, max_context: int) -> int:
     """Tokens that a request may generate: the last one is never fed back, so it needs no place in the context."""
     return min(request.params.max_new_tokens, max_context - len(request.prompt_ids) + 1)
-
-
-def encode_params(params: SamplingParams) -> list[float]:
-    """The numbers that choosing a token needs, as `NUM_PARAM_FIELDS` float64 values for the other ranks.
-
-    Text and stop rules stay where the request came in.
-    """
-    high, low = divmod(params.seed, 1 << _SEED_LOW_BITS)  # float64 holds 53 bits exactly, a seed has 63
-    values = (params.temperature, params.top_k or 0, params.top_p, params.min_p, params.repetition_penalty, high, low)
-    return [*map(float, values), float(-1 if params.logprobs is None else params.logprobs)]
-
-
-def decode_params(values: Sequence[float]) -> SamplingParams:
-    """Parameters from `encode_params`; the fields that it leaves out hold their defaults."""
-    temperature, top_k, top_p, min_p, penalty, high, low, logprobs = values
-    return SamplingParams(
-        temperature=temperature,
-        top_k=int(top_k) or None,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=penalty,
-        seed=(int(high) << _SEED_LOW_BITS) + int(low),
-        logprobs=None if logprobs < 0 else int(logprobs),
-    )

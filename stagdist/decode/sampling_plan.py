@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from stagdist.decode.layers.weights import Device
 from stagdist.decode.request import SamplingParams
@@ -24,8 +25,10 @@ class SamplingPlan:
         num_candidates: columns of each of: scores, ids, and unchanged logits where log-probabilities are requested.
         num_logprobs: the most that any row requests; None if no row requests any.
         num_likeliest: likeliest tokens that one slice sends for them.
-        noisy: 1.0 where noise is added before candidates are taken, else 0.0.
-        truncated: where noise is added after truncation.
+        temperature: None if it changes no row.
+        penalty: None if no row has one.
+        noisy: 1.0 where noise is added before candidates are taken, else 0.0; None if there is no such row.
+        truncated: where noise is added after truncation; None if there is no such row.
 
     Shapes: slots and seeds int64 [B]; top_k int64 [B, 1]; truncated bool [B, 1]; the others float64 [B, 1].
     """
@@ -33,32 +36,22 @@ class SamplingPlan:
     num_candidates: int
     num_logprobs: int | None
     num_likeliest: int
-    any_noisy: bool
-    any_truncated: bool
-    any_scaled: bool
-    any_penalty: bool
-    slots: torch.Tensor
-    seeds: torch.Tensor
-    top_k: torch.Tensor
-    temperature: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    penalty: torch.Tensor
-    noisy: torch.Tensor
-    truncated: torch.Tensor
-
-    @property
-    def width(self) -> int:
-        """Columns of a rank's message."""
-        if self.num_logprobs is None:
-            return 2 * self.num_candidates
-        return 3 * self.num_candidates + 1 + 2 * self.num_likeliest
+    slots: Tensor
+    seeds: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    temperature: Tensor | None
+    penalty: Tensor | None
+    noisy: Tensor | None
+    truncated: Tensor | None
 
 
 def plan_sampling(
     slots: Sequence[int],
     row_params: Sequence[SamplingParams | None],
     device: Device,
+    *,
     vocab_size: int,
     slice_size: int,
     want_margins: bool,
@@ -72,43 +65,37 @@ def plan_sampling(
     params = [each or _GREEDY for each in row_params]
     if all(map(is_plain, params)) and not want_margins:
         return None
-    sampled = [_is_sampled(each) for each in params]
-    truncated = [_is_truncated(each) for each in params]
-    num_logprobs = max((each.logprobs for each in params if each.logprobs is not None), default=None)
     # Truncation needs the k best tokens of every slice, or all of them.
-    sizes = [each.top_k or slice_size for each, cut in zip(params, truncated, strict=True) if cut]
+    sizes = [each.top_k or slice_size for each in params if _is_truncated(each)]
+    num_logprobs = max((each.logprobs for each in params if each.logprobs is not None), default=None)
     integers = [(slot, each.seed, each.top_k or vocab_size) for slot, each in zip(slots, params, strict=True)]
     floats = [
         (
-            each.temperature if drawn else 1.0,
             each.top_p if each.top_p < 1 else float("inf"),  # rounding must not remove tokens when all are kept
             each.min_p,
+            each.temperature if _is_sampled(each) else 1.0,
             each.repetition_penalty,
-            float(drawn and not cut),
-            float(cut),
+            float(_is_sampled(each) and not _is_truncated(each)),
+            float(_is_truncated(each)),
         )
-        for each, drawn, cut in zip(params, sampled, truncated, strict=True)
+        for each in params
     ]
     slot_index, seeds, top_k = device.upload(integers, torch.int64).unbind(1)
-    columns = device.upload(floats, torch.float64).unsqueeze(-1).unbind(1)
-    temperature, top_p, min_p, penalty, noisy, is_cut = columns
+    top_p, min_p, temperature, penalty, noisy, truncated = device.upload(floats, torch.float64).unsqueeze(-1).unbind(1)
+    _, _, temperatures, penalties, are_noisy, are_truncated = zip(*floats, strict=True)
     return SamplingPlan(
-        min(max([2 if want_margins else 1, *sizes]), slice_size),
-        num_logprobs,
-        min(num_logprobs or 0, slice_size),
-        any(drawn and not cut for drawn, cut in zip(sampled, truncated, strict=True)),
-        any(truncated),
-        any(drawn and each.temperature != 1 for each, drawn in zip(params, sampled, strict=True)),
-        any(each.repetition_penalty != 1 for each in params),
-        slot_index,
-        seeds.contiguous(),
-        top_k[:, None],
-        temperature,
-        top_p,
-        min_p,
-        penalty,
-        noisy,
-        is_cut > 0,
+        num_candidates=min(max([2 if want_margins else 1, *sizes]), slice_size),
+        num_logprobs=num_logprobs,
+        num_likeliest=min(num_logprobs or 0, slice_size),
+        slots=slot_index,
+        seeds=seeds.contiguous(),
+        top_k=top_k[:, None],
+        top_p=top_p,
+        min_p=min_p,
+        temperature=temperature if set(temperatures) != {1.0} else None,
+        penalty=penalty if set(penalties) != {1.0} else None,
+        noisy=noisy if any(are_noisy) else None,
+        truncated=truncated > 0 if any(are_truncated) else None,
     )
 
 

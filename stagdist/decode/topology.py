@@ -59,11 +59,6 @@ class Topology:
         """Number of steps from a section output to its use in the next section."""
         return self.stagger if self.staggered else 0
 
-    @property
-    def buffers(self) -> int:
-        """Hand-off buffers of an edge: one for each step of the lag and one being filled."""
-        return self.lag + 1
-
 
 @dataclass(frozen=True)
 class Limits:

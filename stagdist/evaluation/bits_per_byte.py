@@ -53,7 +53,6 @@ def score_text(
     token_bytes: np.ndarray,
     stride: int | None = None,
     batch_size: int = 8,
-    fixed_shape: bool = False,
     part: tuple[int, int] = (0, 1),
 ) -> TextScore:
     """Score a text window by window.
@@ -64,9 +63,7 @@ def score_text(
         window: tokens per window, `max_position_embeddings` of the model.
         token_bytes: UTF-8 bytes of every token of the vocabulary, [V]; 0 for special tokens.
         stride: tokens from the beginning of one window to that of the next; None for no overlap.
-        batch_size: windows per call.
-        fixed_shape: every call gets exactly [batch_size, window], which an engine with fixed buffers needs. Otherwise
-            the last call may have fewer rows, and a text shorter than a window is not padded.
+        batch_size: windows per call; the last call may have fewer.
         part: (i, n) scores every n-th window, starting at the i-th; the scores of all n parts add up to the total.
 
     Raises:
@@ -74,36 +71,31 @@ def score_text(
     """
     tokens = np.asarray(ids, dtype=np.int64)
     scored_bytes(tokens, token_bytes)
-    total = count_windows(len(tokens), window, stride)
+    stride = window if stride is None else stride
+    window = min(window, len(tokens) - 1)  # a text shorter than a window is not padded
     score = TextScore(0, 0.0, 0)
-    chosen = range(part[0], total, part[1])
+    chosen = range(part[0], count_windows(len(tokens), window, stride), part[1])
     for start in range(0, len(chosen), batch_size):
         inputs, labels, scored = text_windows(tokens, window, stride, chosen[start : start + batch_size])
-        if total == 1 and not fixed_shape:
-            inputs, labels, scored = (array[:, : scored.sum()] for array in (inputs, labels, scored))
-        rows = [_with_rows(array, batch_size) if fixed_shape else array for array in (inputs, labels, scored)]
         targets = labels[scored]
-        score += TextScore(len(targets), _batch_nats(nats, *rows), int(token_bytes[targets].sum(dtype=np.int64)))
+        batch_nats = _batch_nats(nats, inputs, labels, scored)
+        score += TextScore(len(targets), batch_nats, int(token_bytes[targets].sum(dtype=np.int64)))
     return score
 
 
-def count_windows(num_tokens: int, window: int, stride: int | None = None) -> int:
+def count_windows(num_tokens: int, window: int, stride: int) -> int:
     """Number of windows of a text of `num_tokens` tokens."""
-    stride = window if stride is None else stride
-    if window < 1 or not 1 <= stride <= window:
-        raise ValueError(f"window is {window} and stride {stride}; 1 <= stride <= window is required")
     return 1 + max(0, -(-(num_tokens - 1 - window) // stride))
 
 
 def text_windows(
-    tokens: np.ndarray, window: int, stride: int | None = None, chosen: Sequence[int] | None = None
+    tokens: np.ndarray, window: int, stride: int, chosen: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs, labels, and which labels are scored, of the chosen windows of a text, or of all windows.
+    """Inputs, labels, and which labels are scored, of the chosen windows of a text.
 
     Shapes: each [windows, window]; the last window is padded with `PAD_ID`, which is not scored.
     """
-    rows = np.arange(count_windows(len(tokens), window, stride)) if chosen is None else np.asarray(chosen)
-    stride = window if stride is None else stride
+    rows = np.asarray(chosen)
     positions = rows[:, None] * stride + np.arange(window)
     inside = positions < len(tokens) - 1
     positions = np.where(inside, positions, 0)
@@ -146,13 +138,6 @@ def nats_from_logits(logits: Callable[[Tensor], Tensor]) -> TokenNats:
         return F.cross_entropy(scores.transpose(1, 2), labels.to(scores.device), reduction="none")
 
     return nats
-
-
-def _with_rows(array: np.ndarray, rows: int) -> np.ndarray:
-    """Append rows of padding (False for the mask)."""
-    filled = np.zeros((rows, array.shape[1]), dtype=array.dtype)
-    filled[: len(array)] = array
-    return filled
 
 
 def _batch_nats(nats: TokenNats, inputs: np.ndarray, labels: np.ndarray, scored: np.ndarray) -> float:

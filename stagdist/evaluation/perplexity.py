@@ -85,6 +85,7 @@ def score_file(
         dtype = source.dtype if scoring.dtype is None else STORED_DTYPES[scoring.dtype]
         parallel = TensorParallel(groups.tensor, dtype)
         runner = build_model(source, parallel).to(device)
+        source.check()
         part = (groups.place.data, groups.grid.data)
         windows = len(range(part[0], count_windows(len(ids), window, stride), part[1]))
         done = 0

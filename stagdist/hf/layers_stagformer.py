@@ -256,7 +256,6 @@ class ForwardContext:
     """Values that all sections share in one forward pass.
 
     Attributes:
-        real: False for padding, [B, T]; None without padding.
         rotary: cosines and sines of the new positions.
         visible, visible_memory: masks of self- and cross-attention.
         in_gap: new positions among the first `stagger` real ones of their row, [B or 1, S].
@@ -277,17 +276,17 @@ class ForwardContext:
         self.cache = cache
         device, length = embeddings.device, embeddings.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
-        self.real = None if attention_mask is None else _checked_mask(attention_mask.to(device), past + length)
-        if self.real is None:
+        real = None if attention_mask is None else _checked_mask(attention_mask.to(device), past + length)
+        if real is None:
             order = torch.arange(past, past + length, device=device)[None]
         else:
-            order = self.real.long().cumsum(-1)[:, past:] - 1
+            order = real.long().cumsum(-1)[:, past:] - 1
         self.in_gap = order < config.stagger
         positions = order.clamp(min=0) if position_ids is None else position_ids.to(device)
         self.rotary = rotary_tables(config, positions, embeddings.dtype)
-        self.visible = visible_keys(self.real, past, length, None, device)
+        self.visible = visible_keys(real, past, length, None, device)
         window = config.cross_attention_window
-        self.visible_memory = self.visible if window is None else visible_keys(self.real, past, length, window, device)
+        self.visible_memory = self.visible if window is None else visible_keys(real, past, length, window, device)
 
 
 def _checked_mask(attention_mask: Tensor, total: int) -> Tensor | None:

@@ -4,20 +4,23 @@ Weights are sharded over the tensor axis only. Inputs and outputs are `[B, S, H]
 `stagdist/model/initialization.py`, so that their values do not depend on the grid.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagdist.parallel.frameworks import (
-    ColumnParallelLinear,
-    ModelParallelConfig,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    copy_to_tensor_model_parallel_region,
-    set_tensor_model_parallel_attributes,
-)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of optional GPU packages
+    from megatron.core import ModelParallelConfig
+    from megatron.core.tensor_parallel import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+        copy_to_tensor_model_parallel_region,
+        set_tensor_model_parallel_attributes,
+    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -195,14 +194,7 @@ class Outbox:
                 work.wait()
 
 
-class Event(Protocol):
-    """A point in the work queue of a device."""
-
-    def query(self) -> bool:
-        """Whether the device has passed it."""
-
-
-def record_event(device: str | torch.device) -> Event:
+def record_event(device: str | torch.device) -> torch.cuda.Event:
     """Record the point of the current stream after everything enqueued so far."""
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(torch.device(device)))

@@ -13,7 +13,7 @@ from typing import Literal
 from stagdist.config.run_config import RunConfig
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.layout import micro_batches_in_flight, stage_layout, stage_parameters
-from stagdist.planning.activations import FP32, ActivationSetting, BackwardMoment, busiest_moment
+from stagdist.planning.activations import FP32, BackwardMoment, StageActivations
 
 Device = Literal["cpu", "cuda"]
 
@@ -78,11 +78,25 @@ class StageMemory:
 
 def stage_memory(config: RunConfig, grid: Grid, stage: int, device: Device) -> StageMemory:
     """Bytes on one rank of `stage`, for a grid that fits the configuration."""
+    training, element = config.training, ELEMENT_BYTES[config.training.precision]
     sizes = [prod(spec.local_shape(grid.tensor)) for spec in stage_parameters(config.model, grid.pipe, stage)]
-    setting = activation_setting(config, grid, device)
-    bf16 = config.training.precision == "bf16"
-    states = _bf16_states(config, sizes, grid.data) if bf16 else _zero_states(config, sizes, grid.data, setting.element)
-    moment = _busiest_pass(config, grid, stage, setting, setting.element * sum(sizes))
+    if training.precision == "bf16":
+        states = _bf16_states(config, sizes, grid.data)
+    else:
+        states = _zero_states(config, sizes, grid.data, element)
+    activations = StageActivations(
+        config.model,
+        stage_layout(config.model, grid.pipe, stage),
+        sequences=training.micro_batch_size,
+        length=config.sequence_length,
+        element=element,
+        tensor=grid.tensor,
+        fused_norm=device == "cuda",
+        checkpoint_layers=training.activation_checkpointing == "layer",
+    )
+    micro_batches = training.num_micro_batches(grid.data)
+    in_flight = micro_batches_in_flight(grid.pipe, stage, micro_batches)
+    moment = _busiest_pass(activations, micro_batches, in_flight, element * sum(sizes))
     return StageMemory(
         **states,
         tables=_rotary_tables(config, grid.pipe),
@@ -91,33 +105,15 @@ def stage_memory(config: RunConfig, grid: Grid, stage: int, device: Device) -> S
     )
 
 
-def _busiest_pass(
-    config: RunConfig, grid: Grid, stage: int, setting: ActivationSetting, gradients: int
-) -> BackwardMoment:
+def _busiest_pass(activations: StageActivations, micro_batches: int, in_flight: int, gradients: int) -> BackwardMoment:
     """The moment of most memory in the backward passes of a step; the first pass begins without gradients."""
-    layout, training = stage_layout(config.model, grid.pipe, stage), config.training
-    micro_batches = training.num_micro_batches(grid.data)
-    in_flight = micro_batches_in_flight(grid.pipe, stage, micro_batches)
     if micro_batches > in_flight:
-        return busiest_moment(config.model, layout, setting, in_flight)
+        return activations.busiest_moment(in_flight)
     # No later pass has as many micro-batches in flight as the first.
-    passes = [busiest_moment(config.model, layout, setting, in_flight, new_gradients=gradients)]
+    passes = [activations.busiest_moment(in_flight, new_gradients=gradients)]
     if in_flight > 1:
-        passes.append(busiest_moment(config.model, layout, setting, in_flight - 1))
+        passes.append(activations.busiest_moment(in_flight - 1))
     return max(passes, key=lambda moment: moment.total)
-
-
-def activation_setting(config: RunConfig, grid: Grid, device: Device) -> ActivationSetting:
-    """The settings of a run that determine the sizes of activations."""
-    training = config.training
-    return ActivationSetting(
-        sequences=training.micro_batch_size,
-        length=config.sequence_length,
-        element=ELEMENT_BYTES[training.precision],
-        tensor=grid.tensor,
-        fused_norm=device == "cuda",
-        checkpoint_layers=training.activation_checkpointing == "layer",
-    )
 
 
 def _zero_states(config: RunConfig, sizes: list[int], replicas: int, element: int) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from stagdist.checkpoint.training.directory import TrainingState
+from stagdist.checkpoint.training.directory import TrainingState, checkpoint_name
 from stagdist.config.run_config import RunConfig
 from stagdist.data.compatibility import check_data, documents_begin, training_identity
 from stagdist.data.corpus import Splits, build_splits
@@ -27,12 +27,13 @@ from stagdist.telemetry.metrics import last_values
 from stagdist.telemetry.plot import plot_loss
 from stagdist.telemetry.pulse import Pulse
 from stagdist.training.engine.agreement import Agreement, StopSignals, shared
+from stagdist.training.engine.audit import Audit
 from stagdist.training.engine.distributed import start_distributed, stop_distributed
 from stagdist.training.engine.optimizer import learning_rate
 from stagdist.training.engine.section_engine import SectionEngine, build_engine
 from stagdist.training.held_out import HeldOut
 from stagdist.training.lost_peers import naming_lost_peers
-from stagdist.training.publish import export_model
+from stagdist.training.publish import publish_model
 from stagdist.training.reporting import Reporter
 from stagdist.training.saving.resume import load_checkpoint, newest_complete
 from stagdist.training.saving.resumed_config import begun, resumed_config
@@ -166,6 +167,7 @@ class _Run:
                 self.engine,
                 loader,
                 validation=self._held_out(self.splits.validation),
+                audit=Audit(self.engine, self.groups, config.model, config.training.audit_steps),
                 saver=Saver(self.engine, self.groups, config),
                 agreement=agreement,
                 reporter=self.reporter,
@@ -181,8 +183,8 @@ class _Run:
             test = self._held_out(self.splits.test)
             if test is not None:
                 self.reporter.held_out("test", outcome.state.step, test.score(self.engine))
-            tokens = outcome.state.text_tokens
-            export_model(self.engine, self.groups, config.model, self.tokenizer, folder / "model", tokens)
+            last = folder / "checkpoints" / checkpoint_name(outcome.state.step)
+            publish_model(self.engine, self.groups, last, self.tokenizer, folder / "model")
         if dist.get_rank() == 0:
             self.reporter.flush()
             plot_loss(folder / "metrics.jsonl", folder / "loss.png", config.name)

@@ -17,6 +17,7 @@ from stagdist.parallel.groups import Groups
 from stagdist.telemetry.pulse import Phase
 from stagdist.telemetry.spans import bubble_share
 from stagdist.training.engine.agreement import Agreed, Agreement, Writing, shared
+from stagdist.training.engine.audit import Audit
 from stagdist.training.engine.section_engine import SectionEngine
 from stagdist.training.held_out import HeldOut
 from stagdist.training.reporting import Reporter
@@ -52,6 +53,7 @@ class Trainer:
         learning_rate: of the update after a number of steps.
         engine: model and optimizer, filled from the checkpoint if there is one.
         validation: held-out sequences; None if the run has none.
+        audit: comparison of replicas.
         saver: of checkpoints; closed at the end of `run`.
         naming_peers: context of everything that needs other ranks.
     """
@@ -62,6 +64,7 @@ class Trainer:
     engine: SectionEngine
     loader: Loader
     validation: HeldOut | None
+    audit: Audit
     saver: Saver
     agreement: Agreement
     reporter: Reporter
@@ -72,7 +75,8 @@ class Trainer:
         """Train to the last step, or until the ranks agree to stop; the state is saved at either end.
 
         Raises:
-            TrainingError: more steps than `training.max_bad_steps` were not finite; nothing is saved.
+            TrainingError: more steps than `training.max_bad_steps` were not finite, or replicas differ; nothing is
+                saved.
             CheckpointError: saving failed.
         """
         try:
@@ -93,6 +97,8 @@ class Trainer:
             if self._agreed.writing is not Writing.RUNNING:
                 self._finish_save(state.step)
             self._check_bad_steps(state)
+            if self.audit.due(state.step):
+                self._compare_replicas(state.step)
             # A stop has little time: the launcher kills after half a minute, so saving comes first.
             if self.validation is not None and self.validation.due(state.step) and not self._agreed.stop:
                 self._evaluate(self.validation, state.step)
@@ -116,7 +122,8 @@ class Trainer:
         self.engine.set_learning_rate(rate)
         with self._peers(step):
             batches = self.engine.micro_batches_of_step(self.loader, state.consumed_samples)
-            loss = float(self.engine.train_batch(batches, self._gate))
+            watch = self.audit.watch_reduction if self.audit.due(step) else None
+            loss = float(self.engine.train_batch(batches, self._gate, watch))
         self.reporter.meter.record(step)
         if self.reporter.due(step):
             with self._peers(step):
@@ -172,6 +179,14 @@ class Trainer:
             "step %d is skipped on all ranks: loss or gradients are not finite on rank %s (%d so far, %d allowed)",
             state.step, ranks, state.bad_steps, limit,
         )  # fmt: skip
+
+    def _compare_replicas(self, step: int) -> None:
+        try:
+            with self._peers(step):
+                self.audit.compare(step)
+        except TrainingError:
+            self._finish_save(step)  # it is of a step before this one
+            raise
 
     def _evaluate(self, validation: HeldOut, step: int) -> None:
         with self.reporter.meter.paused(), self._peers(step):

@@ -32,4 +32,4 @@ def test_a_conversion_that_fails_is_told_with_its_output(tmp_path: Path) -> None
 
 def test_every_verb_is_measured() -> None:
     verbs = {words.split()[0] for variant in VARIANTS for words in CONVERSIONS[variant].values()}
-    assert verbs == {"import", "export", "reshard", "verify", "inspect", "merge", "split", "upcycle"}
+    assert verbs == {"import", "export", "verify", "inspect", "merge", "split", "upcycle"}

@@ -25,10 +25,12 @@ def test_lost_time_is_that_of_the_slowest_rank_over_the_same_steps_without_a_sav
             "plain": [answer(4.0, 4.0), answer(3.9, 3.9)],
             "synchronous": [answer(5.0, 4.0, 1.0), answer(5.0, 4.0, 0.9)],
             "asynchronous": [answer(4.5, 4.3, 0.1, 0.05), answer(4.4, 4.2, 0.05, 0.02)],
+            "load": [{"seconds": 0.5}, {"seconds": 0.7}],
         }
     ]
     found = figures(rounds, rounds[0])
     assert found["synchronous_save_s"]["median"] == 1.0
+    assert found["load_s"]["median"] == 0.7
     assert found["asynchronous_pause_s"]["median"] == pytest.approx(0.15)
     assert found["asynchronous_slower_steps_s"]["median"] == pytest.approx(0.3)
     assert found["lost_s"]["asynchronous"]["median"] == pytest.approx(0.5)
@@ -54,6 +56,7 @@ def test_real_ranks_save_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture
     assert written["bytes_per_rank"] > 100_000 and written["world_size"] == 2 and len(written["rounds"]) == 2
     for number in written["rounds"]:
         for rank in range(2):
+            assert number["load"][rank]["seconds"] > 0
             assert number["plain"][rank]["save_s"] < 0.01 < number["synchronous"][rank]["save_s"]
             assert number["synchronous"][rank]["complete_after"] == 0 < number["asynchronous"][rank]["complete_after"]
     assert "pause over a synchronous save" in capsys.readouterr().out

@@ -55,7 +55,7 @@ def run_tool(tmp_path: Path) -> RunTool:
     def run(name: str, *arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         command = [*launcher, sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
         return subprocess.run(
-            command, cwd=tmp_path, env=tool_environment(), capture_output=True, text=True, timeout=120
+            command, cwd=tmp_path, env=tool_environment(), capture_output=True, text=True, timeout=600
         )
 
     return run

@@ -196,7 +196,7 @@ def build_on_rank(payload: dict[str, Any]) -> list[list[list[int]]]:
 def test_two_ranks_share_the_maps_that_rank_0_writes(tmp_path: Path) -> None:
     prefixes = [write_foreign(tmp_path / name, numbered(1000 * index, 100)) for index, name in enumerate("ab")]
     data = {"corpora": [{"prefix": prefix} for prefix in prefixes], "split": [8, 2, 0]}
-    first, second = run_ranks("tests.data.test_corpus:build_on_rank", 2, {"data": data}, timeout_s=120)
+    first, second = run_ranks("tests.data.test_corpus:build_on_rank", 2, {"data": data})
     assert first == second and first[:2] == first[2:]
     alone = build({**data, "cache_directory": str(tmp_path / "other")}, (100, 10, 0))
     assert tokens_of(alone.train, 100) == first[0]

@@ -121,6 +121,6 @@ def build_on_rank(payload: dict[str, Any]) -> list[list[list[int]]]:
 @pytest.mark.ranks
 def test_two_ranks_have_the_rounds_of_one(tmp_path: Path) -> None:
     data = blend(tmp_path, [3, 1])
-    first, second = run_ranks("tests.data.test_further_rounds:build_on_rank", 2, {"data": data}, timeout_s=120)
+    first, second = run_ranks("tests.data.test_further_rounds:build_on_rank", 2, {"data": data})
     alone = order({**data, "cache_directory": str(tmp_path / "other")}, 300)
     assert first == second == [alone, alone]

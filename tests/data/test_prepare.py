@@ -148,7 +148,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(tmp_path: P
         time.sleep(0.05)
     assert not _processes_with(marker), "workers outlive the process that started them"
     (out / "c.part00077.partial").write_bytes(b"of more ranks")
-    done = subprocess.run(command, env=tool_environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=tool_environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert listing(out) == ["c" + ending for ending in ENDINGS]
 

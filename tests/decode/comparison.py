@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagdist.decode.engine import Completion
 from stagdist.decode.noise import gumbel
-from stagdist.decode.request import FinishReason, Request
+from stagdist.decode.request import FinishReason, Request, RequestOutput
 from tests.decode.decoding import CONTEXT, Case, Ran, config_of, parameters_of
 from tests.reference import stagformer as reference
 
@@ -34,7 +33,7 @@ class Compared:
 
 
 def reference_logits(
-    case: Case, request: Request, completion: Completion, config: dict[str, Any] | None = None
+    case: Case, request: Request, completion: RequestOutput, config: dict[str, Any] | None = None
 ) -> Tensor:
     """Logits from which each token of a completion should have been chosen. Shapes: [tokens, V]."""
     ids = [*request.prompt_ids, *completion.token_ids][:CONTEXT]
@@ -78,7 +77,7 @@ def compare(case: Case, ranks: list[Ran], config: dict[str, Any] | None = None, 
     return compared
 
 
-def _positions(case: Case, completions: list[Completion]) -> list[int]:
+def _positions(case: Case, completions: list[RequestOutput]) -> list[int]:
     return [
         len(request.prompt_ids) + index
         for request, done in zip(case.requests, completions, strict=True)

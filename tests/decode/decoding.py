@@ -13,18 +13,18 @@ from torch import Tensor
 
 from stagdist.checkpoint.published.model_reader import ReadSlice
 from stagdist.config.parts import ModelConfig
-from stagdist.decode.engine import Completion, Engine, completion
+from stagdist.decode.engine import Engine
 from stagdist.decode.operations import operate
-from stagdist.decode.request import Request, RequestOutput
+from stagdist.decode.request import Request, RequestOutput, join_outputs
 from stagdist.decode.runtime.build import DecodePlan, EngineOptions, build_stage, plan_decoding
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.parallel.layout import ParameterSpec
+from tests.ranks import GUARD_S
 from tests.reference import stagformer as reference
 from tests.reference.variants import BASE
 
 CONTEXT = 24
-TIMEOUT_S = 60.0
 
 
 class Letters:
@@ -65,7 +65,7 @@ class Ran:
         seconds: from the first request to the last token.
     """
 
-    completions: list[Completion]
+    completions: list[RequestOutput]
     logits: list[tuple[list[int], list[int], Tensor]]
     first_token: int
     smallest_margin: float
@@ -115,7 +115,7 @@ class World:
         key = plan.grid.tensor, plan.topology.combined, plan.options.hand_off_delay_s
         if key not in self._transports:
             _, combined, delay_s = key
-            self._transports[key] = Transport(plan.grid, "cpu", TIMEOUT_S, combined=combined, hand_off_delay_s=delay_s)
+            self._transports[key] = Transport(plan.grid, "cpu", GUARD_S, combined=combined, hand_off_delay_s=delay_s)
         return self._transports[key]
 
     def stage(self, case: Case) -> tuple[Stage, Transport | None]:
@@ -173,7 +173,7 @@ class Served:
     """
 
     rests: int
-    completions: dict[str, Completion]
+    completions: dict[str, RequestOutput]
     steps: int
 
 
@@ -190,7 +190,7 @@ class Outbox:
             self._outputs.setdefault(output.request_id, []).append(output)
             self._changed.notify_all()
 
-    def wait_for(self, request_id: str, num_tokens: int | None = None) -> Completion | None:
+    def wait_for(self, request_id: str, num_tokens: int | None = None) -> RequestOutput | None:
         """Until a request has ended, or has so many tokens."""
 
         def there() -> bool:
@@ -200,14 +200,14 @@ class Outbox:
             return any(output.finish_reason is not None for output in outputs)
 
         with self._changed:
-            assert self._changed.wait_for(there, TIMEOUT_S), f"request {request_id} does not end"
+            assert self._changed.wait_for(there, GUARD_S), f"request {request_id} does not end"
             outputs = self._outputs[request_id]
-            return completion(request_id, outputs) if outputs[-1].finish_reason is not None else None
+            return join_outputs(outputs) if outputs[-1].finish_reason is not None else None
 
     @property
-    def completions(self) -> dict[str, Completion]:
+    def completions(self) -> dict[str, RequestOutput]:
         """All that ended."""
-        return {request_id: completion(request_id, outputs) for request_id, outputs in self._outputs.items()}
+        return {request_id: join_outputs(outputs) for request_id, outputs in self._outputs.items()}
 
 
 def serve_with_pauses(case: Case) -> Served:

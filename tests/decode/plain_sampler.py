@@ -70,15 +70,12 @@ def step(
     slots: Sequence[int],
     positions: Sequence[int],
 ) -> Choice:
-    """One step of all ranks; checks that every rank's message has the promised width and the same outcome."""
+    """One step of all ranks; checks that every rank has the same outcome."""
     where, padded = torch.tensor(positions), torch.nn.functional.pad(logits, (0, 100), value=float("-inf"))
     messages = [
         rank.candidates(padded[:, first : first + count], slots, where)
         for rank, (first, count) in zip(ranks, cut, strict=True)
     ]
-    assert {(message.shape, message.dtype) for message in messages} == {
-        ((len(slots), rank.width(slots)), torch.float64) for rank in ranks
-    }
     choices = [rank.choose(torch.stack(messages), slots, where) for rank in ranks]
     for rank, choice in zip(ranks, choices, strict=True):
         assert torch.equal(choice.tokens, choices[0].tokens)

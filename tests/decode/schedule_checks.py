@@ -111,7 +111,7 @@ def check_open_receives(topology: Topology, stage: int, own: list[Placed]) -> No
             steps += change
         else:
             chunks += change
-        demand(0 <= steps <= topology.buffers, f"stage {stage} has {topology.buffers} buffers")
+        demand(0 <= steps <= topology.lag + 1, f"stage {stage} has {topology.lag + 1} buffers")
         demand(0 <= chunks <= CHUNKS_OPEN, f"stage {stage} has {CHUNKS_OPEN} chunks open at most")
         end = place + 1 == len(own) or own[place + 1].operation != placed.operation
         if end:

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stagdist.decode.engine import Completion
-from stagdist.decode.request import FinishReason, Request
+from stagdist.decode.request import FinishReason, Request, RequestOutput
 from stagdist.decode.topology import HeadLayout
 from tests.decode.batches import REQUESTS, VARIANTS, arrangement, by_name
 from tests.decode.comparison import CLEAR_MARGIN, best_token, reference_logits
@@ -23,7 +22,7 @@ GRIDS: list[tuple[int, int, HeadLayout]] = [
     (2, 2, "last"),
     (2, 2, "sharded"),
 ]
-Alone = dict[str, dict[str, Completion]]
+Alone = dict[str, dict[str, RequestOutput]]
 """By variant and request."""
 
 
@@ -71,7 +70,7 @@ def runs() -> Runs:
     return Runs()
 
 
-def same(completions: dict[str, Completion], expected: dict[str, Completion], tolerance: float = 1e-9) -> None:
+def same(completions: dict[str, RequestOutput], expected: dict[str, RequestOutput], tolerance: float = 1e-9) -> None:
     """Tokens and endings are equal, log-probabilities nearly."""
     assert completions.keys() == expected.keys()
     for name, done in completions.items():

@@ -1,7 +1,5 @@
-"""Requests: what is refused, with which words, and what survives the way to other ranks."""
+"""Requests: what is refused, and with which words."""
 
-import math
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -9,14 +7,11 @@ import pytest
 from stagdist.decode.request import (
     MAX_LOGPROBS,
     MAX_SEED,
-    NUM_PARAM_FIELDS,
     FinishReason,
     Request,
     SamplingParams,
     allowed_new_tokens,
     check_request,
-    decode_params,
-    encode_params,
 )
 from stagdist.errors import ConfigError
 
@@ -103,32 +98,6 @@ def test_stop_ids_outside_of_the_vocabulary_are_refused() -> None:
     request = Request("r", (1,), SamplingParams(stop_token_ids=(3, 99)))
     with pytest.raises(ConfigError, match="stop_token_ids holds the id 99 at position 1"):
         check_request(request, vocab_size=10, max_context=10)
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(),
-        SamplingParams(
-            temperature=0.1, top_k=2**40, top_p=1 / 3, min_p=0.1, repetition_penalty=1.1, seed=MAX_SEED, logprobs=0
-        ),
-        SamplingParams(temperature=0, top_k=1, seed=2**53 + 1, logprobs=MAX_LOGPROBS),
-    ],
-)
-def test_parameters_survive_as_numbers(params: SamplingParams) -> None:
-    numbers = encode_params(params)
-    assert len(numbers) == NUM_PARAM_FIELDS
-    assert all(type(number) is float and math.isfinite(number) for number in numbers)
-    assert decode_params(numbers) == params
-
-
-def test_what_stays_behind_are_the_rules_of_stopping() -> None:
-    changed = SamplingParams(
-        max_new_tokens=3, stop=("a",), stop_token_ids=(1,), ignore_end_of_document=True, temperature=0.5
-    )
-    found = decode_params(encode_params(changed))
-    lost = {each.name for each in fields(found) if getattr(found, each.name) != getattr(changed, each.name)}
-    assert lost == {"max_new_tokens", "stop", "stop_token_ids", "ignore_end_of_document"}
 
 
 def test_finish_reasons_are_the_words_that_clients_know() -> None:

@@ -94,8 +94,8 @@ def test_when_a_stage_dies_the_others_come_to_a_halt_with_few_hand_offs_open(sta
                     assert len(played.stuck) == stages, "a stage came to the end without the dead one"
                 for edge in played.edges:
                     open_receives = max(0, len(edge.posted) - len(edge.waited))
-                    assert open_receives <= topology.buffers + CHUNKS_OPEN
-                    assert len(edge.sent) - len(edge.posted) <= topology.buffers + CHUNKS_OPEN
+                    assert open_receives <= topology.lag + 1 + CHUNKS_OPEN
+                    assert len(edge.sent) - len(edge.posted) <= topology.lag + 1 + CHUNKS_OPEN
 
 
 def test_sections_that_do_not_divide_are_refused() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stagdist.decode.engine import Completion, Engine
+from stagdist.decode.engine import Engine
 from stagdist.decode.request import FinishReason, Request, RequestOutput, SamplingParams
 from stagdist.errors import ConfigError
 from tests.decode.batches import REQUESTS, arrangement, request
@@ -23,7 +23,7 @@ def engine(num_slots: int = 2, **case: Any) -> Engine:
     return engine_of(made, *World().stage(made), heartbeat_s=0.02)
 
 
-def served(requests: list[Request], num_slots: int = 2, **case: Any) -> list[Completion]:
+def served(requests: list[Request], num_slots: int = 2, **case: Any) -> list[RequestOutput]:
     """Completions of requests."""
     return engine(num_slots, **case).generate(requests)
 
@@ -147,7 +147,7 @@ def test_a_name_is_served_once_at_a_time(greedy_tokens: tuple[int, ...]) -> None
 # --- the end before the end -------------------------------------------------------------------------------------
 
 
-def run_with(requests: list[Request], act: Callable[[Engine, RequestOutput], None]) -> dict[str, Completion]:
+def run_with(requests: list[Request], act: Callable[[Engine, RequestOutput], None]) -> dict[str, RequestOutput]:
     """Serve with a client that acts on outputs."""
     running, outbox = engine(letters=True), Outbox()
     for each in requests:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from stagdist.config.parts import ModelConfig
-from stagdist.decode.layers.cache import SectionCache
+from stagdist.decode.layers.runner import SectionCache
 from stagdist.decode.layers.weights import Device, Shard, StageWeights, WeightLoader
 from stagdist.decode.runtime.build import DecodePlan, EngineOptions, build_stage, plan_decoding
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.warm_up import Unconnected
-from stagdist.decode.topology import HEAD_LAYOUTS, HeadLayout
+from stagdist.decode.topology import HEAD_LAYOUTS, HeadLayout, Limits
 from stagdist.errors import ConfigError
 from stagdist.parallel.layout import ParameterSpec, model_parameters, stage_parameters
 from tests.decode.decoding import CONTEXT, config_of
@@ -163,19 +163,11 @@ def test_caches_hold_own_sections_and_heads_and_of_a_memory_only_the_window(name
 
 
 def test_the_cache_of_a_window_does_not_grow_with_the_context() -> None:
-    model = ModelConfig(**config_of({"cross_attention_window": 3}))
+    model = ModelConfig(**config_of({"cross_attention_window": 3, "section_layers": [2, 2]}))
     sizes = []
     for capacity in (4, CONTEXT):
-        cache = SectionCache(
-            model,
-            2,
-            has_memory=True,
-            num_slots=1,
-            capacity=capacity,
-            tensor_size=1,
-            device=Device("cpu", torch.float64),
-        )
-        assert cache.memory_kv is not None and cache.window == 3
+        cache = SectionCache(model, 1, Limits(1, capacity, 8), 1, Device("cpu", torch.float64))
+        assert cache.memory_kv is not None
         sizes.append(cache.memory_kv.nbytes)
     assert sizes[0] == sizes[1] == 2 * 2 * model.cross_key_value_heads * 3 * model.head_width * BYTES
 

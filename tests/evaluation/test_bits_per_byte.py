@@ -32,49 +32,39 @@ def _slow_nats(ids: list[int], window: int, stride: int | None = None) -> float:
     return total
 
 
-@pytest.mark.parametrize("fixed_shape", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("length", [2, 3, 8, 9, 10, 25, 65, 66])
-def test_the_score_equals_the_definition_token_by_token(length: int, batch_size: int, fixed_shape: bool) -> None:
+def test_the_score_equals_the_definition_token_by_token(length: int, batch_size: int) -> None:
     ids = np.random.default_rng(length).integers(1, VOCABULARY, length)
-    score = score_text(
-        _context_nats, ids, window=8, token_bytes=TOKEN_BYTES, batch_size=batch_size, fixed_shape=fixed_shape
-    )
+    score = score_text(_context_nats, ids, window=8, token_bytes=TOKEN_BYTES, batch_size=batch_size)
     assert score.tokens == length - 1
     assert score.bytes == sum(int(TOKEN_BYTES[token]) for token in ids[1:])
     assert score.nats == pytest.approx(_slow_nats(ids.tolist(), 8), rel=1e-12)
 
 
-@pytest.mark.parametrize("fixed_shape", [False, True])
 @pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize("stride", [1, 3, 7, 8])
 @pytest.mark.parametrize("length", [2, 8, 9, 10, 25, 66])
-def test_overlapping_windows_and_parts_score_every_token_once(
-    length: int, stride: int, parts: int, fixed_shape: bool
-) -> None:
+def test_overlapping_windows_and_parts_score_every_token_once(length: int, stride: int, parts: int) -> None:
     ids = np.random.default_rng(length).integers(1, VOCABULARY, length)
     total = TextScore(0, 0.0, 0)
     for part in range(parts):
         total += score_text(
-            _context_nats, ids, window=8, stride=stride, token_bytes=TOKEN_BYTES, batch_size=3, part=(part, parts),
-            fixed_shape=fixed_shape,
-        )  # fmt: skip
+            _context_nats, ids, window=8, stride=stride, token_bytes=TOKEN_BYTES, batch_size=3, part=(part, parts)
+        )
     assert (total.tokens, total.bytes) == (length - 1, int(TOKEN_BYTES[ids[1:]].sum()))
     assert total.nats == pytest.approx(_slow_nats(ids.tolist(), 8, stride), rel=1e-12)
 
 
 def test_a_window_scores_only_what_no_earlier_one_has() -> None:
-    inputs, labels, scored = text_windows(np.arange(8), 4, 2)
+    inputs, labels, scored = text_windows(np.arange(8), 4, 2, range(3))
     assert inputs.tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 0]]
     assert labels.tolist() == [[1, 2, 3, 4], [3, 4, 5, 6], [5, 6, 7, 0]]
     assert scored.tolist() == [[True] * 4, [False, False, True, True], [False, False, True, False]]
-    for window, stride in ((0, None), (4, 0), (4, 5)):
-        with pytest.raises(ValueError, match="1 <= stride <= window"):
-            text_windows(np.arange(8), window, stride)
 
 
 def test_windows_overlap_only_by_the_token_that_one_predicts_and_the_next_reads() -> None:
-    inputs, labels, scored = text_windows(np.arange(7), 4)
+    inputs, labels, scored = text_windows(np.arange(7), 4, 4, range(2))
     assert inputs.tolist() == [[0, 1, 2, 3], [4, 5, 0, 0]]
     assert labels.tolist() == [[1, 2, 3, 4], [5, 6, 0, 0]]
     assert scored.tolist() == [[True] * 4, [True, True, False, False]]
@@ -89,16 +79,16 @@ def test_calls_have_the_shapes_promised() -> None:
         shapes.append(tuple(inputs.shape))
         return torch.zeros(inputs.shape)
 
-    for length, fixed_shape in ((20, False), (20, True), (4, False), (4, True)):
-        score_text(nats, [1] * length, window=4, token_bytes=TOKEN_BYTES, batch_size=3, fixed_shape=fixed_shape)
-    assert shapes == [(3, 4), (2, 4), (3, 4), (3, 4), (1, 3), (3, 4)]
+    for length in (20, 4):
+        score_text(nats, [1] * length, window=4, token_bytes=TOKEN_BYTES, batch_size=3)
+    assert shapes == [(3, 4), (2, 4), (1, 3)]
 
 
 def test_the_loss_of_padding_never_counts() -> None:
     def nats(inputs: Tensor, labels: Tensor) -> Tensor:
         return torch.where(labels == 0, torch.inf, torch.ones(labels.shape))
 
-    score = score_text(nats, [1] * 6, window=4, token_bytes=TOKEN_BYTES, fixed_shape=True)
+    score = score_text(nats, [1] * 6, window=4, token_bytes=TOKEN_BYTES)
     assert score.nats == 5.0
 
 

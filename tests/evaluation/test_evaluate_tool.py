@@ -297,5 +297,5 @@ def call(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     folder = Path(sys.executable).parent
     environment = kept | {"PATH": f"{folder}{os.pathsep}{kept['PATH']}"}
     return subprocess.run(
-        [str(folder / command), *arguments], capture_output=True, text=True, env=environment, timeout=300
+        [str(folder / command), *arguments], capture_output=True, text=True, env=environment, timeout=600
     )

@@ -42,7 +42,7 @@ FOLDERS = [
     "launch.generate --model PATH --prompt a",
     "tools.evaluate perplexity --model PATH --text text.txt",
     *(f"tools.convert_checkpoint {verb}" for verb in (
-        "export PATH out", "import PATH out", "reshard PATH out", "split PATH out", "merge PATH PATH out",
+        "export PATH out", "import PATH out", "split PATH out", "merge PATH PATH out",
         "upcycle PATH out --section-layers 1 1", "inspect PATH", "verify PATH folder", "verify folder PATH",
     )),
 ]  # fmt: skip
@@ -69,7 +69,6 @@ NUMBERS = [
         "logprobs", "tensor-parallel-size", "batch-size", "max-context", "prefill-chunk", "timeout",
     )),
     *(f"tools.convert_checkpoint {one}" for one in (
-        "import folder out --pipe", "reshard folder out --data", "reshard folder out --tensor",
         "upcycle folder out --section-layers", "upcycle folder out --section-layers 1 --output-scale",
         "verify folder folder --tokens", "verify folder folder --tolerance",
     )),

@@ -57,7 +57,7 @@ def assert_imported_or_refused(folder: Path, mutation: Mutation, name: str, expe
 
 @pytest.mark.parametrize(
     ("name", "share"),
-    [("model.safetensors", 1.0), ("config.json", 1.0), ("generation_config.json", 0.5), ("checksums.json", 0.5)],
+    [("model.safetensors", 1.0), ("config.json", 1.0), ("generation_config.json", 0.5), ("complete.json", 0.5)],
 )
 def test_a_directory_of_ours_keeps_its_weights_or_is_refused(tmp_path: Path, name: str, share: float) -> None:
     folder = model_directory(tmp_path / "model", {"section_layers": [1, 1]})
@@ -80,7 +80,7 @@ def test_shards_and_their_index(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_llama_without_checksums(tmp_path: Path, name: str) -> None:
+def test_a_llama_without_a_record(tmp_path: Path, name: str) -> None:
     """A changed value is another model; everything else is refused. `generate` reads every directory so."""
     folder = tmp_path / "model"
     save_llama(folder, {})
@@ -92,14 +92,7 @@ def test_a_llama_without_checksums(tmp_path: Path, name: str) -> None:
         assert changed <= (mutation.kept >= header), mutation.name
 
 
-FILES = {
-    "complete.json": 1,
-    "state.json": 1,
-    "config.yaml": 1,
-    "layer_00-model_00-model_states.pt": 2,
-    "mp_rank_00_model_states.pt": 2,
-    "zero_pp_rank_0_mp_rank_00_optim_states.pt": 2,
-}
+FILES = {"complete.json": 1, "state.json": 1, "config.yaml": 1, "index.json": 2, "part_00000.safetensors": 2}
 
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["records of before", "records made again"])
@@ -120,6 +113,6 @@ def test_a_training_checkpoint_keeps_its_weights_or_is_refused(tmp_path: Path, r
                 found = weights(tmp_path / "out")
                 shutil.rmtree(tmp_path / "out")
                 changed = sum(int((found[key] != value).sum()) for key, value in expected.items())
-                assert changed <= (recorded and name.startswith("layer_")), (name, mutation.name)
+                assert changed <= (recorded and name.startswith("part_")), (name, mutation.name)
             for file, content in intact.items():
                 (folder / file).write_bytes(content)

@@ -121,7 +121,7 @@ def decode(case: Case, device: str) -> Decoded:
     """Serve all requests. Their prompts must differ."""
     stage = build(case, device)
     readout = stage.readout
-    admit, choose = readout.admit, readout.choose
+    admit, choose = readout.sampler.admit, readout.choose
     in_slot: dict[int, list[Tensor]] = {}
     of_prompt: dict[tuple[int, ...], list[Tensor]] = {}
 
@@ -135,7 +135,7 @@ def decode(case: Case, device: str) -> Decoded:
             in_slot.setdefault(slot, []).append(readout.logits[row].clone())
         choose(slots, positions)
 
-    readout.admit, readout.choose = noting_admission, noting_logits  # type: ignore[method-assign]
+    readout.sampler.admit, readout.choose = noting_admission, noting_logits  # type: ignore[method-assign]
     done = Engine(stage).generate(case.requests)
     tokens = [each.token_ids for each in done]
     # An ended request may have been in one step more.
@@ -143,7 +143,7 @@ def decode(case: Case, device: str) -> Decoded:
         torch.stack(of_prompt[request.prompt_ids][: len(ids)]).float().cpu()
         for request, ids in zip(case.requests, tokens, strict=True)
     ]
-    readout.admit, readout.choose = admit, choose  # type: ignore[method-assign]
+    readout.sampler.admit, readout.choose = admit, choose  # type: ignore[method-assign]
     stage.close()
     return Decoded(tokens, logits)
 

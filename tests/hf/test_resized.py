@@ -60,10 +60,10 @@ def test_more_rows_are_read_and_generate_text(tmp_path: Path, kind: str, rows: i
     assert json.loads(done.stdout)["token_ids"] == expected[0, 5:].tolist()
 
 
-def test_a_resized_model_over_its_own_directory_is_refused_until_the_sums_are_removed(tmp_path: Path) -> None:
+def test_a_resized_model_over_its_own_directory_is_refused_until_the_record_is_removed(tmp_path: Path) -> None:
     write(tmp_path / "model", shape("tied"))
     resized(tmp_path / "model", tmp_path / "model", 264)
-    with pytest.raises(CheckpointError, match=r"vocab_size 264, .* for 257 \(checksums\.json\); .* remove checksums"):
+    with pytest.raises(CheckpointError, match=r"model: .* were written; .* remove complete\.json if the change"):
         ModelReader(tmp_path / "model")
-    (tmp_path / "model" / "checksums.json").unlink()
+    (tmp_path / "model" / "complete.json").unlink()
     assert ModelReader(tmp_path / "model").model.vocab_size == 264

@@ -16,7 +16,7 @@ from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer import Tokenizer, byte_tokenizer
 from stagdist.parallel.layout import model_parameters
 from tests.launch.runs import BIN, ROOT, Forks, Launch, environment, mpirun
-from tests.ranks import free_port
+from tests.ranks import GUARD_S, free_port
 from tests.reference import stagformer as reference
 
 GENERATE = ROOT / "launch" / "generate.py"
@@ -65,7 +65,7 @@ def generate(launcher: str, model: Path, *arguments: str, given: bytes = b"", ra
     """Run a real command to its end."""
     return subprocess.run(
         command(launcher, model, *arguments, ranks=ranks),
-        input=given, capture_output=True, env=environment(), timeout=120,
+        input=given, capture_output=True, env=environment(), timeout=GUARD_S,
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def run_ranks_to_end(
         run = Forks(Path(name), GENERATE, words, ranks=ranks, one_file=False, given=given, before=before)
         with contextlib.ExitStack() as stack:
             stack.callback(run.end)
-            code = run.wait(timeout_s=120)
+            code = run.wait()
             return Done(words, code, run.out.read_bytes(), run.err.read_bytes())
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import yaml
 
-from tests.ranks import GRACE_S, Script, end_processes, fork_script, free_port
+from tests.ranks import GRACE_S, GUARD_S, Script, end_processes, fork_script, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -58,7 +58,7 @@ class Run(ABC):
     def end(self) -> None:
         """Kill everything that was started and still runs."""
 
-    def wait(self, timeout_s: float = 180) -> int:
+    def wait(self, timeout_s: float = GUARD_S) -> int:
         """Exit code; a command that does not end is ended and the test fails."""
         deadline = time.monotonic() + timeout_s
         while (code := self.poll()) is None:
@@ -76,7 +76,7 @@ class Run(ABC):
         """The lines that say what went wrong."""
         return [line for line in self.text().splitlines() if line.startswith("error: ")]
 
-    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = GUARD_S) -> None:
         """Return when the condition holds; the command must run until then."""
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -227,7 +227,7 @@ def tiny_config(corpus: Path, name: str, **sections: dict[str, Any]) -> dict[str
             "max_position_embeddings": 32,
             "section_layers": [1, 1],
         },
-        "parallel": {"timeout_s": 60},
+        "parallel": {"timeout_s": 300},
         "data": {"tokenizer": "bytes", "corpora": [{"prefix": str(corpus)}], "split": [90, 5, 5]},
         "training": {"steps": 12, "global_batch_size": 8, "micro_batch_size": 2},
         "optimizer": {"learning_rate": 1e-3},

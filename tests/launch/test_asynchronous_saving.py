@@ -1,11 +1,13 @@
 """Saves beside the training: what happens to one that is cut off or breaks."""
 
+import random
 import signal
 from pathlib import Path
 
 import pytest
 
 from tests.launch.faults import slow_disk, slow_disk_that_breaks
+from tests.launch.kills import kill_often
 from tests.launch.runs import losses, pretrain, tiny_config
 
 pytestmark = pytest.mark.ranks
@@ -47,6 +49,12 @@ def test_a_rank_killed_while_files_are_written_leaves_the_previous_checkpoint_th
     assert undisturbed.wait() == 0, undisturbed.text()
     assert "during training" in second.text() and "during training" not in undisturbed.text()
     assert losses(tmp_path, "run") == losses(synchronous, "run")
+
+
+def test_kills_at_random_moments_lose_no_published_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    """`make kill-saves` does it 200 times."""
+    report = kill_often(tmp_path, corpus, kills=3, seed=random.SystemRandom().randrange(1000))
+    assert report.kills == 3 and report.steps[-1] > 3 and report.lost == []
 
 
 def test_a_writer_that_breaks_ends_the_run_in_one_line_and_keeps_the_previous(corpus: Path, tmp_path: Path) -> None:

@@ -8,11 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stagdist.checkpoint.convert.import_model import import_model
 from stagdist.checkpoint.convert.staging import ConversionOptions
-from stagdist.checkpoint.convert.training_conversions import import_model
 from stagdist.config.loading import load_config
 from stagdist.data.tokenizer import train_bpe
-from stagdist.parallel.grid import Grid
 from stagdist.training.saving.resumed_config import resumed_config
 from tests.checkpoint.synthetic import model_directory
 from tests.launch.runs import losses, pretrain, tiny_config
@@ -32,10 +31,10 @@ def test_a_run_begins_from_an_imported_model_on_its_own_data_and_grid(corpus: Pa
     source = model_directory(tmp_path / "source", config["model"] | {"num_key_value_heads": 2, "rope_theta": 10000.0})
     generation = {"eos_token_id": [3, 256], "pad_token_id": 0, "temperature": 0.6}
     (source / "generation_config.json").write_text(json.dumps(generation))
-    import_model(source, tmp_path / "runs" / "tuned", Grid(1, 1, 1), None, ConversionOptions())
+    import_model(source, tmp_path / "runs" / "tuned", None, ConversionOptions())
     run = pretrain(tmp_path, config)
     assert run.wait() == 0, run.text()
-    assert "was saved on pipe x data x tensor 1x1x1, this run has 2x1x1" in run.text()
+    assert "was saved on pipe x data x tensor 1x1x1, this run has pipe 2 x data 1 x tensor 1" in run.text()
     assert "resumed from runs/tuned/checkpoints/step_00000000" in run.text()
     assert sorted(losses(tmp_path, "tuned")) == [1, 2]
     before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "runs/tuned/model"))
@@ -53,7 +52,7 @@ def test_a_run_with_another_tokenizer_than_the_import_is_refused_once_until_that
     config = tiny_config(corpus, "tuned", training={"steps": 1}, checkpoint={"interval_steps": 0})
     keys = config["model"] | {"num_key_value_heads": 2, "rope_theta": 10000.0}
     source = model_directory(tmp_path / "source", keys, tokenizer=train_bpe(["no merge of two"], 257))
-    imported = import_model(source, tmp_path / "runs" / "tuned", Grid(2, 1, 1), None, ConversionOptions()).directory
+    imported = import_model(source, tmp_path / "runs" / "tuned", None, ConversionOptions()).directory
     run = pretrain(tmp_path, config)
     assert run.wait() == 2, run.text()
     errors = run.errors()
@@ -63,7 +62,7 @@ def test_a_run_with_another_tokenizer_than_the_import_is_refused_once_until_that
     assert "import the model again with --tokenizer bytes" in errors[0] and "Traceback" not in run.text()
 
     shutil.rmtree(imported)
-    import_model(source, tmp_path / "runs" / "tuned", Grid(2, 1, 1), None, ConversionOptions(tokenizer="bytes"))
+    import_model(source, tmp_path / "runs" / "tuned", None, ConversionOptions(tokenizer="bytes"))
     again = pretrain(tmp_path, config)
     assert again.wait() == 0, again.text()
     assert sorted(losses(tmp_path, "tuned")) == [1]
@@ -71,8 +70,8 @@ def test_a_run_with_another_tokenizer_than_the_import_is_refused_once_until_that
 
 def test_a_checkpoint_that_was_imported_without_a_tokenizer_goes_with_any(tmp_path: Path) -> None:
     source = model_directory(tmp_path / "source", {})
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "complete.json"):
         (source / name).unlink()
-    imported = import_model(source, tmp_path / "run", Grid(1, 1, 1), None, ConversionOptions()).directory
+    imported = import_model(source, tmp_path / "run", None, ConversionOptions()).directory
     config = load_config(imported / "config.yaml")
     assert resumed_config(config, imported, "some data", "some tokenizer") == config

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from stagdist.checkpoint.training.content import KINDS
 from stagdist.checkpoint.training.directory import read_state
-from stagdist.checkpoint.training.training_reader import TrainingReader
+from stagdist.checkpoint.training.index import KINDS
+from stagdist.checkpoint.training.reader import TrainingReader
 from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import byte_tokenizer
+from stagdist.parallel.layout import model_parameters
 from tests.launch.runs import Run, launch, losses, pretrain, tiny_config
 
 pytestmark = pytest.mark.ranks
@@ -63,9 +64,9 @@ def assert_same_run(folder: Path, other: Path, step: int) -> None:
     """Losses, the state of the optimizer and the published model are equal bit by bit."""
     assert losses(folder, "run") == losses(other, "run")
     ours, theirs = (TrainingReader(one / f"runs/run/checkpoints/step_{step:08d}") for one in (folder, other))
-    for spec in theirs.specs():
-        assert all(ours.optimizer_value(spec, kind).equal(theirs.optimizer_value(spec, kind)) for kind in KINDS)
-    assert ours.steps().equal(theirs.steps()) and ours.steps() == step
+    for spec in model_parameters(theirs.model):
+        assert all(ours.value(spec, kind).equal(theirs.value(spec, kind)) for kind in KINDS)
+    assert ours.state.optimizer_steps == theirs.state.optimizer_steps == step
     assert read_state(ours.directory) == read_state(theirs.directory)
     models = [load_file(one / "runs/run/model/model.safetensors") for one in (folder, other)]
     assert all(models[0][name].equal(value) for name, value in models[1].items())

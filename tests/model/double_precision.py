@@ -8,15 +8,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagdist.config.parts import ModelConfig
+from stagdist.model import megatron
 from stagdist.model.megatron import TensorParallel, enter_tensor_parallel
 from stagdist.model.stagformer import StagFormer
-from stagdist.parallel.frameworks import copy_to_tensor_model_parallel_region
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import build_groups, set_default_timeout
+from tests.ranks import GUARD_S
 from tests.reference.sharding import cut
 from tests.reference.stagformer import random_parameters
 
-TIMEOUT_S = 60.0
 SEED = 3
 BATCH = 2
 
@@ -116,15 +116,15 @@ def _entrance(parallel: TensorParallel) -> Entrance:
     return Entrance(
         expected=factors.t() * sum(rank + 1 for rank in range(parallel.size)),
         ours=gradient(lambda start: enter_tensor_parallel(start, parallel)),
-        plain=gradient(lambda start: copy_to_tensor_model_parallel_region(start, group=parallel.group)),
+        plain=gradient(lambda start: megatron.copy_to_tensor_model_parallel_region(start, group=parallel.group)),
     )
 
 
 def run(payload: tuple[dict[str, dict[str, Any]], int]) -> tuple[dict[str, Evaluation], Entrance]:
     """What one tensor rank does: every model once."""
     models, length = payload
-    set_default_timeout(TIMEOUT_S)
+    set_default_timeout(GUARD_S)
     dist.init_process_group("gloo")
-    groups = build_groups(Grid(1, 1, dist.get_world_size()), TIMEOUT_S)
+    groups = build_groups(Grid(1, 1, dist.get_world_size()), GUARD_S)
     parallel = TensorParallel(groups.tensor, torch.float64)
     return {name: evaluate(model, parallel, length) for name, model in models.items()}, _entrance(parallel)

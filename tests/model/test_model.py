@@ -26,7 +26,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 @pytest.fixture(scope="module")
 def two_ranks() -> list[tuple[dict[str, Evaluation], Entrance]]:
     """All models on two tensor ranks, in one launch."""
-    return run_ranks(f"{run.__module__}:run", 2, (MODELS, LENGTH), timeout_s=120)
+    return run_ranks(f"{run.__module__}:run", 2, (MODELS, LENGTH))
 
 
 def assert_equals_reference(model: dict[str, Any], ranks: list[Evaluation], length: int = LENGTH) -> None:

@@ -34,7 +34,7 @@ PATIENCE_S = 0.5
 LONG_PATIENCE_S = 30.0
 REQUEST = request("0", 7, 8)
 END_S = 12.0
-START_S = 30.0
+START_S = 120.0
 RANKS = 3
 AT_ONCE = 2
 """Faults that are run concurrently: most of their time is waiting."""
@@ -193,7 +193,8 @@ def _decode(fault: Fault) -> Callable[[], str]:
     if fault.where == "chunk":
         _after(stage._sections, "run_chunk", fault.strike)
     elif fault.where == "hand-off":
-        _after(transport, "send", in_faulty_step)
+        if transport.stage < plan.topology.last_stage:
+            _after(transport.hand_offs_out, "send", in_faulty_step)
     else:
         _before(transport, "sum_over_stages", in_faulty_step)
 

@@ -61,13 +61,13 @@ class Group:
 class Mailbox:
     """Messages between hosts, from ranks recorded earlier to ranks recorded later."""
 
-    letters: dict[tuple[int, int, int], list[Tensor]] = field(default_factory=dict)  # (group, source, target)
+    letters: dict[tuple[int, int, int], list[Any]] = field(default_factory=dict)  # (group, source, target)
 
-    def put(self, group: Group, source: int, target: int, tensor: Tensor) -> None:
-        """Store a copy."""
-        self.letters.setdefault((group.number, source, target), []).append(tensor.clone())
+    def put(self, group: Group, source: int, target: int, message: Any) -> None:
+        """Store a message, which nobody writes afterwards."""
+        self.letters.setdefault((group.number, source, target), []).append(message)
 
-    def take(self, group: Group, source: int, target: int, number: int) -> Tensor:
+    def take(self, group: Group, source: int, target: int, number: int) -> Any:
         """The message with this number."""
         return self.letters[group.number, source, target][number]
 
@@ -153,8 +153,8 @@ class Recorder(TorchDispatchMode):
     @contextmanager
     def recording(self) -> Iterator["Recorder"]:
         """Everything inside is recorded as this rank."""
-        names = ("new_group", "isend", "irecv", "send", "recv", "all_reduce", "reduce", "broadcast", "barrier",
-                 "get_rank", "get_world_size")  # fmt: skip
+        names = ("new_group", "isend", "irecv", "send", "recv", "all_reduce", "reduce", "barrier",
+                 "broadcast_object_list", "get_rank", "get_world_size")  # fmt: skip
         environment = {"RANK": str(self.rank), "WORLD_SIZE": str(self.size), "LOCAL_RANK": str(self.rank)}
         with (
             mock.patch.multiple(dist, **{name: getattr(self, name) for name in names}),
@@ -187,7 +187,7 @@ class Recorder(TorchDispatchMode):
         if not group.gloo:
             return self._communicate(Send(group.number, dst))
         with self._quietly():
-            self._mailbox.put(group, self.rank, dst, tensor)
+            self._mailbox.put(group, self.rank, dst, tensor.clone())
         name = self._letter(group, self.rank, dst)
         self.program.append(HostSend(("sent", *name)))
         return Work(lambda: self.program.append(HostRecv(("posted", *name))))
@@ -232,18 +232,14 @@ class Recorder(TorchDispatchMode):
         self._all(group or self._world)
         self.program.append(HostWait())
 
-    def broadcast(self, tensor: Tensor, src: int = 0, group: Any = None, **_: Any) -> None:
-        """A collective. Over gloo it is simulated by a barrier, which is stricter."""
-        group = group or self._world
-        if group.gloo:
-            with self._quietly():
-                if self.rank == src:
-                    for rank in group.ranks:
-                        self._mailbox.put(group, src, rank, tensor)
-                        self._letter(group, src, rank)
-                else:
-                    name = self._letter(group, src, self.rank)
-                    tensor.copy_(self._mailbox.take(group, src, self.rank, name[-1]))
+    def broadcast_object_list(self, objects: list[Any], src: int, group: Group) -> None:
+        """A collective of the hosts over gloo, simulated by a barrier, which is stricter."""
+        if self.rank == src:
+            for rank in group.ranks:
+                self._mailbox.put(group, src, rank, objects[0])
+                self._letter(group, src, rank)
+        else:
+            objects[0] = self._mailbox.take(group, src, self.rank, self._letter(group, src, self.rank)[-1])
         self._all(group)
 
     # --- inside -------------------------------------------------------------------------------------------------

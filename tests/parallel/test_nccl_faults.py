@@ -62,7 +62,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
         for nccl in ((False, True) if (where, how, rank) in ON_GLOO else (True,))
     ]
     folder: Path = tmp_path_factory.mktemp("faults")
-    ranks = run_ranks("tests.parallel.nccl_faults:play", RANKS, (faults, folder), timeout_s=400)
+    ranks = run_ranks("tests.parallel.nccl_faults:play", RANKS, (faults, folder))
     return {fault: [rank[number] for rank in ranks] for number, fault in enumerate(faults)}
 
 

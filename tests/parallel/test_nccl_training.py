@@ -110,7 +110,7 @@ def waited_for_at_once(program: Program) -> list[bool]:
 def test_real_ranks_do_not_hang_and_post_as_the_stand_in_does(grid: tuple[int, int, int]) -> None:
     sections = {"section_layers": [1] * grid[0]}
     case = Case("real", sections, grid)
-    ranks: list[Program] = run_ranks(REAL, case.world_size, case, timeout_s=200)
+    ranks: list[Program] = run_ranks(REAL, case.world_size, case)
     for buffered in (False, True):
         assert not Machine(ranks, buffered=buffered).play()
         assert not Machine(ranks, buffered=buffered, lazy=False, queue_of=round_robin(32)).play()

@@ -55,7 +55,7 @@ def _attempt(
     clean |= {"HOME": str(folder.parent), "NETRC": str(folder.parent / "no-netrc"), "WANDB_ERROR_REPORTING": "false"}
     clean |= {"WANDB_INIT_TIMEOUT": "4"}
     command = [sys.executable, "-c", SCRIPT, str(folder), json.dumps(resumed_step), json.dumps(steps)]
-    result = subprocess.run(command, env=clean | (environment or {}), capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=clean | (environment or {}), capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     return Attempt(result.stderr, (folder / "wandb_run_id").read_text().strip())
 

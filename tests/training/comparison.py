@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stagdist.parallel.grid import Coordinate
-from tests.ranks import RankError, run_ranks
+from tests.ranks import GUARD_S, RankError, run_ranks
 from tests.reference.sharding import join, join_mix
 from tests.reference.training import TrainingRecord, global_norm, train
 from tests.training.parity_cases import (
@@ -68,7 +68,7 @@ def _launch(world_size: int, device: str) -> list[dict[str, RankReport]] | RankE
     every_case = CASES + BF16_CASES + FAULTY_CASES + BAD_STEP_CASES + GPU_CASES
     cases = [case for case in every_case if (case.world_size, case.device) == (world_size, device)]
     try:
-        return run_ranks(WORKER, world_size, cases, timeout_s=400, env=on_device(device))
+        return run_ranks(WORKER, world_size, cases, timeout_s=2 * GUARD_S, env=on_device(device))
     except RankError as error:  # cached, so that not every case repeats a failed launch
         return error
 
@@ -126,7 +126,7 @@ def mismatches(case: Case, ranks: Sequence[RankReport] | None = None) -> list[st
     """
     ranks = ranks or reports(case)
     record, tolerance = reference(case), FP32 if case.precision == "fp32" else BF16
-    problems = _number_mismatches(ranks, record, tolerance)
+    problems = _number_mismatches(ranks, record, tolerance) + [text for rank in ranks for text in rank.differences]
     try:
         for step, expected in record.gradients.items():
             found = full_tensors([(rank.place, rank.gradients[step]) for rank in ranks], case.model_keys["vocab_size"])

@@ -90,6 +90,9 @@ class Case:
         return self.batches()[0][0][:1, : self.sequence_length - 3]
 
 
+SHARED_AND_TIED = VARIANTS["shared"] | {"tie_word_embeddings": True}
+
+
 def _grids() -> list[Case]:
     sizes = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
     return [Case(f"grid {label(size)}", {}, size) for size in sizes]
@@ -141,7 +144,7 @@ def _batching_and_optimizer() -> list[Case]:
         Case("micro-batches of one on 2x1x1", {}, (2, 1, 1), micro_batch_size=1),
         Case("default optimizer on 2x1x1", {}, (2, 1, 1), max_grad_norm=1.0, eps=1e-8),
         Case("tied, replicated on 2x2x1", VARIANTS["tied"], (2, 2, 1)),
-        Case("shared and tied on 2x2x2", VARIANTS["shared"] | {"tie_word_embeddings": True}, (2, 2, 2)),
+        Case("shared and tied on 2x2x2", SHARED_AND_TIED, (2, 2, 2)),
         Case("no clipping on 1x2x2", {}, (1, 2, 2), max_grad_norm=0.0),
     ]
 
@@ -158,7 +161,7 @@ BF16_CASES = [
         ("three sections with everything", (3, 1, 1)),
         ("default", (2, 2, 1)),
     )
-]
+] + [Case("bf16, shared and tied on 2x2x1", SHARED_AND_TIED, (2, 2, 1), precision="bf16")]
 """Runs in bf16, near the fp32 reference."""
 
 SEVERAL_BLOCKS = Case(

@@ -8,17 +8,18 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
+from stagdist.errors import TrainingError
 from stagdist.parallel.grid import Coordinate
 from stagdist.parallel.groups import Groups
+from stagdist.training.engine.audit import Audit
 from stagdist.training.engine.pipeline import SectionPipeline
 from stagdist.training.engine.section_engine import SectionEngine, build_module, wrap_module
 from stagdist.training.engine_logits import engine_logits
+from tests.ranks import GUARD_S
 from tests.reference.sharding import cut
 from tests.training.faults import damage, planted, replica
 from tests.training.parity_cases import GLOBAL_BATCH, LEARNING_RATES, Case
 from tests.training.worlds import World
-
-TIMEOUT_S = 120.0
 
 
 @dataclass
@@ -33,6 +34,7 @@ class RankReport:
         gradients: of every step, averaged over replicas and before clipping, this rank's part.
         weights: after the last step.
         finite: argument of the gate at every step.
+        differences: what an audit found, of every step.
         logits: of `case.text()` after the last step, on rank 0.
     """
 
@@ -43,20 +45,21 @@ class RankReport:
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     finite: list[bool] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def run_cases(cases: list[Case]) -> dict[str, RankReport]:
     """Run all cases one after the other in one world; reports by the case's name."""
     reports: dict[str, RankReport] = {}
-    world = World(TIMEOUT_S)
+    world = World(GUARD_S)
     for case in sorted(cases, key=lambda case: case.grid):
         groups = world.groups(case.grid)
         try:
             with planted(case.fault):
                 reports[case.name] = _run(case, groups)
         except Exception as error:
-            raise RuntimeError(f"case {case.name!r} failed") from error
+            raise RuntimeError(f"case {case.name!r} failed: {error!r}") from error
     return reports
 
 
@@ -67,6 +70,7 @@ def _run(case: Case, groups: Groups) -> RankReport:
     load_reference(module, case, groups)
     engine = wrap_module(module, config, groups)
     damage(engine, case.fault)
+    audit = Audit(engine, groups, config.model, every_steps=1)
 
     def gate(finite: bool) -> bool:
         report.finite.append(finite)
@@ -77,9 +81,13 @@ def _run(case: Case, groups: Groups) -> RankReport:
 
     for rate, (tokens, labels) in zip(LEARNING_RATES, case.batches(), strict=True):
         engine.set_learning_rate(rate)
-        loss = engine.train_batch(micro_batches(case, groups, tokens, labels), gate)
+        loss = engine.train_batch(micro_batches(case, groups, tokens, labels), gate, audit.watch_reduction)
         report.losses.append(float(loss))
         report.norms.append(engine.gradient_norm())
+        try:
+            audit.compare(len(report.losses))
+        except TrainingError as error:
+            report.differences.append(str(error))
     report.weights = _values(module)
     report.logits = engine_logits(engine, groups, config.model.vocab_size, case.text())
     return report

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from stagdist.checkpoint.published.load_model import load_model
+from stagdist.checkpoint.training.directory import TrainingState
 from stagdist.config.run_config import RunConfig
 from stagdist.data.corpus import Splits, build_splits
 from stagdist.data.loader import BatchPlan, Loader
@@ -23,8 +24,9 @@ from stagdist.parallel.groups import single_process
 from stagdist.telemetry.score import TextScore
 from stagdist.training.engine.section_engine import SectionEngine, build_engine
 from stagdist.training.held_out import HeldOut
-from stagdist.training.publish import export_model
-from tests.ranks import run_ranks
+from stagdist.training.publish import publish_model
+from stagdist.training.saving.save import save_checkpoint
+from tests.ranks import GUARD_S, run_ranks
 from tests.training.worlds import World
 
 pytestmark = pytest.mark.ranks
@@ -33,7 +35,6 @@ GRIDS = [(2, 1, 1), (1, 2, 1), (3, 1, 1)]
 NUM_BATCHES = 3
 GLOBAL_BATCH = 8
 STEPS = 2
-TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Task:
 
 def score_on_grids(task: Task) -> dict[tuple[int, int, int], TextScore]:
     """Train some steps on every grid of this world, score the test split twice, leave the model; scores by grid."""
-    world, scores = World(TIMEOUT_S), {}
+    world, scores = World(GUARD_S), {}
     for grid in [grid for grid in GRIDS if math.prod(grid) == int(os.environ["WORLD_SIZE"])]:
         groups, config = world.groups(grid), task.config(grid)
         splits = task.splits(config)
@@ -88,7 +89,9 @@ def score_on_grids(task: Task) -> dict[tuple[int, int, int], TextScore]:
         held_out = HeldOut(splits.test, plan, config.evaluation, byte_tokenizer().token_bytes())
         scores[grid] = held_out.score(engine)
         assert held_out.score(engine) == scores[grid], "the same model gives the same sequences another score"
-        export_model(engine, groups, config.model, byte_tokenizer(), task.model_directory(grid))
+        run = config.model_copy(update={"runs_directory": str(task.model_directory(grid)) + "-run"})
+        saved = save_checkpoint(engine, groups, run, TrainingState(STEPS, STEPS * GLOBAL_BATCH, 1, grid))
+        publish_model(engine, groups, saved, byte_tokenizer(), task.model_directory(grid))
     return scores
 
 
@@ -112,7 +115,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 @cache
 def reported(task: Task, world_size: int) -> list[dict[tuple[int, int, int], TextScore]]:
     """What every rank of a world says."""
-    return run_ranks("tests.training.test_held_out:score_on_grids", world_size, task, timeout_s=200)
+    return run_ranks("tests.training.test_held_out:score_on_grids", world_size, task)
 
 
 def score_alone(task: Task, grid: tuple[int, int, int]) -> TextScore:

@@ -8,26 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.complete import COMPLETE, damage, read_complete
-from stagdist.checkpoint.convert.find import FoundCheckpoint, find, open_training, source_tokenizer
-from stagdist.checkpoint.published.model_json import read_body
-from stagdist.checkpoint.published.model_reader import ChangedTokenizerError, ModelReader
-from stagdist.checkpoint.published.model_writer import CODE_FILES, weight_map
-from stagdist.checkpoint.published.record import CHECKSUMS, read_record
-from stagdist.checkpoint.text_tokens import GENERATION
-from stagdist.checkpoint.training.directory import CONFIG, STATE
-from stagdist.checkpoint.training.index import INDEX
+from stagdist.checkpoint.complete import COMPLETE, read_complete
+from stagdist.checkpoint.convert.find import FoundCheckpoint, find, open_weights, source_tokenizer
+from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.checkpoint.training.reader import TrainingReader
 from stagdist.checkpoint.weight_source import Track, WeightSource, untracked
 from stagdist.data.tokenizer_files import holds_tokenizer
 from stagdist.errors import CheckpointError, StagdistError
 from stagdist.parallel.layout import model_parameters
 
-_MODEL_FILES = ("config.json", GENERATION, "tokenizer.json", "tokenizer_config.json", CHECKSUMS)
-_OUR_KEYS = ("connection", "section_layers")
-"""Keys that only stagdist writes to the `config.json` of a Llama."""
+_EARLIER = "checksums.json"
+"""What earlier releases wrote in place of `complete.json`."""
 _KINDS = {"training": "training checkpoint", "model": "model directory"}
-_KNOWN_ENDINGS = (".safetensors", ".py", ".json", ".jinja", ".md", ".model", ".txt")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5")
+"""Endings of files with weights, which another program could read in place of those of the directory."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +45,7 @@ class Inspection:
     Attributes:
         kind: `training checkpoint` or `model directory`.
         problems: everything that is missing, unknown or wrong; empty for an intact directory.
+        notes: what could not be checked.
         bytes: size of all files.
     """
 
@@ -65,10 +60,11 @@ class Inspection:
     state: dict[str, Any] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     tensors: list[TensorFacts] = field(default_factory=list)
 
 
-def inspect(path: str | Path, track: Track[Any] = untracked) -> Inspection:
+def inspect(path: str | Path, *, track: Track[Any] = untracked) -> Inspection:
     """Examine a directory. Problems are listed, not raised.
 
     Raises:
@@ -81,83 +77,44 @@ def inspect(path: str | Path, track: Track[Any] = untracked) -> Inspection:
     hidden = [name for name in files if any(part.startswith(".") for part in name.parts)]
     report.files = {name.as_posix(): file.stat().st_size for name, file in files.items() if name not in hidden}
     report.bytes = sum(report.files.values())
-    source = _open_checkpoint(found, report) if found.kind == "training" else _open_directory(found, report)
-    if source is not None:
-        _describe(source, report, track)
+    try:
+        _compare_names(found, report)
+        if not report.problems:
+            source = open_weights(found.directory)
+            _describe(source, report, track)
+            source.check()
+            if isinstance(source, ModelReader):
+                report.problems += [
+                    f"{name} does not belong here"
+                    for name in report.files
+                    if name.endswith(_WEIGHTS) and name not in source.weight_files
+                ]
+    except StagdistError as error:
+        report.problems.append(str(error))
     return report
 
 
-def _open_checkpoint(found: FoundCheckpoint, report: Inspection) -> WeightSource | None:
-    """Open the checkpoint; None if it cannot be read."""
-    try:
-        reader = TrainingReader(
-            found.directory,
-        )
-    except StagdistError as error:
-        report.problems.append(str(error))
-        return None
-    report.step, report.state = reader.state.step, asdict(reader.state)
-    report.grid = dict(zip(("pipe", "data", "tensor"), reader.state.grid, strict=True))
-    expected = {*reader.index.files(), CONFIG, STATE, INDEX, COMPLETE}
-    report.problems += [f"{name} is missing" for name in sorted(expected - set(report.files))]
-    report.problems += [f"{name} does not belong here" for name in sorted(set(report.files) - expected)]
-    if (found.directory / COMPLETE).is_file():
-        try:
-            records = read_complete(found.directory)
-            reason = damage(found.directory, sorted(records), records)
-            report.problems += [reason] if reason is not None and reason not in report.problems else []
-            with suppress(CheckpointError):  # the tokenizer may be on another machine
-                source_tokenizer(reader, None)
-            if not report.problems:
-                return open_training(
-                    found.directory,
-                )
-        except StagdistError as error:
-            report.problems.append(str(error))
-    return None if report.problems else reader
-
-
-def _open_directory(found: FoundCheckpoint, report: Inspection) -> WeightSource | None:
-    report.problems += [f"{name} is missing" for name in _expected(found.directory) if name not in report.files]
-    try:
-        used = {file for _, file in weight_map(found.directory)}
-        for name in report.files:
-            odd = name.endswith(".safetensors") and name not in used
-            if odd or not name.endswith((*_KNOWN_ENDINGS, "LICENSE", "NOTICE")):
-                report.problems.append(f"{name} does not belong here")
-        source = ModelReader(found.directory)
-        report.problems += [problem for problem in source.record.changed_files() if problem not in report.problems]
-        source.check()
-    except StagdistError as error:
-        report.problems.append(str(error))
-        return None
-    if holds_tokenizer(found.directory):
-        try:
-            source_tokenizer(source, None)
-        except StagdistError as error:
-            report.problems += [] if isinstance(error, ChangedTokenizerError) else [str(error)]  # is in the list
-    return source
-
-
-def _expected(directory: Path) -> tuple[str, ...]:
-    """Required files beside the weights: all files of a directory of ours, only `config.json` of another one.
-
-    A directory from an earlier release is complete with the code files that its record lists.
-    """
-    body: dict[str, Any] = {}
-    with suppress(StagdistError):  # reported when the directory is opened
-        body = read_body(directory)
-    staggered = body.get("model_type") == "stagformer"
-    if not staggered and not (directory / CHECKSUMS).is_file() and not any(key in body for key in _OUR_KEYS):
-        return _MODEL_FILES[:1]
-    recorded: dict[str, str] = {}
-    with suppress(StagdistError):
-        recorded = read_record(directory).files
-    code = [name for name in CODE_FILES if name in recorded] or CODE_FILES
-    return (*_MODEL_FILES, *code) if staggered else _MODEL_FILES
+def _compare_names(found: FoundCheckpoint, report: Inspection) -> None:
+    """Compare the names of the files with the records. A model directory may hold more than was written."""
+    if COMPLETE not in report.files and found.kind == "model":
+        old = f"; {_EARLIER} of an earlier release is not read" if _EARLIER in report.files else ""
+        report.notes.append(f"there is no {COMPLETE}: changes after the directory was written are not detected{old}")
+        return
+    recorded = read_complete(found.directory).keys() | {COMPLETE}
+    report.problems += [f"{name} is missing" for name in sorted(recorded - report.files.keys())]
+    if found.kind == "training":
+        report.problems += [f"{name} does not belong here" for name in sorted(report.files.keys() - recorded)]
 
 
 def _describe(source: WeightSource, report: Inspection, track: Track[Any]) -> None:
+    if isinstance(source, TrainingReader):
+        report.step, report.state = source.state.step, asdict(source.state)
+        del report.state["generators"]  # states of random generators, which say nothing to a reader
+        report.grid = dict(zip(("pipe", "data", "tensor"), source.state.grid, strict=True))
+        with suppress(CheckpointError):  # the tokenizer may be on another machine
+            source_tokenizer(source, None)
+    elif holds_tokenizer(source.directory):
+        source_tokenizer(source, None)
     report.model, report.dtype = source.model.model_dump(mode="json"), str(source.dtype).removeprefix("torch.")
     specs = model_parameters(source.model)
     report.parameters = sum(spec.numel for spec in specs)
@@ -170,9 +127,8 @@ def _describe(source: WeightSource, report: Inspection, track: Track[Any]) -> No
 
 def tensor_facts(name: str, tensor: Tensor) -> TensorFacts:
     """Compute the statistics of one tensor."""
-    values = tensor.float()
-    std, mean = torch.std_mean(values, correction=0)
-    low, high = torch.aminmax(values)
+    std, mean = torch.std_mean(tensor.float(), correction=0)
+    low, high = torch.aminmax(tensor)
     return TensorFacts(
         name=name,
         shape=list(tensor.shape),
@@ -181,7 +137,7 @@ def tensor_facts(name: str, tensor: Tensor) -> TensorFacts:
         std=float(std),
         min=float(low),
         max=float(high),
-        finite=bool(torch.isfinite(values).all()),
+        finite=bool(torch.isfinite(low) and torch.isfinite(high)),
     )
 
 
@@ -195,11 +151,12 @@ def as_table(report: Inspection) -> str:
         keys = ("connection", "section_layers", "hidden_size", "vocab_size", "share_section_weights")
         lines.append(", ".join(f"{key} {report.model[key]}" for key in keys))
         lines.append(f"{report.parameters:,} parameters, {report.dtype}")
-        width = max(len(facts.name) for facts in report.tensors)
+        width = max((len(facts.name) for facts in report.tensors), default=6)
         lines.append(f"\n{'tensor':{width}}  {'shape':>16} {'mean':>10} {'std':>10} {'min':>10} {'max':>10}")
         for one in report.tensors:
             shape = "x".join(map(str, one.shape))
             numbers = " ".join(f"{value:10.3g}" for value in (one.mean, one.std, one.min, one.max))
             lines.append(f"{one.name:{width}}  {shape:>16} {numbers}")
-    lines += ["", *([f"PROBLEM: {problem}" for problem in report.problems] or ["no problem found"])]
+    lines += ["", *[f"note: {note}" for note in report.notes]]
+    lines += [*([f"PROBLEM: {problem}" for problem in report.problems] or ["no problem found"])]
     return "\n".join(lines)

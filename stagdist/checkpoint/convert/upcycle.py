@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stagdist.checkpoint.convert.find import open_weights
-from stagdist.checkpoint.convert.model_conversions import write_model
+from stagdist.checkpoint.convert.model_conversions import NewModel, write_model
 from stagdist.checkpoint.convert.staging import ConversionOptions, ConversionResult, require_free
 from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.checkpoint.weight_source import WeightSource
@@ -54,15 +54,12 @@ def upcycle(
     """
     if not math.isfinite(output_scale):
         raise ConfigError(f"--output-scale is {output_scale}; give a finite number (0: no effect at the start)")
-    require_free(Path(destination), "model", options)
-    llama = open_weights(
-        source,
-    )
+    require_free(Path(destination), options)
+    llama = open_weights(source)
     model = upcycled_config(llama, section_layers)
     initial = UpcycledWeights(llama, model, output_scale)
-    return write_model(
-        llama, model, initial.weight, Path(destination), options, equal_to="equal to their rules", logits_of=initial
-    )
+    new = NewModel([llama], model, initial.weight, llama.dtype, "equal to their rules", logits_of=initial)
+    return write_model(new, Path(destination), options)
 
 
 def upcycled_config(llama: WeightSource, section_layers: Sequence[int]) -> ModelConfig:
@@ -92,6 +89,7 @@ class UpcycledWeights:
         self._llama, self.model, self._scale = llama, model, output_scale
         self.directory, self.dtype = llama.directory, llama.dtype
         self.tokens: TextTokens | None = llama.tokens
+        self.check = llama.check
         self._specs = {spec.name: spec for spec in model_parameters(llama.model)}
         counts = enumerate(llama.model.section_layers)
         self._layers = [f"sections.{section}.layers.{layer}." for section, count in counts for layer in range(count)]

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.convert.find import open_weights, source_tokenizer
+from stagdist.checkpoint.convert.find import ChangedTokenizerError, open_weights, source_tokenizer
 from stagdist.checkpoint.convert.proof import TEXT, source_logits, text_ids
-from stagdist.checkpoint.published.model_reader import ChangedTokenizerError
 from stagdist.checkpoint.weight_source import Track, WeightSource, untracked
 from stagdist.config.loading import differences
 from stagdist.config.parts import ModelConfig
@@ -81,12 +80,7 @@ def verify(
         CheckpointError: a model cannot be read, or the vocabularies differ.
         ConfigError: the text or the context has fewer tokens.
     """
-    one, other = (
-        open_weights(
-            path,
-        )
-        for path in (first, second)
-    )
+    one, other = open_weights(first), open_weights(second)
     if one.model.vocab_size != other.model.vocab_size:
         raise CheckpointError(
             f"{one.directory} has {one.model.vocab_size} tokens, {other.directory} {other.model.vocab_size}; their "
@@ -96,6 +90,8 @@ def verify(
     input_ids = _input_ids(_tokenizer(one, other, tokenizer), shorter, text, tokens)
     read = input_ids.shape[1]
     left, right = (source_logits(source, input_ids, track) for source in (one, other))
+    for source in (one, other):
+        source.check()
     return Verdict(
         tokens=read,
         largest_difference=float((left - right).abs().max()),

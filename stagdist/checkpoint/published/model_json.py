@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from stagdist.checkpoint.published.other_formats import refuse_undownloaded, save_as_utf8
+from stagdist.checkpoint.complete import refuse_undownloaded
+from stagdist.checkpoint.published.other_formats import save_as_utf8
 from stagdist.checkpoint.text_tokens import GENERATION, TOKEN_KEYS, TextTokens, check_tokens
 from stagdist.config.loading import validate_model
 from stagdist.config.parts import ModelConfig, RopeScaling

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from stagdist.checkpoint.complete import COMPLETE, RunningHashes, damage, read_complete, refuse_undownloaded
 from stagdist.checkpoint.published.model_json import (
     declared_dtype,
     model_of,
@@ -16,14 +17,12 @@ from stagdist.checkpoint.published.model_json import (
     read_text_tokens,
     refuse_unsupported,
 )
-from stagdist.checkpoint.published.model_writer import CODE_FILES, stored_name, weight_map
-from stagdist.checkpoint.published.other_formats import converted, refuse_undownloaded, unfinished_download
-from stagdist.checkpoint.published.record import CHECKSUMS, TAMPERED, WrittenRecord, read_record
-from stagdist.checkpoint.safetensors_writer import tensor_sha256
+from stagdist.checkpoint.published.model_writer import INDEX_FILE, SINGLE_FILE, stored_name
+from stagdist.checkpoint.published.other_formats import converted, save_as_utf8, unfinished_download, weights_there
 from stagdist.checkpoint.text_tokens import TextTokens
 from stagdist.config.parts import ModelConfig
-from stagdist.data.tokenizer_files import holds_tokenizer
 from stagdist.errors import CheckpointError
+from stagdist.files import FileRecord
 from stagdist.model.precision import SAFETENSORS_DTYPES, STORED_DTYPES
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
@@ -33,42 +32,37 @@ _IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
 _ROWS = 4096
 """Rows of a matrix that are compared at a time."""
 
-_MAX_HEADER_BYTES = 100_000_000
-"""Limit of the safetensors library for the header of a file."""
-
-SINGLE_FILE = "model.safetensors"
-"""Name of the weights file of an unsharded directory."""
+CHANGED = f"get the directory from its source again, or remove {COMPLETE} if the change is intended"
 
 ReadSlice = Callable[[ParameterSpec, int, int, int], Tensor]
 """Entries `start` to `stop` of dimension `dim` of a parameter: (spec, dim, start, stop) -> tensor on the CPU."""
 
 
-class ChangedTokenizerError(CheckpointError):
-    """The tokenizer is not the one that was written, or not the one that the weights were trained with."""
-
-
 class ModelReader:
     """An open model directory. Its files are memory-mapped.
 
-    The constructor checks everything except the values of the tensors, which `check` compares with their checksums.
+    The constructor checks everything except the values of the tensors, which `check` compares with `complete.json`. A
+    directory of another program has none; it is checked for what `config.json` requires.
+
+    Args:
+        hashing: hash the weights while they are read, so that `check` reads only the rest.
 
     Raises:
-        CheckpointError: a file or tensor is missing, unknown, or has another shape or dtype than `config.json`
-            requires (the message names it); the model is not supported, or is not the one that was written (the
-            message names the key).
+        CheckpointError: a file or tensor is missing, unknown, was changed, or has another shape or dtype than
+            `config.json` requires (the message names it); or the model is not supported.
     """
 
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
+    def __init__(self, directory: str | Path, *, hashing: bool = False):
+        self.directory, self._hashing = Path(directory), hashing
+        records = self._checked_records()
         body = read_body(directory)
         self.model: ModelConfig = model_of(body, self.directory / "config.json")
         refuse_unsupported(body, self.directory)
-        self.record: WrittenRecord = read_record(self.directory)
         self._files: dict[str, Any] = {}
-        cut = _first_cut_tensor(self.directory / SINGLE_FILE)
-        if cut is not None:
-            raise CheckpointError(f"{self.directory / SINGLE_FILE} is cut off: it lacks the tensor {cut} and all after")
-        self._where = dict(weight_map(self.directory))
+        self._where = self._weight_map()
+        if records and (unrecorded := sorted(self._files.keys() - records.keys())):
+            raise CheckpointError(f"{self.directory}: {COMPLETE} has no record of {unrecorded[0]}; {CHANGED}")
+        self._hashes = RunningHashes(self.directory, {file: records[file] for file in self._files if records})
         if self.model.num_layers > len(self._where):  # before every one of them is named
             raise CheckpointError(
                 f"{self.directory}/config.json says {self.model.num_layers} layers, the weights are "
@@ -77,16 +71,20 @@ class ModelReader:
         self._expected = {stored_name(spec.name, self.model): spec for spec in model_parameters(self.model)}
         self._check_names_and_shapes()
         self._refuse_unknown()
-        self.record.check_config(body, self.model)
         self.dtype: torch.dtype = self._checked_dtype(declared_dtype(body, self.directory / "config.json"))
-        self.record.check_dtype(self.dtype)
-        self.record.check_names(list(self._expected))
         self.tokens: TextTokens | None = read_text_tokens(self.directory, self.model.vocab_size)
+
+    @property
+    def weight_files(self) -> set[str]:
+        """Names of the files with weights."""
+        return set(self._files)
 
     def read(self, spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
         """A slice of one parameter, in the dtype of the file."""
-        view = self._slice(stored_name(spec.name, self.model))
-        part: Tensor = view[(slice(None),) * dim + (slice(start, stop),)]
+        name = stored_name(spec.name, self.model)
+        if self._hashing:
+            self._hashes.reading(self._where[name], name)
+        part: Tensor = self._slice(name)[(slice(None),) * dim + (slice(start, stop),)]
         return part
 
     def weight(self, spec: ParameterSpec) -> Tensor:
@@ -94,22 +92,49 @@ class ModelReader:
         return self.read(spec, 0, 0, spec.shape[0])
 
     def check(self) -> None:
-        """Compare the values of every tensor with the checksums of the directory, if it has any.
+        """Compare the weights with `complete.json`, if there is one.
 
         Raises:
-            CheckpointError: a tensor differs; the message names it.
+            CheckpointError: a file differs; the message names it.
         """
-        for name, spec in self._expected.items() if self.record.sha256 else ():
-            if tensor_sha256(self.weight(spec)) != self.record.sha256[name]:
-                raise CheckpointError(
-                    f"{name} in {self.directory} has other values than were written ({CHECKSUMS}); {TAMPERED}"
-                )
+        if reason := self._hashes.damage():
+            raise CheckpointError(f"{self.directory}: {reason}; {CHANGED}")
 
-    def _slice(self, name: str) -> Any:
-        return self._open(self._where[name], name).get_slice(name)
+    def _checked_records(self) -> dict[str, FileRecord]:
+        """All records; the small files, and the sizes of the others, are compared with them."""
+        if not (self.directory / COMPLETE).is_file():
+            return {}
+        records = read_complete(self.directory)
+        small = sorted(name for name in records if not name.endswith(".safetensors"))
+        reason = None if "config.json" in records else f"{COMPLETE} has no record of config.json"
+        reason = reason or damage(self.directory, sorted(records), records, contents=False)
+        if reason := reason or damage(self.directory, small, records):
+            raise CheckpointError(f"{self.directory}: {reason}; {CHANGED}")
+        return records
 
-    def _open(self, file: str, name: str) -> Any:
-        """Open the file that should contain the tensor `name`."""
+    def _weight_map(self) -> dict[str, str]:
+        """The file of every stored tensor."""
+        index, single = self.directory / INDEX_FILE, self.directory / SINGLE_FILE
+        if index.is_file() and single.is_file():
+            raise CheckpointError(
+                f"{self.directory} holds {SINGLE_FILE} and {INDEX_FILE}, which programs read differently; remove the "
+                "wrong one"
+            )
+        if single.is_file():
+            return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
+        if not index.is_file():
+            there = weights_there(self.directory) or "get the model with model*.safetensors from its source"
+            raise CheckpointError(f"{self.directory} has no {SINGLE_FILE} nor {INDEX_FILE}: {there}")
+        refuse_undownloaded(index)
+        try:
+            where = _checked_index(json.loads(index.read_text())["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise _unreadable(index, error) from error
+        for file in set(where.values()):
+            self._open(file)
+        return where
+
+    def _open(self, file: str) -> Any:
         path = self.directory / file
         if file not in self._files:
             refuse_undownloaded(path)
@@ -117,34 +142,34 @@ class ModelReader:
                 self._files[file] = safe_open(path, framework="pt")
             except FileNotFoundError as error:
                 advice = unfinished_download(self.directory) or "get it from the source of the model"
-                raise CheckpointError(
-                    f"{self.directory} lacks the tensor {name}: there is no {file}; {advice}"
-                ) from error
+                raise CheckpointError(f"{self.directory} lacks weights: there is no {file}; {advice}") from error
             except Exception as error:  # the library raises bare exceptions for damaged files
-                if (cut := _first_cut_tensor(path)) is not None:
-                    raise CheckpointError(f"{path} is cut off: it lacks the tensor {cut} and all after") from error
-                raise CheckpointError(f"{path}, which should hold {name}, cannot be read: {error}") from error
+                raise _unreadable(path, error) from error
         return self._files[file]
 
+    def _slice(self, name: str) -> Any:
+        return self._files[self._where[name]].get_slice(name)
+
     def _check_names_and_shapes(self) -> None:
+        names = {file: set(stream.keys()) for file, stream in self._files.items()}
+        for name, file in self._where.items():
+            if name not in names[file]:
+                raise CheckpointError(f"{self.directory / file} lacks the tensor {name} of the index")
         for name, spec in self._expected.items():
             if name not in self._where:
                 raise CheckpointError(
                     f"{self.directory} lacks the tensor {name}; its first ones are {sorted(self._where)[:2]}; save the "
                     "causal language model with transformers again"
                 )
-            if name not in self._open(self._where[name], name).keys():  # noqa: SIM118 - not a dict
-                raise CheckpointError(f"{self.directory / self._where[name]} lacks the tensor {name} of the index")
-            shape = tuple(self._slice(name).get_shape())
-            if shape != spec.shape:
+            shape = self._slice(name).get_shape()
+            if tuple(shape) != spec.shape:
                 file = self.directory / self._where[name]
-                raise CheckpointError(f"{name} in {file} has shape {list(shape)}, config.json asks {list(spec.shape)}")
+                raise CheckpointError(f"{name} in {file} has shape {shape}, config.json asks {list(spec.shape)}")
 
     def _refuse_unknown(self) -> None:
         """Refuse tensors that the model does not have: another program could read them."""
-        copied = self._tied_copy()
-        unknown = [name for name in sorted(self._where) if name not in self._expected and name not in copied]
-        unknown = [name for name in unknown if not name.endswith(_IGNORED_ENDINGS)]
+        known = self._expected.keys() | self._tied_copy()
+        unknown = [name for name in sorted(self._where) if name not in known and not name.endswith(_IGNORED_ENDINGS)]
         if unknown:
             raise CheckpointError(
                 f"{self.directory} holds tensors that a model of its config.json does not have: "
@@ -164,7 +189,7 @@ class ModelReader:
         if not self.model.tie_word_embeddings or self.model.staggered or head not in self._where:
             return set()
         embedding = stored_name("embedding.weight", self.model)
-        views = [self._slice(embedding), self._open(self._where[head], head).get_slice(head)]
+        views = [self._slice(embedding), self._slice(head)]
         same = len({(view.get_dtype(), *view.get_shape()) for view in views}) == 1
         rows = range(0, views[0].get_shape()[0], _ROWS) if same else ()
         if not same or not all(torch.equal(*(view[row : row + _ROWS] for view in views)) for row in rows):
@@ -175,7 +200,7 @@ class ModelReader:
         return {head}
 
     def _checked_dtype(self, declared: torch.dtype | None) -> torch.dtype:
-        """The dtype of all tensors: that of `config.json`, else that of the first tensor."""
+        """The dtype of all tensors, which must be that of `config.json` if it has one."""
         stored: dict[str, list[str]] = {}
         for name in self._expected:
             kind = self._slice(name).get_dtype()
@@ -186,8 +211,7 @@ class ModelReader:
             remedy = converted(self.directory, "float32") if unread[0] == "F64" else "use the model before quantization"
             raise CheckpointError(f"{holds}, but {unread[0]} is not read; {remedy}")
         if len(stored) > 1:
-            remedy = TAMPERED if self.record.sha256 else converted(self.directory, most)
-            raise CheckpointError(f"{holds}, but tensors of one type are read; {remedy}")
+            raise CheckpointError(f"{holds}, but tensors of one type are read; {converted(self.directory, most)}")
         if declared not in (None, STORED_DTYPES[most]):
             raise CheckpointError(
                 f"{holds}, config.json says {_short(declared)}; set dtype or torch_dtype there to {most}"
@@ -199,33 +223,16 @@ def _short(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_tokenizer(place: str | Path, remedy: str = "") -> None:
-    """Compare the tokenizer files of a model directory with what was written.
-
-    Args:
-        place: the directory, or a file in it.
-        remedy: a further remedy, appended to the error message.
-
-    Raises:
-        ChangedTokenizerError: a file differs; the message names it.
-    """
-    folder = Path(place).parent if Path(place).is_file() else Path(place)
-    if folder.is_dir() and holds_tokenizer(folder):
-        for problem in read_record(folder).changed_files(but=CODE_FILES):
-            raise ChangedTokenizerError(f"{folder}: {problem}{remedy}")
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    remedy = save_as_utf8(path) or "; get the file from its source again"
+    return CheckpointError(f"the weights in {path} cannot be read: {error}{remedy}")
 
 
-def _first_cut_tensor(path: Path) -> str | None:
-    """The first tensor that extends past the end of a safetensors file; None if the file is complete or unreadable."""
-    try:
-        with path.open("rb") as stream:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            room = path.stat().st_size - 8 - header_bytes
-            if room < 0 or header_bytes > _MAX_HEADER_BYTES:
-                return None
-            header = json.loads(stream.read(header_bytes))
-        ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-        cut = [name for name, end in ends.items() if end > room]
-        return min(cut, key=ends.__getitem__) if cut else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
-        return None
+def _checked_index(where: Any) -> dict[str, str]:
+    """The entries of an index, which must name files of the same folder."""
+    if not isinstance(where, dict):
+        raise ValueError("weight_map is no object")
+    for name, file in where.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"weight_map has {name} in {file!r}, which is no file of the directory")
+    return where

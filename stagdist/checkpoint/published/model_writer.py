@@ -1,8 +1,8 @@
-"""The model directory: `config.json`, safetensors with canonical unsharded names, the tokenizer.
+"""The model directory: `config.json`, safetensors with canonical unsharded names, the tokenizer, `complete.json`.
 
 A StagFormer has `model_type: stagformer` and contains the code with which `transformers` loads it; the sequential
 baseline is a Llama directory with two extra keys. Tensors are written one by one into the given folder, which
-`stagdist.checkpoint.convert.staging` renames when it is complete and proved.
+`stagdist.checkpoint.complete.publish` renames when it is complete and proved.
 """
 
 import json
@@ -14,17 +14,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from stagdist.checkpoint.complete import checkpoint_files, write_complete
 from stagdist.checkpoint.names import llama_name
-from stagdist.checkpoint.published.other_formats import refuse_undownloaded, save_as_utf8, weights_there
-from stagdist.checkpoint.published.record import CHECKSUMS
-from stagdist.checkpoint.safetensors_writer import SafetensorsWriter, tensor_sha256
-from stagdist.checkpoint.text_tokens import GENERATION, TOKEN_KEYS, TextTokens, tokens_of
+from stagdist.checkpoint.safetensors_writer import SafetensorsWriter
+from stagdist.checkpoint.text_tokens import GENERATION, TextTokens, tokens_of
 from stagdist.config.parts import ModelConfig
-from stagdist.errors import CheckpointError
-from stagdist.files import file_record, sync_path
+from stagdist.files import FileRecord, file_record
 from stagdist.model.precision import STORED_DTYPES
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
@@ -37,9 +34,12 @@ _AUTO_MAP = {
     "AutoConfig": "configuration_stagformer.StagFormerConfig",
     "AutoModelForCausalLM": "modeling_stagformer.StagFormerForCausalLM",
 }
-_INDEX = "model.safetensors.index.json"
-_NOT_OF_THE_FUNCTION = ("architectures", "auto_map", "torch_dtype", *TOKEN_KEYS)
-"""Keys of `config.json` that do not change what the weights compute."""
+SINGLE_FILE = "model.safetensors"
+"""Name of the weights file of an unsharded directory."""
+
+INDEX_FILE = "model.safetensors.index.json"
+"""Names the file of every tensor of a sharded directory."""
+
 _DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 _STAGFORMER_KEYS = (
     "section_layers",
@@ -112,14 +112,14 @@ def _rope_keys(model: ModelConfig) -> dict[str, Any]:
 
 
 class ModelDirectoryWriter:
-    """Writes global tensors in the order of `model_parameters` into a folder.
+    """Writes global tensors in the order of `model_parameters` into a folder, and hashes what it writes.
 
-    As a context manager it calls `open` and `commit`, or `close` after an error. Every failure of the file system is an
-    OSError. Files that others put into the folder before `commit`, such as the tokenizer, are recorded in
-    `checksums.json`.
+    As a context manager it calls `commit`, or `close` after an error. Every failure of the file system is an OSError.
+    Files that others put into the folder before `commit`, such as the tokenizer, are recorded in `complete.json`.
 
     Args:
         folder: is created if it does not exist; must not hold another model.
+        dtype: of the stored weights; tensors of another one are rounded.
         end_of_document: token id of the tokenizer.
         tokens: special tokens of the directory that this one is converted from; they are written instead.
     """
@@ -137,33 +137,28 @@ class ModelDirectoryWriter:
         element = torch.empty((), dtype=dtype).element_size()
         self._shards = shard_plan(model_parameters(model), element, MAX_SHARD_BYTES)
         self._file: SafetensorsWriter | None = None
-        self._checksums: dict[str, str] = {}
         self._index: dict[str, str] = {}
+        self._records: dict[str, FileRecord] = {}
         self._total = 0
-
-    def open(self) -> None:
-        """Create the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write the next parameter; `name` is its canonical name."""
         if self._file is None:
-            self._begin_file()
-        assert self._file is not None
+            self._file = self._begin_file()
         stored = stored_name(name, self.model)
         self._file.add(stored, tensor)
-        self._checksums[stored] = tensor_sha256(tensor.detach().to("cpu", self.dtype))
         self._index[stored] = self._file.path.name
         if self._file.full:
-            self._file.finish()
+            self._records[self._file.path.name] = self._file.finish()
             self._total += self._file.data_bytes
             self._file = None
 
-    def _begin_file(self) -> None:
-        count, number = len(self._shards), len(set(self._index.values()))
-        name = "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+    def _begin_file(self) -> SafetensorsWriter:
+        count, number = len(self._shards), len(self._records)
+        name = SINGLE_FILE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         entries = [(stored_name(spec.name, self.model), spec.shape) for spec in self._shards[number]]
-        self._file = SafetensorsWriter(self.folder / name, entries, self.dtype)
+        return SafetensorsWriter(self.folder / name, entries, self.dtype)
 
     def close(self) -> None:
         """Close an unfinished file after an error."""
@@ -172,32 +167,28 @@ class ModelDirectoryWriter:
                 self._file.close()
 
     def commit(self) -> None:
-        """Write the files that describe the tensors, and wait until all files have reached the disk."""
-        assert self._file is None and len(self._checksums) == sum(map(len, self._shards)), "tensors are missing"
-        body = config_json(self.model, self.dtype, self.end_of_document, self.tokens)
-        shape = {key: value for key, value in body.items() if key not in _NOT_OF_THE_FUNCTION}
+        """Write the files that describe the tensors, and `complete.json` when all files have reached the disk.
+
+        `generation_config.json` is not recorded, because users edit it.
+        """
+        assert len(self._records) == len(self._shards), "tensors are missing"
         for name in CODE_FILES if self.model.staggered else ():
             shutil.copyfile(_CODE_FOLDER / name, self.folder / name)
-        record = {"config": shape, "dtype": _DTYPE_NAMES[self.dtype], "sha256": self._checksums, "files": self._sums()}
-        _write_json(self.folder / CHECKSUMS, record)
         if len(self._shards) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": self._index}
-            _write_json(self.folder / _INDEX, index)
+            _write_json(self.folder / INDEX_FILE, index)
+        body = config_json(self.model, self.dtype, self.end_of_document, self.tokens)
         _write_json(self.folder / "config.json", body)
         _write_json(self.folder / GENERATION, (self.tokens or tokens_of(self.end_of_document)).generation)
-        for path in self.folder.iterdir():
-            if path.is_file():
-                sync_path(path)
-        sync_path(self.folder)
-
-    def _sums(self) -> dict[str, str]:
-        """sha256 of the files beside the weights: the tokenizer and the code."""
-        weights = set(self._index.values())
-        small = sorted(path for path in self.folder.iterdir() if path.is_file() and path.name not in weights)
-        return {path.name: file_record(path).sha256 for path in small}
+        small = {
+            name: file_record(self.folder / name, sync=True)
+            for name in checkpoint_files(self.folder)
+            if name not in self._records
+        }
+        del small[GENERATION]
+        write_complete(self.folder, self._records | small)
 
     def __enter__(self) -> "ModelDirectoryWriter":
-        self.open()
         return self
 
     def __exit__(
@@ -211,39 +202,3 @@ class ModelDirectoryWriter:
 
 def _write_json(path: Path, body: dict[str, Any]) -> None:
     path.write_text(json.dumps(body, indent=2) + "\n")
-
-
-def weight_map(folder: Path) -> list[tuple[str, str]]:
-    """Name of every stored tensor with the name of its file.
-
-    Raises:
-        CheckpointError: there are no weights, they cannot be read, or there is both a single file and an index.
-    """
-    index, single = folder / _INDEX, folder / "model.safetensors"
-    if index.is_file() and single.is_file():
-        raise CheckpointError(
-            f"{folder} holds {single.name} and {index.name}, which programs read differently; remove the wrong one"
-        )
-    path = index if index.is_file() else single
-    if not path.is_file():
-        there = weights_there(folder) or "get the model with model*.safetensors from its source"
-        raise CheckpointError(f"{folder} has no model.safetensors nor {_INDEX}: {there}")
-    refuse_undownloaded(path)
-    try:
-        if path == index:
-            return _checked_index(json.loads(index.read_text())["weight_map"])
-        with safe_open(path, framework="pt") as stream:
-            return [(name, path.name) for name in stream.keys()]  # noqa: SIM118 - not a dict
-    except Exception as error:  # the library raises bare exceptions for damaged files
-        remedy = save_as_utf8(path) or "; get the file from its source again"
-        raise CheckpointError(f"the weights in {path} cannot be read: {error}{remedy}") from error
-
-
-def _checked_index(where: Any) -> list[tuple[str, str]]:
-    """The entries of an index, which must name files of the same folder."""
-    if not isinstance(where, dict):
-        raise ValueError("weight_map is no object")
-    for name, file in where.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"weight_map has {name} in {file!r}, which is no file of the directory")
-    return list(where.items())

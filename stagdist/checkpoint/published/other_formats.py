@@ -3,7 +3,6 @@
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from pathlib import Path
 
-from stagdist.errors import CheckpointError
 from stagdist.files import not_downloaded
 
 _ELSEWHERE = "get the model with model*.safetensors from its source"
@@ -53,20 +52,6 @@ def weights_there(folder: Path) -> str:
             kept = not_downloaded(found[0])
             return kept or f"its weights are in {found[0].name}{more}; {remedy or converted(folder)}"
     return ""
-
-
-def refuse_undownloaded(path: Path) -> None:
-    """Refuse a file that is a git-lfs pointer, a web page or empty.
-
-    Raises:
-        CheckpointError: it is one. A file that cannot be opened is left to its reader.
-    """
-    try:
-        problem = not_downloaded(path)
-    except OSError:
-        return
-    if problem is not None:
-        raise CheckpointError(problem)
 
 
 def save_as_utf8(path: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from stagdist.checkpoint.published.model_json import read_body
-from stagdist.checkpoint.published.model_reader import ModelReader, check_tokenizer
+from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.data.compatibility import check_vocabulary
 from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import CheckpointError
@@ -35,7 +35,6 @@ def load_with_transformers(directory: str | Path, dtype: torch.dtype | str = "au
 
     source = ModelReader(directory)
     source.check()
-    check_tokenizer(source.directory)
     check_vocabulary(load_tokenizer(directory), directory, source.model.vocab_size, source.directory)
     if (source.directory / _ADAPTER).exists():
         raise CheckpointError(f"{directory} holds {_ADAPTER}, an adapter to another model; remove it")

@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stagdist.checkpoint.complete import COMPLETE, damage, read_complete
-from stagdist.checkpoint.published.other_formats import refuse_undownloaded
+from stagdist.checkpoint.complete import COMPLETE, damage, read_complete, refuse_undownloaded
 from stagdist.checkpoint.text_tokens import TextTokens, recorded_tokens
 from stagdist.checkpoint.training.index import INDEX, read_index
 from stagdist.errors import CheckpointError
@@ -155,11 +154,16 @@ def coverage_damage(directory: Path, records: Mapping[str, FileRecord]) -> str |
     return None
 
 
-def checkpoint_damage(directory: Path) -> str | None:
-    """The first reason why a directory is not a complete checkpoint; None if it is one."""
+def checkpoint_damage(directory: Path, *, contents: bool = True) -> str | None:
+    """The first reason why a directory is not a complete checkpoint; None if it is one.
+
+    Args:
+        contents: compare the contents of the safetensors files too, not only their sizes.
+    """
     try:
         records = read_complete(directory)
-        return coverage_damage(directory, records) or damage(directory, sorted(records), records)
+        reason = coverage_damage(directory, records)
+        return reason or damage(directory, sorted(records), records, contents=contents)
     except CheckpointError as error:
         return str(error)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from stagdist.checkpoint.published.other_formats import refuse_undownloaded
+from stagdist.checkpoint.complete import refuse_undownloaded
 from stagdist.errors import CheckpointError
 from stagdist.parallel.layout import ParameterSpec
 

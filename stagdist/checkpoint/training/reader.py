@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from stagdist.checkpoint.complete import RunningHashes, read_complete
 from stagdist.checkpoint.text_tokens import TextTokens, check_tokens
 from stagdist.checkpoint.training.directory import CONFIG, STATE, TrainingState, read_state
 from stagdist.checkpoint.training.index import (
@@ -32,6 +33,9 @@ from stagdist.parallel.layout import ParameterSpec, model_parameters
 class TrainingReader:
     """An open training checkpoint.
 
+    Args:
+        hashing: hash files while tensors are read, so that `check` reads only the rest.
+
     Attributes:
         dtype: of the weights that the run computes with; derived from the stored fp32 values.
         bytes_read: bytes of fragments that were copied so far.
@@ -40,8 +44,9 @@ class TrainingReader:
         CheckpointError: configuration, state or index is missing or damaged, or they contradict each other.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, *, hashing: bool = False):
         self.directory = Path(directory)
+        self._hashes = RunningHashes(self.directory, read_complete(self.directory)) if hashing else None
         self.config: RunConfig = load_config(self.directory / CONFIG)
         self.state: TrainingState = read_state(self.directory)
         self.index: CheckpointIndex = read_index(self.directory)
@@ -62,6 +67,16 @@ class TrainingReader:
     def weight(self, spec: ParameterSpec) -> Tensor:
         """A global parameter in the dtype of the run."""
         return self.value(spec).to(self.dtype)
+
+    def check(self) -> None:
+        """Compare all files with their records.
+
+        Raises:
+            CheckpointError: a file differs; the message names it.
+        """
+        hashes = self._hashes or RunningHashes(self.directory, read_complete(self.directory))
+        if reason := hashes.damage():
+            raise CheckpointError(f"{self.directory}: {reason}; use an earlier checkpoint")
 
     def value(self, spec: ParameterSpec, kind: str = VALUE) -> Tensor:
         """A global tensor, fp32; `kind` is one of `KINDS`. Moments that are not stored are zero."""
@@ -111,6 +126,8 @@ class TrainingReader:
         try:
             if fragment.file not in self._files:
                 self._files[fragment.file] = safe_open(path, framework="pt")
+            if self._hashes is not None:
+                self._hashes.reading(fragment.file, key)
             stored: Tensor = self._files[fragment.file].get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: {key} cannot be read: {error}") from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stagdist.checkpoint.complete import write_complete
-from stagdist.checkpoint.safetensors_writer import SafetensorsWriter
+from stagdist.checkpoint.safetensors_writer import SafetensorsWriter, tensor_sha256
 from stagdist.checkpoint.training.directory import CONFIG, STATE, TrainingState
 from stagdist.checkpoint.training.index import INDEX, VALUE, CheckpointIndex, Fragment, index_of
 from stagdist.checkpoint.weight_source import Track, WeightSource, require_finite, untracked
@@ -73,18 +73,22 @@ def complete(
 
 def write_values(
     folder: Path, source: WeightSource, config: RunConfig, state: TrainingState, track: Track[Any] = untracked
-) -> None:
+) -> dict[str, str]:
     """Write a complete checkpoint of weights alone in an empty folder: the optimizer begins with moments of zero.
+
+    Returns:
+        The sha256 of every tensor in fp32, by name.
 
     Raises:
         CheckpointError: a weight is not finite.
         OSError: the disk failed.
     """
-    specs, name = model_parameters(source.model), part_name(0)
+    specs, name, sums = model_parameters(source.model), part_name(0), dict[str, str]()
     writer = SafetensorsWriter(folder / name, [(f"{s.name}.{VALUE}", (s.numel,)) for s in specs], torch.float32)
     try:
         for spec in track(specs, "writing"):
             weight = require_finite(source.weight(spec), spec.name, source.directory)
+            sums[spec.name] = tensor_sha256(weight, torch.float32)
             writer.add(f"{spec.name}.{VALUE}", weight.flatten())
         record = writer.finish()
     finally:
@@ -93,6 +97,7 @@ def write_values(
         (s.name, Fragment(file=name, key=s.name, box=tuple((0, n) for n in s.shape), range=(0, s.numel))) for s in specs
     ]
     complete(folder, config, state, index_of(owned, specs, [VALUE]), {name: record})
+    return sums
 
 
 def part_name(rank: int) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from stagdist.decode.frontend.prompts import Prompt
-from stagdist.decode.request import FinishReason, Request, RequestOutput, TokenLogprobs
+from stagdist.decode.request import FinishReason, Request, RequestOutput, TokenLogprobs, join_outputs
 
 Decode = Callable[[Iterable[int]], str]
 
@@ -36,12 +36,11 @@ class _Busy:
 @dataclass
 class _Answer:
     prompt: Prompt
-    request: Request | None
-    outputs: list[RequestOutput] = field(default_factory=list)
+    request: Request
+    outputs: list[RequestOutput] = field(default_factory=list)  # for a JSON line
     unseen: list[str] = field(default_factory=list)  # buffered text
     num_tokens: int = 0
     finish: FinishReason | None = None
-    error: str | None = None
 
 
 class Answers:
@@ -93,26 +92,23 @@ class Answers:
         """Report a prompt that is not submitted."""
         with self._lock:
             self.taken += 1
-            self._fail(_Answer(prompt, None, finish=FinishReason.ERROR, error=error))
+            self._fail(prompt, error)
 
     def take(self, output: RequestOutput) -> None:
         """Process an output of the engine."""
         with self._lock:
             answer = self._answers[output.request_id]
             self._measure(answer, output)
-            if output.finish_reason is FinishReason.ERROR:
-                del self._answers[output.request_id]
-                answer.finish, answer.error = output.finish_reason, output.error
-                self._fail(answer)
-                self._show_text()
-                return
             answer.finish = output.finish_reason
             self._cut_off += answer.finish is FinishReason.CANCELLED
+            if answer.finish is FinishReason.ERROR:
+                self._fail(answer.prompt, output.error)
             if self._as_json:
                 answer.outputs.append(output)
                 if answer.finish is not None:
                     del self._answers[output.request_id]
-                    self._write(self._json(answer))
+                    if answer.finish is not FinishReason.ERROR:
+                        self._write_json(answer)
                 return
             if answer.num_tokens == len(output.token_ids) > 0:
                 answer.unseen.append(self._echo(answer))
@@ -150,18 +146,18 @@ class Answers:
             if answer.num_tokens:
                 self._decoding.leave(now_s)
 
-    def _fail(self, answer: _Answer) -> None:
+    def _fail(self, prompt: Prompt, error: str | None) -> None:
         self.failed += 1
-        print(f"error: {answer.error}", file=self._err, flush=True)
+        print(f"error: {error}", file=self._err, flush=True)
         if self._as_json:
-            self._write(self._json(answer))
+            body = {"id": prompt.name, "index": prompt.index, "finish_reason": FinishReason.ERROR, "error": error}
+            self._write(json.dumps(body) + "\n")
 
     def _echo(self, answer: _Answer) -> str:
         if answer.prompt.text is not None:
             return answer.prompt.text
         if answer.prompt.messages is not None:
             return ""
-        assert answer.request is not None
         return self._decode(answer.request.prompt_ids)
 
     def _show_text(self) -> None:
@@ -177,25 +173,23 @@ class Answers:
         for request_id in done:
             del self._answers[request_id]
 
-    def _json(self, answer: _Answer) -> str:
-        body: dict[str, Any] = {"id": answer.prompt.name, "index": answer.prompt.index}
-        if answer.error is not None:
-            return json.dumps(body | {"finish_reason": answer.finish, "error": answer.error}) + "\n"
-        assert answer.request is not None
-        outputs = answer.outputs
-        body |= {
+    def _write_json(self, answer: _Answer) -> None:
+        output, request = join_outputs(answer.outputs), answer.request
+        body: dict[str, Any] = {
+            "id": answer.prompt.name,
+            "index": answer.prompt.index,
             "prompt": self._echo(answer),
-            "text": "".join(output.text for output in outputs),
-            "token_ids": [token for output in outputs for token in output.token_ids],
-            "prompt_tokens": len(answer.request.prompt_ids),
-            "prompt_token_ids": list(answer.request.prompt_ids),
-            "finish_reason": answer.finish,
-            "seed": answer.request.params.seed,
-            "time_to_first_token_s": outputs[-1].time_to_first_token_s,
+            "text": output.text,
+            "token_ids": output.token_ids,
+            "prompt_tokens": len(request.prompt_ids),
+            "prompt_token_ids": request.prompt_ids,
+            "finish_reason": output.finish_reason,
+            "seed": request.params.seed,
+            "time_to_first_token_s": output.time_to_first_token_s,
         }
-        if answer.request.params.logprobs is not None:
-            body["logprobs"] = [_logprobs(entry) for output in outputs for entry in output.logprobs]
-        return json.dumps(body, ensure_ascii=False) + "\n"
+        if request.params.logprobs is not None:
+            body["logprobs"] = [_logprobs(entry) for entry in output.logprobs]
+        self._write(json.dumps(body, ensure_ascii=False) + "\n")
 
     def _write(self, text: str) -> None:
         if not text or self.broken:

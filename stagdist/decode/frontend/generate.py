@@ -5,7 +5,6 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -121,37 +120,32 @@ class Generation:
             TransportError: a rank has ended; names stage and step.
         """
         try:
-            return self._run(interrupts, pulse)
+            with joined_world(self.plan, self._device) as transport:
+                recorder = None if self._trace is None else self._recorder(transport)
+                stage = build_stage(
+                    self.plan,
+                    self._reader.read,
+                    self._device,
+                    transport,
+                    recorder=recorder,
+                    pulse=pulse,
+                    progress=None if interrupts is None else _show_captures,
+                )
+                code = 0
+                if interrupts is None:
+                    operate(stage, transport, None)
+                else:
+                    code = self._serve(stage, transport, interrupts)
+                if self._trace is not None and recorder is not None:
+                    _write_trace(self._trace, recorder, self._world)
+            return code
         except TransportError:
             # The launcher may have ended the others on the same signal.
             if interrupts is None or interrupts.code is None:
                 raise
             return interrupts.code
 
-    def _run(self, interrupts: Interrupts | None, pulse: Pulse) -> int:
-        with joined_world(self.plan, self._device) as transport:
-            recorder = self._recorder(transport)
-            stage = build_stage(
-                self.plan,
-                self._reader.read,
-                self._device,
-                transport,
-                recorder=recorder,
-                pulse=pulse,
-                progress=None if interrupts is None else _show_captures,
-            )
-            if interrupts is None:
-                operate(stage, transport, None)
-                code = 0
-            else:
-                code = self._serve(stage, transport, interrupts)
-            if self._trace is not None and recorder is not None:
-                _write_trace(self._trace, recorder, self._world)
-        return code
-
-    def _recorder(self, transport: Transport | None) -> SpanRecorder | None:
-        if self._trace is None:
-            return None
+    def _recorder(self, transport: Transport | None) -> SpanRecorder:
         clock = EventClock() if on_cuda(self._device) else HostClock()
         return SpanRecorder(rank=self._world.rank, stage=0 if transport is None else transport.stage, clock=clock)
 
@@ -170,30 +164,31 @@ class Generation:
         interrupts.stop_with(engine.stop)
         self._announce()
         errors: list[Exception] = []
-        submit_all = partial(self._submit_all, engine, answers, errors)
+
+        def submit_all() -> None:
+            """Give every prompt to the engine as soon as it is read."""
+            try:
+                for prompt in self._read_prompts():
+                    self._submit(prompt, engine, answers)
+            except Exception as error:  # raised again by the main thread
+                errors.append(error)
+                engine.stop()
+            else:
+                engine.close()
+
         if self._prompts or self._prompts_file is not None:
             submit_all()
-        else:
+        else:  # reads of standard input cannot be interrupted
             threading.Thread(target=submit_all, daemon=True, name="prompts").start()
         try:
             engine.run(answers.take)
         except TransportError:
-            unfinished = answers.end()
-            if interrupts.code is not None:
-                self._conclude(engine, answers, errors, interrupts.code, unfinished)
+            if interrupts.code is None:
+                answers.end()
+            else:
+                self._conclude(engine, answers, errors, interrupts.code)
             raise
-        return self._conclude(engine, answers, errors, interrupts.code, answers.end())
-
-    def _submit_all(self, engine: Engine, answers: Answers, errors: list[Exception]) -> None:
-        """Give every prompt to the engine as soon as it is read. Standard input has a thread of its own."""
-        try:
-            for prompt in self._read_prompts():
-                self._submit(prompt, engine, answers)
-        except Exception as error:  # raised again by the main thread
-            errors.append(error)
-            engine.stop()
-        else:
-            engine.close()
+        return self._conclude(engine, answers, errors, interrupts.code)
 
     def _read_prompts(self) -> Iterator[Prompt]:
         if self._prompts:
@@ -215,10 +210,9 @@ class Generation:
             answers.accept(prompt, request)
             engine.submit(request)
 
-    def _conclude(
-        self, engine: Engine, answers: Answers, errors: list[Exception], code: int | None, unfinished: int
-    ) -> int:
-        """Print the summary; the exit code. `code` is that of an interrupt."""
+    def _conclude(self, engine: Engine, answers: Answers, errors: list[Exception], code: int | None) -> int:
+        """Print what is left and the summary; the exit code. `code` is that of an interrupt."""
+        unfinished = answers.end()
         if answers.broken:
             return 141
         # After an interrupt the engine refuses what is still being read: that is no error.

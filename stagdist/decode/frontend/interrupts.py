@@ -65,11 +65,6 @@ class Interrupts:
             os._exit(128 + number)
 
 
-def leave_to_first_rank() -> None:
-    """On the other ranks: ignore Ctrl-C, which a terminal sends to all ranks; rank 0 shuts them down."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _launchers() -> list[tuple[psutil.Process, int]]:
     """Process and parent: this process and, below DeepSpeed's command, its parent. Empty without a launcher."""
     own = psutil.Process()

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stagdist.decode.layers.cache import SectionCache
 from stagdist.decode.layers.cells import Cells
-from stagdist.decode.layers.runner import Lap, LayerMath
+from stagdist.decode.layers.runner import LayerMath, SectionCache
 from stagdist.decode.layers.weights import SectionWeights
 
 
@@ -17,14 +16,8 @@ class BatchedSections:
     Rows of one request lie together: row = slot * p + section. The sections' caches become views of one.
     """
 
-    def __init__(
-        self,
-        math: LayerMath,
-        weights: dict[int, SectionWeights],
-        caches: dict[int, SectionCache],
-        lap: Lap | None = None,
-    ):
-        self._math, self._weights, self._caches, self._lap = math, weights, caches, lap
+    def __init__(self, math: LayerMath, weights: dict[int, SectionWeights], caches: dict[int, SectionCache]):
+        self._math, self._weights, self._caches = math, weights, caches
         self.count = len(weights)
         like = caches[0].self_kv
         layers, two, slots, *rest = like.shape
@@ -38,9 +31,7 @@ class BatchedSections:
         Shapes: embedded [B, 1, H] -> [B p, 1, H]; `wide` places B p rows.
         """
         hidden = embedded.repeat_interleave(self.count, dim=0)
-        hidden = self._math.self_attention(self._weights[0].layers[0], hidden, wide, self._self_kv[0])
-        self._end_phase("self_attention")
-        return hidden
+        return self._math.self_attention(self._weights[0].layers[0], hidden, wide, self._self_kv[0])
 
     def finish(
         self, hidden: Tensor, wide: Cells, cells: Cells, previous: Sequence[Tensor], null_rows: Tensor | None
@@ -59,16 +50,11 @@ class BatchedSections:
             assert cache is not None
             new = self._math.project_memory(self._weights[section], states, null_rows, cells)
             memories.append(cells.store_memory(cache, new))
-        self._end_phase("cross_attention")
-        for index in range(len(self._weights[0].layers)):
+        for index, layer in enumerate(self._weights[0].layers):
             if index:
-                layer = self._weights[0].layers[index]
                 hidden = self._math.self_attention(layer, hidden, wide, self._self_kv[index])
-                self._end_phase("self_attention")
             hidden = self._cross(index, hidden, cells, [memory[index] for memory in memories])
-            self._end_phase("cross_attention")
-            hidden = self._math.mlp(self._weights[0].layers[index], hidden)
-            self._end_phase("mlp")
+            hidden = self._math.mlp(layer, hidden)
         by_section = hidden.unflatten(0, (-1, self.count))
         return {section: by_section[:, section] for section in range(self.count)}
 
@@ -78,7 +64,3 @@ class BatchedSections:
             layer = self._weights[section].layers[index]
             by_section[section] = self._math.cross_attention(layer, by_section[section], cells, memory)
         return torch.stack(by_section, dim=1).flatten(0, 1)
-
-    def _end_phase(self, phase: str) -> None:
-        if self._lap is not None:
-            self._lap(phase)

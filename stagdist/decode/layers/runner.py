@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stagdist.config.parts import ModelConfig
-from stagdist.decode.layers.cache import SectionCache
 from stagdist.decode.layers.cells import Cells, rotate
-from stagdist.decode.layers.weights import LayerWeights, SectionWeights
+from stagdist.decode.layers.weights import Device, LayerWeights, SectionWeights
+from stagdist.decode.topology import Limits
 
 Reduce = Callable[[Tensor], Tensor]
 """Sum of a partial result over the tensor ranks."""
@@ -28,15 +28,17 @@ class LayerMath:
     Args:
         tensor_size: ranks that share the heads.
         reduce: None without tensor parallelism.
+        lap: called at the end of every phase: `self_attention`, `cross_attention` and `mlp`.
     """
 
-    def __init__(self, model: ModelConfig, tensor_size: int, reduce: Reduce | None):
+    def __init__(self, model: ModelConfig, tensor_size: int, reduce: Reduce | None, lap: Lap | None = None):
         self.width = model.head_width
         self.heads = model.num_attention_heads // tensor_size
         self.key_heads = model.key_value_heads // tensor_size
         self.memory_heads = model.cross_key_value_heads // tensor_size
         self.eps = model.rms_norm_eps
         self._reduce = reduce
+        self._lap: Lap = lap or (lambda phase: None)
 
     def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm. Shapes: [..., H]."""
@@ -52,19 +54,26 @@ class LayerMath:
         new = states[:, :, self.heads :].unflatten(2, (2, self.key_heads))
         keys, values = cells.store_self(cache, new)
         query = turned[:, :, : self.heads].transpose(1, 2)
-        return hidden + self._attend(query, keys, values, layer.o, cells.self_mask, cells.causal)
+        hidden = hidden + self._attend(query, keys, values, layer.o, cells.self_mask, cells.causal)
+        self._lap("self_attention")
+        return hidden
 
     def cross_attention(self, layer: LayerWeights, hidden: Tensor, cells: Cells, memory: Tensor) -> Tensor:
         """Residual stream after cross-attention. Shapes: hidden [B, S, H], memory [2, B, C, entries, D]."""
         assert layer.cross_attention_norm is not None and layer.cross_q is not None and layer.cross_o is not None
         states = F.linear(self.norm(hidden, layer.cross_attention_norm), layer.cross_q)
         query = rotate(states.unflatten(-1, (self.heads, self.width)), cells.cos, cells.sin).transpose(1, 2)
-        return hidden + self._attend(query, memory[0], memory[1], layer.cross_o, cells.memory_mask, cells.memory_causal)
+        masks = cells.memory_mask, cells.memory_causal
+        hidden = hidden + self._attend(query, memory[0], memory[1], layer.cross_o, *masks)
+        self._lap("cross_attention")
+        return hidden
 
     def mlp(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
         """Residual stream after SwiGLU. Shapes: [B, S, H]."""
         gate, up = F.linear(self.norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-        return hidden + self._summed(F.linear(F.silu(gate) * up, layer.down))
+        hidden = hidden + self._summed(F.linear(F.silu(gate) * up, layer.down))
+        self._lap("mlp")
+        return hidden
 
     def project_memory(
         self, weights: SectionWeights, previous: Tensor, null_rows: Tensor | None, cells: Cells
@@ -97,19 +106,46 @@ class LayerMath:
         return partial if self._reduce is None else self._reduce(partial)
 
 
+class SectionCache:
+    """Caches of all layers of one section on this rank.
+
+    Shapes: self_kv [L, 2, B, K, S, D], memory_kv [L, 2, B, C, W, D] with W = min(window, S); index 0 of the second
+    dimension holds keys (rotated), 1 values. Entries that were never written are never seen.
+
+    Args:
+        limits: their `num_slots` are B, their `max_context` is S.
+        tensor_size: ranks that share the heads.
+    """
+
+    def __init__(self, model: ModelConfig, section: int, limits: Limits, tensor_size: int, device: Device):
+        layers, slots = model.section_layers[section], limits.num_slots
+
+        def zeros(heads: int, entries: int) -> Tensor:
+            # Zeros, not empty memory: a masked entry times weight zero must not be NaN.
+            shape = (layers, 2, slots, heads // tensor_size, entries, model.head_width)
+            return torch.zeros(shape, dtype=device.dtype, device=device.name)
+
+        self.self_kv = zeros(model.key_value_heads, limits.max_context)
+        self.memory_kv: Tensor | None = None
+        if model.staggered and section > 0:
+            window = min(model.cross_attention_window or limits.max_context, limits.max_context)
+            self.memory_kv = zeros(model.cross_key_value_heads, window)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory held."""
+        return self.self_kv.nbytes + (0 if self.memory_kv is None else self.memory_kv.nbytes)
+
+
 class SectionRunner:
     """One section on this rank."""
 
-    def __init__(self, math: LayerMath, weights: SectionWeights, cache: SectionCache, lap: Lap | None = None):
-        self.math, self.weights, self.cache = math, weights, cache
-        self._lap = lap
+    def __init__(self, math: LayerMath, weights: SectionWeights, cache: SectionCache):
+        self._math, self._weights, self._cache = math, weights, cache
 
     def begin(self, hidden: Tensor, cells: Cells) -> Tensor:
         """The first self-attention: all that can be done before the memory is there. Shapes: [B, S, H]."""
-        hidden = self.math.self_attention(self.weights.layers[0], hidden, cells, self.cache.self_kv[0])
-        if self._lap is not None:
-            self._lap("self_attention")
-        return hidden
+        return self._math.self_attention(self._weights.layers[0], hidden, cells, self._cache.self_kv[0])
 
     def finish(self, hidden: Tensor, cells: Cells, previous: Tensor | None, null_rows: Tensor | None) -> Tensor:
         """Everything after `begin`.
@@ -121,24 +157,16 @@ class SectionRunner:
 
         Returns: [B, S, H], the section's output.
         """
-        lap, math = self._lap, self.math
+        math = self._math
         memory: Tensor | None = None
         if previous is not None:
-            assert self.cache.memory_kv is not None
-            new = math.project_memory(self.weights, previous, null_rows, cells)
-            memory = cells.store_memory(self.cache.memory_kv, new)
-            if lap is not None:
-                lap("cross_attention")
-        for index, layer in enumerate(self.weights.layers):
+            assert self._cache.memory_kv is not None
+            new = math.project_memory(self._weights, previous, null_rows, cells)
+            memory = cells.store_memory(self._cache.memory_kv, new)
+        for index, layer in enumerate(self._weights.layers):
             if index:
-                hidden = math.self_attention(layer, hidden, cells, self.cache.self_kv[index])
-                if lap is not None:
-                    lap("self_attention")
+                hidden = math.self_attention(layer, hidden, cells, self._cache.self_kv[index])
             if memory is not None:
                 hidden = math.cross_attention(layer, hidden, cells, memory[index])
-                if lap is not None:
-                    lap("cross_attention")
             hidden = math.mlp(layer, hidden)
-            if lap is not None:
-                lap("mlp")
         return hidden

@@ -1,7 +1,7 @@
 """Weights of one rank, fused for decoding: few large products instead of many small ones."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from zlib import crc32
 
@@ -128,52 +128,55 @@ class WeightLoader:
 
     def stage(self, topology: Topology, stage: int) -> StageWeights:
         """Weights of a stage, its share of the head among them."""
-        has_embedding = self._model.staggered or stage == 0
-        sharded = topology.head == "sharded"
-        embedding = self._vocabulary("embedding.weight", Shard()) if has_embedding else None
-        head = norm = None
-        shard = self._shard
+        sharded, tied, shard = topology.head == "sharded", self._model.tie_word_embeddings, self._shard
+        embedding = head = norm = None
+        if self._model.staggered or stage == 0:
+            embedding = self._vocabulary("embedding.weight", Shard())
         if sharded:
-            shard = Shard(stage * self._shard.size + self._shard.rank, topology.num_stages * self._shard.size)
+            shard = Shard(stage * shard.size + shard.rank, topology.num_stages * shard.size)
         first, stop = shard.bounds(self._model.vocab_size)
         if sharded or stage == topology.last_stage:
             norm = self._vector("output_norm.weight")
-            if self._model.tie_word_embeddings and embedding is not None:
+            if tied and embedding is not None:
                 head = embedding[first:stop]
             else:
-                head = self._vocabulary("embedding.weight" if self._model.tie_word_embeddings else "head.weight", shard)
+                head = self._vocabulary("embedding.weight" if tied else "head.weight", shard)
         sections = {section: self.section(section) for section in topology.sections(stage)}
         return StageWeights(embedding, sections, norm, head, first)
 
     def section(self, section: int) -> SectionWeights:
         """One section."""
-        layers = tuple(self._layer(section, layer) for layer in range(self._model.section_layers[section]))
-        prefix = f"sections.{section}."
-        has_memory = self._model.staggered and section > 0
-        return SectionWeights(
-            layers,
-            memory_norm=self._vector(prefix + "memory_norm.weight") if has_memory else None,
-            null_memory=self._vector(prefix + "null_memory") if has_memory and self._model.stagger > 0 else None,
-            memory_kv=self._memory_projection(section) if has_memory else None,
+        prefix, layers = f"sections.{section}.", range(self._model.section_layers[section])
+        weights = SectionWeights(
+            tuple(self._layer(section, layer) for layer in layers),
             mix=self._vector("section_mix")[section] if self._model.combine_sections else None,
+        )
+        if not self._model.staggered or section == 0:
+            return weights
+        names = [f"{prefix}layers.{layer}.cross_attention.{part}_proj.weight" for layer in layers for part in "kv"]
+        return replace(
+            weights,
+            memory_norm=self._vector(prefix + "memory_norm.weight"),
+            null_memory=self._vector(prefix + "null_memory") if self._model.stagger > 0 else None,
+            memory_kv=self._stacked(names),
         )
 
     def _layer(self, section: int, layer: int) -> LayerWeights:
-        shared = self._model.share_section_weights
-        own = self._shared.get(layer) if shared else None
-        if own is None:
-            own = self._core(f"sections.{0 if shared else section}.layers.{layer}.")
-            if shared:
-                self._shared[layer] = own
+        if not self._model.share_section_weights:
+            core = self._core(f"sections.{section}.layers.{layer}.")
+        else:
+            if layer not in self._shared:
+                self._shared[layer] = self._core(f"sections.0.layers.{layer}.")
+            core = self._shared[layer]
         if not self._model.staggered or section == 0:
-            return own
+            return core
         prefix = f"sections.{section}.layers.{layer}."
-        cross = {
-            "cross_attention_norm": self._vector(prefix + "cross_attention_norm.weight"),
-            "cross_q": self._stacked([prefix + "cross_attention.q_proj.weight"]),
-            "cross_o": self._stacked([prefix + "cross_attention.o_proj.weight"]),
-        }
-        return LayerWeights(**(vars(own) | cross))
+        return replace(
+            core,
+            cross_attention_norm=self._vector(prefix + "cross_attention_norm.weight"),
+            cross_q=self._stacked([prefix + "cross_attention.q_proj.weight"]),
+            cross_o=self._stacked([prefix + "cross_attention.o_proj.weight"]),
+        )
 
     def _core(self, prefix: str) -> LayerWeights:
         return LayerWeights(
@@ -183,13 +186,6 @@ class WeightLoader:
             mlp_norm=self._vector(prefix + "mlp_norm.weight"),
             gate_up=self._stacked([f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up")]),
             down=self._stacked([prefix + "mlp.down_proj.weight"]),
-        )
-
-    def _memory_projection(self, section: int) -> Tensor:
-        prefix = f"sections.{section}.layers."
-        layers = range(self._model.section_layers[section])
-        return self._stacked(
-            [f"{prefix}{layer}.cross_attention.{part}_proj.weight" for layer in layers for part in "kv"]
         )
 
     def _vector(self, name: str) -> Tensor:
@@ -209,22 +205,18 @@ class WeightLoader:
 
     def _stacked(self, names: list[str]) -> Tensor:
         """Matrices of one width below each other, each cut to this rank's part."""
-        parts = [(self._specs[name], self._shard.bounds(self._specs[name].shape[self._dim(name)])) for name in names]
-        first_spec, (begin, end) = parts[0]
-        if self._dim(names[0]) == 1:
-            weight = self._device.matrix(first_spec.shape[0], end - begin)
-            return weight.copy_(self._read(first_spec, 1, begin, end))
-        weight = self._device.matrix(sum(stop - start for _, (start, stop) in parts), first_spec.shape[1])
+        specs = [self._specs[name] for name in names]
+        if specs[0].shard_dim == 1:
+            start, stop = self._shard.bounds(specs[0].shape[1])
+            weight = self._device.matrix(specs[0].shape[0], stop - start)
+            return weight.copy_(self._read(specs[0], 1, start, stop))
+        bounds = [self._shard.bounds(spec.shape[0]) for spec in specs]
+        weight = self._device.matrix(sum(stop - start for start, stop in bounds), specs[0].shape[1])
         row = 0
-        for spec, (start, stop) in parts:
+        for spec, (start, stop) in zip(specs, bounds, strict=True):
             weight[row : row + stop - start].copy_(self._read(spec, 0, start, stop))
             row += stop - start
         return weight
-
-    def _dim(self, name: str) -> int:
-        dim = self._specs[name].shard_dim
-        assert dim is not None, f"{name} is not split"
-        return dim
 
 
 def random_reader(specs_seed: int, device: str = "cpu") -> ReadSlice:

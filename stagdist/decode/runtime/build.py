@@ -52,7 +52,6 @@ class EngineOptions:
         timeout_s: limit of every wait between ranks.
         hand_off_delay_s: artificial delay of every hand-off, for measurements.
         want_margins: keep the smallest distance between best and second best token.
-        keep_logits: keep the logits of every step.
         graphs: run steps as CUDA graphs; None: where one process holds the model on a GPU.
     """
 
@@ -66,7 +65,6 @@ class EngineOptions:
     timeout_s: float = 600.0
     hand_off_delay_s: float = 0.0
     want_margins: bool = False
-    keep_logits: bool = False
     graphs: bool | None = None
 
     def __post_init__(self) -> None:
@@ -191,7 +189,6 @@ def build_stage(
         weights,
         transport,
         want_margins=options.want_margins,
-        keep_logits=options.keep_logits,
         lap=lap,
     )
     if transport is not None and not transport.rules.early_receives:

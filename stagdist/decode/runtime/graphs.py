@@ -79,8 +79,9 @@ class FixedStep:
                     self._join()
                     readout.head(call.outputs[sections.last])
         sections.push_local(call)
-        assert readout.logits is not None
-        return readout.logits
+        logits, readout.logits = readout.logits, None
+        assert logits is not None
+        return logits
 
     @contextmanager
     def _stream_of(self, section: int) -> Iterator[None]:

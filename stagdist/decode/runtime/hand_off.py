@@ -9,61 +9,59 @@ from torch import Tensor
 from stagdist.decode.layers.weights import Device
 
 
-class Tails:
-    """The last `lag` outputs of each prompt, used in the first `lag` steps of its request."""
+class HandOffBuffers:
+    """Hand-offs from the stage before: one buffer for each step of the lag and one being filled.
 
-    def __init__(self, lag: int):
+    Args:
+        hidden_size: H.
+    """
+
+    def __init__(self, lag: int, num_slots: int, hidden_size: int, device: Device):
         self._lag = lag
-        self._open: dict[int, tuple[int, Tensor]] = {}
+        self._buffers = torch.zeros(lag + 1, num_slots, 1, hidden_size, dtype=device.dtype, device=device.name)
+        self._tails: dict[int, tuple[int, Tensor]] = {}  # first decode step and end of the prompt, by slot
+
+    def of_step(self, rows: int, step: int) -> Tensor:
+        """Return the buffer of what the stage before sends in `step`. Shapes: [rows, 1, H]."""
+        return self._buffers[step % len(self._buffers), :rows]
 
     def fill(self, slot: int, first_step: int, tail: Tensor) -> None:
-        """Keep the end of a prompt. Shapes: tail [lag, H]; `first_step` is the request's first decode step."""
-        self._open[slot] = (first_step, tail)
+        """Keep the end of a prompt for the first `lag` steps of its request. Shapes: tail [lag, H]."""
+        self._tails[slot] = (first_step, tail)
 
-    def merge(self, rows: int, step: int, carried: Tensor | None) -> Tensor:
-        """Return the new memory of the rows in `step`.
+    def oldest(self, rows: int, step: int) -> Tensor:
+        """Return the new memory of the rows in `step`: what was sent `lag` steps ago, if anything, and ends of prompts.
 
-        Args:
-            rows: number of rows.
-            carried: [at least the older rows, H], sent `lag` steps ago; None if nothing was sent.
-
-        Returns: [rows, H].
+        Shapes: [rows, 1, H].
         """
-        for slot in [slot for slot, (first, _) in self._open.items() if step - first >= self._lag]:
-            del self._open[slot]
-        young = [slot for slot in self._open if slot < rows]
-        if not young and carried is not None and carried.shape[0] >= rows:
-            return carried[:rows]
-        source = next(iter(self._open.values()))[1] if carried is None else carried
-        merged = torch.zeros(rows, source.shape[1], dtype=source.dtype, device=source.device)
-        if carried is not None:
-            known = min(rows, carried.shape[0])
-            merged[:known] = carried[:known]
-        for slot in young:
-            first, tail = self._open[slot]
-            merged[slot] = tail[step - first]
-        return merged
+        memory = self.of_step(rows, step - self._lag)
+        for slot, (first_step, tail) in list(self._tails.items()):
+            if step - first_step >= self._lag:
+                del self._tails[slot]
+            elif slot < rows:
+                memory[slot, 0] = tail[step - first_step]
+        return memory
 
 
 class LocalHandOff:
     """Hand-off inside a process: a shift register [lag, slots, H] at a fixed address, for CUDA graphs."""
 
     def __init__(self, lag: int, num_slots: int, hidden_size: int, device: Device):
-        self.register = torch.zeros(lag, num_slots, hidden_size, dtype=device.dtype, device=device.name)
+        self._register = torch.zeros(lag, num_slots, hidden_size, dtype=device.dtype, device=device.name)
 
     def fill(self, slot: int, tail: Tensor) -> None:
         """Keep the end of a prompt. Shapes: tail [lag, H]."""
-        self.register[:, slot] = tail
+        self._register[:, slot] = tail
 
     def oldest(self, rows: int) -> Tensor:
-        """Return the new memory of the rows in this step. Shapes: [rows, H]."""
-        return self.register[0, :rows]
+        """Return the new memory of the rows in this step. Shapes: [rows, 1, H]."""
+        return self._register[0, :rows, None]
 
     def push(self, outputs: Tensor) -> None:
         """Add the outputs of this step, after all reads of `oldest`. Shapes: [rows, H]."""
-        if len(self.register) > 1:
-            self.register[:-1] = self.register[1:].clone()
-        self.register[-1, : len(outputs)] = outputs
+        if len(self._register) > 1:
+            self._register[:-1] = self._register[1:].clone()
+        self._register[-1, : len(outputs)] = outputs
 
 
 class PromptMemory:

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stagdist.decode.layers.batched import BatchedSections
-from stagdist.decode.layers.cache import SectionCache
 from stagdist.decode.layers.cells import Angles, Cells, ChunkCells, StepCells, step_cells
-from stagdist.decode.layers.runner import LayerMath, SectionRunner
-from stagdist.decode.runtime.hand_off import LocalHandOff, PromptMemory, Tails
+from stagdist.decode.layers.runner import LayerMath, SectionCache, SectionRunner
+from stagdist.decode.runtime.hand_off import HandOffBuffers, LocalHandOff, PromptMemory
 from stagdist.decode.runtime.setup import StageSetup
 
 
@@ -70,57 +69,37 @@ class StageSections:
 
     Attributes:
         tokens: int64 [slots], the token that each slot feeds next; read at every step.
+        received: hand-offs from the stage before.
+        last: the last section of the stage.
     """
 
     def __init__(self, setup: StageSetup):
         self.setup, self.topology, self.weights, self.device = setup, setup.topology, setup.weights, setup.device
-        model, topology, weights, device = setup.model, setup.topology, setup.weights, setup.device
-        limits, tensor, lap = setup.limits, setup.tensor_size, setup.lap
+        model, topology, limits, device = setup.model, setup.topology, setup.limits, setup.device
         self.tokens = torch.zeros(limits.num_slots, dtype=torch.int64, device=device.name)
         self._angles = Angles(model, device)
-        math = LayerMath(model, tensor, None if setup.transport is None else setup.transport.tensor_sum())
-        self.caches: dict[int, SectionCache] = {}
-        for section in weights.sections:
-            self.caches[section] = SectionCache(
-                model,
-                model.section_layers[section],
-                has_memory=model.staggered and section > 0,
-                num_slots=limits.num_slots,
-                capacity=limits.max_context,
-                tensor_size=tensor,
-                device=device,
-            )
-        self._batched: BatchedSections | None = None
-        if topology.batched:
-            self._batched = BatchedSections(math, weights.sections, self.caches, lap)
-        self._runners = {
-            section: SectionRunner(math, of_section, self.caches[section], lap)
-            for section, of_section in weights.sections.items()
-        }
-        sections = topology.sections(setup.index)
-        self.last = sections[-1]
-        self._tails = Tails(topology.lag)
-        self._local: dict[int, LocalHandOff] = {}
-        if topology.lag:
-            inside = range(sections.start + 1, sections.stop)
-            self._local = {
-                section: LocalHandOff(topology.lag, limits.num_slots, model.hidden_size, device) for section in inside
-            }
+        reduce = None if setup.transport is None else setup.transport.tensor_sum()
+        math = LayerMath(model, setup.tensor_size, reduce, setup.lap)
+        sections = setup.weights.sections
+        self.caches = {each: SectionCache(model, each, limits, setup.tensor_size, device) for each in sections}
+        self._batched = BatchedSections(math, sections, self.caches) if topology.batched else None
+        self._runners = {each: SectionRunner(math, sections[each], self.caches[each]) for each in sections}
+        first, *later = topology.sections(setup.index)
+        self.last = (first, *later)[-1]
+        sizes = topology.lag, limits.num_slots, model.hidden_size, device
+        self.received = HandOffBuffers(*sizes) if setup.index > 0 else None
+        self._local = {section: LocalHandOff(*sizes) for section in later if topology.lag}
 
     # --- steps --------------------------------------------------------------------------------------------------
 
     def step_call(self, positions: Sequence[int], step: int) -> Call:
         """Create the call of a step of rows 0 to len(positions) - 1."""
-        call = self.bare_call(positions, step)
+        call = Call(range(len(positions)), [position + 1 for position in positions], step)
         call.cells = step_cells(self._angles, positions, self.device)
         if self._batched is not None:
             call.wide = step_cells(self._angles, positions, self.device, self._batched.count)
         call.null_rows = self._null_rows(positions)
         return call
-
-    def bare_call(self, positions: Sequence[int], step: int) -> Call:
-        """Create the call of a step whose sections run in a graph."""
-        return Call(range(len(positions)), [position + 1 for position in positions], step)
 
     def fixed_call(self, positions: Tensor, reach: int) -> Call:
         """Create the call of a fixed-shape step. Shapes: positions int64 [B], on the device."""
@@ -158,7 +137,7 @@ class StageSections:
             call.outputs[section] = self._runners[section].finish(call.begun, call.cells, previous, call.null_rows)
         else:
             assert call.wide is not None
-            memories = [self._local[later].oldest(call.rows)[:, None] for later in sorted(self._local)]
+            memories = [hand_off.oldest(call.rows) for hand_off in self._local.values()]
             call.outputs = self._batched.finish(call.begun, call.wide, call.cells, memories, call.null_rows)
 
     def push_local(self, call: Call) -> None:
@@ -200,12 +179,8 @@ class StageSections:
         for section, memory in call.prompt.memories.items():
             if section in self._local:
                 self._local[section].fill(call.slots[0], memory.tail)
-            elif section > 0:
-                self._tails.fill(call.slots[0], first_step, memory.tail)
-
-    def young_memory(self, rows: int, step: int) -> Tensor:
-        """Return the new memory of this rank's first section before any hand-off of a step. Shapes: [B, H]."""
-        return self._tails.merge(rows, step, None)
+            elif self.received is not None:
+                self.received.fill(call.slots[0], first_step, memory.tail)
 
     # --- inside -------------------------------------------------------------------------------------------------
 
@@ -218,11 +193,11 @@ class StageSections:
         if section == 0 or not self.topology.staggered:
             return None
         if section in self._local:
-            return self._local[section].oldest(call.rows)[:, None]
+            return self._local[section].oldest(call.rows)
         if self.topology.lag == 0:
             return call.outputs.get(section - 1, call.carried)
-        carried = None if call.carried is None else call.carried[:, 0]
-        return self._tails.merge(call.rows, call.step, carried)[:, None]
+        assert self.received is not None
+        return self.received.oldest(call.rows, call.step)
 
     def _null_rows(self, positions: Sequence[int]) -> Tensor | None:
         """Return where the null vector replaces missing memory. Shapes: bool [len(positions), 1]."""

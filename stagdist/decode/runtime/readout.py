@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stagdist.decode.request import SamplingParams
 from stagdist.decode.runtime.setup import StageSetup
+from stagdist.decode.runtime.transport import TOKEN
 from stagdist.decode.sampler import Choice, Sampler
 
 
@@ -15,14 +15,14 @@ class Readout:
     """Computes the next token on all ranks from the last hidden states.
 
     Attributes:
-        logits: of the last step, if the setup keeps them and this rank holds a part of the head.
+        logits: of this rank's slice of the vocabulary, between `head` and `choose`.
+        sampler: chooses tokens; also knows the sampling parameters of every slot.
     """
 
     def __init__(self, setup: StageSetup):
-        self._setup, self._model, self._weights = setup, setup.model, setup.weights
+        self._setup, self._weights = setup, setup.weights
         topology, weights = setup.topology, setup.weights
         self._sharded = topology.head == "sharded" and topology.num_stages > 1
-        self._num_logprobs: dict[int, int] = {}
         shares = setup.tensor_size * (topology.num_stages if topology.head == "sharded" else 1)
         self.sampler = Sampler(
             num_slots=setup.limits.num_slots,
@@ -43,17 +43,6 @@ class Readout:
         assert self._choice is not None, "no token was chosen yet"
         return self._choice
 
-    def admit(self, slot: int, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
-        """Assign a slot to a request."""
-        if params.logprobs is not None:
-            self._num_logprobs[slot] = params.logprobs
-        self.sampler.admit(slot, params, prompt_ids)
-
-    def retire(self, slot: int) -> None:
-        """Free a slot."""
-        self._num_logprobs.pop(slot, None)
-        self.sampler.retire(slot)
-
     def combine(self, outputs: dict[int, Tensor], root: int | None) -> None:
         """Sum the weighted section outputs, on stage `root` or on all stages. Shapes: [B, 1, H] each."""
         parts = []
@@ -66,19 +55,19 @@ class Readout:
 
     def ask(self, slots: Sequence[int]) -> None:
         """Announce the receive of the published tensor: the last output for a sharded head, else the choice."""
+        shape: tuple[int, ...]
         if self._sharded:
-            shape = (len(slots), 1, self._model.hidden_size)
-            self._setup.link.ask(torch.empty(shape, dtype=self._setup.device.dtype, device=self._setup.device.name))
-            return
-        width, _ = self._message_width(slots)
-        dtype = torch.int64 if width == 1 else torch.float64
-        shape = (len(slots), width) if width > 1 else (len(slots),)  # type: ignore[assignment]
-        self._setup.link.ask(torch.empty(shape, dtype=dtype, device=self._setup.device.name))
+            shape, dtype = (len(slots), 1, self._setup.model.hidden_size), self._setup.device.dtype
+        elif (width := self._choice_width(slots)) == 1:
+            shape, dtype = (len(slots),), torch.int64
+        else:
+            shape, dtype = (len(slots), width), torch.float64
+        self._setup.link.tokens_in.expect(TOKEN, torch.empty(shape, dtype=dtype, device=self._setup.device.name))
 
     def share(self, last_output: Tensor | None) -> None:
         """Publish the last section's output to all stages. Shapes: [B, 1, H]; None on other stages."""
         if last_output is None:
-            self._hidden = self._setup.link.published()
+            (self._hidden,) = self._setup.link.tokens_in.take(TOKEN)
             return
         self._hidden = last_output.contiguous()
         self._setup.link.publish(self._hidden)
@@ -87,9 +76,9 @@ class Readout:
         """Compute the logits of this rank's slice of the vocabulary."""
         hidden = last_output if self._hidden is None else self._hidden
         self._hidden = None
-        weights = self._weights
+        weights, eps = self._weights, self._setup.model.rms_norm_eps
         assert hidden is not None and weights.head is not None and weights.output_norm is not None
-        normed = F.rms_norm(hidden[:, 0], weights.output_norm.shape, weights.output_norm, self._model.rms_norm_eps)
+        normed = F.rms_norm(hidden[:, 0], weights.output_norm.shape, weights.output_norm, eps)
         self.logits = F.linear(normed, weights.head)
 
     def choose(self, slots: Sequence[int], positions: Sequence[int]) -> None:
@@ -99,23 +88,19 @@ class Readout:
             positions: of the tokens being chosen.
         """
         assert self.logits is not None
-        alone = self.sampler.likeliest_alone(self.logits, slots)
-        if alone is not None:
-            self._choice = alone
-            if not self._setup.keep_logits:
-                self.logits = None
+        logits, self.logits = self.logits, None
+        self._choice = self.sampler.likeliest_alone(logits, slots)
+        if self._choice is not None:
             return
         places = self._setup.device.upload(positions, torch.int64)
-        candidates = self.sampler.candidates(self.logits, slots, places)
-        if not self._setup.keep_logits:
-            self.logits = None
+        candidates = self.sampler.candidates(logits, slots, places)
         gathered = candidates[None]
         if self._setup.transport is not None:
             gathered = self._setup.transport.gather(candidates, everywhere=self._sharded)
         self._choice = self.sampler.choose(gathered, slots, places)
         self.sampler.observe(self._choice.tokens, slots)
 
-    def publish(self, slots: Sequence[int]) -> None:
+    def publish(self) -> None:
         """Send the choice of the last stage to all stages."""
         choice = self.choice
         parts = [choice.tokens[:, None].double()]
@@ -125,20 +110,20 @@ class Readout:
             parts.append(choice.logprobs)
         self._setup.link.publish(torch.cat(parts, dim=1) if len(parts) > 1 else choice.tokens)
 
-    def receive(self, slots: Sequence[int]) -> None:
+    def receive(self) -> None:
         """Receive the choice of the last stage."""
-        width, widest = self._message_width(slots)
-        message = self._setup.link.published()
-        if width == 1:
-            self._choice = Choice(message, None, None)
+        (message,) = self._setup.link.tokens_in.take(TOKEN)
+        if message.dim() == 1:
+            self._choice = Choice(message)
             return
+        first = 1 + self._setup.want_margins
         self._choice = Choice(
             message[:, 0].long(),
-            None if widest is None else message[:, 1 + self._setup.want_margins :],
-            message[:, 1] if self._setup.want_margins else None,
+            logprobs=message[:, first:] if message.shape[1] > first else None,
+            margins=message[:, 1] if self._setup.want_margins else None,
         )
 
-    def _message_width(self, slots: Sequence[int]) -> tuple[int, int | None]:
-        """Columns of a published choice, and the largest number of log-probabilities requested."""
-        widest = max((self._num_logprobs[slot] for slot in slots if slot in self._num_logprobs), default=None)
-        return 1 + self._setup.want_margins + (0 if widest is None else 1 + 2 * widest), widest
+    def _choice_width(self, slots: Sequence[int]) -> int:
+        """Columns of a published choice: the token, its margin and log-probabilities, if these are computed."""
+        num_logprobs = self.sampler.num_logprobs(slots)
+        return 1 + self._setup.want_margins + (0 if num_logprobs is None else 1 + 2 * num_logprobs)

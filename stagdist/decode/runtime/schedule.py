@@ -49,8 +49,8 @@ def decode_step(topology: Topology, stage: int, step: int, first: int) -> tuple[
     Args:
         first: first step after the last rest; earlier hand-offs come from prefill.
     """
-    parts = _staggered_body if topology.staggered else _sequential_body
-    return (*_asking(topology, stage, step), *parts(topology, stage, step, first), *_ending(topology, stage, step))
+    body = _body(topology, stage, step, first)
+    return (*_asking(topology, stage, step), *body, *_ending(topology, stage, step))
 
 
 def prefill(topology: Topology, stage: int, num_chunks: int) -> tuple[Instruction, ...]:
@@ -87,30 +87,23 @@ def rest(topology: Topology, stage: int, step: int, first: int) -> tuple[Instruc
     )
 
 
-def _staggered_body(topology: Topology, stage: int, step: int, first: int) -> Iterator[Instruction]:
+def _body(topology: Topology, stage: int, step: int, first: int) -> Iterator[Instruction]:
+    """The sections of a stage. The first one waits for its memory, or, in a sequential model, for its input."""
     sections = topology.sections(stage)
     if topology.recurrent:
-        sections = range(sections[-1], sections[-1] + 1)
+        sections = sections[-1:]
     elif topology.batched:
         sections = range(1)  # one pass does them all
+    needed = step - topology.lag
     if stage > 0:
         yield Instruction(Kind.EXPECT, step, stage - 1)
     for section in sections:
-        yield Instruction(Kind.BEGIN, step, section)
-        needed = step - topology.lag
-        if section == sections.start and stage > 0 and needed >= first:
+        waits = stage > 0 and section == sections.start and needed >= first
+        if waits and not topology.staggered:
             yield Instruction(Kind.WAIT, needed, stage - 1)
-        yield Instruction(Kind.FINISH, step, section)
-    if stage < topology.last_stage:
-        yield Instruction(Kind.SEND, step, stage)
-
-
-def _sequential_body(topology: Topology, stage: int, step: int, first: int) -> Iterator[Instruction]:
-    if stage > 0:
-        yield Instruction(Kind.EXPECT, step, stage - 1)
-        yield Instruction(Kind.WAIT, step, stage - 1)
-    for section in topology.sections(stage):
         yield Instruction(Kind.BEGIN, step, section)
+        if waits and topology.staggered:
+            yield Instruction(Kind.WAIT, needed, stage - 1)
         yield Instruction(Kind.FINISH, step, section)
     if stage < topology.last_stage:
         yield Instruction(Kind.SEND, step, stage)

@@ -17,7 +17,6 @@ class StageSetup:
         weights: of this rank.
         transport: communicators; None in a world of one.
         want_margins: also compute the difference between the best and the second best score of every choice.
-        keep_logits: keep the logits of the last step, on ranks that hold a part of the head.
         lap: called with its name when a phase inside a section ends.
     """
 
@@ -28,7 +27,6 @@ class StageSetup:
     weights: StageWeights
     transport: Transport | None = None
     want_margins: bool = False
-    keep_logits: bool = False
     lap: Lap | None = None
 
     @property

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from stagdist.decode.layers.cache import SectionCache
+from stagdist.decode.layers.runner import SectionCache
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.runtime import schedule
 from stagdist.decode.runtime.graphs import StepGraphs
@@ -14,7 +14,6 @@ from stagdist.decode.runtime.hosted_sections import Call, StageSections
 from stagdist.decode.runtime.readout import Readout
 from stagdist.decode.runtime.schedule import Instruction, Kind
 from stagdist.decode.runtime.setup import StageSetup
-from stagdist.decode.runtime.slots import Slots
 from stagdist.decode.sampler import Choice
 from stagdist.telemetry.pulse import Phase, Pulse
 from stagdist.telemetry.spans import SpanRecorder
@@ -68,14 +67,11 @@ class Stage:
         self.model, self.topology, self.limits = setup.model, setup.topology, setup.limits
         self.weights, self.device, self.index = setup.weights, setup.device, setup.index
         self._transport = setup.transport
-        self.slots = Slots(setup.limits.num_slots)
+        self._next_positions: dict[int, int] = {}  # of the active slots
         self.pulse = pulse or Pulse()
         self.step_number = 0
         self._first_step = 0
         self._programs: dict[int, tuple[Instruction, ...]] = {}
-        if self.index > 0:
-            shape = (self.topology.buffers, setup.limits.num_slots, 1, self.model.hidden_size)
-            self._buffers = torch.zeros(shape, dtype=self.device.dtype, device=self.device.name)
 
     # --- operations, the same on every rank ---------------------------------------------------------------------
 
@@ -91,12 +87,12 @@ class Stage:
         """
         if self._transport is not None:
             self._transport.step = self.step_number
-        self.readout.admit(slot, params, input_ids)
+        self.readout.sampler.admit(slot, params, input_ids)
         bounds = schedule.chunk_bounds(len(input_ids), self.limits.chunk_size)
         call = self._sections.prompt_call(slot, input_ids, bounds)
         self._execute(call, schedule.prefill(self.topology, self.index, len(bounds)), _PREFILL, host_work)
         self._sections.keep_tails(call, self.step_number)
-        self.slots.admit(slot, len(input_ids))
+        self._next_positions[slot] = len(input_ids)
         return self._take_choice(call)
 
     def step(self, host_work: HostWork | None = None) -> Choice:
@@ -110,19 +106,19 @@ class Stage:
         if self._transport is not None:
             self._transport.step = self.step_number
         if self._graphs is None:
-            call = self._sections.step_call(self.slots.positions(), self.step_number)
+            call = self._sections.step_call(self._positions(), self.step_number)
             self._execute(call, self._program(), _STEP, host_work)
             self._sections.push_local(call)
         else:
             call = self._run_graph(self._graphs)
-        self.slots.advance()
+        self._next_positions = {slot: position + 1 for slot, position in self._next_positions.items()}
         self.step_number += 1
         return self._take_choice(call)
 
     def rest(self) -> None:
         """Complete all hand-offs, so that nothing is in flight."""
         for instruction in schedule.rest(self.topology, self.index, self.step_number, self._first_step):
-            self.setup.link.arrived(("step", instruction.step))
+            self.setup.link.hand_offs_in.take(("step", instruction.step))
         if self._transport is not None:
             self._transport.finish_sends()
             self._transport.wait_for_device("while hand-offs were completed")
@@ -130,9 +126,9 @@ class Stage:
 
     def retire(self, slots: Sequence[int]) -> None:
         """Free slots."""
-        self.slots.retire(slots)
         for slot in slots:
-            self.readout.retire(slot)
+            self._next_positions.pop(slot, None)
+            self.readout.sampler.retire(slot)
 
     def on_host(self, choice: Choice) -> Choice:
         """The choice in host memory. Here rank 0 waits for the device.
@@ -152,7 +148,6 @@ class Stage:
         """Release the CUDA graphs; the stage cannot run afterwards."""
         if self._graphs is not None:
             self._graphs.close()
-        self.readout.logits = None
 
     @property
     def caches(self) -> dict[int, SectionCache]:
@@ -166,9 +161,14 @@ class Stage:
 
     def prompt_memory(self) -> Tensor:
         """Return the memory of this stage's first section in the first step after a prefill into slot 0: [1, 1, H]."""
-        return self._sections.young_memory(1, self.step_number)[:, None]
+        assert self._sections.received is not None, "the first stage has no memory"
+        return self._sections.received.oldest(1, self.step_number)
 
     # --- execution ----------------------------------------------------------------------------------------------
+
+    def _positions(self) -> list[int]:
+        """Return the position of the next token of each row, up to the last active slot; 0 for unused rows."""
+        return [self._next_positions.get(slot, 0) for slot in range(1 + max(self._next_positions))]
 
     def _program(self) -> tuple[Instruction, ...]:
         """Return the instructions of this step.
@@ -200,9 +200,9 @@ class Stage:
 
     def _run_graph(self, graphs: StepGraphs) -> Call:
         """Run a step up to the logits as one graph, then choose tokens."""
-        positions = self.slots.positions()
+        positions = self._positions()
         self.pulse.beat(Phase.FORWARD)
-        call = self._sections.bare_call(positions, self.step_number)
+        call = Call(range(len(positions)), [position + 1 for position in positions], self.step_number)
         with self._span(Instruction(Kind.FINISH, self.step_number)):
             self.readout.logits = graphs.run(positions)
         self._execute(call, (Instruction(Kind.CHOOSE, self.step_number),), _STEP, None)
@@ -222,24 +222,27 @@ class Stage:
         return self._recorder.span(name, CATEGORIES[instruction.kind], step=self.step_number)
 
     def _receive_hand_off(self, call: Call, instruction: Instruction) -> None:
+        assert self._sections.received is not None
         step = instruction.step + self._program_shift
-        self.setup.link.expect(("step", step), self._buffers[step % self.topology.buffers, : call.rows])
+        buffer = self._sections.received.of_step(call.rows, step)
+        self.setup.link.hand_offs_in.expect(("step", step), buffer)
 
     def _wait_for_hand_off(self, call: Call, instruction: Instruction) -> None:
-        call.carried = self.setup.link.arrived(("step", instruction.step + self._program_shift))
+        (call.carried,) = self.setup.link.hand_offs_in.take(("step", instruction.step + self._program_shift))
 
     def _receive_chunk(self, call: Call, instruction: Instruction) -> None:
         assert call.prompt is not None
         begin, end = call.prompt.bounds[instruction.step]
         shape = (1, end - begin, self.model.hidden_size)
         buffer = torch.empty(shape, dtype=self.device.dtype, device=self.device.name)
-        self.setup.link.expect(("chunk", instruction.step), buffer)
+        self.setup.link.hand_offs_in.expect(("chunk", instruction.step), buffer)
 
     def _wait_for_chunk(self, call: Call, instruction: Instruction) -> None:
-        call.carried = self.setup.link.arrived(("chunk", instruction.step))
+        (call.carried,) = self.setup.link.hand_offs_in.take(("chunk", instruction.step))
 
     def _send(self, call: Call, in_flight: int) -> None:
-        self.setup.link.send(call.outputs[self._sections.last], in_flight)
+        output = call.outputs[self._sections.last].contiguous()
+        self.setup.link.hand_offs_out.send(output, in_flight=in_flight)
 
     def _last_output(self, call: Call) -> Tensor | None:
         """Output of the model's last section at the last position, if this rank has it."""
@@ -264,8 +267,8 @@ _STEP: Methods = {
     Kind.SHARE: lambda stage, call, _: stage.readout.share(stage._last_output(call)),
     Kind.HEAD: lambda stage, call, _: stage.readout.head(stage._last_output(call)),
     Kind.CHOOSE: lambda stage, call, _: stage.readout.choose(call.slots, call.next_positions),
-    Kind.PUBLISH: lambda stage, call, _: stage.readout.publish(call.slots),
-    Kind.TOKEN: lambda stage, call, _: stage.readout.receive(call.slots),
+    Kind.PUBLISH: lambda stage, call, _: stage.readout.publish(),
+    Kind.TOKEN: lambda stage, call, _: stage.readout.receive(),
 }
 """The instructions of a step, except `Kind.HOST`, which `_execute` handles."""
 

@@ -14,12 +14,10 @@ On NCCL the operations of a communicator run in order, so tokens and sums use se
 """
 
 import itertools
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
@@ -29,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stagdist.decode.request import Request
 from stagdist.errors import ConfigError, TransportError
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.link import (
@@ -55,24 +54,15 @@ class _DelayedOutbox(Outbox):
     def __init__(self, edge: Edge, delay_s: float):
         super().__init__(edge)
         self._delay_s = delay_s
-        self._queue: queue.Queue[tuple[float, Tensor, Future[None]]] = queue.Queue()
-        threading.Thread(target=self._run, daemon=True, name="delayed hand-offs").start()
+        self._sender = ThreadPoolExecutor(1, "delayed hand-offs")
 
     def _start(self, tensor: Tensor) -> Any:
-        sent: Future[None] = Future()
-        self._queue.put((time.perf_counter() + self._delay_s, tensor, sent))
+        sent = self._sender.submit(self._send_at, time.perf_counter() + self._delay_s, tensor)
         return SimpleNamespace(wait=sent.result)
 
-    def _run(self) -> None:
-        while True:
-            due, tensor, sent = self._queue.get()
-            time.sleep(max(0.0, due - time.perf_counter()))
-            try:
-                dist.send(tensor, self._edge.peer, group=self._edge.group)
-            except Exception as error:  # `result` raises it again
-                sent.set_exception(error)
-            else:
-                sent.set_result(None)
+    def _send_at(self, due_s: float, tensor: Tensor) -> None:
+        time.sleep(max(0.0, due_s - time.perf_counter()))
+        dist.send(tensor, self._edge.peer, group=self._edge.group)
 
 
 class Transport:
@@ -85,6 +75,13 @@ class Transport:
         combined: section outputs are summed over the stages.
         hand_off_delay_s: artificial delay of every hand-off of a step.
         rules: of the backend; None selects those of the device's backend.
+
+    Attributes:
+        stage, tensor_rank: position of this rank in the grid.
+        step: number of the current step, for error messages.
+        hand_offs_in: from the stage before, with keys ("step", n) and ("chunk", n); not on the first stage.
+        hand_offs_out: to the stage after; not on the last stage.
+        tokens_in: what the last stage publishes, with the key `TOKEN`; not on the last stage.
 
     Raises:
         TransportError: a peer has ended or does not respond; names stage, peer and step.
@@ -108,12 +105,12 @@ class Transport:
         place = grid.coordinate(self.rank)
         self.stage, self.tensor_rank = place.pipe, place.tensor
         self.step = 0
-        """Number of the current step, for error messages."""
         self._lane_ranks = [grid.rank(stage, 0, self.tensor_rank) for stage in range(grid.pipe)]
-        self._hand_off_in: Inbox | None = None
-        self._hand_off_out: Outbox | None = None
-        self._token_in: Inbox | None = None
-        self._token_out: list[Outbox] = []
+        self.hand_offs_in: Inbox
+        self.hand_offs_out: Outbox
+        self.tokens_in: Inbox
+        self._tokens_out: list[Outbox] = []
+        self._outboxes: list[Outbox] = []
         self._lane: dist.ProcessGroup | None = None
         self._tensor: dist.ProcessGroup | None = None
         self._control: deque[tuple[int, Any, Tensor]] = deque()
@@ -125,31 +122,10 @@ class Transport:
             self._waits = DeviceWaits(self.rules, device, timeout_s, self._errors, self._watch)
             self._make_groups(combined, hand_off_delay_s)
 
-    # --- hand-offs ----------------------------------------------------------------------------------------------
-
-    def expect(self, key: Key, buffer: Tensor) -> None:
-        """Announce the receive of the next hand-off into `buffer`; `key` is ("step", n) or ("chunk", n)."""
-        assert self._hand_off_in is not None, "the first stage receives nothing"
-        self._hand_off_in.expect(key, buffer)
-
-    def arrived(self, key: Key) -> Tensor:
-        """Wait for an announced hand-off and return it."""
-        assert self._hand_off_in is not None
-        return self._hand_off_in.take(key)[0]
-
-    def send(self, tensor: Tensor, in_flight: int) -> None:
-        """Send to the next stage without waiting, except for sends beyond `in_flight` older ones.
-
-        The tensor must not be written again. An error of the send is raised by a later send or `finish_sends`.
-        """
-        assert self._hand_off_out is not None, "the last stage sends nothing"
-        self._hand_off_out.send(tensor.contiguous(), in_flight=in_flight)
-
     def finish_sends(self) -> None:
         """Wait until all hand-offs and tokens are sent; raise their errors."""
-        for outbox in (self._hand_off_out, *self._token_out):
-            if outbox is not None:
-                outbox.finish()
+        for outbox in self._outboxes:
+            outbox.finish()
 
     # --- the end of a step --------------------------------------------------------------------------------------
 
@@ -169,18 +145,8 @@ class Transport:
 
         Separate sends, because a broadcast takes three times as long on gloo.
         """
-        for outbox in self._token_out:
+        for outbox in self._tokens_out:
             outbox.send(tensor, in_flight=0)
-
-    def ask(self, tensor: Tensor) -> None:
-        """Announce the receive of the next published tensor."""
-        assert self._token_in is not None, "the last stage receives no token"
-        self._token_in.expect(TOKEN, tensor)
-
-    def published(self) -> Tensor:
-        """Wait for the published tensor and return it."""
-        assert self._token_in is not None
-        return self._token_in.take(TOKEN)[0]
 
     def wait_for_device(self, doing: str) -> None:
         """Wait until the device has completed all enqueued work; returns immediately on gloo.
@@ -237,11 +203,13 @@ class Transport:
                 work.wait()
         return message
 
-    def share_admission(self, payload: Tensor) -> Tensor:
-        """Broadcast prompt and parameters of a request from rank 0, in place. Shapes: float64 [n]."""
+    def share_admission(self, request: Request | None) -> Request:
+        """Send a request from rank 0 to the others, which pass None; returns it everywhere."""
+        shared = [request]
         with self._errors("while a request was sent", 0):
-            dist.broadcast(payload, 0, group=self._host)
-        return payload
+            dist.broadcast_object_list(shared, 0, group=self._host)
+        assert shared[0] is not None
+        return shared[0]
 
     # --- set-up -------------------------------------------------------------------------------------------------
 
@@ -287,21 +255,22 @@ class Transport:
         *others, last = self._lane_ranks
         if self.rank == last:
             ends = [Edge("the token", tokens, peer, self._errors) for peer in others]
-            self._token_out = [Outbox(end) for end in ends]
+            self._tokens_out = [Outbox(end) for end in ends]
             for end in ends:
                 end.warm_up(probe, sends=True)
         else:
             end = Edge("the token", tokens, last, self._errors)
-            self._token_in = Inbox(end, self.rules, self._waits)
+            self.tokens_in = Inbox(end, self.rules, self._waits)
             end.warm_up(probe, sends=False)
         if self.stage > 0:
             end = Edge("a hand-off", edges[self.stage - 1], self._lane_ranks[self.stage - 1], self._errors)
-            self._hand_off_in = Inbox(end, self.rules, self._waits)
+            self.hand_offs_in = Inbox(end, self.rules, self._waits)
             end.warm_up(probe, sends=False)
         if self.rank != last:
             end = Edge("a hand-off", edges[self.stage], self._lane_ranks[self.stage + 1], self._errors)
-            self._hand_off_out = _DelayedOutbox(end, delay_s) if delay_s > 0 else Outbox(end)
+            self.hand_offs_out = _DelayedOutbox(end, delay_s) if delay_s > 0 else Outbox(end)
             end.warm_up(probe, sends=True)
+        self._outboxes = [*self._tokens_out, *([self.hand_offs_out] if self.rank != last else [])]
 
     @contextmanager
     def _errors(self, when: str, peer: int | None = None) -> Iterator[None]:

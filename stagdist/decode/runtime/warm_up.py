@@ -19,7 +19,7 @@ from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.topology import Limits
 from stagdist.parallel.grid import Grid
-from stagdist.parallel.link import GLOO, Key
+from stagdist.parallel.link import GLOO, Inbox, Key, Outbox
 
 _PLAIN = SamplingParams(temperature=0.0)
 _EVERYTHING = SamplingParams(
@@ -29,29 +29,30 @@ _NOISE = SamplingParams(temperature=0.7)
 _PARAMS = (_PLAIN, _NOISE, _EVERYTHING)
 
 
+class _NoPeer(Inbox, Outbox):
+    """An edge without a peer: receives return zeros, sends are dropped."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[Key, tuple[Tensor, ...]] = {}
+
+    def expect(self, key: Key, *buffers: Tensor) -> None:
+        self._buffers[key] = tuple(buffer.zero_() for buffer in buffers)
+
+    def take(self, key: Key) -> tuple[Tensor, ...]:
+        return self._buffers.pop(key)
+
+    def send(self, *tensors: Tensor, in_flight: int) -> None:
+        pass
+
+
 class Unconnected(Transport):
-    """A transport without peers: receives return zeros, sends are dropped."""
+    """A transport without peers."""
 
     def __init__(self, grid: Grid, stage: int, tensor_rank: int):
         self.grid, self.stage, self.tensor_rank, self.step = grid, stage, tensor_rank, 0
         self.rules = GLOO  # no peer can keep this rank waiting
-        self._expected: dict[Key, Tensor] = {}
-        self._asked: Tensor | None = None
-
-    def expect(self, key: Key, buffer: Tensor) -> None:
-        """Keep the buffer, zeroed."""
-        self._expected[key] = buffer.zero_()
-
-    def arrived(self, key: Key) -> Tensor:
-        """Zeros."""
-        return self._expected.pop(key)
-
-    def send(self, tensor: Tensor, in_flight: int) -> None:
-        """Make the tensor contiguous, which may launch a kernel."""
-        tensor.contiguous()
-
-    def finish_sends(self) -> None:
-        """Do nothing."""
+        self.hand_offs_in = self.hand_offs_out = self.tokens_in = _NoPeer()
+        self._tokens_out, self._outboxes = [], []
 
     def wait_for_device(self, doing: str) -> None:
         """Do nothing."""
@@ -59,18 +60,6 @@ class Unconnected(Transport):
     def sum_over_stages(self, tensor: Tensor, root: int | None) -> Tensor:
         """Return this rank's part."""
         return tensor.contiguous()
-
-    def publish(self, tensor: Tensor) -> None:
-        """Do nothing."""
-
-    def ask(self, tensor: Tensor) -> None:
-        """Keep the buffer, zeroed."""
-        self._asked = tensor.zero_()
-
-    def published(self) -> Tensor:
-        """Zeros."""
-        assert self._asked is not None
-        return self._asked
 
     def gather(self, tensor: Tensor, *, everywhere: bool) -> Tensor:
         """Repeat this rank's part for every rank."""

@@ -36,6 +36,7 @@ _PIPELINE = "deepspeed.runtime.pipe.engine.PipelineEngine"
 _MODULE = "deepspeed.runtime.pipe.module.PipelineModule"
 _ZERO = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 _BF16 = "deepspeed.runtime.bf16_optimizer.BF16_Optimizer"
+_FRAGMENT = "deepspeed.utils.tensor_fragment.tensor_fragment"
 
 TOUCHED = {
     # The interpreter of a schedule, replaced to time instructions and to wait with a limit.
@@ -60,6 +61,10 @@ TOUCHED = {
     f"{_PIPELINE}._aggregate_total_loss": Touched("(self)", "extended: waits for the device with a limit first"),
     f"{_PIPELINE}.using_bf16_optimizer": Touched("attribute", "decides where gradients are"),
     f"{_PIPELINE}._bf16_reduce_grads": Touched("(self)", "replaced by a reduction in place"),
+    f"{_PIPELINE}._exec_reduce_grads": Touched("(self)", "extended: an audit looks before and after"),
+    f"{_ZERO}.get_gradient_for_reduction": Touched("(self, param)", "gradients of this rank before the reduction"),
+    f"{_FRAGMENT}.get_lp_grad_fragment": Touched("(self, index_in_param_group)", "reduced gradient that is owned"),
+    f"{_BF16}._index_in_param_group": Touched("attribute", "its argument"),
     f"{_ENGINE}.buffered_allreduce_fallback": Touched(
         "(self, grads=None, elements_per_buffer=500000000)", "reduces bf16 gradients in place with an empty bucket"
     ),
@@ -145,10 +150,36 @@ def owned_part(parameter: torch.nn.Parameter) -> OwnedPart | None:
     return OwnedPart(
         start,
         start + length,
-        mapping.get_hp_fragment(),
+        mapping.get_hp_fragment().data,
         mapping.param_group_index,
         slice(flat.start, flat.start + length),
     )
+
+
+class OwnedGradient(NamedTuple):
+    """The part of a reduced gradient that this rank's update uses.
+
+    Attributes:
+        start: position of the first value in the rank's parameter.
+        values: flat, not clipped yet.
+    """
+
+    start: int
+    values: torch.Tensor
+
+
+def owned_gradient(parameter: torch.nn.Parameter) -> OwnedGradient | None:
+    """What this rank has received of a reduced gradient; None where other replicas own all of it.
+
+    Between the reduction and the update only.
+    """
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return None
+    start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+    gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()  # type: ignore[attr-defined]
+    # In bf16 every rank has all of it.
+    return OwnedGradient(start, gradient[start : start + length] if gradient.numel() > length else gradient)
 
 
 def disable_shared_memory_op() -> None:

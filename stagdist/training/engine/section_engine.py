@@ -13,7 +13,7 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
-from torch import Tensor
+from torch import Tensor, nn
 
 from stagdist.checkpoint.training.directory import TrainingState
 from stagdist.checkpoint.training.index import MOMENTS
@@ -36,6 +36,8 @@ from stagdist.training.engine.train_schedule import InferenceSchedule, TrainSche
 MicroBatches = Iterator[tuple[Tensor, Tensor]]
 Gate = Callable[[bool], bool]
 """Takes whether this rank's loss and gradients are finite; returns whether all ranks update."""
+Watch = Callable[[Callable[[], None]], None]
+"""Takes the reduction of gradients over the replicas, and runs it."""
 
 
 class SectionEngine(PipelineEngine):
@@ -81,17 +83,21 @@ class SectionEngine(PipelineEngine):
         self.control, self.pulse, self.times = groups.control, pulse, StepTimes()
         self.exchange = Exchange(groups.grid, hand_off, self.device, timeout_s)
         self._gate: Gate | None = None
+        self._watch: Watch | None = None
 
-    def train_batch(self, data_iter: MicroBatches | None = None, gate: Gate | None = None) -> Tensor:
+    def train_batch(
+        self, data_iter: MicroBatches | None = None, gate: Gate | None = None, watch: Watch | None = None
+    ) -> Tensor:
         """Run one optimizer step.
 
         Args:
             gate: called once, before the update; None updates always.
+            watch: called once, in place of the reduction of gradients.
 
         Returns:
             Mean loss over the micro-batches and replicas, on every rank. The device has computed it.
         """
-        self._gate = gate
+        self._gate, self._watch = gate, watch
         loss: Tensor = super().train_batch(data_iter)
         self._wait_for_device()
         # DeepSpeed resets this timer only when it prints, which is off: it would keep two CUDA events of every step.
@@ -178,6 +184,22 @@ class SectionEngine(PipelineEngine):
             # DeepSpeed keeps the logits of every buffer until the next step's forward pass.
             self.pipe_buffers["outputs"][buffer_id] = None
 
+    def unreduced_gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """Gradient of this rank's samples, before the reduction over replicas; None where there is none."""
+        found = (
+            getattr(parameter, "_hp_grad", None)
+            if self.using_bf16_optimizer
+            else self.optimizer.get_gradient_for_reduction(parameter)
+        )
+        return found
+
+    def _exec_reduce_grads(self) -> None:
+        reduce = super()._exec_reduce_grads
+        if self._watch is None:
+            reduce()
+        else:
+            self._watch(reduce)
+
     def _bf16_reduce_grads(self) -> None:
         """Average the flat fp32 gradients in place; DeepSpeed's bucket of 5e8 values would copy them first."""
         self.buffered_allreduce_fallback(grads=None, elements_per_buffer=0)
@@ -224,6 +246,7 @@ class SectionEngine(PipelineEngine):
 
     _INSTRUCTION_MAP = {
         **PipelineEngine._INSTRUCTION_MAP,
+        schedule.ReduceGrads: _exec_reduce_grads,
         schedule.OptimizerStep: _exec_optimizer_step,
         schedule.BackwardPass: _exec_backward_pass,
         schedule.SendActivation: _exec_send_activations,

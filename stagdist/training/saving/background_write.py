@@ -20,7 +20,7 @@ class BackgroundWrite:
     """One rank's file of one save.
 
     Args:
-        fragments: their values must not change until the file is written.
+        fragments: their values must not change until the file is written; no file is written for none.
     """
 
     def __init__(self, path: Path, fragments: Sequence[OwnedFragment]):
@@ -56,18 +56,19 @@ class BackgroundWrite:
         self._given_up.set()
         self._thread.join(timeout_s)
 
-    def record(self) -> FileRecord:
-        """Wait until the file is written; return its size and hash.
+    def record(self) -> FileRecord | None:
+        """Wait until the file is written; return its size and hash, or None if there are no fragments.
 
         Raises:
             OSError: it could not be written, or the writer broke.
         """
         self._thread.join()
         self.check()
-        assert self._record is not None
         return self._record
 
     def _run(self) -> None:
+        if not self._fragments:
+            return
         try:
             self._record = write_fragments(self._path, self._fragments, self._given_up)
         except OSError as error:

@@ -17,6 +17,7 @@ from stagdist.training.engine.deepspeed_adapter import owned_part
 from stagdist.training.engine.section_engine import SectionEngine
 
 
+@torch.no_grad()  # the optimizer changes the values in place, of which views with gradients cannot be taken
 def stored_fragments(engine: SectionEngine, groups: Groups, model: ModelConfig, file: str) -> list[OwnedFragment]:
     """What this rank stores: views of the optimizer's values and moments that ZeRO-1 gave to it.
 

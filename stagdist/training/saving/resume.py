@@ -6,13 +6,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from stagdist.checkpoint.complete import COMPLETE, damage, read_complete
-from stagdist.checkpoint.convert.staging import put_back
 from stagdist.checkpoint.training.directory import TrainingState, candidates, coverage_damage, withdraw
 from stagdist.checkpoint.training.reader import TrainingReader
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import CheckpointError
 from stagdist.parallel.groups import Groups
-from stagdist.training.engine.agreement import first_problem, on_every_rank, shared, while_others_wait
+from stagdist.training.engine.agreement import first_problem, on_every_rank, shared
 from stagdist.training.engine.section_engine import SectionEngine
 from stagdist.training.saving.engine_state import load_tensors, restore_generators
 
@@ -26,9 +25,8 @@ def newest_complete(checkpoints: Path, groups: Groups) -> Path | None:
 
     Raises:
         CheckpointError: there are checkpoints, but none is complete: starting over would lose the run's work without
-            a word; or a conversion is replacing one now.
+            a word.
     """
-    _put_back(checkpoints, groups)
     chosen: list[list[Path]] = [candidates(checkpoints) if dist.get_rank() == 0 else []]
     dist.broadcast_object_list(chosen, src=0, group=groups.control)
     for path in chosen[0]:
@@ -46,19 +44,6 @@ def newest_complete(checkpoints: Path, groups: Groups) -> Path | None:
             )
         )
     return None
-
-
-def _put_back(checkpoints: Path, groups: Groups) -> None:
-    """Undo the renaming by a conversion that was killed while it replaced a checkpoint; rank 0 renames."""
-
-    def rename() -> None:
-        for path in put_back(checkpoints):
-            LOG.warning("restored %s: a conversion was killed while it replaced it", path)
-
-    try:
-        while_others_wait(groups.control, rename, lambda: None)  # takes no time
-    except CheckpointError as error:
-        raise shared(error) from error
 
 
 def _shared_damage(path: Path, groups: Groups) -> str | None:

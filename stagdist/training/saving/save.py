@@ -15,7 +15,7 @@ import torch.distributed as dist
 from stagdist.checkpoint.complete import publish
 from stagdist.checkpoint.training.directory import TrainingState, checkpoint_name, prune, staging_folder
 from stagdist.checkpoint.training.index import Fragment, index_of
-from stagdist.checkpoint.training.writer import complete, part_name, write_fragments
+from stagdist.checkpoint.training.writer import complete, part_name
 from stagdist.config.run_config import RunConfig
 from stagdist.errors import CheckpointError, SavingError
 from stagdist.files import FileRecord
@@ -56,7 +56,8 @@ class _Save:
     final: Path
     state: TrainingState
     part: _Part
-    written: BackgroundWrite | None
+    written: BackgroundWrite
+    beside_training: bool
     started: float
     paused_s: float
 
@@ -86,9 +87,9 @@ class Saver:
 
     def vote(self) -> Writing:
         """How far this rank's files have come."""
-        written = self._under_way.written if self._under_way is not None else None
-        if written is None:
+        if self._under_way is None:
             return Writing.NONE
+        written = self._under_way.written
         return Writing.FAILED if written.failed else Writing.RUNNING if written.running else Writing.NONE
 
     def save(self, state: TrainingState, *, wait: bool = False) -> Path:
@@ -113,23 +114,19 @@ class Saver:
             self._on_every_rank(lambda: _check_shared(staged))
             part, written = self._on_every_rank(lambda: self._begin(staged, wait))
         final, paused_s = self._checkpoints / staged.name, time.perf_counter() - started
-        self._under_way = _Save(staged, final, state, part, written, started, paused_s)
+        self._under_way = _Save(staged, final, state, part, written, not wait, started, paused_s)
         if wait:
             self.finish()
         return final
 
-    def _begin(self, staged: Path, wait: bool) -> tuple[_Part, BackgroundWrite | None]:
-        """Write this rank's file, or copy what it will hold to host memory and begin to write it."""
+    def _begin(self, staged: Path, wait: bool) -> tuple[_Part, BackgroundWrite]:
+        """Begin to write this rank's file, from a copy in host memory if training continues meanwhile."""
         file, place = part_name(dist.get_rank()), self._groups.place
         fragments = stored_fragments(self._engine, self._groups, self._config.model, file)
         kinds = tuple(fragments[0].tensors) if fragments else ()
         generators = generator_states() if place.data == 0 else None
         part = _Part(file, None, [(one.name, one.place) for one in fragments], kinds, generators)
-        if not fragments:
-            return part, None
-        if wait:
-            return replace(part, record=write_fragments(staged / file, fragments)), None
-        return part, BackgroundWrite(staged / file, self._copies.copy(fragments))
+        return part, BackgroundWrite(staged / file, fragments if wait else self._copies.copy(fragments))
 
     def finish(self) -> None:
         """Wait for the files of the save under way, if any, and publish them as the newest checkpoint.
@@ -140,17 +137,15 @@ class Saver:
         save, self._under_way = self._under_way, None
         if save is None:
             return
-        part, written = save.part, save.written
-        with self._all_or_nothing(written):
-            self._on_every_rank(lambda: written and written.check())  # a rank that failed does not wait for the others
-            record = self._on_every_rank(lambda: written.record() if written else part.record)
-            part = replace(part, record=record)
+        with self._all_or_nothing(save.written):
+            self._on_every_rank(save.written.check)  # no rank waits for files that will not be used
+            part = replace(save.part, record=self._on_every_rank(save.written.record))
             parts = [part] * dist.get_world_size()
             dist.all_gather_object(parts, part, group=self._groups.control)
             self._on_every_rank(lambda: self._publish(save, parts))
         self._prune(save)
         total_s, note = time.perf_counter() - save.started, ""
-        if written is not None:
+        if save.beside_training:
             note = f", during training except for {save.paused_s:.2f} s"
         LOG.info("saved %s in %.1f s%s", save.final, total_s, note)
 
@@ -170,7 +165,7 @@ class Saver:
     def close(self) -> None:
         """Abandon the save under way: the run ends with an error that the other ranks may not have seen."""
         save, self._under_way = self._under_way, None
-        if save is not None and save.written is not None:
+        if save is not None:
             save.written.give_up(GIVE_UP_S)
         if self._pruning is not None:
             self._pruning.join(GIVE_UP_S)
@@ -188,7 +183,7 @@ class Saver:
         arguments = self._checkpoints, self._config.checkpoint.keep_last, save.final
         self._pruning = threading.Thread(target=_prune, args=arguments, name="checkpoint-pruner", daemon=True)
         self._pruning.start()
-        if save.written is None:
+        if not save.beside_training:
             self._pruning.join()
 
     def _wait_for_earlier(self, step: int) -> None:

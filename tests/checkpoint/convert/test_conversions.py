@@ -12,24 +12,26 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from stagdist.checkpoint.convert import model_conversions, proof, training_conversions
+from stagdist.checkpoint.convert import import_model as importing
+from stagdist.checkpoint.convert import model_conversions, proof
 from stagdist.checkpoint.convert.find import open_model, open_training
+from stagdist.checkpoint.convert.import_model import import_model
 from stagdist.checkpoint.convert.inspection import as_table, inspect
 from stagdist.checkpoint.convert.model_conversions import export, merge, split
 from stagdist.checkpoint.convert.proof import plain_logits, text_ids
 from stagdist.checkpoint.convert.staging import ConversionOptions
-from stagdist.checkpoint.convert.training_conversions import import_model, reshard
 from stagdist.checkpoint.convert.verify import verify
 from stagdist.checkpoint.published.load_model import load_model
 from stagdist.checkpoint.published.model_reader import ModelReader
-from stagdist.checkpoint.training.content import KINDS
+from stagdist.checkpoint.safetensors_writer import SafetensorsWriter
 from stagdist.checkpoint.training.directory import read_state
+from stagdist.checkpoint.training.index import VALUE
+from stagdist.checkpoint.training.reader import TrainingReader
 from stagdist.config.parts import ModelConfig
 from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import CheckpointError, ConfigError
 from stagdist.model.megatron import TensorParallel
 from stagdist.model.precision import DTYPES
-from stagdist.parallel.grid import Grid
 from stagdist.parallel.groups import single_process
 from stagdist.parallel.layout import model_parameters
 from tests.checkpoint.synthetic import (
@@ -56,20 +58,15 @@ OPTIONS = ConversionOptions()
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("model", MODELS, ids=str)
-def test_resharding_there_and_back_gives_the_same_files(tmp_path: Path, model: dict[str, Any], precision: str) -> None:
+def test_checkpoints_of_every_grid_export_as_the_same_files(
+    tmp_path: Path, model: dict[str, Any], precision: str
+) -> None:
     sections = len((SHAPE | model)["section_layers"])
-    start = training_checkpoint(tmp_path / "start", model, (sections, 1, 2), precision)
-    for sizes in ((1, 1, 1), (sections, 2, 1), (1, 2, 2), (1, 4, 1)):
-        there = reshard(tmp_path / "start", tmp_path / f"to-{sizes}", Grid(*sizes), OPTIONS).directory
-        assert read_state(there).grid == sizes and read_state(there).consumed_samples == 56
-        reader = open_training(there)
-        expected = parameters_of(reader.model)
-        for spec in model_parameters(reader.model):
-            assert torch.equal(reader.optimizer_value(spec, "master"), expected[spec.name]), spec.name
-        back = reshard(there, tmp_path / f"from-{sizes}", Grid(sections, 1, 2), OPTIONS).directory
-        ours, theirs = file_contents(back), file_contents(start)
-        assert ours.keys() == theirs.keys()
-        assert [name for name in theirs if ours[name] != theirs[name]] == []
+    exported = []
+    for sizes in ((1, 1, 1), (sections, 1, 2), (sections, 2, 1), (1, 2, 2), (1, 4, 1)):
+        training_checkpoint(tmp_path / f"on-{sizes}", model, sizes, precision)
+        exported.append(file_contents(export(tmp_path / f"on-{sizes}", tmp_path / f"of-{sizes}", OPTIONS).directory))
+    assert all(one == exported[0] for one in exported)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -79,12 +76,11 @@ def test_export_import_export_is_bit_identical_and_computes_the_model(
 ) -> None:
     training_checkpoint(tmp_path / "run", model, (len((SHAPE | model)["section_layers"]), 1, 2), precision)
     first = export(tmp_path / "run", tmp_path / "first", OPTIONS).directory
-    imported = import_model(first, tmp_path / "again", Grid(1, 2, 2), None, OPTIONS).directory
+    imported = import_model(first, tmp_path / "again", None, OPTIONS).directory
     assert (imported.name, read_state(imported).num_samples) == ("step_00000000", 0)
     second = export(tmp_path / "again", tmp_path / "second", OPTIONS).directory
     assert file_contents(first) == file_contents(second)
-    moments = open_training(imported)
-    assert not any(moments.optimizer_value(spec, kind).any() for spec in moments.specs() for kind in KINDS[1:])
+    assert open_training(imported).index.kinds == (VALUE,), "the moments begin with zero"
 
     source = open_model(first)
     ids = text_ids(load_tokenizer(first), source.model)
@@ -145,7 +141,7 @@ def test_verify_tells_models_apart(tmp_path: Path) -> None:
 def test_verify_takes_the_tokenizer_of_the_one_that_has_it(tmp_path: Path) -> None:
     for name in ("a", "b"):
         model_directory(tmp_path / name, {})
-    for file in (tmp_path / "a").glob("tokenizer*"):
+    for file in (*(tmp_path / "a").glob("tokenizer*"), tmp_path / "a" / "complete.json"):
         file.unlink()
     assert verify(tmp_path / "a", tmp_path / "b").largest_difference == 0
     with pytest.raises(CheckpointError, match=r"a holds no tokenizer\.json nor any other tokenizer; name it with"):
@@ -165,6 +161,7 @@ def _other_model(directory: Path) -> ModelReader:
 def test_a_conversion_that_cannot_prove_itself_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training_checkpoint(tmp_path / "run", {}, (1, 1, 1))
     model_directory(tmp_path / "shared", TIED_COMBINED)
+    model_directory(tmp_path / "other-model", {})
     with monkeypatch.context() as patch:
         patch.setattr(proof, "source_logits", lambda source, *_: torch.ones(1) * source.model.share_section_weights)
         with pytest.raises(CheckpointError, match="logits .* differ by 1"):
@@ -178,11 +175,15 @@ def test_a_conversion_that_cannot_prove_itself_leaves_nothing(tmp_path: Path, mo
         patch.setattr(model_conversions, "ModelReader", _other_model)
         with pytest.raises(CheckpointError, match="rms_norm_eps was not written as it was read"):
             export(tmp_path / "run", tmp_path / "model", OPTIONS)
-    reader = open_training(tmp_path / "run")
-    monkeypatch.setattr(training_conversions, "open_training", lambda *_, **__: reader)
-    monkeypatch.setattr(type(reader), "steps", lambda self: torch.tensor(6.0 if self is reader else 5.0))
-    with pytest.raises(CheckpointError, match="step was not written"):
-        reshard(tmp_path / "run", tmp_path / "other", Grid(2, 1, 1), OPTIONS)
+    value = TrainingReader.value
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingReader, "value", lambda self, spec: value(self, spec) + (spec.name == "head.weight"))
+        with pytest.raises(CheckpointError, match=r"head\.weight was not written as it was read"):
+            import_model(tmp_path / "other-model", tmp_path / "other", None, OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(importing, "dump_config", lambda config: str(id(config)))
+        with pytest.raises(CheckpointError, match="state or configuration was not written"):
+            import_model(tmp_path / "other-model", tmp_path / "other", None, OPTIONS)
     assert [path.name for path in tmp_path.rglob("step_*")] == ["step_00000007"]
     assert not (tmp_path / "model").exists() and not list(tmp_path.glob(".*"))
 
@@ -193,9 +194,14 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: py
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match=r"step_\d+ could not be written: No space left .* another disk"):
-        reshard(tmp_path / "run", tmp_path / "new" / "moved", Grid(2, 1, 1), OPTIONS)
+    monkeypatch.setattr(SafetensorsWriter, "_write", full)
+    with pytest.raises(CheckpointError, match=r"model could not be written: .*No space left .* another disk"):
+        export(tmp_path / "run", tmp_path / "new" / "model", OPTIONS)
+    monkeypatch.undo()
+    model_directory(tmp_path / "model", {})
+    monkeypatch.setattr(SafetensorsWriter, "_write", full)
+    with pytest.raises(CheckpointError, match=r"step_0+ could not be written: .*No space left .* another disk"):
+        import_model(tmp_path / "model", tmp_path / "new" / "run", None, OPTIONS)
     assert not (tmp_path / "new").exists()
 
 
@@ -205,8 +211,8 @@ def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
     before = file_contents(tmp_path / "model")
     with pytest.raises(CheckpointError, match="--overwrite"):
         export(tmp_path / "run", tmp_path / "model", OPTIONS)
-    with pytest.raises(CheckpointError, match="exists"):
-        reshard(tmp_path / "run", tmp_path / "run", Grid(2, 1, 1), OPTIONS)
+    with pytest.raises(CheckpointError, match="holds step_00000007, from which a run would continue; choose another"):
+        import_model(tmp_path / "model", tmp_path / "run", None, ConversionOptions(overwrite=True))
     assert file_contents(tmp_path / "model") == before
     export(tmp_path / "run", tmp_path / "model", ConversionOptions(overwrite=True))
     assert verify(tmp_path / "run", tmp_path / "model").largest_difference == 0.0
@@ -217,19 +223,15 @@ def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
 
-def test_grids_and_configurations_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    training_checkpoint(tmp_path / "run", {}, (1, 1, 1))
+def test_configurations_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     folder = model_directory(tmp_path / "model", {})
-    for sizes, complaint in (((3, 1, 1), "pipeline_parallel_size"), ((1, 3, 1), "global_batch_size"),
-                             ((1, 1, 3), "tensor_parallel_size")):  # fmt: skip
-        with pytest.raises(ConfigError, match=complaint):
-            reshard(tmp_path / "run", tmp_path / "other", Grid(*sizes), OPTIONS)
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps(run_config({"intermediate_size": 32}).model_dump(mode="json")))
     with pytest.raises(ConfigError, match=r"model\.intermediate_size is 32, the directory has 24"):
-        import_model(folder, tmp_path / "other", Grid(1, 1, 1), str(config), OPTIONS)
+        import_model(folder, tmp_path / "other", str(config), OPTIONS)
     with pytest.raises(CheckpointError, match="named like step 3"):
-        reshard(tmp_path / "run", tmp_path / "checkpoints" / "step_00000003", Grid(1, 1, 1), OPTIONS)
+        import_model(folder, tmp_path / "checkpoints" / "step_00000003", None, OPTIONS)
+    (folder / "complete.json").unlink()
     body = json.loads((folder / "config.json").read_text())
     for change, complaint in (
         ({"attention_bias": True}, "attention_bias is True"),
@@ -238,7 +240,7 @@ def test_grids_and_configurations_that_do_not_fit_are_refused(tmp_path: Path) ->
     ):
         (folder / "config.json").write_text(json.dumps(body | change))
         with pytest.raises(CheckpointError, match=complaint):
-            import_model(folder, tmp_path / "other", Grid(1, 1, 1), None, OPTIONS)
+            import_model(folder, tmp_path / "other", None, OPTIONS)
     assert not (tmp_path / "other").exists()
 
 
@@ -256,10 +258,9 @@ def test_inspect_tells_what_is_there_and_what_is_wrong(tmp_path: Path) -> None:
     assert json.loads(json.dumps(asdict(report)))["files"]["config.yaml"] > 0
     assert "no problem found" in as_table(report)
 
-    (folder / "layer_01-model_01-model_states.pt").unlink()
+    (folder / "part_00001.safetensors").unlink()
     (folder / "notes.txt").write_text("odd")
-    problems = inspect(folder).problems
-    assert "layer_01-model_01-model_states.pt is missing" in problems and "notes.txt does not belong here" in problems
+    assert inspect(folder).problems == ["part_00001.safetensors is missing", "notes.txt does not belong here"]
     shutil.rmtree(folder)
     with pytest.raises(CheckpointError, match="neither checkpoints nor a model"):
         inspect(tmp_path / "run")

@@ -11,23 +11,20 @@ from unittest.mock import patch
 
 import pytest
 
-from stagdist.checkpoint.convert import model_conversions
+from stagdist.checkpoint.convert import import_model, model_conversions
 from stagdist.checkpoint.convert.find import find, open_weights
 from stagdist.checkpoint.convert.inspection import inspect
 from stagdist.checkpoint.convert.model_conversions import export
 from stagdist.checkpoint.convert.staging import ConversionOptions
-from stagdist.checkpoint.convert.training_conversions import reshard
 from stagdist.checkpoint.convert.verify import verify
 from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
-from stagdist.checkpoint.training.training_writer import TrainingWriter
 from stagdist.errors import CheckpointError
-from stagdist.parallel.grid import Grid
 from tests.checkpoint.synthetic import file_contents, model_directory, training_checkpoint
 from tests.ranks import RankError, run_ranks, run_script
 
 ROOT = Path(__file__).resolve().parents[3]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
-VERBS = ("export", "import", "reshard", "upcycle", "split", "merge", "inspect", "verify")
+VERBS = ("export", "import", "upcycle", "split", "merge", "inspect", "verify")
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -71,8 +68,8 @@ def test_a_tolerance_that_is_no_difference_is_refused(tolerance: str, tmp_path: 
 
 HOOKS: dict[str, tuple[Any, str]] = {
     "writing": (ModelDirectoryWriter, "commit"),
-    "proving": (model_conversions, "_require_same"),
-    "writing training": (TrainingWriter, "_write_model_states"),
+    "proving": (model_conversions, "require_same"),
+    "importing": (import_model, "require_same"),
 }
 """Function before which a process is killed, by stage of the conversion."""
 
@@ -84,7 +81,7 @@ def convert_until_killed(payload: tuple[str, str, dict[str, Any]]) -> None:
         if verb == "export":
             export(**keys)
         else:
-            reshard(**keys)
+            import_model.import_model(**keys)
 
 
 def kill(stage: str, verb: str, **keys: Any) -> None:
@@ -93,18 +90,18 @@ def kill(stage: str, verb: str, **keys: Any) -> None:
         run_ranks("tests.checkpoint.convert.test_convert_tool:convert_until_killed", 1, (stage, verb, keys))
 
 
-def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
-    training_checkpoint(tmp_path / "run", {}, (1, 1, 1))
-    target, grid = tmp_path / "moved", Grid(2, 1, 2)
-    keys: dict[str, Any] = {"source": tmp_path / "run", "destination": target, "grid": grid}
-    kill("writing training", "reshard", **keys, options=ConversionOptions())
-    assert list(target.rglob("layer_*")), "files were written before it was killed"
-    assert not list(target.rglob("complete.json")) and not (target / "checkpoints" / "step_00000007").exists()
+def test_a_killed_import_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    keys: dict[str, Any] = {"source": model_directory(tmp_path / "model", {}), "destination": target}
+    keys |= {"config_file": None, "options": ConversionOptions()}
+    kill("importing", "import", **keys)
+    assert list(target.rglob("part_*")), "files were written before it was killed"
+    assert not (target / "checkpoints" / "step_00000000").exists()
     with pytest.raises(CheckpointError):
         find(target)
 
-    reshard(**keys, options=ConversionOptions())
-    assert [path.name for path in (target / "checkpoints").iterdir()] == ["step_00000007"]
+    import_model.import_model(**keys)
+    assert [path.name for path in (target / "checkpoints").iterdir()] == ["step_00000000"]
 
 
 @pytest.mark.parametrize("replaces", [False, True], ids=["new", "overwrite"])

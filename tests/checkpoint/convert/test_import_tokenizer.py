@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 
+from stagdist.checkpoint.complete import COMPLETE
 from stagdist.checkpoint.convert.find import open_training
+from stagdist.checkpoint.convert.import_model import import_model
 from stagdist.checkpoint.convert.model_conversions import export, merge
 from stagdist.checkpoint.convert.staging import ConversionOptions, ConversionResult
-from stagdist.checkpoint.convert.training_conversions import import_model, reshard
 from stagdist.checkpoint.convert.verify import verify
-from stagdist.checkpoint.published.record import CHECKSUMS
 from stagdist.config.loading import dump_config
 from stagdist.data.tokenizer import train_bpe
 from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import CheckpointError, ConfigError
-from stagdist.parallel.grid import Grid
 from tests.checkpoint.synthetic import model_directory, run_config
 
 Import = Callable[..., ConversionResult]
@@ -40,9 +39,7 @@ def bring(source: Path, tokenizer: str | Path | None, given: str | Path | None =
         data = run.data.model_copy(update={"tokenizer": str(tokenizer)})
         config.write_text(dump_config(run.model_copy(update={"data": data})))
     options = ConversionOptions(tokenizer=None if given is None else str(given))
-    return import_model(
-        source, source.parent / "run", Grid(1, 1, 1), config if config is None else str(config), options
-    ).directory
+    return import_model(source, source.parent / "run", config if config is None else str(config), options).directory
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["no configuration", "a configuration that names it"])
@@ -58,8 +55,7 @@ def test_the_tokens_of_the_directory_go_through_a_training_checkpoint(source: Pa
     tokens = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 4}
     state_tokens(source, tokens, tokens | {"temperature": 0.6})
     bring(source, source)
-    reshard(tmp_path / "run", tmp_path / "split", Grid(2, 1, 1), ConversionOptions())
-    again = export(tmp_path / "split", tmp_path / "again", ConversionOptions()).directory
+    again = export(tmp_path / "run", tmp_path / "again", ConversionOptions()).directory
     assert stated_tokens(again) == (tokens, tokens | {"temperature": 0.6})
     # They are those of the tokenizer that is left behind.
     other = export(tmp_path / "run", tmp_path / "other", ConversionOptions(tokenizer="bytes")).directory
@@ -72,6 +68,7 @@ def test_the_tokens_of_the_directory_go_through_a_training_checkpoint(source: Pa
 
 def state_tokens(folder: Path, config: dict[str, Any], generation: dict[str, Any]) -> None:
     """Let a model directory say how its texts begin and end."""
+    (folder / COMPLETE).unlink()  # the change is intended
     body = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(body | config))
     (folder / "generation_config.json").write_text(json.dumps(generation))
@@ -117,7 +114,7 @@ def test_a_given_tokenizer_is_found_from_any_folder(
 
 
 def test_a_directory_without_a_tokenizer_records_none(source: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", COMPLETE):
         (source / name).unlink()
     reader = open_training(bring(source, "bytes"))
     assert reader.state.tokenizer == "" and reader.tokens is None, "ids of a tokenizer that nobody knows"
@@ -125,14 +122,14 @@ def test_a_directory_without_a_tokenizer_records_none(source: Path) -> None:
 
 
 def test_a_tokenizer_of_the_directory_that_cannot_be_read_is_not_passed_over(source: Path) -> None:
-    (source / CHECKSUMS).unlink()  # as in a directory from elsewhere
+    (source / COMPLETE).unlink()  # as in a directory from elsewhere
     (source / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"cannot read the tokenizer .*tokenizer\.json.*--tokenizer"):
         bring(source, None)
 
 
 def test_a_run_with_another_tokenizer_cannot_be_exported_as_the_model_it_was(source: Path, tmp_path: Path) -> None:
-    (source / CHECKSUMS).unlink()
+    (source / COMPLETE).unlink()
     bring(source, None)
     load_tokenizer("bytes").save(source)
     with pytest.raises(CheckpointError, match="was trained with another tokenizer"):
@@ -141,5 +138,3 @@ def test_a_run_with_another_tokenizer_cannot_be_exported_as_the_model_it_was(sou
         verify(tmp_path / "run", source)
     with pytest.raises(CheckpointError, match="was trained with another tokenizer"):
         merge([source, tmp_path / "run"], tmp_path / "again", ConversionOptions())
-    # Nothing is read as text: the checkpoint goes to another grid all the same.
-    reshard(tmp_path / "run", tmp_path / "moved", Grid(2, 1, 1), ConversionOptions())

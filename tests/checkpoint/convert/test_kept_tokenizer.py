@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from stagdist.checkpoint.convert.import_model import import_model
 from stagdist.checkpoint.convert.model_conversions import export
 from stagdist.checkpoint.convert.staging import ConversionOptions
-from stagdist.checkpoint.convert.training_conversions import import_model
 from stagdist.checkpoint.convert.upcycle import upcycle
 from stagdist.data.tokenizer_files import load_tokenizer
-from stagdist.parallel.grid import Grid
 from tests.checkpoint.convert.test_llama_import import save_llama
 from tests.data.foreign_tokenizers import KINDS, make
 from tests.data.test_foreign_tokenizers import assert_same
@@ -30,7 +29,7 @@ def test_the_written_directory_has_the_tokenizer_of_the_source(kind: str, way: s
     if way == "upcycle":
         folder = upcycle(llama, tmp_path / "new", [1, 1], ConversionOptions(), output_scale=0.0).directory
     else:
-        import_model(llama, tmp_path / "run", Grid(1, 1, 1), None, ConversionOptions())
+        import_model(llama, tmp_path / "run", None, ConversionOptions())
         folder = export(tmp_path / "run", tmp_path / "new", ConversionOptions()).directory
     again: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     assert again.special_tokens_map == theirs.special_tokens_map

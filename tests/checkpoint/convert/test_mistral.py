@@ -9,15 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from stagdist.checkpoint.convert.find import open_model
+from stagdist.checkpoint.convert.import_model import import_model
 from stagdist.checkpoint.convert.model_conversions import export
 from stagdist.checkpoint.convert.proof import plain_logits, reader
 from stagdist.checkpoint.convert.staging import ConversionOptions
-from stagdist.checkpoint.convert.training_conversions import import_model
 from stagdist.checkpoint.convert.upcycle import upcycle
 from stagdist.checkpoint.published.transformers_model import load_with_transformers
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.errors import CheckpointError
-from stagdist.parallel.grid import Grid
 from tests.checkpoint.convert.test_llama_import import rewrite
 from tests.ranks import ROOT, run_script
 
@@ -68,7 +67,7 @@ def test_a_mistral_without_a_window_computes_what_transformers_computes(
     source = open_model(tmp_path / "mistral")
     assert source.model.max_position_embeddings == mistral.config.max_position_embeddings
     torch.testing.assert_close(plain_logits(source.model, reader(source), IDS), expected, atol=2e-5, rtol=0)
-    import_model(tmp_path / "mistral", tmp_path / "run", Grid(1, 1, 1), None, ConversionOptions())
+    import_model(tmp_path / "mistral", tmp_path / "run", None, ConversionOptions())
     export(tmp_path / "run", tmp_path / "llama", ConversionOptions())
     llama = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
     assert isinstance(llama, LlamaForCausalLM)

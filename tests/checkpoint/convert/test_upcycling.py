@@ -93,6 +93,7 @@ def test_the_tokens_of_a_llama_go_along(tmp_path: Path) -> None:
     tokens = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 4}
     body = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(body | tokens))
+    (source / "complete.json").unlink()  # the change is intended
     (source / "generation_config.json").write_text(json.dumps(tokens | {"temperature": 0.6}))
     folder = upcycle(source, tmp_path / "new", [2, 2], ConversionOptions(), output_scale=0.0).directory
     body = json.loads((folder / "config.json").read_text())

@@ -66,7 +66,7 @@ def test_keys_that_change_nothing_where_both_can_read_are_told_only(
 
 def rewrite(folder: Path, keys: dict[str, Any]) -> None:
     """Say something else in `config.json`, with no sums to contradict it."""
-    (folder / "checksums.json").unlink()
+    (folder / "complete.json").unlink()
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from stagdist.checkpoint.complete import COMPLETE
 from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
 from stagdist.config.parts import ModelConfig
 from stagdist.parallel.layout import model_parameters
@@ -19,13 +20,15 @@ INDEX = "model.safetensors.index.json"
 LLAMA = {"connection": "sequential"}
 
 
-def write(directory: Path, keys: dict[str, Any]) -> tuple[ModelConfig, reference.Parameters]:
-    """A directory of random weights."""
+def write(directory: Path, keys: dict[str, Any], *, recorded: bool = False) -> tuple[ModelConfig, reference.Parameters]:
+    """A directory of random weights; without `complete.json`, as those of other programs, unless it is `recorded`."""
     model = ModelConfig(**BASE | keys)
     parameters = reference.random_parameters(model, perturb=True)
     with ModelDirectoryWriter(directory, model, torch.float32, end_of_document=0) as writer:
         for spec in model_parameters(model):
             writer.add(spec.name, parameters[spec.name])
+    if not recorded:
+        (directory / COMPLETE).unlink()
     return model, parameters
 
 

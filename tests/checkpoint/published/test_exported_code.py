@@ -157,7 +157,7 @@ def test_only_a_staggered_model_carries_code(tmp_path: Path) -> None:
 
 def test_a_directory_from_before_the_code_travelled_along_is_still_read(tmp_path: Path) -> None:
     write(tmp_path / "model", shape("tied"))
-    for name in CODE_FILES:
+    for name in (*CODE_FILES, "complete.json"):
         (tmp_path / "model" / name).unlink()
     body = json.loads((tmp_path / "model" / "config.json").read_text())
     del body["auto_map"]

@@ -102,7 +102,7 @@ def test_an_error_while_writing_leaves_nothing_behind(tmp_path: Path) -> None:
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     with (
         pytest.raises(RuntimeError, match="stop"),
-        staged_folder(tmp_path / "model", "model", ConversionOptions(overwrite=True)) as staged,
+        staged_folder(tmp_path / "model", ConversionOptions(overwrite=True)) as staged,
         ModelDirectoryWriter(staged, model, torch.float32, 0) as writer,
     ):
         writer.add("embedding.weight", torch.zeros(37, 16))
@@ -127,6 +127,7 @@ def test_a_directory_whose_writing_was_interrupted_is_refused(tmp_path: Path) ->
 def test_wrong_directories_are_refused_by_name(tmp_path: Path) -> None:
     model = ModelConfig(**SHAPE)
     write(tmp_path / "model", model)
+    (tmp_path / "model" / "complete.json").unlink()
     body = json.loads((tmp_path / "model" / "config.json").read_text())
     with pytest.raises(CheckpointError, match="absent"):
         ModelReader(tmp_path / "absent")

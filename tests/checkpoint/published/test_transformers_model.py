@@ -26,6 +26,7 @@ from tests.reference import stagformer as reference
 def test_a_directory_loads_and_code_in_it_is_never_run(tmp_path: Path, variant: str) -> None:
     model = shape(variant)
     parameters = write(tmp_path / "model", model)
+    (tmp_path / "model" / "complete.json").unlink()  # the change is intended
     for name in ("configuration_stagformer.py", "modeling_stagformer.py"):
         (tmp_path / "model" / name).write_text("raise SystemExit('a stranger ran')\n")
     loaded, tokenizer = load_with_transformers(tmp_path / "model", torch.float32)
@@ -54,7 +55,7 @@ def test_heads_that_do_not_divide_the_width_load_in_a_stagformer_but_not_in_a_ll
 def test_a_directory_that_does_not_load_is_named(tmp_path: Path) -> None:
     write(tmp_path / "model", shape("tied"))
     (tmp_path / "model" / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model has no model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model: model\.safetensors is missing"):
         load_with_transformers(tmp_path / "model")
 
 
@@ -62,7 +63,7 @@ def test_a_directory_whose_configuration_was_changed_is_not_loaded(tmp_path: Pat
     write(tmp_path / "model", shape("tied"))
     path = tmp_path / "model" / "config.json"
     path.write_text(path.read_text().replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 0.5'))
-    with pytest.raises(CheckpointError, match=r"rms_norm_eps 0\.5, the weights were written for"):
+    with pytest.raises(CheckpointError, match=r"model: config\.json has .* were written"):
         load_with_transformers(tmp_path / "model")
 
 
@@ -105,6 +106,7 @@ def test_weights_that_are_not_all_there_are_named(
     tmp_path: Path, change: Change, complaint: str, foreign: bool
 ) -> None:
     llama(tmp_path / "model", foreign)
+    (tmp_path / "model" / "complete.json").unlink(missing_ok=True)
     rewrite(tmp_path / "model", change)
     with pytest.raises(CheckpointError, match=complaint):
         load_with_transformers(tmp_path / "model")
@@ -127,7 +129,7 @@ def test_what_transformers_would_make_up_or_leave_out_is_refused_by_itself(
 def test_a_swapped_tensor_is_seen_by_its_sum(tmp_path: Path) -> None:
     llama(tmp_path / "model", foreign=False)
     rewrite(tmp_path / "model", swap)
-    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.[qk]_proj\.weight in .* has other values"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has other content than was written"):
         load_with_transformers(tmp_path / "model")
 
 
@@ -135,7 +137,7 @@ def test_a_changed_tokenizer_is_named(tmp_path: Path) -> None:
     llama(tmp_path / "model", foreign=False)
     path = tmp_path / "model" / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "Lowercase"}}))
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json has other content than was written"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json has .* were written"):
         load_with_transformers(tmp_path / "model")
 
 

@@ -41,6 +41,6 @@ def _losses(case: Case, world: World) -> list[float]:
 def test_every_model_trains_with_deterministic_kernels(grid: tuple[int, int, int]) -> None:
     cases = CASES if grid == (1, 1, 1) else [replace(CASES[-1], grid=grid)]
     payload = "tests.training.engine.test_deterministic:losses_twice"
-    for found in run_ranks(payload, cases[0].world_size, cases, timeout_s=300):
+    for found in run_ranks(payload, cases[0].world_size, cases):
         assert found.keys() == {case.name for case in cases}
         assert all(first == second for first, second in found.values()), found

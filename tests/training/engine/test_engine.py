@@ -60,7 +60,7 @@ def _timings(engine: SectionEngine) -> int:
 @pytest.mark.parametrize(("grid", "number"), [((1, 1, 1), 2), ((2, 1, 1), 5), ((2, 2, 2), 8)])
 def test_an_engine_makes_only_the_groups_it_uses(grid: tuple[int, int, int], number: int, tmp_path: Path) -> None:
     case = Case("engine", {}, grid)
-    reports = run_ranks(TRAIN, case.world_size, (case, tmp_path), timeout_s=200)
+    reports = run_ranks(TRAIN, case.world_size, (case, tmp_path))
     assert [len(report.groups) for report in reports] == [number] * case.world_size
     assert [report.unused for report in reports] == [[]] * case.world_size
     assert all(report.timings == [0, 0, 0] for report in reports), "timers grow with every step"

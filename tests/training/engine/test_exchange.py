@@ -14,10 +14,10 @@ from stagdist.parallel.grid import Grid
 from stagdist.training.engine.exchange import Exchange
 from stagdist.training.engine.pipeline import HandOff, expected_hand_off
 from stagdist.training.engine.train_schedule import TrainSchedule
-from tests.ranks import run_ranks
+from tests.ranks import GUARD_S, run_ranks
 
 STAGES, MICRO_BATCHES, NAP_S = 3, 6, 0.6
-TIMEOUT_S, LOST_S = 10.0, 4.0
+LOST_S = 4.0
 SHAPE = (2, 8, 300)
 EXPECTED = HandOff(torch.empty(SHAPE, device="meta"), torch.empty(2, 8, dtype=torch.int64, device="meta"))
 
@@ -42,9 +42,9 @@ def config(**model: Any) -> RunConfig:
 
 def all_cases(_: None) -> dict[str, Any]:
     """All checks in one world of three stages; returns what the tests compare."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=GUARD_S))
     exchange, plain = (
-        Exchange(Grid(STAGES, 1, 1), expected, "cpu", TIMEOUT_S) for expected in (EXPECTED, HandOff(EXPECTED.memory))
+        Exchange(Grid(STAGES, 1, 1), expected, "cpu", GUARD_S) for expected in (EXPECTED, HandOff(EXPECTED.memory))
     )
     stage = dist.get_rank()
     result: dict[str, Any] = {"first": round_trip(exchange, stage), "second": round_trip(exchange, stage)}
@@ -118,7 +118,7 @@ def lost_peer(exchange: Exchange, stage: int) -> str:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    return run_ranks("tests.training.engine.test_exchange:all_cases", STAGES, timeout_s=120)
+    return run_ranks("tests.training.engine.test_exchange:all_cases", STAGES)
 
 
 @pytest.mark.ranks

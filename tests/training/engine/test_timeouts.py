@@ -42,9 +42,7 @@ def _known_groups(device: torch.device) -> Iterator[tuple[str, int, float]]:
 
 
 def test_every_process_group_has_the_configured_timeout() -> None:
-    for rank, timeouts in enumerate(
-        run_ranks("tests.training.engine.test_timeouts:group_timeouts", 4, CASE, timeout_s=120)
-    ):
+    for rank, timeouts in enumerate(run_ranks("tests.training.engine.test_timeouts:group_timeouts", 4, CASE)):
         wrong = {name: seconds for name, (_, seconds) in timeouts.items() if seconds != TIMEOUT_S}
         assert wrong == {}, f"rank {rank}"
         # The groups include the world and those of the pipe and data axes.

@@ -1,10 +1,8 @@
 """What a run refuses to resume from, what it removes, and what it verifies at its end: the same on all ranks."""
 
 import re
-import shutil
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
@@ -17,22 +15,21 @@ import torch
 
 from stagdist.checkpoint.complete import read_complete, write_complete
 from stagdist.checkpoint.convert.inspection import inspect
-from stagdist.checkpoint.convert.staging import exclusive
 from stagdist.checkpoint.published import model_writer as model_directory
 from stagdist.checkpoint.published.model_writer import CODE_FILES
-from stagdist.checkpoint.published.record import read_record
-from stagdist.checkpoint.training.directory import checkpoint_name
+from stagdist.checkpoint.training.directory import TrainingState, checkpoint_name
 from stagdist.checkpoint.training.reader import TrainingReader
 from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import CheckpointError, StagdistError, TransportError
 from stagdist.parallel.groups import Groups
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 from stagdist.telemetry.pulse import Phase, Pulse
-from stagdist.training import publish as export
+from stagdist.training import publish
 from stagdist.training.engine.agreement import while_others_wait
 from stagdist.training.engine.section_engine import build_engine
 from stagdist.training.lost_peers import naming_lost_peers
 from stagdist.training.saving.resume import load_checkpoint, newest_complete
+from stagdist.training.saving.save import save_checkpoint
 from tests.checkpoint.synthetic import complete, file_contents, training_checkpoint
 from tests.ranks import run_ranks
 from tests.training.parity_cases import Case
@@ -76,7 +73,6 @@ def scenarios(folder: Path) -> dict[str, Any]:
     wrong = folder / "wrong key" / "checkpoints" / checkpoint_name(7)
     found: dict[str, Any] = {"wrong key": _outcome(lambda: _load(wrong, groups))}
     found["unrecorded"] = _outcome(lambda: newest_complete(folder / "unrecorded" / "checkpoints", groups))
-    found |= _nameless(folder / "nameless" / "checkpoints", groups)
     return found | _exports(folder, groups) | {"lost": _lose_the_other(groups)}
 
 
@@ -93,20 +89,6 @@ def _lose_the_other(groups: Groups) -> str:
     return str(raised.value)
 
 
-def _nameless(checkpoints: Path, groups: Groups) -> dict[str, Any]:
-    """While a conversion replaces the newest checkpoint, and after it was killed in between."""
-    lock = checkpoints / f".converting-{checkpoint_name(9)}.lock"
-    found: dict[str, Any] = {}
-    with ExitStack() as held:
-        if groups.place.pipe == 0:
-            held.enter_context(exclusive(lock, "busy"))
-        found["while it is replaced"] = _outcome(lambda: newest_complete(checkpoints, groups))
-    groups_barrier(groups)
-    found["after a kill"] = _outcome(lambda: newest_complete(checkpoints, groups))
-    groups_barrier(groups)
-    return found | {"left": _hidden(checkpoints)}
-
-
 def groups_barrier(groups: Groups) -> None:
     """Wait for all ranks."""
     torch.distributed.barrier(group=groups.control)
@@ -115,21 +97,23 @@ def groups_barrier(groups: Groups) -> None:
 def _exports(folder: Path, groups: Groups) -> dict[str, Any]:
     config = Case("stages", {"vocab_size": 258}, (2, 1, 1)).config()
     pulse, tokenizer = Watched(), load_tokenizer("bytes")
+    config = config.model_copy(update={"runs_directory": str(folder / "published")})
     engine = build_engine(config, groups, pulse)
+    saved = save_checkpoint(engine, groups, config, TrainingState(1, 8, 8, (2, 1, 1), documents_begin=True))
 
     def leave(directory: Path) -> str:
-        said = _outcome(lambda: export.export_model(engine, groups, config.model, tokenizer, directory))
+        said = _outcome(lambda: publish.publish_model(engine, groups, saved, tokenizer, directory))
         groups_barrier(groups)
         return said
 
     found: dict[str, Any] = {"export": leave(folder / "models" / "model"), "signs": list(pulse.phases)}
     before = file_contents(folder / "models" / "model")
-    found["recorded"] = sorted(read_record(folder / "models" / "model").files)
+    found["recorded"] = sorted(read_complete(folder / "models" / "model"))
     found["problems"] = inspect(folder / "models" / "model").problems
-    with patch.object(export.ModelReader, "weight", lambda _, spec: torch.zeros(spec.shape)):
+    with patch.object(publish.ModelReader, "weight", lambda _, spec: torch.zeros(spec.shape)):
         found["export read back wrong"] = leave(folder / "models" / "model")
-    gather = export._gather
-    with patch.object(export, "_gather", lambda spec, *rest: gather(_queries_as_keys(spec), *rest)):
+    value = publish.TrainingReader.value
+    with patch.object(publish.TrainingReader, "value", lambda reader, spec: value(reader, _queries_as_keys(spec))):
         found["export under wrong names"] = leave(folder / "models" / "model")
     theta = config.model.model_copy(update={"rope_theta": 77.0})
     write = model_directory.config_json
@@ -158,8 +142,6 @@ def launched(folder: Path) -> list[dict[str, Any]]:
     records = read_complete(unrecorded)
     del records["part_00001.safetensors"]
     write_complete(unrecorded, records)
-    newest = training_checkpoint(folder / "nameless", {}, (2, 1, 1))
-    shutil.copytree(newest, newest.with_name(f".replaced-{checkpoint_name(9)}"))
     (folder / "models" / "thesis").mkdir(parents=True)
     (folder / "models" / "thesis" / "chapter.txt").write_text("years of work")
     return run_ranks("tests.training.saving.test_resume_safety:scenarios", 2, folder, timeout_s=150)
@@ -182,17 +164,6 @@ def test_a_damaged_checkpoint_is_refused_on_all_ranks(reports: list[dict[str, An
     assert same(reports, "unrecorded").startswith("none of the 1 checkpoints in ")
 
 
-def test_a_run_resumes_from_a_checkpoint_that_a_killed_conversion_had_renamed(
-    reports: list[dict[str, Any]],
-) -> None:
-    assert "another conversion is writing" in same(reports, "while it is replaced")
-    assert "on this rank only" not in same(reports, "while it is replaced")
-    assert same(reports, "after a kill").startswith("done: ") and same(reports, "after a kill").endswith(
-        "step_00000009"
-    )
-    assert same(reports, "left") == "[]"
-
-
 def test_a_rank_that_does_not_respond_is_reported_in_one_line(
     reports: list[dict[str, Any]],
 ) -> None:
@@ -203,18 +174,19 @@ def test_a_rank_that_does_not_respond_is_reported_in_one_line(
 
 def test_long_work_of_one_rank_gives_signs_of_life_on_all(reports: list[dict[str, Any]]) -> None:
     parameters = len(model_parameters(Case("stages", {}, (2, 1, 1)).config().model))
-    for report in reports:
-        # The engine's forward pass gives other signs in between; work after it must not look like that pass.
-        assert report["signs"][-1] is Phase.EXPORT and report["signs"].count(Phase.EXPORT) > parameters + 2
-    assert reports[0]["signs"].count(Phase.EXPORT) > 3 * parameters, "while it gathers, checks and computes"
+    # The engine's forward pass gives other signs in between; work after it must not look like that pass.
+    assert all(report["signs"][-1] is Phase.EXPORT for report in reports)
+    assert reports[0]["signs"].count(Phase.EXPORT) > 3 * parameters, "while it writes, checks and computes"
 
 
 def test_the_model_of_a_run_is_read_back_and_replaces_only_an_earlier_one(reports: list[dict[str, Any]]) -> None:
     assert same(reports, "export") == "done: None"
-    assert reports[0]["recorded"] == sorted([*CODE_FILES, "tokenizer.json", "tokenizer_config.json"])
+    assert reports[0]["recorded"] == sorted(
+        [*CODE_FILES, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    )
     assert same(reports, "problems") == "[]"
-    assert "is read back from" in same(reports, "export read back wrong")
-    assert "model is not the model that was trained" in same(reports, "export under wrong names")
-    assert "model is not the model that was trained" in same(reports, "export with another theta")
+    assert "was not written as it was read" in same(reports, "export read back wrong")
+    assert "it is not the model that was trained" in same(reports, "export under wrong names")
+    assert "rope_theta was not written as it was read" in same(reports, "export with another theta")
     assert "thesis will not be overwritten" in same(reports, "export over something else")
     assert same(reports, "kept") == "True"
