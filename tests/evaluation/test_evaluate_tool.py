@@ -22,7 +22,7 @@ from stagdist.evaluation import harness
 from stagdist.evaluation.perplexity import Scoring, score_file
 from stagdist.parallel.layout import model_parameters
 from tests.checkpoint.synthetic import model_directory, training_checkpoint
-from tests.ranks import ROOT, free_port, run_ranks
+from tests.ranks import GUARD_S, ROOT, Script, end_processes, fork_script, free_port, run_ranks
 from tests.reference import stagformer as reference
 from tests.reference.variants import BASE, VARIANTS
 from tools.evaluate import main
@@ -149,28 +149,35 @@ def test_invalid_arguments_are_one_line_and_code_2(
     assert_one_line(capsys, complaint)
 
 
+COMMON = ("perplexity", "--model", "model", "--text", "text.txt", "--quiet", "--device", "cpu")
+
+
 @pytest.mark.ranks
-@pytest.mark.parametrize(
-    ("launcher", "arguments", "complaint"),
-    [
-        (("deepspeed", "--num_accelerators", "2", "--master_port"), ("--model", "absent"), "absent is no directory"),
-        (
-            ("torchrun", "--nproc-per-node", "2", "--master-port"),
-            ("--window", "17"),
-            "--window is 17",
-        ),
-    ],
-    ids=["deepspeed", "torchrun"],
-)
-def test_one_of_several_ranks_reports_an_error(
-    place: Path, launcher: tuple[str, ...], arguments: tuple[str, ...], complaint: str
-) -> None:
-    common = ("perplexity", "--model", "model", "--text", "text.txt", "--quiet", "--device", "cpu")
-    ended = call(*launcher, str(free_port()), str(ROOT / "tools" / "evaluate.py"), *common, *arguments)
+def test_one_of_several_ranks_reports_an_error(place: Path) -> None:
+    launcher = ("deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()))
+    ended = call(*launcher, str(ROOT / "tools" / "evaluate.py"), *COMMON, "--model", "absent")
     assert ended.returncode != 0
-    reported = [line for line in (ended.stdout + ended.stderr).splitlines() if line.startswith("error: ")]
-    assert len(reported) == 1 and complaint in reported[0], ended.stdout + ended.stderr
-    assert 'evaluate.py", line' not in ended.stderr, "a stack of the tool"
+    one_error(ended.stdout + ended.stderr, "absent is no directory")
+
+
+@pytest.mark.ranks
+def test_one_of_several_ranks_reports_a_wrong_option(place: Path) -> None:
+    words, output = (*COMMON, "--window", "17"), place / "output"
+    ranks = fork_script(Script(ROOT / "tools" / "evaluate.py", words, place, output, output), 2)
+    try:
+        for rank in ranks:
+            rank.join(GUARD_S)
+        assert [rank.exitcode for rank in ranks] == [2, 2]
+    finally:
+        end_processes(ranks)
+    one_error(output.read_text(), "--window is 17")
+
+
+def one_error(text: str, complaint: str) -> None:
+    """One line says what is wrong, and there is no stack of the tool."""
+    reported = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(reported) == 1 and complaint in reported[0], text
+    assert 'evaluate.py", line' not in text
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
