@@ -1,6 +1,7 @@
 """Commands on the hosts of a cluster over ssh: argument lists, no shell of ours, and always a time limit."""
 
 import contextlib
+import math
 import os
 import shlex
 import signal
@@ -70,8 +71,8 @@ def remote_command(
     return line if folder is None else f"cd -- {shlex.quote(str(folder))} && {line}"
 
 
-def ssh_words(host: str, line: str, connect_s: int = CONNECT_S) -> list[str]:
-    """The ssh command that runs a line on a host; asks nothing, and notices a dead link.
+def ssh_words(host: str, line: str, connect_s: int = CONNECT_S, silence_s: float = 15.0) -> list[str]:
+    """The ssh command that runs a line on a host; asks nothing, and ends when no answer comes for `silence_s` seconds.
 
     Raises:
         ConfigError: the host name could be taken for something else.
@@ -81,7 +82,7 @@ def ssh_words(host: str, line: str, connect_s: int = CONNECT_S) -> list[str]:
         "BatchMode": "yes",
         "ConnectTimeout": str(connect_s),
         "ServerAliveInterval": str(_KEEP_ALIVE_S),
-        "ServerAliveCountMax": "3",
+        "ServerAliveCountMax": str(math.ceil(silence_s / _KEEP_ALIVE_S)),
         "ForwardX11": "no",
         "ClearAllForwardings": "yes",
         "ControlMaster": "no",  # one that goes to the background would hold our pipes open
