@@ -98,7 +98,7 @@ class Run:
 
     def _is_ours(self, one: psutil.Process) -> bool:
         try:
-            return JOB_VARIABLE in one.environ() and str(self.folder) in " ".join(one.cmdline())
+            return JOB_VARIABLE in one.environ() and one.cwd() == str(self.folder)
         except psutil.Error:
             return False
 
