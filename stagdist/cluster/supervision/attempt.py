@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from stagdist.cluster.supervision.diagnosis import Fault, SilenceLimits, find_exit, find_silence, steps_done
+from stagdist.cluster.supervision.diagnosis import MISSED_S, Fault, SilenceLimits, find_exit, find_silence, steps_done
 from stagdist.cluster.supervision.host_agents import AgentStart, HostAgents
 from stagdist.cluster.supervision.rank_reports import RankReport
 
@@ -141,7 +141,7 @@ class Attempt:
         """End all ranks. Agents end when their ranks have, and what these have started."""
         self._agents.send("end")
         deadline = time.monotonic() + FAREWELL_S
-        while time.monotonic() < deadline and not all(agent.ended for agent in self._agents.agents.values()):
+        while (now := time.monotonic()) < deadline and self._agents.at_work(now - MISSED_S):
             await asyncio.sleep(WATCH_S)
 
 

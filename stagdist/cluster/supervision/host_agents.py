@@ -44,6 +44,7 @@ class HostAgent:
 
     Attributes:
         hello: its first message: the host's own name, its ranks, how many leftovers it ended, its problem.
+        heard_at: monotonic seconds, of its last message, or of its start.
         ended: it has ended, or its connection is closed.
         done: it has ended in order, so that nothing of its ranks is left on the host.
     """
@@ -52,6 +53,7 @@ class HostAgent:
         self._command, self.job = start
         self._on_message = on_message
         self.hello: dict[str, Any] | None = None
+        self.heard_at = time.monotonic()
         self.ended = self.done = False
         self._process: asyncio.subprocess.Process | None = None
         self._printed, self._complaints = deque[str](maxlen=LINES_KEPT), deque[str](maxlen=LINES_KEPT)
@@ -100,6 +102,7 @@ class HostAgent:
             except ValueError:  # a login script of the host printed it
                 self._printed.append(line.decode(errors="replace").strip()[:300])
                 continue
+            self.heard_at = time.monotonic()
             if message["kind"] == "hello":
                 self.hello = message
             self._on_message(message)
@@ -143,6 +146,10 @@ class HostAgents:
         """Send a command to all agents."""
         for agent in self.agents.values():
             agent.send(encode(kind, **content))
+
+    def at_work(self, since: float) -> bool:
+        """Whether an agent that was heard after a time (monotonic seconds) has not ended."""
+        return any(not agent.ended and agent.heard_at > since for agent in self.agents.values())
 
     def silent_hosts(self) -> list[str]:
         """Hosts whose agents did not end in order."""

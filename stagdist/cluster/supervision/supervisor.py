@@ -8,7 +8,7 @@ import random
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 from stagdist.cluster.hosts.hostfile import Host
@@ -111,8 +111,8 @@ class Supervisor:
         # Name lookups and ssh take their time; signals are heard meanwhile.
         self._way = await asyncio.to_thread(choose_way, self._options.start_with, placement.hosts)
         # An earlier supervisor may have put a spare to work.
-        dead = await self._clear(placement.hosts + placement.spares)
-        dead = {host.name: dead[host.name] for host in placement.hosts if host.name in dead}
+        useless = await self._clear(placement.hosts + placement.spares)
+        dead = {host.name: useless[host.name] for host in self._hosts(useless)}
         refuse_unusable(dead)
         # What an earlier supervisor left on a host that does not answer may live for its lease from now on.
         await self._replace_dead(dead, time.monotonic())
@@ -121,7 +121,7 @@ class Supervisor:
         pause_s = 1.0
         while True:
             outcome = await self._attempt()
-            dead = await self._clear([host for host in self._placement.hosts if host.name in outcome.silent])
+            dead = await self._clear(self._hosts(outcome.silent))
             self._note_end(outcome, dead)
             if self._stop.is_set():
                 return self._stopped(outcome)
@@ -264,10 +264,10 @@ class Supervisor:
         LOG.warning("hosts that do not answer: %s", listed_hosts(dead))
         # Its ranks may be alive behind a cut link: they end when their lease does, and must not write beside new ones.
         await self._wait(last_heard + self._options.lease_s + PROBE_S - time.monotonic())
-        gone = await self._gone_still(dead)
+        useless = await self._clear([*self._hosts(dead), *self._placement.spares])
+        gone = {host: useless[host] for host in dead if host in useless}
         if not gone:
             return
-        useless = await self._clear(self._placement.spares)
         new = with_spares(self._placement, gone, lambda spare: spare not in useless)
         how = "a spare takes the place"
         if new is None and self._options.fits is not None:
@@ -280,9 +280,8 @@ class Supervisor:
         self._history.note("replace", lost=sorted(gone), how=how, hosts=hosts)
         LOG.warning("%s of %s: now on %s", how, ", ".join(sorted(gone)), ", ".join(hosts))
 
-    async def _gone_still(self, dead: Mapping[str, str]) -> Mapping[str, str]:
-        """Those that cannot be used yet, with the reason; on the others nothing is left of what they did."""
-        return await self._clear([host for host in self._placement.hosts if host.name in dead])
+    def _hosts(self, names: Collection[str]) -> list[Host]:
+        return [host for host in self._placement.hosts if host.name in names]
 
     async def _wait_for_hosts(self, dead: Mapping[str, str]) -> None:
         wait_s = self._options.host_wait_s
@@ -290,7 +289,7 @@ class Supervisor:
         deadline = time.monotonic() + wait_s
         while dead and time.monotonic() < deadline and not self._stop.is_set():
             await self._wait(PROBE_S)
-            dead = await self._gone_still(dead)
+            dead = await self._clear(self._hosts(dead))
         if self._stop.is_set():
             return
         if dead:
