@@ -145,7 +145,8 @@ class Supervisor:
         LOG.info("attempt %d on %s", self._number, ", ".join(hosts))
         self._at_work = True
         try:
-            attempt = Attempt(self._agents(), self._options.limits, self._on_line, self._on_step)
+            agents = await asyncio.to_thread(self._agents)  # looks up names
+            attempt = Attempt(agents, self._options.limits, self._on_line, self._on_step)
             return await attempt.run(self._stop, self._hurry)
         except OSError as error:  # no space for the files of an attempt
             first = f"first error: {self._fault.says}; then " if self._fault is not None else ""
@@ -188,7 +189,8 @@ class Supervisor:
         Returns: hosts that cannot be used, with the reason.
         """
         job = Job(self._run, str(self._lock), self._options.lease_s)
-        ended, dead = await clear({host.name: self._agent(host, job) for host in hosts})
+        agents = await asyncio.to_thread(lambda: {host.name: self._agent(host, job) for host in hosts})
+        ended, dead = await clear(agents)
         if ended:
             self._history.note("cleared", ended=ended)
             LOG.warning("%d processes that an earlier start had left were ended", ended)
