@@ -27,5 +27,6 @@ def allocation(folder: Path, path: str) -> dict[str, str]:
     return {
         "SLURM_JOB_ID": "10071", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "0",
         "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_CPUS_PER_TASK": "1",
-        "SLURM_LABELIO": "1", "PATH": f"{write_stand_ins(folder)}:{path}",
+        "SLURM_LABELIO": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "1",
+        "PATH": f"{write_stand_ins(folder)}:{path}",
     }  # fmt: skip

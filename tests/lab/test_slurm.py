@@ -1,4 +1,4 @@
-"""The script for Slurm, run with stand-ins for srun and scontrol that start real ranks on the hosts of the lab."""
+"""The scripts for Slurm, run with stand-ins for srun and scontrol that start real ranks on the hosts of the lab."""
 
 import sys
 from pathlib import Path
@@ -37,6 +37,32 @@ def test_the_batch_script_trains_over_two_hosts(
     assert losses(tmp_path, "run") == local_losses("pipe2")
 
 
-def test_the_batch_script_asks_for_a_configuration(lab: Lab) -> None:
-    code, text = lab.run("node1", ["bash", "launch/slurm/pretrain.sbatch"], cwd=ROOT)
-    assert (code, text) == (2, "usage: sbatch launch/slurm/pretrain.sbatch CONFIG [--set KEY=VALUE ...]\n")
+def test_the_supervised_batch_script_trains_over_two_hosts(
+    clean_lab: Lab, lab_corpus: Path, local_losses: LocalLosses, tmp_path: Path
+) -> None:
+    slurm_folder(tmp_path)
+    config = write_config(tmp_path, run_config(lab_corpus, "pipe2"))
+    batch = allocation(tmp_path, "/usr/bin:/bin") | {"STAGDIST_VENV": sys.prefix, "SPARES": "0"}
+    words = ["bash", "launch/slurm/supervised.sbatch", str(config)]
+    finish([clean_lab.popen("node1", words, env={**VARIABLES, **batch}, cwd=tmp_path)])
+    assert losses(tmp_path, "run") == local_losses("pipe2")
+    assert (tmp_path / "hostfile.10071").read_text() == "node1 slots=1\nnode2 slots=1\n"
+    output = sorted(path.name for path in (tmp_path / "runs/run/logs/attempt_001").iterdir())
+    assert output == ["rank_00000.node1.log", "rank_00001.node2.log"]
+    assert clean_lab.processes() == []
+
+
+def test_the_last_nodes_of_the_allocation_are_spares(clean_lab: Lab, tmp_path: Path) -> None:
+    slurm_folder(tmp_path)
+    batch = allocation(tmp_path, "/usr/bin:/bin") | {"STAGDIST_VENV": sys.prefix}
+    code, text = clean_lab.run(
+        "node1", ["bash", "launch/slurm/supervised.sbatch", "none.yaml"], env={**VARIABLES, **batch}, cwd=tmp_path
+    )
+    assert code == 2 and "none.yaml" in text.splitlines()[-1]
+    assert (tmp_path / "hostfile.10071").read_text() == "node1 slots=1\n#spare node2 slots=1\n"
+
+
+@pytest.mark.parametrize("name", ["pretrain", "supervised"])
+def test_the_batch_scripts_ask_for_a_configuration(lab: Lab, name: str) -> None:
+    code, text = lab.run("node1", ["bash", f"launch/slurm/{name}.sbatch"], cwd=ROOT)
+    assert (code, text) == (2, f"usage: sbatch launch/slurm/{name}.sbatch CONFIG [--set KEY=VALUE ...]\n")

@@ -26,10 +26,10 @@ LocalLosses = Callable[[str], dict[int, float]]
     "fault",
     [
         "kill_rank_1",
-        "srun_kill_rank_1",
         # In `make test`, tests/launch/test_run.py and tests/cluster/test_placement.py check the same decisions.
         pytest.param("power_off_spare", marks=pytest.mark.slow),
         pytest.param("sigkill_supervisor", marks=pytest.mark.slow),
+        pytest.param("srun_kill_rank_1", marks=pytest.mark.slow),
         pytest.param("srun_is_killed", marks=pytest.mark.slow),
     ],
 )
