@@ -11,22 +11,20 @@ MAX_NUMBER = 1_000_000
 """Largest number of an option."""
 
 EPILOG = """\
-Asks every host over ssh, then starts ranks through the launcher and measures the links between them. Prints one
-table; ! marks what differs or is slow; then every finding with its remedy and the verdict.
+Asks every host over ssh, then starts ranks there and measures the links between them. Prints one table; ! marks what
+differs or is slow; then every finding with its remedy and the verdict.
 Exit code: 0 fine, 1 problems found, 2 user error (command line, hostfile, configuration), 130 Ctrl-C.
 
 examples:
   python launch/doctor.py                                      this machine alone, two ranks
   python launch/doctor.py --hostfile hostfile --checkpoints /shared/runs
   python launch/doctor.py --hostfile hostfile --config configs/pythia-160m-staggered.yaml --json doctor.json
-  python launch/doctor.py --hostfile hostfile --write-env      writes .deepspeed_env: what ranks get of this shell
+  python launch/doctor.py --hostfile hostfile --write-env      writes .deepspeed_env, for starts by `deepspeed`
 """
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    from stagdist.cluster.doctor.run_probes import LAUNCHERS
-
     parser = argparse.ArgumentParser(
         prog="doctor.py",
         description=__doc__,
@@ -37,7 +35,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--hostfile", type=Path, metavar="FILE", help="hosts; without it this machine alone")
     add("--num-ranks", type=int, metavar="N", help="ranks on this machine alone (default 2)")
-    add("--launcher", choices=LAUNCHERS, default="pdsh", help="what starts the ranks (default pdsh)")
     add("--config", type=Path, metavar="FILE", help="take grid and folder from it; without it each host is a stage")
     key = "override one key of --config; repeatable"
     add("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=key)

@@ -1,7 +1,5 @@
 """What a host tells of itself, and how it is asked."""
 
-import dataclasses
-import json
 import os
 import socket
 import subprocess
@@ -10,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from pydantic import TypeAdapter
 
 from stagdist.cluster.doctor import host_probe
+from stagdist.cluster.doctor.examination import ask_all, ask_host
 from stagdist.cluster.doctor.facts import HostFacts
-from stagdist.cluster.doctor.run_probes import HostAccess, ask_all
+from stagdist.cluster.doctor.host_probe import temporary_folder
 from stagdist.errors import TransportError
 from tests.cluster.doctor_cases import facts
 
@@ -47,62 +45,70 @@ exec /bin/sh -c "$line"
     return tmp_path
 
 
-@pytest.mark.parametrize("known", [facts(), facts(storage=None)])
-def test_facts_survive_json(known: HostFacts) -> None:
-    assert TypeAdapter(HostFacts).validate_json(json.dumps(dataclasses.asdict(known))) == known
+def test_facts_survive_json() -> None:
+    assert HostFacts.model_validate_json(facts().model_dump_json()) == facts()
 
 
 def test_hosts_are_examined_and_leave_nothing_behind(pretended_hosts: Path) -> None:
     kept = pretended_hosts / "new" / "checkpoints"
-    slots = dict.fromkeys(["node1", "noisy", "dead", "broken", "bare"], 1)
-    answers = ask_all(slots, HostAccess(), pretended_hosts, kept, 8)
+    answers = ask_all(dict.fromkeys(["node1", "noisy", "dead", "broken", "bare"], 1), kept, 8)
     assert list(answers.facts) == ["node1", "noisy"]
     told = answers.facts["noisy"]
-    assert told.hostname == socket.gethostname() and told.packages["torch"]
-    assert told.folder and told.code == answers.facts["node1"].code
-    assert told.storage is not None and told.storage.write_mb_s > 0 and not told.storage.problem
-    assert answers.seen == {host: {"node1": True, "noisy": True} for host in ("node1", "noisy")}
-    assert abs(answers.clocks["node1"].offset_s) <= answers.clocks["node1"].error_s + 0.001
+    assert told.hostname == socket.gethostname() and told.versions["torch"]
+    assert told.folder and told.versions == answers.facts["node1"].versions
+    assert told.storage.write_mb_s > 0 and not told.storage.problem and told.storage.shared
+    assert abs(told.clock_offset_s) <= told.clock_error_s + 0.001
     assert "No route to host" in answers.silent["dead"] and "try `ssh dead true`" in answers.silent["dead"]
     assert "same paths on every host" in answers.silent["broken"]
     assert "same paths on every host" in answers.silent["bare"]
     assert not (pretended_hosts / "new").exists()
 
 
-def test_a_greeting_alone_is_no_clock(pretended_hosts: Path) -> None:
-    assert HostAccess().clock("dead") is None
-    assert HostAccess().clock("noisy") is not None
+def test_the_answer_of_a_host_bounds_its_clock(pretended_hosts: Path) -> None:
+    (pretended_hosts / "answer").write_text(facts(elapsed_s=0.3, clock=0.0).model_dump_json())
+    ahead = f"""#!{sys.executable}
+import time
+time.sleep(0.5)
+answer = open({str(pretended_hosts / "answer")!r}).read()
+print(answer.replace('"clock":0.0', f'"clock":{{time.time() + 100}}'), flush=True)
+time.sleep(0.2)
+"""
+    executable(pretended_hosts / "bin" / "ssh", ahead)
+    answer = ask_host("node1", {})
+    assert 0.2 <= answer.clock_error_s < 5
+    assert abs(answer.clock_offset_s - 100) <= answer.clock_error_s
 
 
 def test_an_examination_that_fails_says_how_to_see_it(pretended_hosts: Path) -> None:
-    with pytest.raises(TransportError, match="its examination failed .*KeyError.*run `"):
-        HostAccess().ask("node1", {"action": "nonsense"})
+    with pytest.raises(TransportError, match="its examination failed .*TypeError.*run `"):
+        ask_host("node1", {"nonsense": 1})
 
 
 def test_a_host_without_the_packages_is_reported_in_one_line(pretended_hosts: Path) -> None:
     with pytest.raises(TransportError, match="lacks a package .*ModuleNotFoundError.*; install it there: pip install"):
-        HostAccess().ask("unequipped", {"action": "clean"})
+        ask_host("unequipped", {})
 
 
 def test_a_folder_that_is_there_stays_with_what_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "step_00000001").mkdir()
-    kept = host_probe.write_files(tmp_path, "t", "node1", "secret", 4)
-    assert (kept.problem, kept.created) == ("", ())
-    assert host_probe.read_files(tmp_path, "t", ["node1"]) == {"node1": "secret"}
-    host_probe.remove_files(tmp_path, "t", list(kept.created))
+    with temporary_folder(tmp_path / "made"):
+        kept = host_probe.examine_storage(tmp_path / "made", "node1", 4)
+        assert list((tmp_path / "made").iterdir()) == []
+    assert (kept.problem, kept.shared, kept.path) == ("", True, str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
-def test_a_file_that_does_not_appear_is_waited_for_and_then_told(tmp_path: Path) -> None:
-    host_probe.write_files(tmp_path, "t", "node1", "secret", 4)
+def test_a_folder_that_does_not_appear_is_waited_for_and_then_not_shared(tmp_path: Path) -> None:
     started = time.monotonic()
-    assert host_probe.read_files(tmp_path, "t", ["node1", "node2"], timeout_s=0.5) == {"node1": "secret", "node2": None}
+    kept = host_probe.examine_storage(tmp_path / "new" / "made", "node1", 4, visible_s=0.5)
     assert 0.5 <= time.monotonic() - started < 3
+    assert (kept.problem, kept.shared) == ("", False) and kept.write_mb_s > 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    kept = host_probe.write_files(tmp_path / "file" / "runs", "t", "node1", "secret", 4)
+    kept = host_probe.examine_storage(tmp_path / "file" / "runs" / "made", "node1", 4, visible_s=0)
     assert "Not a directory" in kept.problem
 
 

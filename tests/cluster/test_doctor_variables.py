@@ -24,7 +24,7 @@ def test_the_file_in_the_folder_overrules_the_one_at_home(tmp_path: Path) -> Non
         place.mkdir()
         (place / ".deepspeed_env").write_text(text)
     handed = read_deepspeed_env(folder, {"HOME": str(home)})
-    assert (handed.variables, handed.findings) == ({"NCCL_DEBUG": "INFO", "HF_HOME": "/b"}, ())
+    assert handed == ({"NCCL_DEBUG": "INFO", "HF_HOME": "/b"}, [])
 
 
 @pytest.mark.parametrize(
@@ -44,9 +44,8 @@ def test_the_file_in_the_folder_overrules_the_one_at_home(tmp_path: Path) -> Non
 )
 def test_a_line_that_harms_is_a_problem_and_is_not_handed_on(tmp_path: Path, line: str, complaint: str) -> None:
     (tmp_path / ".deepspeed_env").write_text(f"A=1\n{line}\nB=2\n")
-    handed = read_deepspeed_env(tmp_path, {"HOME": str(tmp_path)})
-    assert handed.variables == {"A": "1", "B": "2"}
-    (found,) = handed.findings
+    variables, (found,) = read_deepspeed_env(tmp_path, {"HOME": str(tmp_path)})
+    assert variables == {"A": "1", "B": "2"}
     assert found.level == PROBLEM and "line 2" in found.what and complaint in found.what
     assert "0123" not in str(found)
 
@@ -54,26 +53,25 @@ def test_a_line_that_harms_is_a_problem_and_is_not_handed_on(tmp_path: Path, lin
 def test_a_line_with_a_url_without_a_password_is_handed_on(tmp_path: Path) -> None:
     (tmp_path / ".deepspeed_env").write_text("HF_ENDPOINT=https://hub:80/a@b\nMLFLOW_TRACKING_PASSWORD=\n")
     handed = read_deepspeed_env(tmp_path, {"HOME": str(tmp_path)})
-    assert handed.variables == {"HF_ENDPOINT": "https://hub:80/a@b", "MLFLOW_TRACKING_PASSWORD": ""}
-    assert handed.findings == ()
+    assert handed == ({"HF_ENDPOINT": "https://hub:80/a@b", "MLFLOW_TRACKING_PASSWORD": ""}, [])
 
 
 def test_what_deepspeed_would_show_by_itself_is_noted_until_the_file_replaces_it(tmp_path: Path) -> None:
     shell = {"HOME": str(tmp_path), "MLFLOW_TRACKING_URI": "https://u:0123@h", "NCCL_X": "a b", "UCX_TLS": "tcp"}
     for text, noted in (("A=1\n", "MLFLOW_TRACKING_URI, NCCL_X"), ("MLFLOW_TRACKING_URI=\n", "NCCL_X")):
         (tmp_path / ".deepspeed_env").write_text(text)
-        (found,) = read_deepspeed_env(tmp_path, shell).findings
+        _, (found,) = read_deepspeed_env(tmp_path, shell)
         assert found.level == NOTE and found.what.endswith(f" {noted}") and "0123" not in str(found)
     write_deepspeed_env(tmp_path / ".deepspeed_env", tmp_path / PRIVATE_NAME, shell)
-    assert read_deepspeed_env(tmp_path, shell).findings == ()
+    assert read_deepspeed_env(tmp_path, shell)[1] == []
 
 
 def test_without_a_file_the_variables_that_stay_behind_are_noted(tmp_path: Path) -> None:
     shell = {"HOME": str(tmp_path), "PATH": "/bin", "NCCL_DEBUG": "INFO", "HF_HOME": "/a", "WANDB_API_KEY": "k"}
-    (found,) = read_deepspeed_env(tmp_path, shell).findings
+    _, (found,) = read_deepspeed_env(tmp_path, shell)
     # DeepSpeed hands on NCCL's by itself.
     assert found.level == NOTE and found.what.endswith("will not see HF_HOME, WANDB_API_KEY")
-    assert read_deepspeed_env(tmp_path, {"HOME": str(tmp_path), "PATH": "/bin"}).findings == ()
+    assert read_deepspeed_env(tmp_path, {"HOME": str(tmp_path), "PATH": "/bin"})[1] == []
 
 
 def test_the_written_file_is_read_back_and_secrets_lie_beside_it(
@@ -84,13 +82,14 @@ def test_the_written_file_is_read_back_and_secrets_lie_beside_it(
     monkeypatch.setenv("HF_HOME", "/a folder")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
-    names, handed = write_variables(tmp_path / ".deepspeed_env", "node1", "eth0")
+    names = write_variables(tmp_path / ".deepspeed_env", "node1", "eth0")
+    variables, findings = read_deepspeed_env(tmp_path, {"HOME": str(tmp_path)})
     assert {"WANDB_API_KEY", "HF_HOME", "GLOO_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT"} <= set(names)
-    assert handed.findings == () and "0123" not in (tmp_path / ".deepspeed_env").read_text()
-    assert handed.variables["MASTER_ADDR"] == "node1"
-    assert handed.variables["GLOO_SOCKET_IFNAME"] == "eth0"
-    assert handed.variables["NCCL_SOCKET_IFNAME"] == "ib0"  # what the shell says counts more
-    there = dict(handed.variables)
+    assert findings == [] and "0123" not in (tmp_path / ".deepspeed_env").read_text()
+    assert variables["MASTER_ADDR"] == "node1"
+    assert variables["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert variables["NCCL_SOCKET_IFNAME"] == "ib0"  # what the shell says counts more
+    there = dict(variables)
     assert there[PRIVATE_FILE] == str(tmp_path / PRIVATE_NAME)
     load_private(there)
     assert (there["WANDB_API_KEY"], there["HF_HOME"]) == ("0123", "/a folder")

@@ -1,36 +1,53 @@
-"""The complete examination: hosts, then links, then the report."""
+"""The complete examination: hosts, variables, links, report."""
 
-import dataclasses
+import contextlib
 import json
 import os
 import platform
+import secrets
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stagdist.cluster.doctor.facts import PROBLEM, Finding, Links, Survey
+from stagdist.cluster.doctor.facts import ALONE, PROBLEM, ROOT, Finding, HostFacts, LinkReport, Survey
 from stagdist.cluster.doctor.findings import findings
-from stagdist.cluster.doctor.host_probe import free_port
+from stagdist.cluster.doctor.host_probe import temporary_folder
+from stagdist.cluster.doctor.link_probe import ERROR_PREFIX
 from stagdist.cluster.doctor.report import report
-from stagdist.cluster.doctor.run_probes import HostAccess, LinkPlan, ask_all, measure_links
 from stagdist.cluster.doctor.variables import (
     INTERFACE_NAMES,
-    ForwardedVariables,
     common_route,
     master_address,
-    needs_interface,
     read_deepspeed_env,
     stale_master,
     write_variables,
 )
 from stagdist.cluster.hosts.hostfile import Host, Hostfile, read_hostfile
+from stagdist.cluster.hosts.remote import SSH_FAILED, Finished, on_all, remote_command, run_here, run_on
+from stagdist.cluster.hosts.shell_variables import may_be_shown, rank_variables
 from stagdist.config.loading import load_config
 from stagdist.errors import ConfigError, TransportError
 from stagdist.parallel.grid import Grid, grid_for
+from stagdist.parallel.lost_peer_phrases import peer_closed
 
-ALONE = "localhost"
+HOST_PROBE = "stagdist.cluster.doctor.host_probe"
+LINK_PROBE = "stagdist.cluster.doctor.link_probe"
+EXAMINE_S = 90.0
+"""Seconds for the report of one host; writing the test file takes most of it."""
+
+GRACE_S = 5.0
+"""Seconds in which a command ends whose time is up."""
+
+START_SHARE = 0.6
+"""Share of the time limit in which all ranks must start: hosts may load Python from one slow disk."""
+
+TIME_UP = (None, 124, 137)
+"""Exit codes of a command whose time was up, here or by `timeout` on its host."""
+
+LONGEST_NAME = 255
+"""Bytes of the name of a file on Linux."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +56,6 @@ class DoctorOptions:
 
     hostfile: Path | None = None  # hosts; None for this machine alone
     num_ranks: int = 2  # on this machine alone
-    launcher: str = "pdsh"  # see `linking.LAUNCHERS`
     config: Path | None = None  # configuration of the run: its grid and its folder
     overrides: Sequence[str] = ()  # of the configuration, KEY=VALUE
     checkpoints: Path | None = None  # folder of the checkpoints; None for the configuration's, else `runs`
@@ -49,122 +65,78 @@ class DoctorOptions:
     time_limit_s: int = 150  # for measuring the links
 
 
-LONGEST_NAME = 255
-"""Bytes of the name of a file on Linux."""
-
-
 def examine(options: DoctorOptions) -> int:
     """Examine, print the report to standard output. Returns: 0 fine, 1 problems.
 
     Raises:
         ConfigError: hostfile, configuration, a variable or a file cannot be used.
     """
-    known = read_hostfile(options.hostfile) if options.hostfile else Hostfile(())
-    hosts, spares = known.hosts, known.spares
-    grid, checkpoints = _layout(options, hosts)
+    known = read_hostfile(options.hostfile) if options.hostfile else Hostfile((Host(ALONE, options.num_ranks),))
+    grid, checkpoints = _layout(options, known.hosts)
     for name, path in (("--json", options.json), ("--write-env", options.write_env)):
         if path is not None and not os.path.isdir(path.absolute().parent):
             raise ConfigError(f"{name} {path}: there is no folder {path.parent}; make it first")
         if path is not None and (os.path.isdir(path) or len(os.fsencode(path.name)) > LONGEST_NAME):
             raise ConfigError(f"{name} {path} is a folder, or its name is too long; name a file")
-    slots = {host.name: host.slots for host in (*hosts, *spares)} or {ALONE: grid.world_size}
+    slots = {host.name: host.slots for host in (*known.hosts, *known.spares)}
     whom = next(iter(slots)) if len(slots) == 1 else f"{len(slots)} hosts"
     _say(f"asking {whom}, writing {options.write_mib} MiB to {checkpoints}")
-    survey = ask_all(slots, HostAccess(alone=not hosts), Path.cwd(), checkpoints, options.write_mib)
-    survey, handed = _variables(options, hosts, survey)
-    survey = _links(options, hosts, grid, survey, handed)
+    survey = ask_all(slots, checkpoints.absolute(), options.write_mib)
+    variables, environment = _variables(options, known.hosts, survey.facts)
+    survey = survey.model_copy(update={"interface": variables.get(INTERFACE_NAMES[0]), "environment": environment})
+    try:
+        links = measure_links(known.hosts, grid, survey.facts, variables, options.time_limit_s)
+        survey = survey.model_copy(update={"links": links})
+    except TransportError as error:
+        survey = survey.model_copy(update={"links_problem": str(error)})
     found = findings(survey)
     print(report(survey, found), end="", flush=True)
     code = int(any(finding.level == PROBLEM for finding in found))
     if options.json is not None:
-        _write(options.json, options, survey, found, code)
+        _write(options.json, survey, found, code)
     return code
 
 
 def _layout(options: DoctorOptions, hosts: Sequence[Host]) -> tuple[Grid, Path]:
     """The grid of the ranks and the folder of the checkpoints. Without a configuration every host is a stage."""
-    world_size = sum(host.slots for host in hosts) or options.num_ranks
-    folder = Path("runs")
+    slots = [host.slots for host in hosts]
+    grid, folder = Grid(sum(slots), 1, 1), Path("runs")
     if options.config is not None:
         config = load_config(str(options.config), list(options.overrides))
-        folder = Path(config.folder)
-        grid = grid_for(config, world_size)
-    elif hosts and len({host.slots for host in hosts}) == 1:
-        grid = Grid(len(hosts), hosts[0].slots, 1)
-    else:
-        grid = Grid(world_size, 1, 1)
+        grid, folder = grid_for(config, sum(slots)), Path(config.folder)
+    elif options.hostfile and len(set(slots)) == 1:
+        grid = Grid(len(hosts), slots[0], 1)
     return grid, options.checkpoints or folder
 
 
-def _variables(options: DoctorOptions, hosts: Sequence[Host], survey: Survey) -> tuple[Survey, ForwardedVariables]:
-    """What ranks will get; writes them to a file on request."""
-    facts = survey.facts.values()
+def _variables(
+    options: DoctorOptions, hosts: Sequence[Host], facts: Mapping[str, HostFacts]
+) -> tuple[dict[str, str], tuple[Finding, ...]]:
+    """What ranks get of this shell and of `.deepspeed_env`, which is written on request; what is wrong with it."""
     names = [host.name for host in hosts]
-    route = common_route(facts) if hosts and needs_interface(facts) else None
-    if options.write_env is None:
-        handed = read_deepspeed_env(Path.cwd()) if hosts else ForwardedVariables(_interfaces_of_this_shell())
-        fixed = False
-    else:
-        master = master_address(names, survey.facts) if hosts else None
-        written, handed = write_variables(options.write_env, master, route)
-        _say(f"{options.write_env} hands on {', '.join(written)}")
-        fixed = route is not None
-    interface = handed.variables.get(INTERFACE_NAMES[0])
-    other = (*handed.findings, *(stale_master(handed.variables, names, survey.facts) if hosts else ()))
-    return dataclasses.replace(survey, interface=interface, fixed=fixed, other=other), handed
+    variables: dict[str, str] = {}
+    found: list[Finding] = []
+    shell = {name: value for name, value in rank_variables(os.environ).items() if may_be_shown(name, value)}
+    several = options.hostfile is not None
+    if path := options.write_env:
+        lost = several and any(fact.own_interface in (None, "lo") for fact in facts.values())
+        interface = common_route(facts.values()) if lost else None
+        written = write_variables(path, master_address(names, facts) if several else None, interface)
+        _say(f"{path} hands on {', '.join(written)}")
+        variables, found = read_deepspeed_env(path.parent, {"DS_ENV_FILE": path.name, "HOME": str(path.parent)})
+    elif several:
+        variables, found = read_deepspeed_env(Path.cwd())
+        found += stale_master(variables, names, facts)
+    return shell | variables, tuple(found)
 
 
-def _interfaces_of_this_shell() -> dict[str, str]:
-    return {name: os.environ[name] for name in INTERFACE_NAMES if name in os.environ}
-
-
-def _links(
-    options: DoctorOptions, hosts: Sequence[Host], grid: Grid, survey: Survey, handed: ForwardedVariables
-) -> Survey:
-    working = [host.name for host in hosts] or [ALONE]
-    silent = [name for name in working if name not in survey.facts]
-    if silent:
-        return dataclasses.replace(survey, links_problem=f"{', '.join(silent)} did not answer")
-    if grid.world_size < 2:
-        return survey
-    variables = dict(handed.variables)
-    route = common_route(survey.facts.values())
-    if hosts and needs_interface(survey.facts.values()) and survey.interface is None and route:
-        _say(f"a host takes its own name for itself: measuring with GLOO_SOCKET_IFNAME={route}")
-        variables |= dict.fromkeys(INTERFACE_NAMES, route)
-    first = survey.facts[working[0]]
-    plan = LinkPlan(
-        grid=grid,
-        hosts=tuple(hosts),
-        launcher=options.launcher,
-        master=master_address(working, survey.facts) if hosts else "127.0.0.1",
-        port=first.free_port if hosts else free_port(),
-        variables=variables,
-        limit_s=options.time_limit_s,
-    )
-    _say(f"measuring links between {grid.world_size} ranks ({grid})")
-    try:
-        return dataclasses.replace(survey, links=measure_links(plan))
-    except TransportError as error:
-        return dataclasses.replace(survey, links_problem=str(error))
-
-
-def _write(path: Path, options: DoctorOptions, survey: Survey, found: Sequence[Finding], code: int) -> None:
-    links: Links | None = survey.links
+def _write(path: Path, survey: Survey, found: Sequence[Finding], code: int) -> None:
     body = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "doctor_host": platform.node(),
         "python": sys.executable,
-        "launcher": options.launcher if options.hostfile else "local",
-        "hosts": list(survey.hosts),
-        "slots": survey.slots,
-        "facts": {host: dataclasses.asdict(fact) for host, fact in survey.facts.items()},
-        "silent": survey.silent,
-        "clocks": {host: dataclasses.asdict(clock) for host, clock in survey.clocks.items()},
-        "seen": survey.seen,
-        "interface": survey.interface,
-        "links": links and dataclasses.asdict(links),
-        "findings": [dataclasses.asdict(finding) for finding in found],
+        **survey.model_dump(exclude={"environment"}),
+        "findings": [asdict(finding) for finding in found],
         "exit_code": code,
     }
     try:
@@ -175,3 +147,129 @@ def _write(path: Path, options: DoctorOptions, survey: Survey, found: Sequence[F
 
 def _say(text: str) -> None:
     print(f"doctor: {text}", file=sys.stderr, flush=True)
+
+
+# --- hosts ------------------------------------------------------------------------------------------------------------
+
+
+def run(host: str, module: str, *words: str, limit_s: float, stdin: str = "", **variables: str) -> Finished:
+    """Run one of the doctor's programs on a host, or here for `ALONE`, for at most `limit_s` seconds."""
+    command = [sys.executable, "-m", module, *words]
+    if host == ALONE:
+        line = remote_command(command, limit_s, ROOT, variables)
+        return run_here(["sh", "-c", line], limit_s + GRACE_S, stdin=stdin)
+    return run_on(host, command, limit_s, folder=ROOT, environment=variables, stdin=stdin)
+
+
+def ask_all(slots: dict[str, int], checkpoints: Path, write_mib: int) -> Survey:
+    """Examine all hosts.
+
+    Args:
+        slots: ranks by host, in the order of the ranks.
+        checkpoints: absolute path of the folder to try.
+        write_mib: size of the file to measure the disk with, in MiB.
+    """
+    storage = checkpoints / f".stagdist-doctor-{secrets.token_hex(8)}"
+    request = {"hosts": list(slots), "folder": str(Path.cwd()), "storage": str(storage), "size_mib": write_mib}
+
+    def ask(host: str) -> HostFacts | TransportError:
+        try:
+            return ask_host(host, request)
+        except TransportError as error:
+            return error
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # hosts that cannot write there either say why; the others do not see it
+            stack.enter_context(temporary_folder(storage))
+        answers = on_all(slots, ask)
+    facts = {host: answer for host, answer in answers.items() if isinstance(answer, HostFacts)}
+    silent = {host: str(answer) for host, answer in answers.items() if host not in facts}
+    return Survey(hosts=tuple(slots), slots=slots, facts=facts, silent=silent)
+
+
+def ask_host(host: str, request: Mapping[str, object]) -> HostFacts:
+    """The answer of a host, with its clock: it answered after its examination and before the answer arrived here.
+
+    Raises:
+        TransportError: there is none; says why and what helps.
+    """
+    sent = time.time()
+    done = run(host, HOST_PROBE, limit_s=EXAMINE_S, stdin=json.dumps({**request, "host": host}))
+    if not done.ok or not done.stdout:
+        raise TransportError(_why_silent(host, done))
+    facts = HostFacts.model_validate_json(done.stdout.splitlines()[-1])  # a login script may print lines before
+    error_s = max(0.0, done.wall_s - facts.elapsed_s) / 2
+    offset_s = facts.clock - (sent + facts.elapsed_s + error_s)
+    return facts.model_copy(update={"clock_offset_s": offset_s, "clock_error_s": error_s})
+
+
+def _why_silent(host: str, done: Finished) -> str:
+    if done.code == SSH_FAILED or (done.code is None and not done.stderr):
+        return (
+            f"does not answer ssh ({done.reason}); try `ssh {host} true`: it must work without a question, then look "
+            "at power, network and keys"
+        )
+    if "ModuleNotFoundError" in done.reason:
+        return f"lacks a package ({done.reason}); install it there: pip install -c constraints.txt -e ."
+    if done.code in (1, 2, 127) and ("cd:" in done.stderr or "failed to run command" in done.stderr):
+        return (
+            f"cannot start Python ({done.reason}); put code and environment at the same paths on every host: {ROOT} "
+            f"and {sys.executable}"
+        )
+    return f"its examination failed ({done.reason}); run `{sys.executable} -m {HOST_PROBE}` there"
+
+
+# --- links between ranks ----------------------------------------------------------------------------------------------
+
+
+def measure_links(
+    hosts: Sequence[Host], grid: Grid, facts: Mapping[str, HostFacts], variables: Mapping[str, str], limit_s: int
+) -> LinkReport | None:
+    """Start the ranks on all hosts and bring back what they measured; None for a single rank.
+
+    Args:
+        hosts: in the order of their ranks.
+        grid: of all ranks.
+        facts: of the hosts that answered.
+        variables: for the ranks; visible in process lists.
+        limit_s: seconds that it may take.
+
+    Raises:
+        TransportError: they did not get there; says what the first of them said.
+    """
+    names = [host.name for host in hosts]
+    if silent := [name for name in names if name not in facts]:
+        raise TransportError(f"{', '.join(silent)} did not answer")
+    if grid.world_size == 1:
+        return None
+    _say(f"measuring links between {grid.world_size} ranks ({grid})")
+    address = "127.0.0.1" if names == [ALONE] else master_address(names, facts)
+    variables = {**variables, "MASTER_ADDR": address, "MASTER_PORT": str(facts[names[0]].port)}
+    sizes = [str(size) for size in (grid.pipe, grid.data, grid.tensor)]
+
+    def start(name: str) -> Finished:
+        index = names.index(name)
+        first = sum(host.slots for host in hosts[:index])
+        words = ["--grid", *sizes, "--first-rank", str(first), "--ranks", str(hosts[index].slots)]
+        words += ["--start-s", f"{START_SHARE * limit_s:g}"]
+        return run(name, LINK_PROBE, *words, limit_s=limit_s, **variables)
+
+    return read_links(on_all(names, start, at_once=len(names)))
+
+
+def read_links(ended: Mapping[str, Finished]) -> LinkReport:
+    """The result among everything that the ranks of all hosts wrote.
+
+    Raises:
+        TransportError: it is not there.
+    """
+    results = [line for done in ended.values() for line in done.stdout.splitlines() if line.startswith('{"grid":')]
+    if results and all(done.ok for done in ended.values()):
+        return LinkReport.model_validate_json(results[0])
+    lines = [line for done in ended.values() for line in done.stderr.splitlines()]
+    if errors := [line for line in lines if line.startswith(ERROR_PREFIX)]:
+        raise TransportError(f"{len(errors)} ranks failed, the first: {sorted(errors, key=peer_closed)[0]}")
+    for host, done in ended.items():
+        if not done.ok and done.code not in TIME_UP:
+            raise TransportError(f"ranks on {host} failed: {done.reason}")
+    raise TransportError("the ranks did not end within the time limit; a network that swallows packets, or too short")

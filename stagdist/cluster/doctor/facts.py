@@ -1,9 +1,21 @@
-"""What the doctor finds out, as plain data: of hosts, of links between ranks, and what is wrong with either."""
+"""What the doctor finds out, as plain data: facts about hosts, links between ranks, and findings.
 
-from dataclasses import dataclass, field
+Pydantic models cross process boundaries as JSON; the dataclasses are parts of them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel
 
 PROBLEM = "problem"
 NOTE = "note"
+
+ALONE = "localhost"
+"""Name of this machine. It is examined without ssh."""
+
+ROOT = Path(__file__).resolve().parents[3]
+"""Folder that holds the package. It must be at the same path on all hosts."""
 
 
 @dataclass(frozen=True)
@@ -20,85 +32,65 @@ class Storage:
     """The folder of the checkpoints as one host sees it."""
 
     path: str  # absolute
-    problem: str = ""  # why nothing can be written there; empty when all is well
+    shared: bool  # whether the host sees what the doctor made there
+    problem: str = ""  # why nothing can be written there; empty if it can
     kind: str = ""  # type of the file system, for example nfs4
-    total_mib: int = 0  # size of the file system
-    free_mib: int = 0  # of it free
-    write_mb_s: float = 0.0  # 10^6 bytes per second, while all hosts write, with what it takes to be safe on the disk
-    created: tuple[str, ...] = ()  # folders that were made for the examination, outermost first
+    space_mib: tuple[int, int] = (0, 0)  # size of the file system, and free
+    write_mb_s: float = 0.0  # 10^6 bytes per second, while all hosts write, fsync included
 
 
-@dataclass(frozen=True)
-class HostFacts:
-    """Facts about one host."""
+class HostFacts(BaseModel, frozen=True):
+    """What a host reports about itself."""
 
     hostname: str  # its own idea of its name
-    python: str  # version
-    packages: dict[str, str | None]  # version by name; None where it is missing
-    code: str  # fingerprint of stagdist's source files
-    driver: str | None  # version of the GPU driver
+    versions: dict[str, str | None]  # by row of the table; None if missing. Should be the same on all hosts
     devices: tuple[Accelerator, ...]  # accelerators that the driver shows
     cores: int  # that a process may use
     memory_mib: tuple[int, int]  # total and available
     shm_mib: tuple[int, int]  # size and free space of /dev/shm
     open_files: tuple[int, int]  # soft and hard limit
-    addresses: dict[str, str | None]  # of every host by name; None where the name is not known
+    addresses: dict[str, str | None]  # of every host by name; None if the name is not known
     own_address: str | None  # of its hostname
     interfaces: dict[str, list[str]]  # addresses by network interface
     route: str | None  # interface on the way to the first host (from there, to the second)
-    free_port: int  # one that nothing listens on
-    folder: bool = True  # whether the launcher's working directory is there
-    storage: Storage | None = None  # the folder of the checkpoints
+    port: int  # one that nothing listens on
+    folder: bool  # whether the doctor's working directory is there
+    storage: Storage  # the folder of the checkpoints
+    clock: float  # seconds since 1970, when it reported
+    elapsed_s: float  # at least, from the start of its examination until it reported
+    clock_offset_s: float = 0.0  # of `clock`, positive if the host is ahead of the doctor's machine, which fills it in
+    clock_error_s: float = 0.0  # largest error of the offset
 
     @property
     def own_interface(self) -> str | None:
-        """Interface that carries the address of the own name: the one that gloo uses by default."""
-        address = self.own_address
-        if address is not None and address.startswith("127."):
+        """Interface that carries the address of the own name, which gloo uses by default."""
+        if self.own_address is not None and self.own_address.startswith("127."):
             return "lo"
-        return next((name for name, addresses in self.interfaces.items() if address in addresses), None)
+        return next((name for name, addresses in self.interfaces.items() if self.own_address in addresses), None)
 
 
 @dataclass(frozen=True)
-class ClockOffset:
-    """A host's clock against the one of the machine where the doctor runs."""
+class Link:
+    """All-reduce of a group of ranks. A stage boundary is a group of two."""
 
-    offset_s: float  # positive when the host is ahead
-    error_s: float  # how far off that may be, half the shortest round trip
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """Two ranks of neighboring stages."""
-
-    stage: int  # of the first rank
-    ranks: tuple[int, int]  # the sending and the receiving one, in the direction of the activations
-    latency_s: float  # half a round trip of a small message
-    forward_bytes_s: float  # bytes per second in the direction of the activations
-    backward_bytes_s: float  # in the direction of the gradients
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """All-reduce of one group."""
-
-    axis: str  # data, tensor or all
+    axis: str  # pipe, tensor or data, or all for all ranks
     ranks: tuple[int, ...]  # of the group
     latency_s: float  # of one small number
-    bytes_s: float  # size of a large tensor over the time
+    bytes_s: float  # size of a large tensor over the time, in bytes per second
     correct: bool  # whether the sum was right
 
+    def __str__(self) -> str:
+        return f"{self.latency_s * 1e3:.2f} ms, {self.bytes_s / 1e6:.0f} MB/s"
 
-@dataclass(frozen=True)
-class Links:
+
+class LinkReport(BaseModel, frozen=True):
     """What the ranks measured."""
 
     grid: tuple[int, int, int]  # stages, data and tensor sizes
     backend: str  # nccl or gloo
     hosts: tuple[str, ...]  # host name by rank
     devices: tuple[str, ...]  # by rank
-    boundaries: tuple[Boundary, ...]  # of all stages
-    reductions: tuple[Reduction, ...]  # of all groups of more than one rank
+    links: tuple[Link, ...]  # of all groups of more than one rank
 
 
 @dataclass(frozen=True)
@@ -116,19 +108,14 @@ class Finding:
         return f"{self.level}: {where}{self.what}; {self.remedy}"
 
 
-@dataclass(frozen=True)
-class Survey:
+class Survey(BaseModel, frozen=True):
     """Everything that was found out."""
 
     hosts: tuple[str, ...]  # names in the order of their ranks
     slots: dict[str, int]  # ranks by host
     facts: dict[str, HostFacts]  # of the hosts that answered
-    silent: dict[str, str] = field(default_factory=dict)  # why the others did not
-    clocks: dict[str, ClockOffset] = field(default_factory=dict)  # of the hosts that answered
-    # reading host -> writing host -> whether the file written there was read here
-    seen: dict[str, dict[str, bool]] = field(default_factory=dict)
+    silent: dict[str, str] = {}  # why the others did not
     interface: str | None = None  # GLOO_SOCKET_IFNAME that ranks will get
-    fixed: bool = False  # whether the doctor set `interface` itself, in the file that it wrote
-    links: Links | None = None  # what the ranks measured
+    links: LinkReport | None = None  # what the ranks measured
     links_problem: str = ""  # why they did not
-    other: tuple[Finding, ...] = ()  # findings made on the way
+    environment: tuple[Finding, ...] = ()  # findings about the variables of the ranks

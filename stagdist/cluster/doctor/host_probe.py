@@ -1,61 +1,54 @@
-"""The program that the doctor runs on every host: reads a request (JSON) from standard input, prints one line of JSON.
+"""The program that the doctor runs on every host: reads a request (JSON) from standard input, prints `HostFacts`.
 
-Imports no framework, so an answer takes a fraction of a second.
+Imports no framework, so that the answer takes a fraction of a second.
 """
 
 import contextlib
-import ctypes
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-import random
 import resource
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-import stagdist
-from stagdist.cluster.doctor.facts import Accelerator, HostFacts, Storage
-
-ANSWER_PREFIX = "STAGDIST-HOST "
-"""First characters of the answer. A login script may print other lines."""
+from stagdist.cluster.doctor.facts import ROOT, Accelerator, HostFacts, Storage
 
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 DRIVER_S = 20
 BLOCK_BYTES = 4 << 20
 VISIBLE_S = 5.0
-"""Seconds to wait for a file written by another host: network file systems cache directory entries."""
-
-_PORTS = range(20000, 30000)
+"""Seconds until another host's folder is visible: network file systems cache directory entries."""
 
 
-def examine(request: dict[str, Any]) -> dict[str, Any]:
-    """Collect everything about this host that does not depend on other hosts."""
+def examine(host: str, hosts: list[str], folder: str, storage: str, size_mib: int) -> HostFacts:
+    """Collect everything about this host.
+
+    Args:
+        host: the doctor's name of this host.
+        hosts: names of all hosts.
+        folder: the doctor's working directory.
+        storage: the temporary folder that the doctor made among the checkpoints.
+        size_mib: size of the file that measures the disk, in MiB.
+    """
+    started = time.monotonic() - time.process_time()  # about when Python started: the clock is known the better
     interfaces = network_interfaces()
     devices, driver = gpus()
-    first, second = (request["hosts"] * 2)[:2]
-    target = second if request["host"] == first else first
-    addresses = {name: address_of(name) for name in request["hosts"]}
-    storage = None
-    if request["checkpoints"]:
-        path = Path(request["checkpoints"])
-        storage = write_files(path, request["token"], request["host"], request["content"], request["mib"])
+    addresses = {name: address_of(name) for name in hosts}
+    target = next((name for name in hosts[:2] if name != host), host)
+    kept = examine_storage(Path(storage), host, size_mib)
     memory = psutil.virtual_memory()
-    facts = HostFacts(
+    return HostFacts(
         hostname=socket.gethostname(),
-        python=platform.python_version(),
-        packages={name: _version(name) for name in PACKAGES} | {"nccl": nccl()},
-        code=fingerprint(Path(stagdist.__file__).parent),
-        driver=driver,
+        versions=versions() | {"driver": driver},
         devices=devices,
         cores=len(os.sched_getaffinity(0)),
         memory_mib=(memory.total >> 20, memory.available >> 20),
@@ -65,35 +58,23 @@ def examine(request: dict[str, Any]) -> dict[str, Any]:
         own_address=address_of(socket.gethostname()),
         interfaces=interfaces,
         route=route_to(addresses[target], interfaces),
-        free_port=free_port(),
-        folder=Path(request["folder"]).is_dir(),
-        storage=storage,
+        port=free_port(),
+        folder=Path(folder).is_dir(),
+        storage=kept,
+        elapsed_s=time.monotonic() - started,
+        clock=time.time(),
     )
-    return asdict(facts)
 
 
 # --- software and devices -------------------------------------------------------------------------------------------
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def nccl() -> str | None:
-    """Version of the NCCL package that torch depends on, or of the system's NCCL."""
-    for distribution in importlib.metadata.distributions():
-        if (distribution.metadata["Name"] or "").startswith("nvidia-nccl"):
-            return distribution.version
-    try:
-        version = ctypes.c_int()
-        ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return None
-    number = version.value
-    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+def versions() -> dict[str, str | None]:
+    """Versions by name; None if a package is not installed."""
+    installed = {str(one.metadata["Name"]).lower(): one.version for one in importlib.metadata.distributions()}
+    nccl = next((version for name, version in installed.items() if name.startswith("nvidia-nccl")), None)
+    packages = {name: installed.get(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **packages, "nccl": nccl, "code": fingerprint(ROOT / "stagdist")}
 
 
 def fingerprint(folder: Path) -> str:
@@ -105,7 +86,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def gpus() -> tuple[tuple[Accelerator, ...], str | None]:
-    """Devices and driver version from nvidia-smi. A driver that fails is reported in place of its version."""
+    """Devices and driver version from nvidia-smi. The error of a driver that fails takes the place of its version."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return (), None
@@ -140,10 +121,9 @@ def address_of(name: str) -> str | None:
 
 def network_interfaces() -> dict[str, list[str]]:
     """IP addresses by network interface."""
+    families = (socket.AF_INET, socket.AF_INET6)
     return {
-        name: [
-            entry.address.partition("%")[0] for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)
-        ]
+        name: [entry.address.partition("%")[0] for entry in entries if entry.family in families]
         for name, entries in psutil.net_if_addrs().items()
     }
 
@@ -162,38 +142,52 @@ def route_to(address: str | None, interfaces: dict[str, list[str]]) -> str | Non
 
 
 def free_port() -> int:
-    """A port without a listener, below the range that the kernel uses for outgoing connections."""
-    while True:
-        port = random.SystemRandom().choice(_PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            return port
+    """A port without a listener."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
 
 
 # --- the folder of the checkpoints ----------------------------------------------------------------------------------
 
 
-def write_files(folder: Path, token: str, name: str, content: str, size_mib: int) -> Storage:
-    """Write a small file for the other hosts to read, and measure how fast a large one reaches the disk."""
-    created: list[str] = []
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[None]:
+    """Make a folder for the duration of the block. The parents that were made for it go with it, if they are empty.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [one for one in path.parents if not one.exists()]
     try:
-        for missing in [path for path in [*reversed(folder.parents), folder] if not path.exists()]:
-            with contextlib.suppress(FileExistsError):  # created by another host
-                missing.mkdir()
-                created.append(str(missing))
-        test_folder = _test_folder(folder, token)
-        test_folder.mkdir(exist_ok=True)
-        speed = _write_speed(test_folder / f"{name}.data", size_mib)
-        (test_folder / name).write_text(content)
-        total, free = _space_mib(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
+
+
+def examine_storage(folder: Path, host: str, size_mib: int, visible_s: float = VISIBLE_S) -> Storage:
+    """Look for the folder that the doctor made among the checkpoints, and measure how fast a file reaches the disk.
+
+    Args:
+        folder: where the file system is not shared, it is made here, and removed.
+        host: name of this host.
+        size_mib: size of the file, in MiB.
+        visible_s: seconds to wait for the folder.
+    """
+    kept, shared = folder.parent, False
+    deadline = time.monotonic() + visible_s
+    try:
+        while not (shared := folder.exists()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        with temporary_folder(folder / host):
+            speed = _write_speed(folder / host / "data", size_mib)
+            return Storage(str(kept), shared, "", _file_system(kept), _space_mib(kept), speed)
     except OSError as error:
-        reason = f"{error.strerror or error}: {error.filename or folder}"
-        return Storage(str(folder), reason, created=tuple(created))
-    return Storage(str(folder), "", _file_system(folder), total, free, speed, tuple(created))
-
-
-def _test_folder(folder: Path, token: str) -> Path:
-    return folder / f".stagdist-doctor-{token}"
+        return Storage(str(kept), shared, f"{error.strerror or error}: {error.filename or kept}")
 
 
 def _write_speed(path: Path, size_mib: int) -> float:
@@ -201,21 +195,18 @@ def _write_speed(path: Path, size_mib: int) -> float:
     block = os.urandom(BLOCK_BYTES)  # a file system cannot compress it
     blocks = max(1, size_mib * 2**20 // BLOCK_BYTES)
     started = time.monotonic()
-    try:
-        with path.open("wb", buffering=0) as stream:
-            for _ in range(blocks):
-                stream.write(block)
-            os.fsync(stream.fileno())
-        return blocks * BLOCK_BYTES / (time.monotonic() - started) / 1e6
-    finally:
-        path.unlink(missing_ok=True)
+    with path.open("wb", buffering=0) as stream:
+        for _ in range(blocks):
+            stream.write(block)
+        os.fsync(stream.fileno())
+    return blocks * BLOCK_BYTES / (time.monotonic() - started) / 1e6
 
 
 def _space_mib(folder: Path) -> tuple[int, int]:
     """Size and free space of a file system; zeros if there is none."""
     if not folder.exists():
         return 0, 0
-    usage = shutil.disk_usage(folder)
+    usage = psutil.disk_usage(str(folder))
     return usage.total >> 20, usage.free >> 20
 
 
@@ -225,43 +216,5 @@ def _file_system(folder: Path) -> str:
     return sorted(mounts, key=lambda one: len(one.mountpoint))[-1].fstype if mounts else ""
 
 
-def read_files(folder: Path, token: str, names: list[str], timeout_s: float = VISIBLE_S) -> dict[str, str | None]:
-    """Contents of the files that all hosts wrote; None for a file that cannot be read within the time limit."""
-    deadline = time.monotonic() + timeout_s
-    found: dict[str, str | None] = dict.fromkeys(names)
-    while True:
-        for name in names:
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                found[name] = (_test_folder(folder, token) / name).read_text()
-        if None not in found.values() or time.monotonic() > deadline:
-            return found
-        time.sleep(0.2)
-
-
-def remove_files(folder: Path, token: str, created: list[str]) -> None:
-    """Remove the test files, and the folders created for them if nothing else is in them."""
-    shutil.rmtree(_test_folder(folder, token), ignore_errors=True)
-    for path in reversed(created):
-        with contextlib.suppress(OSError):
-            Path(path).rmdir()
-
-
-def main() -> int:
-    """Answer one request."""
-    request = json.loads(sys.stdin.readline())
-    answer: dict[str, Any] = {}
-    match request["action"]:
-        case "examine":
-            answer = examine(request)
-        case "read":
-            answer = read_files(Path(request["checkpoints"]), request["token"], request["hosts"])
-        case "clean":
-            remove_files(Path(request["checkpoints"]), request["token"], request["created"])
-        case action:
-            raise KeyError(action)
-    print(ANSWER_PREFIX + json.dumps(answer), flush=True)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    print(examine(**json.load(sys.stdin)).model_dump_json(), flush=True)
