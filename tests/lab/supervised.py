@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stagdist.cluster.hosts.hostfile import Host, hostfile_text
+from stagdist.cluster.hosts.hostfile import Host
 from stagdist.telemetry.pulse import PULSE_FILE
 from tests.lab.hosts import Lab
 from tests.lab.inside import Call, HostProcess
-from tests.lab.launching import BIN, VARIABLES
+from tests.lab.launching import BIN, VARIABLES, hostfile_text
 from tests.lab.slurm import allocation
 from tests.launch.runs import PRETRAIN, ROOT, losses, write_config
 

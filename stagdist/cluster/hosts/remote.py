@@ -117,33 +117,16 @@ def run_on(
     return run_here(ssh_words(host, line), timeout_s + CONNECT_S + _GRACE_S, stdin=stdin)
 
 
-def run_here(
-    words: Sequence[str],
-    timeout_s: float,
-    *,
-    folder: str | Path | None = None,
-    environment: Mapping[str, str] | None = None,
-    only: Mapping[str, str] | None = None,
-    stdin: str = "",
-) -> Finished:
+def run_here(words: Sequence[str], timeout_s: float, *, stdin: str = "") -> Finished:
     """Run a command on this machine likewise; when the time is up its process group is killed.
-
-    Args:
-        words: program and arguments.
-        timeout_s: seconds it may take.
-        folder: working directory.
-        environment: added to this process's variables.
-        only: instead of this process's variables.
-        stdin: text for its standard input.
 
     Raises:
         ConfigError: there is no such program.
     """
     started = time.monotonic()
-    variables = {**(os.environ if only is None else only), **(environment or {})}
     try:
         process = subprocess.Popen(
-            list(words), cwd=folder, env=variables, text=True, errors="replace", start_new_session=True,
+            list(words), text=True, errors="replace", start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
     except OSError as error:
