@@ -70,22 +70,24 @@ class HostAgent:
             assert process.stdout is not None and process.stderr is not None, "they are pipes"
             await asyncio.gather(self._listen(process.stdout), self._read_complaints(process.stderr))
             self.done = await process.wait() == 0 and self.hello is not None
-        except (OSError, ValueError, KeyError, TypeError) as error:  # no such program; no message of an agent
-            self._complaints.append(f"{command.words[0]}: {error}")
+        except OSError as error:
+            self._complaints.append(f"{command.words[0]} cannot be started: {error.strerror}")
         finally:
+            self._kill()
+            if self._process is not None:
+                with contextlib.suppress(TimeoutError):  # it is stuck in the kernel
+                    await asyncio.wait_for(self._process.communicate(), CLOSE_S)
             self.ended = True
-            await self._close()
 
     def send(self, line: bytes) -> None:
         """Send a command, unless the connection is closed."""
         if self._process is not None and self._process.stdin is not None and not self._process.stdin.is_closing():
             self._process.stdin.write(line)
 
-    async def _close(self) -> None:
+    def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError, TimeoutError):
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-                await asyncio.wait_for(self._process.wait(), CLOSE_S)
 
     @property
     def problem(self) -> str:
@@ -96,16 +98,24 @@ class HostAgent:
         return (said[-1] if said else "it gave no answer") if self.ended else ""
 
     async def _listen(self, stream: asyncio.StreamReader) -> None:
-        while line := await stream.readline():
-            try:
-                message = decode(line)
-            except ValueError:  # a login script of the host printed it
-                self._printed.append(line.decode(errors="replace").strip()[:300])
-                continue
-            self.heard_at = time.monotonic()
-            if message["kind"] == "hello":
-                self.hello = message
-            self._on_message(message)
+        try:
+            while line := await stream.readline():
+                self._take(line)
+        except (ValueError, KeyError, TypeError) as error:
+            self._complaints.append(f"what its agent wrote makes no sense: {error}"[:300])
+            self._kill()
+            await stream.read()
+
+    def _take(self, line: bytes) -> None:
+        try:
+            message = decode(line)
+        except ValueError:  # a login script of the host printed it
+            self._printed.append(line.decode(errors="replace").strip()[:300])
+            return
+        self.heard_at = time.monotonic()
+        if message["kind"] == "hello":
+            self.hello = message
+        self._on_message(message)
 
     async def _read_complaints(self, stream: asyncio.StreamReader) -> None:
         while line := await stream.readline():

@@ -265,8 +265,10 @@ class Supervisor:
             return
         LOG.warning("hosts that do not answer: %s", listed_hosts(dead))
         # Its ranks may be alive behind a cut link: they end when their lease does, and must not write beside new ones.
-        await self._wait(last_heard + self._options.lease_s + PROBE_S - time.monotonic())
-        useless = await self._clear([*self._hosts(dead), *self._placement.spares])
+        wait_s = last_heard + self._options.lease_s + PROBE_S - time.monotonic()
+        await self._wait(wait_s)
+        again = self._hosts(dead) if wait_s > PROBE_S else []  # else they did not answer just now
+        useless = {**({} if again else dead), **await self._clear([*again, *self._placement.spares])}
         gone = {host: useless[host] for host in dead if host in useless}
         if not gone:
             return
