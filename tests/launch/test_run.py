@@ -234,6 +234,25 @@ while True: steps(0, 1)
     assert len(scripts) == 2 and not any(one.is_running() for one in scripts)
 
 
+def test_a_supervisor_that_stood_still_starts_the_ranks_again_that_ended_without_it(tmp_path: Path) -> None:
+    body = """
+(folder / f"ready-{rank}").touch()
+if number: steps(1, 2); sys.exit(0)
+while True: steps(0, 1)
+"""
+    run = Run(tmp_path, body, "--host-timeout-s", "3")
+    run.wait_for("ready-0")
+    run.wait_for("ready-1")
+    scripts = [script for agent in run.agents() for script in agent.children()]
+    run.process.send_signal(signal.SIGSTOP)
+    assert len(scripts) == 2 and not psutil.wait_procs(scripts, timeout=30)[1]
+    run.process.send_signal(signal.SIGCONT)
+    code, _, err = run.end()
+    assert code == 0, err
+    (fault,) = [event for event in run.events() if event["event"] == "fault"]
+    assert fault["kind"] == "silent" and "was ended by its agent, which heard nothing from the supervisor" in err
+
+
 def test_what_a_script_left_in_a_session_of_its_own_ends_with_a_killed_supervisor(tmp_path: Path) -> None:
     body = """
 import subprocess

@@ -113,14 +113,19 @@ class Attempt:
                 return Fault("stuck", None, "", f"ranks did not end within {self._stop_s:.0f} s of being asked to")
 
     def _missing(self, waited_s: float) -> Fault | None:
-        """A host whose agent could not be started, or gave no answer."""
+        """A host whose agent could not be started, or gave no answer; or all agents have ended by themselves."""
+        ranks = self._agents.ranks
         for host, agent in self._agents.agents.items():
             problem = agent.problem
             if agent.hello is None and waited_s > HELLO_S:
                 problem = problem or f"no answer within {HELLO_S:.0f} s"
             if problem:
                 says = f"rank {agent.job.first_rank} could not be started on {host}: {problem}"
-                return Fault("missing", agent.job.first_rank, host, says, step=steps_done(self._agents.ranks))
+                return Fault("missing", agent.job.first_rank, host, says, step=steps_done(ranks))
+        if all(agent.ended for agent in self._agents.agents.values()):
+            first = min(ranks.values(), key=lambda view: view.exited_at)
+            says = f"rank {first.rank} on {first.host} was ended by its agent, which heard nothing from the supervisor"
+            return Fault("silent", first.rank, first.host, says, step=steps_done(ranks))
         return None
 
     def _follow_steps(self) -> None:

@@ -167,7 +167,7 @@ class Supervisor:
         logs = options.folder / "logs" / f"attempt_{self._number:03d}"
         logs.mkdir(parents=True, exist_ok=True)
         meeting = {"MASTER_ADDR": address_of(hosts), "MASTER_PORT": str(random.choice(PORTS))}
-        world = {"WORLD_SIZE": str(self._placement.world_size)}
+        world, mark = {"WORLD_SIZE": str(self._placement.world_size)}, self._new_mark()
         agents, first_rank = {}, 0
         for host in hosts:
             variables = {**options.environment, **meeting, **world, "LOCAL_WORLD_SIZE": str(host.slots)}
@@ -175,12 +175,14 @@ class Supervisor:
                 self._run, str(logs), options.lease_s, host.slots, first_rank, options.command, str(Path.cwd()),
                 variables, str(logs), options.stop_s,
             )  # fmt: skip
-            agents[host.name] = self._agent(host, job)
+            agents[host.name] = self._agent(host, job, mark)
             first_rank += host.slots
         return agents
 
-    def _agent(self, host: Host, job: Job) -> AgentStart:
-        mark = f"{self._run}.{secrets.token_hex(4)}"
+    def _new_mark(self) -> str:
+        return f"{self._run}.{secrets.token_hex(4)}"
+
+    def _agent(self, host: Host, job: Job, mark: str) -> AgentStart:
         return AgentStart(start_command(host.name, self._way, AGENT, Path.cwd(), mark, job.lease_s), job)
 
     async def _clear(self, hosts: Iterable[Host]) -> dict[str, str]:
@@ -188,8 +190,8 @@ class Supervisor:
 
         Returns: hosts that cannot be used, with the reason.
         """
-        job = Job(self._run, str(self._lock), self._options.lease_s)
-        agents = await asyncio.to_thread(lambda: {host.name: self._agent(host, job) for host in hosts})
+        job, mark = Job(self._run, str(self._lock), self._options.lease_s), self._new_mark()
+        agents = await asyncio.to_thread(lambda: {host.name: self._agent(host, job, mark) for host in hosts})
         ended, dead = await clear(agents)
         if ended:
             self._history.note("cleared", ended=ended)
