@@ -1,7 +1,6 @@
 """How a program is started on a host so that its pipes lead here: as a child, over ssh, or by Slurm's srun."""
 
 import os
-import shlex
 import shutil
 import socket
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Literal
 
 from stagdist.cluster.hosts.hostfile import Host
 from stagdist.cluster.hosts.leftovers import JOB_VARIABLE
-from stagdist.cluster.hosts.remote import run_on, ssh_words
+from stagdist.cluster.hosts.remote import remote_command, run_on, ssh_words
 from stagdist.cluster.hosts.shell_variables import is_early, is_secret, rank_variables
 from stagdist.errors import ConfigError
 
@@ -54,13 +53,11 @@ def start_command(
     """
     if is_this_machine(host):
         return StartCommand(words, os.environ | {JOB_VARIABLE: mark}, folder)
-    # In the command, because a variable of srun's or ssh's own process would mark it as a process of the run.
-    marked = {JOB_VARIABLE: mark}
+    # In the command: a variable of srun's own process would mark it as a process of the run.
     if way == "srun":
         place = (*SRUN, f"--nodelist={host}", f"--chdir={folder}", "env", f"{JOB_VARIABLE}={mark}")
         return StartCommand((*place, *words), {name: os.environ[name] for name in os.environ.keys() - SRUN_READS})
-    assignments = [f"{name}={value}" for name, value in (early_variables(os.environ) | marked).items()]
-    line = f"cd -- {shlex.quote(str(folder))} && exec env {shlex.join([*assignments, *words])}"
+    line = remote_command(words, None, folder, early_variables(os.environ) | {JOB_VARIABLE: mark})
     return StartCommand(tuple(ssh_words(host, line, silence_s=silence_s)), dict(os.environ))
 
 

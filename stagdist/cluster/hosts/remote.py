@@ -56,18 +56,18 @@ class Finished:
 
 def remote_command(
     words: Sequence[str],
-    limit_s: float,
+    limit_s: float | None,
     folder: str | Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> str:
     """One line for the shell on a host in which nothing but our own words is a command.
 
-    The host ends the command by itself (with its process group) when the time is up, also when ssh is gone by then.
-    Values of the environment are visible in process lists, so they must not be secrets.
+    The host ends the command by itself (with its process group) when the time is up, also when ssh is gone by then;
+    None sets no limit. Values of the environment are visible in process lists, so they must not be secrets.
     """
     assignments = [f"{name}={value}" for name, value in (environment or {}).items()]
-    limited = ["timeout", "--kill-after=2", f"{limit_s:g}", *(["env", *assignments] if assignments else []), *words]
-    line = f"exec {shlex.join(limited)}"
+    limit = [] if limit_s is None else ["timeout", "--kill-after=2", f"{limit_s:g}"]
+    line = f"exec {shlex.join([*limit, *(['env', *assignments] if assignments else []), *words])}"
     return line if folder is None else f"cd -- {shlex.quote(str(folder))} && {line}"
 
 
