@@ -33,8 +33,6 @@ def facts(number: int = 1, hosts: int = 2, **changes: Any) -> HostFacts:
         port=23456,
         folder=True,
         storage=STORAGE,
-        clock=1.8e9,
-        elapsed_s=0.2,
     )
     return healthy.model_copy(update=changes)
 

@@ -20,17 +20,17 @@ HERE = [Host(ALONE, 2)]
 def test_every_host_starts_its_own_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     started = {}
 
-    def run(host: str, module: str, *words: str, **rest: str) -> Finished:
-        started[host] = (words, rest)
+    def run(host: str, words: list[str], limit_s: float, **variables: str) -> Finished:
+        started[host] = (words, limit_s, variables)
         return Finished(0, links(1).model_dump_json() if host == "node1" else "", "", 1.0)
 
     monkeypatch.setattr(examination, "run", run)
     known = {"node1": facts(1), "node2": facts(2)}
     hosts = [Host("node1", 3), Host("node2", 1)]
     assert measure_links(hosts, Grid(2, 2, 1), known, {"NCCL_DEBUG": "INFO"}, 100) == links(1)
-    assert started["node2"][0] == ("--grid", "2", "2", "1", "--first-rank", "3", "--ranks", "1", "--start-s", "60")
-    expected = {"NCCL_DEBUG": "INFO", "MASTER_ADDR": "node1", "MASTER_PORT": "23456", "limit_s": 100}
-    assert started["node1"][1] == started["node2"][1] == expected
+    assert started["node2"][0][3:] == ["--start-s", "60", "--grid", "2", "2", "1", "--first-rank", "3", "--ranks", "1"]
+    variables = {"NCCL_DEBUG": "INFO", "MASTER_ADDR": "node1", "MASTER_PORT": "23456"}
+    assert started["node1"][1:] == started["node2"][1:] == (100, variables)
 
 
 def test_the_result_is_found_among_other_lines() -> None:

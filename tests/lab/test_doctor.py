@@ -88,6 +88,18 @@ def test_checkpoints_that_are_not_shared_are_found(clean_lab: Lab, tmp_path: Pat
     assert list(kept.iterdir()) == []
 
 
+def test_a_slow_network_is_noted_and_measured_in_time(clean_lab: Lab, tmp_path: Path) -> None:
+    slow = "tc qdisc add dev eth0 root tbf rate 20mbit burst 32kbit latency 400ms"
+    if clean_lab.run("node2", slow)[0]:
+        pytest.skip("this kernel cannot slow a network down: no tbf")
+    try:
+        code, text, body = doctor(clean_lab, tmp_path)
+    finally:
+        clean_lab.run("node2", "tc qdisc del dev eth0 root")
+    assert code == 0 and "1 stage boundaries are slower than gigabit Ethernet" in text, text
+    assert [(one["axis"], one["bytes_s"] < 3e6) for one in body["links"]["links"]] == [("pipe", True), ("all", True)]
+
+
 def test_shell_characters_in_hostfile_and_variables_run_nothing(clean_lab: Lab, tmp_path: Path) -> None:
     for line in ("$(touch${IFS}owned) slots=1", "node2;touch${IFS}owned slots=1", "-oProxyCommand=touch slots=1"):
         code, text, _ = doctor(clean_lab, tmp_path, hostfile=f"node1 slots=1\n{line}\n")

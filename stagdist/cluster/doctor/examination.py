@@ -4,16 +4,16 @@ import contextlib
 import json
 import os
 import platform
-import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from stagdist.cluster.doctor.facts import ALONE, PROBLEM, ROOT, Finding, HostFacts, LinkReport, Survey
 from stagdist.cluster.doctor.findings import findings
-from stagdist.cluster.doctor.host_probe import temporary_folder
+from stagdist.cluster.doctor.host_probe import PREFIX, existing
 from stagdist.cluster.doctor.link_probe import ERROR_PREFIX
 from stagdist.cluster.doctor.report import report
 from stagdist.cluster.doctor.variables import (
@@ -37,6 +37,7 @@ LINK_PROBE = "stagdist.cluster.doctor.link_probe"
 EXAMINE_S = 90.0
 """Seconds for the report of one host; writing the test file takes most of it."""
 
+CLOCK_S = 15.0
 GRACE_S = 5.0
 """Seconds in which a command ends whose time is up."""
 
@@ -152,13 +153,12 @@ def _say(text: str) -> None:
 # --- hosts ------------------------------------------------------------------------------------------------------------
 
 
-def run(host: str, module: str, *words: str, limit_s: float, stdin: str = "", **variables: str) -> Finished:
-    """Run one of the doctor's programs on a host, or here for `ALONE`, for at most `limit_s` seconds."""
-    command = [sys.executable, "-m", module, *words]
+def run(host: str, words: Sequence[str], limit_s: float, stdin: str = "", **variables: str) -> Finished:
+    """Run a command in the folder of the code on a host, or here for `ALONE`, for at most `limit_s` seconds."""
     if host == ALONE:
-        line = remote_command(command, limit_s, ROOT, variables)
+        line = remote_command(words, limit_s, ROOT, variables)
         return run_here(["sh", "-c", line], limit_s + GRACE_S, stdin=stdin)
-    return run_on(host, command, limit_s, folder=ROOT, environment=variables, stdin=stdin)
+    return run_on(host, words, limit_s, folder=ROOT, environment=variables, stdin=stdin)
 
 
 def ask_all(slots: dict[str, int], checkpoints: Path, write_mib: int) -> Survey:
@@ -169,37 +169,40 @@ def ask_all(slots: dict[str, int], checkpoints: Path, write_mib: int) -> Survey:
         checkpoints: absolute path of the folder to try.
         write_mib: size of the file to measure the disk with, in MiB.
     """
-    storage = checkpoints / f".stagdist-doctor-{secrets.token_hex(8)}"
-    request = {"hosts": list(slots), "folder": str(Path.cwd()), "storage": str(storage), "size_mib": write_mib}
+    request = {"hosts": list(slots), "folder": str(Path.cwd()), "checkpoints": str(checkpoints), "size_mib": write_mib}
 
-    def ask(host: str) -> HostFacts | TransportError:
+    def ask(host: str, mark: str) -> HostFacts | TransportError:
         try:
-            return ask_host(host, request)
+            return ask_host(host, request | {"mark": mark})
         except TransportError as error:
             return error
 
     with contextlib.ExitStack() as stack:
+        mark = str(checkpoints / PREFIX)
         with contextlib.suppress(OSError):  # hosts that cannot write there either say why; the others do not see it
-            stack.enter_context(temporary_folder(storage))
-        answers = on_all(slots, ask)
+            mark = stack.enter_context(TemporaryDirectory(prefix=PREFIX, dir=existing(checkpoints)))
+        answers = on_all(slots, lambda host: ask(host, mark))
     facts = {host: answer for host, answer in answers.items() if isinstance(answer, HostFacts)}
     silent = {host: str(answer) for host, answer in answers.items() if host not in facts}
     return Survey(hosts=tuple(slots), slots=slots, facts=facts, silent=silent)
 
 
 def ask_host(host: str, request: Mapping[str, object]) -> HostFacts:
-    """The answer of a host, with its clock: it answered after its examination and before the answer arrived here.
+    """The answer of a host, with its clock.
 
     Raises:
         TransportError: there is none; says why and what helps.
     """
     sent = time.time()
-    done = run(host, HOST_PROBE, limit_s=EXAMINE_S, stdin=json.dumps({**request, "host": host}))
+    clock = run(host, ["date", "+%s.%N"], CLOCK_S)
+    words, stdin = [sys.executable, "-m", HOST_PROBE], json.dumps({**request, "host": host})
+    done = run(host, words, EXAMINE_S, stdin) if clock.ok else clock
     if not done.ok or not done.stdout:
         raise TransportError(_why_silent(host, done))
-    facts = HostFacts.model_validate_json(done.stdout.splitlines()[-1])  # a login script may print lines before
-    error_s = max(0.0, done.wall_s - facts.elapsed_s) / 2
-    offset_s = facts.clock - (sent + facts.elapsed_s + error_s)
+    # A login script may print lines before the answer.
+    facts = HostFacts.model_validate_json(done.stdout.splitlines()[-1])
+    error_s = clock.wall_s / 2
+    offset_s = float(clock.stdout.split()[-1]) - (sent + error_s)
     return facts.model_copy(update={"clock_offset_s": offset_s, "clock_error_s": error_s})
 
 
@@ -245,14 +248,14 @@ def measure_links(
     _say(f"measuring links between {grid.world_size} ranks ({grid})")
     address = "127.0.0.1" if names == [ALONE] else master_address(names, facts)
     variables = {**variables, "MASTER_ADDR": address, "MASTER_PORT": str(facts[names[0]].port)}
-    sizes = [str(size) for size in (grid.pipe, grid.data, grid.tensor)]
+    words = [sys.executable, "-m", LINK_PROBE, "--start-s", f"{START_SHARE * limit_s:g}"]
+    words += ["--grid", *(str(size) for size in (grid.pipe, grid.data, grid.tensor))]
 
     def start(name: str) -> Finished:
         index = names.index(name)
         first = sum(host.slots for host in hosts[:index])
-        words = ["--grid", *sizes, "--first-rank", str(first), "--ranks", str(hosts[index].slots)]
-        words += ["--start-s", f"{START_SHARE * limit_s:g}"]
-        return run(name, LINK_PROBE, *words, limit_s=limit_s, **variables)
+        own = ["--first-rank", str(first), "--ranks", str(hosts[index].slots)]
+        return run(name, [*words, *own], limit_s, **variables)
 
     return read_links(on_all(names, start, at_once=len(names)))
 

@@ -56,9 +56,7 @@ class HostFacts(BaseModel, frozen=True):
     port: int  # one that nothing listens on
     folder: bool  # whether the doctor's working directory is there
     storage: Storage  # the folder of the checkpoints
-    clock: float  # seconds since 1970, when it reported
-    elapsed_s: float  # at least, from the start of its examination until it reported
-    clock_offset_s: float = 0.0  # of `clock`, positive if the host is ahead of the doctor's machine, which fills it in
+    clock_offset_s: float = 0.0  # positive if its clock is ahead of the doctor's, which measures it
     clock_error_s: float = 0.0  # largest error of the offset
 
     @property

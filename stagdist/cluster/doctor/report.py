@@ -36,7 +36,7 @@ def _rows(survey: Survey) -> list[TableRow]:
     rows = [TableRow("answers", dict.fromkeys(facts, "yes") | dict.fromkeys(survey.silent, "NO"))]
     row(
         "clock",
-        lambda fact: f"{fact.clock_offset_s:+.1f} s (+-{fact.clock_error_s:.1f})",
+        lambda fact: f"{fact.clock_offset_s:+.2f} s (+-{fact.clock_error_s:.2f})",
         lambda fact: fact.clock_offset_s,
     )
     for name, by_host in equal_rows(survey).items():
