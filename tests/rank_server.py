@@ -10,6 +10,8 @@ for module in (
     "stagdist.decode.frontend.generate",
     "torch._dynamo",  # any optimizer imports it
     "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "deepspeed.module_inject.auto_ep_layer",  # any engine imports it
+    "deepspeed.runtime.zero.muon.muon_optimizer",
 ):
     importlib.import_module(module)

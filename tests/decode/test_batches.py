@@ -60,7 +60,7 @@ class Runs:
         if world not in self._ran:
             grids = [other for other in GRIDS if other[0] * other[1] == world]
             cases = [case for each in grids for case in grid_cases(*each)]
-            done = iter(run_ranks("tests.decode.decoding:run_cases", world, cases, 200)[0])
+            done = iter(run_ranks("tests.decode.decoding:run_cases", world, cases)[0])
             self._ran[world] = {each: [next(done) for _ in grid_cases(*each)] for each in grids}
         return self._ran[world][grid]
 

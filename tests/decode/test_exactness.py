@@ -92,7 +92,7 @@ class Runs:
             if pipe * tensor == 1:
                 self._ran[pipe, tensor] = [run_cases(cases)]
             else:
-                self._ran[pipe, tensor] = run_ranks("tests.decode.decoding:run_cases", pipe * tensor, cases, 200)
+                self._ran[pipe, tensor] = run_ranks("tests.decode.decoding:run_cases", pipe * tensor, cases)
         return [results[number] for results in self._ran[pipe, tensor]]
 
 

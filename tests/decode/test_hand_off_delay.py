@@ -43,7 +43,7 @@ def cases() -> list[Case]:
 
 @pytest.fixture(scope="module")
 def ran() -> list[list[Ran]]:
-    return run_ranks("tests.decode.decoding:run_cases", 2, cases(), 100)
+    return run_ranks("tests.decode.decoding:run_cases", 2, cases())
 
 
 @pytest.mark.parametrize(("number", "case"), list(enumerate(cases())))
@@ -81,5 +81,5 @@ def send_to_a_silent_rank(timeout_s: float) -> str:
 
 
 def test_a_delayed_hand_off_that_cannot_leave_is_an_error_and_no_endless_wait() -> None:
-    heard = run_ranks("tests.decode.test_hand_off_delay:send_to_a_silent_rank", 2, 1.0, 60)[0]
+    heard = run_ranks("tests.decode.test_hand_off_delay:send_to_a_silent_rank", 2, 1.0)[0]
     assert heard.startswith("stage 0 (rank 0) lost stage 1 (rank 1) in step 0 while a hand-off was in flight"), heard

@@ -253,7 +253,7 @@ def idle_case() -> Case:
 @pytest.mark.ranks
 def test_an_idle_engine_rests_and_serves_what_comes_later() -> None:
     case = idle_case()
-    ranks = run_ranks("tests.decode.decoding:serve_with_pauses", 2, case, 60)
+    ranks = run_ranks("tests.decode.decoding:serve_with_pauses", 2, case)
     assert ranks[0].rests == ranks[1].rests > 4 * len(case.requests), "the ranks rested together, many times"
     good = [each for each in case.requests if each.prompt_ids]
     for each in good:

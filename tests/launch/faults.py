@@ -8,6 +8,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 
 def slow_disk() -> None:
@@ -35,6 +36,23 @@ def only_rank_0() -> None:
     """Keep the other ranks from starting: a process group would wait for them."""
     if os.environ["RANK"] != "0":
         time.sleep(600)
+
+
+def one_bit_of_rank_1() -> None:
+    """Change the lowest bit of one weight of rank 1 before its eighth step."""
+    import torch
+
+    from stagdist.training.engine.section_engine import SectionEngine
+
+    original = SectionEngine.train_batch
+
+    def train_batch(engine: SectionEngine, *arguments: Any) -> torch.Tensor:
+        if os.environ["RANK"] == "1" and engine.global_steps == 7:
+            weight = engine.module.canonical_parameters()["head.weight"]
+            weight.data.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+        return original(engine, *arguments)
+
+    SectionEngine.train_batch = train_batch  # type: ignore[assignment]
 
 
 def _slow_down(fault: Callable[[int], None]) -> None:

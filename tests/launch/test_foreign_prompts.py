@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stagdist.data.tokenizer_files import load_tokenizer
 from tests.data.foreign_tokenizers import KINDS, make
 from tests.data.test_foreign_tokenizers import CHAT, PROMPTS
-from tests.launch.generating import error_lines, generate, run_ranks_to_end, write_model
+from tests.launch.generating import error_lines, run_ranks_to_end, write_model
 
 pytestmark = pytest.mark.ranks
 
@@ -82,7 +82,7 @@ def test_conversations_have_the_ids_of_transformers(models: tuple[Path, Path]) -
 
 
 def test_a_model_without_a_template_refuses_chat_at_once(tmp_path: Path) -> None:
-    done = generate("python", write_model(tmp_path / "model"), "--prompt", "a", "--chat")
+    done = run_ranks_to_end(write_model(tmp_path / "model"), "--prompt", "a", "--chat")
     assert done.returncode == 2
     assert error_lines(done.stderr.decode()) == [
         f"error: --chat needs a chat template, and {tmp_path / 'model'} has none; leave --chat out"

@@ -13,7 +13,7 @@ from stagdist.checkpoint.training.reader import TrainingReader
 from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.parallel.layout import model_parameters
-from tests.launch.runs import Run, launch, losses, pretrain, tiny_config
+from tests.launch.runs import Run, losses, pretrain, tiny_config
 
 pytestmark = pytest.mark.ranks
 
@@ -75,10 +75,10 @@ def assert_same_run(folder: Path, other: Path, step: int) -> None:
 def test_runs_that_are_extended_twice_equal_one_without_a_stop(
     corpora: list[dict[str, Any]], straight: Path, tmp_path: Path
 ) -> None:
-    """4 steps, 9 and 16; the second start is a real command."""
+    """4 steps, 9 and 16."""
     finished(pretrain(tmp_path, config(corpora)), 4)
     first = (tmp_path / "runs/run/model/model.safetensors").read_bytes()
-    text = finished(launch(tmp_path, config(corpora), "training.steps=9"), 9)
+    text = finished(pretrain(tmp_path, config(corpora), "training.steps=9"), 9)
     assert "resumed from runs/run/checkpoints/step_00000004" in text and "training.steps was" not in text
     assert (tmp_path / "runs/run/model/model.safetensors").read_bytes() != first, "the model is published again"
     finished(pretrain(tmp_path, config(corpora, data={"num_samples": 32}), "training.steps=16"), 16)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.faults import full_disk
+from tests.launch.faults import full_disk, one_bit_of_rank_1
 from tests.launch.runs import PRETRAIN, ROOT, Forks, losses, pretrain, pretrain_alone, tiny_config
 
 pytestmark = pytest.mark.ranks
@@ -25,6 +25,24 @@ def test_a_step_that_is_not_finite_is_skipped_everywhere_and_ends_the_run_unsave
     errors = run.errors()
     assert len(errors) == 1 and "not finite on rank" in errors[0] and "3 steps were" in errors[0]
     assert list((tmp_path / "runs/nan").glob("checkpoints/step_*")) == []
+
+
+def test_replicas_that_differ_end_the_run_unsaved(corpus: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        corpus,
+        "bit",
+        parallel={"pipeline_parallel_size": 1},
+        training={"steps": 12, "audit_steps": 4, "micro_batch_size": 1},
+        checkpoint={"interval_steps": 2},
+    )
+    run = pretrain(tmp_path, config, before=one_bit_of_rank_1)
+    assert run.wait() == 1
+    (error,) = run.errors()
+    assert "step 8: replicas of the model differ: head.weight differs between rank 0 (" in error
+    assert "Traceback" not in run.text(), run.text()
+    checkpoints = sorted(path.name for path in (tmp_path / "runs/bit/checkpoints").glob("step_*"))
+    assert checkpoints[-1] == "step_00000006"
+    assert not (tmp_path / "runs/bit/model").exists()
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_intact(corpus: Path, tmp_path: Path) -> None:

@@ -25,6 +25,13 @@ def test_a_planted_fault_is_noticed(case: Case) -> None:
     assert any(SYMPTOMS[str(case.fault)] in problem for problem in problems), problems
 
 
+@pytest.mark.parametrize("case", FAULTY_CASES[:3], ids=lambda case: case.name)
+def test_the_audit_notices_copies_that_are_trained_apart(case: Case) -> None:
+    assert case.fault == "tied gradients stay apart"
+    for rank in reports(case):
+        assert " differs between rank 0 (" in rank.differences[-1]
+
+
 def test_half_the_clipping_norm_shows_in_nothing_but_the_weights_of_the_first_step() -> None:
     case = next(case for case in FAULTY_CASES if case.fault == "clipped by half the norm")
     assert not any("step 0" in problem for problem in mismatches(case))

@@ -32,8 +32,9 @@ from stagdist.training.engine.section_engine import SectionEngine
 GRADIENT_TOLERANCE = 0.02
 """Allowed difference of two projections, relative to the length of what is projected. Rounding in fp32 is 1e-7, in
 16 bits 2e-3; the difference between the gradients of two replicas is about 1."""
-COPY_TOLERANCE = 1e-3
-"""The same for copies, whose differences by rounding are 1e-7 in fp32; in bf16 few values are rounded differently."""
+COPY_TOLERANCES = {2: 1e-3, 4: 1e-5}
+"""The same for copies, by bytes of a value. Sums in another order differ by 1e-7; in 16 bits, a few values are then
+rounded to the next number."""
 CHUNK = 1 << 20
 """Values that are widened to 64 bits at a time."""
 NAMED = 3
@@ -183,9 +184,10 @@ class Audit:
                 signed, square = seen.copies[key].tolist()
                 largest[number], smallest[number], length[number] = signed, -signed, square**0.5
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._groups.control)
-        apart = largest + smallest > COPY_TOLERANCE * length
+        allowed = length * COPY_TOLERANCES[next(iter(self._parameters.values())).element_size()]
+        apart = largest + smallest > allowed
         if votes[0] or apart.any():
-            raise shared(self._error(step, findings + self._differing_copies(seen.copies, apart, length)))
+            raise shared(self._error(step, findings + self._differing_copies(seen.copies, apart, allowed)))
 
     def _holds(self, key: tuple[str, int]) -> bool:
         place = self._groups.place
@@ -209,14 +211,13 @@ class Audit:
         ]
 
     def _differing_copies(
-        self, copies: Mapping[tuple[str, int], Tensor], apart: Tensor, length: Tensor
+        self, copies: Mapping[tuple[str, int], Tensor], apart: Tensor, allowed: Tensor
     ) -> list[Finding]:
         """Copies that are too far apart; the first replica reports for all."""
         if self._groups.place.data:
             return []
-        steps = (COPY_TOLERANCE * length).tolist()
         return [
-            Finding(COPIES, key[0], tuple(ranks), round(copies[key][0].item() / steps[number]))
+            Finding(COPIES, key[0], tuple(ranks), round(copies[key][0].item() / allowed[number].item()))
             for number, (key, ranks) in enumerate(self._copies.items())
             if apart[number] and key in copies
         ]
