@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from stagdist.config.base import ConfigPart
 from stagdist.config.parts import ModelConfig
@@ -87,7 +87,7 @@ def differences(first: ConfigPart, second: ConfigPart) -> dict[str, tuple[Any, A
 
     Null keys of the model are compared by their resolved values, so an explicit default is not a difference.
     """
-    left, right = dict(_leaves(_resolved(first))), dict(_leaves(_resolved(second)))
+    left, right = (dict(_leaves(_resolved(part).model_dump())) for part in (first, second))
     paths = list(left) + [path for path in right if path not in left]
     return {path: (left.get(path), right.get(path)) for path in paths if left.get(path) != right.get(path)}
 
@@ -271,14 +271,10 @@ def _resolved(part: ConfigPart) -> ConfigPart:
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Path and value of every key that holds neither a mapping nor a list of mappings."""
-    if isinstance(value, BaseModel):
-        value = {name: getattr(value, name) for name in type(value).model_fields}
-    entries: Sequence[tuple[Any, Any]] = ()
-    if isinstance(value, Mapping):
-        entries = list(value.items())
-    elif isinstance(value, tuple) and any(isinstance(entry, BaseModel) for entry in value):
-        entries = list(enumerate(value))
-    if not entries:
+    if isinstance(value, tuple) and any(isinstance(entry, Mapping) for entry in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping) or not value:
         yield path, value
-    for name, entry in entries:
+        return
+    for name, entry in value.items():
         yield from _leaves(entry, f"{path}.{name}" if path else str(name))

@@ -29,13 +29,13 @@ Sink = Callable[[RequestOutput], None]
 
 
 @dataclass(eq=False)
-class _Running:
-    """A request in a slot."""
+class _Accepted:
+    """A request that waits for a slot or has one."""
 
     request: Request
     submitted_s: float
-    allowed: int
-    text: TextStream | None
+    allowed: int = 0
+    text: TextStream | None = None
     scheduled: int = 0  # tokens of all operations decided so far, including the current one
     received: int = 0
     reported: bool = False  # the last output was given to the sink
@@ -71,16 +71,16 @@ class Engine:
         self._stage, self._transport, self._tokenizer = stage, transport, tokenizer
         self._end_tokens, self._heartbeat_s = frozenset(end_tokens), heartbeat_s
         # Requests, ids of requests to cancel, and None after the last request. One queue keeps their order.
-        self._inbox: queue.SimpleQueue[tuple[Request, float] | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Accepted | str | None] = queue.SimpleQueue()
         self._wake = threading.Event()
-        self._waiting: deque[tuple[Request, float]] = deque()
-        self._running: dict[int, _Running] = {}
+        self._waiting: deque[_Accepted] = deque()
+        self._running: dict[int, _Accepted] = {}
         self._served: set[str] = set()  # ids of requests whose last output is pending
         self._served_lock = threading.Lock()
         self._closed = self._stopping = self._ended = False
         self._sink: Sink = lambda output: None
-        self._planned: deque[dict[int, _Running]] = deque()  # rows of operations that were decided but have not run
-        self._unreported: list[_Running] = []
+        self._planned: deque[dict[int, _Accepted]] = deque()  # rows of operations that were decided but have not run
+        self._unreported: list[_Accepted] = []
         self.smallest_margin, self.steps = float("inf"), 0
 
     # --- for clients, from any thread ---------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class Engine:
             if request.request_id in self._served:
                 raise ConfigError(f"a request {request.request_id!r} is being served; give each its own request_id")
             self._served.add(request.request_id)
-        self._inbox.put((request, time.perf_counter()))
+        self._inbox.put(_Accepted(request, time.perf_counter()))
         self._wake.set()
 
     def cancel(self, request_id: str) -> None:
@@ -134,12 +134,10 @@ class Engine:
         with self._served_lock:
             self._ended = True
         self._take_inbox()
-        for request, _ in self._waiting:
-            self._give_out(RequestOutput(request.request_id, finish_reason=FinishReason.CANCELLED))
+        for accepted in (*self._running.values(), *self._waiting):
+            accepted.finish = accepted.finish or FinishReason.CANCELLED
+            self._report(accepted)
         self._waiting.clear()
-        for running in self._running.values():
-            running.finish = running.finish or FinishReason.CANCELLED
-            self._report(running)
 
     def generate(self, requests: Iterable[Request]) -> list[RequestOutput]:
         """Serve these requests and close. Returns the complete output of each, in the same order."""
@@ -165,14 +163,13 @@ class Engine:
             return Control(Operation.STOP, retired=retired)
         free = [slot for slot in range(self._stage.limits.num_slots) if slot not in self._running]
         if self._waiting and free:
-            slot = free[0]
-            request, submitted_s = self._waiting.popleft()
-            text = None
+            slot, admitted = free[0], self._waiting.popleft()
+            request = admitted.request
             if self._tokenizer is not None:
-                text = TextStream(self._tokenizer, request.prompt_ids, request.params.stop)
-            allowed = allowed_new_tokens(request, self._stage.limits.max_context)
-            self._running[slot] = _Running(request, submitted_s, allowed, text, scheduled=1)
-            self._planned.append({slot: self._running[slot]})
+                admitted.text = TextStream(self._tokenizer.decode, request.prompt_ids, request.params.stop)
+            admitted.allowed, admitted.scheduled = allowed_new_tokens(request, self._stage.limits.max_context), 1
+            self._running[slot] = admitted
+            self._planned.append({slot: admitted})
             return Control(Operation.ADMIT, slot, retired)
         if self._running:
             for running in self._running.values():
@@ -220,10 +217,10 @@ class Engine:
             elif isinstance(entry, str):
                 self._drop(entry)
             else:
-                self._take_request(*entry)
+                self._take_request(entry)
 
-    def _take_request(self, request: Request, submitted_s: float) -> None:
-        limits = self._stage.limits
+    def _take_request(self, accepted: _Accepted) -> None:
+        request, limits = accepted.request, self._stage.limits
         try:
             check_request(request, vocab_size=self._stage.model.vocab_size, max_context=limits.max_context)
             if request.params.stop and self._tokenizer is None:
@@ -232,7 +229,7 @@ class Engine:
             reason = FinishReason.ERROR
             self._give_out(RequestOutput(request.request_id, finish_reason=reason, error=str(error)))
         else:
-            self._waiting.append((request, submitted_s))
+            self._waiting.append(accepted)
 
     def _give_out(self, output: RequestOutput) -> None:
         if output.finish_reason is not None:
@@ -242,15 +239,13 @@ class Engine:
 
     def _drop(self, request_id: str) -> None:
         """Cancel a waiting or running request."""
-        for running in self._running.values():
-            if running.request.request_id == request_id and running.finish is None:
-                running.finish = FinishReason.CANCELLED
-                self._unreported.append(running)
-        if any(request.request_id == request_id for request, _ in self._waiting):
-            self._waiting = deque(entry for entry in self._waiting if entry[0].request_id != request_id)
-            self._give_out(RequestOutput(request_id, finish_reason=FinishReason.CANCELLED))
+        for accepted in (*self._running.values(), *self._waiting):
+            if accepted.request.request_id == request_id and accepted.finish is None:
+                accepted.finish = FinishReason.CANCELLED
+                self._unreported.append(accepted)
+        self._waiting = deque(each for each in self._waiting if each.finish is None)
 
-    def _take_token(self, running: _Running, token: int, logprobs: Sequence[float] | None, now: float) -> None:
+    def _take_token(self, running: _Accepted, token: int, logprobs: Sequence[float] | None, now: float) -> None:
         params = running.request.params
         running.received += 1
         if running.first_token_s is None:
@@ -269,7 +264,7 @@ class Engine:
         for running in unreported:
             self._report(running)
 
-    def _report(self, running: _Running) -> None:
+    def _report(self, running: _Accepted) -> None:
         """Give the new tokens and text of a request to the sink."""
         if running.reported:
             return

@@ -1,7 +1,7 @@
 """Requests and their outputs: prompts, sampling parameters, tokens and text."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -73,8 +73,11 @@ class SamplingParams:
             _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}, or nothing for none")
         flag = self.ignore_end_of_document
         _check("ignore_end_of_document", flag, isinstance(flag, bool), "true or false")
-        object.__setattr__(self, "stop", _stop_strings(self.stop))
-        object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
+        strings, ids = "a list of strings, none of them empty", "a list of token ids, 0 or more each"
+        stop = _checked_tuple("stop", self.stop, lambda text: isinstance(text, str) and text != "", strings)
+        stop_ids = _checked_tuple("stop_token_ids", self.stop_token_ids, lambda each: _is_int(each) and each >= 0, ids)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", stop_ids)
 
 
 def _check(name: str, value: Any, right: bool, remedy: str) -> None:
@@ -96,17 +99,10 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _stop_strings(stop: Any) -> tuple[str, ...]:
-    remedy = "a list of strings, none of them empty"
-    _check("stop", stop, isinstance(stop, list | tuple), remedy)  # a bare string would be taken letter by letter
-    _check("stop", stop, all(isinstance(text, str) and text for text in stop), remedy)
-    return tuple(stop)
-
-
-def _stop_ids(ids: Any) -> tuple[int, ...]:
-    right = isinstance(ids, list | tuple) and all(_is_int(token) and token >= 0 for token in ids)
-    _check("stop_token_ids", ids, right, "a list of token ids, 0 or more each")
-    return tuple(ids)
+def _checked_tuple(name: str, values: Any, fits: Callable[[Any], bool], remedy: str) -> tuple[Any, ...]:
+    # A bare string would be taken letter by letter.
+    _check(name, values, isinstance(values, list | tuple) and all(map(fits, values)), remedy)
+    return tuple(values)
 
 
 @dataclass(frozen=True)

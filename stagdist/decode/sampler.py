@@ -138,7 +138,7 @@ class Sampler:
         return _message(columns)
 
     def choose(self, gathered: Tensor, slots: Sequence[int], positions: Tensor) -> Choice:
-        """Choose tokens from the messages of all R ranks, in the order of their slices.
+        """Choose tokens from the messages of all R ranks, in the order of their slices; the penalty sees them next.
 
         Shapes: gathered float64 [R, B, width]; positions int64 [B].
         """
@@ -153,21 +153,16 @@ class Sampler:
         best_score = kept.amax(-1, keepdim=True)
         tokens = torch.where(kept == best_score, kept_ids, self._vocab_size).amin(-1)
         tokens = tokens.clamp(max=self._vocab_size - 1)  # NaN logits must not give an id past the end
+        if plan.penalty is not None and self._size:
+            assert self._seen is not None
+            local = tokens - self._first
+            place = plan.slots, local.clamp(0, self._size - 1)
+            self._seen[place] = self._seen[place] | ((local >= 0) & (local < self._size))
         return Choice(
             tokens,
             None if plan.num_logprobs is None else _logprobs(gathered, plan, plan.num_logprobs, ids, tokens),
             _margins(kept) if self._want_margins else None,
         )
-
-    def observe(self, tokens: Tensor, slots: Sequence[int]) -> None:
-        """Count chosen tokens, int64 [B], as seen by the repetition penalty of their slots."""
-        plan = self._plan(slots)
-        if plan is not None and plan.penalty is not None and self._size:
-            assert self._seen is not None
-            local = tokens - self._first
-            mine = (local >= 0) & (local < self._size)
-            place = plan.slots, local.clamp(0, self._size - 1)
-            self._seen[place] = self._seen[place] | mine
 
     def _plan(self, slots: Sequence[int]) -> SamplingPlan | None:
         """None: every row takes its likeliest token and asks for nothing else."""

@@ -1,7 +1,6 @@
 """Incremental detokenization: complete characters only, and no part of a stop string."""
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
 
 _REPLACEMENT = "\ufffd"
 _MAX_CONTEXT = 8  # previous tokens that can change the text of new ones: a leading blank, bytes of a character
@@ -9,11 +8,8 @@ _MAX_MISSING = 3  # tokens; a character has at most 4 bytes
 _MAX_WINDOW = 16
 
 
-class Decoder(Protocol):
-    """Decodes tokens, for example `stagdist.data.tokenizer.Tokenizer`."""
-
-    def decode(self, ids: Iterable[int], /) -> str:
-        """Return the text of token ids; invalid UTF-8 becomes U+FFFD."""
+Decode = Callable[[Iterable[int]], str]
+"""The text of token ids, for example `Tokenizer.decode`; invalid UTF-8 becomes U+FFFD."""
 
 
 class TextStream:
@@ -31,13 +27,13 @@ class TextStream:
         stopped: a stop string was found; all later calls return "".
     """
 
-    def __init__(self, tokenizer: Decoder, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(self, decode: Decode, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
         self.stopped = False
-        self._tokenizer = tokenizer
+        self._decode = decode
         self._stop = tuple(stop)
         self._unsure = ""  # may begin a stop string
         self._window = self._context(list(prompt_ids[-_MAX_CONTEXT:]))
-        self._shown = len(tokenizer.decode(self._window))  # characters of the window's text that were returned
+        self._shown = len(decode(self._window))  # characters of the window's text that were returned
         self._waiting = 0  # tokens since the text last ended in a complete character
 
     def push(self, token_id: int) -> str:
@@ -45,7 +41,7 @@ class TextStream:
         if self.stopped:
             return ""
         self._window.append(token_id)
-        text = self._tokenizer.decode(self._window)
+        text = self._decode(self._window)
         broken = len(text) - len(text.rstrip(_REPLACEMENT))
         self._waiting = self._waiting + 1 if broken else 0
         if self._waiting > _MAX_MISSING:
@@ -59,7 +55,7 @@ class TextStream:
         """Return the text that was held back, without an incomplete last character."""
         if self.stopped:
             return ""
-        text = self._tokenizer.decode(self._window)
+        text = self._decode(self._window)
         new, self._shown = text[self._shown :].removesuffix(_REPLACEMENT), len(text)
         return self._check_stop(new, last=True)
 
@@ -67,11 +63,11 @@ class TextStream:
         """Drop tokens that cannot change the text of later ones."""
         if not broken:
             self._window = self._context(self._window)
-            self._shown = len(self._tokenizer.decode(self._window))
+            self._shown = len(self._decode(self._window))
         elif len(self._window) > _MAX_WINDOW:
             # UTF-8 is self-synchronizing: the end of the text does not change.
             self._window = self._window[-_MAX_CONTEXT:]
-            self._shown = len(self._tokenizer.decode(self._window)) - (len(text) - self._shown)
+            self._shown = len(self._decode(self._window)) - (len(text) - self._shown)
 
     def _context(self, ids: list[int]) -> list[int]:
         """Return the fewest last tokens that have text and do not begin inside a character.
@@ -79,7 +75,7 @@ class TextStream:
         SentencePiece drops the leading blank of a token without text before it.
         """
         for count in range(1, min(len(ids), _MAX_CONTEXT) + 1):
-            text = self._tokenizer.decode(ids[-count:])
+            text = self._decode(ids[-count:])
             if text and not text.startswith(_REPLACEMENT):
                 return ids[-count:]
         return ids[-_MAX_CONTEXT:]

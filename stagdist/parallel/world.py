@@ -177,8 +177,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         return str(listener.getsockname()[1])
 
 
@@ -296,19 +295,7 @@ def _store(rank: int, size: int, environment: Mapping[str, str], timeout: timede
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     if rank:
         return dist.TCPStore(address, port, size, is_master=False, timeout=timeout)
-    listener = _listen(address, port)
+    family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.create_server((address, port), family=family, backlog=4096)
     # The store owns the descriptor from here on.
     return dist.TCPStore(address, port, size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())
-
-
-def _listen(address: str, port: int) -> socket.socket:
-    family, _, _, _, socket_address = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(socket_address)
-        listener.listen(4096)
-    except OSError:
-        listener.close()
-        raise
-    return listener

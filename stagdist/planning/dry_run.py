@@ -71,10 +71,10 @@ def _grid(planned: Plan) -> str:
 def _sections(planned: Plan) -> str:
     model = planned.config.model
     rows = []
-    for index, section in enumerate(planned.sections):
+    for index, (layers, parameters) in enumerate(zip(model.section_layers, planned.section_parameters, strict=True)):
         shared = "  plus the weights shared with section 1" if model.share_section_weights and index else ""
-        rows.append([f"section {index + 1}", f"{section.layers} layers", f"{section.parameters:,}{shared}"])
-    rest = planned.parameters - sum(section.parameters for section in planned.sections)
+        rows.append([f"section {index + 1}", f"{layers} layers", f"{parameters:,}{shared}"])
+    rest = planned.parameters - sum(planned.section_parameters)
     tied = "embedding (tied to the head), final norm" if model.tie_word_embeddings else "embedding, head, final norm"
     rows.append([tied + (", mix" if model.combine_sections else ""), "", f"{rest:,}"])
     rows.append(["model", f"{model.num_layers} layers", f"{planned.parameters:,}"])
@@ -122,8 +122,7 @@ def _work(planned: Plan) -> str:
         ["training FLOPs per token", f"{planned.flops_per_token:.4g}"],
         ["training FLOPs per step", f"{planned.flops_per_token * step:.4g}"],
     ]
-    for index, section in enumerate(planned.sections):
-        parts = section.flops
+    for index, parts in enumerate(planned.section_flops):
         shares = {"projections": parts.projections, "attention": parts.attention}
         shares |= {"cross-attention": parts.cross_attention, "head": parts.head}
         named = ", ".join(f"{name} {share / parts.total:.1%}" for name, share in shares.items() if share)

@@ -23,21 +23,6 @@ IMBALANCE = 1.1
 
 
 @dataclass(frozen=True)
-class SectionPlan:
-    """One section.
-
-    Attributes:
-        layers: number of layers.
-        parameters: number of its own values; shared weights are counted in the first section.
-        flops: training FLOPs per token.
-    """
-
-    layers: int
-    parameters: int
-    flops: SectionFlops
-
-
-@dataclass(frozen=True)
 class StagePlan:
     """One pipeline stage.
 
@@ -66,7 +51,8 @@ class Plan:
         device: kind of device for which memory is estimated.
         grid: layout of the ranks; None if they do not fit.
         parameters: values of the model, each counted once.
-        sections: the sections, first to last.
+        section_parameters: values of every section; shared weights are counted in the first one.
+        section_flops: training FLOPs per token of every section.
         stages: the pipeline stages; empty if the sections cannot be divided among them.
         micro_batches: micro-batches per replica and optimizer step; None if the ranks do not fit.
         problems: every reason why the run would not start.
@@ -78,7 +64,8 @@ class Plan:
     device: Device
     grid: Grid | None
     parameters: int
-    sections: tuple[SectionPlan, ...]
+    section_parameters: tuple[int, ...]
+    section_flops: tuple[SectionFlops, ...]
     stages: tuple[StagePlan, ...]
     micro_batches: int | None
     problems: tuple[str, ...]
@@ -92,7 +79,7 @@ class Plan:
     @property
     def flops_per_token(self) -> float:
         """Training FLOPs per token of the complete model."""
-        return sum(section.flops.total for section in self.sections)
+        return sum(section.total for section in self.section_flops)
 
     @property
     def speedup_bound(self) -> float | None:
@@ -132,18 +119,16 @@ def plan(config: RunConfig, world_size: int, device: Device = "cpu", problems: t
         device=on,
         grid=grid,
         parameters=sum(spec.numel for spec in model_parameters(config.model)),
-        sections=_sections(config),
+        section_parameters=tuple(
+            sum(spec.numel for spec in section_parameters(config.model, section))
+            for section in range(config.model.num_sections)
+        ),
+        section_flops=tuple(section_flops(config.model, config.sequence_length)),
         stages=stages,
         micro_batches=None if grid is None else config.training.num_micro_batches(grid.data),
         problems=tuple(found),
         warnings=tuple(_warnings(config, grid, stages)),
     )
-
-
-def _sections(config: RunConfig) -> tuple[SectionPlan, ...]:
-    model = config.model
-    counts = [sum(spec.numel for spec in section_parameters(model, section)) for section in range(model.num_sections)]
-    return tuple(map(SectionPlan, model.section_layers, counts, section_flops(model, config.sequence_length)))
 
 
 def _stages(config: RunConfig, grid: Grid | None, device: Device) -> tuple[StagePlan, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from stagdist.config.parts import WandbConfig
+from stagdist.config.parts import LoggingConfig
 from stagdist.errors import ConfigError
 from stagdist.files import writing
 from stagdist.telemetry.wandb_run import start_wandb
@@ -29,8 +29,7 @@ class MetricsWriter:
     Args:
         folder: run folder.
         resumed_step: step of the checkpoint that the run resumes from; None for a new run.
-        tensorboard: write events to `folder/tensorboard`.
-        wandb: where to send metrics; None, or `enabled` false, sends nothing.
+        logging: whether metrics also go to TensorBoard (events in `folder/tensorboard`) and wandb.
         name: name of the run in wandb; the folder's name unless given.
         config: resolved configuration, shown in wandb.
 
@@ -40,26 +39,21 @@ class MetricsWriter:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: Path,
+        logging: LoggingConfig | None = None,
         *,
         resumed_step: int | None = None,
-        tensorboard: bool = False,
-        wandb: WandbConfig | None = None,
         name: str | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        folder = Path(folder)
+        logging = logging or LoggingConfig()
         self._lines = _open_lines(folder, resumed_step)
-        self._tensorboard: Any = _open_tensorboard(folder, resumed_step) if tensorboard else None
+        self._tensorboard = _open_tensorboard(folder, resumed_step) if logging.tensorboard else None
         self._wandb: Any = None
-        if wandb is not None and wandb.enabled:
-            self._wandb = start_wandb(
-                folder,
-                wandb,
-                name=name or folder.name,
-                config=config or {},
-                resumed=resumed_step is not None,
-            )
+        if logging.wandb.enabled:
+            resumed = resumed_step is not None
+            name = name or folder.name
+            self._wandb = start_wandb(folder, logging.wandb, name=name, config=config or {}, resumed=resumed)
 
     def write(self, split: str, step: int, values: Mapping[str, float | None]) -> None:
         """Write the values of one step: `split` is train, validation or test.

@@ -45,13 +45,9 @@ class Reporter:
             folder = Path(config.folder)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(dump_config(config))
+            keys = config.model_dump(mode="json")
             self._metrics = MetricsWriter(
-                folder,
-                resumed_step=resumed_step,
-                tensorboard=config.logging.tensorboard,
-                wandb=config.logging.wandb,
-                name=config.name,
-                config=config.model_dump(mode="json"),
+                folder, config.logging, resumed_step=resumed_step, name=config.name, config=keys
             )
 
     def due(self, step: int) -> bool:

@@ -12,7 +12,6 @@ import pytest
 from stagdist.cluster.doctor import host_probe
 from stagdist.cluster.doctor.examination import ask_all, ask_host
 from stagdist.cluster.doctor.facts import HostFacts
-from stagdist.cluster.doctor.host_probe import temporary_folder
 from stagdist.errors import TransportError
 from tests.cluster.doctor_cases import facts
 
@@ -84,16 +83,14 @@ def test_a_host_without_the_packages_is_reported_in_one_line(pretended_hosts: Pa
 
 def test_a_folder_that_is_there_stays_with_what_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "step_00000001").mkdir()
-    with temporary_folder(tmp_path / "made"):
-        kept = host_probe.examine_storage(tmp_path / "made", "node1", 4)
-        assert list((tmp_path / "made").iterdir()) == []
+    kept = host_probe.examine_storage(tmp_path, tmp_path / "step_00000001", 4)
     assert (kept.problem, kept.shared, kept.path) == ("", True, str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
-def test_a_folder_that_does_not_appear_is_waited_for_and_then_not_shared(tmp_path: Path) -> None:
+def test_a_mark_that_does_not_appear_is_waited_for_and_then_not_shared(tmp_path: Path) -> None:
     started = time.monotonic()
-    kept = host_probe.examine_storage(tmp_path / "new" / "made", "node1", 4, visible_s=0.5)
+    kept = host_probe.examine_storage(tmp_path / "new" / "runs", tmp_path / "made", 4, visible_s=0.5)
     assert 0.5 <= time.monotonic() - started < 3
     assert (kept.problem, kept.shared) == ("", False) and kept.write_mb_s > 0
     assert list(tmp_path.iterdir()) == []
@@ -101,7 +98,7 @@ def test_a_folder_that_does_not_appear_is_waited_for_and_then_not_shared(tmp_pat
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    kept = host_probe.examine_storage(tmp_path / "file" / "runs" / "made", "node1", 4, visible_s=0)
+    kept = host_probe.examine_storage(tmp_path / "file" / "runs", tmp_path / "made", 4, visible_s=0)
     assert "Not a directory" in kept.problem
 
 

@@ -77,9 +77,8 @@ def step(
         for rank, (first, count) in zip(ranks, cut, strict=True)
     ]
     choices = [rank.choose(torch.stack(messages), slots, where) for rank in ranks]
-    for rank, choice in zip(ranks, choices, strict=True):
+    for choice in choices:
         assert torch.equal(choice.tokens, choices[0].tokens)
-        rank.observe(choice.tokens, slots)
     return choices[0]
 
 

@@ -37,7 +37,7 @@ def planned(world_size: int = 2, **changes: dict[str, Any]) -> Plan:
 def counts(result: Plan) -> tuple[int, list[int], list[int], list[int]]:
     """Parameters of the model, of the sections, of the stages, and the stages' copies."""
     stages = result.stages
-    sections = [section.parameters for section in result.sections]
+    sections = list(result.section_parameters)
     return result.parameters, sections, [stage.parameters for stage in stages], [stage.copies for stage in stages]
 
 

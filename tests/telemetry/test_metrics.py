@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from stagdist.config.parts import LoggingConfig
 from stagdist.errors import ConfigError
 from stagdist.telemetry import metrics
 from stagdist.telemetry.metrics import MetricsWriter
@@ -93,8 +94,9 @@ def test_a_failure_while_dropping_leaves_the_old_file_whole(tmp_path: Path, monk
 def test_a_killed_process_loses_no_line(tmp_path: Path) -> None:
     script = f"""
 import os, signal
+from pathlib import Path
 from stagdist.telemetry.metrics import MetricsWriter
-writer = MetricsWriter({str(tmp_path)!r})
+writer = MetricsWriter(Path({str(tmp_path)!r}))
 for step in range(50):
     writer.write("train", step, {{"loss": 1.0}})
 os.kill(os.getpid(), signal.SIGKILL)
@@ -111,7 +113,7 @@ def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
 
 def test_tensorboard_shows_one_history_over_a_resume(tmp_path: Path) -> None:
     for steps, resumed_step in ((range(1, 5), None), (range(3, 6), 2)):
-        with closing(MetricsWriter(tmp_path, resumed_step=resumed_step, tensorboard=True)) as writer:
+        with closing(MetricsWriter(tmp_path, LoggingConfig(tensorboard=True), resumed_step=resumed_step)) as writer:
             for step in steps:
                 writer.write("train", step, {"loss": 10.0 * step, "mfu": None})
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -127,4 +129,4 @@ def test_tensorboard_shows_one_history_over_a_resume(tmp_path: Path) -> None:
 def test_a_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match="pip install tensorboard"):
-        MetricsWriter(tmp_path, tensorboard=True)
+        MetricsWriter(tmp_path, LoggingConfig(tensorboard=True))

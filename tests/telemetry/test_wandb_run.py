@@ -27,13 +27,14 @@ FAKE_KEY = "0123456789abcdef" * 2 + "feedc0de"
 SCRIPT = """
 import json, logging, sys
 from contextlib import closing
-from stagdist.config.parts import WandbConfig
+from pathlib import Path
+from stagdist.config.parts import LoggingConfig
 from stagdist.telemetry.metrics import MetricsWriter
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
 folder, resumed_step, steps = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-target = WandbConfig(enabled=True, project="tests")
+target = LoggingConfig(wandb={"enabled": True, "project": "tests"})
 shape = {"model": {"hidden_size": 8}}
-with closing(MetricsWriter(folder, resumed_step=resumed_step, wandb=target, config=shape)) as writer:
+with closing(MetricsWriter(Path(folder), target, resumed_step=resumed_step, config=shape)) as writer:
     for step in steps:
         writer.write("train", step, {"loss": 1.0 / step})
 """
@@ -135,7 +136,7 @@ def test_wandb_mode_disabled_is_respected(tmp_path: Path) -> None:
 
 
 def test_wandb_switched_off_leaves_no_trace(tmp_path: Path) -> None:
-    with closing(MetricsWriter(tmp_path, wandb=WandbConfig.model_validate({"enabled": False}))) as writer:
+    with closing(MetricsWriter(tmp_path)) as writer:
         writer.write("train", 1, {"loss": 1.0})
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 

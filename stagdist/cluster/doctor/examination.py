@@ -4,16 +4,16 @@ import contextlib
 import json
 import os
 import platform
-import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from stagdist.cluster.doctor.facts import ALONE, PROBLEM, ROOT, Finding, HostFacts, LinkReport, Survey
 from stagdist.cluster.doctor.findings import findings
-from stagdist.cluster.doctor.host_probe import temporary_folder
+from stagdist.cluster.doctor.host_probe import PREFIX, existing
 from stagdist.cluster.doctor.link_probe import ERROR_PREFIX
 from stagdist.cluster.doctor.report import report
 from stagdist.cluster.doctor.variables import (
@@ -169,19 +169,19 @@ def ask_all(slots: dict[str, int], checkpoints: Path, write_mib: int) -> Survey:
         checkpoints: absolute path of the folder to try.
         write_mib: size of the file to measure the disk with, in MiB.
     """
-    storage = checkpoints / f".stagdist-doctor-{secrets.token_hex(8)}"
-    request = {"hosts": list(slots), "folder": str(Path.cwd()), "storage": str(storage), "size_mib": write_mib}
+    request = {"hosts": list(slots), "folder": str(Path.cwd()), "checkpoints": str(checkpoints), "size_mib": write_mib}
 
-    def ask(host: str) -> HostFacts | TransportError:
+    def ask(host: str, mark: str) -> HostFacts | TransportError:
         try:
-            return ask_host(host, request)
+            return ask_host(host, request | {"mark": mark})
         except TransportError as error:
             return error
 
     with contextlib.ExitStack() as stack:
+        mark = str(checkpoints / PREFIX)
         with contextlib.suppress(OSError):  # hosts that cannot write there either say why; the others do not see it
-            stack.enter_context(temporary_folder(storage))
-        answers = on_all(slots, ask)
+            mark = stack.enter_context(TemporaryDirectory(prefix=PREFIX, dir=existing(checkpoints)))
+        answers = on_all(slots, lambda host: ask(host, mark))
     facts = {host: answer for host, answer in answers.items() if isinstance(answer, HostFacts)}
     silent = {host: str(answer) for host, answer in answers.items() if host not in facts}
     return Survey(hosts=tuple(slots), slots=slots, facts=facts, silent=silent)

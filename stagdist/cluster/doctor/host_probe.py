@@ -3,7 +3,6 @@
 Imports no framework, so that the answer takes a fraction of a second.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -15,8 +14,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 
@@ -25,18 +24,20 @@ from stagdist.cluster.doctor.facts import ROOT, Accelerator, HostFacts, Storage
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 DRIVER_S = 20
 BLOCK_BYTES = 4 << 20
+PREFIX = ".stagdist-doctor-"
 VISIBLE_S = 5.0
 """Seconds until another host's folder is visible: network file systems cache directory entries."""
 
 
-def examine(host: str, hosts: list[str], folder: str, storage: str, size_mib: int) -> HostFacts:
+def examine(host: str, hosts: list[str], folder: str, checkpoints: str, mark: str, size_mib: int) -> HostFacts:
     """Collect everything about this host.
 
     Args:
         host: the doctor's name of this host.
         hosts: names of all hosts.
         folder: the doctor's working directory.
-        storage: the temporary folder that the doctor made among the checkpoints.
+        checkpoints: folder of the checkpoints.
+        mark: what the doctor made in it.
         size_mib: size of the file that measures the disk, in MiB.
     """
     interfaces = network_interfaces()
@@ -58,7 +59,7 @@ def examine(host: str, hosts: list[str], folder: str, storage: str, size_mib: in
         route=route_to(addresses[target], interfaces),
         port=free_port(),
         folder=Path(folder).is_dir(),
-        storage=examine_storage(Path(storage), host, size_mib),
+        storage=examine_storage(Path(checkpoints), Path(mark), size_mib),
     )
 
 
@@ -147,43 +148,32 @@ def free_port() -> int:
 # --- the folder of the checkpoints ----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def temporary_folder(path: Path) -> Iterator[None]:
-    """Make a folder for the duration of the block. The parents that were made for it go with it, if they are empty.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    missing = [one for one in path.parents if not one.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        yield
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            for parent in missing:
-                parent.rmdir()
+def existing(folder: Path) -> Path:
+    """The folder or its nearest parent that is there: nothing needs to be made, and removed, to try a file system."""
+    return next(one for one in (folder, *folder.parents) if one.exists())
 
 
-def examine_storage(folder: Path, host: str, size_mib: int, visible_s: float = VISIBLE_S) -> Storage:
-    """Look for the folder that the doctor made among the checkpoints, and measure how fast a file reaches the disk.
+def examine_storage(folder: Path, mark: Path, size_mib: int, visible_s: float = VISIBLE_S) -> Storage:
+    """Look for what the doctor made in the folder of the checkpoints, and measure how fast a file reaches the disk.
 
     Args:
-        folder: where the file system is not shared, it is made here, and removed.
-        host: name of this host.
+        folder: of the checkpoints.
+        mark: what the doctor made.
         size_mib: size of the file, in MiB.
-        visible_s: seconds to wait for the folder.
+        visible_s: seconds to wait for the mark.
     """
-    kept, shared = folder.parent, False
+    shared = False
     deadline = time.monotonic() + visible_s
     try:
-        while not (shared := folder.exists()) and time.monotonic() < deadline:
+        while not (shared := mark.exists()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        with temporary_folder(folder / host):
-            speed = _write_speed(folder / host / "data", size_mib)
-            return Storage(str(kept), shared, "", _file_system(kept), _space_mib(kept), speed)
+        place = existing(folder)
+        # Inside the mark, which the doctor removes also after a host that did not finish.
+        with TemporaryDirectory(prefix=PREFIX, dir=mark if shared else place) as made:
+            speed = _write_speed(Path(made) / "data", size_mib)
+        return Storage(str(folder), shared, "", _file_system(place), _space_mib(place), speed)
     except OSError as error:
-        return Storage(str(kept), shared, f"{error.strerror or error}: {error.filename or kept}")
+        return Storage(str(folder), shared, f"{error.strerror or error}: {error.filename or folder}")
 
 
 def _write_speed(path: Path, size_mib: int) -> float:

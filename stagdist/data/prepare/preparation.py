@@ -69,9 +69,8 @@ def prepare(
     """
     ranks = ranks or Ranks()
     options = options or ReadOptions()
-    pieces: list[Piece] = ranks.from_first(
-        _planned(inputs, prefix, options, overwrite, workers) if ranks.rank == 0 else None
-    )
+    planned = _planned(inputs, prefix, options, overwrite, workers) if ranks.rank == 0 else []
+    pieces: list[Piece] = ranks.gather(planned)[0]
     encoder = Encoder(options, tokenizer, token_dtype(tokenizer.vocab_size))
     with _partial_files(prefix, ranks):
         written = _tokenize(pieces, prefix, encoder, workers=workers, progress=progress, ranks=ranks)

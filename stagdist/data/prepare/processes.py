@@ -18,10 +18,6 @@ class Ranks:
     rank = 0
     size = 1
 
-    def from_first(self, value: Any) -> Any:
-        """The value of rank 0, on every rank."""
-        return value
-
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, on every rank; also a barrier."""
         return [value]
@@ -43,10 +39,6 @@ class MpiRanks(Ranks):
         self._world = MPI.COMM_WORLD
         self.rank = int(self._world.Get_rank())
         self.size = int(self._world.Get_size())
-
-    def from_first(self, value: Any) -> Any:
-        """The value of rank 0, on every rank."""
-        return self._world.bcast(value, root=0)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, on every rank; also a barrier."""

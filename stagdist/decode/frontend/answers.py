@@ -4,14 +4,13 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from stagdist.decode.frontend.prompts import Prompt
 from stagdist.decode.request import FinishReason, Request, RequestOutput, TokenLogprobs, join_outputs
-
-Decode = Callable[[Iterable[int]], str]
+from stagdist.decode.text import Decode
 
 
 @dataclass

@@ -12,9 +12,7 @@ from stagdist.config.cross_checks import tensor_parallel_problems
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.runner import Lap
 from stagdist.decode.layers.weights import Device, Shard, WeightLoader
-from stagdist.decode.runtime.graphs import CaptureProgress, FixedStep, StepGraphs
-from stagdist.decode.runtime.hosted_sections import StageSections
-from stagdist.decode.runtime.readout import Readout
+from stagdist.decode.runtime.graphs import CaptureProgress
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
@@ -193,24 +191,8 @@ def build_stage(
     )
     if transport is not None and not transport.rules.early_receives:
         alone = Unconnected(plan.grid, transport.stage, transport.tensor_rank)
-        dry_pass(_assemble(replace(setup, transport=alone, limits=dry_limits(plan.limits), lap=None)))
+        dry_pass(Stage(replace(setup, transport=alone, limits=dry_limits(plan.limits), lap=None)))
     graphs = options.graphs
     if graphs is None:
         graphs = transport is None and on_cuda(device) and recorder is None and lap is None
-    return _assemble(setup, recorder=recorder, pulse=pulse, wants_graphs=graphs, progress=progress)
-
-
-def _assemble(
-    setup: StageSetup,
-    *,
-    recorder: SpanRecorder | None = None,
-    pulse: Pulse | None = None,
-    wants_graphs: bool = False,
-    progress: CaptureProgress | None = None,
-) -> Stage:
-    readout, sections = Readout(setup), StageSections(setup)
-    graphs: StepGraphs | None = None
-    if wants_graphs:
-        graphs = StepGraphs(FixedStep(sections, readout), setup.device, setup.limits)
-        graphs.capture(progress)
-    return Stage(setup, sections, readout, recorder=recorder, pulse=pulse, graphs=graphs)
+    return Stage(setup, recorder=recorder, pulse=pulse, graphs=graphs, progress=progress)

@@ -98,7 +98,6 @@ class Readout:
         if self._setup.transport is not None:
             gathered = self._setup.transport.gather(candidates, everywhere=self._sharded)
         self._choice = self.sampler.choose(gathered, slots, places)
-        self.sampler.observe(self._choice.tokens, slots)
 
     def publish(self) -> None:
         """Send the choice of the last stage to all stages."""

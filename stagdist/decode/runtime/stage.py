@@ -9,7 +9,7 @@ from torch import Tensor
 from stagdist.decode.layers.runner import SectionCache
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.runtime import schedule
-from stagdist.decode.runtime.graphs import StepGraphs
+from stagdist.decode.runtime.graphs import CaptureProgress, FixedStep, StepGraphs
 from stagdist.decode.runtime.hosted_sections import Call, StageSections
 from stagdist.decode.runtime.readout import Readout
 from stagdist.decode.runtime.schedule import Instruction, Kind
@@ -48,22 +48,20 @@ class Stage:
     Args:
         recorder: records a span for every instruction.
         pulse: heartbeat for a supervisor.
-        graphs: runs a step up to the logits as one graph (one process); None runs its instructions separately.
+        graphs: run a step up to the logits as one graph (one process), not its instructions separately.
+        progress: called after each CUDA graph that is captured.
     """
 
     def __init__(
         self,
         setup: StageSetup,
-        sections: StageSections,
-        readout: Readout,
         *,
         recorder: SpanRecorder | None = None,
         pulse: Pulse | None = None,
-        graphs: StepGraphs | None = None,
+        graphs: bool = False,
+        progress: CaptureProgress | None = None,
     ):
-        self.setup, self.readout, self._sections, self._recorder, self._graphs = (
-            setup, readout, sections, recorder, graphs,
-        )  # fmt: skip
+        self.setup, self.readout, self._sections, self._recorder = setup, Readout(setup), StageSections(setup), recorder
         self.model, self.topology, self.limits = setup.model, setup.topology, setup.limits
         self.weights, self.device, self.index = setup.weights, setup.device, setup.index
         self._transport = setup.transport
@@ -72,6 +70,10 @@ class Stage:
         self.step_number = 0
         self._first_step = 0
         self._programs: dict[int, tuple[Instruction, ...]] = {}
+        self._graphs: StepGraphs | None = None
+        if graphs:
+            self._graphs = StepGraphs(FixedStep(self._sections, self.readout), setup.device, setup.limits)
+            self._graphs.capture(progress)
 
     # --- operations, the same on every rank ---------------------------------------------------------------------
 

@@ -70,6 +70,8 @@ def journeys() -> list[Journey]:
         found += [(case, start, replace(case, grid=end)) for start in grids for end in grids]
         other = replace(case, grid=grids[-1], precision=OTHER_PRECISION[case.precision])
         found.append((case, grids[0], other))
+    case = models()[0]
+    found.append((case, (2, 2, 1), replace(case, grid=(2, 2, 2))))
     return found
 
 
@@ -108,10 +110,12 @@ def compare(journey: Journey, before: list[LegReport], after: list[LegReport]) -
     changed = [name for name in expected if not torch.equal(found[name], expected[name])]
     difference = max(abs(a - b) for rank in after for a, b in zip(rank.losses, before[0].losses, strict=True))
     tolerance = TOLERANCE[case.precision if same_precision else "bf16"] * (resumed != replace(case, grid=start))
-    passed = not changed and difference <= tolerance and {rank.step for rank in after} == {STEPS}
+    read = max(rank.read_bytes / rank.share_bytes for rank in after)
+    passed = read <= 1 and not changed and difference <= tolerance and {rank.step for rank in after} == {STEPS}
     return {
         "largest_loss_difference": difference,
         "changed_tensors": changed,
+        "read_bytes_over_share": read,
         "losses": after[0].losses,
         "undisturbed": before[0].losses,
         "passed": passed,

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from stagdist.checkpoint.training.directory import TrainingState
+from stagdist.checkpoint.training.reader import TrainingReader
 from stagdist.config.run_config import RunConfig
 from stagdist.parallel.grid import Coordinate
 from stagdist.parallel.groups import Groups
+from stagdist.training.engine.deepspeed_adapter import owned_part
 from stagdist.training.engine.section_engine import SectionEngine, build_engine
+from stagdist.training.saving.engine_state import load_tensors
 from stagdist.training.saving.resume import load_checkpoint, newest_complete
 from stagdist.training.saving.save import save_checkpoint
 from tests.training.parity_cases import GLOBAL_BATCH, SEQUENCE, Case
@@ -52,12 +55,16 @@ class LegReport:
         parameters: at the checkpoint, as saved or as loaded.
         losses: of the steps after the checkpoint.
         step: in the checkpoint.
+        read_bytes, share_bytes: what loading read, and the fp32 values of this rank's weights with the moments that
+            ZeRO-1 gives to it; 0 for the leg that saves.
     """
 
     place: Coordinate
     parameters: dict[str, Tensor]
     losses: list[float]
     step: int
+    read_bytes: int = 0
+    share_bytes: int = 0
 
 
 def save_legs(legs: list[Leg]) -> list[LegReport]:
@@ -90,7 +97,13 @@ def _resume(leg: Leg, groups: Groups) -> LegReport:
     assert checkpoint is not None
     state = load_checkpoint(engine, groups, config.model, checkpoint)
     parameters = _parameters(engine)
-    return LegReport(groups.place, parameters, _train(engine, leg, groups, state.step), state.step)
+    reader = TrainingReader(checkpoint)
+    load_tensors(engine, groups, config.model, reader)
+    held = engine.module.canonical_parameters().values()
+    owned = [part for part in map(owned_part, held) if part is not None]
+    share = 4 * sum(value.numel() for value in held) + 8 * sum(part.stop - part.start for part in owned)
+    losses = _train(engine, leg, groups, state.step)
+    return LegReport(groups.place, parameters, losses, state.step, reader.bytes_read, share)
 
 
 def _train(engine: SectionEngine, leg: Leg, groups: Groups, first: int) -> list[float]:
