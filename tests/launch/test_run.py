@@ -103,6 +103,14 @@ class Run:
             return False
 
 
+def alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that has ended may wait to be fetched."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_a_script_that_ends_in_order_is_shown_and_kept(tmp_path: Path) -> None:
     run = Run(tmp_path, "print('rank', rank, 'says hello'); steps(0, 3)")
     code, out, err = run.end()
@@ -231,7 +239,7 @@ while True: steps(0, 1)
     assert code == 0, err
     (fault,) = [event for event in run.events() if event["event"] == "fault"]
     assert (fault["rank"], fault["says"].partition(" on ")[0]) == (0, "the agent of rank 0, 1")
-    assert len(scripts) == 2 and not any(one.is_running() for one in scripts)
+    assert len(scripts) == 2 and not [one for one in scripts if alive(one)]
 
 
 def test_a_supervisor_that_stood_still_starts_the_ranks_again_that_ended_without_it(tmp_path: Path) -> None:
