@@ -15,8 +15,11 @@ EPILOG = """\
 examples:
   python launch/run.py --num-ranks 2 -- launch/pretrain.py --config configs/quickstart.yaml
   python launch/run.py --hostfile hostfile --max-restarts 5 -- launch/pretrain.py --config configs/x.yaml
-  python launch/run.py --hostfile h --launcher openmpi --min-data-parallel 2 -- launch/pretrain.py --config x.yaml
+  python launch/run.py --hostfile h --start-with srun --min-data-parallel 2 -- launch/pretrain.py --config x.yaml
   python launch/run.py --hostfile hostfile --folder runs/answers -- launch/generate.py --model runs/x/model --prompt "A"
+
+Hosts are reached over ssh without a password, this machine directly. Inside a Slurm allocation where ssh does not work,
+or with --start-with srun, agents are started by srun, and the hostfile holds nodes of the allocation.
 
 A rank that dies, or gives no sign of life for --hang-timeout-s, ends the attempt on all hosts; the next one resumes
 from the newest complete checkpoint. A host that does not answer is replaced by a spare of the hostfile (`#spare name
@@ -35,8 +38,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed.command = parsed.command[parsed.command[:1] == ["--"] :]
     if not parsed.command:
         parser.error("nothing to run: write -- and a script, for example -- launch/pretrain.py --config configs/x.yaml")
-    if parsed.hostfile is None and parsed.launcher is not None:
-        parser.error("--launcher belongs to --hostfile; on this machine alone DeepSpeed's own starts the ranks")
+    if parsed.hostfile is None and parsed.start_with is not None:
+        parser.error("--start-with belongs to --hostfile; on this machine ranks are started directly")
     if parsed.hostfile is not None and parsed.num_ranks is not None:
         parser.error("--num-ranks belongs to this machine alone; a hostfile says slots=N for every host")
     _check_numbers(parser, parsed)
@@ -56,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     hosts = "hosts (`name slots=N`) and spares (`#spare name slots=N`); without: this machine"
     add("--hostfile", metavar="FILE", help=hosts)
     add("--num-ranks", type=int, metavar="N", help="ranks on this machine, without a hostfile (default 2)")
-    add("--launcher", choices=("pdsh", "openmpi", "torchrun"), help="how ranks are started on hosts (default pdsh)")
+    how = "what starts ranks on other hosts (default ssh; srun in a Slurm allocation where ssh does not work)"
+    add("--start-with", choices=("ssh", "srun"), help=how)
     add("--max-restarts", type=int, default=3, metavar="N", help="in a row without a new checkpoint (default 3)")
     add("--min-data-parallel", type=int, metavar="N", help="continue with at least N replicas when a host is gone")
     add("--hang-timeout-s", type=float, default=300.0, metavar="S", help="limit between heartbeats (default 300)")
@@ -66,7 +70,6 @@ def _parser() -> argparse.ArgumentParser:
     wait = "wait for a host that cannot be replaced (default 300)"
     add("--host-wait-s", type=float, default=300.0, metavar="S", help=wait)
     add("--stop-s", type=float, default=120.0, metavar="S", help="time for saving after SIGTERM (default 120)")
-    add("--address", metavar="IP", help="of this machine, as the hosts reach it (default: found by itself)")
     add("--folder", type=Path, metavar="DIR", help="for logs and run.json (default: that of the run)")
     same = "script and arguments, the same on every rank"
     add("command", nargs=argparse.REMAINDER, metavar="-- SCRIPT ...", help=same)

@@ -79,22 +79,7 @@ def _add_paths(parser: argparse.ArgumentParser, verb: str) -> None:
 
 
 def _add_options(made: dict[str, argparse.ArgumentParser]) -> None:
-    made["export"].add_argument(
-        "--format",
-        choices=("model", "torch"),
-        default="model",
-        help="model: a model directory (default); torch: one file, a state dict of canonical names that "
-        "torch.load(weights_only=True) reads",
-    )
-    made["export"].add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), help="of the written weights (default: that of the run)"
-    )
-    made["export"].add_argument(
-        "--from-master",
-        action="store_true",
-        help="write the fp32 values of the optimizer (in fp32, or rounded to --precision), not the weights of a run "
-        "in a lower precision",
-    )
+    _add_export_options(made["export"])
     made["import"].add_argument(
         "--config",
         metavar="FILE",
@@ -122,6 +107,25 @@ def _add_options(made: dict[str, argparse.ArgumentParser]) -> None:
     )
     made["verify"].add_argument(
         "--tolerance", type=_tolerance, default=1e-5, metavar="X", help="largest difference to accept (default: 1e-5)"
+    )
+
+
+def _add_export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format",
+        choices=("model", "torch"),
+        default="model",
+        help="model: a model directory (default); torch: one file, a state dict of canonical names that "
+        "torch.load(weights_only=True) reads",
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), help="of the written weights (default: that of the run)"
+    )
+    parser.add_argument(
+        "--from-master",
+        action="store_true",
+        help="write the fp32 values of the optimizer (in fp32, or rounded to --precision), not the weights of a run "
+        "in a lower precision",
     )
 
 

@@ -184,30 +184,28 @@ def _apply_override(keys: dict[str, Any], override: str) -> None:
     value = _parse_yaml(text, f"override {shown(override)}")
     place: Any = keys
     for depth, part in enumerate(parts):
-        here = ".".join(parts[:depth])
-        last = depth == len(parts) - 1
-        below: Any = value if last else ([] if parts[depth + 1].isdigit() else {})
-        place = _enter(place, part, below, replace=last, here=here, override=override)
+        index = _place_of(place, part, here=".".join(parts[:depth]), override=override)
+        if depth == len(parts) - 1:
+            place[index] = value
+        elif (place[index] if isinstance(place, list) else place.get(index)) is None:
+            place[index] = [] if parts[depth + 1].isdigit() else {}
+        place = place[index]
 
 
-def _enter(place: Any, part: str, below: Any, *, replace: bool, here: str, override: str) -> Any:
-    """The value at `part` of a mapping or list, after setting it to `below` if it is empty or `replace` is true."""
-    index: Any = part
-    if isinstance(place, list):
-        if not part.isdigit() or int(part) > len(place):
-            raise ConfigError(
-                f"override {shown(override)}: {here} has {len(place)} entries in the file, there is no entry {part}; "
-                f"give the complete list as {here}=[...]"
-            )
-        index = int(part)
-        if index == len(place):
-            place.append(None)
-    elif not isinstance(place, dict):
+def _place_of(place: Any, part: str, *, here: str, override: str) -> Any:
+    """The key of a mapping, or the index of a list, which may be extended by one entry."""
+    if isinstance(place, dict):
+        return part
+    if not isinstance(place, list):
         raise ConfigError(f"override {shown(override)}: {here} is {shown(place)} and has no keys; set {here} itself")
-    held = place[index] if isinstance(place, list) else place.get(part)
-    if replace or held is None:
-        place[index] = held = below
-    return held
+    if not part.isdigit() or int(part) > len(place):
+        raise ConfigError(
+            f"override {shown(override)}: {here} has {len(place)} entries in the file, there is no entry {part}; "
+            f"give the complete list as {here}=[...]"
+        )
+    if int(part) == len(place):
+        place.append(None)
+    return int(part)
 
 
 # ---- readable problems ----

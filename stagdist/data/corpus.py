@@ -156,9 +156,8 @@ def _blend_arguments(data: DataConfig, wanted: list[bool]) -> dict[str, Any]:
     if data.corpora:
         # fixed-point notation: megatron-core reads numbers by a pattern that knows no exponents
         return {"blend": _blend(data.corpora), "split": ",".join(f"{share:.12f}" for share in data.split)}
-    separate = (data.train_corpora, data.validation_corpora, data.test_corpora)
-    blends = [_blend(corpora) if keep else None for corpora, keep in zip(separate, wanted, strict=True)]
-    return {"blend_per_split": blends}
+    plans = zip(plan_splits(data), wanted, strict=True)
+    return {"blend_per_split": [_blend(plan.corpora) if plan and keep else None for plan, keep in plans]}
 
 
 def _blend(corpora: tuple[CorpusConfig, ...]) -> tuple[list[str], list[float] | None]:

@@ -6,7 +6,7 @@ Keys stay where wandb keeps them (WANDB_API_KEY, netrc); nothing here writes or 
 import logging
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,15 +65,7 @@ def start_wandb(folder: Path, target: WandbConfig, *, name: str, config: Mapping
         config=dict(config),
         settings=settings,
     )
-    try:
-        run = start()
-    except wandb.errors.Error as error:
-        LOG.warning("wandb: offline, because the run could not start online: %s", " ".join(str(error).split()))
-        wandb.teardown()  # its service would still count the id of the failed attempt as taken
-        try:
-            run = start(mode="offline")
-        except wandb.errors.Error as error:
-            raise ConfigError(f"wandb cannot start: {error}; set logging.wandb.enabled: false") from error
+    run = _online_or_offline(wandb, start)
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     if run.disabled:
@@ -83,6 +75,18 @@ def start_wandb(folder: Path, target: WandbConfig, *, name: str, config: Mapping
     else:
         LOG.info("wandb: run %s at %s", run.id, run.url)
     return run
+
+
+def _online_or_offline(wandb: Any, start: Callable[..., Any]) -> Any:
+    try:
+        return start()
+    except wandb.errors.Error as error:
+        LOG.warning("wandb: offline, because the run could not start online: %s", " ".join(str(error).split()))
+    wandb.teardown()  # its service would still count the id of the failed attempt as taken
+    try:
+        return start(mode="offline")
+    except wandb.errors.Error as error:
+        raise ConfigError(f"wandb cannot start: {error}; set logging.wandb.enabled: false") from error
 
 
 def claim_run_id(folder: Path, *, resumed: bool) -> str:

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from stagdist.cluster.supervision.diagnosis import SilenceLimits, find_exit, find_missing, find_silence
+from stagdist.cluster.supervision.diagnosis import SilenceLimits, find_exit, find_silence
 from stagdist.cluster.supervision.rank_reports import RankReport
 from stagdist.telemetry.pulse import Phase
 
@@ -29,47 +29,46 @@ def by_rank(*views: RankReport) -> dict[int, RankReport]:
 
 def test_a_healthy_attempt_has_no_fault() -> None:
     ranks = by_rank(running(0, age_s=5), ended(1, 0, 99.0))
-    assert find_exit(ranks, 100.0, 2) is None and find_silence(ranks, 100.0, LIMITS) is None
-    assert find_missing(ranks, 2, LIMITS, 1000.0) is None
+    assert find_exit(ranks, 100.0) is None and find_silence(ranks, 100.0, LIMITS) is None
 
 
 def test_a_killed_rank_is_named_and_not_the_one_that_lost_its_peer_a_moment_earlier() -> None:
-    fault = find_exit(by_rank(ended(0, 1, 100.0, LOST), ended(1, -signal.SIGKILL, 100.4)), 100.0, 2)
+    fault = find_exit(by_rank(ended(0, 1, 100.0, LOST), ended(1, -signal.SIGKILL, 100.4)), 100.0)
     assert fault is not None and (fault.rank, fault.code, fault.own) == (1, -9, False)
     assert fault.says == "rank 1 on node1 was killed by SIGKILL"
 
 
 def test_a_lost_peer_whose_host_is_not_heard_is_the_one_to_blame() -> None:
-    fault = find_exit(by_rank(ended(0, 1, 100.0, LOST), running(1, heard_at=94.0)), 100.0, 2)
+    fault = find_exit(by_rank(ended(0, 1, 100.0, LOST), running(1, heard_at=94.0)), 100.0)
     assert fault is not None and (fault.kind, fault.rank, fault.host) == ("silent", 1, "node1") and "6 s" in fault.says
 
 
 def test_of_two_errors_of_their_own_the_earlier_is_the_first() -> None:
     ranks = by_rank(ended(0, 1, 100.2, ("error: b",)), ended(1, 1, 100.1, ("note", "error: a", "noise")))
-    fault = find_exit(ranks, 100.0, 2)
+    fault = find_exit(ranks, 100.0)
     assert fault is not None and fault.says == "rank 1 on node1 ended with code 1: a" and fault.own
 
 
 def test_of_an_error_that_all_meet_the_rank_that_speaks_is_shown() -> None:
     ranks = by_rank(ended(0, 1, 100.5, ("error: not finite",)), ended(1, 1, 100.0, ("[W1123] socket warning",)))
-    fault = find_exit(ranks, 100.0, 2)
+    fault = find_exit(ranks, 100.0)
     assert fault is not None and fault.rank == 0 and "not finite" in fault.says
 
 
-def test_ranks_that_we_or_the_launcher_ended_are_no_first_error() -> None:
-    assert find_exit(by_rank(ended(0, -9, 100.0, by_us=True)), 100.0, 2) is None
-    fault = find_exit(by_rank(ended(0, -signal.SIGTERM, 100.0), ended(1, 1, 100.5, ("error: x",))), 100.0, 2)
+def test_ranks_that_were_asked_to_end_are_no_first_error() -> None:
+    assert find_exit(by_rank(ended(0, -9, 100.0, by_us=True)), 100.0) is None
+    fault = find_exit(by_rank(ended(0, -signal.SIGTERM, 100.0), ended(1, 1, 100.5, ("error: x",))), 100.0)
     assert fault is not None and fault.rank == 1
 
 
 def test_a_peer_that_gave_up_waiting_points_to_the_stopped_rank() -> None:
     ranks = by_rank(ended(0, 1, 100.0, ("error: another rank ended, or did not answer",)), running(1, process="T"))
-    fault = find_exit(ranks, 100.0, 2)
+    fault = find_exit(ranks, 100.0)
     assert fault is not None and (fault.kind, fault.rank) == ("stuck", 1)
 
 
 def test_a_lost_peer_alone_is_still_told() -> None:
-    fault = find_exit(by_rank(ended(0, 1, 100.0, LOST), running(1)), 100.0, 2)
+    fault = find_exit(by_rank(ended(0, 1, 100.0, LOST), running(1)), 100.0)
     assert fault is not None and fault.rank == 0 and not fault.own
 
 
@@ -102,26 +101,15 @@ def test_a_stopped_rank_is_stuck_also_where_silence_is_normal() -> None:
     assert fault is not None and (fault.kind, fault.rank) == ("stuck", 0)
 
 
-def test_a_rank_that_never_came_is_to_blame_for_those_that_waited() -> None:
-    fault = find_exit(by_rank(ended(0, 1, 100.0, ("error: the processes did not meet",))), 100.0, 2)
-    assert fault is not None and (fault.kind, fault.rank) == ("missing", 1) and "rank 1 never came" in fault.says
-
-
 def test_a_host_that_is_not_heard_is_silent_not_stuck() -> None:
     fault = find_silence(by_rank(running(0, age_s=30), running(1, heard_at=79.0)), 100.0, LIMITS)
-    assert fault is not None and (fault.kind, fault.host, fault.silent) == ("silent", "node1", (1,))
-
-
-def test_ranks_that_never_came_are_missed_after_the_time_of_a_start() -> None:
-    assert find_missing(by_rank(running(0)), 3, LIMITS, 99.0) is None
-    fault = find_missing(by_rank(running(0)), 3, LIMITS, 101.0)
-    assert fault is not None and "rank 1, 2 did not start" in fault.says
+    assert fault is not None and (fault.kind, fault.host, fault.rank) == ("silent", "node1", 1)
 
 
 def test_the_same_error_again_is_recognised_whatever_its_numbers() -> None:
-    first = find_exit(by_rank(ended(0, 1, 1.0, ("error: 0.3 GB are free",))), 100.0, 2)
-    again = find_exit(by_rank(ended(0, 1, 2.0, ("error: 0.1 GB are free",))), 100.0, 2)
-    other = find_exit(by_rank(ended(0, 1, 2.0, ("error: no such file",))), 100.0, 2)
+    first = find_exit(by_rank(ended(0, 1, 1.0, ("error: 0.3 GB are free",))), 100.0)
+    again = find_exit(by_rank(ended(0, 1, 2.0, ("error: 0.1 GB are free",))), 100.0)
+    other = find_exit(by_rank(ended(0, 1, 2.0, ("error: no such file",))), 100.0)
     assert first is not None and again is not None and other is not None
     assert first.same_again == again.same_again != other.same_again
 
@@ -133,11 +121,9 @@ def test_a_rank_that_its_watchdog_aborts_for_want_of_a_frozen_peer_is_not_to_bla
         "frame #8: clone + 0x43 (0x7f)",
     )
     ranks = by_rank(ended(0, -signal.SIGABRT, 100.0, watchdog), running(1, process="T"))
-    fault = find_exit(ranks, 100.0, 2)
+    fault = find_exit(ranks, 100.0)
     assert fault is not None and (fault.kind, fault.rank) == ("stuck", 1)
-    assert (
-        fault := find_exit(by_rank(ended(0, -signal.SIGABRT, 100.0, ("double free",))), 100.0, 2)
-    ) and fault.rank == 0
+    assert (fault := find_exit(by_rank(ended(0, -signal.SIGABRT, 100.0, ("double free",))), 100.0)) and fault.rank == 0
 
 
 def test_a_rank_that_never_gave_a_sign_is_stuck_where_its_script_gives_signs() -> None:
@@ -153,7 +139,7 @@ def test_a_rank_that_never_gave_a_sign_is_stuck_where_its_script_gives_signs() -
 def test_an_agent_that_is_gone_is_to_blame_for_the_peer_that_lost_it() -> None:
     lost = running(1, heard_at=99.8)
     lost.lost = True
-    fault = find_exit(by_rank(ended(0, 1, 99.9, LOST), lost), 100.0, 2)
+    fault = find_exit(by_rank(ended(0, 1, 99.9, LOST), lost), 100.0)
     assert fault is not None and fault.says == "the agent of rank 1 on node1 is gone"
     fault = find_silence(by_rank(running(0), lost), 100.0, LIMITS)
     assert fault is not None and (fault.kind, fault.rank) == ("silent", 1)

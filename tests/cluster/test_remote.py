@@ -106,13 +106,3 @@ def test_what_goes_wrong_for_one_host_is_raised_and_few_are_asked_at_once() -> N
     with pytest.raises(ConfigError, match="n3"):
         on_all([f"n{index}" for index in range(6)], count, at_once=2)
     assert most == 2
-
-
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere"):
-        run_here(["true"], 1, folder=tmp_path / "nowhere")
-
-
-def test_variables_are_added_or_replace_all() -> None:
-    assert "PATH=" in run_here(["env"], 5, environment={"V": "1"}).stdout
-    assert run_here(["/usr/bin/env"], 5, only={"V": "1"}).stdout == "V=1\n"

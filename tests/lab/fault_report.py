@@ -1,4 +1,4 @@
-"""`make faults`: every fault under every launcher, then the soak; JSON and a table under benchmarks/."""
+"""`make faults`: every fault, then the soak; JSON and a table under benchmarks/."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from benchmarks.common.conditions import commit, conditions
 from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import byte_tokenizer
 from tests.lab.drill import INTERVAL, NEXT_STEP_S, STEPS, Drill, supervised_config
-from tests.lab.faults import FAULTS, LAUNCHERS, Fault
+from tests.lab.faults import FAULTS, Fault
 from tests.lab.hosts import Lab
 from tests.lab.soak import STEPS_PER_FAULT, is_sound, soak
 from tests.lab.supervised import HANG_TIMEOUT_S, HOST_TIMEOUT_S
@@ -26,6 +26,7 @@ NAMES = [fault.name for fault in FAULTS]
 RANKS = {"pipe2": 2, "pipe2_data2": 4}
 SETTING = {
     "benchmark": "faults",
+    "started_with": ["ssh", "srun"],
     "hang_timeout_s": HANG_TIMEOUT_S,
     "host_timeout_s": HOST_TIMEOUT_S,
     "steps": STEPS,
@@ -33,7 +34,7 @@ SETTING = {
 }
 MEASURED = ("noticed_s", "next_step_s", "lost_steps", "newest_complete", "resumed_step", "orphans", "losses_equal",
             "stopped_s", "exit_code")  # fmt: skip
-COLUMNS = ("fault", "launcher", "expected", *MEASURED, "wall_s")
+COLUMNS = ("fault", "start_with", "expected", *MEASURED, "wall_s")
 LONGEST_TEXT = 2000
 
 
@@ -51,30 +52,24 @@ class Report:
         if SETTING.items() <= known.items():
             self.body |= known
 
-    def forget(self, faults: Collection[str], launchers: Collection[str]) -> None:
+    def forget(self, faults: Collection[str]) -> None:
         """Drop entries, the soak too where it is among them, so that they are measured anew."""
-        self.body["entries"] = [
-            entry
-            for entry in self.body["entries"]
-            if entry["fault"] not in faults or entry["launcher"] not in launchers
-        ]
+        self.body["entries"] = [entry for entry in self.body["entries"] if entry["fault"] not in faults]
         if SOAK in faults:
             self.body[SOAK] = None
         if not self.body["entries"] and self.body[SOAK] is None:
             self.body["preparing_s"] = 0.0
         self.save()
 
-    def has(self, fault: str, launcher: str) -> bool:
+    def has(self, fault: str) -> bool:
         """Whether this entry is there already, and was well."""
-        entries = self.body["entries"]
-        return any((entry["fault"], entry["launcher"], entry["ok"]) == (fault, launcher, True) for entry in entries)
+        return any((entry["fault"], entry["ok"]) == (fault, True) for entry in self.body["entries"])
 
     def put(self, entry: Mapping[str, Any]) -> None:
-        """Add an entry in place of one of the same fault and launcher."""
-        place = (entry["fault"], entry["launcher"])
-        kept = [other for other in self.body["entries"] if (other["fault"], other["launcher"]) != place]
+        """Add an entry in place of one of the same fault."""
+        kept = [other for other in self.body["entries"] if other["fault"] != entry["fault"]]
         entries = [one for one in [*kept, dict(entry)] if one["fault"] in NAMES]
-        entries.sort(key=lambda one: (NAMES.index(one["fault"]), LAUNCHERS.index(one["launcher"])))
+        entries.sort(key=lambda one: NAMES.index(one["fault"]))
         self.body["entries"] = entries
         self.save()
 
@@ -112,7 +107,7 @@ def markdown(body: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     if failed := [entry for entry in body["entries"] if not entry["ok"]]:
         lines += ["", "## Not as expected", ""]
-        lines += [f"- {one['fault']}, {one['launcher']}: {first_line('; '.join(one['problems']))}" for one in failed]
+        lines += [f"- {one['fault']}: {first_line('; '.join(one['problems']))}" for one in failed]
     if body[SOAK]:
         shown = {key: value for key, value in body[SOAK].items() if key not in ("each", "hung_how")}
         lines += ["", "## Soak", "", *(f"- {key}: {json.dumps(value)}" for key, value in shown.items())]
@@ -123,7 +118,7 @@ def commits(body: Mapping[str, Any]) -> str:
     """A sentence on what code the entries were measured with, where it was not the same for all."""
     entries: dict[str, list[str]] = {}
     for entry in body["entries"]:
-        entries.setdefault(str(entry["commit"]), []).append(f"{entry['fault']} ({entry['launcher']})")
+        entries.setdefault(str(entry["commit"]), []).append(entry["fault"])
     if body[SOAK]:
         entries.setdefault(str(body[SOAK]["commit"]), []).append("the soak")
     if len(entries) < 2:
@@ -147,13 +142,13 @@ def reference(base: Path, corpus: Path, grid: str, ranks: int, steps: int) -> di
     return losses(folder, "run")
 
 
-def measured(fault: Fault, launcher: str, base: Path, corpus: Path, references: Any) -> dict[str, Any]:
+def measured(fault: Fault, base: Path, corpus: Path, references: Any) -> dict[str, Any]:
     """An entry, also where something went wrong that nobody has thought of: the report goes on."""
     started = time.monotonic()
-    entry: dict[str, Any] = {"fault": fault.name, "launcher": launcher, "expected": fault.expected}
+    entry: dict[str, Any] = {"fault": fault.name, "start_with": fault.start_with, "expected": fault.expected}
     try:
         with Lab(2, shared=[base]) as lab:
-            entry = Drill(lab, fault, launcher, base, corpus, references).measure()
+            entry = Drill(lab, fault, base, corpus, references).measure()
         if (entry["next_step_s"] or 0) > NEXT_STEP_S:
             entry["problems"].append(f"next step after {entry['next_step_s']} s")
     except Exception as error:
@@ -178,7 +173,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.lab.fault_report", description=__doc__)
     names = [*NAMES, SOAK]
     parser.add_argument("--faults", nargs="*", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--launchers", nargs="*", choices=LAUNCHERS, default=LAUNCHERS, help="default: all")
     parser.add_argument("--soak-faults", type=int, default=30, metavar="N", help="faults of the soak (default 30)")
     parser.add_argument("--seed", type=int, default=0, help="of the soak's draw")
     parser.add_argument("--fresh", action="store_true", help="measure anew what the report has of these already")
@@ -186,16 +180,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure_missing(report: Report, wanted: Iterable[tuple[Fault, str]], base: Path, corpus: Path) -> None:
+def measure_missing(report: Report, wanted: Iterable[Fault], base: Path, corpus: Path) -> None:
     """Every entry that the report lacks, and what it is compared with."""
-    missing = [(fault, launcher) for fault, launcher in wanted if not report.has(fault.name, launcher)]
+    missing = [fault for fault in wanted if not report.has(fault.name)]
     started = time.monotonic()
-    references = {
-        grid: reference(base, corpus, grid, RANKS[grid], STEPS) for grid in {fault.grid for fault, _ in missing}
-    }
+    references = {grid: reference(base, corpus, grid, RANKS[grid], STEPS) for grid in {fault.grid for fault in missing}}
     report.body["preparing_s"] += round(time.monotonic() - started, 1)
-    for fault, launcher in missing:
-        report.put(measured(fault, launcher, base, corpus, references))
+    for fault in missing:
+        report.put(measured(fault, base, corpus, references))
 
 
 def main() -> int:
@@ -207,8 +199,8 @@ def main() -> int:
     sweep()
     report = Report(arguments.output)
     if arguments.fresh:
-        report.forget(arguments.faults, arguments.launchers)
-    wanted = [(fault, one) for fault in FAULTS if fault.name in arguments.faults for one in arguments.launchers]
+        report.forget(arguments.faults)
+    wanted = [fault for fault in FAULTS if fault.name in arguments.faults]
     with tempfile.TemporaryDirectory(prefix="stagdist-faults-") as name:
         base = Path(name)
         library = Path(sysconfig.get_paths()["stdlib"])

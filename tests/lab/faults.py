@@ -8,7 +8,7 @@ from typing import Literal
 from tests.lab.supervised import KILL, STOP, TERM, Supervised, signs_of_life
 
 FAULT_STEP = 33
-LAUNCHERS = ("pdsh", "openmpi", "torchrun")
+AGENT = "stagdist.cluster.supervision.agent"
 REBOOT_S = 6.0
 ENDING_S = 30.0
 """Seconds for ranks to save and end by themselves once the supervisor is gone, or their link for good."""
@@ -34,6 +34,7 @@ class Fault:
         on_disk: the run lives on the small disk.
         own_corpus: the run has a copy of the corpus.
         poisoned: the script can be made to see bad losses.
+        start_with: ssh or srun.
     """
 
     name: str
@@ -51,10 +52,23 @@ class Fault:
     on_disk: bool = False
     own_corpus: bool = False
     poisoned: bool = False
+    start_with: Literal["ssh", "srun"] = "ssh"
 
 
 def _kill(rank: int) -> Callable[[Supervised], None]:
     return lambda run: run.signal_script(rank, KILL)
+
+
+def _kill_agent(run: Supervised) -> None:
+    """The agent of the second host: its ranks end with it, and the host can be used again at once."""
+    (agent,) = (one for one in run.lab.processes("node2") if AGENT in one.command)
+    agent.signal(KILL)
+
+
+def _kill_srun(run: Supervised) -> None:
+    """The process on the first host that holds the connection to the second one."""
+    (srun,) = (one for one in run.lab.processes("node1") if any(word.endswith("/bin/srun") for word in one.command))
+    srun.signal(KILL)
 
 
 def _freeze_at_start(run: Supervised) -> None:
@@ -115,6 +129,7 @@ def _poison(how: str) -> Callable[[Supervised], None]:
 FAULTS = (
     Fault("kill_rank_0", "recover", _kill(0)),
     Fault("kill_rank_1", "recover", _kill(1)),
+    Fault("kill_agent", "recover", _kill_agent),
     Fault("freeze_rank", "recover", lambda run: run.signal_script(1, STOP)),
     # The limit for slow phases would not do here: a stopped process has only the time of a hang.
     Fault("freeze_at_start", "recover", _freeze_at_start, at_step=None, options=("--slow-timeout-s", "30")),
@@ -159,4 +174,16 @@ FAULTS = (
         poisoned=True,
     ),
     Fault("corpus_deleted", "stop", _delete_corpus, _bring_corpus_back, own_corpus=True),
+    # What depends on how ranks are started, under srun.
+    Fault("srun_kill_rank_1", "recover", _kill(1), start_with="srun"),
+    Fault("srun_is_killed", "recover", _kill_srun, start_with="srun"),
+    Fault("srun_link_down_spare", "recover", lambda run: run.lab.cut("node2"), spare=True, start_with="srun"),
+    Fault(
+        "srun_sigkill_supervisor",
+        "stop",
+        lambda run: run.signal_supervisor(KILL),
+        noticed=False,
+        ending_s=ENDING_S,
+        start_with="srun",
+    ),
 )

@@ -2,14 +2,14 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stagdist.cluster.hosts.hostfile import Host, hostfile_text
+from stagdist.cluster.hosts.hostfile import Host
 from stagdist.cluster.hosts.shell_variables import DEEPSPEED_ENV, write_deepspeed_env
 from tests.lab.hosts import Lab
 from tests.lab.inside import Call
@@ -49,6 +49,11 @@ def run_config(corpus: Path, grid: str, steps: int = 4) -> dict[str, Any]:
         training={"steps": steps, "global_batch_size": 8, "micro_batch_size": 2},
         parallel={"timeout_s": 60, "tensor_parallel_size": GRIDS[grid].tensor},
     )
+
+
+def hostfile_text(hosts: Iterable[Host]) -> str:
+    """The hosts as DeepSpeed, Open MPI and the supervisor read them."""
+    return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
 
 
 def pretrain(lab: Lab, launcher: str, folder: Path, corpus: Path, grid: str) -> list[Call]:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stagdist.cluster.hosts.hostfile import Host, hostfile_text
+from stagdist.cluster.hosts.hostfile import Host
 from stagdist.telemetry.pulse import PULSE_FILE
 from tests.lab.hosts import Lab
 from tests.lab.inside import Call, HostProcess
-from tests.lab.launching import BIN, VARIABLES
+from tests.lab.launching import BIN, VARIABLES, hostfile_text
+from tests.lab.slurm import allocation
 from tests.launch.runs import PRETRAIN, ROOT, losses, write_config
 
 RUN = ROOT / "launch" / "run.py"
@@ -29,7 +30,7 @@ class Supervised:
     Attributes:
         lab: where.
         folder: shared by the hosts; the run is `folder/runs/run`.
-        launcher: pdsh, openmpi or torchrun.
+        start_with: ssh or srun; srun is a stand-in that starts tasks on the hosts of the lab.
         slots: per host.
         spares: hosts in reserve.
         options: of launch/run.py, besides the usual ones.
@@ -39,7 +40,7 @@ class Supervised:
 
     lab: Lab
     folder: Path
-    launcher: str = "pdsh"
+    start_with: str = "ssh"
     hosts: Sequence[str] = ("node1", "node2")
     slots: int = 1
     spares: Sequence[str] = ()
@@ -64,10 +65,12 @@ class Supervised:
         hostfile = self.folder / "hostfile"
         spares = "".join(f"#spare {host} slots={self.slots}\n" for host in self.spares)
         hostfile.write_text(hostfile_text(Host(host, self.slots) for host in self.hosts) + spares)
-        words = [sys.executable, str(RUN), "--hostfile", str(hostfile), "--launcher", self.launcher]
+        words = [sys.executable, str(RUN), "--hostfile", str(hostfile), "--start-with", self.start_with]
         words += ["--hang-timeout-s", f"{HANG_TIMEOUT_S:g}", "--host-timeout-s", f"{HOST_TIMEOUT_S:g}"]
         words += [*self.options, "--", str(self.script), "--config", str(path)]
         shell = {**VARIABLES, **self.variables, "PATH": f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin"}
+        if self.start_with == "srun":
+            shell |= allocation(self.folder, shell["PATH"])
         self.calls.append(self.lab.popen(self.hosts[0], words, env=shell, cwd=self.folder))
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:

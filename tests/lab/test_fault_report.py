@@ -14,7 +14,7 @@ from tests.lab.soak import is_late, is_sound, spread
 
 NAMED = {fault.name: fault for fault in FAULTS}
 REQUIRED = {
-    "fault", "launcher", "expected", "noticed_s", "next_step_s", "lost_steps", "orphans", "losses_equal",
+    "fault", "start_with", "expected", "noticed_s", "next_step_s", "lost_steps", "orphans", "losses_equal",
     "newest_complete", "resumed_step", "ok", "commit", "wall_s",
 }  # fmt: skip
 
@@ -22,7 +22,7 @@ REQUIRED = {
 def entry(**values: Any) -> dict[str, Any]:
     """Of a rank that was killed, when all was well."""
     good = {
-        "fault": "kill_rank_1", "launcher": "pdsh", "expected": "recover", "noticed_s": 0.8, "next_step_s": 8.0,
+        "fault": "kill_rank_1", "start_with": "ssh", "expected": "recover", "noticed_s": 0.8, "next_step_s": 8.0,
         "lost_steps": 3, "orphans": 0, "losses_equal": True, "largest_difference": 0.0, "planted_at_step": 33,
         "newest_complete": 30, "resumed_step": 30, "stopped_s": 20.0, "exit_code": 0, "last_line": "", "hung": False,
         "problems": [], "ok": True, "commit": "aaaaaaaaaa", "wall_s": 40.0,
@@ -73,29 +73,27 @@ def test_an_entry_that_cannot_be_measured_does_not_end_the_report(
         raise error
 
     monkeypatch.setattr(fault_report, "Lab", fail)
-    found = measured(NAMED["kill_rank_1"], "pdsh", tmp_path, tmp_path, {})
+    found = measured(NAMED["kill_rank_1"], tmp_path, tmp_path, {})
     assert set(found) >= REQUIRED and not found["ok"] and found["losses_equal"] is None
     assert found["problems"] == [f"{type(error).__name__}: {error}"]
     report = Report(tmp_path / "faults.json")
     report.put(found)
-    assert not report.has("kill_rank_1", "pdsh"), "it is measured again"
-    assert f"- kill_rank_1, pdsh: {type(error).__name__}" in (tmp_path / "faults.md").read_text()
+    assert not report.has("kill_rank_1"), "it is measured again"
+    assert f"- kill_rank_1: {type(error).__name__}" in (tmp_path / "faults.md").read_text()
 
 
 def test_a_report_goes_on_where_it_was_or_is_measured_anew(tmp_path: Path) -> None:
     path = tmp_path / "faults.json"
     report = Report(path)
-    for launcher in ("torchrun", "pdsh"):
-        report.put(entry(launcher=launcher))
-        report.put(entry(fault="freeze_rank", launcher=launcher, commit="bbbbbbbbbb"))
+    report.put(entry(fault="freeze_rank", commit="bbbbbbbbbb"))
+    report.put(entry(ok=False))
+    report.put(entry())
     again = Report(path)
-    assert [(one["fault"], one["launcher"]) for one in again.body["entries"]] == [
-        ("kill_rank_1", "pdsh"), ("kill_rank_1", "torchrun"), ("freeze_rank", "pdsh"), ("freeze_rank", "torchrun"),
-    ]  # fmt: skip
-    assert again.has("kill_rank_1", "pdsh") and again.body["wall_s"] == 160.0
-    again.forget(["kill_rank_1"], ["pdsh"])
+    assert [one["fault"] for one in again.body["entries"]] == ["kill_rank_1", "freeze_rank"]
+    assert again.has("kill_rank_1") and again.body["wall_s"] == 80.0
+    again.forget(["kill_rank_1"])
     kept = Report(path)
-    assert not kept.has("kill_rank_1", "pdsh") and kept.has("kill_rank_1", "torchrun")
+    assert not kept.has("kill_rank_1") and kept.has("freeze_rank")
     path.write_text(json.dumps(kept.body | {"steps": SETTING["steps"] + 1}))  # type: ignore[operator]
     assert Report(path).body["entries"] == [], "numbers of another setting do not stand beside these"
 
@@ -104,9 +102,9 @@ def test_the_table_tells_how_long_it_took_and_which_commits_were_measured(tmp_pa
     report = Report(tmp_path / "faults.json")
     report.put(entry(wall_s=600.0))
     assert "The whole took 10 minutes." in markdown(report.body) and "commit" not in markdown(report.body)
-    report.put(entry(launcher="torchrun"))
+    report.put(entry(fault="kill_rank_0"))
     report.put(entry(fault="freeze_rank", commit="bbbbbbbbbb"))
-    assert "Measured with commit `aaaaaaaa`, except `bbbbbbbb`: freeze_rank (pdsh)." in markdown(report.body)
+    assert "Measured with commit `aaaaaaaa`, except `bbbbbbbb`: freeze_rank." in markdown(report.body)
 
 
 def test_faults_have_names_of_their_own_and_only_a_supervisor_that_could_not_leaves_anything() -> None:
@@ -116,6 +114,7 @@ def test_faults_have_names_of_their_own_and_only_a_supervisor_that_could_not_lea
     assert len(NAMED) == len(FAULTS)
     assert {fault.name for fault in FAULTS if patient(fault)} == {
         "link_down_no_spare", "sigkill_supervisor", "freeze_then_sigkill_supervisor",
+        "srun_sigkill_supervisor",
     }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Supervised runs over several hosts: a handful of faults, what can be seen of secrets, and who listens where.
 
-All faults under all launchers: `make faults`.
+All faults: `make faults`.
 """
 
 import ipaddress
@@ -23,24 +23,21 @@ LocalLosses = Callable[[str], dict[int, float]]
 
 
 @pytest.mark.parametrize(
-    ("fault", "launcher"),
+    "fault",
     [
-        ("kill_rank_1", "pdsh"),
+        "kill_rank_1",
         # In `make test`, tests/launch/test_run.py and tests/cluster/test_placement.py check the same decisions.
-        pytest.param("power_off_spare", "torchrun", marks=pytest.mark.slow),
-        pytest.param("sigkill_supervisor", "openmpi", marks=pytest.mark.slow),
+        pytest.param("power_off_spare", marks=pytest.mark.slow),
+        pytest.param("sigkill_supervisor", marks=pytest.mark.slow),
+        pytest.param("srun_kill_rank_1", marks=pytest.mark.slow),
+        pytest.param("srun_is_killed", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_survives_or_ends_in_order(
-    clean_lab: Lab,
-    lab_corpus: Path,
-    supervised_losses: LocalLosses,
-    tmp_path: Path,
-    fault: str,
-    launcher: str,
+    clean_lab: Lab, lab_corpus: Path, supervised_losses: LocalLosses, tmp_path: Path, fault: str
 ) -> None:
     reference = {grid: supervised_losses(grid) for grid in ("pipe2",)}
-    entry = Drill(clean_lab, NAMED[fault], launcher, tmp_path, lab_corpus, reference).measure()
+    entry = Drill(clean_lab, NAMED[fault], tmp_path, lab_corpus, reference).measure()
     assert problems(NAMED[fault], entry) == [], entry
 
 

@@ -14,7 +14,7 @@ import yaml
 from stagdist.cluster.hosts.hostfile import Host, read_hostfile
 from tests.launch.runs import ROOT
 
-SBATCH = ROOT / "launch" / "slurm" / "pretrain.sbatch"
+SBATCH = [ROOT / "launch" / "slurm" / f"{name}.sbatch" for name in ("pretrain", "supervised")]
 MANIFEST = ROOT / "launch" / "kubernetes" / "pretrain.yaml"
 
 # The package reads its schemas in a way that jsonschema will give up one day; its version is pinned.
@@ -117,20 +117,24 @@ def test_the_parts_of_the_manifest_fit_each_other(manifests: list[Any]) -> None:
     assert (ROOT / next(word for word in container["command"] if word.endswith(".py"))).is_file()
 
 
-def test_the_batch_script_is_good_bash() -> None:
-    assert subprocess.run(["bash", "-n", str(SBATCH)], capture_output=True, text=True).stderr == ""
+@pytest.mark.parametrize("script", SBATCH, ids=lambda path: path.stem)
+def test_the_batch_scripts_are_good_bash(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True).stderr == ""
     if shutil.which("shellcheck") is None:
         pytest.skip("bash -n is content; shellcheck is not installed")
-    checked = subprocess.run(["shellcheck", str(SBATCH)], capture_output=True, text=True)
+    checked = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True)
     assert (checked.returncode, checked.stdout) == (0, "")
 
 
-def test_the_batch_script_asks_slurm_for_what_fits() -> None:
-    lines = SBATCH.read_text().splitlines()
-    asked = dict(line.removeprefix("#SBATCH --").split("=", 1) for line in lines if line.startswith("#SBATCH "))
+@pytest.mark.parametrize("script", SBATCH, ids=lambda path: path.stem)
+def test_the_batch_scripts_ask_slurm_for_what_fits(script: Path) -> None:
+    lines = script.read_text().splitlines()
+    wanted = [line.removeprefix("#SBATCH --").partition("=") for line in lines if line.startswith("#SBATCH ")]
+    asked = {name: value for name, _, value in wanted}
     assert asked["ntasks-per-node"] == asked["gpus-per-node"]
     assert {"nodes", "cpus-per-task", "time", "output"} <= set(asked)
-    assert asked["signal"].startswith("TERM@")  # to the ranks, which then save; B: would mean the script alone
+    # To the ranks, which then save; B: means the script alone, which is the supervisor.
+    assert asked["signal"] == ("B:TERM@600" if script.stem == "supervised" else "TERM@600")
     # Slurm reads no directive behind the first command.
     first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     assert all(number < first_command for number, line in enumerate(lines) if line.startswith("#SBATCH"))

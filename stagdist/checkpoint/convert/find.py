@@ -81,39 +81,36 @@ def _first_complete(checkpoints: list[Path]) -> Path | None:
     return None
 
 
-def open_training(path: str | Path) -> TrainingReader:
-    """Open a training checkpoint. `check` compares its contents with their records when they have been read.
+def open_weights(path: str | Path) -> WeightSource:
+    """Open a training checkpoint or a model directory.
+
+    All but the contents of the weights is checked now. They are hashed while they are read, for `check`.
 
     Raises:
-        CheckpointError: this is no training checkpoint, or it is incomplete; the message names the file.
+        CheckpointError: there is none, or it is damaged; the message names the file or tensor.
     """
-    return _open_checkpoint(find(path))
-
-
-def _open_checkpoint(found: FoundCheckpoint) -> TrainingReader:
-    if found.kind != "training":
-        raise CheckpointError(f"{found.directory} is a model directory; a run's folder or checkpoint is needed here")
+    found = find(path)
+    if found.kind == "model":
+        return ModelReader(found.directory, hashing=True)
     if reason := checkpoint_damage(found.directory, contents=False):
         raise CheckpointError(f"{found.directory}: {reason}")
     return TrainingReader(found.directory, hashing=True)
 
 
-def open_weights(path: str | Path) -> WeightSource:
-    """Open a training checkpoint or a model directory; see `open_training`."""
-    found = find(path)
-    return ModelReader(found.directory, hashing=True) if found.kind == "model" else _open_checkpoint(found)
+def open_training(path: str | Path) -> TrainingReader:
+    """`open_weights` of a training checkpoint; anything else is refused."""
+    source = open_weights(path)
+    if not isinstance(source, TrainingReader):
+        raise CheckpointError(f"{source.directory} is a model directory; a run's folder or checkpoint is needed here")
+    return source
 
 
 def open_model(path: str | Path) -> ModelReader:
-    """Open a model directory. `check` compares its weights with their records when they have been read.
-
-    Raises:
-        CheckpointError: this is no model directory, or it is damaged; the message names the file or tensor.
-    """
-    found = find(path)
-    if found.kind != "model":
-        raise CheckpointError(f"{found.directory} is a training checkpoint; a model directory is needed here")
-    return ModelReader(found.directory, hashing=True)
+    """`open_weights` of a model directory; anything else is refused."""
+    source = open_weights(path)
+    if not isinstance(source, ModelReader):
+        raise CheckpointError(f"{source.directory} is a training checkpoint; a model directory is needed here")
+    return source
 
 
 def source_tokenizer(source: WeightSource, given: str | None) -> Tokenizer:

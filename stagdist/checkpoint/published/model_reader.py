@@ -163,8 +163,10 @@ class ModelReader:
                 )
             shape = self._slice(name).get_shape()
             if tuple(shape) != spec.shape:
-                file = self.directory / self._where[name]
-                raise CheckpointError(f"{name} in {file} has shape {shape}, config.json asks {list(spec.shape)}")
+                raise CheckpointError(
+                    f"{name} in {self.directory / self._where[name]} has shape {shape}, config.json asks "
+                    f"{list(spec.shape)}"
+                )
 
     def _refuse_unknown(self) -> None:
         """Refuse tensors that the model does not have: another program could read them."""

@@ -143,6 +143,7 @@ def coverage_damage(directory: Path, records: Mapping[str, FileRecord]) -> str |
     """
     described = {CONFIG, STATE, INDEX}
     if unrecorded := sorted(described - set(records)):
+        read_state(directory)  # names a checkpoint of an earlier release, which had no index
         return f"{COMPLETE} has no record of {unrecorded[0]}"
     if reason := damage(directory, sorted(described), records):
         return reason

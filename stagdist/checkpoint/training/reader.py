@@ -79,7 +79,14 @@ class TrainingReader:
             raise CheckpointError(f"{self.directory}: {reason}; use an earlier checkpoint")
 
     def value(self, spec: ParameterSpec, kind: str = VALUE) -> Tensor:
-        """A global tensor, fp32; `kind` is one of `KINDS`. Moments that are not stored are zero."""
+        """A global tensor, fp32; `kind` is one of `KINDS`. Moments that are not stored are zero.
+
+        A tensor that is one fragment stays memory-mapped.
+        """
+        fragments = self.index.tensors[spec.name].fragments
+        if len(fragments) == 1 and kind in self.index.kinds:
+            self.bytes_read += 4 * spec.numel
+            return self._stored(fragments[0], kind).view(spec.shape)
         out = torch.zeros(spec.shape)
         self.fill(out.flatten(), spec.name, kind, tuple((0, size) for size in spec.shape))
         return out

@@ -1,7 +1,6 @@
 """Hostfiles: the hosts of a cluster, in the format that DeepSpeed reads, with optional spares."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,8 +91,3 @@ def _host(entry: str, where: str) -> Host:
         return Host(match["name"], int(match["slots"]))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-
-
-def hostfile_text(hosts: Iterable[Host]) -> str:
-    """The same hosts as DeepSpeed and Open MPI read them."""
-    return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)

@@ -1,6 +1,7 @@
 """Commands on the hosts of a cluster over ssh: argument lists, no shell of ours, and always a time limit."""
 
 import contextlib
+import math
 import os
 import shlex
 import signal
@@ -55,23 +56,23 @@ class Finished:
 
 def remote_command(
     words: Sequence[str],
-    limit_s: float,
+    limit_s: float | None,
     folder: str | Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> str:
     """One line for the shell on a host in which nothing but our own words is a command.
 
-    The host ends the command by itself (with its process group) when the time is up, also when ssh is gone by then.
-    Values of the environment are visible in process lists, so they must not be secrets.
+    The host ends the command by itself (with its process group) when the time is up, also when ssh is gone by then;
+    None sets no limit. Values of the environment are visible in process lists, so they must not be secrets.
     """
     assignments = [f"{name}={value}" for name, value in (environment or {}).items()]
-    limited = ["timeout", "--kill-after=2", f"{limit_s:g}", *(["env", *assignments] if assignments else []), *words]
-    line = f"exec {shlex.join(limited)}"
+    limit = [] if limit_s is None else ["timeout", "--kill-after=2", f"{limit_s:g}"]
+    line = f"exec {shlex.join([*limit, *(['env', *assignments] if assignments else []), *words])}"
     return line if folder is None else f"cd -- {shlex.quote(str(folder))} && {line}"
 
 
-def ssh_words(host: str, line: str, connect_s: int = CONNECT_S) -> list[str]:
-    """The ssh command that runs a line on a host; asks nothing, and notices a dead link.
+def ssh_words(host: str, line: str, connect_s: int = CONNECT_S, silence_s: float = 15.0) -> list[str]:
+    """The ssh command that runs a line on a host; asks nothing, and ends when no answer comes for `silence_s` seconds.
 
     Raises:
         ConfigError: the host name could be taken for something else.
@@ -81,7 +82,7 @@ def ssh_words(host: str, line: str, connect_s: int = CONNECT_S) -> list[str]:
         "BatchMode": "yes",
         "ConnectTimeout": str(connect_s),
         "ServerAliveInterval": str(_KEEP_ALIVE_S),
-        "ServerAliveCountMax": "3",
+        "ServerAliveCountMax": str(math.ceil(silence_s / _KEEP_ALIVE_S)),
         "ForwardX11": "no",
         "ClearAllForwardings": "yes",
         "ControlMaster": "no",  # one that goes to the background would hold our pipes open
@@ -116,33 +117,16 @@ def run_on(
     return run_here(ssh_words(host, line), timeout_s + CONNECT_S + _GRACE_S, stdin=stdin)
 
 
-def run_here(
-    words: Sequence[str],
-    timeout_s: float,
-    *,
-    folder: str | Path | None = None,
-    environment: Mapping[str, str] | None = None,
-    only: Mapping[str, str] | None = None,
-    stdin: str = "",
-) -> Finished:
+def run_here(words: Sequence[str], timeout_s: float, *, stdin: str = "") -> Finished:
     """Run a command on this machine likewise; when the time is up its process group is killed.
-
-    Args:
-        words: program and arguments.
-        timeout_s: seconds it may take.
-        folder: working directory.
-        environment: added to this process's variables.
-        only: instead of this process's variables.
-        stdin: text for its standard input.
 
     Raises:
         ConfigError: there is no such program.
     """
     started = time.monotonic()
-    variables = {**(os.environ if only is None else only), **(environment or {})}
     try:
         process = subprocess.Popen(
-            list(words), cwd=folder, env=variables, text=True, errors="replace", start_new_session=True,
+            list(words), text=True, errors="replace", start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
     except OSError as error:

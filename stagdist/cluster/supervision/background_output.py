@@ -83,29 +83,30 @@ class ScriptOutput:
 
     Attributes:
         tail: latest lines.
+        ended: the stream has ended.
     """
 
     def __init__(self, stream: IO[bytes], file: IO[bytes]):
         self.stream, self.tail = stream, deque[str](maxlen=TAIL_LINES)
         os.set_blocking(stream.fileno(), False)
-        self._rest = b""
+        self._rest, self.ended = b"", False
         self._file, self._kept = file, BackgroundWriter(file.fileno())
 
-    def read(self) -> list[str] | None:
-        """New complete lines, shortened; None at the end of the stream."""
+    def read(self) -> list[str]:
+        """New complete lines, shortened."""
         try:
             data = os.read(self.stream.fileno(), LONGEST_LINE)
         except BlockingIOError:
             return []
         self._kept.put(data)
-        ended = not data
-        *lines, self._rest = (self._rest + (b"\n" if ended and self._rest else data)).split(b"\n")
+        self.ended = not data
+        *lines, self._rest = (self._rest + (b"\n" if self.ended and self._rest else data)).split(b"\n")
         if len(self._rest) > LONGEST_LINE:
             lines, self._rest = [*lines, self._rest], b""
         # A progress bar overwrites its line; only its last state counts.
         shown = [line.rpartition(b"\r")[2].decode(errors="replace")[:LONGEST_SHOWN] for line in lines]
         self.tail.extend(line for line in shown if line.strip())
-        return None if ended and not shown else shown
+        return shown
 
     def close(self) -> None:
         """Wait up to DRAIN_S until everything is in the file."""

@@ -9,7 +9,7 @@ from typing import Literal
 from stagdist.cluster.supervision.rank_reports import RankReport
 from stagdist.parallel.lost_peer_phrases import reports_lost_peer
 
-FaultKind = Literal["exit", "stuck", "silent", "missing", "launcher"]
+FaultKind = Literal["exit", "stuck", "silent", "missing"]
 
 _ERROR = "error: "
 
@@ -35,15 +35,14 @@ class Fault:
     """Why an attempt cannot continue."""
 
     # `exit`: a rank ended; `stuck`: it sends no heartbeat; `silent`: its host or agent sends no messages; `missing`:
-    # it never came; `launcher`: the launcher ended first
+    # its agent could not be started
     kind: FaultKind
     rank: int | None  # the first to blame; None where no rank is
     host: str  # its host
     says: str  # one line for the user
-    code: int | None = None  # exit code of the rank or launcher
+    code: int | None = None  # exit code of the rank
     step: int = -1  # optimizer steps that were done
     own: bool = False  # the script ended by an error of its own, not by a signal or by the loss of a peer
-    silent: tuple[int, ...] = ()  # ranks that sent no messages, for `silent`
 
     @property
     def same_again(self) -> tuple[object, ...]:
@@ -56,7 +55,7 @@ def steps_done(ranks: Mapping[int, RankReport]) -> int:
     return max((view.step for view in ranks.values()), default=-1)
 
 
-def find_exit(ranks: Mapping[int, RankReport], now: float, world_size: int) -> Fault | None:
+def find_exit(ranks: Mapping[int, RankReport], now: float) -> Fault | None:
     """The first error of ranks that have ended: one that is no consequence of another, and the earliest."""
     failed = [view for view in ranks.values() if view.exit_code not in (None, 0) and not view.ended_by_us]
     if not failed:
@@ -68,14 +67,12 @@ def find_exit(ranks: Mapping[int, RankReport], now: float, world_size: int) -> F
     if is_consequence(first) and (gone := _unheard(ranks, now, MISSED_S)):
         return _silent(gone, now, steps_done(ranks))
     says = f"rank {first.rank} on {first.host} {how_it_ended(first)}"
-    if is_consequence(first) and (missing := _missing(ranks, world_size)):
-        return Fault("missing", missing[0], "", f"rank {_listed(missing)} never came; {says}")
     own = (first.exit_code or 0) > 0 and not is_consequence(first)
     return Fault("exit", first.rank, first.host, says, first.exit_code, steps_done(ranks), own)
 
 
 def is_consequence(view: RankReport) -> bool:
-    """Whether a rank ended because of another one: it lost its peer, or the launcher ended it."""
+    """Whether a rank ended because of another one: it lost its peer, or was asked to end."""
     if view.exit_code == -signal.SIGABRT:  # NCCL's watchdog complains above the frames of its own stack
         return any(map(reports_lost_peer, view.tail))
     if view.exit_code is not None and view.exit_code < 0:
@@ -130,13 +127,12 @@ def _unheard(ranks: Mapping[int, RankReport], now: float, limit_s: float) -> lis
 
 
 def _silent(views: Sequence[RankReport], now: float, step: int) -> Fault:
-    ranks = tuple(view.rank for view in views)
+    ranks, host = ", ".join(str(view.rank) for view in views), views[0].host
     silence_s = now - max(view.heard_at for view in views)
+    says = f"nothing was heard from rank {ranks} on {host} for {silence_s:.0f} s"
     if all(view.lost for view in views):
-        says = f"the agent of rank {', '.join(map(str, ranks))} on {views[0].host} is gone"
-        return Fault("silent", ranks[0], views[0].host, says, step=step, silent=ranks)
-    says = f"nothing was heard from rank {', '.join(map(str, ranks))} on {views[0].host} for {silence_s:.0f} s"
-    return Fault("silent", ranks[0], views[0].host, says, step=step, silent=ranks)
+        says = f"the agent of rank {ranks} on {host} is gone"
+    return Fault("silent", views[0].rank, host, says, step=step)
 
 
 def _most_stuck(views: Collection[RankReport]) -> RankReport | None:
@@ -152,21 +148,3 @@ def _stuck(view: RankReport, silent_s: float, step: int) -> Fault:
     silence = f", silent for {silent_s:.0f} s" if silent_s else ""
     says = f"rank {view.rank} on {view.host} is stuck in phase {view.phase.name.lower()} ({how}{silence})"
     return Fault("stuck", view.rank, view.host, says, step=step)
-
-
-def find_missing(
-    ranks: Mapping[int, RankReport], world_size: int, limits: SilenceLimits, waited_s: float
-) -> Fault | None:
-    """Ranks that never came."""
-    missing = _missing(ranks, world_size)
-    if not missing or waited_s <= limits.slow_s:
-        return None
-    return Fault("missing", missing[0], "", f"rank {_listed(missing)} did not start within {limits.slow_s:.0f} s")
-
-
-def _missing(ranks: Mapping[int, RankReport], world_size: int) -> list[int]:
-    return [rank for rank in range(world_size) if rank not in ranks]
-
-
-def _listed(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (" and more" if len(ranks) > 8 else "")

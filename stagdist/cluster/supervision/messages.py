@@ -1,61 +1,60 @@
-"""The job file that the supervisor writes for the agents of one attempt, and the messages between them."""
+"""What supervisor and agents send each other over an agent's pipes: a `Job`, then one JSON object per line."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
-
-from stagdist.errors import ConfigError
-from stagdist.files import writing
 
 LONGEST_LINE = 1 << 16
 """Bytes that are read at once, and longest line of output that is not split."""
 
-AGENT_ERROR = "error: agent: "
-"""Prefix of the line in which an agent reports why it starts no script. The line is in the launcher's output."""
+LONGEST_MESSAGE = 1 << 20
+"""Bytes: the last output of a rank may be 60 lines of 400 characters that take twelve bytes each."""
+
+NOT_SHARED = "is not there: the file system that all hosts share is not mounted"
+"""End of the problem of a host that does not see what it needs."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One attempt of a supervised run."""
+    """What one agent does. Without slots it ends what earlier starts of the run have left on its host, and no more."""
 
-    command: tuple[str, ...]  # script and arguments of every rank; Python runs it
-    folder: str  # working directory
-    environment: Mapping[str, str]  # variables of every rank, including secrets, in addition to those of the launcher
-    address: str  # where the supervisor listens, with `port`
-    port: int
-    token: str  # proves to the supervisor that a message is of this job
-    attempt: int  # from 1
-    logs: str  # folder for the output of the ranks
-    lease_s: float  # seconds without word from the supervisor after which a rank ends
-    stop_s: float = field(default=30.0)  # seconds that a rank has for a clean shutdown
+    run: str  # with which the marks of all processes of the supervised run begin: a hash of its folder
+    needs: str  # path that the host must see
+    lease_s: float  # seconds without word from the supervisor after which ranks end
+    slots: int = 0  # ranks of the host
+    first_rank: int = 0  # global rank of its first
+    command: tuple[str, ...] = ()  # script and arguments of every rank; Python runs it
+    folder: str = ""  # working directory
+    environment: Mapping[str, str] = field(default_factory=dict)  # of every rank, including secrets
+    logs: str = ""  # folder for the output of the ranks
+    stop_s: float = 30.0  # seconds that a rank has for a clean shutdown
 
-    def write(self, path: Path) -> None:
-        """Store it, readable by its owner alone."""
-        with writing(path, private=True) as stream:
-            stream.write(json.dumps(asdict(self), indent=1) + "\n")
+    @property
+    def ranks(self) -> range:
+        """Global ranks of the host."""
+        return range(self.first_rank, self.first_rank + self.slots)
+
+    def encoded(self) -> bytes:
+        """The job as one line."""
+        return encode("job", **asdict(self))
 
 
-def read_job(path: str | Path) -> Job:
-    """Read the file that `Job.write` wrote.
+def read_job(line: bytes) -> Job:
+    """The job of a line that `Job.encoded` made.
 
     Raises:
-        ConfigError: it is not there, or is something else.
+        ValueError: it is something else.
     """
-    try:
-        values = json.loads(Path(path).read_text())
-        return Job(**{**values, "command": tuple(values["command"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"job {path} cannot be read: {error}; launch/run.py writes it into the run's folder, which all hosts must "
-            "share"
-        ) from error
+    values = decode(line)
+    if values.pop("kind") != "job":
+        raise ValueError("no job")
+    return Job(**{**values, "command": tuple(values["command"])})
 
 
-def encode(message: Mapping[str, Any]) -> bytes:
+def encode(kind: str, **content: Any) -> bytes:
     """A message as one line."""
-    return json.dumps(message).encode() + b"\n"
+    return json.dumps({"kind": kind, **content}).encode() + b"\n"
 
 
 def decode(line: bytes) -> dict[str, Any]:

@@ -2,17 +2,14 @@
 
 import argparse
 import contextlib
-import ipaddress
 import os
-import socket
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from stagdist.cluster.hosts.hostfile import Host, read_hostfile
+from stagdist.cluster.hosts.reach import StartWay, early_variables
 from stagdist.cluster.hosts.shell_variables import rank_variables
-from stagdist.cluster.hosts.start import Launcher, check_paths
 from stagdist.cluster.supervision.diagnosis import SilenceLimits
 from stagdist.cluster.supervision.placement import HostPlacement
 from stagdist.config.loading import load_config
@@ -31,11 +28,10 @@ class SupervisorOptions:
     """How a run is supervised."""
 
     command: tuple[str, ...]  # script and its arguments
-    launcher: Launcher  # that starts the ranks
+    start_with: StartWay | None  # starts the agents of other machines; None: ssh, or srun where ssh does not work
     placement: HostPlacement  # hosts and spares
     folder: Path  # of the run: logs and run.json go there; all hosts see it
     environment: Mapping[str, str]  # variables for the ranks
-    address: str | None  # of this machine for the agents; None: the one that the first host can reach
     max_restarts: int  # in a row without a new checkpoint, after which the supervisor gives up
     limits: SilenceLimits  # how long ranks and hosts may go without a heartbeat
     lease_s: float  # a rank ends after this time without a message from the supervisor
@@ -91,17 +87,15 @@ def options_of(arguments: argparse.Namespace) -> SupervisorOptions:
         fewest = arguments.min_data_parallel or 1
         if fewest > data:
             raise ConfigError(f"--min-data-parallel {fewest} is more than the run has: data {data}")
-    _check_address(arguments.address)
     folder = Path(arguments.folder or config.folder).resolve()  # type: ignore[union-attr]
-    check_paths(folder, Path.cwd(), sys.executable)
+    early_variables(os.environ)
     environment = {name: value for name, value in rank_variables(os.environ).items() if not name.startswith("MASTER_")}
     return SupervisorOptions(
         command=tuple(arguments.command),
-        launcher="local" if arguments.hostfile is None else arguments.launcher or "pdsh",
+        start_with=arguments.start_with,
         placement=placement,
         folder=folder,
         environment=environment,
-        address=arguments.address,
         max_restarts=arguments.max_restarts,
         limits=_limits_of(arguments),
         lease_s=1.5 * arguments.host_timeout_s,
@@ -115,24 +109,6 @@ def _limits_of(arguments: argparse.Namespace) -> SilenceLimits:
     heartbeat = Path(arguments.command[0]).name in SCRIPTS_WITH_HEARTBEAT
     start_s = arguments.slow_timeout_s if heartbeat else float("inf")
     return SilenceLimits(arguments.hang_timeout_s, arguments.slow_timeout_s, arguments.host_timeout_s, start_s)
-
-
-def _check_address(address: str | None) -> None:
-    """The agents' meeting place must be one address of this machine.
-
-    Raises:
-        ConfigError: it is none, or means all of them.
-    """
-    if address is None:
-        return
-    try:
-        family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.bind((address, 0))
-        if ipaddress.ip_address(address).is_unspecified:
-            raise ConfigError(f"--address {address} would listen on every interface; name the one that the hosts reach")
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"--address {address} is no address of this machine: {error}") from error
 
 
 def _fits(config: RunConfig, min_data_parallel: int | None) -> Callable[[int], bool] | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from stagdist.cluster.hosts.hostfile import Host
-from stagdist.cluster.hosts.leftovers import NOT_SHARED
+from stagdist.cluster.supervision.messages import NOT_SHARED
 from stagdist.errors import ConfigError
 
 UNKNOWN_HOST = "Could not resolve hostname"
@@ -86,7 +86,7 @@ def refuse_unusable(dead: Mapping[str, str]) -> None:
     """Refuse hosts that waiting does not make usable: an unknown name, or a host that does not share the run's folder.
 
     Raises:
-        ConfigError: a host has no address, as ssh says, or does not see the run's folder.
+        ConfigError: a host has no address, as ssh reports, or does not see the run's folder.
     """
     apart = [host for host, reason in dead.items() if NOT_SHARED in reason]
     if apart:

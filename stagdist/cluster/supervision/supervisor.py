@@ -4,21 +4,20 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import os
 import random
 import secrets
 import signal
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 from stagdist.cluster.hosts.hostfile import Host
-from stagdist.cluster.hosts.remote import on_all, run_on
-from stagdist.cluster.hosts.start import Launch, address_of, reachable_address
-from stagdist.cluster.supervision.attempt import Attempt, AttemptPlan, AttemptResult, sweep
+from stagdist.cluster.hosts.reach import StartWay, address_of, choose_way, start_command
+from stagdist.cluster.supervision.attempt import Attempt, AttemptResult
 from stagdist.cluster.supervision.diagnosis import USER_ERROR_CODE, Fault
 from stagdist.cluster.supervision.events import EventLog
+from stagdist.cluster.supervision.host_agents import AGENT, AgentStart, clear
+from stagdist.cluster.supervision.messages import Job
 from stagdist.cluster.supervision.options import SupervisorOptions, only_supervisor
 from stagdist.cluster.supervision.placement import (
     listed_hosts,
@@ -61,7 +60,8 @@ class Supervisor:
         self._options, self._on_line = options, on_line
         self._placement = options.placement
         self._history = EventLog(options.folder / "run.json", options.command)
-        self._job = hashlib.sha256(str(options.folder.resolve()).encode()).hexdigest()[:12]
+        self._run = hashlib.sha256(str(options.folder.resolve()).encode()).hexdigest()[:12]
+        self._way: StartWay = options.start_with or "ssh"
         self._stop_signal, self._asked_at = 0, 0.0
         self._lock = options.folder / LOCK
         self._number = self._earlier_attempts()
@@ -107,7 +107,12 @@ class Supervisor:
         self._stop.set()
 
     async def _go_on(self) -> int:
-        dead = await self._clear_earlier()
+        placement = self._placement
+        # Name lookups and ssh take their time; signals are heard meanwhile.
+        self._way = await asyncio.to_thread(choose_way, self._options.start_with, placement.hosts)
+        # An earlier supervisor may have put a spare to work.
+        useless = await self._clear(placement.hosts + placement.spares)
+        dead = {host.name: useless[host.name] for host in self._hosts(useless)}
         refuse_unusable(dead)
         # What an earlier supervisor left on a host that does not answer may live for its lease from now on.
         await self._replace_dead(dead, time.monotonic())
@@ -116,7 +121,8 @@ class Supervisor:
         pause_s = 1.0
         while True:
             outcome = await self._attempt()
-            self._note_end(outcome)
+            dead = await self._clear(self._hosts(outcome.silent))
+            self._note_end(outcome, dead)
             if self._stop.is_set():
                 return self._stopped(outcome)
             if outcome.fault is None:
@@ -126,7 +132,7 @@ class Supervisor:
             self._check_hope(outcome.fault)
             self._restarts += 1
             pause_s = 1.0 if self._progressed else min(2 * pause_s, LONGEST_PAUSE_S)
-            await self._replace_dead(outcome.dead, outcome.last_heard)
+            await self._replace_dead(dead, outcome.last_heard)
             await self._wait(pause_s if self._restarts > 1 else 0.0)
             if self._stop.is_set():
                 return self._stopped(outcome)
@@ -134,15 +140,15 @@ class Supervisor:
     async def _attempt(self) -> AttemptResult:
         self._number += 1
         self._first_known, self._progressed = None, False
-        plan = self._plan()
-        hosts = [f"{host.name}:{host.slots}" for host in plan.launch.hosts]
-        port = plan.launch.master_port
-        self._history.note("start", attempt=self._number, hosts=hosts, launcher=plan.launcher, port=port)
-        LOG.info("attempt %d with %s on %s", self._number, plan.launcher, ", ".join(hosts))
+        hosts = [f"{host.name}:{host.slots}" for host in self._placement.hosts]
+        self._history.note("start", attempt=self._number, hosts=hosts, start_with=self._way)
+        LOG.info("attempt %d on %s", self._number, ", ".join(hosts))
         self._at_work = True
         try:
-            return await Attempt(plan, self._on_line, self._on_step).run(self._stop, self._hurry)
-        except OSError as error:  # no space for the files of an attempt, no launcher, no free address
+            agents = await asyncio.to_thread(self._agents)  # looks up names
+            attempt = Attempt(agents, self._options.limits, self._on_line, self._on_step)
+            return await attempt.run(self._stop, self._hurry)
+        except OSError as error:  # no space for the files of an attempt
             first = f"first error: {self._fault.says}; then " if self._fault is not None else ""
             where = f"{error.filename}: " if error.filename else ""
             raise GaveUpError(
@@ -151,33 +157,46 @@ class Supervisor:
         finally:
             self._at_work = False
 
-    def _plan(self) -> AttemptPlan:
-        options = self._options
-        hosts = self._placement.hosts
-        local = options.launcher == "local"
-        logs = options.folder / "logs" / f"attempt_{self._number:03d}"
-        launch = Launch(
-            hosts=hosts,
-            master_address="127.0.0.1" if local else address_of(hosts),
-            master_port=random.choice(PORTS),
-            job=logs / "job.json",
-            hostfile=logs / "hostfile",
-            environment_file=logs / "deepspeed_env",
-            mark=f"{self._job}.{secrets.token_hex(4)}",
-            folder=Path.cwd(),
-            as_root=os.geteuid() == 0,
-        )
-        address = options.address or ("127.0.0.1" if local else self._own_address(hosts))
-        return AttemptPlan(
-            self._number, options.launcher, launch, options.command, options.environment, address, logs,
-            options.limits, options.lease_s, options.stop_s,
-        )  # fmt: skip
+    def _agents(self) -> dict[str, AgentStart]:
+        """Agents that run the ranks of an attempt.
 
-    @staticmethod
-    def _own_address(hosts: tuple[Host, ...]) -> str:
-        """The address on the route to another machine if there is one, which all hosts can reach."""
-        found = [reachable_address(host.name) for host in hosts]
-        return next((address for address in found if not address.startswith("127.")), found[0])
+        Raises:
+            OSError: the folder for their output cannot be made.
+        """
+        options, hosts = self._options, self._placement.hosts
+        logs = options.folder / "logs" / f"attempt_{self._number:03d}"
+        logs.mkdir(parents=True, exist_ok=True)
+        meeting = {"MASTER_ADDR": address_of(hosts), "MASTER_PORT": str(random.choice(PORTS))}
+        world, mark = {"WORLD_SIZE": str(self._placement.world_size)}, self._new_mark()
+        agents, first_rank = {}, 0
+        for host in hosts:
+            variables = {**options.environment, **meeting, **world, "LOCAL_WORLD_SIZE": str(host.slots)}
+            job = Job(
+                self._run, str(logs), options.lease_s, host.slots, first_rank, options.command, str(Path.cwd()),
+                variables, str(logs), options.stop_s,
+            )  # fmt: skip
+            agents[host.name] = self._agent(host, job, mark)
+            first_rank += host.slots
+        return agents
+
+    def _new_mark(self) -> str:
+        return f"{self._run}.{secrets.token_hex(4)}"
+
+    def _agent(self, host: Host, job: Job, mark: str) -> AgentStart:
+        return AgentStart(start_command(host.name, self._way, AGENT, Path.cwd(), mark, job.lease_s), job)
+
+    async def _clear(self, hosts: Iterable[Host]) -> dict[str, str]:
+        """End what earlier attempts have left on hosts, because it might continue to write.
+
+        Returns: hosts that cannot be used, with the reason.
+        """
+        job, mark = Job(self._run, str(self._lock), self._options.lease_s), self._new_mark()
+        agents = await asyncio.to_thread(lambda: {host.name: self._agent(host, job, mark) for host in hosts})
+        ended, dead = await clear(agents)
+        if ended:
+            self._history.note("cleared", ended=ended)
+            LOG.warning("%d processes that an earlier start had left were ended", ended)
+        return dead
 
     def _on_step(self, step: int) -> None:
         if self._first_known is None:
@@ -193,7 +212,7 @@ class Supervisor:
             self._progressed = True
             self._history.note("step", attempt=self._number, step=step)
 
-    def _note_end(self, outcome: AttemptResult) -> None:
+    def _note_end(self, outcome: AttemptResult, dead: Mapping[str, str]) -> None:
         fault = outcome.fault
         if fault is not None:
             view = outcome.ranks.get(-1 if fault.rank is None else fault.rank)
@@ -210,8 +229,7 @@ class Supervisor:
             )
             for line in view.stack if view else ():
                 LOG.warning("    %s", line)
-        facts = {"swept": outcome.ended, "left": outcome.left, "dead": dict(outcome.dead)}
-        self._history.note("ended", attempt=self._number, **facts)
+        self._history.note("ended", attempt=self._number, dead=dict(dead))
 
     def _check_hope(self, fault: Fault) -> None:
         """Give up where another attempt would only end like this one.
@@ -249,81 +267,46 @@ class Supervisor:
             return
         LOG.warning("hosts that do not answer: %s", listed_hosts(dead))
         # Its ranks may be alive behind a cut link: they end when their lease does, and must not write beside new ones.
-        await self._wait(last_heard + self._options.lease_s + PROBE_S - time.monotonic())
-        gone = await self._gone_still(dead)
-        new = with_spares(self._placement, gone, self._answers)
-        how = "a spare takes the place"
+        wait_s = last_heard + self._options.lease_s + PROBE_S - time.monotonic()
+        await self._wait(wait_s)
+        gone, ask_again, deadline = dict(dead), wait_s > PROBE_S, None  # else they did not answer just now
+        while not self._stop.is_set():
+            useless = await self._clear([*self._hosts(gone if ask_again else ()), *self._placement.spares])
+            if ask_again:
+                gone = {host: useless[host] for host in gone if host in useless}
+            if not gone or self._replaced(gone, useless):
+                return
+            if deadline is None:
+                LOG.warning("waiting up to %.0f s for %s", self._options.host_wait_s, ", ".join(sorted(gone)))
+                deadline = time.monotonic() + self._options.host_wait_s
+            if time.monotonic() >= deadline:
+                raise GaveUpError(
+                    f"{', '.join(sorted(gone))} did not come back within {self._options.host_wait_s:.0f} s "
+                    f"({listed_hosts(gone)}), and no spare is left: list one in the hostfile (#spare name slots=N), or "
+                    "allow fewer replicas with --min-data-parallel"
+                )
+            await self._wait(PROBE_S)
+            ask_again = True
+
+    def _replaced(self, gone: Mapping[str, str], useless: Collection[str]) -> bool:
+        """Whether spares take the place of hosts, or fewer replicas continue."""
+        new, how = with_spares(self._placement, gone, lambda spare: spare not in useless), "a spare takes the place"
         if new is None and self._options.fits is not None:
             new, how = with_fewer(self._placement, gone, self._options.fits), "fewer replicas continue instead"
         if new is None:
-            await self._wait_for_hosts(gone)
-        elif gone:
-            rejoined = {host.name for host in new.hosts} & {host.name for host in self._placement.lost}
-            self._placement = new
-            hosts = [f"{host.name}:{host.slots}" for host in new.hosts]
-            self._history.note("replace", lost=sorted(gone), how=how, hosts=hosts)
-            LOG.warning("%s of %s: now on %s", how, ", ".join(sorted(gone)), ", ".join(hosts))
-            if rejoined:
-                await self._clear_earlier()
+            return False
+        self._placement = new
+        hosts = [f"{host.name}:{host.slots}" for host in new.hosts]
+        self._history.note("replace", lost=sorted(gone), how=how, hosts=hosts)
+        LOG.warning("%s of %s: now on %s", how, ", ".join(sorted(gone)), ", ".join(hosts))
+        return True
 
-    async def _gone_still(self, dead: Mapping[str, str]) -> Mapping[str, str]:
-        """Those that cannot be used yet, with the reason; on the others nothing is left of what they did."""
-        answers = await asyncio.to_thread(on_all, dead, self._answers)
-        gone = {host: dead[host] for host, answered in answers.items() if not answered}
-        if len(gone) < len(dead):
-            # A host may answer and still be unusable.
-            gone = dict(await self._clear_earlier()) | gone
-        return gone
-
-    async def _wait_for_hosts(self, dead: Mapping[str, str]) -> None:
-        wait_s = self._options.host_wait_s
-        LOG.warning("waiting up to %.0f s for %s", wait_s, ", ".join(sorted(dead)))
-        deadline = time.monotonic() + wait_s
-        while dead and time.monotonic() < deadline and not self._stop.is_set():
-            await self._wait(PROBE_S)
-            dead = await self._gone_still(dead)
-        if self._stop.is_set():
-            return
-        if dead:
-            raise GaveUpError(
-                f"{', '.join(sorted(dead))} did not come back within {wait_s:.0f} s ({listed_hosts(dead)}), and no "
-                "spare is left: list one in the hostfile (#spare name slots=N), or allow fewer replicas "
-                "with --min-data-parallel"
-            )
-        self._history.note("hosts_back")
-
-    def _answers(self, host: str) -> bool:
-        """Whether a host can be used: it answers, and sees this folder, the run's folder and our Python."""
-        fit = ["test", "-e", str(self._lock), "-a", "-x", sys.executable]
-        return self._options.launcher == "local" or run_on(host, fit, 5.0, folder=Path.cwd()).ok
+    def _hosts(self, names: Collection[str]) -> list[Host]:
+        return [host for host in self._placement.hosts if host.name in names]
 
     async def _wait(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), max(0.0, seconds))
-
-    async def _clear_earlier(self) -> Mapping[str, str]:
-        """End what an earlier supervisor of this run may have left, because it might continue to write.
-
-        Returns: hosts at work that did not answer, with the reason.
-
-        Raises:
-            GaveUpError: something cannot be ended.
-        """
-        for secret in (self._options.folder / "logs").glob("attempt_*/job.json"):
-            with contextlib.suppress(OSError):
-                secret.unlink()
-        hosts = self._placement.hosts
-        # An earlier supervisor may have put a spare to work.
-        ended, left, silent = await asyncio.to_thread(
-            sweep, self._options.launcher, hosts + self._placement.spares, self._job, Path.cwd(), self._lock
-        )
-        dead = {host.name: silent[host.name] for host in hosts if host.name in silent}
-        if ended:
-            self._history.note("cleared", ended=ended)
-            LOG.warning("%d processes that an earlier start had left were ended", ended)
-        if left:
-            raise GaveUpError(f"{left} processes of an earlier start cannot be ended: look for {self._job} in /proc")
-        return dead
 
     def _stopped(self, outcome: AttemptResult | None) -> int:
         code = 128 + self._stop_signal

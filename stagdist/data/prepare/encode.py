@@ -31,6 +31,7 @@ class Part:
 
     path: Path
     documents: int
+    tokens: int
     text_bytes: int
     max_token: int
     skipped_empty: int
@@ -61,7 +62,7 @@ class Encoder:
             DataError: of reading.
         """
         reader = Reader(self.options)
-        documents = text_bytes = max_token = 0
+        documents = count = text_bytes = max_token = 0
         with path.open("wb") as stream, lengths_path(path).open("wb") as lengths:
             for texts in _batches(reader.documents(pieces)):
                 arrays = self.tokenizer.encode_arrays(texts, self.dtype)
@@ -69,9 +70,10 @@ class Encoder:
                 stream.write(tokens.data)
                 lengths.write(np.array([len(array) for array in arrays], np.int32).data)
                 documents += len(arrays)
+                count += len(tokens)
                 text_bytes += sum(len(text.encode()) for text in texts)
                 max_token = max(max_token, int(tokens.max()))
-        return Part(path, documents, text_bytes, max_token, reader.skipped_empty, reader.skipped_bad)
+        return Part(path, documents, count, text_bytes, max_token, reader.skipped_empty, reader.skipped_bad)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -85,20 +85,7 @@ def prepare(
         # RandomState is frozen, so the order for a seed never changes
         order = np.arange(len(lengths)) if seed is None else np.random.RandomState(seed).permutation(len(lengths))
         _write_tokens(prefix, parts, lengths, order, encoder.dtype, ranks)
-        description = CorpusDescription(
-            documents=len(lengths),
-            tokens=int(lengths.sum(dtype=np.int64)),
-            bytes=sum(part.text_bytes for part in parts),
-            max_token=max(part.max_token for part in parts),
-            dtype=np.dtype(encoder.dtype).name,
-            seed=seed,
-            tokenizer=tokenizer_source,
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            end_of_document=tokenizer.end_of_document,
-            sources=tuple(inputs),
-            begin_of_document=tokenizer.begin_ids,
-        )
+        description = _describe(parts, encoder, tokenizer_source, tuple(inputs), seed)
         if ranks.rank == 0:
             _finish(prefix, description, lengths[order], encoder.dtype)
         ranks.gather(None)
@@ -117,6 +104,25 @@ def _planned(inputs: Sequence[str], prefix: str, options: ReadOptions, overwrite
         raise DataError(f"no text in {listed(inputs)}; nothing was written")
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     return pieces
+
+
+def _describe(
+    parts: list[Part], encoder: Encoder, tokenizer_source: str, sources: tuple[str, ...], seed: int | None
+) -> CorpusDescription:
+    return CorpusDescription(
+        documents=sum(part.documents for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        bytes=sum(part.text_bytes for part in parts),
+        max_token=max(part.max_token for part in parts),
+        dtype=np.dtype(encoder.dtype).name,
+        seed=seed,
+        tokenizer=tokenizer_source,
+        tokenizer_fingerprint=encoder.tokenizer.fingerprint,
+        vocab_size=encoder.tokenizer.vocab_size,
+        end_of_document=encoder.tokenizer.end_of_document,
+        sources=sources,
+        begin_of_document=encoder.tokenizer.begin_ids,
+    )
 
 
 def _partial(prefix: str, ending: str) -> Path:
@@ -195,7 +201,7 @@ def _write_tokens(
     path, itemsize = _partial(prefix, ".bin"), np.dtype(dtype).itemsize
     if ranks.rank == 0:
         with path.open("wb") as stream:
-            stream.truncate(int(lengths.sum(dtype=np.int64)) * itemsize)
+            stream.truncate(sum(part.tokens for part in parts) * itemsize)
     ranks.gather(None)
     part_ends = np.cumsum([part.documents for part in parts])
     ends = np.concatenate([np.cumsum(part, dtype=np.int64) for part in np.split(lengths, part_ends[:-1])])

@@ -50,6 +50,18 @@ def test_records_must_cover_every_file(tmp_path: Path, tamper: Callable[[Path], 
     assert inspect(folder).problems
 
 
+def test_a_checkpoint_of_an_earlier_release_is_named(tmp_path: Path) -> None:
+    folder = training_checkpoint(tmp_path / "run", {})
+    path = folder / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1}))
+    (folder / "index.json").unlink()
+    complete(folder)
+    with pytest.raises(
+        CheckpointError, match=r"written by a release that stored DeepSpeed's files; export it"
+    ):
+        export(tmp_path / "run", tmp_path / "model", OPTIONS)
+
+
 def test_a_run_means_its_newest_checkpoint_that_is_complete(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     older = training_checkpoint(tmp_path / "run", {}, (1, 1, 1))
     newer = older.with_name("step_00000009")
