@@ -165,11 +165,10 @@ def test_one_of_several_ranks_reports_a_wrong_option(place: Path) -> None:
     words, output = (*COMMON, "--window", "17"), place / "output"
     ranks = fork_script(Script(ROOT / "tools" / "evaluate.py", words, place, output, output), 2)
     try:
-        for rank in ranks:
-            rank.join(GUARD_S)
-        assert [rank.exitcode for rank in ranks] == [2, 2]
+        ranks[0].join(GUARD_S)
+        assert ranks[0].exitcode == 2
     finally:
-        end_processes(ranks)
+        end_processes(ranks)  # as a launcher does, so that the second need not say it as well
     one_error(output.read_text(), "--window is 17")
 
 
