@@ -196,7 +196,9 @@ class Audit:
     def _differing_weights(self, hashes: Tensor) -> list[Difference]:
         mine, largest, inverted = hashes.cpu()
         differing = zip(self._parameters, mine.tolist(), (largest != ~inverted).tolist(), strict=True)
-        return [Difference(WEIGHTS, name, self._replica_ranks(), value) for name, value, differs in differing if differs]
+        return [
+            Difference(WEIGHTS, name, self._replica_ranks(), value) for name, value, differs in differing if differs
+        ]
 
     def _lost_gradients(self, sums: Tensor) -> list[Difference]:
         """Gradients whose mean is not what the owners of their parts have received, on the owners."""
