@@ -13,5 +13,7 @@ for module in (
     "matplotlib.figure",
     "deepspeed.module_inject.auto_ep_layer",  # any engine imports it
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "transformers.models.auto.tokenization_auto",  # the tokenizer of any model directory
+    "transformers.convert_slow_tokenizer",
 ):
     importlib.import_module(module)

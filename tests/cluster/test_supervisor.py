@@ -111,3 +111,35 @@ def test_an_unknown_name_and_a_folder_of_its_own_are_refused_and_a_host_that_is_
             refuse_unusable({"b": reason})
     else:
         refuse_unusable({"b": reason})
+
+
+@pytest.mark.parametrize(
+    ("answers", "hosts"),
+    [
+        ([{"spare": "off"}, {"b": "off", "spare": "off"}, {"b": "off"}], ["a", "spare"]),
+        ([{"spare": "off"}, {"spare": "off"}], ["a", "b"]),
+        ([{}], ["a", "spare"]),
+    ],
+    ids=["a spare that is back", "the host itself", "a spare at once"],
+)
+def test_while_a_host_is_waited_for_it_or_a_spare_may_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: list[dict[str, str]], hosts: list[str]
+) -> None:
+    asked: list[list[str]] = []
+
+    async def clear(agents: Mapping[str, AgentStart]) -> tuple[int, dict[str, str]]:
+        asked.append(list(agents))
+        return 0, answers[len(asked) - 1]
+
+    monkeypatch.setattr(supervisor, "clear", clear)
+    monkeypatch.setattr(supervisor, "PROBE_S", 0.01)
+    one = made(tmp_path)
+    one._placement = HostPlacement((Host("a", 1), Host("b", 1)), (Host("spare", 1),))
+
+    async def replace() -> None:
+        one._stop = asyncio.Event()
+        await one._replace_dead({"b": "off"}, time.monotonic() - 100.0)
+
+    asyncio.run(replace())
+    assert [host.name for host in one._placement.hosts] == hosts
+    assert asked[0] == ["spare"] and all(names == ["b", "spare"] for names in asked[1:]), "b did not answer just now"

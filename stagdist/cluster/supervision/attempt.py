@@ -106,7 +106,7 @@ class Attempt:
                 await asyncio.sleep(FIRST_ERROR_S)
                 in_order = stop.is_set() and stopped_before_work(ranks)
                 return None if in_order else find_exit(ranks, time.monotonic())
-            fault = self._missing(now - started) or find_silence(ranks, now, limits)
+            fault = find_silence(ranks, now, limits) or self._missing(now - started)
             if fault is not None:
                 return fault
             if stopping_since is not None and now - stopping_since > self._stop_s + STOP_GRACE_S:

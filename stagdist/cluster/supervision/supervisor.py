@@ -269,42 +269,40 @@ class Supervisor:
         # Its ranks may be alive behind a cut link: they end when their lease does, and must not write beside new ones.
         wait_s = last_heard + self._options.lease_s + PROBE_S - time.monotonic()
         await self._wait(wait_s)
-        again = self._hosts(dead) if wait_s > PROBE_S else []  # else they did not answer just now
-        useless = {**({} if again else dead), **await self._clear([*again, *self._placement.spares])}
-        gone = {host: useless[host] for host in dead if host in useless}
-        if not gone:
-            return
-        new = with_spares(self._placement, gone, lambda spare: spare not in useless)
-        how = "a spare takes the place"
+        gone, ask_again, deadline = dict(dead), wait_s > PROBE_S, None  # else they did not answer just now
+        while not self._stop.is_set():
+            useless = await self._clear([*self._hosts(gone if ask_again else ()), *self._placement.spares])
+            if ask_again:
+                gone = {host: useless[host] for host in gone if host in useless}
+            if not gone or self._replaced(gone, useless):
+                return
+            if deadline is None:
+                LOG.warning("waiting up to %.0f s for %s", self._options.host_wait_s, ", ".join(sorted(gone)))
+                deadline = time.monotonic() + self._options.host_wait_s
+            if time.monotonic() >= deadline:
+                raise GaveUpError(
+                    f"{', '.join(sorted(gone))} did not come back within {self._options.host_wait_s:.0f} s "
+                    f"({listed_hosts(gone)}), and no spare is left: list one in the hostfile (#spare name slots=N), or "
+                    "allow fewer replicas with --min-data-parallel"
+                )
+            await self._wait(PROBE_S)
+            ask_again = True
+
+    def _replaced(self, gone: Mapping[str, str], useless: Collection[str]) -> bool:
+        """Whether spares take the place of hosts, or fewer replicas continue."""
+        new, how = with_spares(self._placement, gone, lambda spare: spare not in useless), "a spare takes the place"
         if new is None and self._options.fits is not None:
             new, how = with_fewer(self._placement, gone, self._options.fits), "fewer replicas continue instead"
         if new is None:
-            await self._wait_for_hosts(gone)
-            return
+            return False
         self._placement = new
         hosts = [f"{host.name}:{host.slots}" for host in new.hosts]
         self._history.note("replace", lost=sorted(gone), how=how, hosts=hosts)
         LOG.warning("%s of %s: now on %s", how, ", ".join(sorted(gone)), ", ".join(hosts))
+        return True
 
     def _hosts(self, names: Collection[str]) -> list[Host]:
         return [host for host in self._placement.hosts if host.name in names]
-
-    async def _wait_for_hosts(self, dead: Mapping[str, str]) -> None:
-        wait_s = self._options.host_wait_s
-        LOG.warning("waiting up to %.0f s for %s", wait_s, ", ".join(sorted(dead)))
-        deadline = time.monotonic() + wait_s
-        while dead and time.monotonic() < deadline and not self._stop.is_set():
-            await self._wait(PROBE_S)
-            dead = await self._clear(self._hosts(dead))
-        if self._stop.is_set():
-            return
-        if dead:
-            raise GaveUpError(
-                f"{', '.join(sorted(dead))} did not come back within {wait_s:.0f} s ({listed_hosts(dead)}), and no "
-                "spare is left: list one in the hostfile (#spare name slots=N), or allow fewer replicas "
-                "with --min-data-parallel"
-            )
-        self._history.note("hosts_back")
 
     async def _wait(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -1,6 +1,6 @@
 """Comparison of replicas: a difference that shows nowhere else stops the run before anything is saved.
 
-A host that computes or copies a value wrongly raises no error, and the loss goes on falling. Three things are compared:
+A host that computes or copies a value wrongly raises no error, and the loss keeps falling. Three things are compared:
 
 - **Weights of data-parallel replicas**, by a hash of every parameter. One replica computes each value and all others
   receive it, so a single different bit is a fault.
@@ -94,7 +94,7 @@ def copies_in_replica(model: ModelConfig, grid: Grid) -> dict[tuple[str, int], l
     return {key: ranks for key, ranks in holders.items() if len(ranks) > 1}
 
 
-class Finding(NamedTuple):
+class Difference(NamedTuple):
     """A parameter that differs, as one rank holds it.
 
     Attributes:
@@ -193,31 +193,31 @@ class Audit:
         place = self._groups.place
         return self._groups.grid.rank(place.pipe, 0, place.tensor) in self._copies[key]
 
-    def _differing_weights(self, hashes: Tensor) -> list[Finding]:
+    def _differing_weights(self, hashes: Tensor) -> list[Difference]:
         mine, largest, inverted = hashes.cpu()
         differing = zip(self._parameters, mine.tolist(), (largest != ~inverted).tolist(), strict=True)
-        return [Finding(WEIGHTS, name, self._replica_ranks(), value) for name, value, differs in differing if differs]
+        return [Difference(WEIGHTS, name, self._replica_ranks(), value) for name, value, differs in differing if differs]
 
-    def _lost_gradients(self, sums: Tensor) -> list[Finding]:
+    def _lost_gradients(self, sums: Tensor) -> list[Difference]:
         """Gradients whose mean is not what the owners of their parts have received, on the owners."""
         before, squares, after = sums.cpu().unbind(1)
         # An infinite gradient makes the difference nan, which is not greater: that step is skipped anyway.
         wrong = ((after - before).abs() > GRADIENT_TOLERANCE * squares.sqrt()).tolist()
         lost = [item for item, is_wrong in zip(self._parameters.items(), wrong, strict=True) if is_wrong]
         return [
-            Finding(GRADIENT, name, self._replica_ranks())
+            Difference(GRADIENT, name, self._replica_ranks())
             for name, parameter in lost
             if owned_part(parameter) is not None
         ]
 
     def _differing_copies(
         self, copies: Mapping[tuple[str, int], Tensor], apart: Tensor, allowed: Tensor
-    ) -> list[Finding]:
+    ) -> list[Difference]:
         """Copies that are too far apart; the first replica reports for all."""
         if self._groups.place.data:
             return []
         return [
-            Finding(COPIES, key[0], tuple(ranks), round(copies[key][0].item() / allowed[number].item()))
+            Difference(COPIES, key[0], tuple(ranks), round(copies[key][0].item() / allowed[number].item()))
             for number, (key, ranks) in enumerate(self._copies.items())
             if apart[number] and key in copies
         ]
@@ -226,9 +226,9 @@ class Audit:
         grid, place = self._groups.grid, self._groups.place
         return tuple(grid.rank(place.pipe, data, place.tensor) for data in range(grid.data))
 
-    def _error(self, step: int, findings: Sequence[Finding]) -> TrainingError:
+    def _error(self, step: int, findings: Sequence[Difference]) -> TrainingError:
         """The error of all ranks together."""
-        everyone: list[tuple[str, Sequence[Finding]]] = [("", ())] * dist.get_world_size()
+        everyone: list[tuple[str, Sequence[Difference]]] = [("", ())] * dist.get_world_size()
         dist.all_gather_object(everyone, (socket.gethostname(), findings), group=self._groups.control)
         held: dict[tuple[str, str, tuple[int, ...]], dict[int, int]] = defaultdict(dict)
         for rank, (_, found) in enumerate(everyone):
