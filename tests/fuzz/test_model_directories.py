@@ -74,6 +74,7 @@ def test_a_directory_of_ours_keeps_its_weights_or_is_refused(tmp_path: Path, nam
 def test_shards_and_their_index(tmp_path: Path, name: str) -> None:
     folder = model_directory(tmp_path / "model", {"section_layers": [1, 1]})
     split(folder)
+    complete(folder)
     expected, content = weights(folder), (folder / name).read_bytes()
     for mutation in mutations(content, max(5, COUNT // 6), seed=2):
         assert assert_imported_or_refused(folder, mutation, name, expected) <= 0, mutation.name

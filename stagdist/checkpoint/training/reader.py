@@ -29,6 +29,9 @@ from stagdist.errors import CheckpointError
 from stagdist.model.precision import DTYPES
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
+_ROUNDED = 1 << 22
+"""Values that are rounded to the precision of the run at a time."""
+
 
 class TrainingReader:
     """An open training checkpoint.
@@ -66,7 +69,14 @@ class TrainingReader:
 
     def weight(self, spec: ParameterSpec) -> Tensor:
         """A global parameter in the dtype of the run."""
-        return self.value(spec).to(self.dtype)
+        if self.dtype == torch.float32 or len(self.index.tensors[spec.name].fragments) == 1:
+            return self.value(spec).to(self.dtype)
+        out, box = torch.empty(spec.shape, dtype=self.dtype), tuple((0, size) for size in spec.shape)
+        for start in range(0, spec.numel, _ROUNDED):  # fp32 values of a part at a time
+            part = torch.zeros(min(_ROUNDED, spec.numel - start))
+            self.fill(part, spec.name, VALUE, box, start)
+            out.view(-1)[start : start + len(part)] = part
+        return out
 
     def check(self) -> None:
         """Compare all files with their records.
