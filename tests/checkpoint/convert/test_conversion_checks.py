@@ -56,9 +56,7 @@ def test_a_checkpoint_of_an_earlier_release_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1}))
     (folder / "index.json").unlink()
     complete(folder)
-    with pytest.raises(
-        CheckpointError, match=r"written by a release that stored DeepSpeed's files; export it"
-    ):
+    with pytest.raises(CheckpointError, match=r"written by a release that stored DeepSpeed's files; export it"):
         export(tmp_path / "run", tmp_path / "model", OPTIONS)
 
 
