@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,8 @@ def _run_of_two_replicas(imported: Path, run: Path) -> None:
             fragments.append(OwnedFragment(spec.name, place, dict.fromkeys(KINDS, values)))
         records[part_name(rank)] = write_fragments(folder / part_name(rank), fragments)
         owned += [(one.name, one.place) for one in fragments]
-    complete(folder, source.config, source.state, index_of(owned, specs, KINDS), records)
+    state = replace(source.state, optimizer_steps=1)
+    complete(folder, source.config, state, index_of(owned, specs, KINDS), records)
 
 
 if __name__ == "__main__":

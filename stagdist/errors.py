@@ -23,6 +23,10 @@ class CheckpointError(StagdistError, RuntimeError):
     """A checkpoint or model directory is missing, incomplete, damaged or of another model."""
 
 
+class OtherReleaseError(CheckpointError):
+    """A checkpoint is not damaged, but of a version of the format that this release does not read."""
+
+
 class SavingError(CheckpointError):
     """A checkpoint or model directory of a run could not be written; starting again may help."""
 

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from stagdist.errors import CheckpointError
 from stagdist.files import FileRecord, file_record, not_downloaded, sync_path, writing
@@ -86,7 +86,13 @@ def read_complete(directory: Path) -> dict[str, FileRecord]:
     try:
         refuse_undownloaded(directory / COMPLETE)
         body: dict[str, Any] = json.loads((directory / COMPLETE).read_text())
-        return {name: FileRecord(**record) for name, record in body["files"].items()}
+        records = {name: FileRecord(**record) for name, record in body["files"].items()}
+        for name, record in records.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{name} is no file of the directory")
+            if type(record.size) is not int or not isinstance(record.sha256, str):
+                raise TypeError(f"the record of {name} is no size and sha256")
+        return records
     except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory} is not a complete checkpoint: {COMPLETE}: {error}") from error
 
@@ -110,8 +116,11 @@ def damage(
     return None
 
 
+OTHER_CONTENT = "has other content than was written"
+
+
 def _changed(name: str) -> str:
-    return f"{name} has other content than was written"
+    return f"{name} {OTHER_CONTENT}"
 
 
 class RunningHashes:
@@ -122,7 +131,7 @@ class RunningHashes:
 
     def __init__(self, directory: Path, records: Mapping[str, FileRecord]):
         self._directory, self._records = directory, records
-        self._streams: dict[str, IO[bytes]] = {}
+        self._positions = dict.fromkeys(records, 0)
         self._digests = {name: hashlib.sha256() for name in records}
         self._ends: dict[str, dict[str, int]] = {}
 
@@ -142,9 +151,13 @@ class RunningHashes:
         return None
 
     def _advance(self, name: str, stop: int) -> None:
-        stream = self._streams.get(name) or self._streams.setdefault(name, (self._directory / name).open("rb"))
-        while (missing := stop - stream.tell()) > 0 and (block := stream.read(min(missing, _BLOCK))):
-            self._digests[name].update(block)
+        if stop <= self._positions[name]:
+            return
+        with (self._directory / name).open("rb") as stream:  # not kept: a checkpoint may have thousands of files
+            stream.seek(self._positions[name])
+            while (missing := stop - stream.tell()) > 0 and (block := stream.read(min(missing, _BLOCK))):
+                self._digests[name].update(block)
+            self._positions[name] = stream.tell()
 
 
 def _tensor_ends(path: Path) -> dict[str, int]:

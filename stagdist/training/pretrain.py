@@ -122,7 +122,8 @@ def pretrain(config: RunConfig, grid: Grid, device: str, started_at: float, puls
 
 
 def _checkpoint_to_resume(config: RunConfig, groups: Groups) -> Path | None:
-    checkpoint = newest_complete(Path(config.folder) / "checkpoints", groups)
+    with naming_lost_peers(groups, config.parallel.timeout_s, "looking for a checkpoint"):
+        checkpoint = newest_complete(Path(config.folder) / "checkpoints", groups)
     if checkpoint is not None and config.checkpoint.resume == "never":
         problem = f"{checkpoint} exists and checkpoint.resume is never; choose another name for the run"
         raise shared(ConfigError(problem))
@@ -184,7 +185,7 @@ class _Run:
             if test is not None:
                 self.reporter.held_out("test", outcome.state.step, test.score(self.engine))
             last = folder / "checkpoints" / checkpoint_name(outcome.state.step)
-            publish_model(self.engine, self.groups, last, self.tokenizer, folder / "model")
+            publish_model(self.engine, self.groups, config.model, last, self.tokenizer, folder / "model")
         if dist.get_rank() == 0:
             self.reporter.flush()
             plot_loss(folder / "metrics.jsonl", folder / "loss.png", config.name)

@@ -91,7 +91,7 @@ def score_on_grids(task: Task) -> dict[tuple[int, int, int], TextScore]:
         assert held_out.score(engine) == scores[grid], "the same model gives the same sequences another score"
         run = config.model_copy(update={"runs_directory": str(task.model_directory(grid)) + "-run"})
         saved = save_checkpoint(engine, groups, run, TrainingState(STEPS, STEPS * GLOBAL_BATCH, 1, grid))
-        publish_model(engine, groups, saved, byte_tokenizer(), task.model_directory(grid))
+        publish_model(engine, groups, config.model, saved, byte_tokenizer(), task.model_directory(grid))
     return scores
 
 

@@ -5,6 +5,7 @@ file that its model and grid have. A directory is written under a hidden name an
 nothing that looks complete.
 """
 
+import base64
 import json
 import math
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from stagdist.checkpoint.complete import COMPLETE, damage, read_complete, refuse_undownloaded
 from stagdist.checkpoint.text_tokens import TextTokens, recorded_tokens
 from stagdist.checkpoint.training.index import INDEX, read_index
-from stagdist.errors import CheckpointError
+from stagdist.errors import CheckpointError, OtherReleaseError
 from stagdist.files import FileRecord
 
 STATE = "state.json"
@@ -94,7 +95,7 @@ def read_state(directory: Path) -> TrainingState:
         refuse_undownloaded(directory / STATE)
         values = json.loads((directory / STATE).read_text())
         if values.get("format_version") == 1:
-            raise CheckpointError(
+            raise OtherReleaseError(
                 f"{directory} was written by a release that stored DeepSpeed's files; export it with that release, and "
                 "import the model directory"
             )
@@ -121,7 +122,7 @@ def _check_state(state: TrainingState, path: Path) -> None:
         raise CheckpointError(f"{path}: documents_begin is {state.documents_begin!r}; true or false is needed")
     _check_random(state, path)
     if state.format_version != 2:
-        raise CheckpointError(f"{path}: format_version is {state.format_version!r}; this release reads 2")
+        raise OtherReleaseError(f"{path}: format_version is {state.format_version!r}; this release reads 2")
 
 
 def _check_random(state: TrainingState, path: Path) -> None:
@@ -131,7 +132,7 @@ def _check_random(state: TrainingState, path: Path) -> None:
     ):
         raise CheckpointError(f"{path}: loss_scaler is {scaler!r}; numbers by name are needed")
     for held in state.generators:
-        if not isinstance(held, dict) or not all(isinstance(one, str) for one in held.values()):
+        if not isinstance(held, dict) or "cpu" not in held or not all(map(_is_base64, held.values())):
             raise CheckpointError(f"{path}: generators must hold states in base64 by device")
 
 
@@ -153,6 +154,13 @@ def coverage_damage(directory: Path, records: Mapping[str, FileRecord]) -> str |
             "names" if odd[0] in expected else "does not name"
         )
     return None
+
+
+def _is_base64(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(base64.b64decode(value, validate=True))
+    except ValueError:
+        return False
 
 
 def checkpoint_damage(directory: Path, *, contents: bool = True) -> str | None:

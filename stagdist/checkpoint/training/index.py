@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from stagdist.checkpoint.complete import refuse_undownloaded
-from stagdist.errors import CheckpointError
+from stagdist.errors import CheckpointError, OtherReleaseError
 from stagdist.parallel.layout import ParameterSpec
 
 INDEX = "index.json"
@@ -123,7 +123,9 @@ def read_index(directory: Path) -> CheckpointIndex:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if index.format_version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format_version is {index.format_version}; this release reads {FORMAT_VERSION}")
+        raise OtherReleaseError(
+            f"{path}: format_version is {index.format_version}; this release reads {FORMAT_VERSION}"
+        )
     if index.kinds not in ((VALUE,), KINDS):
         raise CheckpointError(f"{path}: kinds are {list(index.kinds)}; {[VALUE]} or {list(KINDS)} are read")
     return index

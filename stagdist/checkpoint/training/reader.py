@@ -13,6 +13,7 @@ from stagdist.checkpoint.complete import RunningHashes, read_complete
 from stagdist.checkpoint.text_tokens import TextTokens, check_tokens
 from stagdist.checkpoint.training.directory import CONFIG, STATE, TrainingState, read_state
 from stagdist.checkpoint.training.index import (
+    MOMENTS,
     VALUE,
     Box,
     CheckpointIndex,
@@ -56,6 +57,11 @@ class TrainingReader:
         self.model: ModelConfig = self.config.model
         if problem := self.index.problem(model_parameters(self.model)):
             raise CheckpointError(f"{self.directory}: the index does not fit config.yaml: {problem}")
+        if (self.state.optimizer_steps > 0) != (MOMENTS[0] in self.index.kinds):
+            raise CheckpointError(
+                f"{self.directory}: {STATE} says optimizer_steps {self.state.optimizer_steps}, but the index has the "
+                f"kinds {list(self.index.kinds)}; moments are stored from the first step on"
+            )
         for part, held in vars(self.state.text_tokens).items() if self.state.text_tokens else ():
             check_tokens(held, f"{self.directory / STATE}: text_tokens.{part}", self.model.vocab_size)
         self.dtype = DTYPES[self.config.training.precision]

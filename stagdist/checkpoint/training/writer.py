@@ -3,6 +3,7 @@
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stagdist.checkpoint.complete import write_complete
+from stagdist.checkpoint.published.model_writer import MAX_SHARD_BYTES, shard_plan
 from stagdist.checkpoint.safetensors_writer import SafetensorsWriter, tensor_sha256
 from stagdist.checkpoint.training.directory import CONFIG, STATE, TrainingState
 from stagdist.checkpoint.training.index import INDEX, VALUE, CheckpointIndex, Fragment, index_of
@@ -83,20 +85,26 @@ def write_values(
         CheckpointError: a weight is not finite.
         OSError: the disk failed.
     """
-    specs, name, sums = model_parameters(source.model), part_name(0), dict[str, str]()
-    writer = SafetensorsWriter(folder / name, [(f"{s.name}.{VALUE}", (s.numel,)) for s in specs], torch.float32)
-    try:
+    specs, sums = model_parameters(source.model), dict[str, str]()
+    files = {part_name(n): shard for n, shard in enumerate(shard_plan(specs, 4, MAX_SHARD_BYTES))}
+    file_of = {spec.name: file for file, shard in files.items() for spec in shard}
+    records: dict[str, FileRecord] = {}
+    with ExitStack() as opened:
         for spec in track(specs, "writing"):
+            if spec is files[file := file_of[spec.name]][0]:
+                entries = [(f"{s.name}.{VALUE}", (s.numel,)) for s in files[file]]
+                writer = SafetensorsWriter(folder / file, entries, torch.float32)
+                opened.callback(writer.close)
             weight = require_finite(source.weight(spec), spec.name, source.directory)
             sums[spec.name] = tensor_sha256(weight, torch.float32)
             writer.add(f"{spec.name}.{VALUE}", weight.flatten())
-        record = writer.finish()
-    finally:
-        writer.close()
+            if writer.full:
+                records[file] = writer.finish()
     owned = [
-        (s.name, Fragment(file=name, key=s.name, box=tuple((0, n) for n in s.shape), range=(0, s.numel))) for s in specs
+        (s.name, Fragment(file=file_of[s.name], key=s.name, box=tuple((0, n) for n in s.shape), range=(0, s.numel)))
+        for s in specs
     ]
-    complete(folder, config, state, index_of(owned, specs, [VALUE]), {name: record})
+    complete(folder, config, state, index_of(owned, specs, [VALUE]), records)
     return sums
 
 

@@ -22,7 +22,10 @@ SRUN = (
 )  # fmt: skip
 """One step with one task, which shares the node with other steps of the allocation."""
 
-SRUN_READS = frozenset({"SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK", "SLURM_LABELIO", "SLURM_NTASKS_PER_NODE"})
+SRUN_READS = frozenset(
+    {"SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK", "SLURM_LABELIO", "SLURM_NTASKS_PER_NODE",
+     "SLURM_TRES_PER_TASK", "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU"}
+)  # fmt: skip
 """Variables of a batch script that srun takes for options. They would limit the task to the share of one rank."""
 
 
@@ -89,8 +92,9 @@ def choose_way(asked: StartWay | None, hosts: tuple[Host, ...]) -> StartWay:
             "--start-with srun needs a Slurm allocation and srun on PATH: SLURM_JOB_ID is "
             f"{os.environ.get('SLURM_JOB_ID', 'not set')}; start it by sbatch or salloc, or use --start-with ssh"
         )
-    if asked is None and in_allocation and others and not run_on(others[0], ["true"], 5.0).ok:
-        return "srun"
+    if asked is None and in_allocation and others:
+        works = shutil.which("ssh") is not None and run_on(others[0], ["true"], 5.0).ok
+        return "ssh" if works else "srun"
     return asked or "ssh"
 
 

@@ -34,6 +34,8 @@ from stagdist.training.engine.step_clock import COMPUTE, PHASES, UPDATE, Compute
 from stagdist.training.engine.train_schedule import InferenceSchedule, TrainSchedule
 
 MicroBatches = Iterator[tuple[Tensor, Tensor]]
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What changes in DeepSpeed's dynamic loss scaler; its other attributes are settings."""
 Gate = Callable[[bool], bool]
 """Takes whether this rank's loss and gradients are finite; returns whether all ranks update."""
 Watch = Callable[[Callable[[], None]], None]
@@ -146,12 +148,14 @@ class SectionEngine(PipelineEngine):
         """State of the fp16 loss scaler; None in other precisions."""
         if not self.fp16_enabled():
             return None
-        return {key: value for key, value in vars(self.optimizer.loss_scaler).items() if isinstance(value, int | float)}
+        scaler = vars(self.optimizer.loss_scaler)
+        return {key: scaler[key] for key in SCALER_STATE if key in scaler}
 
     def continue_from(self, state: TrainingState) -> None:
         """Set the counters and, in fp16, the loss scaler."""
         self.global_steps, self.global_samples, self.skipped_steps = state.step, state.consumed_samples, state.bad_steps
-        if self.fp16_enabled() and state.loss_scaler is not None:
+        # A scale that does not adapt is a setting, not state.
+        if self.fp16_enabled() and state.loss_scaler is not None and self.optimizer.loss_scaler.dynamic:
             vars(self.optimizer.loss_scaler).update(state.loss_scaler)
 
     def _aggregate_total_loss(self) -> Tensor:

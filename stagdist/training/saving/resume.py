@@ -1,15 +1,22 @@
 """Resuming: which checkpoint, and its content back into the engine."""
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
 
-from stagdist.checkpoint.complete import COMPLETE, damage, read_complete
-from stagdist.checkpoint.training.directory import TrainingState, candidates, coverage_damage, withdraw
+from stagdist.checkpoint.complete import COMPLETE, OTHER_CONTENT, damage, read_complete
+from stagdist.checkpoint.training.directory import (
+    TrainingState,
+    candidates,
+    checkpoint_damage,
+    coverage_damage,
+    withdraw,
+)
 from stagdist.checkpoint.training.reader import TrainingReader
 from stagdist.config.parts import ModelConfig
-from stagdist.errors import CheckpointError
+from stagdist.errors import CheckpointError, OtherReleaseError
 from stagdist.parallel.groups import Groups
 from stagdist.training.engine.agreement import first_problem, on_every_rank, shared
 from stagdist.training.engine.section_engine import SectionEngine
@@ -35,7 +42,10 @@ def newest_complete(checkpoints: Path, groups: Groups) -> Path | None:
             return path
         if dist.get_rank() == 0:
             LOG.warning("passing over %s: %s", path, reason)
-            withdraw(path)
+        _require_confirmed(path, reason, groups)
+        if dist.get_rank() == 0:
+            with suppress(OSError):  # read-only: it is passed over at every start
+                withdraw(path)
     if chosen[0]:
         raise shared(
             CheckpointError(
@@ -47,16 +57,40 @@ def newest_complete(checkpoints: Path, groups: Groups) -> Path | None:
 
 
 def _shared_damage(path: Path, groups: Groups) -> str | None:
+    """The first reason why a rank cannot use a checkpoint, the same on every rank.
+
+    Raises:
+        OtherReleaseError: it is of a version of the format that this release does not read; on every rank.
+    """
+    reason = other = None
     try:
         if not (path / COMPLETE).is_file():
-            reason: str | None = f"it has no {COMPLETE}: it was not written to the end, or was found damaged before"
+            reason = f"it has no {COMPLETE}: it was not written to the end, or was found damaged before"
         else:
             records = read_complete(path)
             mine = sorted(records)[dist.get_rank() :: dist.get_world_size()]
             reason = coverage_damage(path, records) or damage(path, mine, records)
-    except CheckpointError as error:
+    except OtherReleaseError as error:
+        other = str(error)
+    except (CheckpointError, OSError) as error:
         reason = str(error)
+    if found := first_problem(groups.control, other):
+        raise shared(OtherReleaseError(found))
     return first_problem(groups.control, reason)
+
+
+def _require_confirmed(path: Path, reason: str, groups: Groups) -> None:
+    """Check that a checkpoint is damaged for rank 0 too: another rank may only not see its files.
+
+    Raises:
+        CheckpointError: rank 0 sees all files that another rank lacks; on every rank.
+    """
+    unseen = None
+    if dist.get_rank() == 0 and not reason.endswith(OTHER_CONTENT):
+        intact = checkpoint_damage(path, contents=False) is None
+        unseen = f"{path}: on one rank {reason}, but rank 0 sees all of it" if intact else None
+    if found := first_problem(groups.control, unseen):
+        raise shared(CheckpointError(f"{found}; runs_directory must be on a file system that all ranks share"))
 
 
 def load_checkpoint(engine: SectionEngine, groups: Groups, model: ModelConfig, checkpoint: Path) -> TrainingState:

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
+from uuid import uuid4
 
 import torch.distributed as dist
 
-from stagdist.checkpoint.complete import publish
+from stagdist.checkpoint.complete import checkpoint_files, damage, publish
 from stagdist.checkpoint.training.directory import TrainingState, checkpoint_name, prune, staging_folder
 from stagdist.checkpoint.training.index import Fragment, index_of
 from stagdist.checkpoint.training.writer import complete, part_name
@@ -32,6 +33,10 @@ Result = TypeVar("Result")
 
 GIVE_UP_S = 5.0
 """How long an abandoned write may take to stop."""
+VISIBLE_S = 5.0
+"""How long a file of rank 0 may take to be visible on another host."""
+TOKEN = ".token"
+"""File that shows a save's folder to be the same on all ranks, and that no other run has replaced it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,6 @@ class _Save:
     final: Path
     state: TrainingState
     part: _Part
-    written: BackgroundWrite
     beside_training: bool
     started: float
     paused_s: float
@@ -73,6 +77,7 @@ class Saver:
         self._checkpoints = Path(config.folder) / "checkpoints"
         self._copies = HostCopies()
         self._under_way: _Save | None = None
+        self._written: BackgroundWrite | None = None
         self._pruning: threading.Thread | None = None
 
     @property
@@ -87,9 +92,9 @@ class Saver:
 
     def vote(self) -> Writing:
         """How far this rank's files have come."""
-        if self._under_way is None:
+        written = self._written
+        if self._under_way is None or written is None:
             return Writing.NONE
-        written = self._under_way.written
         return Writing.FAILED if written.failed else Writing.RUNNING if written.running else Writing.NONE
 
     def save(self, state: TrainingState, *, wait: bool = False) -> Path:
@@ -109,24 +114,26 @@ class Saver:
         state = replace(
             state, optimizer_steps=optimizer_steps(self._engine), loss_scaler=self._engine.loss_scaler_state()
         )
-        with self._all_or_nothing(None):
-            self._on_every_rank(lambda: _prepare(staged))
-            self._on_every_rank(lambda: _check_shared(staged))
-            part, written = self._on_every_rank(lambda: self._begin(staged, wait))
+        token = [uuid4().hex]
+        dist.broadcast_object_list(token, src=0, group=self._groups.control)
+        with self._all_or_nothing():
+            self._on_every_rank(lambda: _prepare(staged, token[0]))
+            self._on_every_rank(lambda: _check_shared(staged, token[0]))
+            part = self._on_every_rank(lambda: self._begin(staged, wait))
         final, paused_s = self._checkpoints / staged.name, time.perf_counter() - started
-        self._under_way = _Save(staged, final, state, part, written, not wait, started, paused_s)
+        self._under_way = _Save(staged, final, state, part, not wait, started, paused_s)
         if wait:
             self.finish()
         return final
 
-    def _begin(self, staged: Path, wait: bool) -> tuple[_Part, BackgroundWrite]:
+    def _begin(self, staged: Path, wait: bool) -> _Part:
         """Begin to write this rank's file, from a copy in host memory if training continues meanwhile."""
         file, place = part_name(dist.get_rank()), self._groups.place
         fragments = stored_fragments(self._engine, self._groups, self._config.model, file)
         kinds = tuple(fragments[0].tensors) if fragments else ()
         generators = generator_states() if place.data == 0 else None
-        part = _Part(file, None, [(one.name, one.place) for one in fragments], kinds, generators)
-        return part, BackgroundWrite(staged / file, fragments if wait else self._copies.copy(fragments))
+        self._written = BackgroundWrite(staged / file, fragments if wait else self._copies.copy(fragments))
+        return _Part(file, None, [(one.name, one.place) for one in fragments], kinds, generators)
 
     def finish(self) -> None:
         """Wait for the files of the save under way, if any, and publish them as the newest checkpoint.
@@ -137,9 +144,10 @@ class Saver:
         save, self._under_way = self._under_way, None
         if save is None:
             return
-        with self._all_or_nothing(save.written):
-            self._on_every_rank(save.written.check)  # no rank waits for files that will not be used
-            part = replace(save.part, record=self._on_every_rank(save.written.record))
+        assert self._written is not None
+        with self._all_or_nothing():
+            self._on_every_rank(self._written.check)  # no rank waits for files that will not be used
+            part = replace(save.part, record=self._on_every_rank(self._written.record))
             parts = [part] * dist.get_world_size()
             dist.all_gather_object(parts, part, group=self._groups.control)
             self._on_every_rank(lambda: self._publish(save, parts))
@@ -154,19 +162,24 @@ class Saver:
         if dist.get_rank() != 0:
             return
         specs = model_parameters(self._config.model)
-        index = index_of((entry for part in parts for entry in part.owned), specs, parts[0].kinds)
-        if problem := index.problem(specs):
+        (save.staged / TOKEN).unlink()
+        kinds = {part.kinds for part in parts if part.owned}
+        index = index_of((entry for part in parts for entry in part.owned), specs, max(kinds))
+        problem = f"their kinds are {kinds}" if len(kinds) > 1 else index.problem(specs)
+        if problem:
             raise OSError(f"the ranks did not write the complete model: {problem}")
         state = replace(save.state, generators=tuple(p.generators for p in parts if p.generators is not None))
         records = {part.file: part.record for part in parts if part.record is not None}
+        if checkpoint_files(save.staged) != sorted(records) or damage(save.staged, records, records, contents=False):
+            raise OSError(f"{save.staged} does not hold what the ranks wrote; does another run save there?")
         complete(save.staged, self._config, state, index, records)
         publish(save.staged, save.final)
 
     def close(self) -> None:
         """Abandon the save under way: the run ends with an error that the other ranks may not have seen."""
-        save, self._under_way = self._under_way, None
-        if save is not None:
-            save.written.give_up(GIVE_UP_S)
+        self._under_way = None
+        if self._written is not None:
+            self._written.give_up(GIVE_UP_S)
         if self._pruning is not None:
             self._pruning.join(GIVE_UP_S)
 
@@ -198,13 +211,13 @@ class Saver:
         return on_every_rank(self._groups.control, action, _failed)
 
     @contextmanager
-    def _all_or_nothing(self, written: BackgroundWrite | None) -> Iterator[None]:
+    def _all_or_nothing(self) -> Iterator[None]:
         """Remove the files of the save when the block fails, as it then does on all ranks."""
         try:
             yield
         except CheckpointError:
-            if written is not None:
-                written.give_up(GIVE_UP_S)
+            if self._written is not None:
+                self._written.give_up(GIVE_UP_S)
             dist.barrier(group=self._groups.control)  # no rank writes any more
             if dist.get_rank() == 0:
                 shutil.rmtree(staging_folder(self._checkpoints), ignore_errors=True)
@@ -227,15 +240,20 @@ def _failed(reason: str) -> SavingError:
     )
 
 
-def _prepare(staged: Path) -> None:
+def _prepare(staged: Path, token: str) -> None:
     if dist.get_rank() == 0:
         shutil.rmtree(staged.parent, ignore_errors=True)
         staged.mkdir(parents=True)
+        (staged / TOKEN).write_text(token)
 
 
-def _check_shared(staged: Path) -> None:
+def _check_shared(staged: Path, token: str) -> None:
     """Check that the folder of rank 0 is visible here; otherwise the checkpoint would be spread over several disks."""
-    if not staged.is_dir():
+    deadline = time.monotonic() + VISIBLE_S
+    while not ((staged / TOKEN).is_file() and (staged / TOKEN).read_text() == token):
+        if time.monotonic() < deadline:
+            time.sleep(0.1)
+            continue
         raise OSError(f"{staged} is not what rank 0 sees; runs_directory must be on a file system all ranks share")
 
 

@@ -158,6 +158,22 @@ def test_every_fault_of_a_file_is_named(tmp_path: Path, file: str, fault: str) -
     assert file in str(checkpoint_damage(folder))
 
 
+@pytest.mark.parametrize("change", [{"optimizer_steps": 0}, {"generators": [{"cpu": "?"}]}, {"generators": [{}]}])
+def test_a_state_that_contradicts_the_tensors_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = training_checkpoint(tmp_path, {}) / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match="moments are stored from the first step on|must hold states in base64"):
+        TrainingReader(path.parent)
+
+
+@pytest.mark.parametrize("record", [{"size": 1.5, "sha256": ""}, {"size": 1, "sha256": 2}])
+def test_a_record_of_another_kind_or_place_is_refused(tmp_path: Path, record: dict[str, Any]) -> None:
+    path = training_checkpoint(tmp_path, {}) / "complete.json"
+    for name in ("state.json", "../x", "/etc/passwd"):
+        path.write_text(json.dumps({"files": {name: record if name == "state.json" else {"size": 1, "sha256": ""}}}))
+        assert "is not a complete checkpoint" in str(checkpoint_damage(path.parent)), name
+
+
 def test_the_index_of_an_older_release_is_named(tmp_path: Path) -> None:
     folder = training_checkpoint(tmp_path, {})
     (folder / "index.json").unlink()

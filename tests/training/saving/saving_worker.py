@@ -188,6 +188,17 @@ def no_memory(rank: Rank) -> None:
         rank.failing(lambda: rank.saver.save(rank.state(2)))
 
 
+def replaced_folder(rank: Rank) -> None:
+    """Another run takes the folder of a save while its files are written."""
+    rank.saver.save(rank.state(1), wait=True)
+    rank.saver.save(rank.state(2))
+    _wait_until(lambda: rank.saver.vote() is Writing.NONE)
+    dist.barrier(group=rank.groups.control)
+    if dist.get_rank() == 0:
+        next(Path(rank.config.folder).glob("checkpoints/.saving/*/part_00001.safetensors")).unlink()
+    rank.failing(rank.saver.finish)
+
+
 SCENARIOS: dict[str, Callable[[Rank], None]] = {
     "same content": same_content,
     "one at a time": one_at_a_time,
@@ -195,6 +206,7 @@ SCENARIOS: dict[str, Callable[[Rank], None]] = {
     "disk full": _with_broken_writer(OSError(28, "No space left on device")),
     "writer broke": _with_broken_writer(ZeroDivisionError("planted")),
     "no memory": no_memory,
+    "replaced folder": replaced_folder,
 }
 
 

@@ -1,5 +1,6 @@
 """What a run refuses to resume from, what it removes, and what it verifies at its end: the same on all ranks."""
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -72,6 +73,8 @@ def scenarios(folder: Path) -> dict[str, Any]:
     groups = World(120.0).groups((2, 1, 1))
     wrong = folder / "wrong key" / "checkpoints" / checkpoint_name(7)
     found: dict[str, Any] = {"wrong key": _outcome(lambda: _load(wrong, groups))}
+    found["older"] = _outcome(lambda: newest_complete(folder / "older" / "checkpoints", groups))
+    assert (folder / "older" / "checkpoints" / checkpoint_name(7) / "complete.json").is_file()
     found["unrecorded"] = _outcome(lambda: newest_complete(folder / "unrecorded" / "checkpoints", groups))
     return found | _exports(folder, groups) | {"lost": _lose_the_other(groups)}
 
@@ -102,7 +105,7 @@ def _exports(folder: Path, groups: Groups) -> dict[str, Any]:
     saved = save_checkpoint(engine, groups, config, TrainingState(1, 8, 8, (2, 1, 1), documents_begin=True))
 
     def leave(directory: Path) -> str:
-        said = _outcome(lambda: publish.publish_model(engine, groups, saved, tokenizer, directory))
+        said = _outcome(lambda: publish.publish_model(engine, groups, config.model, saved, tokenizer, directory))
         groups_barrier(groups)
         return said
 
@@ -138,6 +141,11 @@ def launched(folder: Path) -> list[dict[str, Any]]:
     index = (wrong / "index.json").read_text()
     (wrong / "index.json").write_text(index.replace('"key":"sections.1.', '"key":"sections.9.'))
     complete(wrong)
+    older = training_checkpoint(folder / "older", {}, (2, 1, 1))
+    state = json.loads((older / "state.json").read_text()) | {"format_version": 1}
+    (older / "state.json").write_text(json.dumps(state))
+    (older / "index.json").unlink()
+    complete(older)
     unrecorded = training_checkpoint(folder / "unrecorded", {}, (2, 1, 1))
     records = read_complete(unrecorded)
     del records["part_00001.safetensors"]
@@ -162,6 +170,10 @@ def same(reports: list[dict[str, Any]], scenario: str) -> str:
 def test_a_damaged_checkpoint_is_refused_on_all_ranks(reports: list[dict[str, Any]]) -> None:
     assert "rank 1: " in same(reports, "wrong key") and "value cannot be read" in same(reports, "wrong key")
     assert same(reports, "unrecorded").startswith("none of the 1 checkpoints in ")
+
+
+def test_a_checkpoint_of_an_older_release_is_refused_and_stays_as_it_is(reports: list[dict[str, Any]]) -> None:
+    assert "stored DeepSpeed's files; export it with that release" in same(reports, "older")
 
 
 def test_a_rank_that_does_not_respond_is_reported_in_one_line(

@@ -109,6 +109,14 @@ def test_a_failure_on_one_rank_is_reported_on_all_and_keeps_the_previous(
         assert [report.votes for report in found] == [[Writing.RUNNING], [Writing.FAILED]]
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_folder_that_another_run_has_changed_is_not_published(case: Case, shared_folder: Path) -> None:
+    for report in reports(shared_folder, case, "replaced folder"):
+        assert report.error.startswith("saving failed on rank 0: ") and "does another run save there?" in report.error
+        assert report.listed == ["step_00000001"]
+
+
 def fragment(values: Tensor) -> OwnedFragment:
     """A fragment that holds these values."""
     place = Fragment(file="part", key="a", box=((0, values.numel()),), range=(0, values.numel()))
