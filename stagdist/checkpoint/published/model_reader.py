@@ -1,6 +1,7 @@
 """Read a model directory slice by slice: a rank loads only what it needs."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ class ModelReader:
 
     def _checked_records(self) -> dict[str, FileRecord]:
         """All records; the small files, and the sizes of the others, are compared with them."""
-        if not (self.directory / COMPLETE).is_file():
+        if not os.path.isfile(self.directory / COMPLETE):  # also for a name that is too long
             return {}
         records = read_complete(self.directory)
         small = sorted(name for name in records if not name.endswith(".safetensors"))

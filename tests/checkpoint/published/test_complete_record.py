@@ -164,9 +164,9 @@ class Counted(RunningHashes):
         type(self).hashed = 0
 
     def _advance(self, name: str, stop: int) -> None:
-        before = self._streams[name].tell() if name in self._streams else 0
+        before = self._positions.get(name, 0)
         super()._advance(name, stop)
-        type(self).hashed += self._streams[name].tell() - before
+        type(self).hashed += self._positions.get(name, 0) - before
 
 
 def split_and_record(folder: Path) -> None:
