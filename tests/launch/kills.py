@@ -66,7 +66,8 @@ def kill_often(folder: Path, corpus: Path, kills: int, seed: int) -> KillReport:
         report.steps.append(_newest_name(checkpoints))
         if report.steps[-1] < seen:
             report.lost.append(f"kill {number}: step {seen} was published, {report.steps[-1]} is the newest")
-        if reason := checkpoint_damage(candidates(checkpoints)[0]):
+        found = candidates(checkpoints)  # none if the first kill comes before the first save is complete
+        if found and (reason := checkpoint_damage(found[0])):
             report.lost.append(f"kill {number}: {reason}")
         now = losses(folder, "run")
         report.lost += [
