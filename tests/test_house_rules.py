@@ -34,12 +34,12 @@ BUDGETS = {
     "stagdist/parallel": 1214,
     "stagdist/planning": 752,
     "stagdist/telemetry": 1128,
-    "stagdist/training": 3288,
+    "stagdist/training": 3289,
     "launch": 478,
-    "tools": 991,
+    "tools": 995,
     "benchmarks": 3861,
 }
-MAX_LINES = {("stagdist", "launch", "tools"): 24_960, ("benchmarks",): 3_861}
+MAX_LINES = {("stagdist", "launch", "tools"): 24_957, ("benchmarks",): 3_861}
 """The sums may only fall: the aim is 21,000 lines of product and 2,500 of benchmarks."""
 
 
@@ -167,7 +167,7 @@ def test_repeated_names_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_a_room_that_leaves_its_budget_is_noticed(lines: int, budget: int, expected: str | None) -> None:
     counts, budgets = ({"tools": number} if number else {} for number in (lines, budget))
-    found = over_or_under_budget(counts, budgets, {("stagdist", "launch", "tools"): 25_000})
+    found = over_or_under_budget(counts, budgets, {("stagdist", "launch", "tools"): 24_957})
     assert [problem.startswith(expected or "") for problem in found] == ([] if expected is None else [True])
 
 

@@ -159,9 +159,13 @@ def convert(arguments: argparse.Namespace) -> int:
     )
     source, destination = arguments.source, arguments.destination
     if arguments.verb == "export":
-        exporter = {"model": model_conversions.export, "torch": model_conversions.export_state_dict}[arguments.format]
-        result = exporter(
-            source, destination, options, precision=arguments.precision, from_master=arguments.from_master
+        result = model_conversions.export(
+            source,
+            destination,
+            options,
+            precision=arguments.precision,
+            from_master=arguments.from_master,
+            as_state_dict=arguments.format == "torch",
         )
     elif arguments.verb == "split":
         result = model_conversions.split(source, destination, options)

@@ -52,11 +52,11 @@ def test_hosts_are_examined_and_leave_nothing_behind(pretended_hosts: Path) -> N
     kept = pretended_hosts / "new" / "checkpoints"
     answers = ask_all(dict.fromkeys(["node1", "noisy", "dead", "broken", "bare"], 1), kept, 8)
     assert list(answers.facts) == ["node1", "noisy"]
-    told = answers.facts["noisy"]
-    assert told.hostname == socket.gethostname() and told.versions["torch"]
-    assert told.folder and told.versions == answers.facts["node1"].versions
-    assert told.storage.write_mb_s > 0 and not told.storage.problem and told.storage.shared
-    assert abs(told.clock_offset_s) <= told.clock_error_s + 0.001
+    facts = answers.facts["noisy"]
+    assert facts.hostname == socket.gethostname() and facts.versions["torch"]
+    assert facts.folder and facts.versions == answers.facts["node1"].versions
+    assert facts.storage.write_mb_s > 0 and not facts.storage.problem and facts.storage.shared
+    assert abs(facts.clock_offset_s) <= facts.clock_error_s + 0.001
     assert "No route to host" in answers.silent["dead"] and "try `ssh dead true`" in answers.silent["dead"]
     assert "same paths on every host" in answers.silent["broken"]
     assert "same paths on every host" in answers.silent["bare"]

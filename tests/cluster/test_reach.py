@@ -42,8 +42,8 @@ def test_ssh_gets_one_line_that_runs_nothing_else(shell: None, tmp_path: Path) -
     words = ("/usr/bin/env", "-0")
     command = start_command("no.such.host", "ssh", words, folder, "run.1", 60.0)
     assert command.words[0] == "ssh" and "no.such.host" in command.words and "ServerAliveCountMax=12" in command.words
-    told = subprocess.run(["/bin/sh", "-c", command.words[-1]], env={}, capture_output=True, text=True, check=True)
-    found = dict(entry.split("=", 1) for entry in told.stdout.rstrip("\0").split("\0"))
+    printed = subprocess.run(["/bin/sh", "-c", command.words[-1]], env={}, capture_output=True, text=True, check=True)
+    found = dict(entry.split("=", 1) for entry in printed.stdout.rstrip("\0").split("\0"))
     own = {name: value for name, value in found.items() if name not in ("PWD", "OLDPWD")}
     assert own == {
         "PATH": "/bin",

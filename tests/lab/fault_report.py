@@ -39,7 +39,7 @@ LONGEST_TEXT = 2000
 
 
 class Report:
-    """The file that grows entry by entry, so that a stopped report goes on where it was.
+    """The file that grows entry by entry, so that a stopped report continues where it was.
 
     Args:
         path: JSON; the table goes beside it. One that was measured in another setting is begun anew.
@@ -91,13 +91,13 @@ def markdown(body: Mapping[str, Any]) -> str:
         "Made by `make faults`: a supervised run over hosts in network namespaces of one machine "
         f"({body['hardware']}), {body['steps']} steps, a checkpoint every {body['checkpoint_interval_steps']} steps, "
         f"`--hang-timeout-s {body['hang_timeout_s']:g}`, `--host-timeout-s {body['host_timeout_s']:g}` (15 where a "
-        f"link comes back). The whole took {body['wall_s'] / 60:.0f} minutes.{commits(body)}",
+        f"link comes back). All of it took {body['wall_s'] / 60:.0f} minutes.{commits(body)}",
         "",
         "`noticed_s` counts from the fault, `next_step_s` from noticing, `stopped_s` from the fault to the end of the "
-        "supervisor. `newest_complete` is the step of the newest whole checkpoint when the fault was planted, "
-        "`resumed_step` the one from which the run went on, never before it: a save in flight may be whole by then. A "
-        "run that stopped was started again by the same command after its cause had been mended; `losses_equal` "
-        "compares all its losses with those of an undisturbed run, bit by bit (within 1e-5 with fewer replicas).",
+        "supervisor. `newest_complete` is the step of the newest complete checkpoint when the fault was planted, "
+        "`resumed_step` the one from which the run continued, never an earlier one: a save under way may be complete "
+        "by then. A run that stopped was started again by the same command after its cause had been removed; "
+        "`losses_equal` compares all its losses with those of an undisturbed run, bit by bit (within 1e-5 with fewer replicas).",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
@@ -129,7 +129,7 @@ def commits(body: Mapping[str, Any]) -> str:
 
 
 def first_line(text: str) -> str:
-    """Of a text that may be a whole output."""
+    """Of a text that may be a complete output."""
     return next(iter(text.splitlines()), "")
 
 
@@ -143,7 +143,7 @@ def reference(base: Path, corpus: Path, grid: str, ranks: int, steps: int) -> di
 
 
 def measured(fault: Fault, base: Path, corpus: Path, references: Any) -> dict[str, Any]:
-    """An entry, also where something went wrong that nobody has thought of: the report goes on."""
+    """An entry, also where the measurement itself fails: the report continues."""
     started = time.monotonic()
     entry: dict[str, Any] = {"fault": fault.name, "start_with": fault.start_with, "expected": fault.expected}
     try:

@@ -1,4 +1,4 @@
-"""The faults that a supervised run must survive, or end from in order, and how each is planted."""
+"""The faults that a supervised run must survive, or shut down from, and how each is planted."""
 
 import time
 from collections.abc import Callable

@@ -288,7 +288,7 @@ class Lab:
         (self.folder / "home" / ".deepspeed_env").unlink(missing_ok=True)
 
     def close(self) -> None:
-        """End everything and remove every trace. Also runs by itself when the owner ends in order."""
+        """End everything and remove every trace. Also runs by itself when the owner shuts down cleanly."""
         self._at_end.detach()
         take_down(self._record)
         for parent in self._parents.values():

@@ -78,7 +78,7 @@ def plant(run: Supervised, kind: str) -> None:
 
 
 def undisturbed(run: Supervised, planted: float) -> dict[str, Any]:
-    """What follows a link that was gone for a moment: the attempt goes on, and nobody takes it for a fault."""
+    """What follows a link that was gone for a moment: the attempt continues, and it is not taken for a fault."""
     run.wait_for_step(max(run.losses()) + INTERVAL)
     since = [event for event in run.events() if event["time"] >= planted]
     noticed = [event.get("says", "a new start") for event in since if event["event"] in ("fault", "start")]

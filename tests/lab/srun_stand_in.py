@@ -1,6 +1,6 @@
 """Behaves like Slurm's srun: one task on each of the nodes, over the ssh of the lab.
 
-The whole environment is handed on. Standard input goes to the only task, signals to all. A task that fails ends the
+The complete environment is passed on. Standard input goes to the only task, signals to all. A task that fails ends the
 others if `--kill-on-bad-exit=1` says so. Options come from variables too: SLURM_LABELIO puts the task's number before
 every line. When srun is killed, its tasks lose their pipes.
 """

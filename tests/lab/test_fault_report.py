@@ -101,7 +101,7 @@ def test_a_report_goes_on_where_it_was_or_is_measured_anew(tmp_path: Path) -> No
 def test_the_table_tells_how_long_it_took_and_which_commits_were_measured(tmp_path: Path) -> None:
     report = Report(tmp_path / "faults.json")
     report.put(entry(wall_s=600.0))
-    assert "The whole took 10 minutes." in markdown(report.body) and "commit" not in markdown(report.body)
+    assert "All of it took 10 minutes." in markdown(report.body) and "commit" not in markdown(report.body)
     report.put(entry(fault="kill_rank_0"))
     report.put(entry(fault="freeze_rank", commit="bbbbbbbbbb"))
     assert "Measured with commit `aaaaaaaa`, except `bbbbbbbb`: freeze_rank." in markdown(report.body)

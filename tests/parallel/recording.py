@@ -64,7 +64,7 @@ class Mailbox:
     letters: dict[tuple[int, int, int], list[Any]] = field(default_factory=dict)  # (group, source, target)
 
     def put(self, group: Group, source: int, target: int, message: Any) -> None:
-        """Store a message, which nobody writes afterwards."""
+        """Store a message. It is not written to afterwards."""
         self.letters.setdefault((group.number, source, target), []).append(message)
 
     def take(self, group: Group, source: int, target: int, number: int) -> Any:

@@ -63,42 +63,34 @@ def export(
     *,
     precision: str | None = None,
     from_master: bool = False,
+    as_state_dict: bool = False,
 ) -> ConversionResult:
     """Convert a training checkpoint of any grid to a model directory.
 
     Args:
         precision: of the written weights, a name of `DTYPES`; None for that of the run, or fp32 with `from_master`.
         from_master: round the fp32 values of the optimizer, not the weights of a run in a lower precision.
+        as_state_dict: write one file instead, a state dict of canonical names for `torch.load(weights_only=True)`.
 
     Raises:
         CheckpointError: source or destination is refused, or the proof failed; nothing is left behind.
         ConfigError: the options contradict each other.
     """
-    require_free(Path(destination), options)
-    return write_model(_exported(source, precision, from_master), Path(destination), options)
-
-
-def export_state_dict(
-    source: str | Path,
-    destination: str | Path,
-    options: ConversionOptions,
-    *,
-    precision: str | None = None,
-    from_master: bool = False,
-) -> ConversionResult:
-    """Convert a training checkpoint to a state dict of canonical names, one file for `torch.load(weights_only=True)`.
-
-    A model directory is written first, and its memory-mapped tensors are given to `torch.save`, which writes them one
-    by one. So the disk needs room for the weights twice, and memory holds one tensor.
-
-    Raises:
-        CheckpointError, ConfigError: as `export`; the file exists.
-    """
-    final = Path(destination).resolve()
-    if final.exists() and not (final.is_file() and options.overwrite):
+    final = Path(destination)
+    if not as_state_dict:
+        require_free(final, options)
+    elif final.exists() and not (final.is_file() and options.overwrite):
         raise CheckpointError(f"{destination} exists; choose another file, or --overwrite to replace a file")
     exported = _exported(source, precision, from_master)
-    specs = model_parameters(exported.config)
+    return (_write_state_dict if as_state_dict else write_model)(exported, final, options)
+
+
+def _write_state_dict(exported: NewModel, destination: Path, options: ConversionOptions) -> ConversionResult:
+    """Write a model directory, and give its memory-mapped tensors to `torch.save`, which writes them one by one.
+
+    So the disk needs room for the weights twice, and memory holds one tensor.
+    """
+    final, specs = destination.resolve(), model_parameters(exported.config)
     with staged_folder(final.with_name(f"{final.name}.model"), ConversionOptions(track=options.track)) as staged:
         written, checked = _write_proved(exported, staged, options)
         torch.save({spec.name: written.weight(spec) for spec in specs}, staged / final.name)
@@ -107,7 +99,7 @@ def export_state_dict(
         require_same(written.model, lambda spec: saved[spec.name], exported.config, sums, options.track)
         sync_path(staged / final.name)
         (staged / final.name).rename(final)
-    return ConversionResult(Path(destination), checked)
+    return ConversionResult(destination, checked)
 
 
 def _exported(source: str | Path, precision: str | None, from_master: bool) -> NewModel:

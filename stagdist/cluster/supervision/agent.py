@@ -143,7 +143,7 @@ class Agent:
                 self._send("stack", rank=message["rank"], lines=self._scripts[message["rank"]].stack())
 
     def _stop(self) -> None:
-        """Ask the scripts for their orderly end; they have `stop_s` seconds."""
+        """Ask the scripts to shut down cleanly; they have `stop_s` seconds."""
         if self._kill_at == GONE:
             self._kill_at = time.monotonic() + self._job.stop_s
             for script in self._scripts.values():

@@ -35,7 +35,7 @@ class AttemptResult:
     fault: Fault | None  # None where all ranks ended with 0
     ranks: Mapping[int, RankReport]  # their last words
     noticed: float  # when the fault was seen, seconds since 1970
-    silent: Sequence[str]  # hosts whose agent did not end in order: something may be left there
+    silent: Sequence[str]  # hosts whose agent did not shut down cleanly: processes may be left there
     last_heard: float  # monotonic seconds, of the last message of a rank that did not report its end
 
 
@@ -66,7 +66,7 @@ class Attempt:
         """Run until all ranks have shut down cleanly or a fault is found. No rank of the attempt is left afterwards.
 
         Args:
-            stop: once set, ranks are asked for their orderly end.
+            stop: once set, ranks are asked to shut down cleanly.
             hurry: once set, they are ended as they are.
         """
         self._agents.start()
@@ -99,13 +99,13 @@ class Attempt:
                 if not ranks:
                     return None
                 stopping_since = stopping_since or now
-                self._agents.send("stop")  # again and again: an agent may come late
+                self._agents.send("stop")  # repeated, because an agent may start late
             if hurry.is_set():
                 return Fault("stuck", None, "", "a second signal ended the ranks as they were")
             if find_exit(ranks, now) is not None:
                 await asyncio.sleep(FIRST_ERROR_S)
-                in_order = stop.is_set() and stopped_before_work(ranks)
-                return None if in_order else find_exit(ranks, time.monotonic())
+                clean = stop.is_set() and stopped_before_work(ranks)
+                return None if clean else find_exit(ranks, time.monotonic())
             fault = find_silence(ranks, now, limits) or self._missing(now - started)
             if fault is not None:
                 return fault

@@ -46,7 +46,7 @@ class HostAgent:
         hello: its first message: the host's own name, its ranks, how many leftovers it ended, its problem.
         heard_at: monotonic seconds, of its last message, or of its start.
         ended: it has ended, or its connection is closed.
-        done: it has ended in order, so that nothing of its ranks is left on the host.
+        done: it has shut down cleanly, so that nothing of its ranks is left on the host.
     """
 
     def __init__(self, start: AgentStart, on_message: Callable[[dict[str, Any]], None]):
@@ -102,7 +102,7 @@ class HostAgent:
             while line := await stream.readline():
                 self._take(line)
         except (ValueError, KeyError, TypeError) as error:
-            self._complaints.append(f"what its agent wrote makes no sense: {error}"[:300])
+            self._complaints.append(f"its agent wrote a message that cannot be read: {error}"[:300])
             self._kill()
             await stream.read()
 
@@ -162,7 +162,7 @@ class HostAgents:
         return any(not agent.ended and agent.heard_at > since for agent in self.agents.values())
 
     def silent_hosts(self) -> list[str]:
-        """Hosts whose agents did not end in order."""
+        """Hosts whose agents did not shut down cleanly."""
         return [host for host, agent in self.agents.items() if not agent.done]
 
     def extend_deadlines(self, late_s: float) -> None:

@@ -17,7 +17,7 @@ NOT_SHARED = "is not there: the file system that all hosts share is not mounted"
 
 @dataclass(frozen=True)
 class Job:
-    """What one agent does. Without slots it ends what earlier starts of the run have left on its host, and no more."""
+    """What one agent does. Without slots it only ends what earlier starts of the run have left on its host."""
 
     run: str  # with which the marks of all processes of the supervised run begin: a hash of its folder
     needs: str  # path that the host must see

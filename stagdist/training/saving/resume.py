@@ -87,8 +87,9 @@ def _require_confirmed(path: Path, reason: str, groups: Groups) -> None:
     """
     unseen = None
     if dist.get_rank() == 0 and not reason.endswith(OTHER_CONTENT):
-        intact = checkpoint_damage(path, contents=False) is None
-        unseen = f"{path}: on one rank {reason}, but rank 0 sees all of it" if intact else None
+        with suppress(OSError):  # rank 0 cannot read it either
+            intact = checkpoint_damage(path, contents=False) is None
+            unseen = f"{path}: on one rank {reason}, but rank 0 sees all of it" if intact else None
     if found := first_problem(groups.control, unseen):
         raise shared(CheckpointError(f"{found}; runs_directory must be on a file system that all ranks share"))
 

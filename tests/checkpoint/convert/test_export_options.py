@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stagdist.checkpoint.convert.find import open_model, open_training
-from stagdist.checkpoint.convert.model_conversions import export, export_state_dict
+from stagdist.checkpoint.convert.model_conversions import export
 from stagdist.checkpoint.convert.staging import ConversionOptions
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import CheckpointError, ConfigError
@@ -44,7 +44,7 @@ def test_a_state_dict_has_canonical_names_and_loads_without_running_code(
     tmp_path: Path, model: dict[str, bool]
 ) -> None:
     training_checkpoint(tmp_path / "run", model, (2, 2, 1), "bf16")
-    result = export_state_dict(tmp_path / "run", tmp_path / "model.pt", OPTIONS, precision="fp16")
+    result = export(tmp_path / "run", tmp_path / "model.pt", OPTIONS, precision="fp16", as_state_dict=True)
     assert result.directory == tmp_path / "model.pt" and result.checked.endswith("equal, rounded to fp16")
     found = torch.load(tmp_path / "model.pt", weights_only=True)
     reader = open_training(tmp_path / "run")
@@ -60,17 +60,17 @@ def test_a_state_dict_replaces_only_a_file_and_only_on_request(tmp_path: Path, m
     path = tmp_path / "model.pt"
     path.write_text("other weights")
     with pytest.raises(CheckpointError, match=r"model\.pt exists; choose another file, or --overwrite"):
-        export_state_dict(tmp_path / "run", path, OPTIONS)
+        export(tmp_path / "run", path, OPTIONS, as_state_dict=True)
     with pytest.raises(CheckpointError, match=r"run exists"):
-        export_state_dict(tmp_path / "run", tmp_path / "run", ConversionOptions(overwrite=True))
+        export(tmp_path / "run", tmp_path / "run", ConversionOptions(overwrite=True), as_state_dict=True)
     with monkeypatch.context() as patch:
         patch.setattr(
             torch, "load", lambda *_, **__: {name: torch.zeros(1) for name in parameters_of(_model(tmp_path))}
         )
         with pytest.raises(CheckpointError, match=r"embedding\.weight was not written as it was read"):
-            export_state_dict(tmp_path / "run", path, ConversionOptions(overwrite=True))
+            export(tmp_path / "run", path, ConversionOptions(overwrite=True), as_state_dict=True)
     assert path.read_text() == "other weights"
-    export_state_dict(tmp_path / "run", path, ConversionOptions(overwrite=True))
+    export(tmp_path / "run", path, ConversionOptions(overwrite=True), as_state_dict=True)
     assert torch.load(path, weights_only=True).keys() == parameters_of(_model(tmp_path)).keys()
 
 

@@ -188,6 +188,15 @@ def no_memory(rank: Rank) -> None:
         rank.failing(lambda: rank.saver.save(rank.state(2)))
 
 
+def not_shared(rank: Rank) -> None:
+    """A rank has a disk of its own where the others share one."""
+    if dist.get_rank() == BROKEN_RANK:
+        own = rank.config.model_copy(update={"runs_directory": f"{rank.config.runs_directory}-of-its-own"})
+        rank.saver = Saver(rank.engine, rank.groups, own)
+    (Path(rank.config.folder) / "checkpoints").mkdir(parents=True, exist_ok=True)
+    rank.failing(lambda: rank.saver.save(rank.state(1)))
+
+
 def replaced_folder(rank: Rank) -> None:
     """Another run takes the folder of a save while its files are written."""
     rank.saver.save(rank.state(1), wait=True)
@@ -206,6 +215,7 @@ SCENARIOS: dict[str, Callable[[Rank], None]] = {
     "disk full": _with_broken_writer(OSError(28, "No space left on device")),
     "writer broke": _with_broken_writer(ZeroDivisionError("planted")),
     "no memory": no_memory,
+    "not shared": not_shared,
     "replaced folder": replaced_folder,
 }
 

@@ -29,6 +29,7 @@ from stagdist.training import publish
 from stagdist.training.engine.agreement import while_others_wait
 from stagdist.training.engine.section_engine import build_engine
 from stagdist.training.lost_peers import naming_lost_peers
+from stagdist.training.saving import resume
 from stagdist.training.saving.resume import load_checkpoint, newest_complete
 from stagdist.training.saving.save import save_checkpoint
 from tests.checkpoint.synthetic import complete, file_contents, training_checkpoint
@@ -64,6 +65,15 @@ class Watched(Pulse):
         self.phases.append(phase)
 
 
+def _unseen(checkpoints: Path, groups: Groups) -> str:
+    """Rank 1 does not see a file that is there, as on a host that has not mounted the folder."""
+    absent = "part_00001.safetensors is missing"
+    with patch.object(resume, "damage", lambda *_: absent if groups.place.pipe else None):
+        said = _outcome(lambda: newest_complete(checkpoints, groups))
+    assert newest_complete(checkpoints, groups) is not None, "it lost its marker"
+    return said
+
+
 def _hidden(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob(".*"))
 
@@ -75,6 +85,7 @@ def scenarios(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"wrong key": _outcome(lambda: _load(wrong, groups))}
     found["older"] = _outcome(lambda: newest_complete(folder / "older" / "checkpoints", groups))
     assert (folder / "older" / "checkpoints" / checkpoint_name(7) / "complete.json").is_file()
+    found["unseen"] = _unseen(folder / "unseen" / "checkpoints", groups)
     found["unrecorded"] = _outcome(lambda: newest_complete(folder / "unrecorded" / "checkpoints", groups))
     return found | _exports(folder, groups) | {"lost": _lose_the_other(groups)}
 
@@ -146,6 +157,7 @@ def launched(folder: Path) -> list[dict[str, Any]]:
     (older / "state.json").write_text(json.dumps(state))
     (older / "index.json").unlink()
     complete(older)
+    training_checkpoint(folder / "unseen", {}, (2, 1, 1))
     unrecorded = training_checkpoint(folder / "unrecorded", {}, (2, 1, 1))
     records = read_complete(unrecorded)
     del records["part_00001.safetensors"]
@@ -174,6 +186,10 @@ def test_a_damaged_checkpoint_is_refused_on_all_ranks(reports: list[dict[str, An
 
 def test_a_checkpoint_of_an_older_release_is_refused_and_stays_as_it_is(reports: list[dict[str, Any]]) -> None:
     assert "stored DeepSpeed's files; export it with that release" in same(reports, "older")
+
+
+def test_a_rank_that_does_not_see_a_checkpoint_does_not_mark_it_as_damaged(reports: list[dict[str, Any]]) -> None:
+    assert "part_00001.safetensors is missing, but rank 0 sees all of it; runs_directory" in same(reports, "unseen")
 
 
 def test_a_rank_that_does_not_respond_is_reported_in_one_line(

@@ -117,6 +117,15 @@ def test_a_folder_that_another_run_has_changed_is_not_published(case: Case, shar
         assert report.listed == ["step_00000001"]
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_folder_that_ranks_do_not_share_is_refused_in_one_line(case: Case, shared_folder: Path) -> None:
+    for report in reports(shared_folder, case, "not shared"):
+        assert report.error.startswith(f"saving failed on rank {BROKEN_RANK}: ") and "\n" not in report.error
+        assert "is not what rank 0 sees; runs_directory must be on a file system all ranks share" in report.error
+        assert report.listed == []
+
+
 def fragment(values: Tensor) -> OwnedFragment:
     """A fragment that holds these values."""
     place = Fragment(file="part", key="a", box=((0, values.numel()),), range=(0, values.numel()))
