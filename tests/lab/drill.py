@@ -91,7 +91,7 @@ class Drill:
         return entry | {"problems": problems(fault, entry)}
 
     def _plant(self) -> tuple[float, dict[str, int]]:
-        """Wait for the moment, do the damage. Returns: when; how far the run was, and its newest complete checkpoint."""
+        """Wait for the moment, plant the fault. Returns: when; how far the run was, its newest complete checkpoint."""
         fault, run = self.fault, self.run
         if fault.at_step is None:
             run.wait_for_script(0)

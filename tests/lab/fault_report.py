@@ -97,7 +97,8 @@ def markdown(body: Mapping[str, Any]) -> str:
         "supervisor. `newest_complete` is the step of the newest complete checkpoint when the fault was planted, "
         "`resumed_step` the one from which the run continued, never an earlier one: a save under way may be complete "
         "by then. A run that stopped was started again by the same command after its cause had been removed; "
-        "`losses_equal` compares all its losses with those of an undisturbed run, bit by bit (within 1e-5 with fewer replicas).",
+        "`losses_equal` compares all its losses with those of an undisturbed run, bit by bit (within 1e-5 with fewer "
+        "replicas).",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
