@@ -16,6 +16,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("planning", "model", "data"),
     ("checkpoint",),
     ("training", "decode", "evaluation", "cluster"),
+    ("serving",),
 )
 ROOT_NAMES = {"", "__version__"}  # the package itself, which imports nothing
 ALONE = "hf"  # copied into exported models: imports nothing of stagdist
@@ -25,6 +26,9 @@ HF_USERS = {"checkpoint", "training", "decode", "evaluation", "cluster"}
 FENCES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("stagdist/training/", "stagdist/checkpoint/", "launch/", "benchmarks/"),
     "megatron": ("stagdist/model/megatron.py", "stagdist/data/"),
+    "starlette": ("stagdist/serving/",),
+    "uvicorn": ("stagdist/serving/",),
+    "prometheus_client": ("stagdist/serving/",),
     "transformers": ("stagdist/data/tokenizer_files.py", "stagdist/checkpoint/", "stagdist/hf/", "benchmarks/"),
 }
 # Slow to import and needed by few commands: imported inside the functions that use them.

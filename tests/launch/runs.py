@@ -242,7 +242,9 @@ def tiny_config(corpus: Path, name: str, **sections: dict[str, Any]) -> dict[str
 def write_config(folder: Path, config: dict[str, Any]) -> Path:
     """Store a configuration beside the runs folder."""
     path = folder / f"{config['name']}.yaml"
-    path.write_text(yaml.safe_dump(config))
+    aside = path.with_suffix(".partial")
+    aside.write_text(yaml.safe_dump(config))
+    aside.rename(path)  # a run that was started before may read it at this moment
     return path
 
 
