@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from stagdist.data.tokenizer import Tokenizer
-from stagdist.decode.operations import Control, Operation, operate
+from stagdist.decode.control import Control
+from stagdist.decode.operations import operate
 from stagdist.decode.request import (
     FinishReason,
     Request,
@@ -17,7 +18,7 @@ from stagdist.decode.request import (
     check_request,
     join_outputs,
 )
-from stagdist.decode.runtime.stage import Stage
+from stagdist.decode.runtime.stage import Outcome, Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.sampler import Choice
 from stagdist.decode.scheduler import ScheduledRequest, Scheduler
@@ -68,7 +69,7 @@ class Engine:
         # Requests, ids of requests to cancel, and None after the last request. One queue keeps their order.
         self._inbox: queue.SimpleQueue[_Accepted | str | None] = queue.SimpleQueue()
         self._wake = threading.Event()
-        self._scheduler: Scheduler[_Accepted] = Scheduler(stage.limits)
+        self._scheduler: Scheduler[_Accepted] = Scheduler(stage.model, stage.topology, stage.limits)
         self._served: set[str] = set()  # ids of requests whose last output is pending
         self._served_lock = threading.Lock()
         self._closed = self._stopping = self._ended = False
@@ -151,27 +152,15 @@ class Engine:
         self._take_inbox()
         return self._scheduler.decide(stopping=self._stopping, closed=self._closed)
 
-    def admission(self, slot: int) -> Request:
-        """Return the request of the ADMIT that is about to run."""
-        return self._scheduler.admission(slot)
-
-    def took(self, control: Control, choice: Choice) -> None:
+    def took(self, outcome: Outcome) -> None:
         """Process the tokens of an operation. Text is decoded while later stages compute the next one."""
-        rows = self._scheduler.taken()
-        choice = self._stage.on_host(choice)
-        tokens = choice.tokens.tolist()
-        logprobs = None if choice.logprobs is None else choice.logprobs.tolist()
-        margins = None if choice.margins is None else choice.margins.tolist()
-        now = time.perf_counter()
-        admitted = control.operation is Operation.ADMIT
-        self.steps += not admitted
-        for slot, running in rows.items():
-            if running.finish is None:
-                row = 0 if admitted else slot
-                if margins is not None:
-                    self.smallest_margin = min(self.smallest_margin, margins[row])
-                self._take_token(running, tokens[row], None if logprobs is None else logprobs[row], now)
-        if admitted or self._stage.topology.num_stages == 1:
+        plan = self._scheduler.taken()
+        self.steps += outcome.step is not None
+        if outcome.step is not None:
+            self._take_choice(outcome.step, plan.rows)
+        if outcome.first is not None and plan.first is not None:
+            self._take_choice(outcome.first, {0: plan.first})
+        if self._stage.topology.num_stages == 1:
             self.host_work()
 
     def rest(self) -> None:
@@ -181,6 +170,18 @@ class Engine:
         self._wake.clear()
 
     # --- inside -------------------------------------------------------------------------------------------------
+
+    def _take_choice(self, choice: Choice, rows: dict[int, _Accepted]) -> None:
+        choice = self._stage.on_host(choice)
+        tokens = choice.tokens.tolist()
+        logprobs = None if choice.logprobs is None else choice.logprobs.tolist()
+        margins = None if choice.margins is None else choice.margins.tolist()
+        now = time.perf_counter()
+        for row, running in rows.items():
+            if running.finish is None:
+                if margins is not None:
+                    self.smallest_margin = min(self.smallest_margin, margins[row])
+                self._take_token(running, tokens[row], None if logprobs is None else logprobs[row], now)
 
     def _take_inbox(self) -> None:
         while not self._inbox.empty():
@@ -223,6 +224,7 @@ class Engine:
     def _take_token(self, running: _Accepted, token: int, logprobs: Sequence[float] | None, now: float) -> None:
         params = running.request.params
         running.received += 1
+        running.tokens.append(token)
         if running.first_token_s is None:
             running.first_token_s = now - running.submitted_s
         running.fresh.append((token, _token_logprobs(params, token, logprobs)))
