@@ -146,7 +146,7 @@ def _checked_tuple(name: str, values: Any, fits: Callable[[Any], bool], remedy: 
 
 
 def _checked_bias(bias: Any) -> tuple[tuple[int, float], ...]:
-    remedy = f"token ids, each with a number from -{MAX_BIAS} to {MAX_BIAS}"
+    remedy = "token ids, each with a number"
     pairs = list(bias.items()) if isinstance(bias, Mapping) else bias
     right = isinstance(pairs, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs)
     _check("logit_bias", bias, right, remedy)
@@ -154,9 +154,10 @@ def _checked_bias(bias: Any) -> tuple[tuple[int, float], ...]:
     ids = [int(token) if isinstance(token, str) and token.isdecimal() else token for token, _ in pairs]
     _check("logit_bias", bias, all(map(_is_id, ids)), remedy)
     _check("logit_bias", bias, len(set(ids)) == len(ids), f"{remedy}, and each token id once")
-    numbers = [_number("logit_bias", value) for _, value in pairs]
-    _check("logit_bias", bias, all(abs(number) <= MAX_BIAS for number in numbers), remedy)
-    return tuple(zip(ids, numbers, strict=True))
+    numbers = [(token, f"logit_bias of token {token}", value) for token, (_, value) in zip(ids, pairs, strict=True)]
+    for _, name, value in numbers:
+        _check(name, value, abs(_number(name, value)) <= MAX_BIAS, f"-{MAX_BIAS} to {MAX_BIAS}")
+    return tuple((token, float(value)) for token, _, value in numbers)
 
 
 @dataclass(frozen=True)
