@@ -262,10 +262,8 @@ class Engine:
     def _leave_queue(self, state: RequestState) -> None:
         state.is_queued = False
         with self._lock:
-            self._waiting, self._waiting_tokens = (
-                self._waiting - 1,
-                self._waiting_tokens - len(state.request.prompt_ids),
-            )
+            self._waiting -= 1
+            self._waiting_tokens -= len(state.request.prompt_ids)
 
     def _take_inbox(self) -> None:
         while not self._inbox.empty():
