@@ -4,6 +4,7 @@ Every operation is a step of all requests that decode and at most one chunk of o
 slot keeps its caches: a prompt that begins like what a slot holds starts behind the common part, there or in a copy.
 """
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Generic, TypeVar
 
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.control import Admission, Chunk, Control, Operation
+from stagdist.decode.engine_stats import SlotState, StageReport
 from stagdist.decode.request import FinishReason, Request, allowed_new_tokens
 from stagdist.decode.topology import Limits, Topology
 
@@ -27,6 +29,7 @@ class ScheduledRequest:
         allowed: tokens that it may generate; set at its admission.
         scheduled: tokens of all operations decided so far, including the current one.
         tokens: those it has generated.
+        admitted_s: when it got a slot, in seconds of `time.perf_counter`.
         entered: positions of its prompt that are in the caches, or on their way there.
         cached_tokens: positions of its prompt that were not computed again.
         finish: set when it has ended; its slot is freed by the next decision.
@@ -36,6 +39,7 @@ class ScheduledRequest:
     allowed: int = 0
     scheduled: int = 0
     tokens: list[int] = field(default_factory=list)
+    admitted_s: float | None = None
     entered: int = 0
     cached_tokens: int = 0
     finish: FinishReason | None = None
@@ -90,7 +94,7 @@ class Scheduler(Generic[Entry]):
     Attributes:
         waiting: requests without a slot.
         running: requests by slot.
-        prefix_queries, prefix_hits: tokens of prompts that could reuse caches, and those that did.
+        prefix_queries, prefix_hits, step_s, stages: see `EngineStats`.
     """
 
     def __init__(self, model: ModelConfig, topology: Topology, limits: Limits):
@@ -100,6 +104,7 @@ class Scheduler(Generic[Entry]):
         self.waiting: deque[Entry] = deque()
         self.running: dict[int, Entry] = {}
         self.prefix_queries = self.prefix_hits = 0
+        self.step_s, self.stages = 0.0, tuple[StageReport, ...]()
         self._turns: deque[int] = deque()  # slots whose prompts have more chunks
         self._free = {slot: _Held() for slot in range(limits.num_slots)}
         self._number = 0  # of the operation
@@ -110,6 +115,17 @@ class Scheduler(Generic[Entry]):
     def entries(self) -> tuple[Entry, ...]:
         """All requests, the running ones first."""
         return (*self.running.values(), *self.waiting)
+
+    def slots(self) -> tuple[SlotState, ...]:
+        """What is in each slot."""
+        return tuple(self._slot(slot) for slot in range(self._limits.num_slots))
+
+    def _slot(self, slot: int) -> SlotState:
+        if slot in self._free:
+            return SlotState(None, "free", 0, len(self._free[slot].tokens))
+        entry = self.running[slot]
+        phase = "decode" if entry.decodes else "prefill"
+        return SlotState(entry.request.request_id, phase, entry.positions, entry.cached_tokens)
 
     def drop_ended(self) -> None:
         """Forget waiting requests that have ended."""
@@ -122,9 +138,7 @@ class Scheduler(Generic[Entry]):
             stopping: end now.
             closed: end after the last request.
         """
-        retired = tuple(
-            slot for slot, each in self.running.items() if each.finish or each.scheduled >= max(1, each.allowed)
-        )
+        retired = tuple(slot for slot, each in self.running.items() if each.finish or each.scheduled >= each.allowed)
         for slot in retired:
             self._release(slot)
         if stopping:
@@ -193,7 +207,7 @@ class Scheduler(Generic[Entry]):
     def _longest_prefix(self, request: Request) -> tuple[int | None, int] | None:
         """The slot that spares most of a prompt, and the positions in common; None: it pays to wait for one."""
         best, spared, common = None, 0, 0
-        if not self._limits.prefix_caching:
+        if not self._limits.prefix_caching or request.params.prompt_logprobs is not None:
             return best, common
         prompt = request.prompt_ids
         for slot in range(self._limits.num_slots):
@@ -230,6 +244,7 @@ class Scheduler(Generic[Entry]):
             slot = min(sorted(self._free)[:RESERVE], key=lambda each: self._free[each].freed)
         assert slot is not None
         del self._free[slot]
+        entry.admitted_s = time.perf_counter()
         entry.allowed = allowed_new_tokens(request, self._limits.max_context)
         if source is not None:
             common = min(common, len(request.prompt_ids) - (lag == 0))

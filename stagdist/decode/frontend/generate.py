@@ -202,8 +202,10 @@ class Generation:
     def _submit(self, prompt: Prompt, engine: Engine, answers: Answers) -> None:
         try:
             request = make_request(prompt, self._params, self._tokenizer, self._encoding)
-            if request.params.logprobs is not None and not self._as_json:
+            wanted = request.params.logprobs, request.params.prompt_logprobs
+            if wanted != (None, None) and not self._as_json:
                 raise ConfigError(f"{prompt.place} asks for logprobs, which plain text cannot show; add --json")
+            engine.check(request)
         except ConfigError as error:
             answers.refuse(prompt, str(error))
         else:
