@@ -115,7 +115,8 @@ def test_copies_for_requests_of_one_prompt_wait_until_it_is_there(stages: int) -
     alone = run_cases([replace(case, requests=[each]) for each in same_prompt])
     found = run_ranks("tests.decode.decoding:run_cases", stages, [case])[0][0] if stages > 1 else run_cases([case])[0]
     same(found.completions, [ran.completions[0] for ran in alone], "n requests")
-    assert [done.cached_tokens for done in found.completions] == [0, 21, 21, 21]
+    # The second one does not wait for the last two positions, less than a chunk.
+    assert [done.cached_tokens for done in found.completions] == [0, 19, 21, 21]
 
 
 def test_recurrent_decoding_reuses_prompts_and_no_answers() -> None:
@@ -124,12 +125,8 @@ def test_recurrent_decoding_reuses_prompts_and_no_answers() -> None:
     case = replace(case, options=replace(case.options, recurrent=True))
     (done,) = run_cases([case])[0].completions
     turn = asked("turn", FIRST.prompt_ids + done.token_ids + (5,), 3)
-    (alone,), (_, found, again) = (
-        ran.completions
-        for ran in run_cases(
-            [replace(case, requests=[turn]), replace(case, requests=[FIRST, turn, replace(turn, request_id="again")])]
-        )
-    )
+    cases = [replace(case, requests=each) for each in ([turn], [FIRST, turn, replace(turn, request_id="again")])]
+    (alone,), (_, found, again) = (ran.completions for ran in run_cases(cases))
     same([found, again], [alone, alone], "recurrent")
     assert found.cached_tokens in (0, len(FIRST.prompt_ids) - 1)
 
