@@ -18,24 +18,15 @@ GREEDY = REQUESTS[0]
 SIZE = len(GREEDY.prompt_ids)
 
 
-class Words(Letters):
-    """Letters, and one special token that is shown on request."""
+class Words:
+    """Letters, and one special token that is a star where it is shown."""
 
-    special = 0
+    def __init__(self, special: int) -> None:
+        self._special = special
 
-    def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
-        return "".join(
-            ""
-            if token == self.special and skip_special_tokens
-            else "*"
-            if token == self.special
-            else super_letter(token)
-            for token in ids
-        )
-
-
-def super_letter(token: int) -> str:
-    return Letters().decode([token])
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        star = "" if skip_special_tokens else "*"
+        return "".join(star if token == self._special else Letters().decode([token]) for token in ids)
 
 
 def engine(num_slots: int = 2, letters: Any = None, **options: Any) -> Engine:
