@@ -175,17 +175,17 @@ def test_an_idle_engine_that_drains_returns_at_once() -> None:
 @pytest.mark.parametrize("error", [TransportError("rank 1 has ended"), RuntimeError("out of memory")])
 def test_when_a_rank_is_lost_every_open_request_gets_the_error_first(error: Exception, tokens: tuple[int, ...]) -> None:
     stage, transport = World().stage(arrangement("plain", [], 2))
-    busy, outbox, step, steps = Engine(stage, transport), Outbox(), stage.step, 0
+    busy, outbox, run, operations = Engine(stage, transport), Outbox(), stage.run, 0
 
-    def failing(*arguments: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 4:
+    def failing(*arguments: Any, **options: Any) -> Any:
+        nonlocal operations
+        operations += 1
+        if operations == 6:
             busy.submit(asked("just came"))
             raise error
-        return step(*arguments)
+        return run(*arguments, **options)
 
-    stage.step = failing  # type: ignore[method-assign]
+    stage.run = failing  # type: ignore[method-assign]
     for name in ("a", "b", "waiting"):
         busy.submit(asked(name))
     with pytest.raises(type(error)) as raised:
