@@ -17,7 +17,7 @@ from stagdist.decode.request import FinishReason, Request, RequestOutput, check_
 from stagdist.decode.request_state import RequestState
 from stagdist.decode.runtime.stage import Outcome, Stage
 from stagdist.decode.runtime.transport import Transport
-from stagdist.decode.sampler import Choice
+from stagdist.decode.sampling.sampler import Choice
 from stagdist.decode.scheduler import Scheduler
 from stagdist.decode.text import TextStream
 from stagdist.errors import ConfigError, QueueFullError

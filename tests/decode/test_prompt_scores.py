@@ -5,7 +5,7 @@ import torch
 
 from stagdist.decode.request import FinishReason, Request, SamplingParams
 from stagdist.decode.request_state import RequestState
-from stagdist.decode.sampler import merge_prompt_scores
+from stagdist.decode.sampling.sampler import merge_prompt_scores
 from tests.decode.plain_sampler import CUTS, VOCAB, make_logits, samplers
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from stagdist.decode.layers.weights import Device
-from stagdist.decode.noise import gumbel
 from stagdist.decode.request import SamplingParams
-from stagdist.decode.sampler import Sampler
+from stagdist.decode.sampling.noise import gumbel
+from stagdist.decode.sampling.sampler import Sampler
 from tests.decode.plain_sampler import (
     CPU,
     CUTS,
