@@ -29,10 +29,11 @@ class Words:
         return "".join(star if token == self._special else Letters().decode([token]) for token in ids)
 
 
-def engine(num_slots: int = 2, letters: Any = Letters(), **options: Any) -> Engine:
+def engine(num_slots: int = 2, letters: Any = None, **options: Any) -> Engine:
     """An engine in this process."""
     stage, transport = World().stage(arrangement("plain", [], num_slots))
-    return Engine(stage, transport, tokenizer=letters, **{"heartbeat_s": 0.02} | options)
+    tokenizer: Any = letters or Letters()
+    return Engine(stage, transport, tokenizer=tokenizer, **{"heartbeat_s": 0.02} | options)
 
 
 def asked(name: str, **params: Any) -> Request:
