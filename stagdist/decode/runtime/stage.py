@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stagdist.decode.control import Admission, Chunk
+from stagdist.decode.engine_stats import StageReport
 from stagdist.decode.layers.runner import SectionCache
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.runtime import schedule
@@ -122,6 +123,19 @@ class Stage:
             self._transport.finish_sends()
             self._transport.wait_for_device("while hand-offs were completed")
         self._first_step = self.step_number
+
+    def reports(self) -> tuple[StageReport, ...]:
+        """Exchange what the ranks have spent their time on since they started; the same on every rank.
+
+        Raises:
+            TransportError: a rank has ended or does not answer.
+        """
+        spent = self._executor.spent_s
+        compute = sum(spent[category] for category in ("compute", "head", "sampling"))
+        for_token = sum(spent[category] for category in ("wait for token", "wait for last section", "combine"))
+        own = torch.tensor([self.index, compute, spent["wait for memory"], for_token, spent["send"]]).double()
+        rows = own[None] if self._transport is None else self._transport.exchange(own)
+        return tuple(StageReport(rank, int(stage), *times) for rank, (stage, *times) in enumerate(rows.tolist()))
 
     def retire(self, slots: Sequence[int]) -> None:
         """Free slots. The caches stay; chunks of a prompt that are on their way still run."""
