@@ -4,9 +4,9 @@
 order on every edge; a wait ends when its hand-off is there; a send waits only for room among the older ones. Whatever
 a schedule must never do raises `ScheduleError`.
 
-A sequence of operations is a text: `s` is a step, `c` a chunk, `e` the last chunk of a prompt, `x` and `y` the same of a
-prompt whose positions are scored, `sc` and so on a step with a chunk, `.` an operation without either, `~` and `s~` as many of `.` and `s` as take a chunk from the first to the
-last stage, and `R` a rest.
+A sequence of operations is a text: `s` is a step, `c` a chunk, `e` the last chunk of a prompt, `x` and `y` the same of
+a prompt whose positions are scored, `sc` and so on a step with a chunk, `.` an operation without either, `~` and
+`s~` as many of `.` and `s` as take a chunk from the first to the last stage, and `R` a rest.
 """
 
 from collections.abc import Callable
