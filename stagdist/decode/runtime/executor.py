@@ -2,9 +2,10 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ CATEGORIES = {
 _WAITS = {Kind.WAIT, Kind.SHARE, Kind.TOKEN}
 """Instructions that can wait for a peer."""
 
+_NO_SPAN = nullcontext()
 HostWork = Callable[[], None]
 Program = Callable[[Topology, int, Work], tuple[Instruction, ...]]
 """A function of `schedule`."""
@@ -68,7 +70,7 @@ class Executor:
         self.chunks: deque[Call | None] = deque([None] * stages, stages)
         self.step_number = 0
         self.spent_s = dict.fromkeys(CATEGORIES.values(), 0.0)
-        self._programs: dict[tuple[Program, Work], tuple[Instruction, ...]] = {}
+        self._programs: dict[tuple[Any, ...], tuple[Instruction, ...]] = {}
         self._shifts: dict[Part, int] = {}
 
     def run(self, program: Program, work: Work, step: Call | None = None, host_work: HostWork | None = None) -> None:
@@ -81,6 +83,7 @@ class Executor:
         for instruction in self._instructions(program, work):
             kind = instruction.kind
             self._pulse.beat(Phase.RECEIVE if kind in _WAITS else Phase.FORWARD)
+            began_s = time.perf_counter()
             with self.span(instruction):
                 if kind is Kind.HOST:
                     if host_work is not None:
@@ -89,6 +92,7 @@ class Executor:
                     call = step if instruction.part is Part.STEP else self.chunks[-instruction.number]
                     assert call is not None
                     _METHODS[instruction.part][kind](self, call, instruction)
+            self.spent_s[CATEGORIES[kind]] += time.perf_counter() - began_s
 
     def _instructions(self, program: Program, work: Work) -> tuple[Instruction, ...]:
         """Return instructions whose numbers are relative: to `_shifts` of their part.
@@ -97,25 +101,20 @@ class Executor:
         """
         young = None if work.step is None else min(work.step - work.first, self.topology.lag)
         self._shifts = {Part.STEP: self.step_number - (young or 0), Part.CHUNK: work.number}
-        relative = replace(work, number=0, step=young, first=0)
-        if (program, relative) not in self._programs:
-            self._programs[program, relative] = program(self.topology, self.setup.index, relative)
-        return self._programs[program, relative]
+        key = program, young, work.entered, work.ends, work.scored
+        if key not in self._programs:
+            relative = replace(work, number=0, step=young, first=0)
+            self._programs[key] = program(self.topology, self.setup.index, relative)
+        return self._programs[key]
 
-    @contextmanager
-    def span(self, instruction: Instruction) -> Iterator[None]:
-        """Time an instruction, and record its span if there is a recorder."""
-        category = CATEGORIES[instruction.kind]
-        began_s = time.perf_counter()
+    def span(self, instruction: Instruction) -> AbstractContextManager[None]:
+        """Record a span of an instruction, if there is a recorder."""
         if self._recorder is None:
-            yield
-        else:
-            name = instruction.kind.value
-            if instruction.kind in (Kind.BEGIN, Kind.FINISH):
-                name = f"{name} {instruction.index + 1}"
-            with self._recorder.span(name, category, step=self.step_number):
-                yield
-        self.spent_s[category] += time.perf_counter() - began_s
+            return _NO_SPAN
+        name = instruction.kind.value
+        if instruction.kind in (Kind.BEGIN, Kind.FINISH):
+            name = f"{name} {instruction.index + 1}"
+        return self._recorder.span(name, CATEGORIES[instruction.kind], step=self.step_number)
 
     def _number_of(self, instruction: Instruction) -> int:
         return instruction.number + self._shifts[instruction.part]
