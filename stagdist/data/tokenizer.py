@@ -208,6 +208,10 @@ class Tokenizer:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return str(self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens))
 
+    def piece(self, token: int) -> str | None:
+        """How the vocabulary writes a token; None for unused ids."""
+        return self._backend.id_to_token(token)
+
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes that each token represents; 0 for special tokens and unused ids.
 
