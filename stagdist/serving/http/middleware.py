@@ -28,7 +28,7 @@ CLIENT_GONE = 499
 class Frame:
     """The outermost application, around the routes.
 
-    The scope of a request gets `request_id`; handlers add to `log` what the access log shows.
+    The scope of a request gets `request_id`; handlers add the `generation` for the access log.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: ServerMetrics) -> None:
@@ -43,7 +43,7 @@ class Frame:
         begin, status = time.monotonic(), 0
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope["request_id"], scope["log"] = request_id, {}
+        scope["request_id"] = request_id
         self._set_root_path(scope)
 
         async def send_framed(message: Message) -> None:
@@ -108,7 +108,10 @@ def _matches(digest: bytes, known: Sequence[bytes]) -> bool:
 def _log(scope: Scope, status: int, seconds: float) -> None:
     client = scope["client"][0] if scope.get("client") else "-"
     path = ascii(scope["path"])[1:-1]  # no query and no control characters
-    more = "".join(f" {name}={value}" for name, value in scope["log"].items())
+    generation, more = scope.get("generation"), ""
+    if generation is not None:
+        prompts = sum(len(each.prompt) for each in generation.submissions)
+        more = f" answer={generation.request_id} prompt_tokens={prompts} completion_tokens={sum(generation.tokens)}"
     moment = time.strftime("%Y-%m-%dT%H:%M:%S")
     line = f"{moment} {client} {scope['method']} {path} {status} {seconds * 1e3:.1f}ms id={scope['request_id']}{more}"
     print(line, file=sys.stderr, flush=True)
