@@ -150,7 +150,7 @@ def test_an_error_after_the_head_is_an_event(server: HttpServer, engine: Scripte
         request = engine.next("submit")
         engine.accept(request)
         engine.output(request, [97], "a")
-        engine.output(request, [], "", finish="error", error="rank 1 is gone")
+        engine.output(request, [], "", finish="error", error="rank 1 is gone")  # the token before it is not lost
 
     thread = threading.Thread(target=drive)
     thread.start()

@@ -145,7 +145,6 @@ class EngineClient:
     def _fail_all(self, problem: ProblemError) -> None:
         generations = {id(generation): generation for generation, _ in self._open.values()}
         for generation in generations.values():
-            generation.cancel()
             generation.fail(problem)
             self._metrics.failed("engine")
         self._open.clear()
@@ -244,5 +243,4 @@ class EngineClient:
         else:
             problem = ProblemError(503, message, code=code, retry_after_s=5)
             self._metrics.rejected(code)
-        found[0].cancel()
         found[0].fail(problem)
