@@ -18,7 +18,7 @@ class ServerSettings(BaseModel):
 
     Attributes:
         engine_socket: Unix socket on which it listens for rank 0; see `engine_socket`.
-        supervisor_pid: process that starts the engine again; without one, the HTTP process ends with the engine.
+        supervised: a supervisor starts the engine again; otherwise the HTTP process ends with the engine.
         names: names of the model in requests, the first one in answers; empty takes those that rank 0 sends.
         any_model: serve requests for models of other names too.
         api_keys: requests below /v1 need one of them; empty asks for none.
@@ -40,7 +40,7 @@ class ServerSettings(BaseModel):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     engine_socket: str
-    supervisor_pid: int | None = None
+    supervised: bool = False
     names: tuple[str, ...] = ()
     any_model: bool = False
     api_keys: tuple[str, ...] = Field((), repr=False)
