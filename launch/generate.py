@@ -21,8 +21,8 @@ A prompt is encoded as by the tokenizer of the model in transformers: with the b
 adds one. Control tokens that are written in a prompt are text, unless --parse-special is given.
 
 A .jsonl file of prompts holds one object per line: "prompt" (text), "prompt_ids" (token ids) or "messages" (objects
-with "role" and "content", for the chat template of the model), and optionally "id", max_new_tokens, temperature, top_k,
-top_p, min_p, repetition_penalty, seed, stop, stop_token_ids, ignore_end_of_document, logprobs.
+with "role" and "content", for the chat template of the model), and optionally "id" and sampling parameters by the names
+of docs/decoding.md, such as max_new_tokens, temperature and stop.
 
 examples:
   deepspeed --quiet --num_accelerators 2 launch/generate.py --model runs/quickstart/model --prompt "def main(" \\
@@ -69,11 +69,35 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P of all (default 1)")
     add("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P of the top probability (default 0)")
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (default 1)")
+    add(
+        "--presence-penalty", type=float, default=0.0, metavar="X", help="above 0: more new tokens, -2 to 2 (default 0)"
+    )
+    add("--frequency-penalty", type=float, default=0.0, metavar="X", help="the same for each repetition (default 0)")
+    add("--logit-bias", action="append", type=_bias, default=[], metavar="ID=X", help="-100 to 100; repeatable")
+    add(
+        "--allowed-token-id",
+        action="append",
+        type=int,
+        metavar="ID",
+        help="no other is chosen; repeatable (default all)",
+    )
+    add("--min-tokens", type=int, default=0, metavar="N", help="no end before so many new tokens (default 0)")
     add("--seed", type=int, default=0, metavar="S", help="prompt i, counted from 0, uses S + i (default 0)")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
     add("--stop-token-id", action="append", type=int, default=[], metavar="ID", help="stop after it; repeatable")
+    add("--include-stop-str-in-output", action="store_true", help="stop after the text of --stop, not before it")
+    add("--no-skip-special-tokens", action="store_false", dest="skip_special_tokens", help="show special tokens")
     add("--ignore-eos", action="store_true", help="continue after an end-of-text token")
     add("--logprobs", type=int, metavar="N", help="log-probabilities, also of the N likeliest tokens (with --json)")
+    add("--prompt-logprobs", type=int, metavar="N", help="the same for the prompt; also with --max-new-tokens 0")
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no token id with a number; write for example 13=-2.5") from None
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -94,8 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
     params = from_options(SamplingParams, arguments)
     if arguments.chat and (arguments.no_special_tokens or arguments.parse_special):
         raise ConfigError("--chat leaves special tokens to the template; drop --no-special-tokens and --parse-special")
-    if params.logprobs is not None and not arguments.json:
-        raise ConfigError("--logprobs cannot be shown in plain text; add --json")
+    if (params.logprobs, params.prompt_logprobs) != (None, None) and not arguments.json:
+        raise ConfigError("log-probabilities cannot be shown in plain text; add --json")
 
     from stagdist.decode.frontend.generate import Generation
     from stagdist.decode.frontend.prompts import PromptEncoding

@@ -3,7 +3,6 @@
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,13 +14,13 @@ from stagdist.decode.request import (
     RequestOutput,
     SamplingParams,
     TokenLogprobs,
-    allowed_new_tokens,
     check_request,
     join_outputs,
 )
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.sampler import Choice
+from stagdist.decode.scheduler import ScheduledRequest, Scheduler
 from stagdist.decode.text import TextStream
 from stagdist.errors import ConfigError
 
@@ -29,17 +28,13 @@ Sink = Callable[[RequestOutput], None]
 
 
 @dataclass(eq=False)
-class _Accepted:
-    """A request that waits for a slot or has one."""
+class _Accepted(ScheduledRequest):
+    """A request and what is known of its output."""
 
-    request: Request
-    submitted_s: float
-    allowed: int = 0
+    submitted_s: float = field(default_factory=time.perf_counter)
     text: TextStream | None = None
-    scheduled: int = 0  # tokens of all operations decided so far, including the current one
     received: int = 0
     reported: bool = False  # the last output was given to the sink
-    finish: FinishReason | None = None
     first_token_s: float | None = None
     fresh: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
 
@@ -73,13 +68,11 @@ class Engine:
         # Requests, ids of requests to cancel, and None after the last request. One queue keeps their order.
         self._inbox: queue.SimpleQueue[_Accepted | str | None] = queue.SimpleQueue()
         self._wake = threading.Event()
-        self._waiting: deque[_Accepted] = deque()
-        self._running: dict[int, _Accepted] = {}
+        self._scheduler: Scheduler[_Accepted] = Scheduler(stage.limits)
         self._served: set[str] = set()  # ids of requests whose last output is pending
         self._served_lock = threading.Lock()
         self._closed = self._stopping = self._ended = False
         self._sink: Sink = lambda output: None
-        self._planned: deque[dict[int, _Accepted]] = deque()  # rows of operations that were decided but have not run
         self._unreported: list[_Accepted] = []
         self.smallest_margin, self.steps = float("inf"), 0
 
@@ -99,7 +92,7 @@ class Engine:
             if request.request_id in self._served:
                 raise ConfigError(f"a request {request.request_id!r} is being served; give each its own request_id")
             self._served.add(request.request_id)
-        self._inbox.put(_Accepted(request, time.perf_counter()))
+        self._inbox.put(_Accepted(request))
         self._wake.set()
 
     def cancel(self, request_id: str) -> None:
@@ -134,10 +127,10 @@ class Engine:
         with self._served_lock:
             self._ended = True
         self._take_inbox()
-        for accepted in (*self._running.values(), *self._waiting):
+        for accepted in self._scheduler.entries():
             accepted.finish = accepted.finish or FinishReason.CANCELLED
             self._report(accepted)
-        self._waiting.clear()
+        self._scheduler.drop_ended()
 
     def generate(self, requests: Iterable[Request]) -> list[RequestOutput]:
         """Serve these requests and close. Returns the complete output of each, in the same order."""
@@ -156,35 +149,15 @@ class Engine:
     def decide(self) -> Control:
         """Decide the operation after the one that is about to run."""
         self._take_inbox()
-        retired = tuple(slot for slot, each in self._running.items() if each.finish or each.scheduled >= each.allowed)
-        for slot in retired:
-            del self._running[slot]
-        if self._stopping:
-            return Control(Operation.STOP, retired=retired)
-        free = [slot for slot in range(self._stage.limits.num_slots) if slot not in self._running]
-        if self._waiting and free:
-            slot, admitted = free[0], self._waiting.popleft()
-            request = admitted.request
-            if self._tokenizer is not None:
-                admitted.text = TextStream(self._tokenizer.decode, request.prompt_ids, request.params.stop)
-            admitted.allowed, admitted.scheduled = allowed_new_tokens(request, self._stage.limits.max_context), 1
-            self._running[slot] = admitted
-            self._planned.append({slot: admitted})
-            return Control(Operation.ADMIT, slot, retired)
-        if self._running:
-            for running in self._running.values():
-                running.scheduled += 1
-            self._planned.append(dict(self._running))
-            return Control(Operation.STEP, retired=retired)
-        return Control(Operation.STOP if self._closed else Operation.REST, retired=retired)
+        return self._scheduler.decide(stopping=self._stopping, closed=self._closed)
 
     def admission(self, slot: int) -> Request:
         """Return the request of the ADMIT that is about to run."""
-        return self._planned[0][slot].request
+        return self._scheduler.admission(slot)
 
     def took(self, control: Control, choice: Choice) -> None:
         """Process the tokens of an operation. Text is decoded while later stages compute the next one."""
-        rows = self._planned.popleft()
+        rows = self._scheduler.taken()
         choice = self._stage.on_host(choice)
         tokens = choice.tokens.tolist()
         logprobs = None if choice.logprobs is None else choice.logprobs.tolist()
@@ -229,7 +202,9 @@ class Engine:
             reason = FinishReason.ERROR
             self._give_out(RequestOutput(request.request_id, finish_reason=reason, error=str(error)))
         else:
-            self._waiting.append(accepted)
+            if self._tokenizer is not None:
+                accepted.text = TextStream(self._tokenizer.decode, request.prompt_ids, request.params.stop)
+            self._scheduler.waiting.append(accepted)
 
     def _give_out(self, output: RequestOutput) -> None:
         if output.finish_reason is not None:
@@ -239,11 +214,11 @@ class Engine:
 
     def _drop(self, request_id: str) -> None:
         """Cancel a waiting or running request."""
-        for accepted in (*self._running.values(), *self._waiting):
+        for accepted in self._scheduler.entries():
             if accepted.request.request_id == request_id and accepted.finish is None:
                 accepted.finish = FinishReason.CANCELLED
                 self._unreported.append(accepted)
-        self._waiting = deque(each for each in self._waiting if each.finish is None)
+        self._scheduler.drop_ended()
 
     def _take_token(self, running: _Accepted, token: int, logprobs: Sequence[float] | None, now: float) -> None:
         params = running.request.params

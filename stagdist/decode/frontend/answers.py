@@ -183,11 +183,14 @@ class Answers:
             "prompt_tokens": len(request.prompt_ids),
             "prompt_token_ids": request.prompt_ids,
             "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
             "seed": request.params.seed,
             "time_to_first_token_s": output.time_to_first_token_s,
         }
         if request.params.logprobs is not None:
             body["logprobs"] = [_logprobs(entry) for entry in output.logprobs]
+        if output.prompt_logprobs is not None:
+            body["prompt_logprobs"] = [entry and _logprobs(entry) for entry in output.prompt_logprobs]
         self._write(json.dumps(body, ensure_ascii=False) + "\n")
 
     def _write(self, text: str) -> None:

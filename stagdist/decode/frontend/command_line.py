@@ -14,6 +14,7 @@ from stagdist.parallel.ranks_parser import RanksParser, reports_error
 
 _FIELDS = {
     "stop_token_id": "stop_token_ids",
+    "allowed_token_id": "allowed_token_ids",
     "ignore_eos": "ignore_end_of_document",
     "batch_size": "num_slots",
     "prefill_chunk": "chunk_size",

@@ -169,8 +169,9 @@ class Generation:
     def _submit(self, prompt: Prompt, engine: Engine, answers: Answers) -> None:
         try:
             request = make_request(prompt, self._params, self._tokenizer, self._encoding)
-            if request.params.logprobs is not None and not self._as_json:
-                raise ConfigError(f"{prompt.place} asks for logprobs, which plain text cannot show; add --json")
+            params = request.params
+            if (params.logprobs, params.prompt_logprobs) != (None, None) and not self._as_json:
+                raise ConfigError(f"{prompt.place} asks for log-probabilities, which plain text cannot show; add --json")
         except ConfigError as error:
             answers.refuse(prompt, str(error))
         else:
