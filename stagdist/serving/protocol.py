@@ -131,7 +131,7 @@ class StageTimes(TypedDict):
 
 
 class Stats(TypedDict):
-    """Fields of the engine's `EngineStats`; `since_operation_s` replaces its `last_operation_s`."""
+    """Fields of the engine's `EngineStats`; `last_operation_s` is by the clock of this host, which processes share."""
 
     kind: NotRequired[Literal["stats"]]
     running: int
@@ -139,7 +139,7 @@ class Stats(TypedDict):
     waiting_tokens: int
     steps: int
     operations: int
-    since_operation_s: float
+    last_operation_s: float
     slots: list[Slot]
     positions_used: int
     prompt_tokens_total: int
