@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -78,8 +78,9 @@ def serve_in_two_waves(case: Case) -> dict[str, list[int]]:
         if not waves:
             engine.close()
 
-    def take(output: RequestOutput) -> None:
-        tokens.setdefault(output.request_id, []).extend(output.token_ids)
+    def take(outputs: Sequence[RequestOutput]) -> None:
+        for output in outputs:
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
         if waves and len(tokens["long"]) == 10:
             next_wave()
 

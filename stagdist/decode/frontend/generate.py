@@ -171,7 +171,10 @@ class Generation:
             request = make_request(prompt, self._params, self._tokenizer, self._encoding)
             params = request.params
             if (params.logprobs, params.prompt_logprobs) != (None, None) and not self._as_json:
-                raise ConfigError(f"{prompt.place} asks for log-probabilities, which plain text cannot show; add --json")
+                raise ConfigError(
+                    f"{prompt.place} asks for log-probabilities, which plain text cannot show; add --json"
+                )
+            engine.check(request)
         except ConfigError as error:
             answers.refuse(prompt, str(error))
         else:
