@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from stagdist.cluster.hosts.leftovers import JOB_VARIABLE, SERVICE_LOG, service_mark
-from stagdist.errors import ConfigError, StagdistError, TransportError
+from stagdist.errors import ConfigError, StagdistError
 from stagdist.serving.protocol import FromEngine, Welcome, pack, receive
 from stagdist.serving.settings import KEYS_VARIABLE, ServerSettings
 from stagdist.telemetry.pulse import PULSE_FILE
