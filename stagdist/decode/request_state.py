@@ -30,7 +30,6 @@ class RequestState(ScheduledRequest):
     _first_token_s: float | None = None
     _stop_reason: str | int | None = None
     _error: str | None = None
-    _received: int = 0
     _fresh: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
     _prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
 
@@ -50,12 +49,12 @@ class RequestState(ScheduledRequest):
         if params.max_new_tokens == 0:  # only its prompt was wanted
             self.finish = FinishReason.LENGTH
             return
-        self._received += 1
+        self.tokens.append(token)
         self._fresh.append((token, _token_logprobs(token, params.logprobs, logprobs)))
         if token in params.stop_token_ids:
             self.finish = FinishReason.STOP
             self._stop_reason = token if token in self.own_stop_ids else None
-        elif self._received == self.allowed:
+        elif len(self.tokens) == self.allowed:
             self.finish = FinishReason.LENGTH
 
     def take_prompt_scores(self, rows: Sequence[Sequence[float]]) -> None:
@@ -67,10 +66,8 @@ class RequestState(ScheduledRequest):
     def output(self) -> RequestOutput:
         """What is new since the last output."""
         fresh, text = self._decode()
-        prompt_logprobs = None
-        if self.request.params.prompt_logprobs is not None and len(self._prompt_logprobs) == len(
-            self.request.prompt_ids
-        ):
+        prompt_logprobs, prompt_tokens = None, len(self.request.prompt_ids)
+        if self.request.params.prompt_logprobs is not None and len(self._prompt_logprobs) == prompt_tokens:
             prompt_logprobs, self._prompt_logprobs = tuple(self._prompt_logprobs), []
         self.is_reported = self.finish is not None
         finished_s = time.perf_counter() if self.is_reported else None
@@ -83,7 +80,7 @@ class RequestState(ScheduledRequest):
             finish_reason=self.finish,
             stop_reason=self._stop_reason,
             error=self._error,
-            prompt_tokens=len(self.request.prompt_ids),
+            prompt_tokens=prompt_tokens,
             cached_tokens=self.cached_tokens,
             times=RequestTimes(self._submitted_s, self.admitted_s, self._first_token_s, finished_s),
         )
