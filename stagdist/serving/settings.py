@@ -36,6 +36,7 @@ class ServerSettings(BaseModel):
         root_path: prefix of all paths that a proxy removes.
         cors_origins: origins whose pages may call the server.
         metrics_prefix: prefix of the names of metrics, with its colon.
+        body_timeout_s: limit for receiving a request.
         keep_alive_s: an idle connection is kept for so long; more than the proxy's in front.
         hang_timeout_s: limit for an operation of the engine and for its signs of life.
         drain_timeout_s: limit for the requests that run when the server stops.
@@ -59,6 +60,7 @@ class ServerSettings(BaseModel):
     cors_origins: tuple[str, ...] = ()
     metrics_prefix: str = "stagdist:"
     keep_alive_s: int = Field(75, ge=1)
+    body_timeout_s: float = Field(30, gt=0)
     hang_timeout_s: float = Field(30, gt=0)
     drain_timeout_s: float = Field(25, ge=0)
     restart_timeout_s: float = Field(120, gt=0)

@@ -53,6 +53,9 @@ class EngineClient:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.finished.wait(), 1)
                 self._check_time()
+            self._send({"kind": "stop"})  # no one needs the engine
+            if self._writer is not None:
+                self._writer.close()
         path.unlink(missing_ok=True)
 
     def _check_time(self) -> None:
@@ -146,10 +149,6 @@ class EngineClient:
             generation.fail(problem)
             self._metrics.failed("engine")
         self._open.clear()
-
-    def stop_engine(self) -> None:
-        """Tell rank 0 that no one needs it."""
-        self._send({"kind": "stop"})
 
     # ---- messages of rank 0 ----
 

@@ -42,6 +42,7 @@ class Generation:
         arrival: `time.monotonic` when the request came.
         finished: finish reasons by index.
         tokens: tokens so far, by index.
+        cached: tokens of the prompt that were not computed again, by index.
         last_token: `time.monotonic` of the latest token, by index.
     """
 
@@ -51,6 +52,7 @@ class Generation:
         self.arrival = time.monotonic()
         self.finished: dict[int, str] = {}
         self.tokens = [0] * len(submissions)
+        self.cached = [0] * len(submissions)
         self.last_token: dict[int, float] = {}
         self._accepted: set[int] = set()
         self._cancel = cancel
@@ -66,6 +68,11 @@ class Generation:
     def over(self) -> bool:
         """Whether nothing more comes."""
         return self._problem is not None or len(self.finished) == len(self.submissions)
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether the prompts have log-probabilities."""
+        return self.submissions[0].params.prompt_logprobs is not None
 
     @property
     def waiting(self) -> int:
@@ -84,6 +91,7 @@ class Generation:
         if self.over or index in self.finished:
             return
         self.tokens[index] += len(output["tokens"])
+        self.cached[index] = output["cached_tokens"]
         if output["finish"] is not None:
             self.finished[index] = output["finish"]
         self._pending.append((index, output))
