@@ -18,7 +18,7 @@ from stagdist.serving.protocol import FromEngine, Welcome, pack, receive
 from stagdist.serving.settings import KEYS_VARIABLE, ServerSettings
 from stagdist.telemetry.pulse import PULSE_FILE
 
-MODULE = "stagdist.serving.http.http_process"
+MODULE = "stagdist.serving.http_process"
 
 START_S = 60.0
 """Limit for the start of the HTTP process, imports included."""
@@ -29,7 +29,7 @@ WELCOME_S = 5.0
 LEAVING_S = 2.0
 """Time in which a process that is about to end stops to listen."""
 
-FAREWELL_S = 5.0
+FAREWELL_S = 8.0
 """Limit for the HTTP process to send the ends of its answers."""
 
 SEND_S = 10.0
@@ -210,8 +210,10 @@ class HttpProcess:
         except OSError:
             self._kill()
         if self._child is not None:
-            with suppress(subprocess.TimeoutExpired):
+            try:
                 self._child.wait(FAREWELL_S)
+            except subprocess.TimeoutExpired:
+                self._kill()
 
     def _kill(self) -> None:
         if self._child is not None:
