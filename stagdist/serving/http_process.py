@@ -118,7 +118,7 @@ def main() -> int:
     try:
         bound = bound_socket(settings.host, settings.port)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error)  # read by rank 0, which reports it
         return 2
     asyncio.run(serve(settings, bound))
     return 0

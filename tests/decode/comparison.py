@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagdist.decode.noise import gumbel
 from stagdist.decode.request import FinishReason, Request, RequestOutput
+from stagdist.decode.sampling.noise import gumbel
 from tests.decode.decoding import CONTEXT, Case, Ran, config_of, parameters_of
 from tests.reference import stagformer as reference
 

@@ -21,7 +21,7 @@ _MAX_RETRY_AFTER_S = 60
 
 
 class EngineClient:
-    """Listens for rank 0 on a Unix socket; a newer connection replaces the one before.
+    """Listens for rank 0 on a Unix socket, one after the other.
 
     Attributes:
         served: the model of the latest engine; None before the first one.
@@ -152,8 +152,9 @@ class EngineClient:
     # ---- messages of rank 0 ----
 
     async def _serve_engine(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._writer is not None:
-            self._lose("another engine took its place")
+        if self._writer is not None:  # started for the same port by mistake: its rank 0 says so
+            writer.close()
+            return
         self._writer = writer
         self._lost_since = None
         try:
@@ -174,12 +175,13 @@ class EngineClient:
     def _lose(self, reason: str) -> None:
         """The connection ended: everything open gets an error."""
         self._writer = None
+        ended_on_purpose = self.state == "draining"
         if self.state != "failed":
             self.state, self.reason = "restarting", reason
         self._fail_all(ProblemError(503, f"{reason} before the request was finished", retry_after_s=5))
         self._lost_since = time.monotonic()
         self.stats = self._metrics.stats = None
-        if not self._settings.supervised:
+        if not self._settings.supervised or ended_on_purpose:
             self.finished.set()
 
     async def _greet(self, hello: Hello) -> None:
