@@ -116,9 +116,10 @@ class EngineBridge:
 
     def _send_stats(self) -> None:
         try:
-            while not self._ended.wait(IDLE_STATS_S):
+            while not self._ended.is_set():
                 if time.perf_counter() - self._stats_at > IDLE_STATS_S:
                     self._http.send({"kind": "stats", **_stats(self._engine.stats())})  # type: ignore[typeddict-item]
+                self._ended.wait(IDLE_STATS_S)
         except HttpProcessError as error:
             self._lose(error)
 
