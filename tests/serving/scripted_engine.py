@@ -95,7 +95,7 @@ class ScriptedEngine:
         self.automatic = automatic
         self.messages: queue.Queue[dict[str, Any]] = queue.Queue()
         self.submitted: list[dict[str, Any]] = []
-        self._socket = _connected(path)
+        self._socket = connected(path)
         self._lock = threading.Lock()
         self._stream = self._socket.makefile("rb")
         self.welcome = receive(self._stream)
@@ -107,7 +107,10 @@ class ScriptedEngine:
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message; from any thread."""
-        data = pack(message)  # type: ignore[arg-type]
+        self.send_bytes(pack(message))  # type: ignore[arg-type]
+
+    def send_bytes(self, data: bytes) -> None:
+        """Send what may be no message."""
         with self._lock:
             self._socket.sendall(data)
 
@@ -180,7 +183,8 @@ def made_output(request: dict[str, Any], tokens: list[int], text: str, **more: A
     } | more
 
 
-def _connected(path: str) -> socket.socket:
+def connected(path: str) -> socket.socket:
+    """A connection to a process that listens soon."""
     until = time.monotonic() + LIMIT_S
     while True:
         connection = socket.socket(socket.AF_UNIX)

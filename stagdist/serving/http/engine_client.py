@@ -40,7 +40,7 @@ class EngineClient:
         self._settings, self._metrics = settings, metrics
         self._writer: asyncio.StreamWriter | None = None
         self._open: dict[str, tuple[Generation, int]] = {}
-        self._last_message = time.monotonic()
+        self._last_message = self._last_progress = time.monotonic()
         self._lost_since: float | None = time.monotonic()
         self._finish_interval_s, self._last_finish = 1.0, time.monotonic()
 
@@ -72,9 +72,7 @@ class EngineClient:
         """Whether a ready engine gives no sign of life, or has work and finishes no operation."""
         if self.state not in ("ready", "draining") or self.stats is None:
             return False
-        now, limit = time.monotonic(), self._settings.hang_timeout_s
-        works = self.stats["running"] + self.stats["waiting"] > 0
-        return now - self._last_message > limit or (works and now - self.stats["last_operation_s"] > limit)
+        return time.monotonic() - min(self._last_message, self._last_progress) > self._settings.hang_timeout_s
 
     def health(self) -> tuple[str, str]:
         """State and its reason; only `ready` serves requests."""
@@ -145,7 +143,6 @@ class EngineClient:
     def _fail_all(self, problem: ProblemError) -> None:
         generations = {id(generation): generation for generation, _ in self._open.values()}
         for generation in generations.values():
-            generation.cancel()
             generation.fail(problem)
             self._metrics.failed("engine")
         self._open.clear()
@@ -231,6 +228,9 @@ class EngineClient:
             self._last_finish = now
 
     def _take_stats(self, stats: Stats) -> None:
+        before, works = self.stats, stats["running"] + stats["waiting"] > 0
+        if before is None or not works or stats["operations"] != before["operations"]:
+            self._last_progress = time.monotonic()
         self.stats = stats
         self.stats_number += 1
         self._metrics.stats = stats
@@ -246,5 +246,4 @@ class EngineClient:
         else:
             problem = ProblemError(503, message, code=code, retry_after_s=5)
             self._metrics.rejected(code)
-        found[0].cancel()
         found[0].fail(problem)

@@ -33,7 +33,7 @@ class Frame:
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: ServerMetrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
-        self._keys = [_digest(key) for key in settings.api_keys]
+        self._keys = [_digest(key.encode()) for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
@@ -90,11 +90,12 @@ class Frame:
         if not self._keys or scope["method"] == "OPTIONS" or not path.startswith(PROTECTED):
             return True
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        return _matches(_digest(key.strip()), self._keys) and scheme.lower() == "bearer"
+        sent = key.strip().encode("latin-1")  # as headers are decoded
+        return _matches(_digest(sent), self._keys) and scheme.lower() == "bearer"
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 def _matches(digest: bytes, known: Sequence[bytes]) -> bool:
