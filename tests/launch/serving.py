@@ -85,6 +85,7 @@ class Streaming(threading.Thread):
         self._url = f"{served.url}/v1/completions"
         self._body = {"model": "m", "prompt": prompt, "temperature": 0, "stream": True, "ignore_eos": True, **fields}
         self.text, self.finish, self.error = "", None, ""
+        self._answered = threading.Event()
         self.start()
 
     def run(self) -> None:
@@ -93,6 +94,7 @@ class Streaming(threading.Thread):
                 if answer.status_code != 200:
                     self.error = f"{answer.status_code}: {answer.read().decode()}"
                     return
+                self._answered.set()
                 for line in answer.iter_lines():
                     if line.startswith("data: {"):
                         self._take(json.loads(line.removeprefix("data: ")))
@@ -107,6 +109,11 @@ class Streaming(threading.Thread):
             self.text += choice["text"]
             self.finish = choice["finish_reason"] or self.finish
 
+    def wait_accepted(self) -> "Streaming":
+        """Return when the engine has accepted it, before which there is no answer."""
+        assert self._answered.wait(60), self.error
+        return self
+
     def wait_for_text(self) -> "Streaming":
         """Return when its answer has begun."""
         deadline = time.monotonic() + 60
@@ -120,6 +127,13 @@ class Streaming(threading.Thread):
         self.join(limit_s)
         assert not self.is_alive(), f"no end within {limit_s} s: {self.text[-100:]}"
         return self
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that has ended may wait to be fetched."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _arguments(model: Path, port: int, arguments: Sequence[str]) -> list[str]:

@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from tests.launch.generating import run_ranks_to_end, write_model
-from tests.launch.serving import Streaming, serve
+from tests.launch.runs import Launch
+from tests.launch.serving import Streaming, is_alive, serve, serve_by
 from tests.ranks import free_port
 
 pytestmark = pytest.mark.ranks
@@ -35,7 +36,7 @@ def test_the_text_is_that_of_the_generate_command_and_a_signal_ends_an_idle_serv
     for rank in served.run.ranks():  # as torchrun, srun and a container do
         rank.send_signal(signal.SIGTERM)
     assert served.run.wait(30) == 0 and served.run.errors() == [], served.run.text()
-    assert served.is_port_free() and not listening.is_running()
+    assert served.is_port_free() and not is_alive(listening)
 
 
 def test_after_a_signal_accepted_requests_are_finished_wherever_they_are_and_new_ones_refused(
@@ -43,9 +44,8 @@ def test_after_a_signal_accepted_requests_are_finished_wherever_they_are_and_new
 ) -> None:
     served = serve(tmp_path, model, "--batch-size", "2", "--prefill-chunk", "16").wait_ready()
     streaming = Streaming(served, "abc", max_tokens=400).wait_for_text()
-    in_prefill = Streaming(served, "x" * 4000, max_tokens=3)
-    queued = Streaming(served, "queued", max_tokens=3)
-    time.sleep(0.3)
+    queued, in_prefill = Streaming(served, "x" * 4000, max_tokens=3), Streaming(served, "x" * 4000, max_tokens=3)
+    queued.wait_accepted(), in_prefill.wait_accepted()
     for rank in served.run.ranks():
         rank.send_signal(signal.SIGTERM)
     served.wait_health(503, 5)
@@ -54,6 +54,25 @@ def test_after_a_signal_accepted_requests_are_finished_wherever_they_are_and_new
     for one in (streaming, in_prefill, queued):
         assert one.ended().finish == "length" and not one.error, one.error
     assert served.run.wait(30) == 0 and "cut off" not in served.run.text()
+
+
+@pytest.mark.slow  # the same decision as above, below the launchers, which signal in ways of their own
+@pytest.mark.parametrize("launcher", ["python", "deepspeed", "torchrun", "supervisor"])
+def test_a_signal_to_a_launcher_lets_accepted_requests_finish(model: Path, tmp_path: Path, launcher: str) -> None:
+    served = serve_by(launcher, tmp_path, model, "--batch-size", "2", "--prefill-chunk", "16").wait_ready()
+    streaming = Streaming(served, "abc", max_tokens=600).wait_for_text()
+    queued, in_prefill = Streaming(served, "x" * 4000, max_tokens=3), Streaming(served, "x" * 4000, max_tokens=3)
+    queued.wait_accepted(), in_prefill.wait_accepted()
+    assert isinstance(served.run, Launch)
+    family = served.run.family()
+    served.run.process.send_signal(signal.SIGTERM)
+    served.wait_health(503, 10)
+    for one in (streaming, in_prefill, queued):
+        assert one.ended().finish == "length" and not one.error, one.error
+    code = served.run.wait(30)
+    assert code == {"python": 0, "supervisor": 143}.get(launcher, code)
+    assert not psutil.wait_procs(family, timeout=10)[1] and served.is_port_free()
+    assert "shut down after" in served.run.text() and "cut off" not in served.run.text() and not served.run.errors()
 
 
 def test_what_is_not_finished_within_the_limit_is_cut_off_and_counted(model: Path, tmp_path: Path) -> None:

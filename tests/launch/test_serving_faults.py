@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from tests.launch.generating import write_model
-from tests.launch.serving import Streaming, serve, serve_by
+from tests.launch.serving import Streaming, is_alive, serve, serve_by
 
 pytestmark = pytest.mark.ranks
 
@@ -32,8 +32,7 @@ def test_a_lost_rank_ends_the_server_with_an_error_for_every_request(
     requests = []
     if not idle:
         requests = [Streaming(served, "abc", max_tokens=ENDLESS).wait_for_text()]
-        requests.append(Streaming(served, "queued", max_tokens=3))
-        time.sleep(0.3)
+        requests.append(Streaming(served, "queued", max_tokens=3).wait_accepted())
     rank_0, rank_1 = served.run.ranks()
     begin = time.monotonic()
     rank_1.send_signal(number)
@@ -75,7 +74,7 @@ def test_a_stopped_http_process_holds_the_engine_up_for_a_limited_time(model: Pa
     stopped = served.http_process()
     stopped.send_signal(signal.SIGSTOP)
     assert served.run.wait(60) == 1
-    assert "the HTTP process took no message" in served.run.errors()[0] and not stopped.is_running()
+    assert "the HTTP process took no message" in served.run.errors()[0] and not is_alive(stopped)
     assert all(request.ended(10).error for request in requests)
 
 
@@ -102,12 +101,24 @@ def test_under_a_supervisor_the_http_process_outlives_the_engine_and_ends_with_t
     assert second != listening and served.complete("abc", max_tokens=3).status_code == 200
     served.run.process.send_signal(signal.SIGTERM)  # type: ignore[attr-defined]
     assert served.run.wait(60) == 143 and "the ranks have shut down cleanly" in served.run.text(), served.run.text()
-    assert served.is_port_free() and not second.is_running()
+    assert served.is_port_free() and not is_alive(second)
 
 
-def test_a_supervisor_that_gives_up_or_is_killed_leaves_no_http_process(model: Path, tmp_path: Path) -> None:
+def test_a_supervisor_that_gives_up_leaves_no_http_process(model: Path, tmp_path: Path) -> None:
+    served = serve_by("supervisor", tmp_path, model).wait_ready()
+    listening, changed = served.http_process(), model / "config.json"
+    aside = changed.rename(tmp_path / "config.json")
+    try:
+        served.run.ranks()[1].kill()
+        assert served.run.wait(60) == 1 and "starting again would not help" in served.run.text()
+    finally:
+        aside.rename(changed)
+    assert not is_alive(listening) and served.is_port_free()
+
+
+def test_a_supervisor_that_is_killed_leaves_no_http_process(model: Path, tmp_path: Path) -> None:
     served = serve_by("supervisor", tmp_path, model).wait_ready()
     listening = served.http_process()
     served.run.process.kill()  # type: ignore[attr-defined]
     psutil.wait_procs([listening], timeout=30)
-    assert not listening.is_running() and served.is_port_free()
+    assert not is_alive(listening) and served.is_port_free()
