@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.control import Admission, Chunk, Control, Operation
@@ -29,8 +29,8 @@ class ScheduledRequest:
         allowed: tokens that it may generate; set at its admission.
         scheduled: tokens of all operations decided so far, including the current one.
         tokens: those it has generated.
-        entered: positions of its prompt that are in the caches, or on their way there.
         admitted_s: when it got a slot, in seconds of `time.perf_counter`.
+        entered: positions of its prompt that are in the caches, or on their way there.
         cached_tokens: positions of its prompt that were not computed again.
         finish: set when it has ended; its slot is freed by the next decision.
     """
@@ -39,8 +39,8 @@ class ScheduledRequest:
     allowed: int = 0
     scheduled: int = 0
     tokens: list[int] = field(default_factory=list)
-    entered: int = 0
     admitted_s: float | None = None
+    entered: int = 0
     cached_tokens: int = 0
     finish: FinishReason | None = None
 
@@ -94,8 +94,7 @@ class Scheduler(Generic[Entry]):
     Attributes:
         waiting: requests without a slot.
         running: requests by slot.
-        prefix_queries, prefix_hits: tokens of prompts that could reuse caches, and those that did.
-        step_s, stages: see `EngineStats`.
+        prefix_queries, prefix_hits, step_s, stages: see `EngineStats`.
     """
 
     def __init__(self, model: ModelConfig, topology: Topology, limits: Limits):
@@ -119,13 +118,14 @@ class Scheduler(Generic[Entry]):
 
     def slots(self) -> tuple[SlotState, ...]:
         """What is in each slot."""
-        return tuple(map(self._slot, range(self._limits.num_slots)))
+        return tuple(self._slot(slot) for slot in range(self._limits.num_slots))
 
     def _slot(self, slot: int) -> SlotState:
-        if (entry := self.running.get(slot)) is None:
-            return SlotState(None, "free", cached=self._free[slot].positions)
-        phase: Literal["decode", "prefill"] = "decode" if entry.decodes else "prefill"
-        return SlotState(entry.request.request_id, phase, entry.positions, entry.cached_tokens)
+        if slot in self._free:
+            return SlotState(None, "free", 0, len(self._free[slot].tokens))
+        entry = self.running[slot]
+        request_id, cached = entry.request.request_id, entry.cached_tokens
+        return SlotState(request_id, "decode" if entry.decodes else "prefill", entry.positions, cached)
 
     def drop_ended(self) -> None:
         """Forget waiting requests that have ended."""
@@ -138,9 +138,7 @@ class Scheduler(Generic[Entry]):
             stopping: end now.
             closed: end after the last request.
         """
-        retired = tuple(
-            slot for slot, each in self.running.items() if each.finish or each.scheduled >= max(1, each.allowed)
-        )
+        retired = tuple(slot for slot, each in self.running.items() if each.finish or each.scheduled >= each.allowed)
         for slot in retired:
             self._release(slot)
         if stopping:
@@ -209,7 +207,7 @@ class Scheduler(Generic[Entry]):
     def _longest_prefix(self, request: Request) -> tuple[int | None, int] | None:
         """The slot that spares most of a prompt, and the positions in common; None: it pays to wait for one."""
         best, spared, common = None, 0, 0
-        if not self._limits.prefix_caching:
+        if not self._limits.prefix_caching or request.params.prompt_logprobs is not None:
             return best, common
         prompt = request.prompt_ids
         for slot in range(self._limits.num_slots):

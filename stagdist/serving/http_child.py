@@ -120,7 +120,7 @@ class HttpProcess:
             self._kill()
             raise HttpProcessError(f"the HTTP process took no message for {SEND_S:g} s and was ended") from error
         except OSError as error:
-            raise HttpProcessError(f"the HTTP process has ended: {error.strerror}") from error
+            raise HttpProcessError("the HTTP process has ended") from error
 
     def receive(self) -> Any:
         """The next message; None when the process has ended.

@@ -32,7 +32,8 @@ class Words:
 def engine(num_slots: int = 2, letters: Any = None, **options: Any) -> Engine:
     """An engine in this process."""
     stage, transport = World().stage(arrangement("plain", [], num_slots))
-    return Engine(stage, transport, tokenizer=letters or Letters(), **{"heartbeat_s": 0.02} | options)
+    tokenizer: Any = letters or Letters()
+    return Engine(stage, transport, tokenizer=tokenizer, **{"heartbeat_s": 0.02} | options)
 
 
 def asked(name: str, **params: Any) -> Request:

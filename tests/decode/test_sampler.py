@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -195,7 +196,7 @@ def test_a_new_request_does_not_see_the_tokens_of_the_last_one_in_its_slot() -> 
             rank.retire(0)
 
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
