@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stagdist.decode.layers.weights import Device
+from stagdist.decode.logits_processor import LogitsProcessor
 from stagdist.decode.noise import gumbel
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.sampling_plan import SamplingPlan, is_plain, plan_sampling
@@ -49,7 +50,7 @@ class Sampler:
     """Chooses the tokens of all slots on one rank, which holds a slice of the vocabulary.
 
     Args:
-        num_slots: requests decoded at the same time at most; a slot without a request takes the likeliest token.
+        num_slots: requests decoded at the same time at most; the token of a slot without a request has no meaning.
         vocab_size: real tokens, without padding.
         first_token: id of the first logit of this rank.
         num_tokens: logits of this rank; those past the vocabulary are padding and never looked at. May be 0.
@@ -75,22 +76,19 @@ class Sampler:
         self._params: list[SamplingParams | None] = [None] * num_slots
         self._num_special = 0  # requests that are not plain
         self._ids = torch.arange(first_token, first_token + self._size, device=device.name)
-        self._seen: Tensor | None = None  # bool [slots, tokens], made for the first request that needs it
+        self._processor = LogitsProcessor(num_slots, first_token, self._size, device)
         self._plans: dict[tuple[int, ...], SamplingPlan | None] = {}
 
     def admit(self, slot: int, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
-        """Assign a slot to a request, replacing its previous one."""
+        """Assign a slot to a request, replacing its previous one.
+
+        Call it just before the request's first token is chosen: every row of its slot that is chosen afterwards counts
+        as a token of the request.
+        """
         self.retire(slot)
         self._params[slot] = params
         self._num_special += not is_plain(params)
-        if params.repetition_penalty == 1:
-            return
-        if self._seen is None:
-            self._seen = torch.zeros(len(self._params), self._size, dtype=torch.bool, device=self._device.name)
-        mine = sorted({token - self._first for token in prompt_ids if 0 <= token - self._first < self._size})
-        self._seen[slot] = False
-        if mine:
-            self._seen[slot].index_fill_(0, self._device.upload(mine, torch.int64), True)
+        self._processor.admit(slot, params, prompt_ids)
 
     def retire(self, slot: int) -> None:
         """Free a slot; does nothing if it is free."""
@@ -132,13 +130,11 @@ class Sampler:
         columns = [(values, count, _MINUS_INF), (self._ids_of(index), count, 0)]
         if plan.num_logprobs is not None:
             columns += [(raw.gather(1, index), count, _MINUS_INF), (raw.logsumexp(-1, keepdim=True), 1, _MINUS_INF)]
-        if plan.num_likeliest:
-            values, index = _best(raw, plan.num_likeliest)
-            columns += [(values, plan.num_likeliest, _MINUS_INF), (self._ids_of(index), plan.num_likeliest, _NO_TOKEN)]
+            columns += self._likeliest(raw, plan.num_likeliest, plan.num_likeliest)
         return _message(columns)
 
     def choose(self, gathered: Tensor, slots: Sequence[int], positions: Tensor) -> Choice:
-        """Choose tokens from the messages of all R ranks, in the order of their slices; the penalty sees them next.
+        """Choose tokens from the messages of all R ranks, in the order of their slices; penalties see them next.
 
         Shapes: gathered float64 [R, B, width]; positions int64 [B].
         """
@@ -153,16 +149,37 @@ class Sampler:
         best_score = kept.amax(-1, keepdim=True)
         tokens = torch.where(kept == best_score, kept_ids, self._vocab_size).amin(-1)
         tokens = tokens.clamp(max=self._vocab_size - 1)  # NaN logits must not give an id past the end
-        if plan.penalty is not None and self._size:
-            assert self._seen is not None
-            local = tokens - self._first
-            place = plan.slots, local.clamp(0, self._size - 1)
-            self._seen[place] = self._seen[place] | ((local >= 0) & (local < self._size))
+        self._processor.take(tokens, plan)
         return Choice(
             tokens,
             None if plan.num_logprobs is None else _logprobs(gathered, plan, plan.num_logprobs, ids, tokens),
             _margins(kept) if self._want_margins else None,
         )
+
+    def prompt_scores(self, logits: Tensor, targets: Tensor, count: int) -> Tensor:
+        """Return this rank's message about tokens that are given: a block of rows of a prompt.
+
+        Args:
+            logits: of this rank's slice, any floating type [rows, V], V at least its real tokens.
+            targets: the token that follows each row, int64 [rows].
+            count: likeliest tokens to report.
+
+        Shapes: result float64 [rows, 2 + 2 count]: the logit of the target, the log-sum-exp, and the likeliest logits
+        with ids; minus infinity, and id -1, where the slice lacks them. `merge_prompt_scores` merges the messages of
+        all ranks.
+        """
+        raw, local = self._real(logits).double(), (targets - self._first)[:, None]
+        columns = [(raw.logsumexp(-1, keepdim=True), 1, _MINUS_INF), *self._likeliest(raw, count, count)]
+        if not self._size:
+            return _message([(raw, 1, _MINUS_INF), *columns])
+        of_target = raw.gather(1, local.clamp(0, self._size - 1))
+        mine = (local >= 0) & (local < self._size)
+        return _message([(of_target.masked_fill(~mine, _MINUS_INF), 1, 0), *columns])
+
+    def _likeliest(self, raw: Tensor, count: int, width: int) -> list[tuple[Tensor, int, float]]:
+        """Columns of a message: the largest logits of each row, and their ids."""
+        values, index = _best(raw, count) if count else (raw[:, :0], self._ids[:0].expand(len(raw), 0))
+        return [(values, width, _MINUS_INF), (self._ids_of(index), width, _NO_TOKEN)]
 
     def _plan(self, slots: Sequence[int]) -> SamplingPlan | None:
         """None: every row takes its likeliest token and asks for nothing else."""
@@ -189,13 +206,8 @@ class Sampler:
         return index + self._first if self._first else index
 
     def _score(self, raw: Tensor, plan: SamplingPlan, positions: Tensor) -> Tensor:
-        """Logits with penalty and temperature, and with noise where nothing is truncated: [B, V]."""
-        scores = raw
-        if plan.penalty is not None:
-            assert self._seen is not None
-            changed = torch.where(scores > 0, scores / plan.penalty, scores * plan.penalty)
-            # A row without a penalty may see what its slot's last request left behind: dividing by 1 changes nothing.
-            scores = torch.where(self._seen[plan.slots], changed, scores)
+        """Logits with what the processor changes and temperature, and with noise where nothing is truncated: [B, V]."""
+        scores = self._processor.apply(raw, plan, positions)
         if plan.temperature is not None:
             scores = scores / plan.temperature
         if plan.noisy is not None:
@@ -266,13 +278,28 @@ def _margins(scores: Tensor) -> Tensor:
     return best[:, 0] - best[:, 1]
 
 
+def merge_prompt_scores(gathered: Tensor, count: int) -> Tensor:
+    """Merge the messages of `Sampler.prompt_scores` of all R ranks, in the order of their slices.
+
+    Shapes: gathered float64 [R, rows, 2 + 2 count]; result float64 [rows, 1 + 2 count], columns as `Choice.logprobs`.
+    """
+    of_target, total, likeliest, ids = gathered.split([1, 1, count, count], dim=2)
+    return _relative(of_target.amax(0), total.logsumexp(0), likeliest, ids, count)
+
+
 def _logprobs(gathered: Tensor, plan: SamplingPlan, requested: int, ids: Tensor, tokens: Tensor) -> Tensor:
-    """[of the token, ids of the likeliest, theirs] of each row."""
+    """Log-probabilities of the chosen tokens."""
     count, sent = plan.num_candidates, plan.num_likeliest
     _, _, raw, total, likeliest, their_ids = gathered.split([count, count, count, 1, sent, sent], dim=2)
-    total = total.logsumexp(0)
-    chosen = torch.where(ids == tokens.unsqueeze(-1), _merge(raw), _MINUS_INF).amax(-1, keepdim=True) - total
+    chosen = torch.where(ids == tokens.unsqueeze(-1), _merge(raw), _MINUS_INF).amax(-1, keepdim=True)
+    return _relative(chosen, total.logsumexp(0), likeliest, their_ids, requested)
+
+
+def _relative(own: Tensor, total: Tensor, likeliest: Tensor, ids: Tensor, requested: int) -> Tensor:
+    """[of the token, ids of the likeliest, theirs] of each row.
+
+    Shapes: own and total [B, 1]; likeliest and ids [R, B, sent].
+    """
     best, order = _merge(likeliest).sort(dim=-1, descending=True, stable=True)
-    best_ids = _merge(their_ids).gather(1, order)
-    best, best_ids = best[:, :requested] - total, best_ids[:, :requested]
-    return _message([(chosen, 1, 0), (best_ids, requested, _NO_TOKEN), (best, requested, _MINUS_INF)])
+    best, best_ids = best[:, :requested] - total, _merge(ids).gather(1, order)[:, :requested]
+    return _message([(own - total, 1, 0), (best_ids, requested, _NO_TOKEN), (best, requested, _MINUS_INF)])

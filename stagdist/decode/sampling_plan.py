@@ -14,7 +14,17 @@ _GREEDY = SamplingParams(temperature=0.0)
 
 def is_plain(params: SamplingParams) -> bool:
     """Whether a request needs nothing but the id of the likeliest token."""
-    return not _is_sampled(params) and params.logprobs is None and params.repetition_penalty == 1
+    changed = params.repetition_penalty != 1 or _counts(params) or is_biased(params) or params.min_tokens > 0
+    return not _is_sampled(params) and params.logprobs is None and not changed
+
+
+def is_biased(params: SamplingParams) -> bool:
+    """Whether something is added to logits, minus infinity where tokens are not allowed."""
+    return bool(params.logit_bias) or params.allowed_token_ids is not None
+
+
+def _counts(params: SamplingParams) -> bool:
+    return params.presence_penalty != 0 or params.frequency_penalty != 0
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,10 @@ class SamplingPlan:
         num_logprobs: the most that any row requests; None if no row requests any.
         num_likeliest: likeliest tokens that one slice sends for them.
         temperature: None if it changes no row.
-        penalty: None if no row has one.
+        repetition: None if no row has this penalty.
+        presence, frequency: None if no row has either.
+        is_biased: logits of a row are biased, or not all tokens are allowed.
+        keeps_going: a row must not end before `min_tokens`.
         noisy: 1.0 where noise is added before candidates are taken, else 0.0; None if there is no such row.
         truncated: where noise is added after truncation; None if there is no such row.
 
@@ -42,7 +55,11 @@ class SamplingPlan:
     top_p: Tensor
     min_p: Tensor
     temperature: Tensor | None
-    penalty: Tensor | None
+    repetition: Tensor | None
+    presence: Tensor | None
+    frequency: Tensor | None
+    is_biased: bool
+    keeps_going: bool
     noisy: Tensor | None
     truncated: Tensor | None
 
@@ -75,14 +92,17 @@ def plan_sampling(
             each.min_p,
             each.temperature if _is_sampled(each) else 1.0,
             each.repetition_penalty,
+            each.presence_penalty,
+            each.frequency_penalty,
             float(_is_sampled(each) and not _is_truncated(each)),
             float(_is_truncated(each)),
         )
         for each in params
     ]
     slot_index, seeds, top_k = device.upload(integers, torch.int64).unbind(1)
-    top_p, min_p, temperature, penalty, noisy, truncated = device.upload(floats, torch.float64).unsqueeze(-1).unbind(1)
-    _, _, temperatures, penalties, are_noisy, are_truncated = zip(*floats, strict=True)
+    columns = device.upload(floats, torch.float64).unsqueeze(-1).unbind(1)
+    top_p, min_p, temperature, repetition, presence, frequency, noisy, truncated = columns
+    counted = any(map(_counts, params))
     return SamplingPlan(
         num_candidates=min(max([2 if want_margins else 1, *sizes]), slice_size),
         num_logprobs=num_logprobs,
@@ -92,10 +112,14 @@ def plan_sampling(
         top_k=top_k[:, None],
         top_p=top_p,
         min_p=min_p,
-        temperature=temperature if set(temperatures) != {1.0} else None,
-        penalty=penalty if set(penalties) != {1.0} else None,
-        noisy=noisy if any(are_noisy) else None,
-        truncated=truncated > 0 if any(are_truncated) else None,
+        temperature=temperature if any(_is_sampled(each) and each.temperature != 1 for each in params) else None,
+        repetition=repetition if any(each.repetition_penalty != 1 for each in params) else None,
+        presence=presence if counted else None,
+        frequency=frequency if counted else None,
+        is_biased=any(map(is_biased, params)),
+        keeps_going=any(each.min_tokens for each in params),
+        noisy=noisy if any(_is_sampled(each) and not _is_truncated(each) for each in params) else None,
+        truncated=truncated > 0 if any(map(_is_truncated, params)) else None,
     )
 
 

@@ -42,6 +42,29 @@ PARAMS = {
     "reward": SamplingParams(temperature=1.2, repetition_penalty=0.5, seed=12, logprobs=0),
     "logprobs": SamplingParams(temperature=0, logprobs=5),
     "sampled logprobs": SamplingParams(temperature=0.9, seed=11, logprobs=20),
+    "presence": SamplingParams(temperature=0, presence_penalty=1.5),
+    "frequency": SamplingParams(seed=13, frequency_penalty=0.7),
+    "frequency that rewards": SamplingParams(temperature=0, frequency_penalty=-2.0, presence_penalty=0.3, logprobs=2),
+    "bias": SamplingParams(temperature=0, logit_bias=((36, 3.0), (2, -100.0), (20, 1.25))),
+    "allowed": SamplingParams(temperature=0, allowed_token_ids=(35, 4, 21, 4)),
+    "one allowed": SamplingParams(seed=14, allowed_token_ids=(19,)),
+    "min tokens": SamplingParams(temperature=0, min_tokens=7, stop_token_ids=tuple(range(0, 37, 2))),
+    "min tokens, sampled": SamplingParams(seed=15, top_p=0.9, min_tokens=4, stop_token_ids=tuple(range(30))),
+    "every change": SamplingParams(
+        temperature=1.3,
+        top_k=9,
+        top_p=0.95,
+        min_p=0.01,
+        repetition_penalty=1.4,
+        presence_penalty=-0.8,
+        frequency_penalty=0.6,
+        logit_bias=((1, 2.5), (34, -1.0), (30, 4.0)),
+        allowed_token_ids=tuple(range(36)),
+        min_tokens=6,
+        stop_token_ids=(1, 30),
+        seed=16,
+        logprobs=4,
+    ),
 }
 
 
@@ -82,14 +105,31 @@ def step(
     return choices[0]
 
 
-def plain_choice(logits: np.ndarray, params: SamplingParams, seen: set[int], position: int) -> tuple[int, np.ndarray]:
+def plain_scores(raw: np.ndarray, params: SamplingParams, prompt: Sequence[int], generated: list[int]) -> np.ndarray:
+    """Logits changed by the formulas of vLLM's documentation, in its order, one token at a time."""
+    scores = raw.copy()
+    for token in range(len(raw)):
+        count = generated.count(token)
+        if len(generated) < params.min_tokens and token in params.stop_token_ids:
+            scores[token] = -np.inf
+        if params.allowed_token_ids is not None and token not in params.allowed_token_ids:
+            scores[token] = -np.inf
+        scores[token] += dict(params.logit_bias).get(token, 0.0)
+        if token in prompt or count:
+            factor = params.repetition_penalty
+            scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
+        scores[token] -= count * params.frequency_penalty
+        scores[token] -= params.presence_penalty if count else 0.0
+    return scores
+
+
+def plain_choice(
+    logits: np.ndarray, params: SamplingParams, prompt: Sequence[int], generated: list[int], position: int
+) -> tuple[int, np.ndarray]:
     """Token and log-probabilities by the textbook, one row at a time."""
     raw = logits.astype(np.float64)
     logprobs = raw - raw.max() - math.log(np.exp(raw - raw.max()).sum())
-    scores = raw.copy()
-    for token in seen:
-        factor = params.repetition_penalty
-        scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
+    scores = plain_scores(raw, params, prompt, generated)
     if params.temperature == 0:
         return int(scores.argmax()), logprobs
     scores /= params.temperature

@@ -9,7 +9,7 @@ import torch
 from stagdist.decode.layers.weights import Device
 from stagdist.decode.noise import gumbel
 from stagdist.decode.request import SamplingParams
-from stagdist.decode.sampler import Sampler
+from stagdist.decode.sampler import Sampler, merge_prompt_scores
 from tests.decode.plain_sampler import (
     CPU,
     CUTS,
@@ -31,21 +31,22 @@ def test_tokens_and_logprobs_are_those_of_a_plain_implementation(
 ) -> None:
     steps, names = 12, list(PARAMS)
     logits = make_logits(steps, len(names), ties=ties)
-    prompts = [[slot, 3, 3, 30] for slot in range(len(names))]
+    prompts = [[slot, 3, 3, 30, *range(slot)] for slot in range(len(names))]
     ranks = samplers(cut)
     for slot, name in enumerate(names):
         for rank in ranks:
             rank.admit(slot, PARAMS[name], prompts[slot])
-    seen = [set(prompt) for prompt in prompts]
+    generated: list[list[int]] = [[] for _ in names]
     groups = [list(range(len(names)))] if together else [[slot] for slot in range(len(names))]
     for number in range(steps):
         for group in groups:
-            choice = step(ranks, cut, logits[number, group], group, [number + slot for slot in group])
+            choice = step(ranks, cut, logits[number, group], group, [len(prompts[slot]) + number for slot in group])
             for row, slot in enumerate(group):
-                params = PARAMS[names[slot]]
-                token, expected = plain_choice(logits[number, slot].numpy(), params, seen[slot], number + slot)
+                params, row_logits = PARAMS[names[slot]], logits[number, slot].numpy()
+                place = len(prompts[slot]) + number
+                token, expected = plain_choice(row_logits, params, prompts[slot], generated[slot], place)
                 assert choice.tokens[row] == token, names[slot]
-                seen[slot].add(token)
+                generated[slot].append(token)
                 if params.logprobs is not None:
                     assert choice.logprobs is not None
                     check_logprobs(choice.logprobs[row].tolist(), params, token, expected)
@@ -58,7 +59,7 @@ def test_logits_may_be_of_any_floating_type(dtype: torch.dtype, name: str) -> No
     ranks = samplers(CUTS["two"])
     for rank in ranks:
         rank.admit(4, PARAMS[name], [1])
-    token, _ = plain_choice(logits[0].double().numpy(), PARAMS[name], set(), 9)
+    token, _ = plain_choice(logits[0].double().numpy(), PARAMS[name], [], [], 9)
     assert step(ranks, CUTS["two"], logits, [4], [9]).tokens.tolist() == [token]
 
 
@@ -194,6 +195,87 @@ def test_a_new_request_does_not_see_the_tokens_of_the_last_one_in_its_slot() -> 
             rank.retire(0)
 
 
+DEFAULTS = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": (),
+    "allowed_token_ids": None,
+    "min_tokens": 0,
+}
+
+
+@pytest.mark.parametrize("left_out", [None, *DEFAULTS])
+def test_the_plain_implementation_tells_a_sampler_that_ignores_a_parameter(left_out: str | None) -> None:
+    """The negative control of the comparisons above: with one parameter ignored, tokens differ."""
+    cut, logits = CUTS["three"], make_logits(40, 1)
+    params = replace(PARAMS["every change"], top_k=None, min_tokens=20)
+    given = params if left_out is None else replace(params, **{left_out: DEFAULTS[left_out]})
+    ranks, generated, equal = samplers(cut), list[int](), []
+    for rank in ranks:
+        rank.admit(0, given, [5, 33])
+    for number in range(40):
+        found = int(step(ranks, cut, logits[number], [0], [2 + number]).tokens)
+        token, _ = plain_choice(logits[number, 0].numpy(), params, [5, 33], generated, 2 + number)
+        equal.append(found == token)
+        generated.append(found)
+    assert all(equal) == (left_out is None)
+
+
+@pytest.mark.parametrize("new", ["greedy", "every change", "penalty", "frequency", "bias", "allowed", "min tokens"])
+@pytest.mark.parametrize("old", ["every change", "one allowed", "frequency that rewards", "min tokens, sampled"])
+def test_a_slot_keeps_nothing_of_its_last_request(old: str, new: str) -> None:
+    cut, logits = CUTS["two"], make_logits(8, 2)
+    ranks, prompt, generated = samplers(cut), [7, 30, 30], list[int]()
+    for rank in ranks:
+        rank.admit(0, PARAMS[old], list(range(12)))
+        rank.admit(1, PARAMS["every change"], [3])  # so that the plan applies everything to all rows
+    for number in range(4):
+        step(ranks, cut, logits[number], [0, 1], [12 + number, 1 + number])
+    for rank in ranks:
+        rank.retire(0)
+        rank.admit(0, PARAMS[new], prompt)
+    for number in range(8):
+        choice = step(ranks, cut, logits[number], [0, 1], [3 + number, 5 + number])
+        token, _ = plain_choice(logits[number, 0].numpy(), PARAMS[new], prompt, generated, 3 + number)
+        assert int(choice.tokens[0]) == token
+        generated.append(token)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [0, 1, 5, 20])
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS.keys())
+def test_scores_of_a_prompt_are_log_probabilities_of_its_tokens(
+    cut: list[tuple[int, int]], count: int, dtype: torch.dtype
+) -> None:
+    logits = torch.cat([make_logits(1, VOCAB)[0], torch.zeros(1, VOCAB)]).to(dtype)
+    targets = torch.tensor([*range(VOCAB), 30])
+    padded = torch.nn.functional.pad(logits, (0, 100), value=50.0)  # padding that would show
+    messages = [
+        rank.prompt_scores(padded[:, first : first + size], targets, count)
+        for rank, (first, size) in zip(samplers(cut), cut, strict=True)
+    ]
+    assert {tuple(message.shape) for message in messages} == {(VOCAB + 1, 2 + 2 * count)}
+    found = merge_prompt_scores(torch.stack(messages), count)
+    expected = logits.double().log_softmax(-1)
+    assert found[:, 0].tolist() == pytest.approx(expected.gather(1, targets[:, None])[:, 0].tolist(), abs=1e-12)
+    best, order = expected.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(found[:, 1 : 1 + count].long(), order[:, :count])
+    assert torch.allclose(found[:, 1 + count :], best[:, :count], rtol=0, atol=1e-12)
+
+
+def test_scores_of_a_prompt_fill_up_a_small_vocabulary() -> None:
+    cut = [(0, 3), (3, 2)]
+    logits = torch.tensor([[0.0, 2.0, 1.0, 3.0, -1.0]])
+    messages = [
+        rank.prompt_scores(logits[:, first : first + size], torch.tensor([4]), 7)
+        for rank, (first, size) in zip(samplers(cut, vocab=5), cut, strict=True)
+    ]
+    (row,) = merge_prompt_scores(torch.stack(messages), 7).tolist()
+    assert (row[1:8], row[13:]) == ([3, 1, 2, 0, 4, -1, -1], [float("-inf")] * 2)
+    assert row[0] == row[12] == pytest.approx(float(logits.double().log_softmax(-1)[0, 4]))
+
+
 @pytest.mark.parametrize("name", ["greedy", "sampled", "top_k", "top_p"])
 @pytest.mark.parametrize("cut", [CUTS["one"], CUTS["three"]], ids=["one", "three"])
 def test_margins_tell_how_close_the_second_best_was(cut: list[tuple[int, int]], name: str) -> None:
@@ -240,8 +322,8 @@ def test_a_gpu_gives_the_same_tokens_and_is_never_waited_for(name: str) -> None:
     logits, gpu = make_logits(4, 1), Device("cuda", torch.float32)
     sampler = Sampler(num_slots=1, vocab_size=VOCAB, first_token=0, num_tokens=VOCAB, slice_size=VOCAB, device=gpu)
     sampler.admit(0, PARAMS[name], [3])
-    seen, there = {3}, logits.cuda()
-    positions = torch.arange(4, device="cuda").unsqueeze(-1)
+    generated, there = list[int](), logits.cuda()
+    positions = 1 + torch.arange(4, device="cuda").unsqueeze(-1)
     sampler.candidates(there[0], [0], positions[0])  # uploads the parameters
     for number in range(4):
         torch.cuda.set_sync_debug_mode("error")
@@ -250,8 +332,8 @@ def test_a_gpu_gives_the_same_tokens_and_is_never_waited_for(name: str) -> None:
             choice = sampler.choose(message.unsqueeze(0), [0], positions[number])
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        token, _ = plain_choice(logits[number, 0].numpy(), PARAMS[name], seen, number)
-        seen.add(token)
+        token, _ = plain_choice(logits[number, 0].numpy(), PARAMS[name], [3], generated, 1 + number)
+        generated.append(token)
         assert choice.tokens.tolist() == [token]
 
 
