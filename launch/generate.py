@@ -2,16 +2,11 @@
 """Generate text: `deepspeed --num_accelerators 2 launch/generate.py --model DIR --prompt TEXT`."""
 
 import argparse
-import dataclasses
-import os
 import signal
-import sys
-import traceback
 from pathlib import Path
-from typing import Any
 
+from stagdist.decode.frontend.command_line import add_running_options, from_options, model_parser, run_rank
 from stagdist.errors import ConfigError
-from stagdist.parallel.ranks_parser import RanksParser, reports_error
 
 EPILOG = """\
 The number of processes divided by --tensor-parallel-size is the number of pipeline stages; it divides the number of
@@ -26,8 +21,8 @@ A prompt is encoded as by the tokenizer of the model in transformers: with the b
 adds one. Control tokens that are written in a prompt are text, unless --parse-special is given.
 
 A .jsonl file of prompts holds one object per line: "prompt" (text), "prompt_ids" (token ids) or "messages" (objects
-with "role" and "content", for the chat template of the model), and optionally "id", max_new_tokens, temperature, top_k,
-top_p, min_p, repetition_penalty, seed, stop, stop_token_ids, ignore_end_of_document, logprobs.
+with "role" and "content", for the chat template of the model), and optionally "id" and sampling parameters by the names
+of docs/decoding.md, such as max_new_tokens, temperature and stop.
 
 examples:
   deepspeed --quiet --num_accelerators 2 launch/generate.py --model runs/quickstart/model --prompt "def main(" \\
@@ -37,35 +32,20 @@ examples:
   python launch/generate.py --model DIR --prompt "Once" --temperature 0 --trace decode.json
 """
 
-_FIELDS = {
-    "stop_token_id": "stop_token_ids",
-    "ignore_eos": "ignore_end_of_document",
-    "batch_size": "num_slots",
-    "prefill_chunk": "chunk_size",
-    "timeout": "timeout_s",
-    "margins": "want_margins",
-}
-"""Fields of `SamplingParams` and `EngineOptions` with other names than the options that set them."""
-
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; DeepSpeed's launcher adds --local_rank.
+    """Parse the command line.
 
     Raises:
         ConfigError: an argument is invalid.
     """
-    parser = RanksParser(
-        prog="generate.py",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model directory")
+    parser = model_parser("generate.py", __doc__, EPILOG)
     _add_prompts(parser)
     _add_sampling(parser)
-    _add_running(parser)
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    add = add_running_options(parser, slots=1, timeout_s=600, what="prompts")
+    add("--json", action="store_true", help="one JSON object per finished prompt instead of text")
+    add("--margins", action="store_true", help="report the smallest difference between best and second-best token")
+    add("--trace", type=Path, metavar="FILE", help="write a Perfetto trace of all ranks; creates folders")
     return parser.parse_args(arguments)
 
 
@@ -89,30 +69,35 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P of all (default 1)")
     add("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P of the top probability (default 0)")
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (default 1)")
+    add(
+        "--presence-penalty", type=float, default=0.0, metavar="X", help="above 0: more new tokens, -2 to 2 (default 0)"
+    )
+    add("--frequency-penalty", type=float, default=0.0, metavar="X", help="the same for each repetition (default 0)")
+    add("--logit-bias", action="append", type=_bias, default=[], metavar="ID=X", help="-100 to 100; repeatable")
+    add(
+        "--allowed-token-id",
+        action="append",
+        type=int,
+        metavar="ID",
+        help="no other is chosen; repeatable (default all)",
+    )
+    add("--min-tokens", type=int, default=0, metavar="N", help="no end before so many new tokens (default 0)")
     add("--seed", type=int, default=0, metavar="S", help="prompt i, counted from 0, uses S + i (default 0)")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
     add("--stop-token-id", action="append", type=int, default=[], metavar="ID", help="stop after it; repeatable")
+    add("--include-stop-str-in-output", action="store_true", help="stop after the text of --stop, not before it")
+    add("--no-skip-special-tokens", action="store_false", dest="skip_special_tokens", help="show special tokens")
     add("--ignore-eos", action="store_true", help="continue after an end-of-text token")
     add("--logprobs", type=int, metavar="N", help="log-probabilities, also of the N likeliest tokens (with --json)")
+    add("--prompt-logprobs", type=int, metavar="N", help="the same for the prompt; also with --max-new-tokens 0")
 
 
-def _add_running(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("running")
-    add = group.add_argument
-    add("--tensor-parallel-size", type=int, default=1, metavar="T", help="processes per section (default 1)")
-    add("--head", choices=["last", "sharded"], default="last", help="on the last stage, or spread over all (last)")
-    add("--batch-size", type=int, default=1, metavar="SLOTS", help="prompts decoded together (default 1)")
-    add("--max-context", type=int, metavar="N", help="positions of prompt and answer (default: the model's)")
-    add("--prefill-chunk", type=int, default=128, metavar="N", help="prompt positions at a time (default 128)")
-    add("--precision", choices=["fp32", "bf16", "fp16", "fp64"], help="of weights and sums (bf16 on a GPU, else fp32)")
-    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, or cuda:N for all ranks (auto)")
-    add("--recurrent", action="store_true", help="skip section 1 while decoding (two sections with shared weights)")
-    add(
-        "--timeout", type=float, default=600.0, metavar="S", help="limit in seconds for waiting on a rank (default 600)"
-    )
-    add("--json", action="store_true", help="one JSON object per finished prompt instead of text")
-    add("--margins", action="store_true", help="report the smallest difference between best and second-best token")
-    add("--trace", type=Path, metavar="FILE", help="write a Perfetto trace of all ranks; creates folders")
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no token id with a number; write for example 13=-2.5") from None
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -130,11 +115,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     from stagdist.decode.request import SamplingParams
 
-    params = _from_options(SamplingParams, arguments)
+    params = from_options(SamplingParams, arguments)
     if arguments.chat and (arguments.no_special_tokens or arguments.parse_special):
         raise ConfigError("--chat leaves special tokens to the template; drop --no-special-tokens and --parse-special")
-    if params.logprobs is not None and not arguments.json:
-        raise ConfigError("--logprobs cannot be shown in plain text; add --json")
+    if (params.logprobs, params.prompt_logprobs) != (None, None) and not arguments.json:
+        raise ConfigError("log-probabilities cannot be shown in plain text; add --json")
 
     from stagdist.decode.frontend.generate import Generation
     from stagdist.decode.frontend.prompts import PromptEncoding
@@ -144,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
     setup_logging(world.rank, None)
     generation = Generation(
         arguments.model,
-        _from_options(EngineOptions, arguments),
+        from_options(EngineOptions, arguments),
         params,
         world,
         prompts=arguments.prompt,
@@ -157,40 +142,5 @@ def run(arguments: argparse.Namespace) -> int:
     return generation.run(interrupts, pulse)
 
 
-def _from_options(kind: Any, arguments: argparse.Namespace) -> Any:
-    """A dataclass with the values of the options that are named like its fields, or renamed in `_FIELDS`."""
-    given = {_FIELDS.get(name, name): value for name, value in vars(arguments).items()}
-    return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given})
-
-
-def main() -> int:
-    """Exit code, see the end of --help."""
-    from stagdist.errors import CheckpointError, DataError, StagdistError
-
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    try:
-        return run(parse_arguments())
-    except StagdistError as error:
-        if reports_error(error, rank_1_reports_lost_peer=True):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, ConfigError | DataError | CheckpointError) else 1
-    except Exception:
-        traceback.print_exc()
-        return 1
-
-
 if __name__ == "__main__":
-    try:
-        code = main()
-        sys.stdout.flush()
-    except SystemExit as end:  # --help
-        sys.stdout.flush()
-        sys.exit(end.code)
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:
-        code = 141
-    sys.stderr.flush()
-    # Peers may block in a collective and a thread on standard input; a normal exit would wait for them.
-    os._exit(code)
+    run_rank(lambda: run(parse_arguments()))

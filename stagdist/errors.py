@@ -37,3 +37,7 @@ class TrainingError(StagdistError, RuntimeError):
 
 class TransportError(StagdistError, RuntimeError):
     """Communication between ranks failed; the message has stage, peer and step."""
+
+
+class QueueFullError(StagdistError, RuntimeError):
+    """A request was not accepted because too many are waiting; it can be submitted again later."""

@@ -1,47 +1,28 @@
 """The engine: serves requests and returns tokens and text. It runs on rank 0; the other ranks follow."""
 
+import heapq
+import itertools
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 from stagdist.data.tokenizer import Tokenizer
+from stagdist.decode.engine_stats import EngineStats
 from stagdist.decode.operations import Control, Operation, operate
-from stagdist.decode.request import (
-    FinishReason,
-    Request,
-    RequestOutput,
-    SamplingParams,
-    TokenLogprobs,
-    allowed_new_tokens,
-    check_request,
-    join_outputs,
-)
+from stagdist.decode.request import FinishReason, Request, RequestOutput, check_request, join_outputs
+from stagdist.decode.request_state import RequestState
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.sampler import Choice
+from stagdist.decode.scheduler import Scheduler
 from stagdist.decode.text import TextStream
-from stagdist.errors import ConfigError
+from stagdist.errors import ConfigError, QueueFullError
 
-Sink = Callable[[RequestOutput], None]
-
-
-@dataclass(eq=False)
-class _Accepted:
-    """A request that waits for a slot or has one."""
-
-    request: Request
-    submitted_s: float
-    allowed: int = 0
-    text: TextStream | None = None
-    scheduled: int = 0  # tokens of all operations decided so far, including the current one
-    received: int = 0
-    reported: bool = False  # the last output was given to the sink
-    finish: FinishReason | None = None
-    first_token_s: float | None = None
-    fresh: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
+Sink = Callable[[Sequence[RequestOutput]], None]
+"""Takes the outputs of one operation, each of another request."""
 
 
 class Engine:
@@ -53,6 +34,8 @@ class Engine:
         tokenizer: decodes tokens; without it outputs have token ids only, and stop strings are rejected.
         end_tokens: each of them ends a request that does not ignore them.
         heartbeat_s: an idle engine sends a message to the other ranks at least this often.
+        max_waiting: requests without a slot at most.
+        max_waiting_tokens: tokens of their prompts at most; a longer prompt may wait alone.
 
     Attributes:
         smallest_margin: of all tokens so far, if the stage computes margins; else infinite.
@@ -67,39 +50,67 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         end_tokens: Collection[int] = (),
         heartbeat_s: float = 200.0,
+        max_waiting: int | None = None,
+        max_waiting_tokens: int | None = None,
     ):
         self._stage, self._transport, self._tokenizer = stage, transport, tokenizer
-        self._end_tokens, self._heartbeat_s = frozenset(end_tokens), heartbeat_s
+        self._end_tokens = frozenset(token for token in end_tokens if token < stage.model.vocab_size)
+        self._heartbeat_s, self._max_waiting, self._max_waiting_tokens = heartbeat_s, max_waiting, max_waiting_tokens
         # Requests, ids of requests to cancel, and None after the last request. One queue keeps their order.
-        self._inbox: queue.SimpleQueue[_Accepted | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[RequestState | str | None] = queue.SimpleQueue()
         self._wake = threading.Event()
-        self._waiting: deque[_Accepted] = deque()
-        self._running: dict[int, _Accepted] = {}
-        self._served: set[str] = set()  # ids of requests whose last output is pending
-        self._served_lock = threading.Lock()
-        self._closed = self._stopping = self._ended = False
-        self._sink: Sink = lambda output: None
-        self._planned: deque[dict[int, _Accepted]] = deque()  # rows of operations that were decided but have not run
-        self._unreported: list[_Accepted] = []
+        self._scheduler: Scheduler[RequestState] = Scheduler(stage.limits)
+        self._lock = threading.Lock()  # of the next five, which clients change in `submit`
+        self._open: dict[str, RequestState] = {}  # requests whose last output is pending
+        self._refusal = ""  # why no request is accepted any more
+        self._waiting = self._waiting_tokens = 0
+        self._stop_s = float("inf")  # when what is unfinished is cancelled
+        self._closed = False
+        self._deadlines: list[tuple[float, int, RequestState]] = []  # a heap; the number breaks ties
+        self._numbers = itertools.count()
+        self._sink: Sink = lambda outputs: None
+        self._unreported: dict[RequestState, None] = {}  # an ordered set
+        self._stats = EngineStats()
+        self._operations = self._prompt_tokens = self._generation_tokens = 0
+        self._last_operation_s = time.perf_counter()
         self.smallest_margin, self.steps = float("inf"), 0
 
     # --- for clients, from any thread ---------------------------------------------------------------------------
 
-    def submit(self, request: Request) -> None:
-        """Add a request. A request that cannot be served gets an error output; others are not affected.
+    def check(self, request: Request) -> None:
+        """Refuse a request that this engine cannot serve; `submit` does it as well.
 
         Raises:
-            ConfigError: a request with this id is already being served, or `run` has returned.
+            ConfigError: as in `check_request`, or it has stop strings and there is no tokenizer.
         """
-        with self._served_lock:
-            if self._ended:
-                raise ConfigError(
-                    f"request {request.request_id!r} was submitted after the engine ended; build a new engine"
-                )
-            if request.request_id in self._served:
-                raise ConfigError(f"a request {request.request_id!r} is being served; give each its own request_id")
-            self._served.add(request.request_id)
-        self._inbox.put(_Accepted(request, time.perf_counter()))
+        self._checked(request)
+
+    def submit(self, request: Request, *, deadline_s: float | None = None) -> None:
+        """Add a request.
+
+        Args:
+            deadline_s: the request ends with `FinishReason.TIMEOUT` so many seconds from now.
+
+        Raises:
+            ConfigError: the request cannot be served, a request with this id is being served, or the engine is ending.
+            QueueFullError: too many requests, or tokens of prompts, are waiting.
+        """
+        state = RequestState(
+            self._checked(request),
+            text=self._text_stream(request),
+            own_stop_ids=frozenset(request.params.stop_token_ids),
+            deadline_s=None if deadline_s is None else time.perf_counter() + deadline_s,
+        )
+        name, size = request.request_id, len(request.prompt_ids)
+        with self._lock:
+            if self._refusal:
+                raise ConfigError(f"request {name!r} was submitted {self._refusal}")
+            if name in self._open:
+                raise ConfigError(f"a request {name!r} is being served; give each its own request_id")
+            self._check_queue(size)
+            self._open[name] = state
+            self._waiting, self._waiting_tokens = self._waiting + 1, self._waiting_tokens + size
+            self._inbox.put(state)
         self._wake.set()
 
     def cancel(self, request_id: str) -> None:
@@ -112,10 +123,22 @@ class Engine:
         self._inbox.put(None)
         self._wake.set()
 
+    def drain(self, timeout_s: float) -> None:
+        """Accept no more requests and end: those that run or wait have so many seconds left, then are cancelled."""
+        with self._lock:
+            self._refusal = "while the engine is shutting down; send it to another one"
+            self._stop_s = min(self._stop_s, time.perf_counter() + timeout_s)
+        self.close()
+
     def stop(self) -> None:
         """End after the current operation; unfinished requests are cancelled."""
-        self._stopping = True
+        with self._lock:
+            self._stop_s = 0.0
         self._wake.set()
+
+    def stats(self) -> EngineStats:
+        """What the engine was doing in its last operation."""
+        return self._stats
 
     # --- running ------------------------------------------------------------------------------------------------
 
@@ -123,21 +146,19 @@ class Engine:
         """Serve until `close` and the last request, or `stop`.
 
         Args:
-            sink: called in this thread with every output as soon as it exists.
+            sink: called in this thread with all new outputs, at most once per operation.
 
         Raises:
-            TransportError: a rank has ended.
+            TransportError: a rank has ended. As before any exception, every unfinished request gets an error output.
         """
         self._sink = sink
-        operate(self._stage, self._transport, self)
+        try:
+            operate(self._stage, self._transport, self)
+        except Exception as error:
+            self._end_all(FinishReason.ERROR, str(error))
+            raise
         self.host_work()
-        with self._served_lock:
-            self._ended = True
-        self._take_inbox()
-        for accepted in (*self._running.values(), *self._waiting):
-            accepted.finish = accepted.finish or FinishReason.CANCELLED
-            self._report(accepted)
-        self._waiting.clear()
+        self._end_all(FinishReason.CANCELLED)
 
     def generate(self, requests: Iterable[Request]) -> list[RequestOutput]:
         """Serve these requests and close. Returns the complete output of each, in the same order."""
@@ -148,56 +169,40 @@ class Engine:
         for request in requests:
             self.submit(request)
         self.close()
-        self.run(lambda output: outputs[output.request_id].append(output))
+
+        def collect(new: Sequence[RequestOutput]) -> None:
+            for output in new:
+                outputs[output.request_id].append(output)
+
+        self.run(collect)
         return [join_outputs(parts) for parts in outputs.values()]
 
     # --- called by `operate` ------------------------------------------------------------------------------------
 
     def decide(self) -> Control:
         """Decide the operation after the one that is about to run."""
+        now_s = time.perf_counter()
         self._take_inbox()
-        retired = tuple(slot for slot, each in self._running.items() if each.finish or each.scheduled >= each.allowed)
-        for slot in retired:
-            del self._running[slot]
-        if self._stopping:
-            return Control(Operation.STOP, retired=retired)
-        free = [slot for slot in range(self._stage.limits.num_slots) if slot not in self._running]
-        if self._waiting and free:
-            slot, admitted = free[0], self._waiting.popleft()
-            request = admitted.request
-            if self._tokenizer is not None:
-                admitted.text = TextStream(self._tokenizer.decode, request.prompt_ids, request.params.stop)
-            admitted.allowed, admitted.scheduled = allowed_new_tokens(request, self._stage.limits.max_context), 1
-            self._running[slot] = admitted
-            self._planned.append({slot: admitted})
-            return Control(Operation.ADMIT, slot, retired)
-        if self._running:
-            for running in self._running.values():
-                running.scheduled += 1
-            self._planned.append(dict(self._running))
-            return Control(Operation.STEP, retired=retired)
-        return Control(Operation.STOP if self._closed else Operation.REST, retired=retired)
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            self._end(heapq.heappop(self._deadlines)[2], FinishReason.TIMEOUT)
+        control = self._scheduler.decide(stopping=now_s >= self._stop_s, closed=self._closed)
+        for running in self._scheduler.running.values():
+            if running.is_queued:
+                self._leave_queue(running)
+                self._prompt_tokens += len(running.request.prompt_ids)
+        self._operations, self._last_operation_s = self._operations + 1, now_s
+        return control
 
     def admission(self, slot: int) -> Request:
         """Return the request of the ADMIT that is about to run."""
-        return self._planned[0][slot].request
+        return self._scheduler.admission(slot)
 
     def took(self, control: Control, choice: Choice) -> None:
         """Process the tokens of an operation. Text is decoded while later stages compute the next one."""
-        rows = self._planned.popleft()
-        choice = self._stage.on_host(choice)
-        tokens = choice.tokens.tolist()
-        logprobs = None if choice.logprobs is None else choice.logprobs.tolist()
-        margins = None if choice.margins is None else choice.margins.tolist()
-        now = time.perf_counter()
         admitted = control.operation is Operation.ADMIT
+        rows = self._scheduler.taken()
+        self._take({0 if admitted else slot: running for slot, running in rows.items()}, choice)
         self.steps += not admitted
-        for slot, running in rows.items():
-            if running.finish is None:
-                row = 0 if admitted else slot
-                if margins is not None:
-                    self.smallest_margin = min(self.smallest_margin, margins[row])
-                self._take_token(running, tokens[row], None if logprobs is None else logprobs[row], now)
         if admitted or self._stage.topology.num_stages == 1:
             self.host_work()
 
@@ -207,7 +212,60 @@ class Engine:
         self._wake.wait(self._heartbeat_s)
         self._wake.clear()
 
+    def host_work(self) -> None:
+        """Report new tokens and text, while later stages compute."""
+        unreported, self._unreported = self._unreported, {}
+        outputs = [state.output() for state in unreported if not state.is_reported]
+        self._generation_tokens += sum(len(output.token_ids) for output in outputs)
+        with self._lock:
+            for output in outputs:
+                if output.finish_reason is not None:
+                    del self._open[output.request_id]
+        self._stats = self._snapshot()
+        if outputs:
+            self._sink(outputs)
+
     # --- inside -------------------------------------------------------------------------------------------------
+
+    def _checked(self, request: Request) -> Request:
+        """A request that can be served, with the tokens that end every text among its stop ids: all ranks need them."""
+        params, limits = request.params, self._stage.limits
+        ends = () if params.ignore_end_of_document else self._end_tokens.difference(params.stop_token_ids)
+        if ends:
+            request = replace(request, params=replace(params, stop_token_ids=(*params.stop_token_ids, *sorted(ends))))
+        check_request(request, vocab_size=self._stage.model.vocab_size, max_context=limits.max_context)
+        if params.stop and self._tokenizer is None:
+            raise ConfigError(f"request {request.request_id!r} has stop strings, but the engine has no tokenizer")
+        return request
+
+    def _text_stream(self, request: Request) -> TextStream | None:
+        if self._tokenizer is None:
+            return None
+        params, decode = request.params, self._tokenizer.decode
+        return TextStream(
+            decode if params.skip_special_tokens else partial(decode, skip_special_tokens=False),
+            request.prompt_ids,
+            params.stop,
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+        )
+
+    def _check_queue(self, size: int) -> None:
+        most, most_tokens = self._max_waiting, self._max_waiting_tokens
+        full = most is not None and self._waiting >= most
+        if full or (self._waiting and most_tokens is not None and self._waiting_tokens + size > most_tokens):
+            raise QueueFullError(
+                f"{self._waiting} requests with {self._waiting_tokens} prompt tokens are waiting, at most {most} with "
+                f"{most_tokens} may wait; try again later"
+            )
+
+    def _leave_queue(self, state: RequestState) -> None:
+        state.is_queued = False
+        with self._lock:
+            self._waiting, self._waiting_tokens = (
+                self._waiting - 1,
+                self._waiting_tokens - len(state.request.prompt_ids),
+            )
 
     def _take_inbox(self) -> None:
         while not self._inbox.empty():
@@ -215,89 +273,64 @@ class Engine:
             if entry is None:
                 self._closed = True
             elif isinstance(entry, str):
-                self._drop(entry)
+                for state in self._scheduler.entries():
+                    if state.request.request_id == entry:
+                        self._end(state, FinishReason.CANCELLED)
             else:
-                self._take_request(entry)
+                self._scheduler.waiting.append(entry)
+                if entry.deadline_s is not None:
+                    heapq.heappush(self._deadlines, (entry.deadline_s, next(self._numbers), entry))
 
-    def _take_request(self, accepted: _Accepted) -> None:
-        request, limits = accepted.request, self._stage.limits
-        try:
-            check_request(request, vocab_size=self._stage.model.vocab_size, max_context=limits.max_context)
-            if request.params.stop and self._tokenizer is None:
-                raise ConfigError(f"request {request.request_id!r} has stop strings, but the engine has no tokenizer")
-        except ConfigError as error:
-            reason = FinishReason.ERROR
-            self._give_out(RequestOutput(request.request_id, finish_reason=reason, error=str(error)))
-        else:
-            self._waiting.append(accepted)
+    def _end(self, state: RequestState, finish: FinishReason, error: str | None = None) -> None:
+        """End a waiting or running request early."""
+        state.end(finish, error)
+        self._unreported[state] = None
+        if state.is_queued:
+            self._leave_queue(state)
+            self._scheduler.drop_ended()
 
-    def _give_out(self, output: RequestOutput) -> None:
-        if output.finish_reason is not None:
-            with self._served_lock:
-                self._served.discard(output.request_id)
-        self._sink(output)
+    def _end_all(self, finish: FinishReason, error: str | None = None) -> None:
+        """End the engine and every request that is open."""
+        with self._lock:
+            self._refusal = "after the engine ended; build a new engine"
+            unfinished = list(self._open.values())
+        for state in unfinished:
+            self._end(state, finish, error)
+        self.host_work()
 
-    def _drop(self, request_id: str) -> None:
-        """Cancel a waiting or running request."""
-        for accepted in (*self._running.values(), *self._waiting):
-            if accepted.request.request_id == request_id and accepted.finish is None:
-                accepted.finish = FinishReason.CANCELLED
-                self._unreported.append(accepted)
-        self._waiting = deque(each for each in self._waiting if each.finish is None)
+    def _take(self, rows: Mapping[int, RequestState], choice: Choice) -> None:
+        """Give each request its token of a choice.
 
-    def _take_token(self, running: _Accepted, token: int, logprobs: Sequence[float] | None, now: float) -> None:
-        params = running.request.params
-        running.received += 1
-        if running.first_token_s is None:
-            running.first_token_s = now - running.submitted_s
-        running.fresh.append((token, _token_logprobs(params, token, logprobs)))
-        if token in params.stop_token_ids or (token in self._end_tokens and not params.ignore_end_of_document):
-            running.finish = FinishReason.STOP
-        elif running.received == running.allowed:
-            running.finish = FinishReason.LENGTH
-        if running not in self._unreported:
-            self._unreported.append(running)
+        Args:
+            rows: requests by their row in the choice.
+        """
+        choice = self._stage.on_host(choice)
+        tokens = choice.tokens.tolist()
+        logprobs = None if choice.logprobs is None else choice.logprobs.tolist()
+        margins = None if choice.margins is None else choice.margins.tolist()
+        now_s = time.perf_counter()
+        for row, state in rows.items():
+            if state.finish is None:
+                if margins is not None:
+                    self.smallest_margin = min(self.smallest_margin, margins[row])
+                state.take_token(tokens[row], None if logprobs is None else logprobs[row], now_s)
+                self._unreported[state] = None
 
-    def host_work(self) -> None:
-        """Report new tokens and text, while later stages compute."""
-        unreported, self._unreported = self._unreported, []
-        for running in unreported:
-            self._report(running)
-
-    def _report(self, running: _Accepted) -> None:
-        """Give the new tokens and text of a request to the sink."""
-        if running.reported:
-            return
-        fresh, running.fresh = running.fresh, []
-        text = ""
-        if running.text is not None:
-            for index, (token, _) in enumerate(fresh):
-                # A stop token adds no text.
-                if running.finish is FinishReason.STOP and index == len(fresh) - 1:
-                    break
-                text += running.text.push(token)
-                if running.text.stopped:
-                    running.finish = FinishReason.STOP
-                    fresh = fresh[: index + 1]
-                    break
-            if running.finish is not None and not running.text.stopped:
-                text += running.text.finish()
-        running.reported = running.finish is not None
-        self._give_out(
-            RequestOutput(
-                running.request.request_id,
-                token_ids=tuple(token for token, _ in fresh),
-                text=text,
-                logprobs=tuple(entry for _, entry in fresh if entry is not None),
-                finish_reason=running.finish,
-                time_to_first_token_s=running.first_token_s,
-            )
+    def _snapshot(self) -> EngineStats:
+        scheduler, slots = self._scheduler, self._scheduler.slots()
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=self._waiting,
+            waiting_tokens=self._waiting_tokens,
+            steps=self.steps,
+            operations=self._operations,
+            last_operation_s=self._last_operation_s,
+            slots=slots,
+            positions_used=sum(slot.position for slot in slots),
+            prompt_tokens_total=self._prompt_tokens,
+            generation_tokens_total=self._generation_tokens,
+            prefix_queries_total=scheduler.prefix_queries,
+            prefix_hits_total=scheduler.prefix_hits,
+            step_s=scheduler.step_s,
+            stages=scheduler.stages,
         )
-
-
-def _token_logprobs(params: SamplingParams, token: int, values: Sequence[float] | None) -> TokenLogprobs | None:
-    if params.logprobs is None or values is None:
-        return None
-    count = (len(values) - 1) // 2
-    ids, likeliest = values[1 : 1 + params.logprobs], values[1 + count : 1 + count + params.logprobs]
-    return TokenLogprobs(token, values[0], tuple((int(i), value) for i, value in zip(ids, likeliest, strict=True)))

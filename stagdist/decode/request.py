@@ -292,5 +292,8 @@ def _check_ids(name: str, where: str, ids: Sequence[Any], vocab_size: int) -> No
 
 
 def allowed_new_tokens(request: Request, max_context: int) -> int:
-    """Tokens that a request may generate: the last one is never fed back, so it needs no place in the context."""
-    return min(request.params.max_new_tokens, max_context - len(request.prompt_ids) + 1)
+    """Tokens that the engine generates for a request at most: one, which nobody sees, if only its prompt is scored.
+
+    The last one is never fed back, so it needs no place in the context.
+    """
+    return min(max(1, request.params.max_new_tokens), max_context - len(request.prompt_ids) + 1)

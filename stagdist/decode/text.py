@@ -21,16 +21,27 @@ class TextStream:
 
     Args:
         prompt_ids: tokens before the generated ones.
-        stop: stop strings; the text ends before the first complete one. Of several, the earliest start counts.
+        stop: stop strings; the text ends before the first complete one. Of several, the earliest start counts, and of
+            those the shortest.
+        include_stop: the text ends after the stop string.
+        min_tokens: the text of so many first tokens is not searched.
 
     Attributes:
-        stopped: a stop string was found; all later calls return "".
+        stopped_by: the stop string that was found; all later calls return "".
     """
 
-    def __init__(self, decode: Decode, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self.stopped = False
+    def __init__(
+        self,
+        decode: Decode,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
+        self.stopped_by: str | None = None
         self._decode = decode
-        self._stop = tuple(stop)
+        self._stop, self._include_stop, self._unsearched = tuple(stop), include_stop, min_tokens
         self._unsure = ""  # may begin a stop string
         self._window = self._context(list(prompt_ids[-_MAX_CONTEXT:]))
         self._shown = len(decode(self._window))  # characters of the window's text that were returned
@@ -38,8 +49,9 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Add a token and return the text that is now final, possibly empty."""
-        if self.stopped:
+        if self.stopped_by is not None:
             return ""
+        self._unsearched -= 1
         self._window.append(token_id)
         text = self._decode(self._window)
         broken = len(text) - len(text.rstrip(_REPLACEMENT))
@@ -53,7 +65,7 @@ class TextStream:
 
     def finish(self) -> str:
         """Return the text that was held back, without an incomplete last character."""
-        if self.stopped:
+        if self.stopped_by is not None:
             return ""
         text = self._decode(self._window)
         new, self._shown = text[self._shown :].removesuffix(_REPLACEMENT), len(text)
@@ -82,11 +94,13 @@ class TextStream:
 
     def _check_stop(self, new: str, *, last: bool) -> str:
         """Return the text before a stop string, or before what may become one."""
+        if self._unsearched >= 0:
+            return new
         text, self._unsure = self._unsure + new, ""
-        found = [place for place in map(text.find, self._stop) if place >= 0]
+        found = [(place, len(stop), stop) for stop in self._stop if (place := text.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            return text[: min(found)]
+            place, size, self.stopped_by = min(found)
+            return text[: place + size * self._include_stop]
         if last or not text:
             return text
         held = max((_overlap(text, stop) for stop in self._stop), default=0)

@@ -13,6 +13,10 @@ PLAIN_TEMPLATE = "plain"
 """`chat_template` that names speakers in the text, for base models: `User: ...`, `Assistant: ...`."""
 
 
+KEYS_VARIABLE = "STAGDIST_API_KEYS"
+"""Variable with API keys, separated by commas."""
+
+
 class ServerSettings(BaseModel):
     """What the HTTP process is started with.
 

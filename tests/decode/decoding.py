@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,10 +184,11 @@ class Outbox:
         self._changed = threading.Condition()
         self._outputs: dict[str, list[RequestOutput]] = {}
 
-    def __call__(self, output: RequestOutput) -> None:
+    def __call__(self, outputs: Sequence[RequestOutput]) -> None:
         """The engine's sink."""
         with self._changed:
-            self._outputs.setdefault(output.request_id, []).append(output)
+            for output in outputs:
+                self._outputs.setdefault(output.request_id, []).append(output)
             self._changed.notify_all()
 
     def wait_for(self, request_id: str, num_tokens: int | None = None) -> RequestOutput | None:

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stagdist.config.parts import ModelConfig
-from stagdist.decode.frontend.generate import _show_captures
+from stagdist.decode.frontend.deployment import show_captures
 from stagdist.decode.layers.weights import Device
 from stagdist.decode.request import Request, RequestOutput, SamplingParams
 from stagdist.decode.runtime import graphs
@@ -78,8 +78,9 @@ def serve_in_two_waves(case: Case) -> dict[str, list[int]]:
         if not waves:
             engine.close()
 
-    def take(output: RequestOutput) -> None:
-        tokens.setdefault(output.request_id, []).extend(output.token_ids)
+    def take(outputs: Sequence[RequestOutput]) -> None:
+        for output in outputs:
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
         if waves and len(tokens["long"]) == 10:
             next_wave()
 
@@ -206,11 +207,11 @@ def test_all_captures_share_one_stream_and_one_pool_and_follow_warm_up_runs_on_t
 
 def test_captures_are_shown_as_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for done in (1, 2):
-        _show_captures(done, 2)
+        show_captures(done, 2)
     assert capsys.readouterr().err == "captured 2 of 2 CUDA graphs\n"
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     for done in (1, 2):
-        _show_captures(done, 2)
+        show_captures(done, 2)
     assert capsys.readouterr().err == "\rcaptured 1 of 2 CUDA graphs\rcaptured 2 of 2 CUDA graphs\n"
 
 

@@ -1,7 +1,7 @@
 """Requests come at any moment, from any thread, end for many reasons, and fail one by one."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -84,9 +84,8 @@ def test_a_stop_string_that_only_begins_is_shown_in_the_end(greedy_tokens: tuple
 
 
 def test_stop_strings_without_a_tokenizer_are_refused() -> None:
-    refused, fine = served([with_params(GREEDY, "refused", stop=("A",)), GREEDY])
-    assert refused.finish_reason is FinishReason.ERROR and "no tokenizer" in (refused.error or "")
-    assert fine.finish_reason is FinishReason.LENGTH
+    with pytest.raises(ConfigError, match="'refused' has stop strings, but the engine has no tokenizer"):
+        engine().submit(with_params(GREEDY, "refused", stop=("A",)))
 
 
 def test_text_comes_while_it_is_made(greedy_tokens: tuple[int, ...]) -> None:
@@ -94,7 +93,7 @@ def test_text_comes_while_it_is_made(greedy_tokens: tuple[int, ...]) -> None:
     streaming = engine(letters=True)
     streaming.submit(GREEDY)
     streaming.close()
-    streaming.run(outputs.append)
+    streaming.run(outputs.extend)
     assert [output.text for output in outputs] == list(Letters().decode(greedy_tokens[:9]))
     assert [output.finish_reason for output in outputs] == [None] * 8 + [FinishReason.LENGTH]
 
@@ -111,18 +110,17 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
 }
 
 
-def test_a_bad_request_gets_an_error_and_the_others_go_on(greedy_tokens: tuple[int, ...]) -> None:
-    bad = [Request(name, ids, SamplingParams(temperature=0.0, **params)) for name, (ids, params, _) in BAD.items()]
-    copies = [with_params(GREEDY, f"good {place}") for place in range(len(bad))]
-    mixed = [each for pair in zip(bad, copies, strict=True) for each in pair]
-    completions = {done.request_id: done for done in served(mixed)}
-    for name, (_, _, complaint) in BAD.items():
-        done = completions[name]
-        assert done.finish_reason is FinishReason.ERROR and done.token_ids == ()
-        assert complaint in (done.error or "") and repr(name) in (done.error or "")
-    for copy in copies:
-        done = completions[copy.request_id]
-        assert (done.token_ids, done.error) == (greedy_tokens[:9], None)
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_request_is_refused_and_leaves_nothing_behind(greedy_tokens: tuple[int, ...], name: str) -> None:
+    ids, params, complaint = BAD[name]
+    busy, outbox = engine(), Outbox()
+    with pytest.raises(ConfigError) as refused:
+        busy.submit(Request(name, ids, SamplingParams(temperature=0.0, **params)))
+    assert complaint in str(refused.value) and repr(name) in str(refused.value)
+    busy.submit(with_params(GREEDY, name))  # its name is free
+    busy.close()
+    busy.run(outbox)
+    assert outbox.completions[name].token_ids == greedy_tokens[:9]
 
 
 def test_a_name_is_served_once_at_a_time(greedy_tokens: tuple[int, ...]) -> None:
@@ -132,9 +130,9 @@ def test_a_name_is_served_once_at_a_time(greedy_tokens: tuple[int, ...]) -> None
     with pytest.raises(ConfigError, match="'greedy' is being served"):
         busy.submit(with_params(GREEDY, max_new_tokens=2))
 
-    def again(output: RequestOutput) -> None:
-        outputs.append(output)
-        if output.finish_reason is not None and len(outputs) == 9:
+    def again(new: Sequence[RequestOutput]) -> None:
+        outputs.extend(new)
+        if outputs[-1].finish_reason is not None and len(outputs) == 9:
             busy.submit(GREEDY)  # its name is free now
             busy.close()
 
@@ -154,9 +152,10 @@ def run_with(requests: list[Request], act: Callable[[Engine, RequestOutput], Non
         running.submit(each)
     running.close()
 
-    def sink(output: RequestOutput) -> None:
-        outbox(output)
-        act(running, output)
+    def sink(outputs: Sequence[RequestOutput]) -> None:
+        outbox(outputs)
+        for output in outputs:
+            act(running, output)
 
     running.run(sink)
     return outbox.completions
@@ -246,7 +245,7 @@ def test_many_threads_are_served_by_an_engine_that_was_idle(greedy_tokens: tuple
 
 def idle_case() -> Case:
     """Single requests with pauses; hand-offs are brought to rest between them."""
-    requests = [*REQUESTS[:5], request("again", 6, 9), Request("bad", ()), request("last", 13, 3)]
+    requests = [*REQUESTS[:5], request("again", 6, 9), request("last", 13, 3)]
     return replace(arrangement("stagger 2", requests, 2), letters=True)
 
 
@@ -255,8 +254,7 @@ def test_an_idle_engine_rests_and_serves_what_comes_later() -> None:
     case = idle_case()
     ranks = run_ranks("tests.decode.decoding:serve_with_pauses", 2, case)
     assert ranks[0].rests == ranks[1].rests > 4 * len(case.requests), "the ranks rested together, many times"
-    good = [each for each in case.requests if each.prompt_ids]
-    for each in good:
+    for each in case.requests:
         (expected,) = run_cases([replace(case, requests=[each])])[0].completions
         done = ranks[0].completions[each.request_id]
         assert (done.token_ids, done.text, done.finish_reason) == (
@@ -264,9 +262,8 @@ def test_an_idle_engine_rests_and_serves_what_comes_later() -> None:
             expected.text,
             expected.finish_reason,
         )
-    assert ranks[0].completions["bad"].finish_reason is FinishReason.ERROR
     assert ranks[0].completions["greedy"].token_ids == ranks[0].completions["again"].token_ids
-    assert prompt(6, seed=7) == good[0].prompt_ids
+    assert prompt(6, seed=7) == case.requests[0].prompt_ids
 
 
 def test_a_request_after_the_end_is_refused() -> None:

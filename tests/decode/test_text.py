@@ -90,18 +90,19 @@ def test_the_text_ends_before_the_first_stop_string(tokenizer: Tokenizer, seed: 
     ids = tokenizer.encode("".join(rng.choices(letters, k=60)))
     stream = TextStream(tokenizer.decode, ids[:3], stop)
     found, taken = "", 3
-    while not stream.stopped and taken < len(ids):
+    while stream.stopped_by is None and taken < len(ids):
         found += stream.push(ids[taken])
         taken += 1
         assert first_stop(found, stop) is None
     found += stream.finish()
     whole = without_broken_end(tokenizer.decode(ids[:taken])[len(tokenizer.decode(ids[:3])) :])
     place = first_stop(whole, stop)
-    assert stream.stopped == (place is not None)
+    assert (stream.stopped_by is not None) == (place is not None)
     assert found == whole[:place]
     before = without_broken_end(tokenizer.decode(ids[: taken - 1])[len(tokenizer.decode(ids[:3])) :])
     assert first_stop(before, stop) is None  # it stopped as early as it could
-    if stream.stopped:
+    if stream.stopped_by is not None:
+        assert whole[place:].startswith(stream.stopped_by)
         assert (stream.push(ids[0]), stream.finish()) == ("", "")
 
 
@@ -147,12 +148,12 @@ def test_end_of_document_shows_nothing() -> None:
 def test_a_stop_string_that_may_have_begun_is_held_back_until_it_is_certain() -> None:
     stream = TextStream(byte_tokenizer().decode, [], ["<end>", "<e!"])
     assert [stream.push(byte) for byte in b"x<e<end"] == ["x", "", "", "<e", "", "", ""]
-    assert (stream.push(ord(">")), stream.stopped, stream.finish()) == ("", True, "")
+    assert (stream.push(ord(">")), stream.stopped_by, stream.finish()) == ("", "<end>", "")
     stream = TextStream(byte_tokenizer().decode, [], ["<end>", "<e!"])
-    assert ([stream.push(byte) for byte in b"x<en"], stream.finish(), stream.stopped) == (
+    assert ([stream.push(byte) for byte in b"x<en"], stream.finish(), stream.stopped_by) == (
         ["x", "", "", ""],
         "<en",
-        False,
+        None,
     )
 
 
@@ -165,13 +166,38 @@ def test_of_several_stop_strings_in_one_token_the_first_in_the_text_counts() -> 
 
     for stop in ([";", ","], [",", ";"]):
         stream = TextStream(Words().decode, [1], stop)
-        assert (stream.push(0), stream.stopped, stream.finish()) == ("one", True, "")
+        assert (stream.push(0), stream.stopped_by, stream.finish()) == ("one", ",", "")
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_an_included_stop_string_is_the_end_of_the_text(tokenizer: Tokenizer, seed: int) -> None:
+    rng = random.Random(seed)
+    letters = rng.choice(["ab", "abc", "a日", "aé "])
+    stop = ["".join(rng.choices(letters, k=rng.randrange(2, 6))) for _ in range(2)]
+    ids = tokenizer.encode("".join(rng.choices(letters, k=60)))
+    plain, included = TextStream(tokenizer.decode, [], stop), TextStream(tokenizer.decode, [], stop, include_stop=True)
+    text, longer = "".join(pieces_of(plain, ids)), "".join(pieces_of(included, ids))
+    assert included.stopped_by == plain.stopped_by
+    assert longer == text + (plain.stopped_by or "")
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "text"), [(0, "a"), (1, "a"), (2, "a;b"), (3, "a;b"), (4, "a;b;c"), (9, "a;b;c")]
+)
+def test_the_text_of_the_first_tokens_is_not_searched(min_tokens: int, text: str) -> None:
+    stream = TextStream(byte_tokenizer().decode, [], [";"], min_tokens=min_tokens)
+    assert "".join(pieces_of(stream, list(b"a;b;c"))) == text
+
+
+def test_of_stop_strings_that_begin_together_the_shortest_ends_the_text() -> None:
+    stream = TextStream(lambda ids: "".join("ab;;c"[: 5 * len(list(ids))]), [], [";;", ";"], include_stop=True)
+    assert (stream.push(0), stream.stopped_by) == ("ab;", ";")
 
 
 def test_a_stop_string_does_not_begin_in_the_prompt() -> None:
     stream = TextStream(byte_tokenizer().decode, list(b"a\n"), ["\n\n"])
     assert "".join(pieces_of(stream, list(b"\nb"))) == "\nb"
-    assert not stream.stopped
+    assert stream.stopped_by is None
 
 
 def test_sentencepiece_keeps_the_blanks_between_tokens() -> None:

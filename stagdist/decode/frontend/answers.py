@@ -4,7 +4,7 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -93,26 +93,12 @@ class Answers:
             self.taken += 1
             self._fail(prompt, error)
 
-    def take(self, output: RequestOutput) -> None:
-        """Process an output of the engine."""
+    def take(self, outputs: Sequence[RequestOutput]) -> None:
+        """Process outputs of the engine. One with an error comes before the engine raises it, and `end` counts it."""
         with self._lock:
-            answer = self._answers[output.request_id]
-            self._measure(answer, output)
-            answer.finish = output.finish_reason
-            self._cut_off += answer.finish is FinishReason.CANCELLED
-            if answer.finish is FinishReason.ERROR:
-                self._fail(answer.prompt, output.error)
-            if self._as_json:
-                answer.outputs.append(output)
-                if answer.finish is not None:
-                    del self._answers[output.request_id]
-                    if answer.finish is not FinishReason.ERROR:
-                        self._write_json(answer)
-                return
-            if answer.num_tokens == len(output.token_ids) > 0:
-                answer.unseen.append(self._echo(answer))
-            answer.unseen.append(output.text)
-            self._show_text()
+            for output in outputs:
+                if output.finish_reason is not FinishReason.ERROR:
+                    self._take(self._answers[output.request_id], output)
 
     def summary(self) -> str:
         """Return statistics of all requests so far, in one line."""
@@ -130,6 +116,21 @@ class Answers:
             return "; ".join(parts)
 
     # --- inside, with the lock ----------------------------------------------------------------------------------
+
+    def _take(self, answer: _Answer, output: RequestOutput) -> None:
+        self._measure(answer, output)
+        answer.finish = output.finish_reason
+        self._cut_off += answer.finish is FinishReason.CANCELLED
+        if self._as_json:
+            answer.outputs.append(output)
+            if answer.finish is not None:
+                del self._answers[output.request_id]
+                self._write_json(answer)
+            return
+        if answer.num_tokens == len(output.token_ids) > 0:
+            answer.unseen.append(self._echo(answer))
+        answer.unseen.append(output.text)
+        self._show_text()
 
     def _measure(self, answer: _Answer, output: RequestOutput) -> None:
         now_s, before = time.perf_counter(), answer.num_tokens
@@ -183,11 +184,14 @@ class Answers:
             "prompt_tokens": len(request.prompt_ids),
             "prompt_token_ids": request.prompt_ids,
             "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
             "seed": request.params.seed,
             "time_to_first_token_s": output.time_to_first_token_s,
         }
         if request.params.logprobs is not None:
             body["logprobs"] = [_logprobs(entry) for entry in output.logprobs]
+        if output.prompt_logprobs is not None:
+            body["prompt_logprobs"] = [entry and _logprobs(entry) for entry in output.prompt_logprobs]
         self._write(json.dumps(body, ensure_ascii=False) + "\n")
 
     def _write(self, text: str) -> None:

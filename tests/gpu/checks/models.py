@@ -4,7 +4,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -97,7 +97,8 @@ class Decoder:
         params = SamplingParams(max_new_tokens=new_tokens, temperature=temperature, ignore_end_of_document=True)
         decoded, times = Decoded(), []
 
-        def take(output: RequestOutput) -> None:
+        def take(outputs: Sequence[RequestOutput]) -> None:
+            (output,) = outputs
             assert output.error is None, output.error
             decoded.tokens += output.token_ids
             times.extend([time.perf_counter()] * bool(output.token_ids))
