@@ -174,8 +174,9 @@ class Conversation:
             for chunk in chunks:
                 usage = chunk.get("usage") or usage
                 for choice in chunk["choices"]:
-                    times.append(time.perf_counter())
-                    pieces.append(choice.get("text") or choice.get("delta", {}).get("content") or "")
+                    if "role" not in (delta := choice.get("delta", {})):  # which comes in a chunk of its own
+                        times.append(time.perf_counter())
+                    pieces.append(choice.get("text") or delta.get("content") or "")
                     sys.stdout.write(printable(pieces[-1]))
                     sys.stdout.flush()
         except KeyboardInterrupt:

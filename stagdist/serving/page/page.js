@@ -119,7 +119,7 @@ async function stream(path, body, turn, result) {
     const piece = choice.text ?? choice.delta?.content ?? "";
     result.finish = choice.finish_reason ?? result.finish;
     result.first ??= performance.now();
-    result.tokens += 1;
+    result.tokens += choice.delta?.role ? 0 : 1;   // the role comes in a chunk of its own
     result.content += piece;
     append(turn, piece);
     if (piece) timeline.token(piece);
