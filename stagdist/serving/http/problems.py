@@ -78,6 +78,8 @@ def problem_of_params(message: str) -> ProblemError:
     name = next((name for name in message.split(maxsplit=1)[:1] if name in _SAMPLING_FIELDS), None)
     if name in WIRE_NAMES:
         message = message.replace(name, WIRE_NAMES[name])
+    if message.startswith("the prompt "):
+        name = "prompt"
     return ProblemError(400, message, param=WIRE_NAMES.get(name or "", name))
 
 

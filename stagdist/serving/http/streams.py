@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -57,7 +58,7 @@ class EventStream(Response):
         events: pieces of the stream; what is left is closed when the client goes.
     """
 
-    def __init__(self, events: AsyncIterator[bytes]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__(headers=EVENT_HEADERS, media_type="text/event-stream")
         del self.headers["content-length"]
         self._events = events
@@ -73,8 +74,9 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_events(self, send: Send) -> None:
-        async for piece in self._events:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        async with aclosing(self._events) as events:
+            async for piece in events:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
 
 
 async def complete_answer(prepared: PreparedRequest, generation: Generation) -> bytes:
@@ -100,7 +102,7 @@ async def complete_answer(prepared: PreparedRequest, generation: Generation) -> 
     return await asyncio.to_thread(write) if large else write()
 
 
-async def answer_events(prepared: PreparedRequest, generation: Generation) -> AsyncIterator[bytes]:
+async def answer_events(prepared: PreparedRequest, generation: Generation) -> AsyncGenerator[bytes, None]:
     """Chunks of a request as server-sent events; an error after the head is an event too."""
     options = prepared.fields.stream_options
     with_usage = bool(options and options.include_usage)
