@@ -9,7 +9,7 @@ from typing import Any
 from stagdist.decode.engine import Engine
 from stagdist.decode.engine_stats import EngineStats
 from stagdist.decode.request import FinishReason, Request, RequestOutput, RequestTimes, SamplingParams, TokenLogprobs
-from stagdist.errors import ConfigError, QueueFullError, StagdistError, TransportError
+from stagdist.errors import ConfigError, QueueFullError, StagdistError
 from stagdist.serving.http_child import HttpProcess, HttpProcessError
 from stagdist.serving.protocol import Output, Rejected, ScoredToken, Stats, Times, pack
 
@@ -91,8 +91,8 @@ class EngineBridge:
                     case "stop":
                         raise ConfigError(message.get("reason") or "the HTTP process was asked to end")
             raise HttpProcessError("the HTTP process has ended")
-        except (StagdistError, TransportError) as error:
-            self._lose(error)
+        except Exception as error:  # the engine must not outlive the thread that brings its requests
+            self._lose(error if isinstance(error, StagdistError) else HttpProcessError(f"a message failed: {error!r}"))
 
     def _lose(self, error: StagdistError) -> None:
         if not self._ended.is_set():
@@ -104,7 +104,7 @@ class EngineBridge:
         # The lock keeps the first output, which the engine's thread sends, behind the acceptance.
         with self._http.lock:
             try:
-                request = Request(name, message["prompt"], SamplingParams(**message["params"]))
+                request = Request(name, tuple(message["prompt"]), SamplingParams(**message["params"]))
                 self._engine.submit(request, deadline_s=message["deadline_s"])
             except (ConfigError, QueueFullError) as error:
                 code = "queue_full" if isinstance(error, QueueFullError) else "invalid"

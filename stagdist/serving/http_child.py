@@ -26,6 +26,9 @@ START_S = 60.0
 WELCOME_S = 5.0
 """Limit for the first message of a process that listens."""
 
+LEAVING_S = 2.0
+"""Time in which a process that is about to end stops to listen."""
+
 FAREWELL_S = 5.0
 """Limit for the HTTP process to send the ends of its answers."""
 
@@ -75,14 +78,15 @@ class HttpProcess:
                 says = self._child.stdout.read().decode(errors="replace").strip()
                 kind = ConfigError if code == 2 else HttpProcessError
                 raise kind(says or f"the HTTP process ended with code {code} while it started")
-            if (found := _connected(self._settings.engine_socket)) is not None:
-                self._socket = found
-                if self._welcome() is None:
-                    raise HttpProcessError(f"the HTTP process did not answer within {WELCOME_S:g} s")
-            elif time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise HttpProcessError(f"the HTTP process did not start within {START_S:g} s")
-            else:
-                time.sleep(_POLL_S)
+            self._socket = _connected(self._settings.engine_socket)
+            try:
+                if self._socket is None or self._welcome() is None:  # or the one before, which is about to end
+                    self._socket = None
+                    time.sleep(_POLL_S)
+            except TimeoutError:
+                raise HttpProcessError(f"the HTTP process did not answer within {WELCOME_S:g} s") from None
         # A process that takes no messages keeps rank 0 waiting for a limited time. Receiving has no limit.
         limit = struct.pack("ll", int(SEND_S), 0)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
@@ -155,38 +159,41 @@ class HttpProcess:
 
     def _find(self) -> socket.socket | None:
         """A connection to a living process with these settings; others have ended afterwards."""
-        self._socket = _connected(self._settings.engine_socket)
-        if self._socket is None:
-            return None
-        welcome = self._welcome()
-        if welcome is not None and self._settings.supervised and welcome["settings"] == self._settings.fingerprint():
-            return self._socket
-        self._end()
+        deadline = time.monotonic() + LEAVING_S
+        while (self._socket := _connected(self._settings.engine_socket)) is not None:
+            try:
+                welcome = self._welcome()
+            except TimeoutError:
+                self._end()
+                return None
+            if welcome is None:
+                if time.monotonic() > deadline:
+                    port = self._settings.port
+                    raise ConfigError(f"--port {port} belongs to a running server; stop it, or give another port")
+                time.sleep(_POLL_S)
+            elif self._settings.supervised and welcome["settings"] == self._settings.fingerprint():
+                return self._socket
+            else:
+                self._end()
+                return None
         return None
 
     def _welcome(self) -> Welcome | None:
-        """The first message of the process; None if it gives none in time.
+        """The first message of the process; None if it has an engine already, or is about to end.
 
         Raises:
-            ConfigError: it has an engine already.
+            TimeoutError: it gives none.
         """
         assert self._socket is not None
         self._socket.settimeout(WELCOME_S)
         try:
             with self._socket.makefile("rb") as stream:
                 # Nothing follows the first message until we have sent one, so the buffer takes no other.
-                welcome = receive(stream)
-        except (TimeoutError, TransportError):
+                return cast(Welcome | None, receive(stream))
+        except ConnectionError:
             return None
-        except OSError:
-            welcome = None
         finally:
             self._socket.settimeout(None)
-        if welcome is None:
-            raise ConfigError(
-                f"port {self._settings.port} belongs to a running server; stop it, or give another --port"
-            )
-        return cast(Welcome, welcome)
 
     def _end(self) -> None:
         """Ask it to end once its answers are complete; it is killed after `FAREWELL_S`."""

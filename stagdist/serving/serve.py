@@ -1,4 +1,4 @@
-"""The serve command on one rank: check everything, start the HTTP process on rank 0, build the stage, serve requests."""
+"""The serve command on one rank: check everything, build the stage, serve the requests of the HTTP process."""
 
 import signal
 import sys

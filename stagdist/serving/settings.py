@@ -17,6 +17,10 @@ KEYS_VARIABLE = "STAGDIST_API_KEYS"
 """Variable with API keys, separated by commas."""
 
 
+_LONGEST_SOCKET = 107
+"""Bytes of the path of a Unix socket on Linux."""
+
+
 class ServerSettings(BaseModel):
     """What the HTTP process is started with.
 
@@ -71,11 +75,14 @@ def engine_socket(port: int) -> Path:
     """Path of the Unix socket of the server at a port, in a folder that only this user can enter.
 
     Raises:
-        ConfigError: the folder belongs to someone else or others can enter it.
+        ConfigError: the folder belongs to someone else or others can enter it, or the path is too long.
     """
     folder = Path(tempfile.gettempdir(), f"stagdist-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ConfigError(f"{folder} is open to other users (mode {found.st_mode & 0o777:o}); remove it")
-    return folder / f"{port}.sock"
+    path = folder / f"{port}.sock"
+    if len(os.fsencode(path)) > _LONGEST_SOCKET:
+        raise ConfigError(f"{path} is too long for a socket; set TMPDIR to a folder with a shorter path")
+    return path
