@@ -258,22 +258,14 @@ def connect(parsed: argparse.Namespace) -> Conversation:
         ChatError: the server does not serve such a conversation.
     """
     server = Server(parsed.url, parsed.timeout)
-    names = [model["id"] for model in server.get("v1/models")["data"]]
-    model = parsed.model or names[0]
-    if not parsed.completion and not _has_template(server):
+    served = server.get("v1/models")["data"][0]
+    model = parsed.model or served["id"]
+    if not parsed.completion and not served.get("meta", {}).get("chat", True):  # other servers do not say
         remedy = "add --completion to continue text, or start the server with --chat-template"
         raise ChatError(f"{model} has no chat template: {remedy}", 400)
     fields = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
     options = {name: getattr(parsed, name) for name in fields if getattr(parsed, name) is not None}
     return Conversation(server, {"model": model, **options}, parsed.completion, parsed.system)
-
-
-def _has_template(server: Server) -> bool:
-    """False only where the server says so: others do not have this path."""
-    try:
-        return bool(server.get("tokenizer_info").get("chat_template"))
-    except ChatError:
-        return True
 
 
 def command(conversation: Conversation, line: str) -> str:

@@ -40,7 +40,7 @@ class Scripted(ThreadingHTTPServer):
         self.refusals: list[tuple[int, dict[str, str], str]] = []
         self.seen: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
-        self.template: str | None = "{{ messages }}"
+        self.chat: bool | None = None  # servers of others do not say
         self.broken = False
         self.gone = threading.Event()
 
@@ -59,10 +59,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.keys.add(self.headers["Authorization"])
         if self.headers["Authorization"] == "Bearer wrong":
             return self._json(401, {"error": {"message": "this key is not known"}})
-        if self.path == "/v1/models":
-            return self._json(200, {"data": [{"id": "tiny"}]})
-        assert self.path == "/tokenizer_info"
-        self._json(200, {"chat_template": self.server.template})
+        assert self.path == "/v1/models"
+        meta = {} if self.server.chat is None else {"meta": {"chat": self.server.chat}}
+        self._json(200, {"data": [{"id": "tiny", **meta}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -256,7 +255,7 @@ def test_an_answer_that_breaks_off_is_an_error(server: Scripted, broken: str) ->
 
 
 def test_a_base_model_continues_text(server: Scripted) -> None:
-    server.template = None
+    server.chat = False
     refused = pipe(server, "a\n")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: tiny has no chat template: add --completion")

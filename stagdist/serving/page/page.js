@@ -29,7 +29,7 @@ async function describeServer() {
   $("model").textContent = `${model.id}: ${facts.filter(Boolean).join(" · ")}`;
   timeline.setModel(model.meta);
   $("timeline-text").textContent = explanation(timeline);
-  await chooseMode();
+  chooseMode();
 }
 
 function explanation({ sections, stagger, takesTurns }) {
@@ -41,10 +41,8 @@ function explanation({ sections, stagger, takesTurns }) {
 }
 
 /** Base models have no chat template: they continue text. */
-async function chooseMode() {
-  const answer = await fetch("tokenizer_info", { headers: headers() });
-  if (!answer.ok) return;
-  model.chat = Boolean((await answer.json()).chat_template);
+function chooseMode() {
+  model.chat = model.meta.chat ?? true;
   $(model.chat ? "mode-chat" : "mode-text").checked = true;
   showMode();
 }
@@ -314,12 +312,12 @@ function sectionOf({ stage }) {
 function listen() {
   const source = new EventSource("live/events");
   source.onmessage = ({ data }) => {
-    const stats = JSON.parse(data);
-    if (stats.state && stats.state !== $("state").dataset.state) {
-      showState(stats.state, stats.state === "ready" ? "" : stats.reason);
+    const { state, reason, stats } = JSON.parse(data);
+    if (state !== $("state").dataset.state) {
+      showState(state, reason);
       describeServer();
     }
-    if (stats.slots) showStats(stats);
+    if (stats) showStats(stats);
   };
   source.onerror = () => {
     showState("lost", "no connection");
@@ -343,5 +341,4 @@ $("clear").addEventListener("click", clear);
 for (const radio of document.querySelectorAll("input[name=mode]")) radio.addEventListener("change", showMode);
 $("api-key").addEventListener("change", describeServer);
 showMode();
-describeServer();
 listen();
