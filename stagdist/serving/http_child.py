@@ -160,7 +160,8 @@ class HttpProcess:
     def _find(self) -> socket.socket | None:
         """A connection to a living process with these settings; others have ended afterwards."""
         deadline = time.monotonic() + LEAVING_S
-        while (self._socket := _connected(self._settings.engine_socket)) is not None:
+        while (found := _connected(self._settings.engine_socket)) is not None:
+            self._socket = found
             try:
                 welcome = self._welcome()
             except TimeoutError:
