@@ -18,7 +18,7 @@ from stagdist.serving.protocol import FromEngine, Welcome, pack, receive
 from stagdist.serving.settings import KEYS_VARIABLE, ServerSettings
 from stagdist.telemetry.pulse import PULSE_FILE
 
-MODULE = "stagdist.serving.http.http_process"
+MODULE = "stagdist.serving.http_process"
 
 START_S = 60.0
 """Limit for the start of the HTTP process, imports included."""
