@@ -69,17 +69,15 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P of all (default 1)")
     add("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P of the top probability (default 0)")
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (default 1)")
-    add(
-        "--presence-penalty", type=float, default=0.0, metavar="X", help="above 0: more new tokens, -2 to 2 (default 0)"
-    )
-    add("--frequency-penalty", type=float, default=0.0, metavar="X", help="the same for each repetition (default 0)")
+    add("--presence-penalty", type=float, default=0.0, metavar="X", help="above 0: more new tokens (-2 to 2; 0)")
+    add("--frequency-penalty", type=float, default=0.0, metavar="X", help="the same for each repetition (-2 to 2; 0)")
     add("--logit-bias", action="append", type=_bias, default=[], metavar="ID=X", help="-100 to 100; repeatable")
     add(
         "--allowed-token-id",
         action="append",
         type=int,
         metavar="ID",
-        help="no other is chosen; repeatable (default all)",
+        help="choose no other; repeatable (default all)",
     )
     add("--min-tokens", type=int, default=0, metavar="N", help="no end before so many new tokens (default 0)")
     add("--seed", type=int, default=0, metavar="S", help="prompt i, counted from 0, uses S + i (default 0)")

@@ -10,11 +10,12 @@ from dataclasses import replace
 from functools import partial
 
 from stagdist.data.tokenizer import Tokenizer
+from stagdist.decode.control import Control
 from stagdist.decode.engine_stats import EngineStats
-from stagdist.decode.operations import Control, Operation, operate
+from stagdist.decode.operations import operate
 from stagdist.decode.request import FinishReason, Request, RequestOutput, check_request, join_outputs
 from stagdist.decode.request_state import RequestState
-from stagdist.decode.runtime.stage import Stage
+from stagdist.decode.runtime.stage import Outcome, Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.sampler import Choice
 from stagdist.decode.scheduler import Scheduler
@@ -59,7 +60,7 @@ class Engine:
         # Requests, ids of requests to cancel, and None after the last request. One queue keeps their order.
         self._inbox: queue.SimpleQueue[RequestState | str | None] = queue.SimpleQueue()
         self._wake = threading.Event()
-        self._scheduler: Scheduler[RequestState] = Scheduler(stage.limits)
+        self._scheduler: Scheduler[RequestState] = Scheduler(stage.model, stage.topology, stage.limits)
         self._lock = threading.Lock()  # of the next five, which clients change in `submit`
         self._open: dict[str, RequestState] = {}  # requests whose last output is pending
         self._refusal = ""  # why no request is accepted any more
@@ -193,17 +194,15 @@ class Engine:
         self._operations, self._last_operation_s = self._operations + 1, now_s
         return control
 
-    def admission(self, slot: int) -> Request:
-        """Return the request of the ADMIT that is about to run."""
-        return self._scheduler.admission(slot)
-
-    def took(self, control: Control, choice: Choice) -> None:
+    def took(self, outcome: Outcome) -> None:
         """Process the tokens of an operation. Text is decoded while later stages compute the next one."""
-        admitted = control.operation is Operation.ADMIT
-        rows = self._scheduler.taken()
-        self._take({0 if admitted else slot: running for slot, running in rows.items()}, choice)
-        self.steps += not admitted
-        if admitted or self._stage.topology.num_stages == 1:
+        plan = self._scheduler.taken()
+        self.steps += outcome.step is not None
+        if outcome.step is not None:
+            self._take(plan.rows, outcome.step)
+        if outcome.first is not None and plan.first is not None:
+            self._take({0: plan.first}, outcome.first)
+        if self._stage.topology.num_stages == 1:
             self.host_work()
 
     def rest(self) -> None:
@@ -262,10 +261,8 @@ class Engine:
     def _leave_queue(self, state: RequestState) -> None:
         state.is_queued = False
         with self._lock:
-            self._waiting, self._waiting_tokens = (
-                self._waiting - 1,
-                self._waiting_tokens - len(state.request.prompt_ids),
-            )
+            self._waiting -= 1
+            self._waiting_tokens -= len(state.request.prompt_ids)
 
     def _take_inbox(self) -> None:
         while not self._inbox.empty():

@@ -48,10 +48,11 @@ class LogitsProcessor:
             self._set_bias(self._bias[slot], params)
         elif self._bias is not None:
             self._bias[slot].zero_()
-        self._may_end[slot] = len(prompt_ids) + params.min_tokens
         if params.min_tokens:
             self._ends = self._table(self._ends, torch.bool)
             self._set(self._ends[slot].zero_(), params.stop_token_ids, True)
+        if self._ends is not None:
+            self._may_end[slot] = len(prompt_ids) + params.min_tokens
 
     def apply(self, raw: Tensor, plan: SamplingPlan, positions: Tensor) -> Tensor:
         """The changed logits of a step's rows.

@@ -292,7 +292,7 @@ def _check_ids(name: str, where: str, ids: Sequence[Any], vocab_size: int) -> No
 
 
 def allowed_new_tokens(request: Request, max_context: int) -> int:
-    """Tokens that the engine generates for a request at most: one, which nobody sees, if only its prompt is scored.
+    """Tokens that the engine generates for a request at most; one, which is dropped, to score its prompt.
 
     The last one is never fed back, so it needs no place in the context.
     """

@@ -51,6 +51,7 @@ class RequestState(ScheduledRequest):
             self.finish = FinishReason.LENGTH
             return
         self._received += 1
+        self.tokens.append(token)
         self._fresh.append((token, _token_logprobs(token, params.logprobs, logprobs)))
         if token in params.stop_token_ids:
             self.finish = FinishReason.STOP
@@ -67,10 +68,8 @@ class RequestState(ScheduledRequest):
     def output(self) -> RequestOutput:
         """What is new since the last output."""
         fresh, text = self._decode()
-        prompt_logprobs = None
-        if self.request.params.prompt_logprobs is not None and len(self._prompt_logprobs) == len(
-            self.request.prompt_ids
-        ):
+        prompt_logprobs, prompt_tokens = None, len(self.request.prompt_ids)
+        if self.request.params.prompt_logprobs is not None and len(self._prompt_logprobs) == prompt_tokens:
             prompt_logprobs, self._prompt_logprobs = tuple(self._prompt_logprobs), []
         self.is_reported = self.finish is not None
         finished_s = time.perf_counter() if self.is_reported else None
@@ -83,7 +82,7 @@ class RequestState(ScheduledRequest):
             finish_reason=self.finish,
             stop_reason=self._stop_reason,
             error=self._error,
-            prompt_tokens=len(self.request.prompt_ids),
+            prompt_tokens=prompt_tokens,
             cached_tokens=self.cached_tokens,
             times=RequestTimes(self._submitted_s, self.admitted_s, self._first_token_s, finished_s),
         )

@@ -1,14 +1,24 @@
-"""What runs next: waiting requests, slots, and the decision about each operation. Host logic of rank 0 alone."""
+"""What runs next: waiting requests, slots, and the decision about each operation. Host logic of rank 0 alone.
+
+Every operation is a step of all requests that decode and at most one chunk of one prompt. Prompts take turns. A free
+slot keeps its caches: a prompt that begins like what a slot holds starts behind the common part, there or in a copy.
+"""
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from stagdist.config.parts import ModelConfig
+from stagdist.decode.control import Admission, Chunk, Control, Operation
 from stagdist.decode.engine_stats import SlotState, StageReport
-from stagdist.decode.operations import Control, Operation
 from stagdist.decode.request import FinishReason, Request, allowed_new_tokens
-from stagdist.decode.topology import Limits
+from stagdist.decode.topology import Limits, Topology
+
+RESERVE = 2
+"""A request without a prefix takes the slot used longest ago of so many free ones; one further up would cost a row of
+every step."""
 
 
 @dataclass(eq=False)
@@ -18,20 +28,64 @@ class ScheduledRequest:
     Attributes:
         allowed: tokens that it may generate; set at its admission.
         scheduled: tokens of all operations decided so far, including the current one.
+        tokens: those it has generated.
         admitted_s: when it got a slot, in seconds of `time.perf_counter`.
-        cached_tokens: tokens of its prompt that are reused.
+        entered: positions of its prompt that are in the caches, or on their way there.
+        cached_tokens: positions of its prompt that were not computed again.
         finish: set when it has ended; its slot is freed by the next decision.
     """
 
     request: Request
     allowed: int = 0
     scheduled: int = 0
+    tokens: list[int] = field(default_factory=list)
     admitted_s: float | None = None
+    entered: int = 0
     cached_tokens: int = 0
     finish: FinishReason | None = None
 
+    @property
+    def decodes(self) -> bool:
+        """Its first token is chosen, or is being chosen in the operation decided last."""
+        return self.scheduled > 0
+
+    @property
+    def positions(self) -> int:
+        """Positions that its slot holds after the operations decided so far."""
+        return self.entered + max(0, self.scheduled - 1)
+
 
 Entry = TypeVar("Entry", bound=ScheduledRequest)
+
+
+@dataclass(frozen=True)
+class Plan(Generic[Entry]):
+    """The requests that get tokens in one operation.
+
+    Attributes:
+        rows: requests of the step by slot, which is their row.
+        first: the request whose prompt ends.
+    """
+
+    rows: dict[int, Entry]
+    first: Entry | None = None
+
+
+@dataclass
+class _Held:
+    """What the caches of a slot hold.
+
+    Attributes:
+        tokens: the known ones, from position 0.
+        positions: all that were written.
+        freed: number of the operation before which the slot became free.
+        moves: how many more positions may be written before they are copied.
+    """
+
+    tokens: Sequence[int] = ()
+    positions: int = 0
+    freed: int = 0
+    moves: int = 0
 
 
 class Scheduler(Generic[Entry]):
@@ -43,13 +97,20 @@ class Scheduler(Generic[Entry]):
         prefix_queries, prefix_hits, step_s, stages: see `EngineStats`.
     """
 
-    def __init__(self, limits: Limits):
-        self._limits = limits
+    def __init__(self, model: ModelConfig, topology: Topology, limits: Limits):
+        self._topology, self._limits = topology, limits
+        window = model.cross_attention_window
+        self._window = window if window is not None and window < limits.max_context else None
         self.waiting: deque[Entry] = deque()
         self.running: dict[int, Entry] = {}
         self.prefix_queries = self.prefix_hits = 0
         self.step_s, self.stages = 0.0, tuple[StageReport, ...]()
-        self._planned: deque[dict[int, Entry]] = deque()  # rows of operations that were decided but have not run
+        self._turns: deque[int] = deque()  # slots whose prompts have more chunks
+        self._free = {slot: _Held() for slot in range(limits.num_slots)}
+        self._number = 0  # of the operation
+        # Slot and request of the chunks that end prompts; others are True, none is None. The newest comes first.
+        self._chunks: deque[tuple[int, Entry] | bool] = deque([False] * topology.num_stages, topology.num_stages)
+        self._planned: deque[Plan[Entry]] = deque()  # of operations that were decided but have not run
 
     def entries(self) -> tuple[Entry, ...]:
         """All requests, the running ones first."""
@@ -57,15 +118,14 @@ class Scheduler(Generic[Entry]):
 
     def slots(self) -> tuple[SlotState, ...]:
         """What is in each slot."""
-        return tuple(self._slot(self.running.get(slot)) for slot in range(self._limits.num_slots))
+        return tuple(self._slot(slot) for slot in range(self._limits.num_slots))
 
-    @staticmethod
-    def _slot(entry: Entry | None) -> SlotState:
-        if entry is None:
-            return SlotState(None, "free")
-        request = entry.request
-        position = len(request.prompt_ids) + entry.scheduled - 1
-        return SlotState(request.request_id, "decode", position, entry.cached_tokens)
+    def _slot(self, slot: int) -> SlotState:
+        if slot in self._free:
+            return SlotState(None, "free", 0, len(self._free[slot].tokens))
+        entry = self.running[slot]
+        phase = "decode" if entry.decodes else "prefill"
+        return SlotState(entry.request.request_id, phase, entry.positions, entry.cached_tokens)
 
     def drop_ended(self) -> None:
         """Forget waiting requests that have ended."""
@@ -80,28 +140,127 @@ class Scheduler(Generic[Entry]):
         """
         retired = tuple(slot for slot, each in self.running.items() if each.finish or each.scheduled >= each.allowed)
         for slot in retired:
-            del self.running[slot]
+            self._release(slot)
         if stopping:
             return Control(Operation.STOP, retired=retired)
-        free = [slot for slot in range(self._limits.num_slots) if slot not in self.running]
-        if self.waiting and free:
-            slot, admitted = free[0], self.waiting.popleft()
-            admitted.allowed, admitted.scheduled = allowed_new_tokens(admitted.request, self._limits.max_context), 1
-            admitted.admitted_s = time.perf_counter()
-            self.running[slot] = admitted
-            self._planned.append({slot: admitted})
-            return Control(Operation.ADMIT, slot, retired)
-        if self.running:
-            for running in self.running.values():
-                running.scheduled += 1
-            self._planned.append(dict(self.running))
-            return Control(Operation.STEP, retired=retired)
-        return Control(Operation.STOP if closed else Operation.REST, retired=retired)
+        rows = {slot: each for slot, each in self.running.items() if each.decodes}
+        chunk, admission = self._next_chunk()
+        ends = chunk is not None and chunk.ends
+        self._chunks.appendleft((chunk.slot, self.running[chunk.slot]) if ends and chunk else chunk is not None)
+        if not rows and not any(self._chunks):
+            return Control(Operation.STOP if closed and not self.waiting else Operation.REST, retired=retired)
+        for each in rows.values():
+            each.scheduled += 1
+        self._planned.append(Plan(rows, self._ended()))
+        self._number += 1
+        return Control(Operation.RUN, bool(rows), retired, chunk, admission)
 
-    def admission(self, slot: int) -> Request:
-        """Return the request of the ADMIT that is about to run."""
-        return self._planned[0][slot].request
-
-    def taken(self) -> dict[int, Entry]:
-        """Return the requests by slot whose tokens the oldest decided operation has chosen, and forget it."""
+    def taken(self) -> Plan[Entry]:
+        """Return the plan of the operation that has just run, and forget it."""
         return self._planned.popleft()
+
+    # --- chunks -------------------------------------------------------------------------------------------------
+
+    def _ended(self) -> Entry | None:
+        """The request whose last chunk leaves the last stage in this operation."""
+        leaving = self._chunks[-1]
+        if isinstance(leaving, bool):
+            return None
+        slot, entry = leaving
+        if self.running.get(slot) is not entry:
+            return None  # cancelled
+        entry.scheduled = 1
+        return entry
+
+    def _next_chunk(self) -> tuple[Chunk | None, Admission | None]:
+        """The first chunk of a new prompt, or else the next one of a prompt whose turn it is."""
+        for entry in self.waiting if self._free else ():
+            found = self._longest_prefix(entry.request)
+            if found is not None:
+                self.waiting.remove(entry)
+                slot, admission = self._admit(entry, *found)
+                return self._chunk_of(slot), admission
+        return (self._chunk_of(self._turns.popleft()), None) if self._turns else (None, None)
+
+    def _chunk_of(self, slot: int) -> Chunk:
+        entry = self.running[slot]
+        start, length = entry.entered, len(entry.request.prompt_ids)
+        entry.entered = min(start + self._limits.chunk_size, length)
+        if entry.entered < length:
+            self._turns.append(slot)
+        return Chunk(slot, start, entry.entered, entry.entered == length)
+
+    # --- slots --------------------------------------------------------------------------------------------------
+
+    def _release(self, slot: int) -> None:
+        entry = self.running.pop(slot)
+        self._free[slot] = self._held_by(entry)
+        if slot in self._turns:
+            self._turns.remove(slot)
+
+    def _held_by(self, entry: Entry) -> _Held:
+        prompt, moves = entry.request.prompt_ids, self._topology.last_stage if entry.decodes else 0
+        # Positions decoded recurrently are not what a prompt would leave.
+        tokens = prompt if self._topology.recurrent else (*prompt, *entry.tokens)
+        return _Held(tokens[: entry.positions], entry.positions, self._number, moves)
+
+    def _longest_prefix(self, request: Request) -> tuple[int | None, int] | None:
+        """The slot that spares most of a prompt, and the positions in common; None: it pays to wait for one."""
+        best, spared, common = None, 0, 0
+        if not self._limits.prefix_caching or request.params.prompt_logprobs is not None:
+            return best, common
+        prompt = request.prompt_ids
+        for slot in range(self._limits.num_slots):
+            entry = self.running.get(slot)
+            held = self._free[slot] if entry is None else self._held_by(entry)
+            shared = _common_length(prompt, held.tokens)
+            start = self._start_after(shared, held, len(prompt))
+            if start > spared or (start == spared and start and best in self.running):
+                best, spared, common = slot, start, shared
+        for entry in (self.running[slot] for slot in self._turns):
+            later = self._start_after(_common_length(prompt, entry.request.prompt_ids), _Held(), len(prompt))
+            if later - spared >= self._limits.chunk_size:
+                return None
+        return best, common
+
+    def _start_after(self, common: int, held: _Held, length: int) -> int:
+        """The first position to compute of a prompt that shares `common` positions with a slot; 0: all of them.
+
+        The last `lag` outputs of every section are computed again: they are the memory of the positions that follow.
+        """
+        lag = self._topology.lag
+        start = common - lag if lag else min(common, length - 1)
+        written = held.positions + held.moves
+        if self._window is not None and written > max(self._window, start + 1):
+            return 0  # the ring buffer has lost what the first position sees
+        return max(0, start)
+
+    def _admit(self, entry: Entry, source: int | None, common: int) -> tuple[int, Admission]:
+        request, lag = entry.request, self._topology.lag
+        self.prefix_queries += len(request.prompt_ids) if self._limits.prefix_caching else 0
+        if source in self._free and 2 * common >= len(self._free[source].tokens):
+            slot = source
+        else:
+            slot = min(sorted(self._free)[:RESERVE], key=lambda each: self._free[each].freed)
+        assert slot is not None
+        del self._free[slot]
+        entry.admitted_s = time.perf_counter()
+        entry.allowed = allowed_new_tokens(request, self._limits.max_context)
+        if source is not None:
+            common = min(common, len(request.prompt_ids) - (lag == 0))
+            entry.entered = entry.cached_tokens = common - lag
+            self.prefix_hits += entry.cached_tokens
+        self.running[slot] = entry
+        return slot, Admission(request.prompt_ids, request.params, slot if source is None else source, common)
+
+
+def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the longest common prefix. Slices are compared, which is faster than tokens."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

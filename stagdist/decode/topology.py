@@ -67,12 +67,14 @@ class Limits:
     Attributes:
         num_slots: requests decoded together.
         max_context: positions of a request.
-        chunk_size: positions of a prefill chunk.
+        chunk_size: positions of a prefill chunk, at most.
+        prefix_caching: prompts reuse caches of a common prefix.
     """
 
     num_slots: int
     max_context: int
     chunk_size: int
+    prefix_caching: bool = True
 
 
 def topology_for(

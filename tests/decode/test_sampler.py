@@ -9,7 +9,7 @@ import torch
 from stagdist.decode.layers.weights import Device
 from stagdist.decode.noise import gumbel
 from stagdist.decode.request import SamplingParams
-from stagdist.decode.sampler import Sampler, merge_prompt_scores
+from stagdist.decode.sampler import Sampler
 from tests.decode.plain_sampler import (
     CPU,
     CUTS,
@@ -240,40 +240,6 @@ def test_a_slot_keeps_nothing_of_its_last_request(old: str, new: str) -> None:
         token, _ = plain_choice(logits[number, 0].numpy(), PARAMS[new], prompt, generated, 3 + number)
         assert int(choice.tokens[0]) == token
         generated.append(token)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("count", [0, 1, 5, 20])
-@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS.keys())
-def test_scores_of_a_prompt_are_log_probabilities_of_its_tokens(
-    cut: list[tuple[int, int]], count: int, dtype: torch.dtype
-) -> None:
-    logits = torch.cat([make_logits(1, VOCAB)[0], torch.zeros(1, VOCAB)]).to(dtype)
-    targets = torch.tensor([*range(VOCAB), 30])
-    padded = torch.nn.functional.pad(logits, (0, 100), value=50.0)  # padding that would show
-    messages = [
-        rank.prompt_scores(padded[:, first : first + size], targets, count)
-        for rank, (first, size) in zip(samplers(cut), cut, strict=True)
-    ]
-    assert {tuple(message.shape) for message in messages} == {(VOCAB + 1, 2 + 2 * count)}
-    found = merge_prompt_scores(torch.stack(messages), count)
-    expected = logits.double().log_softmax(-1)
-    assert found[:, 0].tolist() == pytest.approx(expected.gather(1, targets[:, None])[:, 0].tolist(), abs=1e-12)
-    best, order = expected.sort(dim=-1, descending=True, stable=True)
-    assert torch.equal(found[:, 1 : 1 + count].long(), order[:, :count])
-    assert torch.allclose(found[:, 1 + count :], best[:, :count], rtol=0, atol=1e-12)
-
-
-def test_scores_of_a_prompt_fill_up_a_small_vocabulary() -> None:
-    cut = [(0, 3), (3, 2)]
-    logits = torch.tensor([[0.0, 2.0, 1.0, 3.0, -1.0]])
-    messages = [
-        rank.prompt_scores(logits[:, first : first + size], torch.tensor([4]), 7)
-        for rank, (first, size) in zip(samplers(cut, vocab=5), cut, strict=True)
-    ]
-    (row,) = merge_prompt_scores(torch.stack(messages), 7).tolist()
-    assert (row[1:8], row[13:]) == ([3, 1, 2, 0, 4, -1, -1], [float("-inf")] * 2)
-    assert row[0] == row[12] == pytest.approx(float(logits.double().log_softmax(-1)[0, 4]))
 
 
 @pytest.mark.parametrize("name", ["greedy", "sampled", "top_k", "top_p"])

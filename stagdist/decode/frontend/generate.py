@@ -169,11 +169,9 @@ class Generation:
     def _submit(self, prompt: Prompt, engine: Engine, answers: Answers) -> None:
         try:
             request = make_request(prompt, self._params, self._tokenizer, self._encoding)
-            params = request.params
-            if (params.logprobs, params.prompt_logprobs) != (None, None) and not self._as_json:
-                raise ConfigError(
-                    f"{prompt.place} asks for log-probabilities, which plain text cannot show; add --json"
-                )
+            wanted = request.params.logprobs, request.params.prompt_logprobs
+            if wanted != (None, None) and not self._as_json:
+                raise ConfigError(f"{prompt.place} asks for logprobs, which plain text cannot show; add --json")
             engine.check(request)
         except ConfigError as error:
             answers.refuse(prompt, str(error))

@@ -1,4 +1,7 @@
-"""Cache entries of the rows of a call: what they write, and what attention reads."""
+"""Cache entries of the rows of a call: what they write, and what attention reads.
+
+Every cache has one more entry than it holds positions. Rows of a step without a request write to it; nobody reads it.
+"""
 
 from collections.abc import Sequence
 
@@ -35,11 +38,14 @@ class ChunkCells:
         row: row of the caches.
         start: first position.
         length: number of positions (S).
+        remembered: the memory holds the positions before this one already; they are not written.
     """
 
-    def __init__(self, angles: Angles, row: int, start: int, length: int):
+    def __init__(self, angles: Angles, row: int, start: int, length: int, remembered: int = 0):
         self.row, self.start, self.length = row, start, length
         self.end = start + length
+        self._fresh = min(max(start, remembered), self.end)  # first position whose memory is written
+        self._newest = max(start, remembered) - 1  # newest position in the memory before the call
         self.cos = angles.cos[start : self.end, None]
         self.sin = angles.sin[start : self.end, None]
         self.positions = range(start, self.end)
@@ -62,17 +68,17 @@ class ChunkCells:
     def store_memory(self, cache: Tensor, new: Tensor) -> Tensor:
         """Write the memory's keys and values of all layers and return the visible entries; sets `memory_mask`.
 
-        Shapes: cache [L, 2, B, C, W, D], new [1, S', L, 2, C, D] -> [L, 2, 1, C, entries, D].
+        Shapes: cache [L, 2, B, C, W + 1, D], new [1, S', L, 2, C, D] -> [L, 2, 1, C, entries, D].
         """
-        new = new[0].permute(1, 2, 3, 0, 4)  # [L, 2, C, S', D]
-        window = cache.shape[4]
-        own = cache[:, :, self.row]
+        new = new[0].permute(1, 2, 3, 0, 4)[:, :, :, self._fresh - self.start :]  # [L, 2, C, S', D]
+        window = cache.shape[4] - 1
+        own = cache[:, :, self.row, :, :window]
         if self.end <= window:
-            own[:, :, :, self.start : self.end] = new
+            own[:, :, :, self._fresh : self.end] = new
             self.memory_mask, self.memory_causal = self.self_mask, self.causal
             return own[:, :, None, :, : self.end]
-        if self.length == 1:
-            own[:, :, :, self.start % window] = new[:, :, :, 0]
+        if self.length == 1 and self._newest < self.end:
+            own[:, :, :, self._fresh % window : self._fresh % window + new.shape[3]] = new
             self.memory_mask, self.memory_causal = None, False
             return own[:, :, None]
         return self._store_around(own, new, window)
@@ -81,15 +87,16 @@ class ChunkCells:
         """Write a chunk that exceeds the ring buffer; it attends to the old entries and its own."""
         device = own.device
         entries = torch.arange(window, device=device)
-        # The newest position before the chunk in each entry; negative if there is none.
-        held = self.start - 1 - (self.start - 1 - entries) % window
+        # The newest position in each entry; negative if there is none.
+        held = self._newest - (self._newest - entries) % window
         chunk = torch.arange(self.start, self.end, device=device)
+        fresh = chunk[self._fresh - self.start :]
         seen = torch.cat((own, new), dim=3)
-        positions = torch.cat((held, chunk))
+        positions = torch.cat((held, fresh))
         self.memory_mask = _visible(chunk, positions, window) & (positions >= 0)
         self.memory_causal = False
-        kept = min(window, self.length)
-        own[:, :, :, chunk[-kept:] % window] = new[:, :, :, -kept:]
+        if kept := min(window, len(fresh)):
+            own[:, :, :, fresh[-kept:] % window] = new[:, :, :, -kept:]
         return seen[:, :, None]
 
 
@@ -97,7 +104,7 @@ class StepCells:
     """One position of each of several requests, in rows 0 to B - 1 of the caches.
 
     Args:
-        positions: int64 [B], on the device.
+        positions: int64 [B], on the device; -1 for rows without a request.
         longest: number of cache entries to read; above every position.
         uniform: every row attends to all these entries, so no mask is needed.
         repeats: rows per request (sections as rows of one batch).
@@ -105,29 +112,30 @@ class StepCells:
 
     def __init__(self, angles: Angles, positions: Tensor, longest: int, *, uniform: bool = False, repeats: int = 1):
         positions = positions.repeat_interleave(repeats) if repeats > 1 else positions
-        self.tensor = positions
+        self._entries = positions  # -1 is the last entry, which holds no position
+        self._placed = positions.clamp(min=0)
         self.longest, self._uniform = longest, uniform
         self.rows = torch.arange(len(positions), device=positions.device)
-        self.cos = angles.cos[positions][:, None, None]
-        self.sin = angles.sin[positions][:, None, None]
+        self.cos = angles.cos[self._placed][:, None, None]
+        self.sin = angles.sin[self._placed][:, None, None]
         self.self_mask: Tensor | None = None if uniform else self._filled(longest)
         self.causal = self.memory_causal = False
         self.memory_mask: Tensor | None = None
 
     def _filled(self, entries: int) -> Tensor:
         """Return which entries are filled for each row. Shapes: bool [B, 1, 1, entries]."""
-        held = torch.arange(entries, device=self.tensor.device) <= self.tensor[:, None]
+        held = torch.arange(entries, device=self._placed.device) <= self._placed[:, None]
         return held[:, None, None]
 
     def store_self(self, cache: Tensor, new: Tensor) -> Tensor:
         """As `ChunkCells.store_self`. Shapes: new [B, 1, 2, K, D] -> [2, B, K, longest, D]."""
-        cache[:, self.rows, :, self.tensor] = new[:, 0]
+        cache[:, self.rows, :, self._entries] = new[:, 0]
         return cache[:, : len(self.rows), :, : self.longest]
 
     def store_memory(self, cache: Tensor, new: Tensor) -> Tensor:
         """As `ChunkCells.store_memory`. Shapes: new [B, 1, L, 2, C, D] -> [L, 2, B, C, entries, D]."""
-        window = cache.shape[4]
-        cache[:, :, self.rows, :, self.tensor % window] = new[:, 0]
+        window = cache.shape[4] - 1
+        cache[:, :, self.rows, :, self._entries.where(self._entries < 0, self._entries % window)] = new[:, 0]
         entries = min(self.longest, window)
         # Once the ring buffer is full, every entry holds one of the last `window` positions.
         self.memory_mask = None if self._uniform else self._filled(entries)
@@ -138,11 +146,11 @@ Cells = ChunkCells | StepCells
 
 
 def step_cells(angles: Angles, positions: Sequence[int], device: Device, repeats: int = 1) -> Cells:
-    """Return the cells of a step; a single row is written without indices."""
+    """Return the cells of a step; a single row is written without indices. Rows without a request have position -1."""
     if len(positions) == 1 and repeats == 1:
         return ChunkCells(angles, 0, positions[0], 1)
     tensor = device.upload(positions, torch.int64)
-    uniform = min(positions) == max(positions)
+    uniform = len({position for position in positions if position >= 0}) == 1
     return StepCells(angles, tensor, max(positions) + 1, uniform=uniform, repeats=repeats)
 
 

@@ -109,8 +109,8 @@ class LayerMath:
 class SectionCache:
     """Caches of all layers of one section on this rank.
 
-    Shapes: self_kv [L, 2, B, K, S, D], memory_kv [L, 2, B, C, W, D] with W = min(window, S); index 0 of the second
-    dimension holds keys (rotated), 1 values. Entries that were never written are never seen.
+    Shapes: self_kv [L, 2, B, K, S + 1, D], memory_kv [L, 2, B, C, W + 1, D] with W = min(window, S); index 0 of the
+    second dimension holds keys (rotated), 1 values. Entries that were never written, and the last ones, are never seen.
 
     Args:
         limits: their `num_slots` are B, their `max_context` is S.
@@ -122,7 +122,7 @@ class SectionCache:
 
         def zeros(heads: int, entries: int) -> Tensor:
             # Zeros, not empty memory: a masked entry times weight zero must not be NaN.
-            shape = (layers, 2, slots, heads // tensor_size, entries, model.head_width)
+            shape = (layers, 2, slots, heads // tensor_size, entries + 1, model.head_width)
             return torch.zeros(shape, dtype=device.dtype, device=device.name)
 
         self.self_kv = zeros(model.key_value_heads, limits.max_context)
@@ -130,6 +130,13 @@ class SectionCache:
         if model.staggered and section > 0:
             window = min(model.cross_attention_window or limits.max_context, limits.max_context)
             self.memory_kv = zeros(model.cross_key_value_heads, window)
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first positions of a slot to another one; all entries of a ring buffer that was overwritten."""
+        for cache in (self.self_kv, self.memory_kv):
+            if cache is not None:
+                kept = min(count, cache.shape[4] - 1)
+                cache[:, :, target, :, :kept] = cache[:, :, source, :, :kept]
 
     @property
     def kv_bytes(self) -> int:

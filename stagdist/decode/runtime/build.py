@@ -46,6 +46,7 @@ class EngineOptions:
         max_context: positions of a request; None means the model's.
         chunk_size: positions of a prefill chunk.
         precision: `fp32`, `bf16`, `fp16` or `fp64`; None: see `default_precision`.
+        prefix_caching: a prompt reuses the caches of a slot that holds its beginning.
         recurrent: skip section 1 while decoding.
         timeout_s: limit of every wait between ranks.
         hand_off_delay_s: artificial delay of every hand-off, for measurements.
@@ -59,6 +60,7 @@ class EngineOptions:
     max_context: int | None = None
     chunk_size: int = DEFAULT_CHUNK
     precision: str | None = None
+    prefix_caching: bool = True
     recurrent: bool = False
     timeout_s: float = 600.0
     hand_off_delay_s: float = 0.0
@@ -119,7 +121,7 @@ def plan_decoding(model: ModelConfig, options: EngineOptions, world_size: int) -
     context = known if options.max_context is None else options.max_context
     if not 1 <= context <= known:
         raise ConfigError(f"max_context is {context}, the model has positions up to {known}; give 1 to {known}")
-    limits = Limits(options.num_slots, context, options.chunk_size)
+    limits = Limits(options.num_slots, context, options.chunk_size, options.prefix_caching)
     return DecodePlan(model, topology, Grid(world_size // tensor, 1, tensor), limits, options)
 
 

@@ -52,7 +52,7 @@ class FixedStep:
 
     def __init__(self, sections: StageSections, readout: Readout):
         self._sections, self._readout = sections, readout
-        self._program = schedule.decode_step(sections.topology, sections.setup.index, 0, 0)
+        self._program = schedule.operation(sections.topology, 0, schedule.Work(0, 0, 0, (False,)))
         several = on_cuda(sections.device.name) and len(sections.weights.sections) > 1
         self._streams: dict[int, torch.cuda.Stream] = {}
         if several:
@@ -139,14 +139,13 @@ class StepGraphs:
     def run(self, positions: Sequence[int]) -> Tensor:
         """Logits [B, V] of a step of rows 0 to B - 1 at these positions; the next step overwrites them.
 
-        Rows above B, up to the bucket, belong to free slots. They run at position 0, which the slot's next prefill
-        overwrites.
+        Rows above B, up to the bucket, have no request.
         """
         count = len(positions)
         rows = self._rows[bisect_left(self._rows, count)]
         reach = self._reaches[bisect_right(self._reaches, max(positions))]
         placed = self._positions[:rows]
-        placed.copy_(self._device.upload([*positions, *[0] * (rows - count)], torch.int64))
+        placed.copy_(self._device.upload([*positions, *[-1] * (rows - count)], torch.int64))
         if not on_cuda(self._device.name):
             return self._step(placed, reach)[:count]
         assert (rows, reach) in self._graphs, f"no graph of {rows} rows and reach {reach} was captured"

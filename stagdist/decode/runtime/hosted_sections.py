@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stagdist.decode.control import Admission
 from stagdist.decode.layers.batched import BatchedSections
 from stagdist.decode.layers.cells import Angles, Cells, ChunkCells, StepCells, step_cells
 from stagdist.decode.layers.runner import LayerMath, SectionCache, SectionRunner
@@ -14,29 +15,33 @@ from stagdist.decode.runtime.hand_off import HandOffBuffers, LocalHandOff, Promp
 from stagdist.decode.runtime.setup import StageSetup
 
 
-@dataclass
-class ChunkedPrompt:
-    """The prompt of a prefill.
+@dataclass(eq=False)
+class Prompt:
+    """A prompt on its way through the sections of this rank.
 
     Attributes:
         input_ids: int64 [S] on the device.
-        bounds: begin and end of each chunk.
         memories: outputs of the previous section, by section.
+        dropped: its request was cancelled; chunks that entered still run, and nothing follows.
     """
 
+    slot: int
+    admission: Admission
     input_ids: Tensor
-    bounds: list[tuple[int, int]]
     memories: dict[int, PromptMemory]
+    dropped: bool = False
 
 
 @dataclass
 class Call:
-    """State of one operation: a step of several requests, or the prefill of one.
+    """The step of several requests in one operation, or one chunk of a prompt on its way through the stages.
 
     Attributes:
         slots: of the rows.
         next_positions: of the tokens being chosen.
+        step: number of the step.
         prompt: None for a step.
+        start, ends: of a chunk: its first position, and whether it is the last one of its prompt.
         cells: cache entries that the rows write and read.
         wide: the same for the rows of all sections, if they are one batch.
         embedded: token embeddings [B, 1, H], computed at first use.
@@ -49,7 +54,9 @@ class Call:
     slots: Sequence[int]
     next_positions: Sequence[int]
     step: int = 0
-    prompt: ChunkedPrompt | None = None
+    prompt: Prompt | None = None
+    start: int = 0
+    ends: bool = False
     cells: Cells | None = None
     wide: Cells | None = None
     embedded: Tensor | None = None
@@ -62,6 +69,11 @@ class Call:
     def rows(self) -> int:
         """Number of rows, B."""
         return len(self.slots)
+
+    @property
+    def length(self) -> int:
+        """Positions of a chunk."""
+        return self.next_positions[0] - self.start
 
 
 class StageSections:
@@ -93,7 +105,7 @@ class StageSections:
     # --- steps --------------------------------------------------------------------------------------------------
 
     def step_call(self, positions: Sequence[int], step: int) -> Call:
-        """Create the call of a step of rows 0 to len(positions) - 1."""
+        """Create the call of a step of rows 0 to len(positions) - 1; rows without a request have position -1."""
         call = Call(range(len(positions)), [position + 1 for position in positions], step)
         call.cells = step_cells(self._angles, positions, self.device)
         if self._batched is not None:
@@ -102,7 +114,7 @@ class StageSections:
         return call
 
     def fixed_call(self, positions: Tensor, reach: int) -> Call:
-        """Create the call of a fixed-shape step. Shapes: positions int64 [B], on the device."""
+        """Create the call of a fixed-shape step, with positions as in `step_call`. Shapes: int64 [B], on the device."""
         call = Call(range(len(positions)), ())
         call.cells = StepCells(self._angles, positions, reach)
         if self._batched is not None:
@@ -148,39 +160,41 @@ class StageSections:
 
     # --- prompts ------------------------------------------------------------------------------------------------
 
-    def prompt_call(self, slot: int, input_ids: Sequence[int], bounds: list[tuple[int, int]]) -> Call:
-        """Create the call of a prefill."""
+    def prompt(self, slot: int, admission: Admission) -> Prompt:
+        """Create the state of a prompt."""
+        input_ids = self.device.upload(admission.prompt_ids, torch.int64)
         memories = {section: PromptMemory(self.topology.lag) for section in self.weights.sections}
-        prompt = ChunkedPrompt(self.device.upload(input_ids, torch.int64), bounds, memories)
-        return Call([slot], [len(input_ids)], prompt=prompt)
+        return Prompt(slot, admission, input_ids, memories)
 
-    def run_chunk(self, call: Call, section: int, chunk: int) -> None:
+    def run_chunk(self, call: Call, section: int) -> None:
         """Run one section over one chunk of a prompt; stores its output in `call.outputs`."""
-        assert call.prompt is not None
-        (start, end), memories = call.prompt.bounds[chunk], call.prompt.memories
-        input_ids = call.prompt.input_ids[start:end]
-        cells = ChunkCells(self._angles, call.slots[0], start, end - start)
+        prompt, start, length = call.prompt, call.start, call.length
+        assert prompt is not None
+        memory, reused = prompt.memories[section], prompt.admission.reused
+        if reused and prompt.admission.source != prompt.slot and start == max(0, reused - self.topology.lag):
+            self.caches[section].copy(prompt.admission.source, prompt.slot, reused)
+        cells = ChunkCells(self._angles, prompt.slot, start, length, reused)
         before = call.outputs.get(section - 1, call.carried)
         previous = null_rows = None
         if self.topology.staggered and section > 0:
             assert before is not None
-            previous = memories[section].shift(before)
+            previous = memory.shift(before)
             null_rows = self._null_rows(cells.positions)
             null_rows = None if null_rows is None else null_rows.T
-        hidden = before if before is not None and not self.topology.staggered else self._embed(input_ids[None])
+        if before is None or self.topology.staggered:
+            before = self._embed(prompt.input_ids[None, start : start + length])
         runner = self._runners[section]
-        call.outputs[section] = runner.finish(runner.begin(hidden, cells), cells, previous, null_rows)
+        call.outputs[section] = runner.finish(runner.begin(before, cells), cells, previous, null_rows)
 
-    def keep_tails(self, call: Call, first_step: int) -> None:
+    def keep_tails(self, prompt: Prompt, first_step: int) -> None:
         """Store the last rows of a prompt, the first hand-offs of its request."""
         if not self.topology.lag:
             return
-        assert call.prompt is not None
-        for section, memory in call.prompt.memories.items():
+        for section, memory in prompt.memories.items():
             if section in self._local:
-                self._local[section].fill(call.slots[0], memory.tail)
+                self._local[section].fill(prompt.slot, memory.tail)
             elif self.received is not None:
-                self.received.fill(call.slots[0], first_step, memory.tail)
+                self.received.fill(prompt.slot, first_step, memory.tail)
 
     # --- inside -------------------------------------------------------------------------------------------------
 
@@ -201,7 +215,7 @@ class StageSections:
 
     def _null_rows(self, positions: Sequence[int]) -> Tensor | None:
         """Return where the null vector replaces missing memory. Shapes: bool [len(positions), 1]."""
-        if not self.topology.staggered or all(position >= self.topology.lag for position in positions):
+        rows = [[0 <= position < self.topology.lag] for position in positions]
+        if not self.topology.staggered or not any(row for (row,) in rows):
             return None
-        rows = [[position < self.topology.lag] for position in positions]
         return self.device.upload(rows, torch.bool)

@@ -1,7 +1,10 @@
-"""The schedule of decoding as data: what a stage does in one step, in order.
+"""The schedule of decoding as data: what a stage does in one operation, in order.
 
-Pure functions of integers. `stagdist/decode/runtime/stage.py` executes and times the instructions. Every stage runs
-the same sequence of operations (decode step, prefill, rest); step numbers count decode steps only.
+Pure functions of integers. `stagdist/decode/runtime/stage.py` executes and times the instructions. Every stage runs the
+same sequence of operations. An operation is a step of all requests that decode, if there are any, and beside it at most
+one chunk of one prompt on every stage: the chunk that entered the first stage in operation k runs on stage s in
+operation k + s. So the hand-off of a chunk is one operation old when it is needed, and the first token of a prompt is
+chosen `num_stages - 1` operations after its last chunk entered.
 """
 
 from collections.abc import Iterator
@@ -29,62 +32,81 @@ class Kind(StrEnum):
     TOKEN = "wait for token"  # the other side of it
 
 
+class Part(StrEnum):
+    """The part of an operation that an instruction belongs to."""
+
+    STEP = "step"
+    CHUNK = "chunk"
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One instruction of a stage.
 
     Attributes:
-        step: the step whose data it uses; in a prefill, the chunk.
+        number: of a step, the step whose data it uses; of a chunk, the operation in which that chunk entered.
         index: section, edge (edge e leads from stage e to e + 1) or stage, by kind.
     """
 
     kind: Kind
-    step: int
+    number: int
     index: int = 0
+    part: Part = Part.STEP
 
 
-def decode_step(topology: Topology, stage: int, step: int, first: int) -> tuple[Instruction, ...]:
-    """Instructions of one stage in one decode step.
+@dataclass(frozen=True)
+class Work:
+    """What all stages do in one operation.
 
-    Args:
-        first: first step after the last rest; earlier hand-offs come from prefill.
+    Attributes:
+        number: of the operation.
+        step: number of its step; None if no request decodes.
+        first: first step after the last rest; earlier hand-offs come from prompts.
+        entered: whether a chunk entered in this operation, in the one before, and so on: one entry for each stage.
+        ends: the chunk that leaves the last stage has an ending: a token is chosen, or its positions are scored.
     """
-    body = _body(topology, stage, step, first)
-    return (*_asking(topology, stage, step), *body, *_ending(topology, stage, step))
+
+    number: int
+    step: int | None
+    first: int
+    entered: tuple[bool, ...]
+    ends: bool = False
 
 
-def prefill(topology: Topology, stage: int, num_chunks: int) -> tuple[Instruction, ...]:
-    """Instructions of one stage for a prompt of `num_chunks` chunks: stage s runs chunk c while s - 1 runs c + 1.
+def operation(topology: Topology, stage: int, work: Work) -> tuple[Instruction, ...]:
+    """Instructions of one stage up to the step's token on all stages; `ending` follows if the work has one.
 
-    Ends with the first token, like a step.
+    A stage that waits for the token runs its chunk before it waits. The others have the token published first.
     """
-    instructions = list(_asking(topology, stage, num_chunks - 1))
-    for chunk in range(num_chunks):
-        if stage > 0:
-            # Two receives are announced at most: the next chunk arrives while this one is computed.
-            if chunk == 0:
-                instructions.append(Instruction(Kind.EXPECT, 0, stage - 1))
-            if chunk + 1 < num_chunks:
-                instructions.append(Instruction(Kind.EXPECT, chunk + 1, stage - 1))
-            instructions.append(Instruction(Kind.WAIT, chunk, stage - 1))
-        instructions += [Instruction(Kind.FINISH, chunk, section) for section in topology.sections(stage)]
-        if stage < topology.last_stage:
-            instructions.append(Instruction(Kind.SEND, chunk, stage))
-    return (*instructions, *_ending(topology, stage, num_chunks - 1))
+    before: list[Instruction] = []
+    after: list[Instruction] = []
+    if work.step is not None:
+        before = [*_asking(topology, stage, work.step), *_body(topology, stage, work.step, work.first)]
+        after = list(_token(topology, stage, work.step, Part.STEP))
+    if stage == 0 and topology.num_stages > 1:
+        before.append(Instruction(Kind.HOST, work.number))
+    waits = bool(after) and after[-1].kind is Kind.TOKEN
+    before += after[:-1] if waits else after
+    return (*before, *_chunk(topology, stage, work), *(after[-1:] if waits else ()))
 
 
-def chunk_bounds(length: int, chunk_size: int) -> list[tuple[int, int]]:
-    """Split a prompt into chunks. Smaller chunks at both ends were measured: they are not faster."""
-    return [(start, min(start + chunk_size, length)) for start in range(0, length, chunk_size)]
+def ending(topology: Topology, stage: int, work: Work) -> tuple[Instruction, ...]:
+    """Instructions after `operation`: from the chunk that left the last stage to the first token on all stages."""
+    entered = work.number - topology.last_stage
+    asking = (Instruction(each.kind, entered, part=Part.CHUNK) for each in _asking(topology, stage, entered))
+    return (*asking, *_token(topology, stage, entered, Part.CHUNK))
 
 
-def rest(topology: Topology, stage: int, step: int, first: int) -> tuple[Instruction, ...]:
-    """Instructions that receive all outstanding hand-offs before `step`, so that an idle engine has none in flight."""
+def rest(topology: Topology, stage: int, work: Work) -> tuple[Instruction, ...]:
+    """Instructions in place of an operation that receive all outstanding hand-offs, so that none is in flight."""
+    assert work.step is not None
     if stage == 0:
         return ()
-    return tuple(
-        Instruction(Kind.WAIT, late, stage - 1) for late in range(max(first, step - topology.lag), step) if topology.lag
-    )
+    late = range(max(work.first, work.step - topology.lag), work.step) if topology.lag else ()
+    waits = [Instruction(Kind.WAIT, step, stage - 1) for step in late]
+    if work.entered[stage]:
+        waits.append(Instruction(Kind.WAIT, work.number - stage, stage - 1, Part.CHUNK))
+    return tuple(waits)
 
 
 def _body(topology: Topology, stage: int, step: int, first: int) -> Iterator[Instruction]:
@@ -120,19 +142,32 @@ def _asking(topology: Topology, stage: int, step: int) -> Iterator[Instruction]:
         yield Instruction(Kind.ASK, step)
 
 
-def _ending(topology: Topology, stage: int, step: int) -> Iterator[Instruction]:
+def _chunk(topology: Topology, stage: int, work: Work) -> Iterator[Instruction]:
+    """A stage's chunk, and the announcement of the next one, which the stage before runs in this operation."""
+    if stage > 0 and work.entered[stage - 1]:
+        yield Instruction(Kind.EXPECT, work.number - stage + 1, stage - 1, Part.CHUNK)
+    if not work.entered[stage]:
+        return
+    entered = work.number - stage
+    if stage > 0:
+        yield Instruction(Kind.WAIT, entered, stage - 1, Part.CHUNK)
+    for section in topology.sections(stage):
+        yield Instruction(Kind.FINISH, entered, section, Part.CHUNK)
+    if stage < topology.last_stage:
+        yield Instruction(Kind.SEND, entered, stage, Part.CHUNK)
+
+
+def _token(topology: Topology, stage: int, number: int, part: Part) -> Iterator[Instruction]:
     """From the last section's output to the token on all stages."""
     last = stage == topology.last_stage
     alone = topology.num_stages == 1
     sharded = topology.head == "sharded" and not alone
-    if stage == 0 and not alone:
-        yield Instruction(Kind.HOST, step)
     if topology.combined:
-        yield Instruction(Kind.COMBINE, step, -1 if sharded else topology.last_stage)
+        yield Instruction(Kind.COMBINE, number, -1 if sharded else topology.last_stage, part)
     elif sharded:
-        yield Instruction(Kind.SHARE, step)
+        yield Instruction(Kind.SHARE, number, part=part)
     if last or sharded:
-        yield Instruction(Kind.HEAD, step)
-        yield Instruction(Kind.CHOOSE, step)
+        yield Instruction(Kind.HEAD, number, part=part)
+        yield Instruction(Kind.CHOOSE, number, part=part)
     if not alone and not sharded:
-        yield Instruction(Kind.PUBLISH if last else Kind.TOKEN, step)
+        yield Instruction(Kind.PUBLISH if last else Kind.TOKEN, number, part=part)

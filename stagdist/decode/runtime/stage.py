@@ -1,20 +1,24 @@
 """Executes the instructions of the schedule on one rank."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from stagdist.decode.control import Admission, Chunk
 from stagdist.decode.layers.runner import SectionCache
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.runtime import schedule
 from stagdist.decode.runtime.graphs import CaptureProgress, FixedStep, StepGraphs
-from stagdist.decode.runtime.hosted_sections import Call, StageSections
+from stagdist.decode.runtime.hosted_sections import Call, Prompt, StageSections
 from stagdist.decode.runtime.readout import Readout
-from stagdist.decode.runtime.schedule import Instruction, Kind
+from stagdist.decode.runtime.schedule import Instruction, Kind, Part, Work
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.sampler import Choice
+from stagdist.decode.topology import Topology
 from stagdist.telemetry.pulse import Phase, Pulse
 from stagdist.telemetry.spans import SpanRecorder
 
@@ -40,6 +44,21 @@ _WAITS = {Kind.WAIT, Kind.SHARE, Kind.TOKEN}
 
 _NO_SPAN = nullcontext()
 HostWork = Callable[[], None]
+Program = Callable[[Topology, int, Work], tuple[Instruction, ...]]
+"""A function of `schedule`."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an operation has chosen, the same on every rank.
+
+    Attributes:
+        step: tokens of the step, one row for each of rows 0 to the last slot that decodes; None without a step.
+        first: first token of the prompt whose last chunk left the last stage, one row; None without such a prompt.
+    """
+
+    step: Choice | None = None
+    first: Choice | None = None
 
 
 class Stage:
@@ -67,9 +86,12 @@ class Stage:
         self._transport = setup.transport
         self._next_positions: dict[int, int] = {}  # of the active slots
         self.pulse = pulse or Pulse()
-        self.step_number = 0
-        self._first_step = 0
-        self._programs: dict[int, tuple[Instruction, ...]] = {}
+        self.step_number = self._first_step = self._number = 0
+        self._prompts: dict[int, Prompt] = {}  # by slot, until their tokens are decoded
+        # Chunks on their way through the stages, the newest first; None where an operation had none.
+        self._chunks: deque[Call | None] = deque([None] * self.topology.num_stages, self.topology.num_stages)
+        self._programs: dict[tuple[Program, Work], tuple[Instruction, ...]] = {}
+        self._shifts: dict[Part, int] = {}
         self._graphs: StepGraphs | None = None
         if graphs:
             self._graphs = StepGraphs(FixedStep(self._sections, self.readout), setup.device, setup.limits)
@@ -77,59 +99,66 @@ class Stage:
 
     # --- operations, the same on every rank ---------------------------------------------------------------------
 
-    def prefill(
-        self, slot: int, input_ids: Sequence[int], params: SamplingParams, host_work: HostWork | None = None
-    ) -> Choice:
-        """Prefill a prompt into a slot and choose its first token on all ranks.
+    def run(
+        self,
+        chunk: Chunk | None = None,
+        admission: Admission | None = None,
+        *,
+        step: bool,
+        host_work: HostWork | None = None,
+    ) -> Outcome:
+        """Run one operation together with all ranks.
 
         Args:
+            chunk: of a prompt, enters the first stage.
+            admission: of that prompt, with its first chunk.
+            step: decode one token for every slot whose prompt has left the last stage; there must be one.
             host_work: called on rank 0 while later stages compute.
+        """
+        if self._transport is not None:
+            self._transport.step = self.step_number
+        self._chunks.appendleft(None if chunk is None else self._enter(chunk, admission))
+        leaving = self._chunks[-1]
+        ended = None if leaving is None or not leaving.ends else leaving.prompt
+        if ended is not None and ended.dropped:
+            ended = None
+        outcome = Outcome(self._run(step, ended is not None, host_work))
+        if ended is not None:
+            outcome = replace(outcome, first=self._end(ended))
+        self._number += 1
+        return outcome
+
+    def prefill(self, slot: int, input_ids: Sequence[int], params: SamplingParams) -> Choice:
+        """Run a prompt alone, in operations without a step, and choose its first token on all ranks.
 
         Shapes: the choice has one row.
         """
-        if self._transport is not None:
-            self._transport.step = self.step_number
-        self.readout.sampler.admit(slot, params, input_ids)
-        bounds = schedule.chunk_bounds(len(input_ids), self.limits.chunk_size)
-        call = self._sections.prompt_call(slot, input_ids, bounds)
-        self._execute(call, schedule.prefill(self.topology, self.index, len(bounds)), _PREFILL, host_work)
-        self._sections.keep_tails(call, self.step_number)
-        self._next_positions[slot] = len(input_ids)
-        return self._take_choice(call)
-
-    def step(self, host_work: HostWork | None = None) -> Choice:
-        """Decode one token for every active slot on all ranks.
-
-        Args:
-            host_work: called on rank 0 while later stages compute.
-
-        Shapes: the choice has one row for each of rows 0 to the last active slot.
-        """
-        if self._transport is not None:
-            self._transport.step = self.step_number
-        if self._graphs is None:
-            call = self._sections.step_call(self._positions(), self.step_number)
-            self._execute(call, self._program(), _STEP, host_work)
-            self._sections.push_local(call)
-        else:
-            call = self._run_graph(self._graphs)
-        self._next_positions = {slot: position + 1 for slot, position in self._next_positions.items()}
-        self.step_number += 1
-        return self._take_choice(call)
+        length, size = len(input_ids), self.limits.chunk_size
+        for start in range(0, length, size):
+            chunk = Chunk(slot, start, min(start + size, length), start + size >= length)
+            outcome = self.run(chunk, None if start else Admission(tuple(input_ids), params), step=False)
+        for _ in range(self.topology.last_stage):
+            outcome = self.run(step=False)
+        assert outcome.first is not None
+        return outcome.first
 
     def rest(self) -> None:
-        """Complete all hand-offs, so that nothing is in flight."""
-        for instruction in schedule.rest(self.topology, self.index, self.step_number, self._first_step):
-            self.setup.link.hand_offs_in.take(("step", instruction.step))
+        """Complete all hand-offs, so that nothing is in flight. Chunks on their way are dropped."""
+        self._chunks.appendleft(None)
+        for instruction in schedule.rest(self.topology, self.index, self._work(step=True)):
+            self.setup.link.hand_offs_in.take((instruction.part, instruction.number))
+        self._chunks.extend([None] * self.topology.num_stages)
         if self._transport is not None:
             self._transport.finish_sends()
             self._transport.wait_for_device("while hand-offs were completed")
         self._first_step = self.step_number
 
     def retire(self, slots: Sequence[int]) -> None:
-        """Free slots."""
+        """Free slots. The caches stay; chunks of a prompt that are on their way still run."""
         for slot in slots:
             self._next_positions.pop(slot, None)
+            if slot in self._prompts:
+                self._prompts.pop(slot).dropped = True
             self.readout.sampler.retire(slot)
 
     def on_host(self, choice: Choice) -> Choice:
@@ -168,52 +197,93 @@ class Stage:
 
     # --- execution ----------------------------------------------------------------------------------------------
 
+    def _enter(self, chunk: Chunk, admission: Admission | None) -> Call:
+        if admission is not None:
+            self._prompts[chunk.slot] = self._sections.prompt(chunk.slot, admission)
+        prompt = self._prompts[chunk.slot]
+        return Call([chunk.slot], [chunk.stop], prompt=prompt, start=chunk.start, ends=chunk.ends)
+
+    def _run(self, step: bool, ends: bool, host_work: HostWork | None) -> Choice | None:
+        """Run an operation up to the step's tokens."""
+        call = choice = None
+        if step and self._graphs is not None:
+            choice = self._run_graph(self._graphs)
+        elif step:
+            call = self._sections.step_call(self._positions(), self.step_number)
+        self._execute(call, self._program(schedule.operation, self._work(call is not None, ends)), host_work)
+        if call is not None:
+            self._sections.push_local(call)
+            choice = self.readout.choice
+        if own := self._chunks[self.index]:
+            own.carried = None
+            if self.index < self.topology.last_stage:
+                kept = own.outputs if self.topology.combined and own.ends else {}
+                own.outputs = {section: output[:, -1:].clone() for section, output in kept.items()}
+        if choice is not None:
+            self._sections.tokens[: len(choice.tokens)] = choice.tokens
+            self._next_positions = {slot: position + 1 for slot, position in self._next_positions.items()}
+            self.step_number += 1
+        return choice
+
+    def _end(self, prompt: Prompt) -> Choice:
+        """Choose the first token after a prompt; its slot decodes from the next step on."""
+        slot, admission = prompt.slot, prompt.admission
+        self.readout.sampler.admit(slot, admission.params, admission.prompt_ids)
+        self._execute(None, self._program(schedule.ending, self._work(step=False, ends=True)), None)
+        del self._prompts[slot]
+        self._sections.keep_tails(prompt, self.step_number)
+        self._sections.tokens[slot] = self.readout.choice.tokens[0]
+        self._next_positions[slot] = len(admission.prompt_ids)
+        return self.readout.choice
+
     def _positions(self) -> list[int]:
-        """Return the position of the next token of each row, up to the last active slot; 0 for unused rows."""
-        return [self._next_positions.get(slot, 0) for slot in range(1 + max(self._next_positions))]
+        """Return the position of the next token of each row, up to the last active slot; -1 for unused rows."""
+        return [self._next_positions.get(slot, -1) for slot in range(1 + max(self._next_positions))]
 
-    def _program(self) -> tuple[Instruction, ...]:
-        """Return the instructions of this step.
+    def _work(self, step: bool, ends: bool = False) -> Work:
+        """Describe the present operation."""
+        entered = tuple(call is not None for call in self._chunks)
+        return Work(self._number, self.step_number if step else None, self._first_step, entered, ends)
 
-        After the first `lag` steps they differ only in the step number, so numbers are relative to `_program_shift`.
+    def _program(self, instructions: Program, work: Work) -> tuple[Instruction, ...]:
+        """Return instructions whose numbers are relative: to `_shifts` of their part.
+
+        So they are few: steps differ after the first `lag` ones in nothing else.
         """
-        young = min(self.step_number - self._first_step, self.topology.lag)
-        if young not in self._programs:
-            self._programs[young] = schedule.decode_step(self.topology, self.index, young, 0)
-        self._program_shift = self.step_number - young
-        return self._programs[young]
+        young = None if work.step is None else min(work.step - work.first, self.topology.lag)
+        self._shifts = {Part.STEP: self.step_number - (young or 0), Part.CHUNK: self._number}
+        relative = replace(work, number=0, step=young, first=0)
+        if (instructions, relative) not in self._programs:
+            self._programs[instructions, relative] = instructions(self.topology, self.index, relative)
+        return self._programs[instructions, relative]
 
-    def _execute(
-        self, call: Call, program: Iterable[Instruction], methods: "Methods", host_work: HostWork | None
-    ) -> None:
-        """Run instructions in order."""
+    def _execute(self, step: Call | None, program: Iterable[Instruction], host_work: HostWork | None) -> None:
+        """Run instructions in order, of this step and of the chunks on their way."""
         recorder = self._recorder
         for instruction in program:
             kind = instruction.kind
             self.pulse.beat(Phase.RECEIVE if kind in _WAITS else Phase.FORWARD)
-            if recorder is None and kind is not Kind.HOST:
-                methods[kind](self, call, instruction)
-                continue
-            with self._span(instruction):
-                if kind is not Kind.HOST:
-                    methods[kind](self, call, instruction)
-                elif host_work is not None:
-                    host_work()
+            with _NO_SPAN if recorder is None else self._span(instruction):
+                if kind is Kind.HOST:
+                    if host_work is not None:
+                        host_work()
+                elif instruction.part is Part.STEP:
+                    assert step is not None
+                    _STEP[kind](self, step, instruction)
+                else:
+                    chunk = self._chunks[-instruction.number]
+                    assert chunk is not None
+                    _CHUNK[kind](self, chunk, instruction)
 
-    def _run_graph(self, graphs: StepGraphs) -> Call:
+    def _run_graph(self, graphs: StepGraphs) -> Choice:
         """Run a step up to the logits as one graph, then choose tokens."""
         positions = self._positions()
         self.pulse.beat(Phase.FORWARD)
         call = Call(range(len(positions)), [position + 1 for position in positions], self.step_number)
         with self._span(Instruction(Kind.FINISH, self.step_number)):
             self.readout.logits = graphs.run(positions)
-        self._execute(call, (Instruction(Kind.CHOOSE, self.step_number),), _STEP, None)
-        return call
-
-    def _take_choice(self, call: Call) -> Choice:
-        choice, first = self.readout.choice, call.slots[0]
-        self._sections.tokens[first : first + call.rows] = choice.tokens
-        return choice
+        self._execute(call, (Instruction(Kind.CHOOSE, self.step_number),), None)
+        return self.readout.choice
 
     def _span(self, instruction: Instruction) -> AbstractContextManager[None]:
         if self._recorder is None:
@@ -223,28 +293,27 @@ class Stage:
             name = f"{name} {instruction.index + 1}"
         return self._recorder.span(name, CATEGORIES[instruction.kind], step=self.step_number)
 
+    def _number_of(self, instruction: Instruction) -> int:
+        return instruction.number + self._shifts[instruction.part]
+
     def _receive_hand_off(self, call: Call, instruction: Instruction) -> None:
         assert self._sections.received is not None
-        step = instruction.step + self._program_shift
+        step = self._number_of(instruction)
         buffer = self._sections.received.of_step(call.rows, step)
-        self.setup.link.hand_offs_in.expect(("step", step), buffer)
-
-    def _wait_for_hand_off(self, call: Call, instruction: Instruction) -> None:
-        (call.carried,) = self.setup.link.hand_offs_in.take(("step", instruction.step + self._program_shift))
+        self.setup.link.hand_offs_in.expect((Part.STEP, step), buffer)
 
     def _receive_chunk(self, call: Call, instruction: Instruction) -> None:
-        assert call.prompt is not None
-        begin, end = call.prompt.bounds[instruction.step]
-        shape = (1, end - begin, self.model.hidden_size)
+        shape = (1, call.length, self.model.hidden_size)
         buffer = torch.empty(shape, dtype=self.device.dtype, device=self.device.name)
-        self.setup.link.hand_offs_in.expect(("chunk", instruction.step), buffer)
+        self.setup.link.hand_offs_in.expect((Part.CHUNK, self._number_of(instruction)), buffer)
 
-    def _wait_for_chunk(self, call: Call, instruction: Instruction) -> None:
-        (call.carried,) = self.setup.link.hand_offs_in.take(("chunk", instruction.step))
+    def _wait_for_hand_off(self, call: Call, instruction: Instruction) -> None:
+        key = instruction.part, self._number_of(instruction)
+        (call.carried,) = self.setup.link.hand_offs_in.take(key)
 
-    def _send(self, call: Call, in_flight: int) -> None:
+    def _send(self, call: Call, _: Instruction) -> None:
         output = call.outputs[self._sections.last].contiguous()
-        self.setup.link.hand_offs_out.send(output, in_flight=in_flight)
+        self.setup.link.hand_offs_out.send(output, in_flight=self.topology.lag + 1)
 
     def _last_output(self, call: Call) -> Tensor | None:
         """Output of the model's last section at the last position, if this rank has it."""
@@ -264,7 +333,7 @@ _STEP: Methods = {
     Kind.BEGIN: lambda stage, call, instruction: stage._sections.begin(call, instruction.index),
     Kind.WAIT: Stage._wait_for_hand_off,
     Kind.FINISH: lambda stage, call, instruction: stage._sections.finish(call, instruction.index),
-    Kind.SEND: lambda stage, call, _: stage._send(call, stage.topology.lag),
+    Kind.SEND: Stage._send,
     Kind.COMBINE: Stage._combine,
     Kind.SHARE: lambda stage, call, _: stage.readout.share(stage._last_output(call)),
     Kind.HEAD: lambda stage, call, _: stage.readout.head(stage._last_output(call)),
@@ -274,14 +343,11 @@ _STEP: Methods = {
 }
 """The instructions of a step, except `Kind.HOST`, which `_execute` handles."""
 
-_PREFILL: Methods = {
+_CHUNK: Methods = {
     **_STEP,
     Kind.EXPECT: Stage._receive_chunk,
-    Kind.WAIT: Stage._wait_for_chunk,
-    Kind.FINISH: lambda stage, call, chunk: stage._sections.run_chunk(call, chunk.index, chunk.step),
-    Kind.SEND: lambda stage, call, _: stage._send(call, 1),
+    Kind.FINISH: lambda stage, call, instruction: stage._sections.run_chunk(call, instruction.index),
 }
-"""The instructions of a prefill, whose hand-offs are chunks."""
 
 
 def _to_host(tensor: Tensor) -> Tensor:

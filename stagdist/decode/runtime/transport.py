@@ -7,7 +7,7 @@
 | lane | stages of one tensor rank | sums of section outputs | sections are combined |
 | world | all ranks | candidates of a sharded head | always, by torch |
 | tensor | tensor ranks of a stage | sums of partial products, candidates | there are several tensor ranks |
-| control | all ranks, gloo | operations, prompts | always |
+| control | all ranks, gloo | operations, requests | always |
 | watch | all ranks, gloo | nothing: notices ranks that end | on NCCL |
 
 On NCCL the operations of a communicator run in order, so tokens and sums use separate ones.
@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagdist.decode.request import Request
 from stagdist.errors import ConfigError, TransportError
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.link import (
@@ -113,7 +112,7 @@ class Transport:
         self._outboxes: list[Outbox] = []
         self._lane: dist.ProcessGroup | None = None
         self._tensor: dist.ProcessGroup | None = None
-        self._control: deque[tuple[int, Any, Tensor]] = deque()
+        self._control: deque[tuple[int, list[Any], list[Tensor]]] = deque()
         with self._errors("while the communicators were created"):
             self._watch = None
             if not self.rules.wait_blocks:
@@ -186,30 +185,40 @@ class Transport:
 
     # --- control ------------------------------------------------------------------------------------------------
 
-    def post_control(self, message: Tensor) -> None:
-        """Send (rank 0) or receive (others) the message of the next operation, without waiting."""
+    def post_control(self, message: Tensor, payload: bytes = b"") -> None:
+        """Send (rank 0) or receive (others) the message of the next operation, without waiting.
+
+        Args:
+            payload: sent after the message; the others learn its size from the message.
+        """
+        parts = [message]
+        if payload:
+            parts.append(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
         peers = range(1, self.grid.world_size) if self.rank == 0 else [0]
         transfer = dist.isend if self.rank == 0 else dist.irecv
         for peer in peers:
             with self._errors("while control was sent", peer):
-                self._control.append((peer, transfer(message, peer, group=self._host), message))
+                works = [transfer(part, peer, group=self._host) for part in parts]
+            self._control.append((peer, works, parts))
 
     def wait_control(self) -> Tensor:
         """Wait for the message of the next operation and return it."""
         assert self._control, "control was not posted"
         while self._control:
-            peer, work, message = self._control.popleft()
+            peer, works, (message, *_) = self._control.popleft()
             with self._errors("while it waited for control", peer):
-                work.wait()
+                for work in works:
+                    work.wait()
         return message
 
-    def share_admission(self, request: Request | None) -> Request:
-        """Send a request from rank 0 to the others, which pass None; returns it everywhere."""
-        shared = [request]
-        with self._errors("while a request was sent", 0):
-            dist.broadcast_object_list(shared, 0, group=self._host)
-        assert shared[0] is not None
-        return shared[0]
+    def receive_payload(self, size: int) -> bytes:
+        """Receive the payload that follows a message, on the ranks after rank 0."""
+        if size == 0:
+            return b""
+        payload = torch.empty(size, dtype=torch.uint8)
+        with self._errors("while it waited for a request", 0):
+            dist.recv(payload, 0, group=self._host)
+        return payload.numpy().tobytes()
 
     # --- set-up -------------------------------------------------------------------------------------------------
 

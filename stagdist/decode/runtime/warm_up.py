@@ -89,7 +89,7 @@ def dry_pass(stage: Stage) -> None:
         for length in dict.fromkeys((longest, min(limits.chunk_size, longest), 1)):
             stage.prefill(0, [0] * length, params)
             if length < limits.max_context:
-                stage.step()
+                stage.run(step=True)
             stage.retire([0])
     _decode_every_size(stage, (1, 1))  # all rows at one position
     _decode_every_size(stage, (1, 2))
@@ -111,5 +111,5 @@ def _decode_every_size(stage: Stage, prompt_lengths: Sequence[int]) -> None:
             stage.prefill(slot, [0] * lengths[slot], _PARAMS[slot % 3])
         for _ in range(min(room, len(sizes))):
             stage.retire(range(sizes.popleft(), limits.num_slots))
-            stage.step()
+            stage.run(step=True)
         stage.retire(slots)
