@@ -66,9 +66,8 @@ class ModelView:
     def objects(self) -> list[dict[str, Any]]:
         """The entries of `/v1/models`, one for each name."""
         model = self.model
-        meta: dict[str, Any] = {
-            key: model[key] for key in ("sections", "stages", "tensor", "slots", "vocab_size", "parameters")
-        }  # type: ignore[literal-required]
+        keys = ("sections", "stages", "tensor", "slots", "vocab_size", "parameters", "precision", "connection")
+        meta = {key: model[key] for key in keys}  # type: ignore[literal-required]
         return [
             {
                 "id": name,
