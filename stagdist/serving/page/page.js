@@ -255,11 +255,12 @@ function showSlots(slots) {
   while (list.children.length < slots.length) list.append(slotTile());
   slots.forEach((slot, index) => {
     const tile = list.children[index];
+    const held = slot.phase === "free" ? slot.cached : slot.position;
+    const words = { free: held ? "free, keeps" : "free", prefill: "reads prompt", decode: "decodes" };
     tile.dataset.phase = slot.phase;
-    const words = { free: slot.position ? "free, kept" : "free", prefill: "reads prompt", decode: "decodes" };
-    tile.firstChild.textContent = `${index} ${words[slot.phase] ?? slot.phase} ${slot.position || ""}`;
+    tile.firstChild.textContent = `${index} ${words[slot.phase] ?? slot.phase} ${held || ""}`;
     tile.querySelector("i").className = { free: "token", prefill: "memory" }[slot.phase] ?? "";
-    tile.querySelector("i").style.width = `${Math.min(100, (100 * slot.position) / (model.maxContext || slot.position || 1))}%`;
+    tile.querySelector("i").style.width = `${Math.min(100, (100 * held) / (model.maxContext || held || 1))}%`;
   });
 }
 
