@@ -46,7 +46,7 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A model on bytes with random weights, whose conversations are plain text."""
     folder = tmp_path_factory.mktemp("served")
-    model = write_model(folder / "tiny", max_position_embeddings=512)
+    model = write_model(folder / "tiny")
     port = free_port()
     words = [
         *(str(BIN / "deepspeed"), "--quiet", "--num_accelerators", "2", "--master_port", str(free_port())),
@@ -91,17 +91,17 @@ def _wait_for_end(log: Path) -> None:
 
 @pytest.fixture(scope="session")
 def client() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a command of the clients' environment, such as `python FILE`, to its end."""
+    """Runs a command of the clients' environment, such as `python FILE`, to its end; `more` are variables."""
     if not (CLIENTS / "python").exists():
         pytest.skip(f"{CLIENTS.parent.name} is missing; `make clients` installs it")
 
-    def run(*words: str, cwd: Path = ROOT, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(*words: str, cwd: Path = ROOT, timeout_s: float = 300, **more: str) -> subprocess.CompletedProcess[str]:
         kept = {name: text for name, text in os.environ.items() if name not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
         quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DO_NOT_TRACK": "1", "NO_COLOR": "1"}
         paths = {"PATH": f"{CLIENTS}{os.pathsep}{kept['PATH']}", "PYTHONPATH": str(ROOT)}
         return subprocess.run(
             [str(CLIENTS / words[0]), *words[1:]],
-            cwd=cwd, env=kept | quiet | paths, capture_output=True, text=True, timeout=timeout_s, check=False,
+            cwd=cwd, env=kept | quiet | paths | more, capture_output=True, text=True, timeout=timeout_s, check=False,
         )  # fmt: skip
 
     return run
