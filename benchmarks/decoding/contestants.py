@@ -19,7 +19,7 @@ from stagdist.decode.operations import Control, Operation, operate
 from stagdist.decode.request import Request, SamplingParams
 from stagdist.decode.runtime.build import EngineOptions, build_stage, plan_decoding
 from stagdist.decode.runtime.stage import Stage
-from stagdist.decode.sampler import Choice
+from stagdist.decode.sampling.sampler import Choice
 from stagdist.parallel.device import on_cuda, synchronize
 from stagdist.telemetry.spans import SpanRecorder
 

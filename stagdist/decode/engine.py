@@ -17,7 +17,7 @@ from stagdist.decode.request import FinishReason, Request, RequestOutput, check_
 from stagdist.decode.request_state import RequestState
 from stagdist.decode.runtime.stage import Outcome, Stage
 from stagdist.decode.runtime.transport import Transport
-from stagdist.decode.sampler import Choice
+from stagdist.decode.sampling.sampler import Choice
 from stagdist.decode.scheduler import Scheduler
 from stagdist.decode.text import TextStream
 from stagdist.errors import ConfigError, QueueFullError
@@ -197,8 +197,8 @@ class Engine:
     def took(self, outcome: Outcome) -> None:
         """Process the tokens of an operation. Text is decoded while later stages compute the next one."""
         plan = self._scheduler.taken()
-        self.steps += outcome.step is not None
         if outcome.step is not None:
+            self.steps += 1
             self._take(plan.rows, outcome.step)
         if outcome.first is not None and plan.first is not None:
             self._take({0: plan.first}, outcome.first)

@@ -30,7 +30,6 @@ class RequestState(ScheduledRequest):
     _first_token_s: float | None = None
     _stop_reason: str | int | None = None
     _error: str | None = None
-    _received: int = 0
     _fresh: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
     _prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
 
@@ -50,13 +49,12 @@ class RequestState(ScheduledRequest):
         if params.max_new_tokens == 0:  # only its prompt was wanted
             self.finish = FinishReason.LENGTH
             return
-        self._received += 1
         self.tokens.append(token)
         self._fresh.append((token, _token_logprobs(token, params.logprobs, logprobs)))
         if token in params.stop_token_ids:
             self.finish = FinishReason.STOP
             self._stop_reason = token if token in self.own_stop_ids else None
-        elif self._received == self.allowed:
+        elif len(self.tokens) == self.allowed:
             self.finish = FinishReason.LENGTH
 
     def take_prompt_scores(self, rows: Sequence[Sequence[float]]) -> None:

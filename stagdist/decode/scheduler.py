@@ -124,8 +124,8 @@ class Scheduler(Generic[Entry]):
         if slot in self._free:
             return SlotState(None, "free", 0, len(self._free[slot].tokens))
         entry = self.running[slot]
-        phase = "decode" if entry.decodes else "prefill"
-        return SlotState(entry.request.request_id, phase, entry.positions, entry.cached_tokens)
+        request_id, cached = entry.request.request_id, entry.cached_tokens
+        return SlotState(request_id, "decode" if entry.decodes else "prefill", entry.positions, cached)
 
     def drop_ended(self) -> None:
         """Forget waiting requests that have ended."""

@@ -11,7 +11,7 @@ from stagdist.decode.engine_stats import EngineStats
 from stagdist.decode.request import FinishReason, Request, RequestOutput, RequestTimes, SamplingParams, TokenLogprobs
 from stagdist.errors import ConfigError, QueueFullError, StagdistError
 from stagdist.serving.http_child import HttpProcess, HttpProcessError
-from stagdist.serving.protocol import Output, Rejected, ScoredToken, Stats, Times, pack
+from stagdist.serving.protocol import FromEngine, Output, Rejected, ScoredToken, Stats, Times, pack
 
 STATS_S = 0.1
 """Shortest time between statistics in messages with outputs."""
@@ -48,11 +48,7 @@ class EngineBridge:
         threading.Thread(target=self._send_stats, daemon=True, name="stats").start()
 
     def take(self, outputs: Sequence[RequestOutput]) -> None:
-        """Send the outputs of one operation in one message.
-
-        Raises:
-            HttpProcessError: the HTTP process has ended, or takes no messages.
-        """
+        """Send the outputs of one operation in one message. Without the HTTP process the engine stops."""
         now = time.perf_counter()
         stats = None
         if now - self._stats_at > STATS_S:
@@ -62,20 +58,24 @@ class EngineBridge:
                 asked = output.request_id in self._cancelled
                 self._cancelled.discard(output.request_id)
                 self.cut_off += output.finish_reason is FinishReason.CANCELLED and not asked
-        self._http.send({"kind": "step", "outputs": [_output(each) for each in outputs], "stats": stats})
+        self._send({"kind": "step", "outputs": [_output(each) for each in outputs], "stats": stats})
 
     def drain(self) -> None:
         """Take no more requests; the engine ends after the last one, or cancels what is left after `drain_s`."""
         self._draining = True
         self._engine.drain(self._drain_s)
-        try:
-            self._http.send({"kind": "state", "state": "draining", "reason": "the server is shutting down"})
-        except HttpProcessError as error:
-            self._lose(error)
+        self._send({"kind": "state", "state": "draining", "reason": "the server is shutting down"})
 
     def close(self) -> None:
         """Send no more signs of life."""
         self._ended.set()
+
+    def _send(self, message: FromEngine) -> None:
+        if self.lost is None:
+            try:
+                self._http.send(message)
+            except HttpProcessError as error:
+                self._lose(error)
 
     # --- threads ------------------------------------------------------------------------------------------------
 
@@ -115,12 +115,10 @@ class EngineBridge:
             self._http.send_locked(pack(answer))
 
     def _send_stats(self) -> None:
-        try:
-            while not self._ended.wait(IDLE_STATS_S):
-                if time.perf_counter() - self._stats_at > IDLE_STATS_S:
-                    self._http.send({"kind": "stats", **_stats(self._engine.stats())})  # type: ignore[typeddict-item]
-        except HttpProcessError as error:
-            self._lose(error)
+        while not self._ended.is_set() and self.lost is None:
+            if time.perf_counter() - self._stats_at > IDLE_STATS_S:
+                self._send({"kind": "stats", **_stats(self._engine.stats())})  # type: ignore[typeddict-item]
+            self._ended.wait(IDLE_STATS_S)
 
 
 def _stats(stats: EngineStats) -> Stats:

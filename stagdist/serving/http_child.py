@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from stagdist.cluster.hosts.leftovers import JOB_VARIABLE, SERVICE_LOG, service_mark
-from stagdist.errors import ConfigError, StagdistError, TransportError
+from stagdist.errors import ConfigError, StagdistError
 from stagdist.serving.protocol import FromEngine, Welcome, pack, receive
 from stagdist.serving.settings import KEYS_VARIABLE, ServerSettings
 from stagdist.telemetry.pulse import PULSE_FILE
@@ -29,7 +29,7 @@ WELCOME_S = 5.0
 LEAVING_S = 2.0
 """Time in which a process that is about to end stops to listen."""
 
-FAREWELL_S = 5.0
+FAREWELL_S = 8.0
 """Limit for the HTTP process to send the ends of its answers."""
 
 SEND_S = 10.0
@@ -120,7 +120,7 @@ class HttpProcess:
             self._kill()
             raise HttpProcessError(f"the HTTP process took no message for {SEND_S:g} s and was ended") from error
         except OSError as error:
-            raise HttpProcessError(f"the HTTP process has ended: {error.strerror}") from error
+            raise HttpProcessError("the HTTP process has ended") from error
 
     def receive(self) -> Any:
         """The next message; None when the process has ended.
@@ -210,8 +210,10 @@ class HttpProcess:
         except OSError:
             self._kill()
         if self._child is not None:
-            with suppress(subprocess.TimeoutExpired):
+            try:
                 self._child.wait(FAREWELL_S)
+            except subprocess.TimeoutExpired:
+                self._kill()
 
     def _kill(self) -> None:
         if self._child is not None:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stagdist.errors import ConfigError
 from stagdist.serving.http.app import make_app
@@ -34,6 +35,23 @@ class _SilentServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+class _ImpatientProtocol(H11Protocol):
+    """Connections without a request end like idle ones, also before the first request and within its head."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._limit_wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._limit_wait()
+
+    def _limit_wait(self) -> None:
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -60,6 +78,7 @@ async def serve(settings: ServerSettings, bound: socket.socket) -> None:
     client = EngineClient(settings, metrics)
     config = uvicorn.Config(
         make_app(settings, client, metrics),
+        http=_ImpatientProtocol,
         lifespan="off",
         ws="none",
         log_level="warning",
@@ -77,7 +96,6 @@ async def serve(settings: ServerSettings, bound: socket.socket) -> None:
         await client.listen()
     finally:
         parent.cancel()
-        client.stop_engine()
         server.should_exit = True
         await serving
 
@@ -100,7 +118,7 @@ def main() -> int:
     try:
         bound = bound_socket(settings.host, settings.port)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error)  # read by rank 0, which reports it
         return 2
     asyncio.run(serve(settings, bound))
     return 0

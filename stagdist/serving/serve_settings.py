@@ -12,10 +12,8 @@ from stagdist.serving.http.chat_template import ChatTemplate
 from stagdist.serving.http.problems import ProblemError
 from stagdist.serving.settings import KEYS_VARIABLE, PLAIN_TEMPLATE, ServerSettings, engine_socket
 
-_OPTIONS = {"cors_origins": "cors_origin", "names": "served_model_name", "max_body_bytes": "max_body_mib"}
-"""Options with other names than the settings that they give."""
-
 _MIB = 1 << 20
+_LARGEST_MIB = 1 << 10
 
 
 def server_settings(arguments: argparse.Namespace, environment: Mapping[str, str]) -> ServerSettings:
@@ -26,6 +24,8 @@ def server_settings(arguments: argparse.Namespace, environment: Mapping[str, str
     """
     if not 1 <= arguments.port <= 65535:
         raise ConfigError(f"--port is {arguments.port}; clients need a known one, give 1 to 65535")
+    if not 0 < arguments.max_body_mib < _LARGEST_MIB:
+        raise ConfigError(f"--max-body-mib is {arguments.max_body_mib:g}; give MiB above 0, below {_LARGEST_MIB}")
     given = {name: value for name, value in vars(arguments).items() if name in ServerSettings.model_fields}
     given |= {
         "engine_socket": str(engine_socket(arguments.port)),
@@ -38,8 +38,7 @@ def server_settings(arguments: argparse.Namespace, environment: Mapping[str, str
         return ServerSettings(**given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = str(first["loc"][0])
-        option = _OPTIONS.get(name, name).replace("_", "-")
+        option = str(first["loc"][0]).replace("_", "-")
         raise ConfigError(f"--{option} is {first['input']!r}: {first['msg'].lower()}") from None
 
 

@@ -45,6 +45,20 @@ REQUESTS = [
     request("min p", 2, 11, temperature=0.7, min_p=0.1, repetition_penalty=1.2, seed=5),
     request("whole context", 17, 100, temperature=1.5, seed=3, logprobs=5),
     request("sampled, stops", 3, 12, temperature=1.0, seed=4, stop_token_ids=ENDING[:3]),
+    request(
+        "changed",
+        7,
+        12,
+        temperature=0.9,
+        repetition_penalty=1.2,
+        presence_penalty=0.4,
+        frequency_penalty=0.7,
+        logit_bias=((5, 1.5), (30, -2.0)),
+        allowed_token_ids=tuple(range(2, 36)),
+        min_tokens=6,
+        stop_token_ids=ENDING,
+        seed=8,
+    ),
 ]
 """Prompts of different lengths, choices of every kind; some end early, one goes on to the end of the context."""
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagdist.decode.noise import gumbel
 from stagdist.decode.request import FinishReason, Request, RequestOutput
+from stagdist.decode.sampling.noise import gumbel
 from tests.decode.decoding import CONTEXT, Case, Ran, config_of, parameters_of
+from tests.decode.plain_sampler import plain_scores
 from tests.reference import stagformer as reference
 
 CLEAR_MARGIN = 1e-3
@@ -90,10 +91,8 @@ def best_token(logits: Tensor, request: Request, position: int, before: Sequence
 
     Shapes: logits [V]; `before` holds the tokens of prompt and output.
     """
-    params, scores = request.params, logits.clone()
-    for token in set(before):
-        penalty = params.repetition_penalty
-        scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    params, size = request.params, len(request.prompt_ids)
+    scores = torch.from_numpy(plain_scores(logits.double().numpy(), params, before[:size], list(before[size:])))
     if params.temperature > 0:
         seed, place = torch.tensor([params.seed]), torch.tensor([position])
         scores = scores / params.temperature + gumbel(seed, place, torch.arange(len(logits)))[0]

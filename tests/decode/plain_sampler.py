@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from stagdist.decode.layers.weights import Device
-from stagdist.decode.noise import gumbel
 from stagdist.decode.request import SamplingParams
-from stagdist.decode.sampler import Choice, Sampler
+from stagdist.decode.sampling.noise import gumbel
+from stagdist.decode.sampling.sampler import Choice, Sampler
 
 VOCAB = 37
 CPU = Device("cpu", torch.float32)

@@ -3,17 +3,21 @@
 `program` writes down what every stage does in a sequence of operations, and `run` plays it. Receives match sends in
 order on every edge; a wait ends when its hand-off is there; a send waits only for room among the older ones. Whatever
 a schedule must never do raises `ScheduleError`.
+
+A sequence of operations is a text: `s` is a step, `c` a chunk, `e` the last chunk of a prompt, `sc` and `se` a step
+with a chunk, `.` an operation without either, `~` and `s~` as many of `.` and `s` as take a chunk from the first to the
+last stage, and `R` a rest.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from stagdist.decode.runtime import schedule
-from stagdist.decode.runtime.schedule import Instruction, Kind
+from stagdist.decode.runtime.schedule import Instruction, Kind, Part, Work
 from stagdist.decode.topology import Topology
 
-Key = tuple[str, int, int]
-"""A hand-off: ("step", number, 0) or ("chunk", operation, chunk)."""
+Name = tuple[Part, int]
+"""A hand-off or a token: of the step with this number, or of the chunk that entered in this operation."""
 
 CHUNKS_OPEN = 2
 COLLECTIVES = {Kind.COMBINE: "combine", Kind.SHARE: "share", Kind.PUBLISH: "token", Kind.TOKEN: "token"}
@@ -25,38 +29,62 @@ class ScheduleError(Exception):
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of all stages; `chunks` counts those of a prefill."""
+    """One operation of all stages.
 
-    kind: str
-    chunks: int = 0
+    Attributes:
+        text: `s`, `sc`, `.`, `R` and so on.
+        work: for the schedule.
+        known: tokens that were chosen in earlier operations.
+    """
+
+    text: str
+    work: Work
+    known: frozenset[Name]
+
+    @property
+    def tokens(self) -> list[Name]:
+        """Tokens that it chooses, in order."""
+        if self.text == "R":
+            return []
+        step = [] if self.work.step is None else [(Part.STEP, self.work.step)]
+        return [*step, *([(Part.CHUNK, self.work.number - len(self.work.entered) + 1)] if self.work.ends else [])]
 
 
-STEP, REST = Operation("step"), Operation("rest")
-
-
-def admit(chunks: int) -> Operation:
-    """The prefill of a prompt."""
-    return Operation("prefill", chunks)
+def operations(topology: Topology, text: str) -> list[Operation]:
+    """Read a sequence of operations."""
+    found: list[Operation] = []
+    step = first = 0
+    chunks = [""] * topology.num_stages  # on their way, the newest first
+    known: set[Name] = set()
+    for word in text.split():
+        for letters in [word.replace("~", "") or "."] * (topology.last_stage if word.endswith("~") else 1):
+            chunks = [letters.strip("s.R"), *chunks[:-1]]
+            steps = letters.startswith(("s", "R"))
+            entered, ends = tuple(map(bool, chunks)), chunks[-1] == "e" and letters != "R"
+            work = Work(len(found), step if steps else None, first, entered, ends)
+            found.append(Operation(letters, work, frozenset(known)))
+            known.update(found[-1].tokens)
+            if letters == "R":
+                first, chunks = step, [""] * topology.num_stages
+            step += letters.startswith("s")
+    return found
 
 
 @dataclass(frozen=True)
 class Placed:
     """An instruction at its place in the sequence of operations."""
 
-    operation: int
-    kind_of_operation: str
+    operation: Operation
     instruction: Instruction
-    first: int  # first step since the hand-offs were at rest
-    before: int | None  # the operation whose token this one feeds
 
     @property
-    def key(self) -> Key:
-        """The hand-off that it is about."""
-        step = self.instruction.step
-        return ("chunk", self.operation, step) if self.kind_of_operation == "prefill" else ("step", step, 0)
+    def name(self) -> Name:
+        """The hand-off or the token that it is about."""
+        return self.instruction.part, self.instruction.number
 
     def __str__(self) -> str:
-        return f"{self.instruction.kind} {self.key} of {self.kind_of_operation} (operation {self.operation})"
+        part, number = self.name
+        return f"{self.instruction.kind} {part} {number} of {self.operation.text} ({self.operation.work.number})"
 
 
 Mutation = Callable[[int, list[Instruction]], list[Instruction]]
@@ -64,25 +92,19 @@ Mutation = Callable[[int, list[Instruction]], list[Instruction]]
 
 
 def program(
-    topology: Topology, operations: Sequence[Operation], mutate: Mutation = lambda stage, instructions: instructions
+    topology: Topology, text: str, mutate: Mutation = lambda stage, instructions: instructions
 ) -> list[list[Placed]]:
     """What every stage does, in order."""
     placed: list[list[Placed]] = [[] for _ in range(topology.num_stages)]
-    step = first = 0
-    before: int | None = None
-    for number, operation in enumerate(operations):
+    for operation in operations(topology, text):
         for stage, own in enumerate(placed):
-            match operation.kind:
-                case "step":
-                    instructions = schedule.decode_step(topology, stage, step, first)
-                case "prefill":
-                    instructions = schedule.prefill(topology, stage, operation.chunks)
-                case _:
-                    instructions = schedule.rest(topology, stage, step, first)
-            own += [Placed(number, operation.kind, each, first, before) for each in mutate(stage, list(instructions))]
-        step += operation.kind == "step"
-        first = step if operation.kind == "rest" else first
-        before = before if operation.kind == "rest" else number
+            if operation.text == "R":
+                instructions = schedule.rest(topology, stage, operation.work)
+            else:
+                instructions = schedule.operation(topology, stage, operation.work)
+                if operation.work.ends:
+                    instructions += schedule.ending(topology, stage, operation.work)
+            own += [Placed(operation, each) for each in mutate(stage, list(instructions))]
     return placed
 
 
@@ -109,9 +131,9 @@ class Pace:
 class Edge:
     """What went from a stage to the next."""
 
-    sent: list[tuple[Key, float]] = field(default_factory=list)
-    posted: list[tuple[Key, float]] = field(default_factory=list)
-    waited: set[Key] = field(default_factory=set)
+    sent: list[tuple[Name, float]] = field(default_factory=list)
+    posted: list[tuple[Name, float]] = field(default_factory=list)
+    waited: set[Name] = field(default_factory=set)
 
     def arrival(self, number: int, delay_s: float) -> float | None:
         """When the hand-off `number` is in its buffer; None while a side is missing."""
@@ -127,16 +149,16 @@ class Edge:
 class Knowledge:
     """What a stage has."""
 
-    tokens: set[int] = field(default_factory=set)  # operations whose token is known
-    memories: set[Key] = field(default_factory=set)
-    begun: set[tuple[int, int]] = field(default_factory=set)  # (operation, section)
-    finished: list[tuple[int, int, int]] = field(default_factory=list)  # (operation, chunk or step, section)
-    asked: set[int] = field(default_factory=set)  # operations whose published tensor has a buffer here
-    answered: set[int] = field(default_factory=set)
-    hidden: set[int] = field(default_factory=set)  # operations whose combined or shared output is here
-    logits: set[int] = field(default_factory=set)
-    chosen: list[int] = field(default_factory=list)
-    published: list[int] = field(default_factory=list)
+    tokens: set[Name] = field(default_factory=set)
+    memories: set[Name] = field(default_factory=set)
+    begun: set[tuple[Name, int]] = field(default_factory=set)  # with the section
+    finished: list[tuple[Name, int]] = field(default_factory=list)
+    asked: set[Name] = field(default_factory=set)  # tokens whose published tensor has a buffer here
+    answered: set[Name] = field(default_factory=set)
+    hidden: set[Name] = field(default_factory=set)  # tokens whose combined or shared output is here
+    logits: set[Name] = field(default_factory=set)
+    chosen: list[Name] = field(default_factory=list)
+    published: list[Name] = field(default_factory=list)
 
 
 class Run:
@@ -145,7 +167,7 @@ class Run:
     Attributes:
         edges: edge e leads from stage e to e + 1.
         known: by stage.
-        token_s: when each stage knew the token of each operation.
+        token_s: when each stage knew each token.
         places: instructions that each stage got through.
     """
 
@@ -154,10 +176,10 @@ class Run:
         stages = range(topology.num_stages)
         self.edges = [Edge() for _ in stages[1:]]
         self.known = [Knowledge() for _ in stages]
-        self.token_s: list[dict[int, float]] = [{} for _ in stages]
+        self.token_s: list[dict[Name, float]] = [{} for _ in stages]
         self.places = [0 for _ in stages]
         self._clocks = [0.0 for _ in stages]
-        self._meetings: dict[tuple[int, str], dict[int, float]] = {}
+        self._meetings: dict[tuple[Name, str], dict[int, float]] = {}
         while sum(self._advance(stage) for stage in stages):
             pass
 
@@ -185,14 +207,13 @@ class Run:
         now = self._clocks[stage]
         kind, index = placed.instruction.kind, placed.instruction.index
         if kind is Kind.WAIT:
-            keys = [key for key, _ in self.edges[index].posted]
-            if placed.key not in keys or placed.key in self.edges[index].waited:
+            names = [name for name, _ in self.edges[index].posted]
+            if placed.name not in names or placed.name in self.edges[index].waited:
                 raise ScheduleError(f"stage {stage}: {placed}, which is not expected")
-            arrival = self.edges[index].arrival(keys.index(placed.key), self._pace.hand_off_s)
+            arrival = self.edges[index].arrival(names.index(placed.name), self._pace.hand_off_s)
             return None if arrival is None else max(now, arrival)
         if kind is Kind.SEND:
-            room = CHUNKS_OPEN - 1 if placed.kind_of_operation == "prefill" else self.topology.lag
-            oldest = len(self.edges[index].sent) - 1 - room
+            oldest = len(self.edges[index].sent) - 2 - self.topology.lag
             if oldest < 0:
                 return now
             arrival = self.edges[index].arrival(oldest, self._pace.hand_off_s)
@@ -209,7 +230,7 @@ class Run:
             name = "candidates"
         if name is None:
             return now
-        present = self._meetings.setdefault((placed.operation, name), {})
+        present = self._meetings.setdefault((placed.name, name), {})
         present.setdefault(stage, now)
         latency = self._pace.token_s if name == "token" else 0.0
         if self._pace.rendezvous or name in ("combine", "candidates"):
@@ -222,87 +243,79 @@ class Run:
 
     def _do(self, stage: int, placed: Placed) -> None:
         instruction, own, now = placed.instruction, self.known[stage], self._clocks[stage]
-        operation, index = placed.operation, instruction.index
+        name, index = placed.name, instruction.index
         if instruction.kind in (Kind.TOKEN, Kind.SHARE) and stage < self.topology.last_stage:
-            _need(operation in own.asked, stage, placed, "having asked")
-            own.answered.add(operation)
+            _need(name in own.asked, stage, placed, "having asked")
+            own.answered.add(name)
         match instruction.kind:
             case Kind.ASK:
                 _need(own.asked == own.answered, stage, placed, "the answer to what it asked for already")
-                own.asked.add(operation)
+                own.asked.add(name)
             case Kind.EXPECT:
-                self.edges[index].posted.append((placed.key, now))
+                self.edges[index].posted.append((name, now))
             case Kind.WAIT:
-                self.edges[index].waited.add(placed.key)
-                own.memories.add(placed.key)
+                self.edges[index].waited.add(name)
+                own.memories.add(name)
             case Kind.SEND:
-                self._check_output(stage, placed)
-                self.edges[index].sent.append((placed.key, now))
+                last = self.topology.sections(stage)[-1]
+                _need((name, last) in own.finished, stage, placed, "the output of its last section")
+                self.edges[index].sent.append((name, now))
             case Kind.BEGIN:
                 self._check_begin(stage, placed)
-                own.begun.add((operation, index))
+                own.begun.add((name, index))
             case Kind.FINISH:
                 self._check_finish(stage, placed)
-                own.finished.append((operation, instruction.step, index))
+                own.finished.append((name, index))
             case Kind.COMBINE | Kind.SHARE:
                 self._check_ending(stage, placed)
                 if instruction.kind is Kind.SHARE or index in (-1, stage):
-                    own.hidden.add(operation)
+                    own.hidden.add(name)
             case Kind.HEAD:
                 self._check_ending(stage, placed)
-                own.logits.add(operation)
+                own.logits.add(name)
             case Kind.CHOOSE:
-                _need(operation in own.logits, stage, placed, "logits")
-                own.chosen.append(operation)
+                _need(name in own.logits, stage, placed, "logits")
+                own.chosen.append(name)
                 if self.topology.head == "sharded" or self.topology.num_stages == 1:
-                    self._know(stage, operation)
+                    self._know(stage, name)
             case Kind.PUBLISH:
-                _need(operation in own.chosen, stage, placed, "a token")
-                own.published.append(operation)
-                self._know(stage, operation)
+                _need(name in own.chosen, stage, placed, "a token")
+                own.published.append(name)
+                self._know(stage, name)
             case Kind.TOKEN:
-                self._know(stage, operation)
+                self._know(stage, name)
 
-    def _know(self, stage: int, operation: int) -> None:
-        self.known[stage].tokens.add(operation)
-        self.token_s[stage][operation] = self._clocks[stage]
+    def _know(self, stage: int, name: Name) -> None:
+        self.known[stage].tokens.add(name)
+        self.token_s[stage][name] = self._clocks[stage]
 
     def _check_begin(self, stage: int, placed: Placed) -> None:
-        known = placed.before is None or placed.before in self.known[stage].tokens
-        _need(known, stage, placed, "the token before")
+        _need(placed.operation.known <= self.known[stage].tokens, stage, placed, "the token before")
         if not self.topology.staggered and stage > 0:
-            _need(placed.key in self.known[stage].memories, stage, placed, "the output of the stage before")
+            _need(placed.name in self.known[stage].memories, stage, placed, "the output of the stage before")
 
     def _check_finish(self, stage: int, placed: Placed) -> None:
-        own, index = self.known[stage], placed.instruction.index
-        if placed.kind_of_operation == "step":
-            _need((placed.operation, index) in own.begun, stage, placed, "its beginning")
+        own, index, name = self.known[stage], placed.instruction.index, placed.name
+        if placed.instruction.part is Part.STEP:
+            _need((name, index) in own.begun, stage, placed, "its beginning")
         if stage == 0 or index != self.topology.sections(stage).start:
             return
-        key = placed.key
-        if placed.kind_of_operation == "step":
-            needed = placed.instruction.step - self.topology.lag
-            if needed < placed.first:
-                return  # filled by a prefill
-            key = ("step", needed, 0)
-        _need(key in own.memories, stage, placed, f"the hand-off {key}")
-
-    def _check_output(self, stage: int, placed: Placed) -> None:
-        last = self.topology.sections(stage)[-1]
-        output = (placed.operation, placed.instruction.step, last)
-        _need(output in self.known[stage].finished, stage, placed, "the output of its last section")
+        if placed.instruction.part is Part.STEP:
+            name = Part.STEP, placed.instruction.number - self.topology.lag
+            if name[1] < placed.operation.work.first:
+                return  # filled by a prompt
+        _need(name in own.memories, stage, placed, f"the hand-off {name}")
 
     def _check_ending(self, stage: int, placed: Placed) -> None:
-        topology, own = self.topology, self.known[stage]
+        topology, own, part = self.topology, self.known[stage], placed.instruction.part
         spread = placed.instruction.kind is Kind.HEAD and (
             topology.combined or (topology.head == "sharded" and topology.num_stages > 1)
         )
         if spread:
-            _need(placed.operation in own.hidden, stage, placed, "the combined or shared output")
+            _need(placed.name in own.hidden, stage, placed, "the combined or shared output")
         elif stage == topology.last_stage or topology.combined:
-            section = 0 if topology.batched and placed.kind_of_operation == "step" else topology.sections(stage)[-1]
-            output = (placed.operation, placed.instruction.step, section)
-            _need(output in own.finished, stage, placed, "the output of its last section")
+            section = 0 if topology.batched and part is Part.STEP else topology.sections(stage)[-1]
+            _need((placed.name, section) in own.finished, stage, placed, "the output of its last section")
 
 
 def _need(there: bool, stage: int, placed: Placed, what: str) -> None:

@@ -87,7 +87,7 @@ def same(completions: dict[str, RequestOutput], expected: dict[str, RequestOutpu
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tokens_are_those_that_the_reference_and_the_noise_of_their_positions_give(alone: Alone, variant: str) -> None:
-    for name in ("greedy", "sampled", "one token", "stops", "penalty", "whole context", "sampled, stops"):
+    for name in ("greedy", "sampled", "one token", "stops", "penalty", "whole context", "sampled, stops", "changed"):
         case = arrangement(variant, [request for request in REQUESTS if request.request_id == name], 1)
         request, done = case.requests[0], alone[variant][name]
         logits = reference_logits(case, request, done)

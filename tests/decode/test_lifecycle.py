@@ -18,30 +18,22 @@ GREEDY = REQUESTS[0]
 SIZE = len(GREEDY.prompt_ids)
 
 
-class Words(Letters):
-    """Letters, and one special token that is shown on request."""
+class Words:
+    """Letters, and one special token that is a star where it is shown."""
 
-    special = 0
+    def __init__(self, special: int) -> None:
+        self._special = special
 
-    def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
-        return "".join(
-            ""
-            if token == self.special and skip_special_tokens
-            else "*"
-            if token == self.special
-            else super_letter(token)
-            for token in ids
-        )
-
-
-def super_letter(token: int) -> str:
-    return Letters().decode([token])
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        star = "" if skip_special_tokens else "*"
+        return "".join(star if token == self._special else Letters().decode([token]) for token in ids)
 
 
 def engine(num_slots: int = 2, letters: Any = None, **options: Any) -> Engine:
     """An engine in this process."""
     stage, transport = World().stage(arrangement("plain", [], num_slots))
-    return Engine(stage, transport, tokenizer=letters or Letters(), **{"heartbeat_s": 0.02} | options)
+    tokenizer: Any = letters or Letters()
+    return Engine(stage, transport, tokenizer=tokenizer, **{"heartbeat_s": 0.02} | options)
 
 
 def asked(name: str, **params: Any) -> Request:
@@ -184,12 +176,12 @@ def test_an_idle_engine_that_drains_returns_at_once() -> None:
 @pytest.mark.parametrize("error", [TransportError("rank 1 has ended"), RuntimeError("out of memory")])
 def test_when_a_rank_is_lost_every_open_request_gets_the_error_first(error: Exception, tokens: tuple[int, ...]) -> None:
     stage, transport = World().stage(arrangement("plain", [], 2))
-    busy, outbox, run, runs = Engine(stage, transport), Outbox(), stage.run, 0
+    busy, outbox, run, operations = Engine(stage, transport), Outbox(), stage.run, 0
 
     def failing(*arguments: Any, **options: Any) -> Any:
-        nonlocal runs
-        runs += 1
-        if runs == 4:
+        nonlocal operations
+        operations += 1
+        if operations == 6:
             busy.submit(asked("just came"))
             raise error
         return run(*arguments, **options)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stagdist.decode.noise import gumbel, uniform
+from stagdist.decode.sampling.noise import gumbel, uniform
 
 VOCAB = 4096
 

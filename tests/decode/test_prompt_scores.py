@@ -1,11 +1,13 @@
 """Log-probabilities of the tokens of prompts, however the vocabulary is cut, and what a request makes of them."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from stagdist.decode.request import FinishReason, Request, SamplingParams
 from stagdist.decode.request_state import RequestState
-from stagdist.decode.sampler import merge_prompt_scores
+from stagdist.decode.sampling.sampler import merge_prompt_scores
 from tests.decode.plain_sampler import CUTS, VOCAB, make_logits, samplers
 
 
@@ -43,7 +45,7 @@ def test_scores_of_a_prompt_fill_up_a_small_vocabulary() -> None:
     assert row[0] == row[12] == pytest.approx(float(logits.double().log_softmax(-1)[0, 4]))
 
 
-def scored(blocks: list[int], **params: int) -> RequestState:
+def scored(blocks: list[int], **params: Any) -> RequestState:
     """A request of five tokens whose prompt is scored in blocks of rows; row r has the values r, r + 0.5, ...."""
     state = RequestState(Request("scored", (9, 8, 7, 6, 5), SamplingParams(prompt_logprobs=1, **params)), allowed=1)
     rows = iter([[-row, row + 10, row + 20, -row - 0.5, -row - 0.75] for row in range(1, 5)])

@@ -2,14 +2,15 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from stagdist.decode.layers.weights import Device
-from stagdist.decode.noise import gumbel
 from stagdist.decode.request import SamplingParams
-from stagdist.decode.sampler import Sampler
+from stagdist.decode.sampling.noise import gumbel
+from stagdist.decode.sampling.sampler import Sampler
 from tests.decode.plain_sampler import (
     CPU,
     CUTS,
@@ -195,7 +196,7 @@ def test_a_new_request_does_not_see_the_tokens_of_the_last_one_in_its_slot() -> 
             rank.retire(0)
 
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,

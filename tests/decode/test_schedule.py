@@ -2,47 +2,27 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from stagdist.decode.runtime import schedule
-from stagdist.decode.runtime.schedule import Instruction, Kind
+from stagdist.decode.runtime.schedule import Instruction, Kind, Part, Work
 from stagdist.decode.topology import HEAD_LAYOUTS, Topology
 from stagdist.errors import ConfigError
 from tests.decode.schedule_checks import check
-from tests.decode.simulation import (
-    CHUNKS_OPEN,
-    REST,
-    STEP,
-    Mutation,
-    Operation,
-    Pace,
-    ScheduleError,
-    admit,
-    program,
-    run,
-)
+from tests.decode.simulation import CHUNKS_OPEN, Mutation, Name, Pace, ScheduleError, program, run
 
 SHAPES = [(sections, stages) for sections in range(1, 9) for stages in range(1, sections + 1) if sections % stages == 0]
-PROGRAMS: dict[str, list[Operation]] = {
-    "prompts": [admit(1), admit(2), admit(3), admit(4), admit(5), REST],
-    "steps": [admit(1), *[STEP] * 6, REST],
-    "mixed": [
-        admit(2),
-        STEP,
-        STEP,
-        admit(3),
-        STEP,
-        admit(1),
-        *[STEP] * 3,
-        REST,
-        REST,
-        admit(1),
-        STEP,
-        REST,
-        STEP,
-        REST,
-    ],
+PROGRAMS: dict[str, str] = {
+    "prompts": "e ~ c e ~ c c e ~ R",
+    "prompts that follow each other": "c e c e e c c c e ~ R",
+    "steps": "e ~ s s s s s s R",
+    "prompts beside steps": "c e ~ s sc sc se s s se sc s sc s~ s s R",
+    "a cancelled prompt": "e ~ s sc sc s~ s sc se s~ R",
+    "the end while prompts are on their way": "e ~ s sc s se se R",
+    "the end of prompts alone": "c c e R",
+    "mixed": "c e ~ s s c c e ~ s e ~ s s s R R e ~ s R s R",
 }
 
 
@@ -61,36 +41,35 @@ def topologies(sections: int, stages: int) -> Iterator[Topology]:
 
 @pytest.mark.parametrize(("sections", "stages"), SHAPES)
 def test_no_stage_waits_for_what_is_sent_later_and_every_token_is_computed_once(sections: int, stages: int) -> None:
-    for topology, operations in itertools.product(topologies(sections, stages), PROGRAMS.values()):
-        played = check(topology, operations)
-        for edge in played.edges:
-            assert [key for key, _ in edge.sent] == [key for key, _ in edge.posted]
-            assert edge.waited == {key for key, _ in edge.sent}, "something was sent and never taken"
+    for topology, text in itertools.product(topologies(sections, stages), PROGRAMS.values()):
+        check(topology, text)
 
 
 @pytest.mark.parametrize(("sections", "stages"), [shape for shape in SHAPES if shape[1] > 1])
 def test_what_was_sent_before_a_rest_is_taken_by_it(sections: int, stages: int) -> None:
     for topology in topologies(sections, stages):
-        without = run(topology, program(topology, [admit(1), *[STEP] * 4]))
+        without = run(topology, program(topology, "e ~ s s s s"))
         open_now = {len(edge.posted) - len(edge.waited) for edge in without.edges}
         assert open_now == {topology.lag}
-        short = run(topology, program(topology, [admit(1), STEP, REST]))
+        short = run(topology, program(topology, "e ~ s sc R"))
         assert {len(edge.posted) - len(edge.waited) for edge in short.edges} == {0}
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_when_a_stage_dies_the_others_come_to_a_halt_with_few_hand_offs_open(stages: int) -> None:
-    operations = [admit(3), STEP, STEP, STEP, admit(2), STEP, STEP]
+    text = "c e ~ s s sc se s s s s"
     for topology in topologies(stages, stages):
-        placed = program(topology, operations)
+        placed = program(topology, text)
+        tokens = len(run(topology, placed).known[0].tokens)
         for dead in range(stages):
             for place in range(len(placed[dead])):
                 played = run(topology, placed, Pace(dies=(dead, place)))
                 # A token needs all stages in the end, so the others cannot run away from the dead one.
-                reach = (topology.last_stage - dead) * topology.lag + 1
+                # One of their operations may choose two: that of a step and the first one of a prompt.
+                reach = (topology.last_stage - dead) * topology.lag + 2
                 done = len(played.known[dead].tokens)
                 assert max(len(known.tokens) for known in played.known) <= done + reach
-                if done + reach < len(operations):
+                if done + reach < tokens:
                     assert len(played.stuck) == stages, "a stage came to the end without the dead one"
                 for edge in played.edges:
                     open_receives = max(0, len(edge.posted) - len(edge.waited))
@@ -129,9 +108,14 @@ def pace(finish: list[float], hand_off_s: float = 0.0) -> Pace:
 def step_time(topology: Topology, finish: list[float], hand_off_s: float = 0.0) -> float:
     """Mean time of a step once all is in its rhythm."""
     steps, warm_up = 180, 60
-    played = run(topology, program(topology, [admit(1), *[STEP] * steps]), pace(finish, hand_off_s))
+    played = run(topology, program(topology, "e ~" + " s" * steps), pace(finish, hand_off_s))
     moments = played.token_s[topology.last_stage]
-    return (moments[steps] - moments[warm_up]) / (steps - warm_up)
+    return (moments[step(steps - 1)] - moments[step(warm_up - 1)]) / (steps - warm_up)
+
+
+def step(number: int) -> Name:
+    """The token of a step."""
+    return Part.STEP, number
 
 
 def own_time(topology: Topology, finish: list[float], stage: int) -> float:
@@ -205,9 +189,19 @@ def test_stagger_2_hides_a_hand_off_that_is_one_whole_step_slower(finish: list[f
 def test_prefill_of_many_chunks_keeps_all_stages_busy() -> None:
     finish, chunks = [10.0, 10.0, 10.0], 20
     topology = Topology(3, 3)
-    played = run(topology, program(topology, [admit(chunks)]), pace(finish))
+    played = run(topology, program(topology, "c " * (chunks - 1) + "e ~"), pace(finish))
     after = HEAD_S + CHOOSE_S + TOKEN_S
-    assert played.token_s[0][0] == pytest.approx((chunks + 2) * 10.0 + after)
+    assert played.token_s[0][Part.CHUNK, chunks - 1] == pytest.approx((chunks + 2) * 10.0 + after)
+
+
+@pytest.mark.parametrize("finish", SPLITS)
+@pytest.mark.parametrize("stagger", [1, 2])
+def test_a_step_beside_a_chunk_takes_as_long_as_both_on_the_slowest_stage(finish: list[float], stagger: int) -> None:
+    topology, beside = Topology(len(finish), len(finish), stagger=stagger), 60
+    played = run(topology, program(topology, "e ~" + " sc" * beside), pace(finish))
+    moments = played.token_s[0]
+    both = max(own_time(topology, finish, stage) + finish[stage] for stage in range(len(finish)))
+    assert (moments[step(beside - 1)] - moments[step(20)]) / (beside - 21) == pytest.approx(both)
 
 
 # --- the checks notice what is wrong ----------------------------------------------------------------------------
@@ -225,8 +219,8 @@ def moved(kind: Kind, behind: Kind, at_stage: int) -> Mutation:
         kinds = [each.kind for each in instructions]
         if stage != at_stage or kind not in kinds or behind not in kinds:
             return instructions
-        late = [each for each in instructions if each.kind is kind]
-        rest = [each for each in instructions if each.kind is not kind]
+        late = [each for each in instructions if each.kind is kind and each.part is Part.STEP]
+        rest = [each for each in instructions if each not in late]
         place = max(place for place, each in enumerate(rest) if each.kind is behind) + 1
         return rest[:place] + late + rest[place:]
 
@@ -235,9 +229,9 @@ def moved(kind: Kind, behind: Kind, at_stage: int) -> Mutation:
 
 def waiting_for_this_step(stage: int, instructions: list[Instruction]) -> list[Instruction]:
     """A schedule whose stages wait for the hand-off of the present step."""
-    step = max((each.step for each in instructions if each.kind is Kind.BEGIN), default=None)
+    step = max((each.number for each in instructions if each.kind is Kind.BEGIN), default=None)
     return [
-        Instruction(each.kind, step, each.index) if each.kind is Kind.WAIT and step is not None else each
+        replace(each, number=step) if (each.kind, each.part) == (Kind.WAIT, Part.STEP) and step is not None else each
         for each in instructions
     ]
 
@@ -253,7 +247,7 @@ TWO, COMBINED = Topology(2, 2), Topology(2, 2, combined=True)
 THREE_SHARDED = Topology(3, 3, head="sharded")
 BROKEN: dict[str, tuple[Topology, Mutation, str]] = {
     "waits for the hand-off of the same step": (TWO, waiting_for_this_step, "without the hand-off"),
-    "waits in a circle": (COMBINED, moved(Kind.SEND, Kind.TOKEN, 0), "waits at"),
+    "waits in a circle": (Topology(2, 2, stagger=0), moved(Kind.SEND, Kind.TOKEN, 0), "waits at"),
     "no receive": (TWO, without(Kind.EXPECT, 1), "not expected"),
     "no send": (TWO, without(Kind.SEND, 0), "waits at"),
     "no wait": (TWO, without(Kind.WAIT, 1), "without the hand-off"),
@@ -293,6 +287,6 @@ def test_a_rest_that_leaves_a_hand_off_behind_is_noticed() -> None:
 
 
 def test_stages_that_hold_several_sections_wait_once_in_a_step() -> None:
-    instructions = schedule.decode_step(Topology(8, 2), 1, step=5, first=0)
+    instructions = schedule.operation(Topology(8, 2), 1, Work(0, 5, 0, (False, False)))
     assert [each.kind for each in instructions].count(Kind.WAIT) == 1
     assert [each.index for each in instructions if each.kind is Kind.FINISH] == [4, 5, 6, 7]

@@ -28,6 +28,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 1.1, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 5},
     {"temperature": 1, "min_p": 0.02, "logprobs": 3},
     {},
+    {"temperature": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.8, "logit_bias": {"101": 4}, "min_tokens": 5},
 ]
 BAD: list[tuple[bytes, str]] = [
     (b'{"prompt": ""}', "empty"),
@@ -84,7 +85,7 @@ def test_launchers_give_the_answers_of_one_process_and_bad_prompts_harm_no_other
     assert [complaint in answer["error"] for answer, (_, complaint) in zip(refused, BAD, strict=True)] == [True] * 7
     served = [answer for answer in found if "error" not in answer]
     assert [answer["id"] for answer in served] == [f"good {i}" for i in range(len(SETTINGS))]
-    assert [answer["seed"] for answer in served] == [0, 2, 5, 6, 8]  # seed + index, unless the prompt has its own
+    assert [answer["seed"] for answer in served] == [0, 2, 5, 6, 8, 10]  # seed + index, unless the prompt has its own
     assert all(len(answer["token_ids"]) == 24 for answer in served)
     assert len(served[3]["logprobs"]) == 24 and len(served[3]["logprobs"][0]["top"]) == 3
 
@@ -160,6 +161,20 @@ def test_stop_texts_and_ids_end_an_answer(model: Path) -> None:
     assert stopped["finish_reason"] == "stop" and stopped["text"] == answer["text"].partition(letter)[0]
     (ended,) = answers(run_ranks_to_end(model, *arguments, "--stop-token-id", str(ids[10])))
     assert ended["token_ids"] == ids[: ids.index(ids[10]) + 1] and ended["finish_reason"] == "stop"
+    assert (stopped["stop_reason"], ended["stop_reason"], answer["stop_reason"]) == (letter, ids[10], None)
+    (shown,) = answers(run_ranks_to_end(model, *arguments, "--stop", letter, "--include-stop-str-in-output"))
+    assert shown["text"] == stopped["text"] + letter
+
+
+def test_options_bias_and_choose_among_tokens(model: Path) -> None:
+    arguments = ["--prompt", "abc", "--json", "--max-new-tokens", "12", "--ignore-eos"]
+    (biased,) = answers(run_ranks_to_end(model, *arguments, "--logit-bias", "65=100", "--temperature", "0"))
+    assert biased["text"] == "A" * 12
+    bounded = [*arguments, "--allowed-token-id", "66", "--allowed-token-id", "67", "--temperature", "0"]
+    counted = [*bounded, "--frequency-penalty", "2", "--presence-penalty", "2"]
+    (allowed,), (varied,) = (answers(run_ranks_to_end(model, *each)) for each in (bounded, counted))
+    assert set(allowed["text"]) <= {"B", "C"} == set(varied["text"])
+    assert abs(varied["text"].count("B") - 6) < abs(allowed["text"].count("B") - 6), "repetition costs something"
 
 
 def test_an_answer_ends_where_transformers_would_end_it(model: Path, tmp_path: Path) -> None:

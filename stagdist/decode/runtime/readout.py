@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.runtime.transport import TOKEN
-from stagdist.decode.sampler import Choice, Sampler
+from stagdist.decode.sampling.sampler import Choice, Sampler
 
 
 class Readout:

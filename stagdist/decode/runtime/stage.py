@@ -17,7 +17,7 @@ from stagdist.decode.runtime.hosted_sections import Call, Prompt, StageSections
 from stagdist.decode.runtime.readout import Readout
 from stagdist.decode.runtime.schedule import Instruction, Kind, Part, Work
 from stagdist.decode.runtime.setup import StageSetup
-from stagdist.decode.sampler import Choice
+from stagdist.decode.sampling.sampler import Choice
 from stagdist.decode.topology import Topology
 from stagdist.telemetry.pulse import Phase, Pulse
 from stagdist.telemetry.spans import SpanRecorder

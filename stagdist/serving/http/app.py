@@ -137,7 +137,7 @@ class _Server:
         prepared = await self._from_body(request, lambda body: prepare(body, served, limit))
         generation = await self._client.submit(prepared.id, prepared.submissions, prepared.fields.deadline_s)
         self._metrics.submitted(generation, prepared.n)
-        request.scope["log"].update(prompt_tokens=prepared.usage(generation)["prompt_tokens"], answer=prepared.id)
+        request.scope["generation"] = generation
         try:
             await unless_gone(request.receive, generation.accepted())
             if prepared.fields.stream:
@@ -146,7 +146,6 @@ class _Server:
         except BaseException:
             generation.cancel()
             raise
-        request.scope["log"]["completion_tokens"] = sum(generation.tokens)
         return Response(answer, media_type="application/json")
 
     async def _from_body(self, request: Request, work: Callable[[Any], Any]) -> Any:

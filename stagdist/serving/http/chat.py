@@ -36,8 +36,7 @@ def prepare_chat(body: Any, served: ModelView, max_choices: int) -> PreparedRequ
         variables=fields.chat_template_kwargs,
     )
     if served.plain_chat:
-        stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
-        fields = fields.model_copy(update={"stop": [*stops, PLAIN_STOP]})
+        fields = fields.model_copy(update={"stop": [*(fields.stop or []), PLAIN_STOP]})
     submissions = submissions_of(
         fields,
         served,

@@ -21,7 +21,7 @@ _MAX_RETRY_AFTER_S = 60
 
 
 class EngineClient:
-    """Listens for rank 0 on a Unix socket; a newer connection replaces the one before.
+    """Listens for rank 0 on a Unix socket, one after the other.
 
     Attributes:
         served: the model of the latest engine; None before the first one.
@@ -40,7 +40,7 @@ class EngineClient:
         self._settings, self._metrics = settings, metrics
         self._writer: asyncio.StreamWriter | None = None
         self._open: dict[str, tuple[Generation, int]] = {}
-        self._last_message = time.monotonic()
+        self._last_message = self._last_progress = time.monotonic()
         self._lost_since: float | None = time.monotonic()
         self._finish_interval_s, self._last_finish = 1.0, time.monotonic()
 
@@ -53,6 +53,9 @@ class EngineClient:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.finished.wait(), 1)
                 self._check_time()
+            self._send({"kind": "stop"})  # no one needs the engine
+            if self._writer is not None:
+                self._writer.close()
         path.unlink(missing_ok=True)
 
     def _check_time(self) -> None:
@@ -69,9 +72,7 @@ class EngineClient:
         """Whether a ready engine gives no sign of life, or has work and finishes no operation."""
         if self.state not in ("ready", "draining") or self.stats is None:
             return False
-        now, limit = time.monotonic(), self._settings.hang_timeout_s
-        works = self.stats["running"] + self.stats["waiting"] > 0
-        return now - self._last_message > limit or (works and now - self.stats["last_operation_s"] > limit)
+        return time.monotonic() - min(self._last_message, self._last_progress) > self._settings.hang_timeout_s
 
     def health(self) -> tuple[str, str]:
         """State and its reason; only `ready` serves requests."""
@@ -142,20 +143,16 @@ class EngineClient:
     def _fail_all(self, problem: ProblemError) -> None:
         generations = {id(generation): generation for generation, _ in self._open.values()}
         for generation in generations.values():
-            generation.cancel()
             generation.fail(problem)
             self._metrics.failed("engine")
         self._open.clear()
 
-    def stop_engine(self) -> None:
-        """Tell rank 0 that no one needs it."""
-        self._send({"kind": "stop"})
-
     # ---- messages of rank 0 ----
 
     async def _serve_engine(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._writer is not None:
-            self._lose("another engine took its place")
+        if self._writer is not None:  # started for the same port by mistake: its rank 0 says so
+            writer.close()
+            return
         self._writer = writer
         self._lost_since = None
         try:
@@ -176,12 +173,13 @@ class EngineClient:
     def _lose(self, reason: str) -> None:
         """The connection ended: everything open gets an error."""
         self._writer = None
+        ended_on_purpose = self.state == "draining"
         if self.state != "failed":
             self.state, self.reason = "restarting", reason
         self._fail_all(ProblemError(503, f"{reason} before the request was finished", retry_after_s=5))
         self._lost_since = time.monotonic()
         self.stats = self._metrics.stats = None
-        if not self._settings.supervised:
+        if not self._settings.supervised or ended_on_purpose:
             self.finished.set()
 
     async def _greet(self, hello: Hello) -> None:
@@ -230,6 +228,9 @@ class EngineClient:
             self._last_finish = now
 
     def _take_stats(self, stats: Stats) -> None:
+        before, works = self.stats, stats["running"] + stats["waiting"] > 0
+        if before is None or not works or stats["operations"] != before["operations"]:
+            self._last_progress = time.monotonic()
         self.stats = stats
         self.stats_number += 1
         self._metrics.stats = stats
@@ -245,5 +246,4 @@ class EngineClient:
         else:
             problem = ProblemError(503, message, code=code, retry_after_s=5)
             self._metrics.rejected(code)
-        found[0].cancel()
         found[0].fail(problem)

@@ -15,6 +15,9 @@ from stagdist.serving.protocol import Output
 MAX_UNREAD = 4096
 """Outputs that wait for the client; one that reads more slowly is given up."""
 
+FAILURES = ("error", "timeout")
+"""Finish reasons of a choice that end its request with an error."""
+
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 
 
@@ -94,18 +97,24 @@ class Generation:
         self.cached[index] = output["cached_tokens"]
         if output["finish"] is not None:
             self.finished[index] = output["finish"]
+        if output["finish"] in FAILURES:
+            self._end(_failure(output))
+            return
         self._pending.append((index, output))
         if len(self._pending) > MAX_UNREAD * len(self.submissions):
-            self.cancel()
-            self.fail(ProblemError(408, f"the client has not read the last {MAX_UNREAD} outputs"))
+            self._pending.clear()
+            self._end(ProblemError(408, f"the client has not read the last {MAX_UNREAD} outputs"))
         self._changed.set()
 
     def fail(self, problem: ProblemError) -> None:
-        """End all choices; `outputs` raises the problem."""
+        """End all choices, if they have not ended; `outputs` raises the problem after what has come."""
         if not self.over:
-            self._problem = problem
-            self._pending.clear()
-            self._changed.set()
+            self._end(problem)
+
+    def _end(self, problem: ProblemError) -> None:
+        self.cancel()
+        self._problem = problem
+        self._changed.set()
 
     # ---- for the client ----
 
@@ -127,13 +136,12 @@ class Generation:
             ProblemError: the request ended with an error, which ends all its choices.
         """
         while True:
-            if self._problem is not None:
-                raise self._problem
-            batch, self._pending = list(self._pending), deque()
-            for _, output in batch:
-                _raise_failure(output)
+            batch = list(self._pending)
+            self._pending.clear()
             if batch:
                 yield batch
+            elif self._problem is not None:
+                raise self._problem
             elif self.over:
                 return
             else:
@@ -151,8 +159,7 @@ class Generation:
                     self._cancel(engine_id)
 
 
-def _raise_failure(output: Output) -> None:
-    if output["finish"] == "error":
-        raise ProblemError(500, output["error"] or "the engine could not serve the request")
+def _failure(output: Output) -> ProblemError:
     if output["finish"] == "timeout":
-        raise ProblemError(504, "the request's deadline passed before it was served", code="deadline_exceeded")
+        return ProblemError(504, "the request's deadline passed before it was served", code="deadline_exceeded")
+    return ProblemError(500, output["error"] or "the engine could not serve the request")

@@ -28,12 +28,12 @@ CLIENT_GONE = 499
 class Frame:
     """The outermost application, around the routes.
 
-    The scope of a request gets `request_id`; handlers add to `log` what the access log shows.
+    The scope of a request gets `request_id`; handlers add the `generation` for the access log.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: ServerMetrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
-        self._keys = [_digest(key) for key in settings.api_keys]
+        self._keys = [_digest(key.encode()) for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
@@ -43,7 +43,7 @@ class Frame:
         begin, status = time.monotonic(), 0
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope["request_id"], scope["log"] = request_id, {}
+        scope["request_id"] = request_id
         self._set_root_path(scope)
 
         async def send_framed(message: Message) -> None:
@@ -90,11 +90,12 @@ class Frame:
         if not self._keys or scope["method"] == "OPTIONS" or not path.startswith(PROTECTED):
             return True
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        return _matches(_digest(key.strip()), self._keys) and scheme.lower() == "bearer"
+        sent = key.strip().encode("latin-1")  # as headers are decoded
+        return _matches(_digest(sent), self._keys) and scheme.lower() == "bearer"
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 def _matches(digest: bytes, known: Sequence[bytes]) -> bool:
@@ -108,7 +109,10 @@ def _matches(digest: bytes, known: Sequence[bytes]) -> bool:
 def _log(scope: Scope, status: int, seconds: float) -> None:
     client = scope["client"][0] if scope.get("client") else "-"
     path = ascii(scope["path"])[1:-1]  # no query and no control characters
-    more = "".join(f" {name}={value}" for name, value in scope["log"].items())
+    generation, more = scope.get("generation"), ""
+    if generation is not None:
+        prompts = sum(len(each.prompt) for each in generation.submissions)
+        more = f" answer={generation.request_id} prompt_tokens={prompts} completion_tokens={sum(generation.tokens)}"
     moment = time.strftime("%Y-%m-%dT%H:%M:%S")
     line = f"{moment} {client} {scope['method']} {path} {status} {seconds * 1e3:.1f}ms id={scope['request_id']}{more}"
     print(line, file=sys.stderr, flush=True)

@@ -76,8 +76,8 @@ class ProblemError(Exception):
 def problem_of_params(message: str) -> ProblemError:
     """The problem that `SamplingParams` or `check_request` found, with the names that requests use."""
     name = next((name for name in message.split(maxsplit=1)[:1] if name in _SAMPLING_FIELDS), None)
-    if name in WIRE_NAMES:
-        message = message.replace(name, WIRE_NAMES[name])
+    for ours, theirs in WIRE_NAMES.items():
+        message = message.replace(ours, theirs)
     if message.startswith("the prompt "):
         name = "prompt"
     return ProblemError(400, message, param=WIRE_NAMES.get(name or "", name))

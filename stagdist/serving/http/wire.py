@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from stagdist.decode.request import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from stagdist.errors import ConfigError
@@ -86,6 +86,16 @@ Content = Annotated[
 ]
 """The content of a message: a text, or parts of one."""
 
+Stops = Annotated[
+    list[str],
+    Field(max_length=MAX_STOPS),
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": MAX_STOPS}]}
+    ),
+]
+"""One stop string or several."""
+
 TokenList = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_LIST)]
 
 
@@ -116,7 +126,7 @@ class SamplingFields(WireModel):
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LIST)] | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stops | None = None
     stop_token_ids: TokenList | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -147,7 +157,6 @@ class SamplingFields(WireModel):
         Raises:
             ProblemError: a value that cannot work.
         """
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop
         given = {
             "temperature": self.temperature,
             "top_k": self.top_k if self.top_k is not None and self.top_k > 0 else None,
@@ -159,7 +168,7 @@ class SamplingFields(WireModel):
             "logit_bias": None if self.logit_bias is None else tuple(self.logit_bias.items()),
             "allowed_token_ids": self.allowed_token_ids,
             "min_tokens": self.min_tokens,
-            "stop": None if stops is None else tuple(filter(None, stops)),  # some clients send an empty one
+            "stop": None if self.stop is None else tuple(filter(None, self.stop)),  # some clients send an empty one
             "include_stop_str_in_output": self.include_stop_str_in_output,
             "stop_token_ids": self.stop_token_ids,
             "ignore_end_of_document": self.ignore_eos,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stagdist.decode.layers.weights import Device
 from stagdist.decode.request import SamplingParams
-from stagdist.decode.sampling_plan import SamplingPlan, is_biased
+from stagdist.decode.sampling.sampling_plan import SamplingPlan, is_biased
 
 _MINUS_INF = float("-inf")
 

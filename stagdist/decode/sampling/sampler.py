@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stagdist.decode.layers.weights import Device
-from stagdist.decode.logits_processor import LogitsProcessor
-from stagdist.decode.noise import gumbel
 from stagdist.decode.request import SamplingParams
-from stagdist.decode.sampling_plan import SamplingPlan, is_plain, plan_sampling
+from stagdist.decode.sampling.logits_processor import LogitsProcessor
+from stagdist.decode.sampling.noise import gumbel
+from stagdist.decode.sampling.sampling_plan import SamplingPlan, is_plain, plan_sampling
 
 _MINUS_INF = float("-inf")
 _NO_TOKEN = -1  # where a vocabulary has fewer tokens than log-probabilities were requested
