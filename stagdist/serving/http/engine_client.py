@@ -206,7 +206,7 @@ class EngineClient:
                 self.finished.set()
 
     def _take_step(self, step: Step) -> None:
-        tokens = 0
+        tokens, self._last_progress = 0, time.monotonic()
         for output in step["outputs"]:
             tokens += len(output["tokens"])
             if (found := self._open.get(output["id"])) is None:
