@@ -7,7 +7,7 @@ slot keeps its caches: a prompt that begins like what a slot holds starts behind
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from stagdist.config.parts import ModelConfig
@@ -71,7 +71,7 @@ class Plan(Generic[Entry]):
     first: Entry | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Held:
     """What the caches of a slot hold.
 
@@ -79,7 +79,7 @@ class _Held:
         tokens: the known ones, from position 0.
         positions: all that were written.
         freed: number of the operation before which the slot became free.
-        moves: how many more positions may be written before they are copied.
+        moves: positions that may be written before the last stage copies them.
     """
 
     tokens: Sequence[int] = ()
@@ -194,12 +194,12 @@ class Scheduler(Generic[Entry]):
 
     def _release(self, slot: int) -> None:
         entry = self.running.pop(slot)
-        self._free[slot] = self._held_by(entry)
+        self._free[slot] = replace(self._held_by(entry), moves=0)
         if slot in self._turns:
             self._turns.remove(slot)
 
     def _held_by(self, entry: Entry) -> _Held:
-        prompt, moves = entry.request.prompt_ids, self._topology.last_stage if entry.decodes else 0
+        prompt, moves = entry.request.prompt_ids, self._topology.num_stages if entry.decodes else 0
         # Positions decoded recurrently are not what a prompt would leave.
         tokens = prompt if self._topology.recurrent else (*prompt, *entry.tokens)
         return _Held(tokens[: entry.positions], entry.positions, self._number, moves)
@@ -218,7 +218,9 @@ class Scheduler(Generic[Entry]):
             if start > spared or (start == spared and start and best in self.running):
                 best, spared, common = slot, start, shared
         for entry in (self.running[slot] for slot in self._turns):
-            later = self._start_after(_common_length(prompt, entry.request.prompt_ids), _Held(), len(prompt))
+            other = entry.request.prompt_ids
+            held = _Held(other, len(other), moves=self._topology.num_stages)
+            later = self._start_after(_common_length(prompt, other), held, len(prompt))
             if later - spared >= self._limits.chunk_size:
                 return None
         return best, common
@@ -237,7 +239,8 @@ class Scheduler(Generic[Entry]):
 
     def _admit(self, entry: Entry, source: int | None, common: int) -> tuple[int, Admission]:
         request, lag = entry.request, self._topology.lag
-        self.prefix_queries += len(request.prompt_ids) if self._limits.prefix_caching else 0
+        if self._limits.prefix_caching and request.params.prompt_logprobs is None:
+            self.prefix_queries += len(request.prompt_ids)
         if source in self._free and 2 * common >= len(self._free[source].tokens):
             slot = source
         else:

@@ -171,7 +171,7 @@ class StageSections:
         prompt, start, length = call.prompt, call.start, call.length
         assert prompt is not None
         memory, reused = prompt.memories[section], prompt.admission.reused
-        if reused and prompt.admission.source != prompt.slot and start == max(0, reused - self.topology.lag):
+        if reused and prompt.admission.source != prompt.slot and start == reused - self.topology.lag:
             self.caches[section].copy(prompt.admission.source, prompt.slot, reused)
         cells = ChunkCells(self._angles, prompt.slot, start, length, reused)
         before = call.outputs.get(section - 1, call.carried)

@@ -216,9 +216,8 @@ class Stage:
             choice = self.readout.choice
         if own := self._chunks[self.index]:
             own.carried = None
-            if self.index < self.topology.last_stage:
-                kept = own.outputs if self.topology.combined and own.ends else {}
-                own.outputs = {section: output[:, -1:].clone() for section, output in kept.items()}
+            if self.index < self.topology.last_stage and not (self.topology.combined and own.ends):
+                own.outputs = {}
         if choice is not None:
             self._sections.tokens[: len(choice.tokens)] = choice.tokens
             self._next_positions = {slot: position + 1 for slot, position in self._next_positions.items()}
