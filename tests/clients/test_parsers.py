@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 import urllib.request
 from typing import Any
 
@@ -73,6 +74,9 @@ def test_metrics_are_what_prometheus_reads_and_count_requests(served: Served) ->
 
     before = total("stagdist:generation_tokens")
     served.post("v1/completions", {"prompt": "ab", "max_tokens": 6, "ignore_eos": True})
+    deadline = time.monotonic() + 5  # the engine sends its numbers once a second when it has nothing else to send
+    while total("stagdist:generation_tokens") < before + 6 and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert total("stagdist:generation_tokens") == before + 6
     assert total("stagdist:engine_healthy") == 1
     labels = metrics_of(served)["stagdist:model_info"].samples[0].labels
