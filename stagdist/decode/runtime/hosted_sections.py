@@ -75,6 +75,24 @@ class Call:
         """Positions of a chunk."""
         return self.next_positions[0] - self.start
 
+    @property
+    def is_dropped(self) -> bool:
+        """Nothing follows this chunk."""
+        return self.prompt is None or self.prompt.dropped
+
+    @property
+    def count(self) -> int | None:
+        """Likeliest tokens to report for every position of a chunk; None if no position is scored."""
+        return None if self.prompt is None else self.prompt.admission.params.prompt_logprobs
+
+    @property
+    def targets(self) -> Tensor | None:
+        """Tokens of the prompt that follow the positions of a chunk, if these are scored. Shapes: int64 [S]."""
+        if self.prompt is None or self.count is None:
+            return None
+        following = self.prompt.input_ids[self.start + 1 : self.next_positions[0] + 1]
+        return following if len(following) else None
+
 
 class StageSections:
     """Weights, caches and hand-offs of the sections of one rank; independent of schedules.
