@@ -77,7 +77,7 @@ def test_metrics_are_what_prometheus_reads_and_count_requests(served: Served) ->
     deadline = time.monotonic() + 5  # the engine sends its numbers once a second when it has nothing else to send
     while total("stagdist:generation_tokens") < before + 6 and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert total("stagdist:generation_tokens") == before + 6
+    assert total("stagdist:generation_tokens") >= before + 6  # those of the test before may be counted only now
     assert total("stagdist:engine_healthy") == 1
     labels = metrics_of(served)["stagdist:model_info"].samples[0].labels
     assert (labels["model_name"], labels["sections"], labels["stages"]) == ("tiny", "2", "2")
