@@ -93,7 +93,8 @@ class Control:
     @staticmethod
     def payload_size(message: Tensor) -> int:
         """Bytes of the admission that follow a message."""
-        return int(message[_FIELDS - 1])
+        size: int = message.tolist()[_FIELDS - 1]
+        return size
 
     @staticmethod
     def decode(message: Tensor, payload: bytes) -> "Control":

@@ -200,6 +200,10 @@ class Engine:
         if outcome.step is not None:
             self.steps += 1
             self._take(plan.rows, outcome.step)
+        if outcome.scores is not None and plan.scored is not None:
+            scores = self._stage.on_host(outcome.scores).logprobs
+            assert scores is not None
+            plan.scored.take_prompt_scores(scores.tolist())
         if outcome.first is not None and plan.first is not None:
             self._take({0: plan.first}, outcome.first)
         if self._stage.topology.num_stages == 1:

@@ -7,7 +7,7 @@ slot keeps its caches: a prompt that begins like what a slot holds starts behind
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from stagdist.config.parts import ModelConfig
@@ -65,13 +65,15 @@ class Plan(Generic[Entry]):
     Attributes:
         rows: requests of the step by slot, which is their row.
         first: the request whose prompt ends.
+        scored: the request whose chunk leaves the last stage and is scored, if it asks for that.
     """
 
     rows: dict[int, Entry]
     first: Entry | None = None
+    scored: Entry | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Held:
     """What the caches of a slot hold.
 
@@ -79,7 +81,7 @@ class _Held:
         tokens: the known ones, from position 0.
         positions: all that were written.
         freed: number of the operation before which the slot became free.
-        moves: how many more positions may be written before they are copied.
+        moves: positions that may be written before the last stage copies them.
     """
 
     tokens: Sequence[int] = ()
@@ -108,8 +110,8 @@ class Scheduler(Generic[Entry]):
         self._turns: deque[int] = deque()  # slots whose prompts have more chunks
         self._free = {slot: _Held() for slot in range(limits.num_slots)}
         self._number = 0  # of the operation
-        # Slot and request of the chunks that end prompts; others are True, none is None. The newest comes first.
-        self._chunks: deque[tuple[int, Entry] | bool] = deque([False] * topology.num_stages, topology.num_stages)
+        # Chunks on their way through the stages with their requests, the newest first.
+        self._chunks: deque[tuple[Chunk, Entry] | None] = deque([None] * topology.num_stages, topology.num_stages)
         self._planned: deque[Plan[Entry]] = deque()  # of operations that were decided but have not run
 
     def entries(self) -> tuple[Entry, ...]:
@@ -145,13 +147,12 @@ class Scheduler(Generic[Entry]):
             return Control(Operation.STOP, retired=retired)
         rows = {slot: each for slot, each in self.running.items() if each.decodes}
         chunk, admission = self._next_chunk()
-        ends = chunk is not None and chunk.ends
-        self._chunks.appendleft((chunk.slot, self.running[chunk.slot]) if ends and chunk else chunk is not None)
+        self._chunks.appendleft(None if chunk is None else (chunk, self.running[chunk.slot]))
         if not rows and not any(self._chunks):
             return Control(Operation.STOP if closed and not self.waiting else Operation.REST, retired=retired)
         for each in rows.values():
             each.scheduled += 1
-        self._planned.append(Plan(rows, self._ended()))
+        self._planned.append(self._plan(rows))
         self._number += 1
         return Control(Operation.RUN, bool(rows), retired, chunk, admission)
 
@@ -161,16 +162,15 @@ class Scheduler(Generic[Entry]):
 
     # --- chunks -------------------------------------------------------------------------------------------------
 
-    def _ended(self) -> Entry | None:
-        """The request whose last chunk leaves the last stage in this operation."""
-        leaving = self._chunks[-1]
-        if isinstance(leaving, bool):
-            return None
-        slot, entry = leaving
-        if self.running.get(slot) is not entry:
-            return None  # cancelled
-        entry.scheduled = 1
-        return entry
+    def _plan(self, rows: dict[int, Entry]) -> Plan[Entry]:
+        """The plan of an operation, with the request whose chunk leaves the last stage in it."""
+        if self._chunks[-1] is None:
+            return Plan(rows)
+        chunk, entry = self._chunks[-1]
+        if self.running.get(chunk.slot) is not entry:  # cancelled
+            return Plan(rows)
+        entry.scheduled += chunk.ends
+        return Plan(rows, entry if chunk.ends else None, entry)
 
     def _next_chunk(self) -> tuple[Chunk | None, Admission | None]:
         """The first chunk of a new prompt, or else the next one of a prompt whose turn it is."""
@@ -194,12 +194,12 @@ class Scheduler(Generic[Entry]):
 
     def _release(self, slot: int) -> None:
         entry = self.running.pop(slot)
-        self._free[slot] = self._held_by(entry)
+        self._free[slot] = replace(self._held_by(entry), moves=0)
         if slot in self._turns:
             self._turns.remove(slot)
 
     def _held_by(self, entry: Entry) -> _Held:
-        prompt, moves = entry.request.prompt_ids, self._topology.last_stage if entry.decodes else 0
+        prompt, moves = entry.request.prompt_ids, self._topology.num_stages if entry.decodes else 0
         # Positions decoded recurrently are not what a prompt would leave.
         tokens = prompt if self._topology.recurrent else (*prompt, *entry.tokens)
         return _Held(tokens[: entry.positions], entry.positions, self._number, moves)
@@ -218,7 +218,9 @@ class Scheduler(Generic[Entry]):
             if start > spared or (start == spared and start and best in self.running):
                 best, spared, common = slot, start, shared
         for entry in (self.running[slot] for slot in self._turns):
-            later = self._start_after(_common_length(prompt, entry.request.prompt_ids), _Held(), len(prompt))
+            other = entry.request.prompt_ids
+            held = _Held(other, len(other), moves=self._topology.num_stages)
+            later = self._start_after(_common_length(prompt, other), held, len(prompt))
             if later - spared >= self._limits.chunk_size:
                 return None
         return best, common
@@ -237,7 +239,8 @@ class Scheduler(Generic[Entry]):
 
     def _admit(self, entry: Entry, source: int | None, common: int) -> tuple[int, Admission]:
         request, lag = entry.request, self._topology.lag
-        self.prefix_queries += len(request.prompt_ids) if self._limits.prefix_caching else 0
+        if self._limits.prefix_caching and request.params.prompt_logprobs is None:
+            self.prefix_queries += len(request.prompt_ids)
         if source in self._free and 2 * common >= len(self._free[source].tokens):
             slot = source
         else:

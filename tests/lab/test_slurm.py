@@ -62,7 +62,14 @@ def test_the_last_nodes_of_the_allocation_are_spares(clean_lab: Lab, tmp_path: P
     assert (tmp_path / "hostfile.10071").read_text() == "node1 slots=1\n#spare node2 slots=1\n"
 
 
-@pytest.mark.parametrize("name", ["pretrain", "supervised"])
-def test_the_batch_scripts_ask_for_a_configuration(lab: Lab, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("pretrain", "CONFIG [--set KEY=VALUE ...]"),
+        ("supervised", "CONFIG [--set KEY=VALUE ...]"),
+        ("serve", "MODEL [options of launch/serve.py]"),
+    ],
+)
+def test_the_batch_scripts_ask_for_their_argument(lab: Lab, name: str, arguments: str) -> None:
     code, text = lab.run("node1", ["bash", f"launch/slurm/{name}.sbatch"], cwd=ROOT)
-    assert (code, text) == (2, f"usage: sbatch launch/slurm/{name}.sbatch CONFIG [--set KEY=VALUE ...]\n")
+    assert (code, text) == (2, f"usage: sbatch launch/slurm/{name}.sbatch {arguments}\n")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -159,6 +160,7 @@ class Recorder(TorchDispatchMode):
         with (
             mock.patch.multiple(dist, **{name: getattr(self, name) for name in names}),
             mock.patch.object(dist, ALL_GATHER, self.all_gather),
+            mock.patch.object(dist, "group", SimpleNamespace(WORLD=self._world)),
             mock.patch.object(torch.cuda, "synchronize", lambda *_: self.program.append(Drain())),
             mock.patch("stagdist.parallel.link.record_event", lambda device: self._event()),
             mock.patch.object(PeerWatch, "_watch", lambda self, rank: None),

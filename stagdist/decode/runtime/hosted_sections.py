@@ -75,6 +75,24 @@ class Call:
         """Positions of a chunk."""
         return self.next_positions[0] - self.start
 
+    @property
+    def is_dropped(self) -> bool:
+        """Nothing follows this chunk."""
+        return self.prompt is None or self.prompt.dropped
+
+    @property
+    def count(self) -> int | None:
+        """Likeliest tokens to report for every position of a chunk; None if no position is scored."""
+        return None if self.prompt is None else self.prompt.admission.params.prompt_logprobs
+
+    @property
+    def targets(self) -> Tensor | None:
+        """Tokens of the prompt that follow the positions of a chunk, if these are scored. Shapes: int64 [S]."""
+        if self.prompt is None or self.count is None:
+            return None
+        following = self.prompt.input_ids[self.start + 1 : self.next_positions[0] + 1]
+        return following if len(following) else None
+
 
 class StageSections:
     """Weights, caches and hand-offs of the sections of one rank; independent of schedules.
@@ -171,7 +189,7 @@ class StageSections:
         prompt, start, length = call.prompt, call.start, call.length
         assert prompt is not None
         memory, reused = prompt.memories[section], prompt.admission.reused
-        if reused and prompt.admission.source != prompt.slot and start == max(0, reused - self.topology.lag):
+        if reused and prompt.admission.source != prompt.slot and start == reused - self.topology.lag:
             self.caches[section].copy(prompt.admission.source, prompt.slot, reused)
         cells = ChunkCells(self._angles, prompt.slot, start, length, reused)
         before = call.outputs.get(section - 1, call.carried)

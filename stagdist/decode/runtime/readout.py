@@ -8,7 +8,10 @@ from torch import Tensor
 
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.runtime.transport import TOKEN
-from stagdist.decode.sampling.sampler import Choice, Sampler
+from stagdist.decode.sampling.sampler import Choice, Sampler, merge_prompt_scores
+
+SCORED_LOGITS = 1 << 22
+"""Logits that exist at a time while prompts are scored, at most, or those of one position."""
 
 
 class Readout:
@@ -36,6 +39,7 @@ class Readout:
         self._hidden: Tensor | None = None
         self.logits: Tensor | None = None
         self._choice: Choice | None = None
+        self._scores: Choice | None = None
 
     @property
     def choice(self) -> Choice:
@@ -76,10 +80,8 @@ class Readout:
         """Compute the logits of this rank's slice of the vocabulary."""
         hidden = last_output if self._hidden is None else self._hidden
         self._hidden = None
-        weights, eps = self._weights, self._setup.model.rms_norm_eps
-        assert hidden is not None and weights.head is not None and weights.output_norm is not None
-        normed = F.rms_norm(hidden[:, 0], weights.output_norm.shape, weights.output_norm, eps)
-        self.logits = F.linear(normed, weights.head)
+        assert hidden is not None
+        self.logits = self._logits(hidden[:, 0])
 
     def choose(self, slots: Sequence[int], positions: Sequence[int]) -> None:
         """Choose a token for each row, together with all ranks that hold a part of the head.
@@ -121,6 +123,63 @@ class Readout:
             logprobs=message[:, first:] if message.shape[1] > first else None,
             margins=message[:, 1] if self._setup.want_margins else None,
         )
+
+    # --- the tokens of a prompt ---------------------------------------------------------------------------------
+
+    @property
+    def scores(self) -> Choice:
+        """The tokens scored last, and their log-probabilities, the same on every rank."""
+        assert self._scores is not None, "no token was scored yet"
+        return self._scores
+
+    def ask_scores(self, length: int, targets: Tensor, count: int) -> None:
+        """Announce the receive of the published tensor: the last outputs for a sharded head, else the scores.
+
+        Args:
+            length: positions of the chunk.
+            count: likeliest tokens at each of them.
+        """
+        shape: tuple[int, ...] = len(targets), 1 + 2 * count
+        dtype = torch.float64
+        if self._sharded:
+            shape, dtype = (1, length, self._setup.model.hidden_size), self._setup.device.dtype
+        self._setup.link.tokens_in.expect(TOKEN, torch.empty(shape, dtype=dtype, device=self._setup.device.name))
+
+    def score(self, last_output: Tensor | None, targets: Tensor, count: int) -> None:
+        """Score the tokens that follow the positions of a chunk, together with all ranks that hold a part of the head.
+
+        Shapes: last_output [1, S, H], targets int64 [T], T <= S.
+        """
+        hidden = last_output if self._hidden is None else self._hidden
+        self._hidden = None
+        assert hidden is not None
+        parts, rows = [], max(1, SCORED_LOGITS // self._setup.model.vocab_size)
+        for start in range(0, len(targets), rows):
+            block = targets[start : start + rows]
+            message = self.sampler.prompt_scores(self._logits(hidden[0, start : start + len(block)]), block, count)
+            gathered = message[None]
+            if self._setup.transport is not None:
+                gathered = self._setup.transport.gather(message, everywhere=self._sharded)
+            parts.append(merge_prompt_scores(gathered, count))
+        self._scores = Choice(targets, torch.cat(parts))
+
+    def publish_scores(self) -> None:
+        """Send the scores of the last stage to all stages."""
+        assert self.scores.logprobs is not None
+        self._setup.link.publish(self.scores.logprobs)
+
+    def receive_scores(self, targets: Tensor) -> None:
+        """Receive the scores of the last stage."""
+        (message,) = self._setup.link.tokens_in.take(TOKEN)
+        self._scores = Choice(targets, message)
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits of this rank's slice. Shapes: [B, H] -> [B, slice]."""
+        weights, eps = self._weights, self._setup.model.rms_norm_eps
+        assert weights.head is not None and weights.output_norm is not None
+        return F.linear(F.rms_norm(hidden, weights.output_norm.shape, weights.output_norm, eps), weights.head)
 
     def _choice_width(self, slots: Sequence[int]) -> int:
         """Columns of a published choice: the token, its margin and log-probabilities, if these are computed."""

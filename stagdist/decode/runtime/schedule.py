@@ -37,6 +37,7 @@ class Part(StrEnum):
 
     STEP = "step"
     CHUNK = "chunk"
+    SCORES = "scores"  # of the positions of the chunk that left the last stage
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Work:
         step: number of its step; None if no request decodes.
         first: first step after the last rest; earlier hand-offs come from prompts.
         entered: whether a chunk entered in this operation, in the one before, and so on: one entry for each stage.
-        ends: the chunk that leaves the last stage has an ending: a token is chosen, or its positions are scored.
+        ends: a token is chosen after the chunk that leaves the last stage.
+        scored: the positions of that chunk are scored.
     """
 
     number: int
@@ -71,17 +73,18 @@ class Work:
     first: int
     entered: tuple[bool, ...]
     ends: bool = False
+    scored: bool = False
 
 
 def operation(topology: Topology, stage: int, work: Work) -> tuple[Instruction, ...]:
-    """Instructions of one stage up to the step's token on all stages; `ending` follows if the work has one.
+    """Instructions of one stage up to the step's token on all stages; `ending` follows.
 
     A stage that waits for the token runs its chunk before it waits. The others have the token published first.
     """
     before: list[Instruction] = []
     after: list[Instruction] = []
     if work.step is not None:
-        before = [*_asking(topology, stage, work.step), *_body(topology, stage, work.step, work.first)]
+        before = [*_asking(topology, stage, work.step, Part.STEP), *_body(topology, stage, work.step, work.first)]
         after = list(_token(topology, stage, work.step, Part.STEP))
     if stage == 0 and topology.num_stages > 1:
         before.append(Instruction(Kind.HOST, work.number))
@@ -91,10 +94,13 @@ def operation(topology: Topology, stage: int, work: Work) -> tuple[Instruction, 
 
 
 def ending(topology: Topology, stage: int, work: Work) -> tuple[Instruction, ...]:
-    """Instructions after `operation`: from the chunk that left the last stage to the first token on all stages."""
+    """Instructions after `operation`: from the chunk that left the last stage to scores and first token everywhere."""
     entered = work.number - topology.last_stage
-    asking = (Instruction(each.kind, entered, part=Part.CHUNK) for each in _asking(topology, stage, entered))
-    return (*asking, *_token(topology, stage, entered, Part.CHUNK))
+    found: list[Instruction] = []
+    for part in [Part.SCORES] * work.scored + [Part.CHUNK] * work.ends:
+        found += _asking(topology, stage, entered, part)
+        found += _token(topology, stage, entered, part)
+    return tuple(found)
 
 
 def rest(topology: Topology, stage: int, work: Work) -> tuple[Instruction, ...]:
@@ -131,7 +137,7 @@ def _body(topology: Topology, stage: int, step: int, first: int) -> Iterator[Ins
         yield Instruction(Kind.SEND, step, stage)
 
 
-def _asking(topology: Topology, stage: int, step: int) -> Iterator[Instruction]:
+def _asking(topology: Topology, stage: int, number: int, part: Part) -> Iterator[Instruction]:
     """Announce the receive of the published tensor early.
 
     gloo posts it immediately: a message without a posted receive needs CPU time of its sender, which takes milliseconds
@@ -139,7 +145,7 @@ def _asking(topology: Topology, stage: int, step: int) -> Iterator[Instruction]:
     """
     combined_for_all = topology.combined and topology.head == "sharded"
     if stage < topology.last_stage and not combined_for_all:
-        yield Instruction(Kind.ASK, step)
+        yield Instruction(Kind.ASK, number, part=part)
 
 
 def _chunk(topology: Topology, stage: int, work: Work) -> Iterator[Instruction]:

@@ -55,10 +55,12 @@ class Outcome:
     Attributes:
         step: tokens of the step, one row for each of rows 0 to the last slot that decodes; None without a step.
         first: first token of the prompt whose last chunk left the last stage, one row; None without such a prompt.
+        scores: tokens that follow the positions of a chunk, and their log-probabilities, if its request asks for them.
     """
 
     step: Choice | None = None
     first: Choice | None = None
+    scores: Choice | None = None
 
 
 class Stage:
@@ -118,13 +120,10 @@ class Stage:
         if self._transport is not None:
             self._transport.step = self.step_number
         self._chunks.appendleft(None if chunk is None else self._enter(chunk, admission))
+        outcome = Outcome(self._run(step, host_work))
         leaving = self._chunks[-1]
-        ended = None if leaving is None or not leaving.ends else leaving.prompt
-        if ended is not None and ended.dropped:
-            ended = None
-        outcome = Outcome(self._run(step, ended is not None, host_work))
-        if ended is not None:
-            outcome = replace(outcome, first=self._end(ended))
+        if leaving is not None and not leaving.is_dropped:
+            outcome = self._end(leaving, outcome)
         self._number += 1
         return outcome
 
@@ -203,47 +202,55 @@ class Stage:
         prompt = self._prompts[chunk.slot]
         return Call([chunk.slot], [chunk.stop], prompt=prompt, start=chunk.start, ends=chunk.ends)
 
-    def _run(self, step: bool, ends: bool, host_work: HostWork | None) -> Choice | None:
+    def _run(self, step: bool, host_work: HostWork | None) -> Choice | None:
         """Run an operation up to the step's tokens."""
         call = choice = None
         if step and self._graphs is not None:
             choice = self._run_graph(self._graphs)
         elif step:
             call = self._sections.step_call(self._positions(), self.step_number)
-        self._execute(call, self._program(schedule.operation, self._work(call is not None, ends)), host_work)
+        self._execute(call, self._program(schedule.operation, self._work(call is not None)), host_work)
         if call is not None:
             self._sections.push_local(call)
             choice = self.readout.choice
         if own := self._chunks[self.index]:
             own.carried = None
-            if self.index < self.topology.last_stage:
-                kept = own.outputs if self.topology.combined and own.ends else {}
-                own.outputs = {section: output[:, -1:].clone() for section, output in kept.items()}
+            used_later = self.topology.combined and (own.ends or own.targets is not None)
+            if self.index < self.topology.last_stage and not used_later:
+                own.outputs = {}
         if choice is not None:
             self._sections.tokens[: len(choice.tokens)] = choice.tokens
             self._next_positions = {slot: position + 1 for slot, position in self._next_positions.items()}
             self.step_number += 1
         return choice
 
-    def _end(self, prompt: Prompt) -> Choice:
-        """Choose the first token after a prompt; its slot decodes from the next step on."""
+    def _end(self, leaving: Call, outcome: Outcome) -> Outcome:
+        """Score a chunk that left the last stage; after a prompt's last one, its slot decodes from the next step on."""
+        prompt, scored = leaving.prompt, leaving.targets is not None
+        assert prompt is not None
         slot, admission = prompt.slot, prompt.admission
-        self.readout.sampler.admit(slot, admission.params, admission.prompt_ids)
-        self._execute(None, self._program(schedule.ending, self._work(step=False, ends=True)), None)
+        if leaving.ends:
+            self.readout.sampler.admit(slot, admission.params, admission.prompt_ids)
+        work = replace(self._work(step=False), ends=leaving.ends, scored=scored)
+        self._execute(None, self._program(schedule.ending, work), None)
+        if scored:
+            outcome = replace(outcome, scores=self.readout.scores)
+        if not leaving.ends:
+            return outcome
         del self._prompts[slot]
         self._sections.keep_tails(prompt, self.step_number)
         self._sections.tokens[slot] = self.readout.choice.tokens[0]
         self._next_positions[slot] = len(admission.prompt_ids)
-        return self.readout.choice
+        return replace(outcome, first=self.readout.choice)
 
     def _positions(self) -> list[int]:
         """Return the position of the next token of each row, up to the last active slot; -1 for unused rows."""
         return [self._next_positions.get(slot, -1) for slot in range(1 + max(self._next_positions))]
 
-    def _work(self, step: bool, ends: bool = False) -> Work:
+    def _work(self, step: bool) -> Work:
         """Describe the present operation."""
         entered = tuple(call is not None for call in self._chunks)
-        return Work(self._number, self.step_number if step else None, self._first_step, entered, ends)
+        return Work(self._number, self.step_number if step else None, self._first_step, entered)
 
     def _program(self, instructions: Program, work: Work) -> tuple[Instruction, ...]:
         """Return instructions whose numbers are relative: to `_shifts` of their part.
@@ -267,13 +274,10 @@ class Stage:
                 if kind is Kind.HOST:
                     if host_work is not None:
                         host_work()
-                elif instruction.part is Part.STEP:
-                    assert step is not None
-                    _STEP[kind](self, step, instruction)
                 else:
-                    chunk = self._chunks[-instruction.number]
-                    assert chunk is not None
-                    _CHUNK[kind](self, chunk, instruction)
+                    call = step if instruction.part is Part.STEP else self._chunks[-instruction.number]
+                    assert call is not None
+                    _METHODS[instruction.part][kind](self, call, instruction)
 
     def _run_graph(self, graphs: StepGraphs) -> Choice:
         """Run a step up to the logits as one graph, then choose tokens."""
@@ -321,8 +325,17 @@ class Stage:
         return None if output is None else output[:, -1:]
 
     def _combine(self, call: Call, instruction: Instruction) -> None:
-        outputs = {section: output[:, -1:] for section, output in call.outputs.items()}
+        outputs = call.outputs
+        if instruction.part is not Part.SCORES:
+            outputs = {section: output[:, -1:] for section, output in outputs.items()}
         self.readout.combine(outputs, None if instruction.index < 0 else instruction.index)
+
+    def _share_all(self, call: Call, _: Instruction) -> None:
+        self.readout.share(call.outputs.get(self.topology.num_sections - 1))
+
+    def _score(self, call: Call, _: Instruction) -> None:
+        assert call.targets is not None and call.count is not None
+        self.readout.score(call.outputs.get(self.topology.num_sections - 1), call.targets, call.count)
 
 
 Methods = Mapping[Kind, Callable[[Stage, Call, Instruction], None]]
@@ -348,6 +361,17 @@ _CHUNK: Methods = {
     Kind.EXPECT: Stage._receive_chunk,
     Kind.FINISH: lambda stage, call, instruction: stage._sections.run_chunk(call, instruction.index),
 }
+
+_SCORES: Methods = {
+    Kind.ASK: lambda stage, call, _: stage.readout.ask_scores(call.length, call.targets, call.count),
+    Kind.COMBINE: Stage._combine,
+    Kind.SHARE: Stage._share_all,
+    Kind.HEAD: lambda stage, call, _: None,  # by parts, with the scores
+    Kind.CHOOSE: Stage._score,
+    Kind.PUBLISH: lambda stage, call, _: stage.readout.publish_scores(),
+    Kind.TOKEN: lambda stage, call, _: stage.readout.receive_scores(call.targets),
+}
+_METHODS = {Part.STEP: _STEP, Part.CHUNK: _CHUNK, Part.SCORES: _SCORES}
 
 
 def _to_host(tensor: Tensor) -> Tensor:

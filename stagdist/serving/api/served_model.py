@@ -7,9 +7,9 @@ from typing import Any
 
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import DataError
-from stagdist.serving.http.chat_template import ChatTemplate, plain_messages, plain_text
-from stagdist.serving.http.problems import ProblemError
-from stagdist.serving.http.token_texts import TokenTexts
+from stagdist.serving.api.chat_template import ChatTemplate, plain_messages, plain_text
+from stagdist.serving.api.problems import ProblemError
+from stagdist.serving.api.token_texts import TokenTexts
 from stagdist.serving.protocol import Hello
 from stagdist.serving.settings import PLAIN_TEMPLATE, ServerSettings
 
@@ -58,10 +58,16 @@ class ModelView:
         known = ", ".join(self.names)
         raise ProblemError(404, f"the model {name[:80]!r} does not exist; this server has {known}", param="model")
 
+    @property
+    def chats(self) -> bool:
+        """Whether conversations are served."""
+        return self.plain_chat or self.template_source is not None
+
     def objects(self) -> list[dict[str, Any]]:
         """The entries of `/v1/models`, one for each name."""
         model = self.model
-        meta = {key: model[key] for key in ("sections", "stages", "tensor", "slots", "vocab_size", "parameters")}  # type: ignore[literal-required]
+        keys = ("sections", "stages", "tensor", "slots", "vocab_size", "parameters", "precision", "connection")
+        meta = {key: model[key] for key in keys}  # type: ignore[literal-required]
         return [
             {
                 "id": name,
@@ -71,7 +77,7 @@ class ModelView:
                 "root": Path(model["path"]).name,
                 "parent": None,
                 "max_model_len": model["max_context"],
-                "meta": meta | {"precision": model["precision"], "connection": model["connection"]},
+                "meta": meta | {"chat": self.chats},
             }
             for name in self.names
         ]
