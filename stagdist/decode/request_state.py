@@ -92,13 +92,16 @@ class RequestState(ScheduledRequest):
             return fresh, ""
         text, shows_stop = "", self.request.params.include_stop_str_in_output
         for index, (token, _) in enumerate(fresh):
-            if self.finish is FinishReason.STOP and index == len(fresh) - 1 and not shows_stop:
-                break  # a stop token adds no text
-            text += self.text.push(token)
+            ends = self.finish is FinishReason.STOP and index == len(fresh) - 1
+            text += "" if ends and not shows_stop else self.text.push(token)
             if self.text.stopped_by is not None:
-                self.finish, self._stop_reason = FinishReason.STOP, self.text.stopped_by
-                return fresh[: index + 1], text
-        return fresh, text + self.text.finish() if self.finish is not None else text
+                fresh = fresh[: index + 1]
+                break
+        if self.finish is not None:
+            text += self.text.finish()
+        if self.text.stopped_by is not None:
+            self.finish, self._stop_reason, self._error = FinishReason.STOP, self.text.stopped_by, None
+        return fresh, text
 
 
 def _token_logprobs(token: int, requested: int | None, values: Sequence[float] | None) -> TokenLogprobs | None:

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from stagdist.cluster.hosts.leftovers import JOB_VARIABLE
 from stagdist.errors import ConfigError
-from stagdist.serving.http.chat_template import ChatTemplate
-from stagdist.serving.http.problems import ProblemError
+from stagdist.serving.api.chat_template import ChatTemplate
+from stagdist.serving.api.problems import ProblemError
 from stagdist.serving.settings import KEYS_VARIABLE, PLAIN_TEMPLATE, ServerSettings, engine_socket
 
 _MIB = 1 << 20

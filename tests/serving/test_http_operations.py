@@ -174,6 +174,7 @@ def test_nonsense_does_not_end_the_server(server: HttpServer, http: httpx.Client
         ("POST", "/v1/embeddings", 501),
         ("POST", "/v1/responses", 501),
         ("GET", "/v1/models/gpt-5", 404),
+        ("GET", "/health/", 404),
     ],
 )
 def test_other_paths_and_methods(http: httpx.Client, method: str, path: str, status: int) -> None:
@@ -225,6 +226,8 @@ def test_other_origins_are_refused_unless_named(guarded: HttpServer, http: httpx
         answer = allowing.options("/v1/completions", headers=asked)
         assert answer.headers["access-control-allow-origin"] == "https://page.example"
         assert "access-control-allow-credentials" not in answer.headers
+        refused = allowing.get("/v1/models", headers=asked)
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://page.example")
         other = allowing.get("/live", headers={"origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
 
@@ -276,8 +279,8 @@ def test_a_taken_port_is_named(server: HttpServer, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "stagdist.serving.http_process"]
     ended = subprocess.run(command, input=settings.model_dump_json().encode(), cwd=ROOT, capture_output=True)
     assert ended.returncode == 2
-    assert f"cannot listen on 127.0.0.1 port {settings.port}" in ended.stderr.decode()
-    assert "give another --host or --port" in ended.stderr.decode()
+    assert f"cannot listen on 127.0.0.1 port {settings.port}" in ended.stdout.decode()
+    assert "give another --host or --port" in ended.stdout.decode()
 
 
 def test_keys_are_not_in_the_arguments_of_the_process(guarded: HttpServer) -> None:

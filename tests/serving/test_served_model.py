@@ -9,8 +9,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from stagdist.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from stagdist.data.tokenizer_files import load_tokenizer
-from stagdist.serving.http.served_model import ModelView
-from stagdist.serving.http.token_texts import TextOffsets, TokenTexts
+from stagdist.serving.api.served_model import ModelView
+from stagdist.serving.api.token_texts import TextOffsets, TokenTexts
 from stagdist.serving.settings import ServerSettings
 from tests.serving.scripted_engine import hello
 

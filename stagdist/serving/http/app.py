@@ -15,17 +15,17 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from stagdist.serving.http.chat import prepare_chat
-from stagdist.serving.http.completions import prepare_completion
+from stagdist.serving.api.chat import prepare_chat
+from stagdist.serving.api.completions import prepare_completion
+from stagdist.serving.api.openapi import openapi
+from stagdist.serving.api.prepared import PreparedRequest, parse_json
+from stagdist.serving.api.problems import ProblemError
+from stagdist.serving.api.served_model import ModelView
+from stagdist.serving.api.wire import DetokenizeRequest, TokenizeRequest, parse_model
 from stagdist.serving.http.engine_client import EngineClient
 from stagdist.serving.http.middleware import Frame
-from stagdist.serving.http.openapi import openapi
-from stagdist.serving.http.prepared import PreparedRequest, parse_json
-from stagdist.serving.http.problems import ProblemError
-from stagdist.serving.http.served_model import ModelView
 from stagdist.serving.http.server_metrics import ServerMetrics
 from stagdist.serving.http.streams import ClientGoneError, EventStream, answer_events, complete_answer, unless_gone
-from stagdist.serving.http.wire import DetokenizeRequest, TokenizeRequest, parse_model
 from stagdist.serving.settings import ServerSettings
 
 PAGE = Path(__file__).resolve().parents[1] / "page"
@@ -55,8 +55,9 @@ Preparation = Callable[[Any, ModelView, int], PreparedRequest]
 
 def make_app(settings: ServerSettings, client: EngineClient, metrics: ServerMetrics) -> ASGIApp:
     """The application of the server."""
-    server = _Server(settings, client, metrics)
-    app: ASGIApp = Starlette(routes=server.routes(), exception_handlers=_HANDLERS)
+    routed = Starlette(routes=_Server(settings, client, metrics).routes(), exception_handlers=_HANDLERS)
+    routed.router.redirect_slashes = False  # the address of a redirection would come from the client's Host header
+    app: ASGIApp = Frame(routed, settings, metrics)
     if settings.cors_origins:
         app = CORSMiddleware(
             app,
@@ -65,7 +66,7 @@ def make_app(settings: ServerSettings, client: EngineClient, metrics: ServerMetr
             allow_headers=["authorization", "content-type", "x-request-id"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    return Frame(app, settings, metrics)
+    return app
 
 
 async def _show_problem(request: Request, error: Exception) -> Response:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from stagdist.errors import TransportError
-from stagdist.serving.http.generation import Generation, Submission
-from stagdist.serving.http.problems import ProblemError
-from stagdist.serving.http.served_model import ModelView
+from stagdist.serving.api.prepared import Submission
+from stagdist.serving.api.problems import ProblemError
+from stagdist.serving.api.served_model import ModelView
+from stagdist.serving.http.generation import Generation
 from stagdist.serving.http.server_metrics import ServerMetrics
 from stagdist.serving.protocol import Hello, Output, Stats, Step, ToEngine, pack, receive_async
 from stagdist.serving.settings import ServerSettings

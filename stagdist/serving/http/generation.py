@@ -1,15 +1,12 @@
 """The choices of one request while the engine works on them."""
 
 import asyncio
-import dataclasses
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from stagdist.decode.request import SamplingParams
-from stagdist.serving.http.problems import ProblemError
+from stagdist.serving.api.prepared import Submission
+from stagdist.serving.api.problems import ProblemError
 from stagdist.serving.protocol import Output
 
 MAX_UNREAD = 4096
@@ -17,20 +14,6 @@ MAX_UNREAD = 4096
 
 FAILURES = ("error", "timeout")
 """Finish reasons of a choice that end its request with an error."""
-
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
-
-
-@dataclass(frozen=True)
-class Submission:
-    """One choice: token ids of its prompt, and how it is sampled."""
-
-    prompt: Sequence[int]
-    params: SamplingParams
-
-    def changed_params(self) -> dict[str, Any]:
-        """The parameters that are not at their default."""
-        return {name: value for name, value in vars(self.params).items() if value != _DEFAULTS[name]}
 
 
 class Generation:

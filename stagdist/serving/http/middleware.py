@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stagdist.serving.http.problems import ProblemError
+from stagdist.serving.api.problems import ProblemError
 from stagdist.serving.http.server_metrics import ServerMetrics
 from stagdist.serving.http.streams import ClientGoneError
 from stagdist.serving.settings import ServerSettings
@@ -26,7 +26,7 @@ CLIENT_GONE = 499
 
 
 class Frame:
-    """The outermost application, around the routes.
+    """The application around the routes.
 
     The scope of a request gets `request_id`; handlers add the `generation` for the access log.
     """
@@ -87,7 +87,7 @@ class Frame:
 
     def _has_key(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(self._settings.root_path.rstrip("/"))
-        if not self._keys or scope["method"] == "OPTIONS" or not path.startswith(PROTECTED):
+        if not self._keys or not path.startswith(PROTECTED):
             return True
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         sent = key.strip().encode("latin-1")  # as headers are decoded

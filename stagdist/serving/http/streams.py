@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from stagdist.serving.api.prepared import PreparedRequest, join_wire_outputs
+from stagdist.serving.api.problems import ProblemError
 from stagdist.serving.http.generation import Generation
-from stagdist.serving.http.prepared import PreparedRequest, join_wire_outputs
-from stagdist.serving.http.problems import ProblemError
 from stagdist.serving.protocol import Output
 
 Result = TypeVar("Result")
@@ -94,7 +94,11 @@ async def complete_answer(prepared: PreparedRequest, generation: Generation) -> 
         choices = [
             writer.complete(join_wire_outputs(parts)) for writer, parts in zip(prepared.writers, outputs, strict=True)
         ]
-        answer = {**prepared.head(chunk=False), "choices": choices, "usage": prepared.usage(generation)}
+        answer = {
+            **prepared.head(chunk=False),
+            "choices": choices,
+            "usage": prepared.usage(generation.tokens, generation.cached),
+        }
         return _json(answer)
 
     scored = sum(len(each.prompt) for each in prepared.submissions) if generation.scores_prompts else 0
@@ -111,10 +115,16 @@ async def answer_events(prepared: PreparedRequest, generation: Generation) -> As
     try:
         async for batch in generation.outputs():
             chunks = [chunk for index, output in batch for chunk in prepared.writers[index].chunks(output)]
-            usage = b',"usage":' + _json(prepared.usage(generation)) if always else b""
+            usage = b',"usage":' + _json(prepared.usage(generation.tokens, generation.cached)) if always else b""
             yield b"".join(b"data: " + head + _json([chunk]) + usage + b"}\n\n" for chunk in chunks)
         if with_usage:
-            yield b"data: " + head + b'[],"usage":' + _json(prepared.usage(generation)) + b"}\n\n"
+            yield (
+                b"data: "
+                + head
+                + b'[],"usage":'
+                + _json(prepared.usage(generation.tokens, generation.cached))
+                + b"}\n\n"
+            )
     except ProblemError as problem:
         yield b"data: " + problem.body() + b"\n\n"
     finally:

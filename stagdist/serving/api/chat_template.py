@@ -11,7 +11,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from stagdist.serving.http.problems import ProblemError
+from stagdist.serving.api.problems import ProblemError
 
 PLAIN_STOP = "\nUser:"
 """Ends the answer of a base model that was given a conversation as plain text."""

@@ -3,8 +3,8 @@
 import secrets
 from typing import Any
 
-from stagdist.serving.http.chat_template import PLAIN_STOP
-from stagdist.serving.http.prepared import (
+from stagdist.serving.api.chat_template import PLAIN_STOP
+from stagdist.serving.api.prepared import (
     LOWEST_LOGPROB,
     PreparedRequest,
     check_choices,
@@ -12,9 +12,9 @@ from stagdist.serving.http.prepared import (
     end_of,
     submissions_of,
 )
-from stagdist.serving.http.problems import ProblemError
-from stagdist.serving.http.served_model import ModelView
-from stagdist.serving.http.wire import ChatRequest, parse_model
+from stagdist.serving.api.problems import ProblemError
+from stagdist.serving.api.served_model import ModelView
+from stagdist.serving.api.wire import ChatRequest, parse_model
 from stagdist.serving.protocol import Output, ScoredToken
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stagdist.serving.http.problems import TYPES
-from stagdist.serving.http.wire import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from stagdist.serving.api.problems import TYPES
+from stagdist.serving.api.wire import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from stagdist.serving.settings import ServerSettings
 
 _BODIES: dict[str, tuple[type[BaseModel], str]] = {

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from stagdist.serving.http.prepared import (
+from stagdist.serving.api.prepared import (
     LOWEST_LOGPROB,
     PreparedRequest,
     check_choices,
@@ -12,10 +12,10 @@ from stagdist.serving.http.prepared import (
     end_of,
     submissions_of,
 )
-from stagdist.serving.http.problems import ProblemError
-from stagdist.serving.http.served_model import ModelView
-from stagdist.serving.http.token_texts import TextOffsets
-from stagdist.serving.http.wire import CompletionRequest, parse_model
+from stagdist.serving.api.problems import ProblemError
+from stagdist.serving.api.served_model import ModelView
+from stagdist.serving.api.token_texts import TextOffsets
+from stagdist.serving.api.wire import CompletionRequest, parse_model
 from stagdist.serving.protocol import Output, ScoredToken
 
 DEFAULT_MAX_TOKENS = 16

@@ -6,7 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from stagdist.decode.request import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from stagdist.errors import ConfigError
-from stagdist.serving.http.problems import ProblemError, problem_of_fields, problem_of_params
+from stagdist.serving.api.problems import ProblemError, problem_of_fields, problem_of_params
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import DataError
-from stagdist.serving.http.chat_template import ChatTemplate, plain_messages, plain_text
-from stagdist.serving.http.problems import ProblemError
-from stagdist.serving.http.token_texts import TokenTexts
+from stagdist.serving.api.chat_template import ChatTemplate, plain_messages, plain_text
+from stagdist.serving.api.problems import ProblemError
+from stagdist.serving.api.token_texts import TokenTexts
 from stagdist.serving.protocol import Hello
 from stagdist.serving.settings import PLAIN_TEMPLATE, ServerSettings
 
