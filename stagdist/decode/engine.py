@@ -11,7 +11,7 @@ from functools import partial
 
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.decode.control import Control
-from stagdist.decode.engine_stats import EngineStats
+from stagdist.decode.engine_stats import EngineStats, StageReport
 from stagdist.decode.operations import operate
 from stagdist.decode.request import FinishReason, Request, RequestOutput, check_request, join_outputs
 from stagdist.decode.request_state import RequestState
@@ -214,6 +214,10 @@ class Engine:
         self.host_work()
         self._wake.wait(self._heartbeat_s)
         self._wake.clear()
+
+    def take_reports(self, reports: tuple[StageReport, ...]) -> None:
+        """Keep what the ranks report about themselves."""
+        self._scheduler.stages = reports
 
     def host_work(self) -> None:
         """Report new tokens and text, while later stages compute."""

@@ -16,6 +16,9 @@ from stagdist.decode.engine_stats import SlotState, StageReport
 from stagdist.decode.request import FinishReason, Request, allowed_new_tokens
 from stagdist.decode.topology import Limits, Topology
 
+REPORT_S = 5.0
+"""Ranks report at least this often."""
+
 RESERVE = 2
 """A request without a prefix takes the slot used longest ago of so many free ones; one further up would cost a row of
 every step."""
@@ -107,6 +110,7 @@ class Scheduler(Generic[Entry]):
         self.running: dict[int, Entry] = {}
         self.prefix_queries = self.prefix_hits = 0
         self.step_s, self.stages = 0.0, tuple[StageReport, ...]()
+        self._reported_s = time.perf_counter()
         self._turns: deque[int] = deque()  # slots whose prompts have more chunks
         self._free = {slot: _Held() for slot in range(limits.num_slots)}
         self._number = 0  # of the operation
@@ -145,6 +149,9 @@ class Scheduler(Generic[Entry]):
             self._release(slot)
         if stopping:
             return Control(Operation.STOP, retired=retired)
+        if time.perf_counter() - self._reported_s > REPORT_S:
+            self._reported_s = time.perf_counter()
+            return Control(Operation.REPORT, retired=retired)
         rows = {slot: each for slot, each in self.running.items() if each.decodes}
         chunk, admission = self._next_chunk()
         self._chunks.appendleft(None if chunk is None else (chunk, self.running[chunk.slot]))
