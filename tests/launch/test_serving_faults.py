@@ -104,6 +104,7 @@ def test_under_a_supervisor_the_http_process_outlives_the_engine_and_ends_with_t
     assert served.is_port_free() and not is_alive(second)
 
 
+@pytest.mark.slow  # tests/cluster/test_supervisor.py checks the same decisions
 def test_a_supervisor_that_gives_up_leaves_no_http_process(model: Path, tmp_path: Path) -> None:
     served = serve_by("supervisor", tmp_path, model).wait_ready()
     listening, changed = served.http_process(), model / "config.json"
@@ -116,6 +117,7 @@ def test_a_supervisor_that_gives_up_leaves_no_http_process(model: Path, tmp_path
     assert not is_alive(listening) and served.is_port_free()
 
 
+@pytest.mark.slow  # tests/launch/test_serve.py checks that it ends with a server that was asked to
 def test_a_supervisor_that_is_killed_leaves_no_http_process(model: Path, tmp_path: Path) -> None:
     served = serve_by("supervisor", tmp_path, model).wait_ready()
     listening = served.http_process()
