@@ -185,7 +185,7 @@ class EngineClient:
     async def _greet(self, hello: Hello) -> None:
         # A large vocabulary takes a second.
         self.served = await asyncio.to_thread(ModelView, hello, self._settings)
-        self._metrics.model = {**hello["model"], "names": self.served.names}
+        self._metrics.describe({**hello["model"], "names": self.served.names})
         self.state, self.reason = "loading", "the engine loads the model"
 
     def _take(self, message: Any) -> None:

@@ -69,6 +69,7 @@ class ServerMetrics:
             name: Histogram(prefix + name, text, ("model_name", "engine"), buckets=buckets, registry=self._registry)
             for name, (text, buckets) in _HISTOGRAMS.items()
         }
+        self._observed: dict[str, Histogram] = {}
         self._success = self._counter("request_success", "Requests that ended.", "finished_reason")
         self._rejected = self._counter("requests_rejected", "Requests that were not taken.", "reason")
         self._failed = self._counter("requests_failed", "Requests that ended with an error.", "reason")
@@ -92,9 +93,15 @@ class ServerMetrics:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
+    def describe(self, model: ServedModel) -> None:
+        """The model whose requests are counted from now on."""
+        self.model = model
+        # Looked up once, as each token is observed.
+        self._observed = {name: histogram.labels(*self.labels) for name, histogram in self._histograms.items()}
+
     def observe(self, name: str, value: float) -> None:
-        """Add a value to a histogram."""
-        self._histograms[name].labels(*self.labels).observe(value)
+        """Add a value to a histogram of the model."""
+        self._observed[name].observe(value)
 
     # ---- HTTP ----
 

@@ -19,6 +19,8 @@ Result = TypeVar("Result")
 EVENT_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 """Proxies must pass on each event."""
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
 _LARGE_ANSWER = 1000
 """Tokens of an answer that is written in a thread."""
 
@@ -133,4 +135,4 @@ async def answer_events(prepared: PreparedRequest, generation: Generation) -> As
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()
