@@ -193,9 +193,10 @@ class Cancel(TypedDict):
 
 
 class Stop(TypedDict):
-    """The HTTP process ends, so the engine is of no use."""
+    """The HTTP process ends, or cannot use what rank 0 sent: `reason`."""
 
     kind: Literal["stop"]
+    reason: str
 
 
 FromEngine = Hello | State | Accepted | Rejected | Step | Stats | Exit

@@ -150,7 +150,8 @@ class ScriptedEngine:
     def _answer(self, request: dict[str, Any]) -> None:
         """Letters until the maximum; log-probabilities where asked for."""
         params = request["params"]
-        count, top, prompt_top = params["max_new_tokens"], params.get("logprobs"), params.get("prompt_logprobs")
+        count, top, prompt_top = (params.get(key) for key in ("max_new_tokens", "logprobs", "prompt_logprobs"))
+        count = 128 if count is None else count  # the default is not sent
         prompt = None
         if prompt_top is not None:
             prompt = [None, *(scored(token, prompt_top) for token in request["prompt"][1:])]

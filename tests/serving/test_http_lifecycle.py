@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serving.scripted_engine import LIMIT_S, HttpServer, ScriptedEngine, serving, stats
+from tests.serving.scripted_engine import LIMIT_S, HttpServer, ScriptedEngine, hello, serving, stats
 
 BODY = {"prompt": "x", "max_tokens": 2}
 
@@ -166,8 +166,16 @@ def test_a_second_engine_is_turned_away(tmp_path: Path) -> None:
 def test_an_engine_that_sends_nonsense_is_lost(tmp_path: Path) -> None:
     with serving(tmp_path, supervised=True) as server:
         server.engine.send_bytes(b"\xff\xff\xff\xff")
+        assert "4294967295 bytes" in server.engine.next("stop")["reason"]
         assert server.wait_for("restarting")
         assert server.process.poll() is None
+
+
+def test_a_tokenizer_that_cannot_be_read_is_reported_to_rank_0(tmp_path: Path) -> None:
+    with serving(tmp_path, supervised=True) as server:
+        server.engine.send(hello(json="{}"))
+        assert "not a tokenizer.json" in server.engine.next("stop")["reason"]
+        assert server.wait_for("restarting")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

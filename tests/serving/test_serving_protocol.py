@@ -41,8 +41,8 @@ def test_a_message_comes_back() -> None:
 
 
 def test_messages_follow_each_other() -> None:
-    stream = io.BytesIO(pack(MESSAGE) + pack({"kind": "stop"}))
-    assert [receive(stream), receive(stream), receive(stream)] == [MESSAGE, {"kind": "stop"}, None]
+    stream = io.BytesIO(pack(MESSAGE) + pack({"kind": "exit"}))
+    assert [receive(stream), receive(stream), receive(stream)] == [MESSAGE, {"kind": "exit"}, None]
 
 
 @pytest.mark.parametrize(

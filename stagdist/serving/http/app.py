@@ -136,7 +136,7 @@ class _Server:
         self._client.require_place()
         limit = self._settings.max_queued_requests
         prepared = await self._from_body(request, lambda body: prepare(body, served, limit))
-        generation = await self._client.submit(prepared.id, prepared.submissions, prepared.fields.deadline_s)
+        generation = self._client.submit(prepared.id, prepared.submissions, prepared.fields.deadline_s)
         self._metrics.submitted(generation, prepared.n)
         request.scope["generation"] = generation
         try:

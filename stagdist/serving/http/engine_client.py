@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from stagdist.errors import TransportError
+from stagdist.errors import StagdistError
 from stagdist.serving.api.prepared import Submission
 from stagdist.serving.api.problems import ProblemError
 from stagdist.serving.api.served_model import ModelView
@@ -54,7 +54,7 @@ class EngineClient:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.finished.wait(), 1)
                 self._check_time()
-            self._send({"kind": "stop"})  # no one needs the engine
+            self._send({"kind": "stop", "reason": ""})  # no one needs the engine
             if self._writer is not None:
                 self._writer.close()
         path.unlink(missing_ok=True)
@@ -115,10 +115,12 @@ class EngineClient:
 
     # ---- requests ----
 
-    async def submit(
-        self, request_id: str, submissions: Sequence[Submission], deadline_s: float | None = None
-    ) -> Generation:
-        """Send the choices of a request to the engine; `Generation.accepted` says whether it takes them."""
+    def submit(self, request_id: str, submissions: Sequence[Submission], deadline_s: float | None = None) -> Generation:
+        """Send the choices of a request to the engine; `Generation.accepted` says whether it takes them.
+
+        Raises:
+            ProblemError: requests are not served, or too many wait.
+        """
         self.require_ready()
         self.require_place()
         generation = Generation(request_id, submissions, self._cancel)
@@ -128,9 +130,6 @@ class EngineClient:
             self._send(
                 {"kind": "submit", "id": engine_id, "prompt": prompt, "params": params, "deadline_s": deadline_s}
             )
-        if self._writer is not None:
-            with contextlib.suppress(ConnectionError):  # the reader of the connection reports it
-                await self._writer.drain()
         return generation
 
     def _send(self, message: ToEngine) -> None:
@@ -164,8 +163,8 @@ class EngineClient:
                     await self._greet(message)
                 else:
                     self._take(message)
-        except (TransportError, ConnectionError) as error:
-            self.reason = str(error)
+        except (StagdistError, ConnectionError) as error:
+            self._send({"kind": "stop", "reason": str(error)})
         finally:
             if self._writer is writer:
                 self._lose("the engine ended")
