@@ -15,11 +15,10 @@ from stagdist.config.parts import ModelConfig
 from stagdist.decode.engine import Engine
 from stagdist.decode.layers.runner import Lap
 from stagdist.decode.layers.weights import random_reader
-from stagdist.decode.operations import Control, Operation, operate
+from stagdist.decode.operations import operate
 from stagdist.decode.request import Request, SamplingParams
 from stagdist.decode.runtime.build import EngineOptions, build_stage, plan_decoding
-from stagdist.decode.runtime.stage import Stage
-from stagdist.decode.sampling.sampler import Choice
+from stagdist.decode.runtime.stage import Outcome, Stage
 from stagdist.parallel.device import on_cuda, synchronize
 from stagdist.telemetry.spans import SpanRecorder
 
@@ -77,9 +76,9 @@ class _TimedEngine(Engine):
         self.times: list[float] = []
         self._batch, self._admitted = batch, 0
 
-    def took(self, control: Control, choice: Choice) -> None:
-        super().took(control, choice)
-        self._admitted += control.operation is Operation.ADMIT
+    def took(self, outcome: Outcome) -> None:
+        super().took(outcome)
+        self._admitted += outcome.first is not None
         if self._admitted == self._batch:
             self.times.append(time.perf_counter())
 

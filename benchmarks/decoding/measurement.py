@@ -51,8 +51,8 @@ def step_bytes(stage: Stage, context: int, batch: int) -> dict[str, int]:
     for of_section in stage.caches.values():
         window = min(context, model.cross_attention_window or context)
         for kept, seen in ((of_section.self_kv, context), (of_section.memory_kv, window)):
-            if kept is not None:  # [L, 2, B, heads, entries, width]
-                cache += kept.nbytes * min(seen, kept.shape[4]) // kept.shape[4] * batch // kept.shape[2]
+            if kept is not None:  # [L, 2, B, heads, entries + 1, width]
+                cache += kept.nbytes // kept.shape[4] * min(seen, kept.shape[4] - 1) * batch // kept.shape[2]
     return {"weights_bytes": sum(tensor.nbytes for tensor in (*tensors.values(), *head)), "cache_bytes": cache}
 
 

@@ -135,7 +135,7 @@ def _store_memory(
     assert section.memory_norm is not None and section.memory_kv is not None
     memory = F.rms_norm(previous, section.memory_norm.shape, section.memory_norm, model.rms_norm_eps)
     states = F.linear(memory, section.memory_kv).view(len(section.layers), 2, -1, model.head_width)
-    window = cache.shape[4]
+    window = cache.shape[4] - 1
     cache[:, 0, 0, :, here % window] = _rotate(states[:, 0], cos, sin)
     cache[:, 1, 0, :, here % window] = states[:, 1]
     return min(here + 1, window)

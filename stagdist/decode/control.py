@@ -19,6 +19,8 @@ class Operation(IntEnum):
     """Complete all hand-offs and wait for the next message."""
     STOP = 2
     """Shut down."""
+    REPORT = 3
+    """Tell each other what the time was spent on, in the middle of work. A REST does it too."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from functools import partial
 
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.decode.control import Control
-from stagdist.decode.engine_stats import EngineStats
+from stagdist.decode.engine_stats import EngineStats, StageReport
 from stagdist.decode.operations import operate
 from stagdist.decode.request import FinishReason, Request, RequestOutput, check_request, join_outputs
 from stagdist.decode.request_state import RequestState
@@ -195,7 +195,10 @@ class Engine:
         return control
 
     def took(self, outcome: Outcome) -> None:
-        """Process the tokens of an operation. Text is decoded while later stages compute the next one."""
+        """Process the tokens of an operation.
+
+        Text is decoded while later stages compute the next one; a first token does not wait for that.
+        """
         plan = self._scheduler.taken()
         if outcome.step is not None:
             self.steps += 1
@@ -206,7 +209,7 @@ class Engine:
             plan.scored.take_prompt_scores(scores.tolist())
         if outcome.first is not None and plan.first is not None:
             self._take({0: plan.first}, outcome.first)
-        if self._stage.topology.num_stages == 1:
+        if outcome.first is not None or self._stage.topology.num_stages == 1:
             self.host_work()
 
     def rest(self) -> None:
@@ -214,6 +217,10 @@ class Engine:
         self.host_work()
         self._wake.wait(self._heartbeat_s)
         self._wake.clear()
+
+    def take_reports(self, reports: tuple[StageReport, ...]) -> None:
+        """Keep what the ranks report about themselves."""
+        self._scheduler.stages = reports
 
     def host_work(self) -> None:
         """Report new tokens and text, while later stages compute."""

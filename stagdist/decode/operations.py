@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from stagdist.decode.control import Control, Operation
+from stagdist.decode.engine_stats import StageReport
 from stagdist.decode.runtime.stage import Outcome, Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.telemetry.pulse import Phase
@@ -30,6 +31,9 @@ class Owner(Protocol):
 
     def rest(self) -> None:
         """Wait for work; return early if the other ranks need a heartbeat."""
+
+    def take_reports(self, reports: tuple[StageReport, ...]) -> None:
+        """Keep the reports of all ranks, which have just shown that they are alive."""
 
 
 class _ControlChannel:
@@ -96,9 +100,20 @@ def _operate(channel: _ControlChannel, stage: Stage, owner: Owner | None) -> Non
             if owner is not None:
                 owner.took(outcome)
             continue
+        if control.operation is Operation.REPORT:
+            channel.post()
+            _report(stage, owner)
+            continue
         stage.rest()
         if control.operation is Operation.STOP:
             return
+        _report(stage, owner)
         if owner is not None:
             owner.rest()
         channel.post()
+
+
+def _report(stage: Stage, owner: Owner | None) -> None:
+    reports = stage.reports()
+    if owner is not None:
+        owner.take_reports(reports)

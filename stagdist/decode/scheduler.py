@@ -13,8 +13,12 @@ from typing import Generic, TypeVar
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.control import Admission, Chunk, Control, Operation
 from stagdist.decode.engine_stats import SlotState, StageReport
+from stagdist.decode.pace import Pace
 from stagdist.decode.request import FinishReason, Request, allowed_new_tokens
 from stagdist.decode.topology import Limits, Topology
+
+REPORT_S = 5.0
+"""Ranks report at least this often."""
 
 RESERVE = 2
 """A request without a prefix takes the slot used longest ago of so many free ones; one further up would cost a row of
@@ -66,11 +70,13 @@ class Plan(Generic[Entry]):
         rows: requests of the step by slot, which is their row.
         first: the request whose prompt ends.
         scored: the request whose chunk leaves the last stage and is scored, if it asks for that.
+        chunk: positions of the longest chunk on any stage.
     """
 
     rows: dict[int, Entry]
     first: Entry | None = None
     scored: Entry | None = None
+    chunk: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,9 @@ class Scheduler(Generic[Entry]):
         self.waiting: deque[Entry] = deque()
         self.running: dict[int, Entry] = {}
         self.prefix_queries = self.prefix_hits = 0
-        self.step_s, self.stages = 0.0, tuple[StageReport, ...]()
+        self.stages = tuple[StageReport, ...]()
+        self._pace = Pace(limits)
+        self._reported_s = time.perf_counter()
         self._turns: deque[int] = deque()  # slots whose prompts have more chunks
         self._free = {slot: _Held() for slot in range(limits.num_slots)}
         self._number = 0  # of the operation
@@ -129,6 +137,11 @@ class Scheduler(Generic[Entry]):
         request_id, cached = entry.request.request_id, entry.cached_tokens
         return SlotState(request_id, "decode" if entry.decodes else "prefill", entry.positions, cached)
 
+    @property
+    def step_s(self) -> float:
+        """See `EngineStats`."""
+        return self._pace.step_s
+
     def drop_ended(self) -> None:
         """Forget waiting requests that have ended."""
         self.waiting = deque(each for each in self.waiting if each.finish is None)
@@ -145,10 +158,15 @@ class Scheduler(Generic[Entry]):
             self._release(slot)
         if stopping:
             return Control(Operation.STOP, retired=retired)
+        if time.perf_counter() - self._reported_s > REPORT_S:
+            self._reported_s = time.perf_counter()
+            self._pace.pause()
+            return Control(Operation.REPORT, retired=retired)
         rows = {slot: each for slot, each in self.running.items() if each.decodes}
         chunk, admission = self._next_chunk()
         self._chunks.appendleft(None if chunk is None else (chunk, self.running[chunk.slot]))
         if not rows and not any(self._chunks):
+            self._pace.pause()
             return Control(Operation.STOP if closed and not self.waiting else Operation.REST, retired=retired)
         for each in rows.values():
             each.scheduled += 1
@@ -158,19 +176,22 @@ class Scheduler(Generic[Entry]):
 
     def taken(self) -> Plan[Entry]:
         """Return the plan of the operation that has just run, and forget it."""
-        return self._planned.popleft()
+        plan = self._planned.popleft()
+        self._pace.took(steps=bool(plan.rows), chunk=plan.chunk)
+        return plan
 
     # --- chunks -------------------------------------------------------------------------------------------------
 
     def _plan(self, rows: dict[int, Entry]) -> Plan[Entry]:
         """The plan of an operation, with the request whose chunk leaves the last stage in it."""
+        longest = max((chunk.stop - chunk.start for chunk, _ in filter(None, self._chunks)), default=0)
         if self._chunks[-1] is None:
-            return Plan(rows)
+            return Plan(rows, chunk=longest)
         chunk, entry = self._chunks[-1]
         if self.running.get(chunk.slot) is not entry:  # cancelled
-            return Plan(rows)
+            return Plan(rows, chunk=longest)
         entry.scheduled += chunk.ends
-        return Plan(rows, entry if chunk.ends else None, entry)
+        return Plan(rows, entry if chunk.ends else None, entry, longest)
 
     def _next_chunk(self) -> tuple[Chunk | None, Admission | None]:
         """The first chunk of a new prompt, or else the next one of a prompt whose turn it is."""
@@ -185,7 +206,8 @@ class Scheduler(Generic[Entry]):
     def _chunk_of(self, slot: int) -> Chunk:
         entry = self.running[slot]
         start, length = entry.entered, len(entry.request.prompt_ids)
-        entry.entered = min(start + self._limits.chunk_size, length)
+        decoding = any(each.decodes for each in self.running.values())
+        entry.entered = min(start + (self._pace.chunk if decoding else self._limits.chunk_size), length)
         if entry.entered < length:
             self._turns.append(slot)
         return Chunk(slot, start, entry.entered, entry.entered == length)

@@ -69,12 +69,14 @@ class Limits:
         max_context: positions of a request.
         chunk_size: positions of a prefill chunk, at most.
         prefix_caching: prompts reuse caches of a common prefix.
+        inter_token_target_s: chunks are so small that a step with a chunk takes no longer, if possible.
     """
 
     num_slots: int
     max_context: int
     chunk_size: int
     prefix_caching: bool = True
+    inter_token_target_s: float | None = None
 
 
 def topology_for(

@@ -10,7 +10,7 @@ from benchmarks.decoding.spans import (
     hand_off_slack_s,
     milliseconds_per_step,
 )
-from stagdist.decode.runtime.stage import CATEGORIES
+from stagdist.decode.runtime.executor import CATEGORIES
 from stagdist.telemetry.clocks import HostClock
 from stagdist.telemetry.spans import Span
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.decoding.timeline import COLORS, Panel, draw_timeline, typical_start
-from stagdist.decode.runtime.stage import CATEGORIES
+from stagdist.decode.runtime.executor import CATEGORIES
 from stagdist.telemetry.spans import Span
 
 MS = 1_000_000

@@ -46,7 +46,7 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A model on bytes with random weights, whose conversations are plain text."""
     folder = tmp_path_factory.mktemp("served")
-    model = write_model(folder / "tiny")
+    model = write_model(folder / "tiny", max_position_embeddings=256)
     port = free_port()
     words = [
         *(str(BIN / "deepspeed"), "--quiet", "--num_accelerators", "2", "--master_port", str(free_port())),

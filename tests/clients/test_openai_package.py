@@ -23,7 +23,7 @@ def client_of(served: Served) -> Iterator[OpenAI]:
 def test_the_models_are_listed(client_of: OpenAI) -> None:
     (model,) = client_of.models.list().data
     assert (model.id, model.owned_by) == ("tiny", "stagdist")
-    assert client_of.models.retrieve("tiny").model_extra["max_model_len"] == 128  # type: ignore[index]
+    assert client_of.models.retrieve("tiny").model_extra["max_model_len"] == 256  # type: ignore[index]
 
 
 def test_a_completion_is_the_same_streamed_and_among_others(client_of: OpenAI, served: Served) -> None:
@@ -126,7 +126,7 @@ def test_what_cannot_be_served_is_refused_by_name(
 
 
 def test_a_stream_that_is_closed_frees_its_slot(client_of: OpenAI, served: Served) -> None:
-    asked: Any = {"model": "tiny", "prompt": "a", "max_tokens": 120, "stream": True, "extra_body": {"ignore_eos": True}}
+    asked: Any = {"model": "tiny", "prompt": "a", "max_tokens": 240, "stream": True, "extra_body": {"ignore_eos": True}}
     for _ in range(8):  # more than slots
         with client_of.completions.create(**asked) as stream:
             next(iter(stream))

@@ -18,14 +18,24 @@ from stagdist.decode.runtime import graphs
 
 
 class FakeStream:
-    """A stream that does nothing but have an identity."""
+    """A stream that does no work, and knows whether it belongs to a capture.
+
+    Attributes:
+        captured: it is the stream of a capture, or has waited for one that belongs to it.
+        joined: after its last work in a capture, a stream of the capture has waited for it.
+    """
 
     def __init__(self, device: object = None):
         self.waited_for: list[FakeStream] = []
+        self.captured, self.joined = False, True
 
     def wait_stream(self, stream: "FakeStream") -> None:
-        """Note it."""
+        """Wait, by the rule of captures: CUDA fails with `cudaErrorStreamCaptureIsolation` otherwise."""
+        if self.captured and not stream.captured:
+            raise RuntimeError("dependency created on uncaptured work in another stream")
         self.waited_for.append(stream)
+        if stream.captured:
+            self.captured, self.joined, stream.joined = True, False, True
 
 
 class _Recording(TorchDispatchMode):
@@ -89,12 +99,13 @@ class FakeCuda:
     events: list[tuple[Any, ...]] = field(default_factory=list)
     current: FakeStream = field(default_factory=FakeStream)
     capturing: bool = False
+    streams: list[FakeStream] = field(default_factory=list)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Stand in for `torch.cuda` wherever `stagdist.decode.runtime.graphs` uses it."""
         monkeypatch.setattr(graphs, "on_cuda", lambda device: True)
         for name, stand_in in {
-            "Stream": FakeStream,
+            "Stream": self._new_stream,
             "CUDAGraph": lambda: FakeGraph(self),
             "stream": self._stream,
             "graph": self._graph,
@@ -104,6 +115,10 @@ class FakeCuda:
             "synchronize": lambda device=None: self.events.append(("synchronize",)),
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def _new_stream(self, device: object = None) -> FakeStream:
+        self.streams.append(FakeStream(device))
+        return self.streams[-1]
 
     def of(self, kind: str) -> list[tuple[Any, ...]]:
         """Events of one kind."""
@@ -119,7 +134,11 @@ class FakeCuda:
     def _graph(self, graph: FakeGraph, pool: object = None, stream: FakeStream | None = None) -> Iterator[None]:
         assert stream is not None and not self.capturing
         self.events.append(("capture", graph, pool, stream))
-        self.capturing = True
+        self.capturing = stream.captured = True
         with self._stream(stream), _Recording(graph.operations):
             yield
+        unjoined = [each for each in self.streams if each.captured and not each.joined and each is not stream]
+        assert not unjoined, "the capture ends before all its streams have been joined"
+        for each in self.streams:
+            each.captured = False
         self.capturing = False

@@ -1,5 +1,6 @@
 """From the queue to the end: what is refused, what ends too late, what is known of a request and of the engine."""
 
+import random
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -198,6 +199,43 @@ def test_when_a_rank_is_lost_every_open_request_gets_the_error_first(error: Exce
         assert done.token_ids == tokens[: len(done.token_ids)] and bool(done.token_ids) == (name in {"a", "b"})
     with pytest.raises(ConfigError, match="after the engine ended"):
         busy.submit(asked("late"))
+
+
+def test_every_accepted_request_ends_once_whatever_clients_do_at_the_same_time(tokens: tuple[int, ...]) -> None:
+    busy, outputs, accepted = engine(3, max_waiting=5), list[RequestOutput](), list[str]()
+    server = threading.Thread(target=busy.run, args=(outputs.extend,))
+    server.start()
+
+    def client(number: int) -> None:
+        rng = random.Random(number)
+        for place in range(40):
+            name = f"{number}.{place}"
+            try:
+                busy.submit(asked(name), deadline_s=rng.choice([None, None, 0.0, 0.02]))
+            except QueueFullError:
+                time.sleep(0.005)
+                continue
+            accepted.append(name)
+            if rng.random() < 0.3:
+                time.sleep(rng.random() * 0.01)
+                busy.cancel(name)
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(4)]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join()
+    busy.drain(60.0)
+    server.join(60)
+    ends = {output.request_id: output.finish_reason for output in outputs if output.finish_reason is not None}
+    assert sorted(ends) == sorted(accepted) and len(accepted) > 10
+    assert sum(output.finish_reason is not None for output in outputs) == len(accepted)
+    assert set(ends.values()) == {FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.TIMEOUT}
+    for name, reason in ends.items():
+        found = tuple(token for output in outputs if output.request_id == name for token in output.token_ids)
+        assert found == tokens[: 9 if reason is FinishReason.LENGTH else len(found)]
+    end = busy.stats()
+    assert (end.running, end.waiting, end.waiting_tokens) == (0, 0, 0)
 
 
 # --- what is known ----------------------------------------------------------------------------------------------

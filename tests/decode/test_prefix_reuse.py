@@ -93,9 +93,10 @@ def test_reused_positions_change_nothing(grid: tuple[int, int, HeadLayout]) -> N
             same(found, expected, f"{case.name}, {case.options.num_slots} slots")
             by_name = {done.request_id: done.cached_tokens for done in found}
             if case.keys.get("cross_attention_window") is None:
-                # The second one reuses all of the first but the lag, or waits until it can.
+                # The second one reuses all of the first but the lag; with a slot of its own, less than a chunk fewer.
                 lag = case.keys.get("stagger", 1) if case.keys.get("connection") is None else 0
-                assert by_name["again"] == len(FIRST.prompt_ids) - max(1, lag)
+                most, spare = len(FIRST.prompt_ids) - max(1, lag), 0 if case.options.num_slots == 1 else 4
+                assert most - spare <= by_name["again"] <= most
                 assert sum(cached > 0 for cached in by_name.values()) >= 4
 
 

@@ -155,9 +155,9 @@ def test_caches_hold_own_sections_and_heads_and_of_a_memory_only_the_window(name
         expected = 0
         for section in plan.topology.sections(stage):
             layers = model.section_layers[section]
-            expected += layers * per_head * model.key_value_heads * context
+            expected += layers * per_head * model.key_value_heads * (context + 1)
             if model.staggered and section > 0:
-                entries = min(model.cross_attention_window or context, context)
+                entries = 1 + min(model.cross_attention_window or context, context)
                 expected += layers * per_head * model.cross_key_value_heads * entries
         assert built(plan, stage, tensor).kv_bytes == expected
 
@@ -169,7 +169,7 @@ def test_the_cache_of_a_window_does_not_grow_with_the_context() -> None:
         cache = SectionCache(model, 1, Limits(1, capacity, 8), 1, Device("cpu", torch.float64))
         assert cache.memory_kv is not None
         sizes.append(cache.memory_kv.nbytes)
-    assert sizes[0] == sizes[1] == 2 * 2 * model.cross_key_value_heads * 3 * model.head_width * BYTES
+    assert sizes[0] == sizes[1] == 2 * 2 * model.cross_key_value_heads * (3 + 1) * model.head_width * BYTES
 
 
 REFUSED: dict[str, tuple[dict[str, Any], EngineOptions, int, str]] = {

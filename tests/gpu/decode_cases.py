@@ -17,7 +17,7 @@ from stagdist.decode.engine import Engine
 from stagdist.decode.request import Request, SamplingParams
 from stagdist.decode.runtime import graphs
 from stagdist.decode.runtime.build import EngineOptions, build_stage, plan_decoding
-from stagdist.decode.runtime.stage import Stage
+from stagdist.decode.runtime.stage import Outcome, Stage
 from stagdist.model.precision import DTYPES
 from stagdist.parallel.device import on_cuda
 from tests.decode.decoding import Case, config_of, parameters_of, prompt, reader
@@ -232,6 +232,11 @@ def engines_in_turn(cases: list[Case], device: str) -> list[Turn]:
     return turns
 
 
+def _tokens(outcome: Outcome) -> Tensor:
+    assert outcome.step is not None
+    return outcome.step.tokens
+
+
 def _allocated_bytes(device: str) -> int:
     """Memory of tensors, after what the process may give back at any time has been given back."""
     gc.collect()
@@ -257,7 +262,7 @@ def tokens_without_waiting(case: Case, device: str, steps: int = 8) -> list[list
         for slot, request in enumerate(case.requests[: case.options.num_slots]):
             stage.prefill(slot, request.prompt_ids, request.params)
         for _ in range(steps):
-            chosen.append(stage.step().tokens.clone())
+            chosen.append(_tokens(stage.run(step=True)).clone())
     finally:
         if on_cuda(device):
             torch.cuda.set_sync_debug_mode("default")

@@ -16,6 +16,7 @@ from stagdist.decode.frontend import deployment
 from stagdist.decode.frontend.generate import Generation
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.runtime.build import EngineOptions
+from stagdist.evaluation.perplexity import Scoring, score_file
 from stagdist.parallel.world import World
 from tests.launch.faults import only_rank_0
 from tests.launch.generating import Done, command, error_lines, generate, run_ranks_to_end, start_command, write_model
@@ -175,6 +176,26 @@ def test_options_bias_and_choose_among_tokens(model: Path) -> None:
     (allowed,), (varied,) = (answers(run_ranks_to_end(model, *each)) for each in (bounded, counted))
     assert set(allowed["text"]) <= {"B", "C"} == set(varied["text"])
     assert abs(varied["text"].count("B") - 6) < abs(allowed["text"].count("B") - 6), "repetition costs something"
+
+
+def test_scores_of_a_prompt_add_up_to_the_perplexity_of_the_evaluation(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat, and 日本 is far away. " * 2)
+    arguments = ["--prompt", text.read_text(), "--json", "--prompt-logprobs", "2", "--max-new-tokens", "0"]
+    (answer,) = answers(run_ranks_to_end(model, *arguments, "--prefill-chunk", "16"))
+    scores = answer["prompt_logprobs"]
+    assert (answer["token_ids"], answer["text"], answer["finish_reason"]) == ([], "", "length")
+    assert scores[0] is None and [entry["token_id"] for entry in scores[1:]] == answer["prompt_token_ids"][1:]
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    expected = score_file(model, text, Scoring(device="cpu")).score
+    assert expected.tokens == len(scores) - 1
+    mean = sum(entry["logprob"] for entry in scores[1:]) / (len(scores) - 1)
+    assert -mean == pytest.approx(expected.nats / expected.tokens, abs=1e-6)
+    refused = run_ranks_to_end(model, "--prompt", "a", "--prompt-logprobs", "1")
+    assert "cannot be shown in plain text" in refused.stderr.decode()
 
 
 def test_an_answer_ends_where_transformers_would_end_it(model: Path, tmp_path: Path) -> None:

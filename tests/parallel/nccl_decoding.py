@@ -92,9 +92,10 @@ REQUESTS = (
     request("short", 1, 2, temperature=0.8, top_k=3),
     request("late", 2, 2),
     request("again", 3, 3),
+    request("scored", 6, 2, prompt_logprobs=1),
 )
 """Prefill of several chunks, the last one shorter; admission while another request runs; a slot that is used again;
-every number of rows; an idle engine at the end."""
+every number of rows; prefixes in place and copied; a prompt that is scored; an idle engine at the end."""
 
 
 def recorded(layout: Layout, rules: Rules = NCCL, *, dry_pass: DryPass) -> list[Recorder]:

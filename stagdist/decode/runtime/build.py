@@ -44,7 +44,9 @@ class EngineOptions:
         head: `last` or `sharded`, see `Topology`.
         num_slots: requests decoded together.
         max_context: positions of a request; None means the model's.
-        chunk_size: positions of a prefill chunk.
+        chunk_size: positions of a prefill chunk, at most.
+        inter_token_target_ms: chunks are so small that a step with a chunk takes no longer, if possible; None: all
+            chunks have `chunk_size` positions.
         precision: `fp32`, `bf16`, `fp16` or `fp64`; None: see `default_precision`.
         prefix_caching: a prompt reuses the caches of a slot that holds its beginning.
         recurrent: skip section 1 while decoding.
@@ -60,6 +62,7 @@ class EngineOptions:
     max_context: int | None = None
     chunk_size: int = DEFAULT_CHUNK
     precision: str | None = None
+    inter_token_target_ms: float | None = None
     prefix_caching: bool = True
     recurrent: bool = False
     timeout_s: float = 600.0
@@ -76,6 +79,11 @@ class EngineOptions:
         for name, value in counts.items():
             if value < 1:
                 raise ConfigError(f"{name} is {value}; give at least 1")
+        target_ms = self.inter_token_target_ms
+        if target_ms is not None and not 0 < target_ms < float("inf"):
+            raise ConfigError(
+                f"inter_token_target_ms (--inter-token-target-ms) is {target_ms}; give milliseconds above 0"
+            )
         if not 0 < self.timeout_s <= LONGEST_TIMEOUT_S:  # NaN compares false
             raise ConfigError(
                 f"timeout_s (--timeout) is {self.timeout_s}; give seconds above 0, at most {LONGEST_TIMEOUT_S:.0f}"
@@ -121,7 +129,8 @@ def plan_decoding(model: ModelConfig, options: EngineOptions, world_size: int) -
     context = known if options.max_context is None else options.max_context
     if not 1 <= context <= known:
         raise ConfigError(f"max_context is {context}, the model has positions up to {known}; give 1 to {known}")
-    limits = Limits(options.num_slots, context, options.chunk_size, options.prefix_caching)
+    target_s = None if options.inter_token_target_ms is None else options.inter_token_target_ms / 1e3
+    limits = Limits(options.num_slots, context, options.chunk_size, options.prefix_caching, target_s)
     return DecodePlan(model, topology, Grid(world_size // tensor, 1, tensor), limits, options)
 
 

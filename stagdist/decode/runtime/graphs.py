@@ -53,15 +53,17 @@ class FixedStep:
     def __init__(self, sections: StageSections, readout: Readout):
         self._sections, self._readout = sections, readout
         self._program = schedule.operation(sections.topology, 0, schedule.Work(0, 0, 0, (False,)))
-        several = on_cuda(sections.device.name) and len(sections.weights.sections) > 1
+        begun = [each.index for each in self._program if each.kind is Kind.BEGIN]
         self._streams: dict[int, torch.cuda.Stream] = {}
-        if several:
-            self._streams = {section: torch.cuda.Stream(sections.device.name) for section in sections.weights.sections}
+        if on_cuda(sections.device.name) and len(begun) > 1:
+            self._streams = {section: torch.cuda.Stream(sections.device.name) for section in begun}
 
     def __call__(self, positions: Tensor, reach: int) -> Tensor:
         """Run the step. Shapes: positions int64 [B], on the device -> logits [B, V]."""
         sections, readout = self._sections, self._readout
         call = sections.fixed_call(positions, reach)
+        for stream in self._streams.values():  # a capture may join only streams that were forked from it
+            stream.wait_stream(torch.cuda.current_stream())
         for instruction in self._program:
             match instruction.kind:
                 case Kind.BEGIN:

@@ -1,51 +1,25 @@
-"""Executes the instructions of the schedule on one rank."""
+"""One rank's part of the model: its operations, and the requests and prompts in its slots."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from stagdist.decode.control import Admission, Chunk
+from stagdist.decode.engine_stats import StageReport
 from stagdist.decode.layers.runner import SectionCache
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.runtime import schedule
+from stagdist.decode.runtime.executor import Executor, HostWork
 from stagdist.decode.runtime.graphs import CaptureProgress, FixedStep, StepGraphs
 from stagdist.decode.runtime.hosted_sections import Call, Prompt, StageSections
 from stagdist.decode.runtime.readout import Readout
-from stagdist.decode.runtime.schedule import Instruction, Kind, Part, Work
+from stagdist.decode.runtime.schedule import Instruction, Kind, Work
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.sampling.sampler import Choice
-from stagdist.decode.topology import Topology
 from stagdist.telemetry.pulse import Phase, Pulse
 from stagdist.telemetry.spans import SpanRecorder
-
-CATEGORIES = {
-    Kind.ASK: "send",
-    Kind.EXPECT: "send",
-    Kind.BEGIN: "compute",
-    Kind.WAIT: "wait for memory",
-    Kind.FINISH: "compute",
-    Kind.SEND: "send",
-    Kind.COMBINE: "combine",
-    Kind.SHARE: "wait for last section",
-    Kind.HEAD: "head",
-    Kind.CHOOSE: "sampling",
-    Kind.HOST: "host work",
-    Kind.PUBLISH: "send",
-    Kind.TOKEN: "wait for token",
-}
-"""Category of each instruction's span in a trace."""
-
-_WAITS = {Kind.WAIT, Kind.SHARE, Kind.TOKEN}
-"""Instructions that can wait for a peer."""
-
-_NO_SPAN = nullcontext()
-HostWork = Callable[[], None]
-Program = Callable[[Topology, int, Work], tuple[Instruction, ...]]
-"""A function of `schedule`."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +38,7 @@ class Outcome:
 
 
 class Stage:
-    """Executor of the schedule on one rank.
+    """One rank's part of the model.
 
     Args:
         recorder: records a span for every instruction.
@@ -82,18 +56,16 @@ class Stage:
         graphs: bool = False,
         progress: CaptureProgress | None = None,
     ):
-        self.setup, self.readout, self._sections, self._recorder = setup, Readout(setup), StageSections(setup), recorder
+        self.setup, self.readout, self._sections = setup, Readout(setup), StageSections(setup)
         self.model, self.topology, self.limits = setup.model, setup.topology, setup.limits
         self.weights, self.device, self.index = setup.weights, setup.device, setup.index
         self._transport = setup.transport
         self._next_positions: dict[int, int] = {}  # of the active slots
         self.pulse = pulse or Pulse()
-        self.step_number = self._first_step = self._number = 0
+        self._first_step = self._number = 0
         self._prompts: dict[int, Prompt] = {}  # by slot, until their tokens are decoded
-        # Chunks on their way through the stages, the newest first; None where an operation had none.
-        self._chunks: deque[Call | None] = deque([None] * self.topology.num_stages, self.topology.num_stages)
-        self._programs: dict[tuple[Program, Work], tuple[Instruction, ...]] = {}
-        self._shifts: dict[Part, int] = {}
+        self._executor = Executor(setup, self._sections, self.readout, recorder, self.pulse)
+        self._chunks = self._executor.chunks
         self._graphs: StepGraphs | None = None
         if graphs:
             self._graphs = StepGraphs(FixedStep(self._sections, self.readout), setup.device, setup.limits)
@@ -152,6 +124,19 @@ class Stage:
             self._transport.wait_for_device("while hand-offs were completed")
         self._first_step = self.step_number
 
+    def reports(self) -> tuple[StageReport, ...]:
+        """Exchange what the ranks have spent their time on since they started; the same on every rank.
+
+        Raises:
+            TransportError: a rank has ended or does not answer.
+        """
+        spent = self._executor.spent_s
+        compute = sum(spent[category] for category in ("compute", "head", "sampling"))
+        for_token = sum(spent[category] for category in ("wait for token", "wait for last section", "combine"))
+        own = torch.tensor([self.index, compute, spent["wait for memory"], for_token, spent["send"]]).double()
+        rows = own[None] if self._transport is None else self._transport.exchange(own)
+        return tuple(StageReport(rank, int(stage), *times) for rank, (stage, *times) in enumerate(rows.tolist()))
+
     def retire(self, slots: Sequence[int]) -> None:
         """Free slots. The caches stay; chunks of a prompt that are on their way still run."""
         for slot in slots:
@@ -178,6 +163,11 @@ class Stage:
         """Release the CUDA graphs; the stage cannot run afterwards."""
         if self._graphs is not None:
             self._graphs.close()
+
+    @property
+    def step_number(self) -> int:
+        """Number of the next step."""
+        return self._executor.step_number
 
     @property
     def caches(self) -> dict[int, SectionCache]:
@@ -209,7 +199,7 @@ class Stage:
             choice = self._run_graph(self._graphs)
         elif step:
             call = self._sections.step_call(self._positions(), self.step_number)
-        self._execute(call, self._program(schedule.operation, self._work(call is not None)), host_work)
+        self._executor.run(schedule.operation, self._work(call is not None), call, host_work)
         if call is not None:
             self._sections.push_local(call)
             choice = self.readout.choice
@@ -221,7 +211,7 @@ class Stage:
         if choice is not None:
             self._sections.tokens[: len(choice.tokens)] = choice.tokens
             self._next_positions = {slot: position + 1 for slot, position in self._next_positions.items()}
-            self.step_number += 1
+            self._executor.step_number += 1
         return choice
 
     def _end(self, leaving: Call, outcome: Outcome) -> Outcome:
@@ -232,7 +222,7 @@ class Stage:
         if leaving.ends:
             self.readout.sampler.admit(slot, admission.params, admission.prompt_ids)
         work = replace(self._work(step=False), ends=leaving.ends, scored=scored)
-        self._execute(None, self._program(schedule.ending, work), None)
+        self._executor.run(schedule.ending, work)
         if scored:
             outcome = replace(outcome, scores=self.readout.scores)
         if not leaving.ends:
@@ -252,126 +242,16 @@ class Stage:
         entered = tuple(call is not None for call in self._chunks)
         return Work(self._number, self.step_number if step else None, self._first_step, entered)
 
-    def _program(self, instructions: Program, work: Work) -> tuple[Instruction, ...]:
-        """Return instructions whose numbers are relative: to `_shifts` of their part.
-
-        So they are few: steps differ after the first `lag` ones in nothing else.
-        """
-        young = None if work.step is None else min(work.step - work.first, self.topology.lag)
-        self._shifts = {Part.STEP: self.step_number - (young or 0), Part.CHUNK: self._number}
-        relative = replace(work, number=0, step=young, first=0)
-        if (instructions, relative) not in self._programs:
-            self._programs[instructions, relative] = instructions(self.topology, self.index, relative)
-        return self._programs[instructions, relative]
-
-    def _execute(self, step: Call | None, program: Iterable[Instruction], host_work: HostWork | None) -> None:
-        """Run instructions in order, of this step and of the chunks on their way."""
-        recorder = self._recorder
-        for instruction in program:
-            kind = instruction.kind
-            self.pulse.beat(Phase.RECEIVE if kind in _WAITS else Phase.FORWARD)
-            with _NO_SPAN if recorder is None else self._span(instruction):
-                if kind is Kind.HOST:
-                    if host_work is not None:
-                        host_work()
-                else:
-                    call = step if instruction.part is Part.STEP else self._chunks[-instruction.number]
-                    assert call is not None
-                    _METHODS[instruction.part][kind](self, call, instruction)
-
     def _run_graph(self, graphs: StepGraphs) -> Choice:
         """Run a step up to the logits as one graph, then choose tokens."""
         positions = self._positions()
         self.pulse.beat(Phase.FORWARD)
-        call = Call(range(len(positions)), [position + 1 for position in positions], self.step_number)
-        with self._span(Instruction(Kind.FINISH, self.step_number)):
+        call = Call(range(len(positions)), [position + 1 for position in positions])
+        with self._executor.span(Instruction(Kind.FINISH, 0)):
             self.readout.logits = graphs.run(positions)
-        self._execute(call, (Instruction(Kind.CHOOSE, self.step_number),), None)
+        with self._executor.span(Instruction(Kind.CHOOSE, 0)):
+            self.readout.choose(call.slots, call.next_positions)
         return self.readout.choice
-
-    def _span(self, instruction: Instruction) -> AbstractContextManager[None]:
-        if self._recorder is None:
-            return _NO_SPAN
-        name = instruction.kind.value
-        if instruction.kind in (Kind.BEGIN, Kind.FINISH):
-            name = f"{name} {instruction.index + 1}"
-        return self._recorder.span(name, CATEGORIES[instruction.kind], step=self.step_number)
-
-    def _number_of(self, instruction: Instruction) -> int:
-        return instruction.number + self._shifts[instruction.part]
-
-    def _receive_hand_off(self, call: Call, instruction: Instruction) -> None:
-        assert self._sections.received is not None
-        step = self._number_of(instruction)
-        buffer = self._sections.received.of_step(call.rows, step)
-        self.setup.link.hand_offs_in.expect((Part.STEP, step), buffer)
-
-    def _receive_chunk(self, call: Call, instruction: Instruction) -> None:
-        shape = (1, call.length, self.model.hidden_size)
-        buffer = torch.empty(shape, dtype=self.device.dtype, device=self.device.name)
-        self.setup.link.hand_offs_in.expect((Part.CHUNK, self._number_of(instruction)), buffer)
-
-    def _wait_for_hand_off(self, call: Call, instruction: Instruction) -> None:
-        key = instruction.part, self._number_of(instruction)
-        (call.carried,) = self.setup.link.hand_offs_in.take(key)
-
-    def _send(self, call: Call, _: Instruction) -> None:
-        output = call.outputs[self._sections.last].contiguous()
-        self.setup.link.hand_offs_out.send(output, in_flight=self.topology.lag + 1)
-
-    def _last_output(self, call: Call) -> Tensor | None:
-        """Output of the model's last section at the last position, if this rank has it."""
-        output = call.outputs.get(self.topology.num_sections - 1)
-        return None if output is None else output[:, -1:]
-
-    def _combine(self, call: Call, instruction: Instruction) -> None:
-        outputs = call.outputs
-        if instruction.part is not Part.SCORES:
-            outputs = {section: output[:, -1:] for section, output in outputs.items()}
-        self.readout.combine(outputs, None if instruction.index < 0 else instruction.index)
-
-    def _share_all(self, call: Call, _: Instruction) -> None:
-        self.readout.share(call.outputs.get(self.topology.num_sections - 1))
-
-    def _score(self, call: Call, _: Instruction) -> None:
-        assert call.targets is not None and call.count is not None
-        self.readout.score(call.outputs.get(self.topology.num_sections - 1), call.targets, call.count)
-
-
-Methods = Mapping[Kind, Callable[[Stage, Call, Instruction], None]]
-
-_STEP: Methods = {
-    Kind.ASK: lambda stage, call, _: stage.readout.ask(call.slots),
-    Kind.EXPECT: Stage._receive_hand_off,
-    Kind.BEGIN: lambda stage, call, instruction: stage._sections.begin(call, instruction.index),
-    Kind.WAIT: Stage._wait_for_hand_off,
-    Kind.FINISH: lambda stage, call, instruction: stage._sections.finish(call, instruction.index),
-    Kind.SEND: Stage._send,
-    Kind.COMBINE: Stage._combine,
-    Kind.SHARE: lambda stage, call, _: stage.readout.share(stage._last_output(call)),
-    Kind.HEAD: lambda stage, call, _: stage.readout.head(stage._last_output(call)),
-    Kind.CHOOSE: lambda stage, call, _: stage.readout.choose(call.slots, call.next_positions),
-    Kind.PUBLISH: lambda stage, call, _: stage.readout.publish(),
-    Kind.TOKEN: lambda stage, call, _: stage.readout.receive(),
-}
-"""The instructions of a step, except `Kind.HOST`, which `_execute` handles."""
-
-_CHUNK: Methods = {
-    **_STEP,
-    Kind.EXPECT: Stage._receive_chunk,
-    Kind.FINISH: lambda stage, call, instruction: stage._sections.run_chunk(call, instruction.index),
-}
-
-_SCORES: Methods = {
-    Kind.ASK: lambda stage, call, _: stage.readout.ask_scores(call.length, call.targets, call.count),
-    Kind.COMBINE: Stage._combine,
-    Kind.SHARE: Stage._share_all,
-    Kind.HEAD: lambda stage, call, _: None,  # by parts, with the scores
-    Kind.CHOOSE: Stage._score,
-    Kind.PUBLISH: lambda stage, call, _: stage.readout.publish_scores(),
-    Kind.TOKEN: lambda stage, call, _: stage.readout.receive_scores(call.targets),
-}
-_METHODS = {Part.STEP: _STEP, Part.CHUNK: _CHUNK, Part.SCORES: _SCORES}
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -211,6 +211,13 @@ class Transport:
                     work.wait()
         return message
 
+    def exchange(self, own: Tensor) -> Tensor:
+        """Give all ranks the tensors of all ranks, in host memory. Shapes: [n] -> [ranks, n]."""
+        gathered = own.new_empty(self.grid.world_size * len(own))
+        with self._errors("while all ranks reported"):
+            getattr(dist, ALL_GATHER)(gathered, own, group=self._host)
+        return gathered.unflatten(0, (self.grid.world_size, -1))
+
     def receive_payload(self, size: int) -> bytes:
         """Receive the payload that follows a message, on the ranks after rank 0."""
         if size == 0:

@@ -10,6 +10,7 @@ after a hand-off in its step (head, choice of tokens) is launched here for every
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,8 +24,10 @@ from stagdist.parallel.link import GLOO, Inbox, Key, Outbox
 
 _PLAIN = SamplingParams(temperature=0.0)
 _EVERYTHING = SamplingParams(
-    temperature=0.7, top_k=4, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=1, max_new_tokens=4
-)
+    max_new_tokens=4, temperature=0.7, top_k=4, top_p=0.9, min_p=0.01, logprobs=1, prompt_logprobs=1,
+    repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1, logit_bias=((0, 1.0),), min_tokens=1,
+    stop_token_ids=(0,),
+)  # fmt: skip
 _NOISE = SamplingParams(temperature=0.7)
 _PARAMS = (_PLAIN, _NOISE, _EVERYTHING)
 
@@ -73,7 +76,11 @@ class Unconnected(Transport):
 
 def dry_limits(limits: Limits) -> Limits:
     """Return the limits for a dry pass: the same shapes with short caches."""
-    return Limits(limits.num_slots, min(limits.max_context, 2 * limits.chunk_size + 8), limits.chunk_size)
+    return replace(limits, max_context=_dry_context(limits))
+
+
+def _dry_context(limits: Limits) -> int:
+    return min(limits.max_context, 2 * limits.chunk_size + 8)
 
 
 @torch.inference_mode()
@@ -81,10 +88,11 @@ def dry_pass(stage: Stage) -> None:
     """Prefill prompts of one and of several chunks, and decode with every number of rows.
 
     Args:
-        stage: built with `Unconnected` and `dry_limits`, for this purpose only.
+        stage: built with `Unconnected` and `dry_limits`, for this purpose only; or one that is going to serve, before
+            its first operation and on all ranks together, so that the first request finds everything warm.
     """
     limits = stage.limits
-    longest = max(1, limits.max_context - 4)
+    longest = max(1, _dry_context(limits) - 4)
     for params in _PARAMS:
         for length in dict.fromkeys((longest, min(limits.chunk_size, longest), 1)):
             stage.prefill(0, [0] * length, params)

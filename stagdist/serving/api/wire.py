@@ -223,7 +223,7 @@ class TokenizeRequest(WireModel):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_LIST)] | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = True
-    parse_special: bool = False
+    parse_special: bool = True  # as elsewhere: clients look up the ids of special tokens
     return_token_strs: bool | None = None
 
 

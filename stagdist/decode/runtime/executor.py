@@ -1,0 +1,194 @@
+"""Runs the instructions of the schedule on one rank, and times them."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from stagdist.decode.runtime.hosted_sections import Call, StageSections
+from stagdist.decode.runtime.readout import Readout
+from stagdist.decode.runtime.schedule import Instruction, Kind, Part, Work
+from stagdist.decode.runtime.setup import StageSetup
+from stagdist.decode.topology import Topology
+from stagdist.telemetry.pulse import Phase, Pulse
+from stagdist.telemetry.spans import SpanRecorder
+
+CATEGORIES = {
+    Kind.ASK: "send",
+    Kind.EXPECT: "send",
+    Kind.BEGIN: "compute",
+    Kind.WAIT: "wait for memory",
+    Kind.FINISH: "compute",
+    Kind.SEND: "send",
+    Kind.COMBINE: "combine",
+    Kind.SHARE: "wait for last section",
+    Kind.HEAD: "head",
+    Kind.CHOOSE: "sampling",
+    Kind.HOST: "host work",
+    Kind.PUBLISH: "send",
+    Kind.TOKEN: "wait for token",
+}
+"""Category of each instruction's span in a trace."""
+
+_WAITS = {Kind.WAIT, Kind.SHARE, Kind.TOKEN}
+"""Instructions that can wait for a peer."""
+
+HostWork = Callable[[], None]
+Program = Callable[[Topology, int, Work], tuple[Instruction, ...]]
+"""A function of `schedule`."""
+
+
+class Executor:
+    """Runs programs: the instructions of a step and of the chunks on their way.
+
+    Args:
+        recorder: records a span for every instruction.
+
+    Attributes:
+        chunks: on their way through the stages, the newest first; None where an operation had none.
+        step_number: number of the present or next step.
+        spent_s: time of this rank by category of instructions, waits included.
+    """
+
+    def __init__(
+        self,
+        setup: StageSetup,
+        sections: StageSections,
+        readout: Readout,
+        recorder: SpanRecorder | None,
+        pulse: Pulse,
+    ):
+        self.setup, self.sections, self.readout, self._recorder, self._pulse = setup, sections, readout, recorder, pulse
+        self.topology = setup.topology
+        stages = self.topology.num_stages
+        self.chunks: deque[Call | None] = deque([None] * stages, stages)
+        self.step_number = 0
+        self.spent_s = dict.fromkeys(CATEGORIES.values(), 0.0)
+        self._programs: dict[tuple[Program, Work], tuple[Instruction, ...]] = {}
+        self._shifts: dict[Part, int] = {}
+
+    def run(self, program: Program, work: Work, step: Call | None = None, host_work: HostWork | None = None) -> None:
+        """Run the instructions of this stage in order.
+
+        Args:
+            step: call of the step, if the work has one.
+            host_work: called on rank 0 while later stages compute.
+        """
+        for instruction in self._instructions(program, work):
+            kind = instruction.kind
+            self._pulse.beat(Phase.RECEIVE if kind in _WAITS else Phase.FORWARD)
+            with self.span(instruction):
+                if kind is Kind.HOST:
+                    if host_work is not None:
+                        host_work()
+                else:
+                    call = step if instruction.part is Part.STEP else self.chunks[-instruction.number]
+                    assert call is not None
+                    _METHODS[instruction.part][kind](self, call, instruction)
+
+    def _instructions(self, program: Program, work: Work) -> tuple[Instruction, ...]:
+        """Return instructions whose numbers are relative: to `_shifts` of their part.
+
+        So they are few: steps differ after the first `lag` ones in nothing else.
+        """
+        young = None if work.step is None else min(work.step - work.first, self.topology.lag)
+        self._shifts = {Part.STEP: self.step_number - (young or 0), Part.CHUNK: work.number}
+        relative = replace(work, number=0, step=young, first=0)
+        if (program, relative) not in self._programs:
+            self._programs[program, relative] = program(self.topology, self.setup.index, relative)
+        return self._programs[program, relative]
+
+    @contextmanager
+    def span(self, instruction: Instruction) -> Iterator[None]:
+        """Time an instruction, and record its span if there is a recorder."""
+        category = CATEGORIES[instruction.kind]
+        began_s = time.perf_counter()
+        if self._recorder is None:
+            yield
+        else:
+            name = instruction.kind.value
+            if instruction.kind in (Kind.BEGIN, Kind.FINISH):
+                name = f"{name} {instruction.index + 1}"
+            with self._recorder.span(name, category, step=self.step_number):
+                yield
+        self.spent_s[category] += time.perf_counter() - began_s
+
+    def _number_of(self, instruction: Instruction) -> int:
+        return instruction.number + self._shifts[instruction.part]
+
+    def _receive_hand_off(self, call: Call, instruction: Instruction) -> None:
+        assert self.sections.received is not None
+        step = self._number_of(instruction)
+        buffer = self.sections.received.of_step(call.rows, step)
+        self.setup.link.hand_offs_in.expect((Part.STEP, step), buffer)
+
+    def _receive_chunk(self, call: Call, instruction: Instruction) -> None:
+        shape = (1, call.length, self.setup.model.hidden_size)
+        buffer = torch.empty(shape, dtype=self.setup.device.dtype, device=self.setup.device.name)
+        self.setup.link.hand_offs_in.expect((Part.CHUNK, self._number_of(instruction)), buffer)
+
+    def _wait_for_hand_off(self, call: Call, instruction: Instruction) -> None:
+        key = instruction.part, self._number_of(instruction)
+        (call.carried,) = self.setup.link.hand_offs_in.take(key)
+
+    def _send(self, call: Call, _: Instruction) -> None:
+        output = call.outputs[self.sections.last].contiguous()
+        self.setup.link.hand_offs_out.send(output, in_flight=self.topology.lag + 1)
+
+    def _last_output(self, call: Call) -> Tensor | None:
+        """Output of the model's last section at the last position, if this rank has it."""
+        output = call.outputs.get(self.topology.num_sections - 1)
+        return None if output is None else output[:, -1:]
+
+    def _combine(self, call: Call, instruction: Instruction) -> None:
+        outputs = call.outputs
+        if instruction.part is not Part.SCORES:
+            outputs = {section: output[:, -1:] for section, output in outputs.items()}
+        self.readout.combine(outputs, None if instruction.index < 0 else instruction.index)
+
+    def _share_all(self, call: Call, _: Instruction) -> None:
+        self.readout.share(call.outputs.get(self.topology.num_sections - 1))
+
+    def _score(self, call: Call, _: Instruction) -> None:
+        assert call.targets is not None and call.count is not None
+        self.readout.score(call.outputs.get(self.topology.num_sections - 1), call.targets, call.count)
+
+
+Methods = Mapping[Kind, Callable[[Executor, Call, Instruction], None]]
+
+_STEP: Methods = {
+    Kind.ASK: lambda executor, call, _: executor.readout.ask(call.slots),
+    Kind.EXPECT: Executor._receive_hand_off,
+    Kind.BEGIN: lambda executor, call, instruction: executor.sections.begin(call, instruction.index),
+    Kind.WAIT: Executor._wait_for_hand_off,
+    Kind.FINISH: lambda executor, call, instruction: executor.sections.finish(call, instruction.index),
+    Kind.SEND: Executor._send,
+    Kind.COMBINE: Executor._combine,
+    Kind.SHARE: lambda executor, call, _: executor.readout.share(executor._last_output(call)),
+    Kind.HEAD: lambda executor, call, _: executor.readout.head(executor._last_output(call)),
+    Kind.CHOOSE: lambda executor, call, _: executor.readout.choose(call.slots, call.next_positions),
+    Kind.PUBLISH: lambda executor, call, _: executor.readout.publish(),
+    Kind.TOKEN: lambda executor, call, _: executor.readout.receive(),
+}
+"""The instructions of a step, except `Kind.HOST`, which `run` handles."""
+
+_CHUNK: Methods = {
+    **_STEP,
+    Kind.EXPECT: Executor._receive_chunk,
+    Kind.FINISH: lambda executor, call, instruction: executor.sections.run_chunk(call, instruction.index),
+}
+
+_SCORES: Methods = {
+    Kind.ASK: lambda executor, call, _: executor.readout.ask_scores(call.length, call.targets, call.count),
+    Kind.COMBINE: Executor._combine,
+    Kind.SHARE: Executor._share_all,
+    Kind.HEAD: lambda executor, call, _: None,  # by parts, with the scores
+    Kind.CHOOSE: Executor._score,
+    Kind.PUBLISH: lambda executor, call, _: executor.readout.publish_scores(),
+    Kind.TOKEN: lambda executor, call, _: executor.readout.receive_scores(call.targets),
+}
+_METHODS = {Part.STEP: _STEP, Part.CHUNK: _CHUNK, Part.SCORES: _SCORES}

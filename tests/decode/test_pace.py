@@ -1,0 +1,86 @@
+"""The size of chunks beside steps follows what operations took."""
+
+from collections.abc import Callable
+
+import pytest
+
+from stagdist.decode import pace
+from stagdist.decode.pace import Pace
+from stagdist.decode.runtime.build import EngineOptions
+from stagdist.decode.topology import Limits
+from stagdist.errors import ConfigError
+
+STEP_S = 0.008
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, in one place."""
+    now = [100.0]
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def run(paced: Pace, clock: list[float], cost: Callable[[int], float], count: int) -> list[int]:
+    """Steps with chunks; the sizes chosen."""
+    sizes = []
+    for _ in range(count):
+        sizes.append(paced.chunk)
+        clock[0] += STEP_S + cost(paced.chunk)
+        paced.took(steps=True, chunk=paced.chunk)
+    return sizes
+
+
+def warmed(clock: list[float], target_s: float | None, most: int = 256) -> Pace:
+    """After plain steps."""
+    paced = Pace(Limits(1, 4096, most, inter_token_target_s=target_s))
+    for _ in range(20):
+        clock[0] += STEP_S
+        paced.took(steps=True, chunk=0)
+    assert paced.step_s == pytest.approx(STEP_S)
+    return paced
+
+
+@pytest.mark.parametrize("fixed_s", [0.0, 0.005])
+@pytest.mark.parametrize("target_s", [0.03, 0.06, 0.1])
+def test_steps_with_chunks_come_close_to_the_target_from_below(
+    clock: list[float], target_s: float, fixed_s: float
+) -> None:
+    def cost(rows: int) -> float:
+        return fixed_s + 0.0009 * rows
+
+    sizes = run(warmed(clock, target_s), clock, cost, 40)
+    assert sizes[0] == 16 and all(size % 16 == 0 for size in sizes)
+    assert all(STEP_S + cost(size) <= target_s for size in sizes), "never above it, at the beginning neither"
+    assert STEP_S + cost(sizes[-1] + 32) > 0.9 * target_s
+
+
+def test_a_slower_machine_gets_smaller_chunks_and_the_smallest_is_16(clock: list[float]) -> None:
+    paced = warmed(clock, 0.06)
+    fast = run(paced, clock, lambda rows: 0.0005 * rows, 30)[-1]
+    slow = run(paced, clock, lambda rows: 0.001 * rows, 30)[-1]
+    assert slow < 0.7 * fast
+    assert run(paced, clock, lambda rows: 0.1 * rows, 30)[-1] == 16
+
+
+def test_without_a_target_or_with_a_large_one_chunks_are_as_large_as_they_may_be(clock: list[float]) -> None:
+    assert run(warmed(clock, None), clock, lambda rows: 0.1 * rows, 3) == [256] * 3
+    assert run(warmed(clock, 10.0), clock, lambda rows: 0.001 * rows, 30)[-1] == 256
+    assert warmed(clock, 0.001, most=5).chunk == 5
+
+
+def test_pauses_are_no_steps(clock: list[float]) -> None:
+    paced = warmed(clock, 0.06)
+    paced.pause()
+    clock[0] += 100
+    paced.took(steps=True, chunk=0)
+    assert paced.step_s == pytest.approx(STEP_S)
+    clock[0] += 100  # the process stood still
+    paced.took(steps=True, chunk=0)
+    assert paced.step_s < 1.3 * STEP_S
+
+
+@pytest.mark.parametrize("target_ms", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_target_that_makes_no_sense_is_refused(target_ms: float) -> None:
+    with pytest.raises(ConfigError, match="--inter-token-target-ms"):
+        EngineOptions(inter_token_target_ms=target_ms)
