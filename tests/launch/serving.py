@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,17 @@ def _arguments(model: Path, port: int, arguments: Sequence[str]) -> list[str]:
     return [*fixed, "--no-access-log", *arguments]
 
 
-def serve(folder: Path, model: Path, *arguments: str, ranks: int | None = 2, port: int | None = None) -> Served:
-    """Start a server on forked ranks."""
+def serve(
+    folder: Path,
+    model: Path,
+    *arguments: str,
+    ranks: int | None = 2,
+    port: int | None = None,
+    before: Callable[[], None] | None = None,
+) -> Served:
+    """Start a server on forked ranks; see `Forks`."""
     port = port or free_port()
-    return Served(Forks(folder, SERVE, _arguments(model, port, arguments), ranks=ranks), port)
+    return Served(Forks(folder, SERVE, _arguments(model, port, arguments), ranks=ranks, before=before), port)
 
 
 def serve_by(launcher: str, folder: Path, model: Path, *arguments: str) -> Served:
