@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, cast
 
 from stagdist.cluster.hosts.leftovers import JOB_VARIABLE, SERVICE_LOG, service_mark
@@ -229,7 +228,7 @@ class HttpProcess:
         try:
             child = subprocess.Popen(
                 [sys.executable, "-m", MODULE], env=_child_variables(os.environ), stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=stream, start_new_session=True, cwd=Path.cwd(),
+                stdout=subprocess.PIPE, stderr=stream, start_new_session=True,
             )  # fmt: skip
         finally:
             if stream is not None:

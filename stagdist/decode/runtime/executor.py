@@ -154,8 +154,13 @@ class Executor:
         self.readout.share(call.outputs.get(self.topology.num_sections - 1))
 
     def _score(self, call: Call, _: Instruction) -> None:
-        assert call.targets is not None and call.count is not None
-        self.readout.score(call.outputs.get(self.topology.num_sections - 1), call.targets, call.count)
+        self.readout.score(call.outputs.get(self.topology.num_sections - 1), *_scored(call))
+
+
+def _scored(call: Call) -> tuple[Tensor, int]:
+    """Tokens to score, and how many of the likeliest ones to report."""
+    assert call.targets is not None and call.count is not None
+    return call.targets, call.count
 
 
 Methods = Mapping[Kind, Callable[[Executor, Call, Instruction], None]]
@@ -183,12 +188,12 @@ _CHUNK: Methods = {
 }
 
 _SCORES: Methods = {
-    Kind.ASK: lambda executor, call, _: executor.readout.ask_scores(call.length, call.targets, call.count),
+    Kind.ASK: lambda executor, call, _: executor.readout.ask_scores(call.length, *_scored(call)),
     Kind.COMBINE: Executor._combine,
     Kind.SHARE: Executor._share_all,
     Kind.HEAD: lambda executor, call, _: None,  # by parts, with the scores
     Kind.CHOOSE: Executor._score,
     Kind.PUBLISH: lambda executor, call, _: executor.readout.publish_scores(),
-    Kind.TOKEN: lambda executor, call, _: executor.readout.receive_scores(call.targets),
+    Kind.TOKEN: lambda executor, call, _: executor.readout.receive_scores(_scored(call)[0]),
 }
 _METHODS = {Part.STEP: _STEP, Part.CHUNK: _CHUNK, Part.SCORES: _SCORES}

@@ -16,7 +16,7 @@ FAILURES = ("error", "timeout")
 """Finish reasons of a choice that end its request with an error."""
 
 
-class Generation:
+class TextGeneration:
     """Outputs of the choices of a request, in the order in which they come.
 
     Args:
