@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             stage.close()
     if rows and arguments.json:
         settings = {"prompt": arguments.prompt, "chunk": arguments.chunk, "processes": plan.grid.world_size}
-        write_results(arguments.json, conditions(None, []) | {"benchmark": "token_gaps", **settings, "rows": rows})
+        write_results(arguments.json, conditions(None, 0) | {"benchmark": "token_gaps", **settings, "rows": rows})
     return 0
 
 

@@ -19,6 +19,7 @@ PROGRAMS: dict[str, str] = {
     "prompts that follow each other": "c e c e e c c c e ~ R",
     "steps": "e ~ s s s s s s R",
     "prompts beside steps": "c e ~ s sc sc se s s se sc s sc s~ s s R",
+    "scored prompts": "x y ~ s sx sx sy s~ y ~ s s R",
     "a cancelled prompt": "e ~ s sc sc s~ s sc se s~ R",
     "the end while prompts are on their way": "e ~ s sc s se se R",
     "the end of prompts alone": "c c e R",
