@@ -12,6 +12,7 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := .venv-clients
 CORPUS ?=
 PYTEST_ARGS ?=
 FAULTS ?=
@@ -29,7 +30,8 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for candidate in python3 python3.12 python3.11; do \
 	"$$candidate" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$candidate"; break; }; done)
 
-.PHONY: help install quickstart test test-all ruff lint fuzz resume-matrix kill-saves gpu-check lab lab-matrix faults clean
+.PHONY: help install quickstart test test-all ruff lint fuzz clients resume-matrix kill-saves gpu-check lab \
+	lab-matrix faults clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -56,6 +58,19 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 	@echo "Installed."
 
+clients: $(CLIENTS)/.installed ## Install the clients of the server that `make test-all` tests, into .venv-clients
+
+# The clients want other versions of packages than stagdist is tested with. lm-evaluation-harness also scores models
+# in this process, to compare; for that it is in .venv.
+$(CLIENTS)/.installed: tests/clients/requirements.txt $(STAMP)
+	@"$(PYTHON)" -m venv $(CLIENTS)
+	@echo "Installing the packages of tests/clients/requirements.txt into $(CLIENTS), a few minutes"
+	@$(CLIENTS)/bin/python -m pip install --disable-pip-version-check --no-input --quiet --progress-bar off \
+		--requirement tests/clients/requirements.txt
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --progress-bar off \
+		--constraint constraints.txt --editable ".[mpi,test,eval]"
+	@touch $@
+
 quickstart: $(STAMP) ## Train a small StagFormer on CORPUS="files" (default: Python's own source)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/quickstart.py $(if $(strip $(CORPUS)),--corpus $(CORPUS))
 
@@ -76,7 +91,7 @@ test test-all lab-matrix: export MPLBACKEND := Agg
 test: ruff ## Lint and the test suite (PYTEST_ARGS="-k name" narrows it)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m $(if $(PYTEST_ARGS),pytest,tests.suite) -m "not slow" $(PYTEST_ARGS)
 
-test-all: ruff ## The same with the slow tests, for every night
+test-all: ruff clients ## The same with the slow tests, for every night
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m $(if $(PYTEST_ARGS),pytest,tests.suite) $(PYTEST_ARGS)
 
 fuzz: export MUTATIONS := 2000
@@ -109,6 +124,6 @@ lab: $(STAMP) ## Bring up two hosts on this machine (root; HOSTS= SLOTS= SPARES=
 lab-matrix: $(STAMP) ## The tests of several hosts with every launcher on every grid (root; `make test` runs a part)
 	PATH="$(CURDIR)/$(BIN):$$PATH" LAB=all $(BIN)/python -m pytest tests/lab $(PYTEST_ARGS)
 
-clean: ## Remove .venv and caches; runs/ is kept
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+clean: ## Remove .venv, .venv-clients and caches; runs/ is kept
+	rm -rf $(VENV) $(CLIENTS) .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

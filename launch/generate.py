@@ -2,16 +2,11 @@
 """Generate text: `deepspeed --num_accelerators 2 launch/generate.py --model DIR --prompt TEXT`."""
 
 import argparse
-import dataclasses
-import os
 import signal
-import sys
-import traceback
 from pathlib import Path
-from typing import Any
 
+from stagdist.decode.frontend.command_line import add_running_options, from_options, model_parser, run_rank
 from stagdist.errors import ConfigError
-from stagdist.parallel.ranks_parser import RanksParser, reports_error
 
 EPILOG = """\
 The number of processes divided by --tensor-parallel-size is the number of pipeline stages; it divides the number of
@@ -37,36 +32,20 @@ examples:
   python launch/generate.py --model DIR --prompt "Once" --temperature 0 --trace decode.json
 """
 
-_FIELDS = {
-    "stop_token_id": "stop_token_ids",
-    "allowed_token_id": "allowed_token_ids",
-    "ignore_eos": "ignore_end_of_document",
-    "batch_size": "num_slots",
-    "prefill_chunk": "chunk_size",
-    "timeout": "timeout_s",
-    "margins": "want_margins",
-}
-"""Fields of `SamplingParams` and `EngineOptions` with other names than the options that set them."""
-
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; DeepSpeed's launcher adds --local_rank.
+    """Parse the command line.
 
     Raises:
         ConfigError: an argument is invalid.
     """
-    parser = RanksParser(
-        prog="generate.py",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model directory")
+    parser = model_parser("generate.py", __doc__, EPILOG)
     _add_prompts(parser)
     _add_sampling(parser)
-    _add_running(parser)
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    add = add_running_options(parser, slots=1, timeout_s=600, what="prompts")
+    add("--json", action="store_true", help="one JSON object per finished prompt instead of text")
+    add("--margins", action="store_true", help="report the smallest difference between best and second-best token")
+    add("--trace", type=Path, metavar="FILE", help="write a Perfetto trace of all ranks; creates folders")
     return parser.parse_args(arguments)
 
 
@@ -119,25 +98,6 @@ def _bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is no token id with a number; write for example 13=-2.5") from None
 
 
-def _add_running(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("running")
-    add = group.add_argument
-    add("--tensor-parallel-size", type=int, default=1, metavar="T", help="processes per section (default 1)")
-    add("--head", choices=["last", "sharded"], default="last", help="on the last stage, or spread over all (last)")
-    add("--batch-size", type=int, default=1, metavar="SLOTS", help="prompts decoded together (default 1)")
-    add("--max-context", type=int, metavar="N", help="positions of prompt and answer (default: the model's)")
-    add("--prefill-chunk", type=int, default=128, metavar="N", help="prompt positions at a time (default 128)")
-    add("--precision", choices=["fp32", "bf16", "fp16", "fp64"], help="of weights and sums (bf16 on a GPU, else fp32)")
-    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, or cuda:N for all ranks (auto)")
-    add("--recurrent", action="store_true", help="skip section 1 while decoding (two sections with shared weights)")
-    add(
-        "--timeout", type=float, default=600.0, metavar="S", help="limit in seconds for waiting on a rank (default 600)"
-    )
-    add("--json", action="store_true", help="one JSON object per finished prompt instead of text")
-    add("--margins", action="store_true", help="report the smallest difference between best and second-best token")
-    add("--trace", type=Path, metavar="FILE", help="write a Perfetto trace of all ranks; creates folders")
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Check everything that needs no process group, then generate."""
     from stagdist.decode.frontend.interrupts import Interrupts
@@ -153,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from stagdist.decode.request import SamplingParams
 
-    params = _from_options(SamplingParams, arguments)
+    params = from_options(SamplingParams, arguments)
     if arguments.chat and (arguments.no_special_tokens or arguments.parse_special):
         raise ConfigError("--chat leaves special tokens to the template; drop --no-special-tokens and --parse-special")
     if (params.logprobs, params.prompt_logprobs) != (None, None) and not arguments.json:
@@ -167,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
     setup_logging(world.rank, None)
     generation = Generation(
         arguments.model,
-        _from_options(EngineOptions, arguments),
+        from_options(EngineOptions, arguments),
         params,
         world,
         prompts=arguments.prompt,
@@ -180,40 +140,5 @@ def run(arguments: argparse.Namespace) -> int:
     return generation.run(interrupts, pulse)
 
 
-def _from_options(kind: Any, arguments: argparse.Namespace) -> Any:
-    """A dataclass with the values of the options that are named like its fields, or renamed in `_FIELDS`."""
-    given = {_FIELDS.get(name, name): value for name, value in vars(arguments).items()}
-    return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given})
-
-
-def main() -> int:
-    """Exit code, see the end of --help."""
-    from stagdist.errors import CheckpointError, DataError, StagdistError
-
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    try:
-        return run(parse_arguments())
-    except StagdistError as error:
-        if reports_error(error, rank_1_reports_lost_peer=True):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, ConfigError | DataError | CheckpointError) else 1
-    except Exception:
-        traceback.print_exc()
-        return 1
-
-
 if __name__ == "__main__":
-    try:
-        code = main()
-        sys.stdout.flush()
-    except SystemExit as end:  # --help
-        sys.stdout.flush()
-        sys.exit(end.code)
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:
-        code = 141
-    sys.stderr.flush()
-    # Peers may block in a collective and a thread on standard input; a normal exit would wait for them.
-    os._exit(code)
+    run_rank(lambda: run(parse_arguments()))

@@ -142,17 +142,35 @@ class Tokenizer:
         Raises:
             DataError: as `encode_batch`.
         """
-        self._backend.encode_special_tokens = not parse_special
-        try:
-            with _encoding_errors():
-                return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        finally:
-            self._backend.encode_special_tokens = True
+        backend = self._parsing_backend if parse_special else self._backend
+        with _encoding_errors():
+            # A batch of one, since other threads run meanwhile: megabytes of text take seconds.
+            return list(backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
+    @cached_property
+    def _parsing_backend(self) -> tokenizers.Tokenizer:
+        """One of its own, since threads encode at the same time."""
+        backend = tokenizers.Tokenizer.from_str(self.to_json())
+        backend.encode_special_tokens = False
+        return backend
 
     @property
     def has_chat_template(self) -> bool:
         """Whether conversations can be encoded."""
         return self._origin is not None and self._origin.chat_template is not None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of conversations, None if there is none; of several, the one named `default`."""
+        template = None if self._origin is None else self._origin.chat_template
+        return template.get("default") if isinstance(template, dict) else template
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Text of the special tokens by the name of their use (`bos_token`), as chat templates read them."""
+        if self._origin is None:
+            return {} if self.end_token is None else {"eos_token": self.end_token}
+        return {name: str(token) for name, token in self._origin.special_tokens_map.items() if isinstance(token, str)}
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """Token ids of a conversation in the tokenizer's chat template, up to the beginning of the answer.
@@ -190,6 +208,10 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return str(self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens))
+
+    def piece(self, token: int) -> str | None:
+        """How the vocabulary writes a token; None for unused ids."""
+        return self._backend.id_to_token(token)
 
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes that each token represents; 0 for special tokens and unused ids.

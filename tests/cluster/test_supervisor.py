@@ -22,11 +22,12 @@ from stagdist.errors import ConfigError
 LIMITS = SilenceLimits(hang_s=10.0, slow_s=100.0, host_s=10.0)
 
 
-def made(folder: Path, environment: Mapping[str, str] = MappingProxyType({})) -> Supervisor:
+def made(folder: Path, environment: Mapping[str, str] = MappingProxyType({}), *, serves: bool = False) -> Supervisor:
     placement = HostPlacement((Host("a", 1), Host("b", 2)), (Host("spare", 1),))
-    return Supervisor(
-        SupervisorOptions(("x.py",), "ssh", placement, folder, environment, 9, LIMITS, 15.0, 1.0, 1.0, None), print
+    options = SupervisorOptions(
+        ("x.py",), "ssh", placement, folder, environment, 9, LIMITS, 15.0, 1.0, 1.0, None, serves=serves
     )
+    return Supervisor(options, print)
 
 
 def test_an_earlier_start_is_cleared_from_spares_too_and_one_that_is_off_is_no_fault(
@@ -143,3 +144,45 @@ def test_while_a_host_is_waited_for_it_or_a_spare_may_come(
     asyncio.run(replace())
     assert [host.name for host in one._placement.hosts] == hosts
     assert asked[0] == ["spare"] and all(names == ["b", "spare"] for names in asked[1:]), "b did not answer just now"
+
+
+def test_a_server_that_served_is_started_again_however_often_and_one_that_never_did_is_given_up(tmp_path: Path) -> None:
+    one = made(tmp_path, serves=True)
+    fault = Fault("exit", 0, "a", "rank 0 on a ended with code 1: the HTTP process has ended", 1, step=0, own=True)
+    for _ in range(20):
+        one._first_known = None
+        one._on_step(0)
+        one._check_hope(fault)
+        one._restarts += 1
+    one._first_known = None
+    with pytest.raises(GaveUpError, match="the same as the time before"):
+        one._check_hope(fault)
+    trains = made(tmp_path)
+    trains._on_step(0)
+    trains._check_hope(fault)
+    with pytest.raises(GaveUpError, match="the same as the time before"):
+        trains._check_hope(fault)
+
+
+def test_what_serves_between_attempts_is_kept_on_the_host_of_rank_0_until_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, bool]] = []
+
+    async def clear(agents: Mapping[str, AgentStart]) -> tuple[int, dict[str, str]]:
+        asked.append({host: start.job.keep_service for host, start in agents.items()})
+        return 0, {}
+
+    results = [Fault("silent", 0, "a", "nothing was heard from rank 0 on a", step=0), None]
+
+    async def attempt(one: Supervisor) -> AttemptResult:
+        return AttemptResult(results.pop(0), {}, 0.0, ["a", "b"], 0.0)
+
+    monkeypatch.setattr(supervisor, "clear", clear)
+    monkeypatch.setattr(supervisor, "address_of", lambda hosts: "10.0.0.1")
+    monkeypatch.setattr(Supervisor, "_attempt", attempt)
+    one = made(tmp_path, serves=True)
+    assert [start.job.keep_service for start in one._agents().values()] == [True, False]
+    assert asyncio.run(one.run()) == 0
+    kept = {"a": True, "b": False}
+    assert asked == [{"a": False, "b": False, "spare": False}, kept, kept, {"a": False}]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stagdist.config.parts import ModelConfig
-from stagdist.decode.frontend.generate import _show_captures
+from stagdist.decode.frontend.deployment import show_captures
 from stagdist.decode.layers.weights import Device
 from stagdist.decode.request import Request, RequestOutput, SamplingParams
 from stagdist.decode.runtime import graphs
@@ -207,11 +207,11 @@ def test_all_captures_share_one_stream_and_one_pool_and_follow_warm_up_runs_on_t
 
 def test_captures_are_shown_as_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for done in (1, 2):
-        _show_captures(done, 2)
+        show_captures(done, 2)
     assert capsys.readouterr().err == "captured 2 of 2 CUDA graphs\n"
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     for done in (1, 2):
-        _show_captures(done, 2)
+        show_captures(done, 2)
     assert capsys.readouterr().err == "\rcaptured 1 of 2 CUDA graphs\rcaptured 2 of 2 CUDA graphs\n"
 
 

@@ -9,6 +9,8 @@ from tests.lab.hosts import Lab
 from tests.lab.launching import VARIABLES, finish, run_config
 from tests.lab.slurm import allocation
 from tests.lab.test_launchers import LocalLosses, watch_ranks
+from tests.lab.test_served_hosts import health, wait_for
+from tests.launch.generating import write_model
 from tests.launch.runs import ROOT, losses, write_config
 
 pytestmark = pytest.mark.lab
@@ -52,6 +54,23 @@ def test_the_supervised_batch_script_trains_over_two_hosts(
     assert clean_lab.processes() == []
 
 
+@pytest.mark.slow  # test_served_hosts.py and the scripts above check the same parts
+def test_the_serving_batch_script_serves_over_two_hosts(clean_lab: Lab, tmp_path: Path) -> None:
+    slurm_folder(tmp_path)
+    model = write_model(tmp_path / "model")
+    batch = allocation(tmp_path, "/usr/bin:/bin") | {"STAGDIST_VENV": sys.prefix, "PORT": "8000"}
+    words = ["bash", "launch/slurm/serve.sbatch", str(model), "--device", "cpu"]
+    call = clean_lab.popen("node1", words, env={**VARIABLES, **batch}, cwd=tmp_path)
+    wait_for(clean_lab, call, "node1", "200", 90)
+    assert health(clean_lab, "node2") == "nothing"
+    assert call.text().startswith("http://node1:8000\n")
+    assert (tmp_path / "hostfile.10071").read_text() == "node1 slots=1\nnode2 slots=1\n"
+    clean_lab.signal(call, 15)
+    assert call.wait(60) == 143, call.text()
+    assert (tmp_path / "runs" / "serve-10071" / "run.json").exists()
+    assert health(clean_lab, "node1") == "nothing"
+
+
 def test_the_last_nodes_of_the_allocation_are_spares(clean_lab: Lab, tmp_path: Path) -> None:
     slurm_folder(tmp_path)
     batch = allocation(tmp_path, "/usr/bin:/bin") | {"STAGDIST_VENV": sys.prefix}
@@ -62,7 +81,14 @@ def test_the_last_nodes_of_the_allocation_are_spares(clean_lab: Lab, tmp_path: P
     assert (tmp_path / "hostfile.10071").read_text() == "node1 slots=1\n#spare node2 slots=1\n"
 
 
-@pytest.mark.parametrize("name", ["pretrain", "supervised"])
-def test_the_batch_scripts_ask_for_a_configuration(lab: Lab, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("pretrain", "CONFIG [--set KEY=VALUE ...]"),
+        ("supervised", "CONFIG [--set KEY=VALUE ...]"),
+        ("serve", "MODEL [options of launch/serve.py]"),
+    ],
+)
+def test_the_batch_scripts_ask_for_their_argument(lab: Lab, name: str, arguments: str) -> None:
     code, text = lab.run("node1", ["bash", f"launch/slurm/{name}.sbatch"], cwd=ROOT)
-    assert (code, text) == (2, f"usage: sbatch launch/slurm/{name}.sbatch CONFIG [--set KEY=VALUE ...]\n")
+    assert (code, text) == (2, f"usage: sbatch launch/slurm/{name}.sbatch {arguments}\n")

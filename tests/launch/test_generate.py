@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from stagdist.decode.frontend import generate as generate_module
+from stagdist.decode.frontend import deployment
 from stagdist.decode.frontend.generate import Generation
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.runtime.build import EngineOptions
@@ -109,7 +109,7 @@ def test_launchers_give_the_answers_of_one_process_and_bad_prompts_harm_no_other
 def test_the_precision_is_bf16_on_a_gpu_and_fp32_on_a_cpu_unless_the_user_names_one(
     model: Path, monkeypatch: pytest.MonkeyPatch, device: str, asked: str | None, precision: str
 ) -> None:
-    monkeypatch.setattr(generate_module, "choose_device", lambda choice, local_rank: device)
+    monkeypatch.setattr(deployment, "choose_device", lambda choice, local_rank: device)
     options, world = EngineOptions(precision=asked), World(0, 1, 0)
     generation = Generation(model, options, SamplingParams(), world, prompts=("a",))
     assert generation.plan.options.precision == precision

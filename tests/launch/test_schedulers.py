@@ -14,8 +14,8 @@ import yaml
 from stagdist.cluster.hosts.hostfile import Host, read_hostfile
 from tests.launch.runs import ROOT
 
-SBATCH = [ROOT / "launch" / "slurm" / f"{name}.sbatch" for name in ("pretrain", "supervised")]
-MANIFEST = ROOT / "launch" / "kubernetes" / "pretrain.yaml"
+SBATCH = [ROOT / "launch" / "slurm" / f"{name}.sbatch" for name in ("pretrain", "supervised", "serve")]
+MANIFESTS = ROOT / "launch" / "kubernetes"
 
 # The package reads its schemas in a way that jsonschema will give up one day; its version is pinned.
 schemas = pytest.mark.filterwarnings("ignore:jsonschema.RefResolver", "ignore:The metaschema")
@@ -25,6 +25,7 @@ NAME = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 VALUES = {
     r"metadata\.name|.*\.(containers|volumes|volumeMounts)\.\d+\.name|.*\.subdomain": NAME,
     r".*\.(limits|requests)\..+|.*\.sizeLimit": r"[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?",
+    r".*\.podManagementPolicy": "Parallel",  # ranks wait for each other
     r"spec\.completionMode": "Indexed|NonIndexed",
     r"spec\.podReplacementPolicy": "Failed|TerminatingOrFailed",
     r".*\.restartPolicy": "Never|OnFailure",  # a Job allows no other
@@ -32,7 +33,11 @@ VALUES = {
     r".*\.emptyDir\.medium": "|Memory",
     r".*\.protocol": "TCP|UDP|SCTP",
 }
-NEEDED = {"Service": {"spec.clusterIP"}, "Job": {"spec.template.spec.restartPolicy", "spec.completionMode"}}
+NEEDED = {
+    "Service": {"spec.ports.0.port"},
+    "Job": {"spec.template.spec.restartPolicy", "spec.completionMode"},
+    "StatefulSet": {"spec.serviceName", "spec.podManagementPolicy", "spec.template.spec.terminationGracePeriodSeconds"},
+}
 
 
 def problems(manifest: Any) -> list[str]:
@@ -61,13 +66,22 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 @pytest.fixture
 def manifests() -> list[Any]:
     """Service and job."""
-    return list(yaml.safe_load_all(MANIFEST.read_text()))
+    return read_manifests("pretrain")
+
+
+def read_manifests(name: str) -> list[Any]:
+    """The documents of a file."""
+    return list(yaml.safe_load_all((MANIFESTS / f"{name}.yaml").read_text()))
 
 
 @schemas
-def test_the_manifest_is_what_kubernetes_takes(manifests: list[Any]) -> None:
-    assert [manifest["kind"] for manifest in manifests] == ["Service", "Job"]
-    assert [problems(manifest) for manifest in manifests] == [[], []]
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("pretrain", ["Service", "Job"]), ("serve", ["Service", "Service", "StatefulSet"])]
+)
+def test_the_manifests_are_what_kubernetes_takes(name: str, kinds: list[str]) -> None:
+    found = read_manifests(name)
+    assert [manifest["kind"] for manifest in found] == kinds
+    assert [problems(manifest) for manifest in found] == [[] for _ in kinds]
 
 
 @schemas
@@ -117,6 +131,36 @@ def test_the_parts_of_the_manifest_fit_each_other(manifests: list[Any]) -> None:
     assert (ROOT / next(word for word in container["command"] if word.endswith(".py"))).is_file()
 
 
+def test_the_parts_of_the_serving_manifest_fit_each_other() -> None:
+    ranks, http, engine = read_manifests("serve")
+    spec, pod = engine["spec"], engine["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    name = engine["metadata"]["name"]
+    values = {one["name"]: one.get("value") for one in container["env"]}
+    assert spec["replicas"] == int(values["NODES"])
+    assert int(values["SLOTS"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert spec["serviceName"] == ranks["metadata"]["name"] and ranks["spec"]["clusterIP"] == "None"
+    labels = engine["spec"]["template"]["metadata"]["labels"]
+    assert labels == spec["selector"]["matchLabels"] == ranks["spec"]["selector"]
+    # Only the pod of rank 0 listens.
+    assert http["spec"]["selector"] == {"statefulset.kubernetes.io/pod-name": f"{name}-0"}
+    words = dict(word.split("=", 1) for word in container["command"] if "=" in word)
+    assert words["--master-addr"] == f"{name}-0.{spec['serviceName']}"
+    assert int(words["--master-port"]) == ranks["spec"]["ports"][0]["port"]
+    assert int(words["--port"]) == http["spec"]["ports"][0]["port"] == container["ports"][0]["containerPort"]
+    used = set(re.findall(r"\$\((\w+)\)", " ".join(container["command"])))
+    assert used == set(values) - {"STAGDIST_API_KEYS"}
+    wait = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
+    assert wait + float(words["--drain-timeout-s"]) + 10 <= pod["terminationGracePeriodSeconds"]
+    for probe, path in {"livenessProbe": "live", "readinessProbe": "health"}.items():
+        program = container[probe]["exec"]["command"][-1]
+        compile(program, probe, "exec")
+        assert f":{words['--port']}/{path}" in program
+    volumes = {one["name"] for one in pod["volumes"]}
+    assert {one["name"] for one in container["volumeMounts"]} == volumes
+    assert (ROOT / next(word for word in container["command"] if word.endswith(".py"))).is_file()
+
+
 @pytest.mark.parametrize("script", SBATCH, ids=lambda path: path.stem)
 def test_the_batch_scripts_are_good_bash(script: Path) -> None:
     assert subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True).stderr == ""
@@ -134,7 +178,8 @@ def test_the_batch_scripts_ask_slurm_for_what_fits(script: Path) -> None:
     assert asked["ntasks-per-node"] == asked["gpus-per-node"]
     assert {"nodes", "cpus-per-task", "time", "output"} <= set(asked)
     # To the ranks, which then save; B: means the script alone, which is the supervisor.
-    assert asked["signal"] == ("B:TERM@600" if script.stem == "supervised" else "TERM@600")
+    signals = {"pretrain": "TERM@600", "supervised": "B:TERM@600", "serve": "B:TERM@60"}
+    assert asked["signal"] == signals[script.stem]
     # Slurm reads no directive behind the first command.
     first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     assert all(number < first_command for number, line in enumerate(lines) if line.startswith("#SBATCH"))

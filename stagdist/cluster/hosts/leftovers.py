@@ -14,6 +14,10 @@ import psutil
 JOB_VARIABLE = "STAGDIST_JOB"
 """Environment variable of every process of a supervised run: `HASH_OF_FOLDER.ATTEMPT`."""
 
+SERVICE_LOG = "STAGDIST_SERVICE_LOG"
+"""Variable of a rank: the file for the output of what outlives attempts, because the pipe of a rank does not."""
+
+_SERVICE = "service"
 _POLL_S = 0.05
 
 
@@ -28,16 +32,23 @@ def processes_with(variable: str, matches: Callable[[str], bool]) -> list[psutil
     return found
 
 
-def end_earlier(run: str, mark: str = "", limit_s: float = 5.0) -> tuple[int, int]:
+def service_mark(mark: str) -> str:
+    """The mark of a process that serves clients while attempts end and begin, from that of an attempt."""
+    return f"{mark.partition('.')[0]}.{_SERVICE}"
+
+
+def end_earlier(run: str, mark: str = "", limit_s: float = 5.0, *, keep_service: bool = False) -> tuple[int, int]:
     """Kill what earlier attempts of a run have left on this host.
 
     Args:
         run: beginning of the marks of the run's processes.
         mark: of the present attempt, whose processes are spared.
+        keep_service: spare what outlives attempts too.
 
     Returns: number of processes that were killed, and that still exist at the time limit.
     """
-    return kill_all(JOB_VARIABLE, lambda value: f"{value}.".startswith(f"{run}.") and value != mark, limit_s)
+    spared = {mark, service_mark(run)} if keep_service else {mark}
+    return kill_all(JOB_VARIABLE, lambda value: f"{value}.".startswith(f"{run}.") and value not in spared, limit_s)
 
 
 def kill_all(variable: str, matches: Callable[[str], bool], limit_s: float) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from stagdist.cluster.hosts.leftovers import JOB_VARIABLE
+from stagdist.cluster.hosts.leftovers import JOB_VARIABLE, SERVICE_LOG
 from stagdist.errors import ConfigError
 from stagdist.files import writing
 from stagdist.parallel.private_variables import PRIVATE_FILE, VARIABLE_NAME
@@ -43,7 +43,7 @@ EXPORTED_BY_DEEPSPEED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
 names in the generated file replace them, with nothing where the private file brings the value."""
 
 NEVER_FORWARDED = frozenset(
-    {"CUDA_VISIBLE_DEVICES", "DS_ENV_FILE", "PYTHONSTARTUP", PRIVATE_FILE, JOB_VARIABLE, PULSE_FILE}
+    {"CUDA_VISIBLE_DEVICES", "DS_ENV_FILE", "PYTHONSTARTUP", PRIVATE_FILE, JOB_VARIABLE, PULSE_FILE, SERVICE_LOG}
 )
 """Variables that mean something on this host or to this process alone; a supervisor inside a supervised job must not
 mark its ranks with the mark of the outer one."""

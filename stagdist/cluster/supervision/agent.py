@@ -60,7 +60,7 @@ class Agent:
     def run(self) -> None:
         """Clear the host, then run the ranks until all have ended."""
         job = self._job
-        ended, left = end_earlier(job.run, os.environ.get(JOB_VARIABLE, ""))
+        ended, left = end_earlier(job.run, os.environ.get(JOB_VARIABLE, ""), keep_service=job.keep_service)
         problem = f"{left} processes of an earlier start cannot be ended" if left else missing(Path(job.needs))
         ranks = [] if problem else list(job.ranks)
         self._send("hello", host=host_name(), ranks=ranks, ended=ended, problem=problem)

@@ -152,4 +152,5 @@ class Attempt:
 
 def stopped_before_work(ranks: Mapping[int, RankReport]) -> bool:
     """Whether all ranks ended by the signal that asked them to, before there was anything to save."""
-    return all(view.exit_code == -signal.SIGTERM and view.first_step < 0 for view in ranks.values())
+    codes = (-signal.SIGTERM, 128 + signal.SIGTERM)
+    return all(view.exit_code in codes and view.first_step < 0 for view in ranks.values())

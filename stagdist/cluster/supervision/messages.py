@@ -29,6 +29,7 @@ class Job:
     environment: Mapping[str, str] = field(default_factory=dict)  # of every rank, including secrets
     logs: str = ""  # folder for the output of the ranks
     stop_s: float = 30.0  # seconds that a rank has for a clean shutdown
+    keep_service: bool = False  # what serves clients between attempts stays: this is the host of rank 0
 
     @property
     def ranks(self) -> range:

@@ -19,7 +19,8 @@ from stagdist.files import locked
 from stagdist.parallel.grid import grid_for
 from stagdist.parallel.ranks_parser import pretrain_arguments
 
-SCRIPTS_WITH_HEARTBEAT = ("pretrain.py", "generate.py")
+SERVER = "serve.py"
+SCRIPTS_WITH_HEARTBEAT = ("pretrain.py", "generate.py", SERVER)
 """Scripts whose ranks send heartbeats: a rank without heartbeats is stuck."""
 
 
@@ -39,6 +40,7 @@ class SupervisorOptions:
     host_wait_s: float  # how long a host that died, and cannot be replaced, is waited for
     # whether the run exists on so many ranks, for continuing with fewer; None: not allowed
     fits: Callable[[int], bool] | None
+    serves: bool = False  # no run with an end: an attempt that came to serve is progress, like a checkpoint
 
 
 def placement_of(arguments: argparse.Namespace) -> HostPlacement:
@@ -102,6 +104,7 @@ def options_of(arguments: argparse.Namespace) -> SupervisorOptions:
         stop_s=arguments.stop_s,
         host_wait_s=arguments.host_wait_s,
         fits=None if config is None else _fits(config, arguments.min_data_parallel),
+        serves=Path(arguments.command[0]).name == SERVER,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stagdist.cluster.hosts.leftovers import kill_all
+from stagdist.cluster.hosts.leftovers import SERVICE_LOG, kill_all
 from stagdist.cluster.supervision.background_output import DRAIN_S, ScriptOutput
 from stagdist.cluster.supervision.messages import Job
 from stagdist.telemetry.pulse import DUMP_SIGNAL, PULSE_FILE, PulseReader, stack_lines
@@ -44,7 +44,12 @@ class Script:
         self._pulse_file = scratch / f"pulse_{self.rank}"
         self._pulse = PulseReader(self._pulse_file)
         self._log = (Path(job.logs) / f"rank_{self.rank:05d}.{host}.log").open("ab", buffering=0)
-        own = {"RANK": str(self.rank), "LOCAL_RANK": str(local_rank), PULSE_FILE: str(self._pulse_file)}
+        own = {
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(local_rank),
+            PULSE_FILE: str(self._pulse_file),
+            SERVICE_LOG: str(Path(job.logs).parent / f"http.{host}.log"),
+        }
         self.process = subprocess.Popen(
             [sys.executable, *job.command],
             cwd=job.folder,

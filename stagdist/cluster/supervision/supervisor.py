@@ -9,6 +9,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from stagdist.cluster.hosts.hostfile import Host
@@ -92,6 +93,8 @@ class Supervisor:
                 self._history.note("stop", reason=str(reason), code=2 if isinstance(reason, ConfigError) else 1)
                 raise
             finally:
+                if self._options.serves:
+                    await self._clear(self._placement.hosts[:1], services=True)
                 self._history.close()
 
     def _on_signal(self, number: int) -> None:
@@ -111,7 +114,7 @@ class Supervisor:
         # Name lookups and ssh take their time; signals are heard meanwhile.
         self._way = await asyncio.to_thread(choose_way, self._options.start_with, placement.hosts)
         # An earlier supervisor may have put a spare to work.
-        useless = await self._clear(placement.hosts + placement.spares)
+        useless = await self._clear(placement.hosts + placement.spares, services=True)
         dead = {host.name: useless[host.name] for host in self._hosts(useless)}
         refuse_unusable(dead)
         # What an earlier supervisor left on a host that does not answer may live for its lease from now on.
@@ -173,7 +176,7 @@ class Supervisor:
             variables = {**options.environment, **meeting, **world, "LOCAL_WORLD_SIZE": str(host.slots)}
             job = Job(
                 self._run, str(logs), options.lease_s, host.slots, first_rank, options.command, str(Path.cwd()),
-                variables, str(logs), options.stop_s,
+                variables, str(logs), options.stop_s, keep_service=not first_rank,
             )  # fmt: skip
             agents[host.name] = self._agent(host, job, mark)
             first_rank += host.slots
@@ -185,14 +188,21 @@ class Supervisor:
     def _agent(self, host: Host, job: Job, mark: str) -> AgentStart:
         return AgentStart(start_command(host.name, self._way, AGENT, Path.cwd(), mark, job.lease_s), job)
 
-    async def _clear(self, hosts: Iterable[Host]) -> dict[str, str]:
+    async def _clear(self, hosts: Iterable[Host], *, services: bool = False) -> dict[str, str]:
         """End what earlier attempts have left on hosts, because it might continue to write.
+
+        Args:
+            services: also what serves clients between attempts on the host of rank 0.
 
         Returns: hosts that cannot be used, with the reason.
         """
-        job, mark = Job(self._run, str(self._lock), self._options.lease_s), self._new_mark()
-        agents = await asyncio.to_thread(lambda: {host.name: self._agent(host, job, mark) for host in hosts})
-        ended, dead = await clear(agents)
+        mark, first = self._new_mark(), None if services else self._placement.hosts[0]
+
+        def agents() -> dict[str, AgentStart]:
+            job = Job(self._run, str(self._lock), self._options.lease_s)
+            return {host.name: self._agent(host, replace(job, keep_service=host == first), mark) for host in hosts}
+
+        ended, dead = await clear(await asyncio.to_thread(agents))
         if ended:
             self._history.note("cleared", ended=ended)
             LOG.warning("%d processes that an earlier start had left were ended", ended)
@@ -237,6 +247,8 @@ class Supervisor:
         Raises:
             GaveUpError: with the first error.
         """
+        if self._options.serves and self._first_known is not None:
+            self._restarts, self._last_fault = 0, None
         first = f"first error: {fault.says}"
         first += " " if first[-1] in ".?!" else "; "
         logs = f"output of the ranks: {self._options.folder / 'logs' / f'attempt_{self._number:03d}'}"

@@ -4,19 +4,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 import torch.distributed as dist
 
-from stagdist.checkpoint.published.model_json import read_text_tokens
-from stagdist.checkpoint.published.model_reader import ModelReader
-from stagdist.data.compatibility import check_vocabulary
-from stagdist.data.tokenizer import Tokenizer
-from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.decode.engine import Engine
 from stagdist.decode.frontend.answers import Answers
+from stagdist.decode.frontend.deployment import deploy
 from stagdist.decode.frontend.interrupts import Interrupts
 from stagdist.decode.frontend.prompts import (
     Prompt,
@@ -29,24 +24,15 @@ from stagdist.decode.frontend.prompts import (
 )
 from stagdist.decode.operations import operate
 from stagdist.decode.request import SamplingParams
-from stagdist.decode.runtime.build import (
-    EngineOptions,
-    build_stage,
-    default_precision,
-    joined_world,
-    plan_decoding,
-)
+from stagdist.decode.runtime.build import EngineOptions, joined_world
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.errors import ConfigError, StagdistError, TransportError
 from stagdist.parallel.device import on_cuda
-from stagdist.parallel.world import World, choose_device
+from stagdist.parallel.world import World
 from stagdist.telemetry.clocks import EventClock, HostClock
 from stagdist.telemetry.pulse import Pulse
 from stagdist.telemetry.spans import SpanRecorder, merge_traces
-
-HEARTBEATS = 3
-"""An idle engine sends a sign of life to the other ranks this often within the timeout."""
 
 
 class Generation:
@@ -89,16 +75,11 @@ class Generation:
     ):
         self._params, self._world, self._as_json, self._trace = params, world, as_json, trace
         self._prompts, self._prompts_file = prompts, prompts_file
-        self._reader = ModelReader(model)
-        self._device = choose_device(device, world.local_rank)
-        options = replace(options, precision=options.precision or default_precision(self._device))
-        self.plan = plan_decoding(self._reader.model, options, world.size)
-        self._tokenizer = load_tokenizer(model)
-        check_vocabulary(self._tokenizer, model, self._reader.model.vocab_size, model)
+        self._deployment = deploy(model, options, world, device)
+        self.plan, self._tokenizer = self._deployment.plan, self._deployment.tokenizer
         self._encoding = encoding or PromptEncoding()
         if self._encoding.chat and not self._tokenizer.has_chat_template:
             raise ConfigError(f"--chat needs a chat template, and {model} has none; leave --chat out")
-        self._end_tokens = _end_tokens(model, self._tokenizer)
         if prompts_file is not None:
             check_prompts_file(prompts_file)
         elif not prompts and sys.stdin is None and world.rank == 0:
@@ -120,17 +101,9 @@ class Generation:
             TransportError: a rank has ended; names stage and step.
         """
         try:
-            with joined_world(self.plan, self._device) as transport:
+            with joined_world(self.plan, self._deployment.device) as transport:
                 recorder = None if self._trace is None else self._recorder(transport)
-                stage = build_stage(
-                    self.plan,
-                    self._reader.read,
-                    self._device,
-                    transport,
-                    recorder=recorder,
-                    pulse=pulse,
-                    progress=None if interrupts is None else _show_captures,
-                )
+                stage = self._deployment.build(transport, pulse, recorder=recorder)
                 code = 0
                 if interrupts is None:
                     operate(stage, transport, None)
@@ -146,20 +119,14 @@ class Generation:
             return interrupts.code
 
     def _recorder(self, transport: Transport | None) -> SpanRecorder:
-        clock = EventClock() if on_cuda(self._device) else HostClock()
+        clock = EventClock() if on_cuda(self._deployment.device) else HostClock()
         return SpanRecorder(rank=self._world.rank, stage=0 if transport is None else transport.stage, clock=clock)
 
     # --- rank 0: read prompts, run the engine, print answers ----------------------------------------------------
 
     def _serve(self, stage: Stage, transport: Transport | None, interrupts: Interrupts) -> int:
         """Serve all prompts; the exit code."""
-        engine = Engine(
-            stage,
-            transport,
-            tokenizer=self._tokenizer,
-            end_tokens=self._end_tokens,
-            heartbeat_s=self.plan.options.timeout_s / HEARTBEATS,
-        )
+        engine = self._deployment.engine(stage, transport)
         answers = Answers(sys.stdout, sys.stderr, self._tokenizer.decode, engine.stop, as_json=self._as_json)
         interrupts.stop_with(engine.stop)
         self._announce()
@@ -224,7 +191,7 @@ class Generation:
             raise error
         if answers.taken == 0 and code is None:
             raise StagdistError("there were no prompts: give --prompt, --prompts-file or lines on standard input")
-        _say(f"{answers.summary()}; {self._grid()}")
+        _say(f"{answers.summary()}; {self._deployment.grid_text()}")
         if self.plan.options.want_margins:
             _say(f"smallest top-2 margin {engine.smallest_margin:.3g}")
         if code is not None:
@@ -241,24 +208,9 @@ class Generation:
         if not self._prompts and self._prompts_file is None and sys.stdin.isatty():
             _say("one prompt per line; Ctrl-D ends")
 
-    def _grid(self) -> str:
-        grid, options = self.plan.grid, self.plan.options
-        layout = "1 process" if grid.world_size == 1 else f"pipe {grid.pipe} x tensor {grid.tensor}"
-        head = f", {options.head} head" if grid.pipe > 1 else ""
-        device = self._device.partition(":")[0]
-        return f"{layout}, {self.plan.model.num_sections} sections{head}, {options.precision} on {device}"
-
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _end_tokens(model: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that end a text: the tokenizer's end of document, as in training, and those that `transformers` uses."""
-    recorded = read_text_tokens(model)
-    tokens = None if recorded is None else recorded.generation.get("eos_token_id")
-    several = tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
-    return frozenset(several) if tokenizer.end_token is None else frozenset([tokenizer.end_of_document, *several])
 
 
 def _check_trace(path: Path) -> None:
@@ -270,14 +222,6 @@ def _check_trace(path: Path) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"--trace {path} cannot be written: {reason}; give a file in a writable folder") from error
-
-
-def _show_captures(done: int, total: int) -> None:
-    """Progress of capturing CUDA graphs: one line that is overwritten on a terminal, the last one elsewhere."""
-    terminal = sys.stderr.isatty()
-    if terminal or done == total:
-        text = f"captured {done} of {total} CUDA graphs"
-        print(f"\r{text}" if terminal else text, end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def _write_trace(path: Path, recorder: SpanRecorder, world: World) -> None:

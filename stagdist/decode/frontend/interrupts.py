@@ -9,7 +9,7 @@ from collections.abc import Callable
 import psutil
 
 REPEAT_S = 0.5
-"""A second Ctrl-C within this time is the first one, forwarded by a launcher."""
+"""A second signal within this time is the first one, forwarded by a launcher."""
 POLL_S = 0.5
 _DEEPSPEED = "deepspeed.launcher.launch"
 _LAUNCHERS = (_DEEPSPEED, "torchrun", "torch.distributed")
@@ -19,9 +19,9 @@ class Interrupts:
     """Receives the signals of rank 0 in a thread of its own.
 
     Python runs signal handlers in the main thread only, and there not before a call into gloo has returned. Before
-    `stop_with`, a signal ends the process. A second Ctrl-C ends the process at once.
+    `stop_with`, a signal ends the process. A second Ctrl-C, or a second SIGTERM after a first, ends it at once.
 
-    DeepSpeed's command does not forward SIGTERM to its ranks, so its death counts as SIGTERM.
+    DeepSpeed's command does not forward SIGTERM to its ranks, so its death counts as a first SIGTERM.
 
     Attributes:
         code: exit code of the first signal (130, 143); None when there was none.
@@ -52,7 +52,8 @@ class Interrupts:
     def _watch(self, launchers: list[tuple[psutil.Process, int]]) -> None:
         while all(_has_parent(child, parent) for child, parent in launchers):
             time.sleep(POLL_S)
-        self._handle(signal.SIGTERM)
+        if self.code is None:
+            self._handle(signal.SIGTERM)
 
     def _handle(self, number: int) -> None:
         now = time.monotonic()
@@ -61,7 +62,7 @@ class Interrupts:
         if self.code is None:
             self.code, self._received_s = 128 + number, now
             self._stop()
-        elif number == signal.SIGINT and now - self._received_s > REPEAT_S:
+        elif number in (signal.SIGINT, self.code - 128) and now - self._received_s > REPEAT_S:
             os._exit(128 + number)
 
 

@@ -1,0 +1,161 @@
+"""Joins the engine of rank 0 with the HTTP process: requests in, outputs and signs of life out."""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from stagdist.decode.engine import Engine
+from stagdist.decode.engine_stats import EngineStats
+from stagdist.decode.request import FinishReason, Request, RequestOutput, RequestTimes, SamplingParams, TokenLogprobs
+from stagdist.errors import ConfigError, QueueFullError, StagdistError
+from stagdist.serving.http_child import HttpProcess, HttpProcessError
+from stagdist.serving.protocol import FromEngine, Output, Rejected, ScoredToken, Stats, Times, pack
+
+STATS_S = 0.1
+"""Shortest time between statistics in messages with outputs."""
+
+IDLE_STATS_S = 1.0
+"""Time between statistics of their own, which show that rank 0 lives."""
+
+
+class EngineBridge:
+    """Serves the requests of the HTTP process.
+
+    Args:
+        http: connected.
+        engine: its `run` gets `take` as sink.
+        drain_s: limit for requests that are being served when the server is to end.
+
+    Attributes:
+        cut_off: requests that were not finished when the engine ended.
+        lost: why the HTTP process is gone; None while it is there.
+    """
+
+    def __init__(self, http: HttpProcess, engine: Engine, drain_s: float):
+        self._http, self._engine, self._drain_s = http, engine, drain_s
+        self.cut_off = 0
+        self.lost: StagdistError | None = None
+        self._draining = False
+        self._cancelled: set[str] = set()  # by clients; their last output is pending
+        self._stats_at = 0.0
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        """Begin to take requests, and to send signs of life."""
+        threading.Thread(target=self._read, daemon=True, name="requests").start()
+        threading.Thread(target=self._send_stats, daemon=True, name="stats").start()
+
+    def take(self, outputs: Sequence[RequestOutput]) -> None:
+        """Send the outputs of one operation in one message. Without the HTTP process the engine stops."""
+        now = time.perf_counter()
+        stats = None
+        if now - self._stats_at > STATS_S:
+            self._stats_at, stats = now, _stats(self._engine.stats())
+        for output in outputs:
+            if output.finish_reason is not None:
+                asked = output.request_id in self._cancelled
+                self._cancelled.discard(output.request_id)
+                self.cut_off += output.finish_reason is FinishReason.CANCELLED and not asked
+        self._send({"kind": "step", "outputs": [_output(each) for each in outputs], "stats": stats})
+
+    def drain(self) -> None:
+        """Take no more requests; the engine ends after the last one, or cancels what is left after `drain_s`."""
+        self._draining = True
+        self._engine.drain(self._drain_s)
+        self._send({"kind": "state", "state": "draining", "reason": "the server is shutting down"})
+
+    def close(self) -> None:
+        """Send no more signs of life."""
+        self._ended.set()
+
+    def _send(self, message: FromEngine) -> None:
+        if self.lost is None:
+            try:
+                self._http.send(message)
+            except HttpProcessError as error:
+                self._lose(error)
+
+    # --- threads ------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        try:
+            while (message := self._http.receive()) is not None:
+                match message["kind"]:
+                    case "submit":
+                        self._submit(message)
+                    case "cancel":
+                        self._cancelled.add(message["id"])
+                        self._engine.cancel(message["id"])
+                    case "stop":
+                        raise ConfigError(message.get("reason") or "the HTTP process was asked to end")
+            raise HttpProcessError("the HTTP process has ended")
+        except Exception as error:  # the engine must not outlive the thread that brings its requests
+            self._lose(error if isinstance(error, StagdistError) else HttpProcessError(f"a message failed: {error!r}"))
+
+    def _lose(self, error: StagdistError) -> None:
+        if not self._ended.is_set():
+            self.lost = self.lost or error
+            self._engine.stop()
+
+    def _submit(self, message: dict[str, Any]) -> None:
+        name = message["id"]
+        # The lock keeps the first output, which the engine's thread sends, behind the acceptance.
+        with self._http.lock:
+            try:
+                request = Request(name, tuple(message["prompt"]), SamplingParams(**message["params"]))
+                self._engine.submit(request, deadline_s=message["deadline_s"])
+            except (ConfigError, QueueFullError) as error:
+                code = "queue_full" if isinstance(error, QueueFullError) else "invalid"
+                code = "not_serving" if self._draining else code
+                answer: Any = Rejected(kind="rejected", id=name, code=code, message=str(error))  # type: ignore[typeddict-item]
+            else:
+                answer = {"kind": "accepted", "id": name}
+            self._http.send_locked(pack(answer))
+
+    def _send_stats(self) -> None:
+        while not self._ended.is_set() and self.lost is None:
+            if time.perf_counter() - self._stats_at > IDLE_STATS_S:
+                self._send({"kind": "stats", **_stats(self._engine.stats())})  # type: ignore[typeddict-item]
+            self._ended.wait(IDLE_STATS_S)
+
+
+def _stats(stats: EngineStats) -> Stats:
+    return asdict(stats)  # type: ignore[return-value]
+
+
+def _output(output: RequestOutput) -> Output:
+    return Output(
+        id=output.request_id,
+        tokens=list(output.token_ids),
+        text=output.text,
+        logprobs=[_scored(each) for each in output.logprobs] if output.logprobs else None,
+        prompt_logprobs=None
+        if output.prompt_logprobs is None
+        else [None if each is None else _scored(each) for each in output.prompt_logprobs],
+        finish=None if output.finish_reason is None else output.finish_reason.value,
+        stop=output.stop_reason,
+        error=output.error,
+        prompt_tokens=output.prompt_tokens,
+        cached_tokens=output.cached_tokens,
+        times=_times(output.times),
+    )
+
+
+def _scored(entry: TokenLogprobs) -> ScoredToken:
+    return entry.token_id, entry.logprob, list(entry.top)
+
+
+def _times(times: RequestTimes | None) -> Times:
+    def since(moment: float | None) -> float | None:
+        return None if times is None or moment is None else moment - times.submitted_s
+
+    if times is None:
+        return Times(submitted=0.0, admitted=None, first_token=None, finished=None)
+    return Times(
+        submitted=0.0,
+        admitted=since(times.admitted_s),
+        first_token=since(times.first_token_s),
+        finished=since(times.finished_s),
+    )

@@ -1,0 +1,70 @@
+"""Options of the serve command to settings of the HTTP process. Everything is checked before anything is loaded."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from stagdist.cluster.hosts.leftovers import JOB_VARIABLE
+from stagdist.errors import ConfigError
+from stagdist.serving.api.chat_template import ChatTemplate
+from stagdist.serving.api.problems import ProblemError
+from stagdist.serving.settings import KEYS_VARIABLE, PLAIN_TEMPLATE, ServerSettings, engine_socket
+
+_MIB = 1 << 20
+_LARGEST_MIB = 1 << 10
+
+
+def server_settings(arguments: argparse.Namespace, environment: Mapping[str, str]) -> ServerSettings:
+    """The settings of an HTTP process.
+
+    Raises:
+        ConfigError: an option is invalid, or a file cannot be read.
+    """
+    if not 1 <= arguments.port <= 65535:
+        raise ConfigError(f"--port is {arguments.port}; clients need a known one, give 1 to 65535")
+    if not 0 < arguments.max_body_mib < _LARGEST_MIB:
+        raise ConfigError(f"--max-body-mib is {arguments.max_body_mib:g}; give MiB above 0, below {_LARGEST_MIB}")
+    given = {name: value for name, value in vars(arguments).items() if name in ServerSettings.model_fields}
+    given |= {
+        "engine_socket": str(engine_socket(arguments.port)),
+        "supervised": JOB_VARIABLE in environment,
+        "api_keys": _api_keys(arguments.api_key_file, environment),
+        "max_body_bytes": int(arguments.max_body_mib * _MIB),
+        "chat_template": _chat_template(arguments.chat_template),
+    }
+    try:
+        return ServerSettings(**given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise ConfigError(f"--{option} is {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def _api_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[str, ...]:
+    if file is None:
+        return tuple(key for each in environment.get(KEYS_VARIABLE, "").split(",") if (key := each.strip()))
+    keys = tuple(key for line in _text("--api-key-file", file).splitlines() if (key := line.strip()))
+    if not keys:
+        raise ConfigError(f"--api-key-file {file} holds no key; write one per line")
+    return keys
+
+
+def _chat_template(name: str | None) -> str | None:
+    if name is None or name == PLAIN_TEMPLATE:
+        return name
+    source = _text("--chat-template", Path(name))
+    try:
+        ChatTemplate(source, {})
+    except ProblemError as error:
+        raise ConfigError(f"--chat-template {name}: {error}") from None
+    return source
+
+
+def _text(option: str, file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise ConfigError(f"{option} {file} cannot be read: {reason}") from None
