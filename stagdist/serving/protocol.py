@@ -38,6 +38,7 @@ class ServedModel(TypedDict):
     precision: str
     version: str
     connection: str
+    stagger: int
 
 
 class TokenizerContent(TypedDict):
@@ -53,7 +54,7 @@ class TokenizerContent(TypedDict):
 
 
 class Hello(TypedDict):
-    """First message of rank 0, before it loads weights. `connection` of the model names the generation of stagger."""
+    """First message of rank 0, before it loads weights. `connection` and `stagger` are keys of its configuration."""
 
     kind: Literal["hello"]
     model: ServedModel

@@ -134,6 +134,7 @@ class Server:
             precision=str(plan.options.precision),
             version=version("stagdist"),
             connection=model.connection,
+            stagger=model.stagger,
         )
         content = TokenizerContent(
             json=tokenizer.to_json(),
