@@ -110,8 +110,13 @@ class Load:
     def __init__(self, folder: Path, vocabulary: int, prompt_tokens: int, seconds: int) -> None:
         self._result = folder / "load.json"
         self._seconds = seconds
-        sizes = {"VOCABULARY": vocabulary, "PROMPT_TOKENS": prompt_tokens, "ANSWER_TOKENS": ANSWER_TOKENS}
-        self._sizes = {name: str(value) for name, value in sizes.items()} | {"RESULT": str(self._result)}
+        sizes: dict[str, object] = {
+            "VOCABULARY": vocabulary,
+            "PROMPT_TOKENS": prompt_tokens,
+            "ANSWER_TOKENS": ANSWER_TOKENS,
+        }
+        sizes |= {"SECONDS": seconds, "RESULT": self._result}
+        self._sizes = {name: str(value) for name, value in sizes.items()}
 
     def run(self, url: str, **users: int) -> dict[str, Any]:
         """What `benchmarks/serving/load.py` writes.
@@ -129,7 +134,7 @@ class Load:
         if not result or result["failures"]:
             raise TrainingError(f"the load failed: {done.stdout[-1000:]}{done.stderr[-2000:]}")
         if not result["tokens_per_s"]:
-            raise ConfigError(f"{self._seconds} s end before the warm-up does; give more --seconds")
+            raise ConfigError(f"{self._seconds} s are too short: no token came after the warm-up; give more --seconds")
         return result
 
 

@@ -2,8 +2,9 @@
 an environment of its own.
 
 Environment: DECODERS, PROMPTERS and TALKERS are numbers of users, VOCABULARY, PROMPT_TOKENS and ANSWER_TOKENS sizes,
-RESULT the file to write. A decoder has answers of ANSWER_TOKENS generated; a prompter sends prompts of PROMPT_TOKENS
-that have nothing in common; a talker sends such a prompt, then the same with its answer and a few tokens more.
+SECONDS the duration, RESULT the file to write. A decoder has answers of ANSWER_TOKENS generated; a prompter sends
+prompts of PROMPT_TOKENS that have nothing in common; a talker sends such a prompt, then the same with its answer and a
+few tokens more.
 """
 
 import json
@@ -15,7 +16,6 @@ from typing import Any
 from locust import HttpUser, events, task
 
 TURN_TOKENS = 16
-WARM_UP_S = 2.0
 
 _tokens: list[float] = []
 _gaps: list[tuple[float, float]] = []
@@ -106,8 +106,8 @@ class Talker(Client):
 
 @events.quitting.add_listener
 def write(environment: Any, **_: Any) -> None:
-    """Write the figures of everything after the warm-up."""
-    begin = (min(_tokens) if _tokens else 0.0) + WARM_UP_S
+    """Write the figures of everything after the first tenth."""
+    begin = (min(_tokens) if _tokens else 0.0) + count("SECONDS") / 10
     tokens = sorted(moment for moment in _tokens if moment >= begin)
     gaps = sorted(gap for moment, gap in _gaps if moment >= begin)
     result = {

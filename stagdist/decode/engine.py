@@ -71,10 +71,10 @@ class Engine:
         self._numbers = itertools.count()
         self._sink: Sink = lambda outputs: None
         self._unreported: dict[RequestState, None] = {}  # an ordered set
-        self._stats = EngineStats()
         self._operations = self._prompt_tokens = self._generation_tokens = 0
         self._last_operation_s = time.perf_counter()
         self.smallest_margin, self.steps = float("inf"), 0
+        self._stats = self._snapshot()
 
     # --- for clients, from any thread ---------------------------------------------------------------------------
 
