@@ -35,7 +35,7 @@ def body_of(request: Request, **more: Any) -> dict[str, Any]:
     return {"model": "m", "prompt": request.prompt_ids, "return_token_ids": True, **fields, **more}
 
 
-def ask(served: Served, body: dict[str, Any], path: str = "completions") -> dict[str, Any]:
+def ask(served: Served, body: dict[str, Any], path: str = "/v1/completions") -> dict[str, Any]:
     """The answer; one that comes as a stream is joined to what a complete answer would be."""
     body = {**body, "stream_options": {"include_usage": True}} if body.get("stream") else body
     with _answer_to(served, body, path) as answer:
@@ -53,11 +53,11 @@ def ask(served: Served, body: dict[str, Any], path: str = "completions") -> dict
 
 @contextmanager
 def _answer_to(
-    served: Served, body: dict[str, Any], path: str = "completions", timeout_s: float = GUARD_S
+    served: Served, body: dict[str, Any], path: str = "/v1/completions", timeout_s: float = GUARD_S
 ) -> Iterator[HTTPResponse]:
     """The answer to a request, with the time that each part of it may take; the connection is closed afterwards."""
     with closing(HTTPConnection("127.0.0.1", served.port, timeout=timeout_s)) as connection:
-        connection.request("POST", f"/v1/{path}", json.dumps(body), {"Content-Type": "application/json"})
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         with connection.getresponse() as answer:
             assert answer.status == 200, answer.read()
             yield answer

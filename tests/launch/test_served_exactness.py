@@ -158,9 +158,7 @@ class Comparison:
 
 def generated(model: Path, requests: list[Request]) -> dict[str, dict[str, Any]]:
     """Answers of `launch/generate.py` in one process, by name."""
-    lines = [
-        {"id": each.request_id, "prompt_ids": each.prompt_ids, **given_fields(each.params)} for each in requests
-    ]
+    lines = [{"id": each.request_id, "prompt_ids": each.prompt_ids, **given_fields(each.params)} for each in requests]
     file = model.with_suffix(".jsonl")
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = run_ranks_to_end(model, "--prompts-file", str(file), "--precision", "fp64", "--json")

@@ -67,7 +67,9 @@ def recomputed(config: dict[str, Any], text: str) -> list[float]:
     return logprobs
 
 
-@pytest.mark.parametrize("name", [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in CASES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in CASES]
+)
 def test_the_log_probabilities_of_a_text_add_up_to_its_perplexity(name: str, tmp_path: Path) -> None:
     keys, head = CASES[name]
     config = config_of(keys)
@@ -88,10 +90,9 @@ def test_the_log_probabilities_of_a_text_add_up_to_its_perplexity(name: str, tmp
     assert beside.ended().finish == "length"
 
 
-def score_one_position_late(
-    take: Any = RequestState.take_prompt_scores,
-) -> None:
+def score_one_position_late() -> None:
     """Called on every rank: the first score of every chunk is that of the position behind it."""
+    take = RequestState.take_prompt_scores
 
     def wrong(self: RequestState, rows: Any) -> None:
         take(self, [rows[min(1, len(rows) - 1)], *rows[1:]])

@@ -1,5 +1,6 @@
 """Texts over HTTP: stops over token borders and half characters, the same in streams and in complete answers."""
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,17 +19,17 @@ from tests.ranks import ROOT
 pytestmark = pytest.mark.ranks
 
 BROKEN = "\ufffd"
-STOPS = 16
+STOPS = 8
 """Sets of stop strings for each answer."""
 LETTERS = tuple(b"ab ")
 PARTS = {
-    "letters": LETTERS,
-    "two bytes": (*"é".encode(), *LETTERS),
-    "three bytes": tuple("€".encode()),
-    "four bytes": tuple(sorted(set("😘".encode()))),
-    "all bytes": tuple(range(256)),
+    "a": (LETTERS, 0),
+    "é": ((*"é".encode(), *LETTERS), 5),
+    "€": (tuple("€".encode()), 3),
+    "😘": (tuple(sorted(set("😘".encode()))), 8),
+    BROKEN: (tuple(range(256)), 0),
 }
-"""Bytes of which answers are made, at random: complete characters, parts of them, and bytes that are in none."""
+"""By a character of the answer: the bytes of which it is made at random, and a seed that makes the character."""
 
 
 def byte_cases(tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -36,10 +37,11 @@ def byte_cases(tokenizer: Tokenizer) -> list[dict[str, Any]]:
     shared = {"max_tokens": 50, "temperature": 1.0, "ignore_eos": True, "return_token_ids": True}
     cases = [
         {**shared, "prompt": tokenizer.encode("Say: "), "allowed_token_ids": allowed, "seed": seed}
-        for seed, allowed in enumerate(PARTS.values())
+        for allowed, seed in PARTS.values()
     ]
-    half = {**shared, "prompt": tokenizer.encode("caf") + ["é".encode()[0]], "allowed_token_ids": PARTS["two bytes"]}
-    return [*cases, {**half, "seed": 3, "logit_bias": {"é".encode()[1]: 3}}]
+    first, second = "é".encode()
+    half = {**shared, "prompt": [*tokenizer.encode("caf"), first], "allowed_token_ids": [first, second, *LETTERS]}
+    return [*cases, {**half, "seed": 4, "logit_bias": {second: 3}}]
 
 
 def word_cases(tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -80,6 +82,11 @@ def stop_sets(text: str, draw: random.Random) -> Iterator[list[str]]:
         yield list(filter(None, stops))
 
 
+def rounded(choices: list[dict[str, Any]]) -> Any:
+    """Choices without the last digits of log-probabilities, which depend on what else is decoded at the same time."""
+    return json.loads(json.dumps(choices), parse_float=lambda digits: round(float(digits), 6))
+
+
 def fields_of(answer: dict[str, Any], names: Any) -> dict[str, Any]:
     """What is compared of the first choice."""
     return {name: answer["choices"][0][name] for name in names}
@@ -92,8 +99,10 @@ def differences(served: Served, tokenizer: Tokenizer, cases: list[dict[str, Any]
         body, right = job
         answers = [ask(served, {**body, "stream": stream}) for stream in (False, True)]
         where = f"{body['prompt']}, stops {body.get('stop')}"
-        found = [f"{where}: {fields_of(each, right)}, not {right}" for each in answers if fields_of(each, right) != right]
-        complete, streamed = (each["choices"] for each in answers)
+        found = [
+            f"{where}: {fields_of(each, right)}, not {right}" for each in answers if fields_of(each, right) != right
+        ]
+        complete, streamed = (rounded(each["choices"]) for each in answers)
         return found + [f"{where}: the stream {streamed} is not {complete}"] * (complete != streamed)
 
     jobs, draw = [], random.Random(0)
@@ -108,15 +117,11 @@ def differences(served: Served, tokenizer: Tokenizer, cases: list[dict[str, Any]
     with ThreadPoolExecutor(6) as pool:
         found = [line for lines in pool.map(compare, jobs) for line in lines]
     ends = [right["finish_reason"] for _, right in jobs]
-    texts = "".join(right["text"] for _, right in jobs)
-    assert ends.count("stop") > len(jobs) / 2 and ends.count("length") > len(cases)
-    assert not texts.isascii() and (BROKEN in texts or any(char in texts for char in "é€😘"))
+    assert ends.count("stop") > len(jobs) / 2 and ends.count("length") > len(cases), "hardly a stop string was found"
     return found
 
 
-def start(
-    folder: Path, tokenizer: Tokenizer, *options: str, before: Callable[[], None] | None = None
-) -> Served:
+def start(folder: Path, tokenizer: Tokenizer, *options: str, before: Callable[[], None] | None = None) -> Served:
     """Start a server of two ranks."""
     model = write_model(folder / "model", tokenizer, hidden_size=16, intermediate_size=24)
     fixed = ["--precision", "fp64", "--batch-size", "6", "--prefill-chunk", "16"]
@@ -128,7 +133,7 @@ def test_stops_and_half_characters_are_the_same_in_streams_and_complete_answers(
     served = start(tmp_path, tokenizer, "--chat-template", "plain")
     cases = byte_cases(tokenizer)
     texts = [ask(served, {"model": "m", **case})["choices"][0]["text"] for case in cases]
-    assert all(char in text for char, text in zip("aé€😘", texts, strict=False))
+    assert all(char in text for char, text in zip(PARTS, texts, strict=False)), texts
     assert differences(served, tokenizer, cases) == []
     check_chat(served)
     check_choices(served, cases)
@@ -139,12 +144,12 @@ def check_chat(served: Served) -> None:
     messages = [{"role": "user", "content": "Say é."}]
     shared = {"model": "m", "temperature": 0.9, "seed": 4, "max_tokens": 40, "return_token_ids": True}
     chats = [
-        ask(served, {**shared, "messages": messages, "stream": stream}, "chat/completions")["choices"][0]
+        ask(served, {**shared, "messages": messages, "stream": stream}, "/v1/chat/completions")["choices"][0]
         for stream in (False, True)
     ]
     assert chats[0]["message"]["content"] == chats[1]["delta"]["content"]
     assert chats[0]["token_ids"] == chats[1]["token_ids"]
-    ids = ask(served, {"messages": messages}, "../tokenize")["tokens"]
+    ids = ask(served, {"messages": messages}, "/tokenize")["tokens"]
     same = ask(served, {**shared, "prompt": ids})["choices"][0]
     assert (same["text"], same["token_ids"]) == (chats[0]["message"]["content"], chats[0]["token_ids"])
 
@@ -153,12 +158,11 @@ def check_choices(served: Served, cases: list[dict[str, Any]]) -> None:
     """Choices of several prompts with an echo, whose chunks are mixed in a stream."""
     prompts = [case["prompt"] for case in cases[:2]]
     body = {"model": "m", **cases[1], "prompt": prompts, "n": 2, "echo": True, "logprobs": 2, "stop": ["ab", "é"]}
-    complete, streamed = (ask(served, {**body, "stream": stream})["choices"] for stream in (False, True))
+    complete, streamed = (rounded(ask(served, {**body, "stream": stream})["choices"]) for stream in (False, True))
     assert complete == streamed and len(complete) == 4
     assert all(len(choice["logprobs"]["tokens"]) == len(choice["logprobs"]["text_offset"]) for choice in complete)
 
 
-@pytest.mark.slow  # the tokens of bytes above have all borders that strings can have; these begin and end inside them
 def test_stops_begin_and_end_inside_tokens_of_several_letters(tmp_path: Path) -> None:
     documents = [path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))]
     tokenizer = train_bpe([*documents, "é € 😘 " * 100], 420)
