@@ -171,7 +171,7 @@ def main() -> int:
     arguments = parser.parse_args()
     random.seed(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
-        results = {"conditions": conditions(), "seed": arguments.seed, **soak(Path(folder), arguments.minutes, arguments.rate)}
+        results = {"conditions": conditions(None, 0), "seed": arguments.seed, **soak(Path(folder), arguments.minutes, arguments.rate)}
     write_results(arguments.json, results)
     hung = sum(counts.get("hung", 0) for counts in results["clients"].values())
     wrong = results["unexpected"] or results["secrets_in_log"] or results["tracebacks"] or hung
