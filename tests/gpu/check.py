@@ -73,6 +73,7 @@ CHECKS = (
     Check("training_resume", "tests.gpu.checks.training:training_resume", 50),
     Check("training_speed", "tests.gpu.checks.training:training_speed", 75),
     Check("generate", "tests.gpu.checks.generate:generate", 60),
+    Check("serve", "tests.gpu.checks.serve:serve", 60),
     Check("kernels", "tests.gpu.checks.kernels:kernels", 50),
     Check("eager", "tests.gpu.checks.decode_speed:eager", 50),
     Check("sanitizer", "tests.gpu.checks.decode_parity:sanitizer", 40),

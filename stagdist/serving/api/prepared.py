@@ -102,7 +102,7 @@ def parse_json(body: bytes) -> Any:
         ProblemError: it is not JSON, or holds half a pair of surrogates, which is no text.
     """
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
         if b"\\ud" in body.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

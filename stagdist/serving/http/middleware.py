@@ -90,7 +90,7 @@ class Frame:
         if not self._keys or not path.startswith(PROTECTED):
             return True
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        sent = key.strip().encode("latin-1")  # as headers are decoded
+        sent = key.strip(" \t").encode("latin-1")  # as headers are decoded; other spaces may be bytes of a key
         return _matches(_digest(sent), self._keys) and scheme.lower() == "bearer"
 
 

@@ -37,8 +37,9 @@ def generate(setting: Setting) -> Numbers:
         options = ("--precision", "bf16", "--batch-size", "4", "--ignore-eos", "--device", setting.device)
         began = time.perf_counter()
         # Both at once: most of their time is that of imports.
-        whole = _start(model, *options, "--json", "--max-new-tokens", "32", "--prompts-file", str(prompts))
-        interrupted = _start(model, *options, "--max-new-tokens", "100")
+        asked = ("--json", "--max-new-tokens", "32", "--prompts-file", str(prompts))
+        whole = start_script("generate.py", model, *options, *asked)
+        interrupted = start_script("generate.py", model, *options, "--max-new-tokens", "100")
         try:
             numbers: Numbers = {"interrupted_s": _interrupt(interrupted, COMMAND_S[setting.on_gpu])}
             output, errors = whole.communicate(timeout=COMMAND_S[setting.on_gpu])
@@ -53,10 +54,11 @@ def generate(setting: Setting) -> Numbers:
     return numbers | {"answers": len(answers), "summary": errors.decode(errors="replace").strip().splitlines()[-1]}
 
 
-def _start(model: Path, *arguments: str) -> "subprocess.Popen[bytes]":
+def start_script(script: str, model: Path, *arguments: str) -> "subprocess.Popen[bytes]":
+    """Start a script of `launch/` that runs a model, as a user would."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "launch" / "generate.py"), "--model", str(model), *arguments],
+        [sys.executable, str(ROOT / "launch" / script), "--model", str(model), *arguments],
         env=kept,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
