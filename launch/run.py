@@ -17,6 +17,7 @@ examples:
   python launch/run.py --hostfile hostfile --max-restarts 5 -- launch/pretrain.py --config configs/x.yaml
   python launch/run.py --hostfile h --start-with srun --min-data-parallel 2 -- launch/pretrain.py --config x.yaml
   python launch/run.py --hostfile hostfile --folder runs/answers -- launch/generate.py --model runs/x/model --prompt "A"
+  python launch/run.py --hostfile hostfile --folder runs/server -- launch/serve.py --model runs/x/model --host 0.0.0.0
 
 Hosts are reached over ssh without a password, this machine directly. Inside a Slurm allocation where ssh does not work,
 or with --start-with srun, agents are started by srun, and the hostfile holds nodes of the allocation.
@@ -25,6 +26,9 @@ A rank that dies, or gives no sign of life for --hang-timeout-s, ends the attemp
 from the newest complete checkpoint. A host that does not answer is replaced by a spare of the hostfile (`#spare name
 slots=N`), or left out where --min-data-parallel allows it, or waited for. SIGTERM makes the ranks save and end. What
 happened is recorded in run.json of the run's folder, and the output of every rank in logs/attempt_NNN/.
+
+A server (launch/serve.py) is started again whenever it came as far as serving. Its HTTP process stays meanwhile and
+writes to logs/http.HOST.log. SIGTERM makes it finish its requests.
 
 Exit code: 0 the run has ended cleanly, 1 it was given up (the last line names the first error), 2 user error,
 128 + signal after a signal.

@@ -144,7 +144,8 @@ class Tokenizer:
         """
         backend = self._parsing_backend if parse_special else self._backend
         with _encoding_errors():
-            return list(backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            # A batch of one, since other threads run meanwhile: megabytes of text take seconds.
+            return list(backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
     @cached_property
     def _parsing_backend(self) -> tokenizers.Tokenizer:

@@ -71,10 +71,10 @@ class Engine:
         self._numbers = itertools.count()
         self._sink: Sink = lambda outputs: None
         self._unreported: dict[RequestState, None] = {}  # an ordered set
-        self._stats = EngineStats()
         self._operations = self._prompt_tokens = self._generation_tokens = 0
         self._last_operation_s = time.perf_counter()
         self.smallest_margin, self.steps = float("inf"), 0
+        self._stats = self._snapshot()
 
     # --- for clients, from any thread ---------------------------------------------------------------------------
 
@@ -195,7 +195,10 @@ class Engine:
         return control
 
     def took(self, outcome: Outcome) -> None:
-        """Process the tokens of an operation. Text is decoded while later stages compute the next one."""
+        """Process the tokens of an operation.
+
+        Text is decoded while later stages compute the next one; a first token does not wait for that.
+        """
         plan = self._scheduler.taken()
         if outcome.step is not None:
             self.steps += 1
@@ -206,7 +209,7 @@ class Engine:
             plan.scored.take_prompt_scores(scores.tolist())
         if outcome.first is not None and plan.first is not None:
             self._take({0: plan.first}, outcome.first)
-        if self._stage.topology.num_stages == 1:
+        if outcome.first is not None or self._stage.topology.num_stages == 1:
             self.host_work()
 
     def rest(self) -> None:

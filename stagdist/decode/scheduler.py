@@ -63,7 +63,7 @@ Entry = TypeVar("Entry", bound=ScheduledRequest)
 
 
 @dataclass(frozen=True)
-class Plan(Generic[Entry]):
+class OperationPlan(Generic[Entry]):
     """The requests that get tokens in one operation.
 
     Attributes:
@@ -120,7 +120,7 @@ class Scheduler(Generic[Entry]):
         self._number = 0  # of the operation
         # Chunks on their way through the stages with their requests, the newest first.
         self._chunks: deque[tuple[Chunk, Entry] | None] = deque([None] * topology.num_stages, topology.num_stages)
-        self._planned: deque[Plan[Entry]] = deque()  # of operations that were decided but have not run
+        self._planned: deque[OperationPlan[Entry]] = deque()  # of operations that were decided but have not run
 
     def entries(self) -> tuple[Entry, ...]:
         """All requests, the running ones first."""
@@ -174,7 +174,7 @@ class Scheduler(Generic[Entry]):
         self._number += 1
         return Control(Operation.RUN, bool(rows), retired, chunk, admission)
 
-    def taken(self) -> Plan[Entry]:
+    def taken(self) -> OperationPlan[Entry]:
         """Return the plan of the operation that has just run, and forget it."""
         plan = self._planned.popleft()
         self._pace.took(steps=bool(plan.rows), chunk=plan.chunk)
@@ -182,16 +182,16 @@ class Scheduler(Generic[Entry]):
 
     # --- chunks -------------------------------------------------------------------------------------------------
 
-    def _plan(self, rows: dict[int, Entry]) -> Plan[Entry]:
+    def _plan(self, rows: dict[int, Entry]) -> OperationPlan[Entry]:
         """The plan of an operation, with the request whose chunk leaves the last stage in it."""
         longest = max((chunk.stop - chunk.start for chunk, _ in filter(None, self._chunks)), default=0)
         if self._chunks[-1] is None:
-            return Plan(rows, chunk=longest)
+            return OperationPlan(rows, chunk=longest)
         chunk, entry = self._chunks[-1]
         if self.running.get(chunk.slot) is not entry:  # cancelled
-            return Plan(rows, chunk=longest)
+            return OperationPlan(rows, chunk=longest)
         entry.scheduled += chunk.ends
-        return Plan(rows, entry if chunk.ends else None, entry, longest)
+        return OperationPlan(rows, entry if chunk.ends else None, entry, longest)
 
     def _next_chunk(self) -> tuple[Chunk | None, Admission | None]:
         """The first chunk of a new prompt, or else the next one of a prompt whose turn it is."""

@@ -39,7 +39,7 @@ class EngineBridge:
         self.lost: StagdistError | None = None
         self._draining = False
         self._cancelled: set[str] = set()  # by clients; their last output is pending
-        self._stats_at = 0.0
+        self._stats_at, self._sent = 0.0, EngineStats()
         self._ended = threading.Event()
 
     def start(self) -> None:
@@ -49,10 +49,7 @@ class EngineBridge:
 
     def take(self, outputs: Sequence[RequestOutput]) -> None:
         """Send the outputs of one operation in one message. Without the HTTP process the engine stops."""
-        now = time.perf_counter()
-        stats = None
-        if now - self._stats_at > STATS_S:
-            self._stats_at, stats = now, _stats(self._engine.stats())
+        stats = self._new_stats() if time.perf_counter() - self._stats_at > STATS_S else None
         for output in outputs:
             if output.finish_reason is not None:
                 asked = output.request_id in self._cancelled
@@ -87,7 +84,8 @@ class EngineBridge:
                         self._submit(message)
                     case "cancel":
                         self._cancelled.add(message["id"])
-                        self._engine.cancel(message["id"])
+                        if not self._engine.cancel(message["id"]):  # it was rejected, or has ended
+                            self._cancelled.discard(message["id"])
                     case "stop":
                         raise ConfigError(message.get("reason") or "the HTTP process was asked to end")
             raise HttpProcessError("the HTTP process has ended")
@@ -116,13 +114,15 @@ class EngineBridge:
 
     def _send_stats(self) -> None:
         while not self._ended.is_set() and self.lost is None:
-            if time.perf_counter() - self._stats_at > IDLE_STATS_S:
-                self._send({"kind": "stats", **_stats(self._engine.stats())})  # type: ignore[typeddict-item]
-            self._ended.wait(IDLE_STATS_S)
+            since = time.perf_counter() - self._stats_at
+            # What the last operation left has no outputs to travel with.
+            if since > IDLE_STATS_S or (since > 2 * STATS_S and self._engine.stats() is not self._sent):
+                self._send({"kind": "stats", **self._new_stats()})  # type: ignore[typeddict-item]
+            self._ended.wait(STATS_S)
 
-
-def _stats(stats: EngineStats) -> Stats:
-    return asdict(stats)  # type: ignore[return-value]
+    def _new_stats(self) -> Stats:
+        self._stats_at, self._sent = time.perf_counter(), self._engine.stats()
+        return asdict(self._sent)  # type: ignore[return-value]
 
 
 def _output(output: RequestOutput) -> Output:

@@ -1,6 +1,7 @@
 """The HTTP process as rank 0 sees it: found or started, connected, and ended."""
 
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -9,8 +10,9 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, cast
+
+import psutil
 
 from stagdist.cluster.hosts.leftovers import JOB_VARIABLE, SERVICE_LOG, service_mark
 from stagdist.errors import ConfigError, StagdistError
@@ -135,11 +137,11 @@ class HttpProcess:
 
     def abandon(self, code: int | None) -> None:
         """End this process with an exit code, before it serves, and the HTTP process with it."""
-        if self._socket is None:
-            self._kill()
-        else:
+        if self._socket is not None:
             with suppress(HttpProcessError):
                 self.send({"kind": "exit"})
+        elif self._child is not None:
+            self._child.kill()
         os._exit(code or 1)
 
     def __enter__(self) -> "HttpProcess":
@@ -197,31 +199,32 @@ class HttpProcess:
             self._socket.settimeout(None)
 
     def _end(self) -> None:
-        """Ask it to end once its answers are complete; it is killed after `FAREWELL_S`."""
-        if self._socket is None:
-            self._kill()
-            return
-        with suppress(HttpProcessError):
-            self.send({"kind": "exit"})
-        self._socket.settimeout(FAREWELL_S)
-        try:
-            while self._socket.recv(1 << 16):
-                pass
-        except OSError:
-            self._kill()
-        if self._child is not None:
+        """Ask it to end once its answers are complete, so that its port is free; it is killed after `FAREWELL_S`."""
+        if self._socket is not None:
+            with suppress(HttpProcessError):
+                self.send({"kind": "exit"})
             try:
-                self._child.wait(FAREWELL_S)
-            except subprocess.TimeoutExpired:
+                psutil.Process(self._pid()).wait(FAREWELL_S)
+            except psutil.NoSuchProcess:
+                return
+            except psutil.TimeoutExpired:
                 self._kill()
+        else:
+            self._kill()
 
     def _kill(self) -> None:
         if self._child is not None:
             self._child.kill()
+            self._child.wait()
         elif self._socket is not None:
-            credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
             with suppress(ProcessLookupError):
-                os.kill(struct.unpack("3i", credentials)[0], 9)
+                os.kill(self._pid(), signal.SIGKILL)
+
+    def _pid(self) -> int:
+        """Of the process that listens; it need not have said anything."""
+        assert self._socket is not None
+        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return int(struct.unpack("3i", credentials)[0])
 
     def _start(self) -> "subprocess.Popen[bytes]":
         log = os.environ.get(SERVICE_LOG)
@@ -229,7 +232,7 @@ class HttpProcess:
         try:
             child = subprocess.Popen(
                 [sys.executable, "-m", MODULE], env=_child_variables(os.environ), stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=stream, start_new_session=True, cwd=Path.cwd(),
+                stdout=subprocess.PIPE, stderr=stream, start_new_session=True,
             )  # fmt: skip
         finally:
             if stream is not None:

@@ -45,13 +45,22 @@ class _ImpatientProtocol(H11Protocol):
         self._limit_wait()
 
     def data_received(self, data: bytes) -> None:
+        limit = self.timeout_keep_alive_task  # a head that comes byte by byte does not extend it
         super().data_received(data)
-        if self.cycle is None or self.cycle.response_complete:
-            self._limit_wait()
+        if self._waits():
+            self._limit_wait(None if limit is None else limit.when())
 
-    def _limit_wait(self) -> None:
+    def timeout_keep_alive_handler(self) -> None:
+        if self._waits():  # or a request is served that was sent before the last answer
+            super().timeout_keep_alive_handler()
+
+    def _waits(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _limit_wait(self, until: float | None = None) -> None:
         self._unset_keepalive_if_required()
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        until = until or self.loop.time() + self.timeout_keep_alive
+        self.timeout_keep_alive_task = self.loop.call_at(until, self.timeout_keep_alive_handler)
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

@@ -38,6 +38,7 @@ class ServedModel(TypedDict):
     precision: str
     version: str
     connection: str
+    stagger: int
 
 
 class TokenizerContent(TypedDict):
@@ -53,7 +54,7 @@ class TokenizerContent(TypedDict):
 
 
 class Hello(TypedDict):
-    """First message of rank 0, before it loads weights. `connection` of the model names the generation of stagger."""
+    """First message of rank 0, before it loads weights. `connection` and `stagger` are keys of its configuration."""
 
     kind: Literal["hello"]
     model: ServedModel
@@ -92,6 +93,13 @@ class Times(TypedDict):
     admitted: float | None
     first_token: float | None
     finished: float | None
+
+
+FINISH_REASONS = {"cancelled": "abort"}
+"""Finish reasons that clients know by another name."""
+
+FAILURES = ("error", "timeout")
+"""Finish reasons of a choice that end its request with an error."""
 
 
 class Output(TypedDict):

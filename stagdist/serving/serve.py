@@ -13,6 +13,7 @@ from stagdist.decode.operations import operate
 from stagdist.decode.runtime.build import EngineOptions, joined_world
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
+from stagdist.decode.runtime.warm_up import dry_pass
 from stagdist.errors import TransportError
 from stagdist.parallel.layout import model_parameters
 from stagdist.parallel.world import World
@@ -41,7 +42,7 @@ class Server:
     """
 
     def __init__(self, model: Path, options: EngineOptions, world: World, device: str):
-        self._model, self._world = model, world
+        self._model = model
         self._deployment = deploy(model, options, world, device)
 
     def follow(self, pulse: Pulse) -> int:
@@ -54,6 +55,7 @@ class Server:
             # Launchers signal all ranks, and rank 0 still needs this one. When rank 0 dies, the transport fails.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             stage = self._deployment.build(transport, pulse)
+            dry_pass(stage)
             pulse.beat(Phase.RECEIVE, 0)
             operate(stage, transport, None)
         return 0
@@ -82,6 +84,7 @@ class Server:
         try:
             with joined_world(self._deployment.plan, self._deployment.device) as transport:
                 stage = self._deployment.build(transport, pulse)
+                dry_pass(stage)  # all ranks together; the first request finds every shape warm
                 return self._serve(stage, transport, http, settings, interrupts, max_queued_tokens)
         except TransportError as error:
             with suppress(HttpProcessError):
@@ -131,6 +134,7 @@ class Server:
             precision=str(plan.options.precision),
             version=version("stagdist"),
             connection=model.connection,
+            stagger=model.stagger,
         )
         content = TokenizerContent(
             json=tokenizer.to_json(),

@@ -23,7 +23,10 @@ def client_of(served: Served) -> Iterator[OpenAI]:
 def test_the_models_are_listed(client_of: OpenAI) -> None:
     (model,) = client_of.models.list().data
     assert (model.id, model.owned_by) == ("tiny", "stagdist")
-    assert client_of.models.retrieve("tiny").model_extra["max_model_len"] == 256  # type: ignore[index]
+    extra = client_of.models.retrieve("tiny").model_extra
+    assert extra is not None and extra["max_model_len"] == 256
+    meta = extra["meta"]
+    assert (meta["sections"], meta["stages"], meta["slots"], meta["stagger"], meta["chat"]) == (2, 2, 4, 1, True)
 
 
 def test_a_completion_is_the_same_streamed_and_among_others(client_of: OpenAI, served: Served) -> None:

@@ -83,6 +83,26 @@ def test_metrics_are_what_prometheus_reads_and_count_requests(served: Served) ->
     assert (labels["model_name"], labels["sections"], labels["stages"]) == ("tiny", "2", "2")
 
 
+def test_a_page_that_is_closed_is_no_lost_client(served: Served) -> None:
+    def count(name: str, **labels: str) -> float:
+        samples = metrics_of(served)[name].samples
+        return sum(one.value for one in samples if one.name == f"{name}_total" and labels.items() <= one.labels.items())
+
+    lost, closed = (
+        count("stagdist:http_requests_client_disconnected"),
+        count("http_requests", handler="/live/events"),
+    )
+    with urllib.request.urlopen(f"{served.url}/live/events", timeout=10) as events:
+        assert events.readline().startswith(b"retry:") and events.readline() == b"\n"
+        state = json.loads(events.readline().removeprefix(b"data: "))
+    assert state["state"] == "ready" and len(state["stats"]["slots"]) == 4
+    deadline = time.monotonic() + 10
+    while count("http_requests", handler="/live/events") == closed:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert count("stagdist:http_requests_client_disconnected") == lost
+
+
 def test_the_dashboard_asks_for_metrics_that_exist(served: Served) -> None:
     served.post("v1/completions", {"prompt": "ab", "max_tokens": 3})
     dashboard = json.loads((ROOT / "docs" / "serving" / "grafana.json").read_text())

@@ -4,20 +4,20 @@
 order on every edge; a wait ends when its hand-off is there; a send waits only for room among the older ones. Whatever
 a schedule must never do raises `ScheduleError`.
 
-A sequence of operations is a text: `s` is a step, `c` a chunk, `e` the last chunk of a prompt, `sc` and `se` a step
-with a chunk, `.` an operation without either, `~` and `s~` as many of `.` and `s` as take a chunk from the first to the
-last stage, and `R` a rest.
+A sequence of operations is a text: `s` is a step, `c` a chunk, `e` the last chunk of a prompt, `x` and `y` the same of
+a prompt whose positions are scored, `sc` and so on a step with a chunk, `.` an operation without either, `~` and
+`s~` as many of `.` and `s` as take a chunk from the first to the last stage, and `R` a rest.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from stagdist.decode.runtime import schedule
-from stagdist.decode.runtime.schedule import Instruction, Kind, Part, Work
+from stagdist.decode.runtime.schedule import Instruction, Kind, Work, WorkPart
 from stagdist.decode.topology import Topology
 
-Name = tuple[Part, int]
-"""A hand-off or a token: of the step with this number, or of the chunk that entered in this operation."""
+Name = tuple[WorkPart, int]
+"""A hand-off, a token or scores: of the step with this number, or of the chunk that entered in this operation."""
 
 CHUNKS_OPEN = 2
 COLLECTIVES = {Kind.COMBINE: "combine", Kind.SHARE: "share", Kind.PUBLISH: "token", Kind.TOKEN: "token"}
@@ -46,8 +46,10 @@ class Operation:
         """Tokens that it chooses, in order."""
         if self.text == "R":
             return []
-        step = [] if self.work.step is None else [(Part.STEP, self.work.step)]
-        return [*step, *([(Part.CHUNK, self.work.number - len(self.work.entered) + 1)] if self.work.ends else [])]
+        found = [] if self.work.step is None else [(WorkPart.STEP, self.work.step)]
+        entered = self.work.number - len(self.work.entered) + 1
+        found += [(WorkPart.SCORES, entered)] * self.work.scored
+        return found + [(WorkPart.CHUNK, entered)] * self.work.ends
 
 
 def operations(topology: Topology, text: str) -> list[Operation]:
@@ -60,8 +62,11 @@ def operations(topology: Topology, text: str) -> list[Operation]:
         for letters in [word.replace("~", "") or "."] * (topology.last_stage if word.endswith("~") else 1):
             chunks = [letters.strip("s.R"), *chunks[:-1]]
             steps = letters.startswith(("s", "R"))
-            entered, ends = tuple(map(bool, chunks)), chunks[-1] == "e" and letters != "R"
-            work = Work(len(found), step if steps else None, first, entered, ends)
+            leaving = "" if letters == "R" else chunks[-1]
+            work = Work(
+                len(found), step if steps else None, first, tuple(map(bool, chunks)),
+                ends=leaving in ("e", "y"), scored=leaving in ("x", "y"),
+            )  # fmt: skip
             found.append(Operation(letters, work, frozenset(known)))
             known.update(found[-1].tokens)
             if letters == "R":
@@ -102,8 +107,7 @@ def program(
                 instructions = schedule.rest(topology, stage, operation.work)
             else:
                 instructions = schedule.operation(topology, stage, operation.work)
-                if operation.work.ends:
-                    instructions += schedule.ending(topology, stage, operation.work)
+                instructions += schedule.ending(topology, stage, operation.work)
             own += [Placed(operation, each) for each in mutate(stage, list(instructions))]
     return placed
 
@@ -296,12 +300,12 @@ class Run:
 
     def _check_finish(self, stage: int, placed: Placed) -> None:
         own, index, name = self.known[stage], placed.instruction.index, placed.name
-        if placed.instruction.part is Part.STEP:
+        if placed.instruction.part is WorkPart.STEP:
             _need((name, index) in own.begun, stage, placed, "its beginning")
         if stage == 0 or index != self.topology.sections(stage).start:
             return
-        if placed.instruction.part is Part.STEP:
-            name = Part.STEP, placed.instruction.number - self.topology.lag
+        if placed.instruction.part is WorkPart.STEP:
+            name = WorkPart.STEP, placed.instruction.number - self.topology.lag
             if name[1] < placed.operation.work.first:
                 return  # filled by a prompt
         _need(name in own.memories, stage, placed, f"the hand-off {name}")
@@ -314,8 +318,9 @@ class Run:
         if spread:
             _need(placed.name in own.hidden, stage, placed, "the combined or shared output")
         elif stage == topology.last_stage or topology.combined:
-            section = 0 if topology.batched and part is Part.STEP else topology.sections(stage)[-1]
-            _need((placed.name, section) in own.finished, stage, placed, "the output of its last section")
+            section = 0 if topology.batched and part is WorkPart.STEP else topology.sections(stage)[-1]
+            output = WorkPart.CHUNK if part is WorkPart.SCORES else part, placed.instruction.number
+            _need((output, section) in own.finished, stage, placed, "the output of its last section")
 
 
 def _need(there: bool, stage: int, placed: Placed, what: str) -> None:

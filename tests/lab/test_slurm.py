@@ -9,6 +9,8 @@ from tests.lab.hosts import Lab
 from tests.lab.launching import VARIABLES, finish, run_config
 from tests.lab.slurm import allocation
 from tests.lab.test_launchers import LocalLosses, watch_ranks
+from tests.lab.test_served_hosts import health, wait_for
+from tests.launch.generating import write_model
 from tests.launch.runs import ROOT, losses, write_config
 
 pytestmark = pytest.mark.lab
@@ -50,6 +52,23 @@ def test_the_supervised_batch_script_trains_over_two_hosts(
     output = sorted(path.name for path in (tmp_path / "runs/run/logs/attempt_001").iterdir())
     assert output == ["rank_00000.node1.log", "rank_00001.node2.log"]
     assert clean_lab.processes() == []
+
+
+@pytest.mark.slow  # test_served_hosts.py and the scripts above check the same parts
+def test_the_serving_batch_script_serves_over_two_hosts(clean_lab: Lab, tmp_path: Path) -> None:
+    slurm_folder(tmp_path)
+    model = write_model(tmp_path / "model")
+    batch = allocation(tmp_path, "/usr/bin:/bin") | {"STAGDIST_VENV": sys.prefix, "PORT": "8000"}
+    words = ["bash", "launch/slurm/serve.sbatch", str(model), "--device", "cpu"]
+    call = clean_lab.popen("node1", words, env={**VARIABLES, **batch}, cwd=tmp_path)
+    wait_for(clean_lab, call, "node1", "200", 90)
+    assert health(clean_lab, "node2") == "nothing"
+    assert call.text().startswith("http://node1:8000\n")
+    assert (tmp_path / "hostfile.10071").read_text() == "node1 slots=1\nnode2 slots=1\n"
+    clean_lab.signal(call, 15)
+    assert call.wait(60) == 143, call.text()
+    assert (tmp_path / "runs" / "serve-10071" / "run.json").exists()
+    assert health(clean_lab, "node1") == "nothing"
 
 
 def test_the_last_nodes_of_the_allocation_are_spares(clean_lab: Lab, tmp_path: Path) -> None:

@@ -136,9 +136,9 @@ def is_alive(process: psutil.Process) -> bool:
     return False
 
 
-def _arguments(model: Path, port: int, arguments: Sequence[str]) -> list[str]:
+def _arguments(model: Path, port: int, arguments: Sequence[str], *, access_log: bool = False) -> list[str]:
     fixed = ["--model", str(model), "--served-model-name", "m", "--port", str(port), "--device", "cpu"]
-    return [*fixed, "--no-access-log", *arguments]
+    return [*fixed, *([] if access_log else ["--no-access-log"]), *arguments]
 
 
 def serve(
@@ -154,7 +154,7 @@ def serve(
     return Served(Forks(folder, SERVE, _arguments(model, port, arguments), ranks=ranks, before=before), port)
 
 
-def serve_by(launcher: str, folder: Path, model: Path, *arguments: str) -> Served:
+def serve_by(launcher: str, folder: Path, model: Path, *arguments: str, access_log: bool = False) -> Served:
     """Start a server of two ranks by a real command; `supervisor` is launch/run.py, and python has one rank."""
     port, meeting = free_port(), str(free_port())
     front = {
@@ -164,5 +164,5 @@ def serve_by(launcher: str, folder: Path, model: Path, *arguments: str) -> Serve
         "mpirun": mpirun(meeting, 2),
         "supervisor": [sys.executable, str(ROOT / "launch" / "run.py"), "--folder", str(folder / "run"), "--"],
     }[launcher]
-    words = [*front, str(SERVE), *_arguments(model, port, arguments)]
+    words = [*front, str(SERVE), *_arguments(model, port, arguments, access_log=access_log)]
     return Served(Launch(folder, words, script=SERVE), port)

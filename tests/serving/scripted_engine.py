@@ -48,7 +48,8 @@ def hello(**tokenizer: Any) -> dict[str, Any]:
         "parameters": 1234,
         "precision": "fp32",
         "version": "0.1.0",
-        "connection": "stagger",
+        "connection": "staggered",
+        "stagger": 1,
     }
     special = {"eos_token": "<|endoftext|>"}
     tokens = content | {"special_tokens": special} | tokenizer

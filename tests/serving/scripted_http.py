@@ -44,6 +44,9 @@ def serve(settings: ServerSettings, listener: socket.socket, rank_0: socket.sock
             client.sendall(held)
             held = b""
     if message is not None:
+        rank_0.shutdown(socket.SHUT_RDWR)
+        if MISBEHAVIOR == "lingers":
+            time.sleep(0.6)
         os._exit(0)
 
 

@@ -115,6 +115,20 @@ def test_under_a_supervisor_the_next_rank_0_finds_it_and_one_with_other_settings
     assert ended(new)
 
 
+def test_one_with_other_settings_has_left_the_port_before_the_next_one_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCRIPTED_HTTP", "lingers")
+    given = settings(tmp_path, supervised=True)
+    with pytest.raises(ValueError):
+        old, process = connected(given)
+        with old:
+            raise ValueError
+    with HttpProcess(settings(tmp_path, supervised=True, port=given.port, names=("other",))) as http:
+        assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+        http.connect()
+
+
 def test_one_that_does_not_answer_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = settings(tmp_path, supervised=True)
     monkeypatch.setenv("SCRIPTED_HTTP", "silent")

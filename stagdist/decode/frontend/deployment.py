@@ -18,8 +18,8 @@ from stagdist.parallel.world import World, choose_device
 from stagdist.telemetry.pulse import Pulse
 from stagdist.telemetry.spans import SpanRecorder
 
-HEARTBEATS = 3
-"""An idle engine sends a sign of life to the other ranks this often within the timeout."""
+HEARTBEAT_S = 1.0
+"""An idle engine sends a sign of life to the other ranks this often, and three times within the timeout."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Deployment:
             transport,
             tokenizer=self.tokenizer,
             end_tokens=self.end_tokens,
-            heartbeat_s=self.plan.options.timeout_s / HEARTBEATS,
+            heartbeat_s=min(HEARTBEAT_S, self.plan.options.timeout_s / 3),
             **limits,
         )
 

@@ -2,16 +2,17 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stagdist.decode.runtime.hosted_sections import Call, StageSections
 from stagdist.decode.runtime.readout import Readout
-from stagdist.decode.runtime.schedule import Instruction, Kind, Part, Work
+from stagdist.decode.runtime.schedule import Instruction, Kind, Work, WorkPart
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.topology import Topology
 from stagdist.telemetry.pulse import Phase, Pulse
@@ -37,6 +38,7 @@ CATEGORIES = {
 _WAITS = {Kind.WAIT, Kind.SHARE, Kind.TOKEN}
 """Instructions that can wait for a peer."""
 
+_NO_SPAN = nullcontext()
 HostWork = Callable[[], None]
 Program = Callable[[Topology, int, Work], tuple[Instruction, ...]]
 """A function of `schedule`."""
@@ -68,8 +70,8 @@ class Executor:
         self.chunks: deque[Call | None] = deque([None] * stages, stages)
         self.step_number = 0
         self.spent_s = dict.fromkeys(CATEGORIES.values(), 0.0)
-        self._programs: dict[tuple[Program, Work], tuple[Instruction, ...]] = {}
-        self._shifts: dict[Part, int] = {}
+        self._programs: dict[tuple[Any, ...], tuple[Instruction, ...]] = {}
+        self._shifts: dict[WorkPart, int] = {}
 
     def run(self, program: Program, work: Work, step: Call | None = None, host_work: HostWork | None = None) -> None:
         """Run the instructions of this stage in order.
@@ -81,14 +83,16 @@ class Executor:
         for instruction in self._instructions(program, work):
             kind = instruction.kind
             self._pulse.beat(Phase.RECEIVE if kind in _WAITS else Phase.FORWARD)
+            began_s = time.perf_counter()
             with self.span(instruction):
                 if kind is Kind.HOST:
                     if host_work is not None:
                         host_work()
                 else:
-                    call = step if instruction.part is Part.STEP else self.chunks[-instruction.number]
+                    call = step if instruction.part is WorkPart.STEP else self.chunks[-instruction.number]
                     assert call is not None
                     _METHODS[instruction.part][kind](self, call, instruction)
+            self.spent_s[CATEGORIES[kind]] += time.perf_counter() - began_s
 
     def _instructions(self, program: Program, work: Work) -> tuple[Instruction, ...]:
         """Return instructions whose numbers are relative: to `_shifts` of their part.
@@ -96,26 +100,21 @@ class Executor:
         So they are few: steps differ after the first `lag` ones in nothing else.
         """
         young = None if work.step is None else min(work.step - work.first, self.topology.lag)
-        self._shifts = {Part.STEP: self.step_number - (young or 0), Part.CHUNK: work.number}
-        relative = replace(work, number=0, step=young, first=0)
-        if (program, relative) not in self._programs:
-            self._programs[program, relative] = program(self.topology, self.setup.index, relative)
-        return self._programs[program, relative]
+        self._shifts = {WorkPart.STEP: self.step_number - (young or 0), WorkPart.CHUNK: work.number}
+        key = program, young, work.entered, work.ends, work.scored
+        if key not in self._programs:
+            relative = replace(work, number=0, step=young, first=0)
+            self._programs[key] = program(self.topology, self.setup.index, relative)
+        return self._programs[key]
 
-    @contextmanager
-    def span(self, instruction: Instruction) -> Iterator[None]:
-        """Time an instruction, and record its span if there is a recorder."""
-        category = CATEGORIES[instruction.kind]
-        began_s = time.perf_counter()
+    def span(self, instruction: Instruction) -> AbstractContextManager[None]:
+        """Record a span of an instruction, if there is a recorder."""
         if self._recorder is None:
-            yield
-        else:
-            name = instruction.kind.value
-            if instruction.kind in (Kind.BEGIN, Kind.FINISH):
-                name = f"{name} {instruction.index + 1}"
-            with self._recorder.span(name, category, step=self.step_number):
-                yield
-        self.spent_s[category] += time.perf_counter() - began_s
+            return _NO_SPAN
+        name = instruction.kind.value
+        if instruction.kind in (Kind.BEGIN, Kind.FINISH):
+            name = f"{name} {instruction.index + 1}"
+        return self._recorder.span(name, CATEGORIES[instruction.kind], step=self.step_number)
 
     def _number_of(self, instruction: Instruction) -> int:
         return instruction.number + self._shifts[instruction.part]
@@ -124,12 +123,12 @@ class Executor:
         assert self.sections.received is not None
         step = self._number_of(instruction)
         buffer = self.sections.received.of_step(call.rows, step)
-        self.setup.link.hand_offs_in.expect((Part.STEP, step), buffer)
+        self.setup.link.hand_offs_in.expect((WorkPart.STEP, step), buffer)
 
     def _receive_chunk(self, call: Call, instruction: Instruction) -> None:
         shape = (1, call.length, self.setup.model.hidden_size)
         buffer = torch.empty(shape, dtype=self.setup.device.dtype, device=self.setup.device.name)
-        self.setup.link.hand_offs_in.expect((Part.CHUNK, self._number_of(instruction)), buffer)
+        self.setup.link.hand_offs_in.expect((WorkPart.CHUNK, self._number_of(instruction)), buffer)
 
     def _wait_for_hand_off(self, call: Call, instruction: Instruction) -> None:
         key = instruction.part, self._number_of(instruction)
@@ -146,7 +145,7 @@ class Executor:
 
     def _combine(self, call: Call, instruction: Instruction) -> None:
         outputs = call.outputs
-        if instruction.part is not Part.SCORES:
+        if instruction.part is not WorkPart.SCORES:
             outputs = {section: output[:, -1:] for section, output in outputs.items()}
         self.readout.combine(outputs, None if instruction.index < 0 else instruction.index)
 
@@ -154,8 +153,13 @@ class Executor:
         self.readout.share(call.outputs.get(self.topology.num_sections - 1))
 
     def _score(self, call: Call, _: Instruction) -> None:
-        assert call.targets is not None and call.count is not None
-        self.readout.score(call.outputs.get(self.topology.num_sections - 1), call.targets, call.count)
+        self.readout.score(call.outputs.get(self.topology.num_sections - 1), *_scored(call))
+
+
+def _scored(call: Call) -> tuple[Tensor, int]:
+    """Tokens to score, and how many of the likeliest ones to report."""
+    assert call.targets is not None and call.count is not None
+    return call.targets, call.count
 
 
 Methods = Mapping[Kind, Callable[[Executor, Call, Instruction], None]]
@@ -183,12 +187,12 @@ _CHUNK: Methods = {
 }
 
 _SCORES: Methods = {
-    Kind.ASK: lambda executor, call, _: executor.readout.ask_scores(call.length, call.targets, call.count),
+    Kind.ASK: lambda executor, call, _: executor.readout.ask_scores(call.length, *_scored(call)),
     Kind.COMBINE: Executor._combine,
     Kind.SHARE: Executor._share_all,
     Kind.HEAD: lambda executor, call, _: None,  # by parts, with the scores
     Kind.CHOOSE: Executor._score,
     Kind.PUBLISH: lambda executor, call, _: executor.readout.publish_scores(),
-    Kind.TOKEN: lambda executor, call, _: executor.readout.receive_scores(call.targets),
+    Kind.TOKEN: lambda executor, call, _: executor.readout.receive_scores(_scored(call)[0]),
 }
-_METHODS = {Part.STEP: _STEP, Part.CHUNK: _CHUNK, Part.SCORES: _SCORES}
+_METHODS = {WorkPart.STEP: _STEP, WorkPart.CHUNK: _CHUNK, WorkPart.SCORES: _SCORES}

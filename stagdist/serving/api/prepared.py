@@ -12,12 +12,11 @@ from stagdist.errors import ConfigError
 from stagdist.serving.api.problems import ProblemError, problem_of_params
 from stagdist.serving.api.served_model import ModelView
 from stagdist.serving.api.wire import SamplingFields
-from stagdist.serving.protocol import Output
+from stagdist.serving.protocol import FINISH_REASONS, Output
 
 LOWEST_LOGPROB = -9999.0
 """Instead of minus infinity, which JSON cannot write."""
 
-FINISH_REASONS = {"cancelled": "abort"}
 
 _DEFAULTS = {entry.name: entry.default for entry in fields(SamplingParams)}
 
@@ -102,7 +101,7 @@ def parse_json(body: bytes) -> Any:
         ProblemError: it is not JSON, or holds half a pair of surrogates, which is no text.
     """
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
         if b"\\ud" in body.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

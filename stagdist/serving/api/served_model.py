@@ -66,7 +66,17 @@ class ModelView:
     def objects(self) -> list[dict[str, Any]]:
         """The entries of `/v1/models`, one for each name."""
         model = self.model
-        keys = ("sections", "stages", "tensor", "slots", "vocab_size", "parameters", "precision", "connection")
+        keys = (
+            "sections",
+            "stages",
+            "tensor",
+            "slots",
+            "vocab_size",
+            "parameters",
+            "precision",
+            "connection",
+            "stagger",
+        )
         meta = {key: model[key] for key in keys}  # type: ignore[literal-required]
         return [
             {

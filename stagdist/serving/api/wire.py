@@ -11,7 +11,7 @@ from stagdist.serving.api.problems import ProblemError, problem_of_fields, probl
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_CHOICES = 128
-MAX_STOPS = 64
+MAX_STOPS, MAX_STOP_LENGTH = 64, 4096
 MAX_LIST = 4096
 """Limit of lists of token ids in the sampling fields."""
 
@@ -87,7 +87,7 @@ Content = Annotated[
 """The content of a message: a text, or parts of one."""
 
 Stops = Annotated[
-    list[str],
+    list[Annotated[str, Field(max_length=MAX_STOP_LENGTH)]],
     Field(max_length=MAX_STOPS),
     BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
     WithJsonSchema(
@@ -96,6 +96,7 @@ Stops = Annotated[
 ]
 """One stop string or several."""
 
+TokenKey = Annotated[str, Field(max_length=20)]
 TokenList = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_LIST)]
 
 
@@ -124,7 +125,7 @@ class SamplingFields(WireModel):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LIST)] | None = None
+    logit_bias: Annotated[dict[TokenKey, float], Field(max_length=MAX_LIST)] | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stop: Stops | None = None
     stop_token_ids: TokenList | None = None
@@ -231,7 +232,8 @@ class DetokenizeRequest(WireModel):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    # The errors of a million tokens would take gigabytes.
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 
 
 def parse_model(kind: type[Model], body: Any) -> Model:

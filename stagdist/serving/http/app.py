@@ -1,6 +1,7 @@
 """The routes of the server."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncGenerator, Callable
 from http import HTTPStatus
@@ -13,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stagdist.serving.api.chat import prepare_chat
 from stagdist.serving.api.completions import prepare_completion
@@ -255,7 +256,7 @@ class _Server:
     async def _live_events(self, request: Request) -> Response:
         if self._listeners >= MAX_LISTENERS:
             raise ProblemError(503, f"{MAX_LISTENERS} pages listen already", retry_after_s=30)
-        return EventStream(self._state_events())
+        return _EndlessStream(self._state_events())
 
     async def _state_events(self) -> AsyncGenerator[bytes, None]:
         self._listeners += 1
@@ -286,6 +287,15 @@ class _Server:
         if file is None:
             raise ProblemError(404, "the page has no such file")
         return FileResponse(file, headers=PAGE_HEADERS, media_type=PAGE_TYPES[file.suffix])
+
+
+class _EndlessStream(EventStream):
+    """Events until the client leaves, which is no loss."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the head and all events."""
+        with contextlib.suppress(ClientGoneError):
+            await super().__call__(scope, receive, send)
 
 
 def _tokenized(body: Any, served: ModelView) -> dict[str, Any]:

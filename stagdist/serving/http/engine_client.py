@@ -13,7 +13,7 @@ from stagdist.errors import StagdistError
 from stagdist.serving.api.prepared import Submission
 from stagdist.serving.api.problems import ProblemError
 from stagdist.serving.api.served_model import ModelView
-from stagdist.serving.http.generation import Generation
+from stagdist.serving.http.generation import TextGeneration
 from stagdist.serving.http.server_metrics import ServerMetrics
 from stagdist.serving.protocol import Hello, Output, Stats, Step, ToEngine, pack, receive_async
 from stagdist.serving.settings import ServerSettings
@@ -40,7 +40,7 @@ class EngineClient:
         self.finished = asyncio.Event()
         self._settings, self._metrics = settings, metrics
         self._writer: asyncio.StreamWriter | None = None
-        self._open: dict[str, tuple[Generation, int]] = {}
+        self._open: dict[str, tuple[TextGeneration, int]] = {}
         self._last_message = self._last_progress = time.monotonic()
         self._lost_since: float | None = time.monotonic()
         self._finish_interval_s, self._last_finish = 1.0, time.monotonic()
@@ -115,15 +115,17 @@ class EngineClient:
 
     # ---- requests ----
 
-    def submit(self, request_id: str, submissions: Sequence[Submission], deadline_s: float | None = None) -> Generation:
-        """Send the choices of a request to the engine; `Generation.accepted` says whether it takes them.
+    def submit(
+        self, request_id: str, submissions: Sequence[Submission], deadline_s: float | None = None
+    ) -> TextGeneration:
+        """Send the choices of a request to the engine; `TextGeneration.accepted` says whether it takes them.
 
         Raises:
             ProblemError: requests are not served, or too many wait.
         """
         self.require_ready()
         self.require_place()
-        generation = Generation(request_id, submissions, self._cancel)
+        generation = TextGeneration(request_id, submissions, self._cancel)
         for index, (engine_id, each) in enumerate(zip(generation.ids(), submissions, strict=True)):
             self._open[engine_id] = generation, index
             prompt, params = list(each.prompt), each.changed_params()
@@ -185,7 +187,7 @@ class EngineClient:
     async def _greet(self, hello: Hello) -> None:
         # A large vocabulary takes a second.
         self.served = await asyncio.to_thread(ModelView, hello, self._settings)
-        self._metrics.model = {**hello["model"], "names": self.served.names}
+        self._metrics.describe({**hello["model"], "names": self.served.names})
         self.state, self.reason = "loading", "the engine loads the model"
 
     def _take(self, message: Any) -> None:
@@ -218,7 +220,7 @@ class EngineClient:
         if step["stats"] is not None:
             self._take_stats(step["stats"])
 
-    def _take_output(self, generation: Generation, index: int, output: Output) -> None:
+    def _take_output(self, generation: TextGeneration, index: int, output: Output) -> None:
         self._metrics.output(generation, index, output)
         generation.put(index, output)
         if output["finish"] is not None:

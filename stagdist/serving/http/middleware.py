@@ -19,6 +19,9 @@ from stagdist.serving.settings import ServerSettings
 PROTECTED = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info")
 """Paths that need a key, where keys are set: all that read prompts or write text."""
 
+METHODS = ("GET", "HEAD", "POST", "OPTIONS")
+"""Methods that metrics count by name."""
+
 _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 CLIENT_GONE = 499
@@ -73,7 +76,8 @@ class Frame:
         finally:
             seconds = time.monotonic() - begin
             route = scope.get("route")
-            self._metrics.http_request(route.path if route else "none", scope["method"], status or 500, seconds)
+            method = scope["method"] if scope["method"] in METHODS else "other"  # clients may invent some
+            self._metrics.http_request(route.path if route else "none", method, status or 500, seconds)
             if self._settings.access_log:
                 _log(scope, status or 500, seconds)
 
@@ -90,7 +94,7 @@ class Frame:
         if not self._keys or not path.startswith(PROTECTED):
             return True
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        sent = key.strip().encode("latin-1")  # as headers are decoded
+        sent = key.strip(" \t").encode("latin-1")  # as headers are decoded; other spaces may be bytes of a key
         return _matches(_digest(sent), self._keys) and scheme.lower() == "bearer"
 
 

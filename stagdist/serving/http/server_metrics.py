@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from stagdist.serving.http.generation import Generation
-from stagdist.serving.protocol import Output, ServedModel, Stats
+from stagdist.serving.http.generation import TextGeneration
+from stagdist.serving.protocol import FAILURES, FINISH_REASONS, Output, ServedModel, Stats
 
 _FIRST_TOKEN_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -42,7 +42,6 @@ _HISTOGRAMS = {
     "iteration_tokens_total": ("Tokens that one operation of the engine generated.", _STEP_TOKENS),
 }
 
-_FINISH = {"cancelled": "abort"}
 _STAGE_KINDS = {"compute_s": "compute", "wait_memory_s": "memory", "wait_token_s": "token", "send_s": "send"}
 
 
@@ -69,6 +68,7 @@ class ServerMetrics:
             name: Histogram(prefix + name, text, ("model_name", "engine"), buckets=buckets, registry=self._registry)
             for name, (text, buckets) in _HISTOGRAMS.items()
         }
+        self._observed: dict[str, Histogram] = {}
         self._success = self._counter("request_success", "Requests that ended.", "finished_reason")
         self._rejected = self._counter("requests_rejected", "Requests that were not taken.", "reason")
         self._failed = self._counter("requests_failed", "Requests that ended with an error.", "reason")
@@ -92,9 +92,15 @@ class ServerMetrics:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
+    def describe(self, model: ServedModel) -> None:
+        """The model whose requests are counted from now on."""
+        self.model = model
+        # Looked up once, as each token is observed.
+        self._observed = {name: histogram.labels(*self.labels) for name, histogram in self._histograms.items()}
+
     def observe(self, name: str, value: float) -> None:
-        """Add a value to a histogram."""
-        self._histograms[name].labels(*self.labels).observe(value)
+        """Add a value to a histogram of the model."""
+        self._observed[name].observe(value)
 
     # ---- HTTP ----
 
@@ -115,15 +121,15 @@ class ServerMetrics:
         """A request that was taken ended with an error."""
         self._failed.labels(*self.labels, reason).inc()
 
-    def submitted(self, generation: Generation, n: int) -> None:
+    def submitted(self, generation: TextGeneration, n: int) -> None:
         """A request goes to the engine."""
         self.observe("request_params_n", n)
         self.observe("request_params_max_tokens", generation.submissions[0].params.max_new_tokens)
 
     # ---- outputs of the engine ----
 
-    def output(self, generation: Generation, index: int, output: Output) -> None:
-        """Times of the tokens of one choice; call it before `Generation.put`."""
+    def output(self, generation: TextGeneration, index: int, output: Output) -> None:
+        """Times of the tokens of one choice; call it before `TextGeneration.put`."""
         now = time.monotonic()
         if count := len(output["tokens"]):
             last = generation.last_token.get(index)
@@ -136,12 +142,12 @@ class ServerMetrics:
         if output["finish"] is not None:
             self._finished(generation, index, output, now)
 
-    def _finished(self, generation: Generation, index: int, output: Output, now: float) -> None:
+    def _finished(self, generation: TextGeneration, index: int, output: Output, now: float) -> None:
         finish, times = output["finish"], output["times"]
-        if finish in ("error", "timeout"):
+        if finish in FAILURES:
             self.failed(finish)
             return
-        self._success.labels(*self.labels, _FINISH.get(finish or "", finish)).inc()
+        self._success.labels(*self.labels, FINISH_REASONS.get(finish or "", finish)).inc()
         tokens = generation.tokens[index] + len(output["tokens"])
         self.observe("e2e_request_latency_seconds", now - generation.arrival)
         self.observe("request_prompt_tokens", output["prompt_tokens"])

@@ -11,13 +11,15 @@ from starlette.types import Receive, Scope, Send
 
 from stagdist.serving.api.prepared import PreparedRequest, join_wire_outputs
 from stagdist.serving.api.problems import ProblemError
-from stagdist.serving.http.generation import Generation
+from stagdist.serving.http.generation import TextGeneration
 from stagdist.serving.protocol import Output
 
 Result = TypeVar("Result")
 
 EVENT_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 """Proxies must pass on each event."""
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 _LARGE_ANSWER = 1000
 """Tokens of an answer that is written in a thread."""
@@ -79,7 +81,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
 
 
-async def complete_answer(prepared: PreparedRequest, generation: Generation) -> bytes:
+async def complete_answer(prepared: PreparedRequest, generation: TextGeneration) -> bytes:
     """The answer of a request as JSON, when all choices have ended.
 
     Raises:
@@ -106,7 +108,7 @@ async def complete_answer(prepared: PreparedRequest, generation: Generation) -> 
     return await asyncio.to_thread(write) if large else write()
 
 
-async def answer_events(prepared: PreparedRequest, generation: Generation) -> AsyncGenerator[bytes, None]:
+async def answer_events(prepared: PreparedRequest, generation: TextGeneration) -> AsyncGenerator[bytes, None]:
     """Chunks of a request as server-sent events; an error after the head is an event too."""
     options = prepared.fields.stream_options
     with_usage = bool(options and options.include_usage)
@@ -133,4 +135,4 @@ async def answer_events(prepared: PreparedRequest, generation: Generation) -> As
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()

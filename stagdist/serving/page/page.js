@@ -273,7 +273,7 @@ function slotTile() {
   return tile;
 }
 
-/** Shares of the last second, per rank: differences of what the ranks have added up since they started. */
+/** Shares since the last report, per rank: differences of what the ranks have added up since they started. */
 function showStages(stages, before) {
   const kinds = [["compute", "compute_s"], ["memory", "wait_memory_s"], ["token", "wait_token_s"], ["send", "send_s"]];
   const rows = stages.map((stage) => {

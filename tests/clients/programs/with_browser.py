@@ -107,10 +107,11 @@ def main() -> None:
                 "slots": page.locator("#slots li").count(),
                 "too_wide": page.evaluate("document.documentElement.scrollWidth - innerWidth"),
                 "back": page.evaluate("getComputedStyle(document.body).backgroundColor"),
-                "completion": continue_text(page, 24),
+                "completion": continue_text(page, 40),
             }
             if name == "wide" and len(sys.argv) > 3:
                 page.evaluate("document.getElementById('options').open = false")
+                page.wait_for_timeout(2500)  # slow motion
                 page.screenshot(path=sys.argv[3], full_page=True)
             seen[name] |= {
                 "stopped": chat_and_stop(page),

@@ -37,7 +37,8 @@ def generate(setting: Setting) -> Numbers:
         options = ("--precision", "bf16", "--batch-size", "4", "--ignore-eos", "--device", setting.device)
         began = time.perf_counter()
         # Both at once: most of their time is that of imports.
-        whole = start_script("generate.py", model, *options, "--json", "--max-new-tokens", "32", "--prompts-file", str(prompts))
+        asked = ("--json", "--max-new-tokens", "32", "--prompts-file", str(prompts))
+        whole = start_script("generate.py", model, *options, *asked)
         interrupted = start_script("generate.py", model, *options, "--max-new-tokens", "100")
         try:
             numbers: Numbers = {"interrupted_s": _interrupt(interrupted, COMMAND_S[setting.on_gpu])}

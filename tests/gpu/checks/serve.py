@@ -1,6 +1,7 @@
 """The command `launch/serve.py` from end to end on a small model, through HTTP."""
 
 import http.client
+import itertools
 import json
 import signal
 import socket
@@ -73,7 +74,7 @@ def _measure(setting: Setting, port: int) -> Numbers:
 
 
 def _longest_gap_ms(times: list[float]) -> float:
-    return 1e3 * max(after - before for before, after in zip(times, times[1:], strict=False))
+    return 1e3 * max(after - before for before, after in itertools.pairwise(times))
 
 
 def _free_port() -> int:
