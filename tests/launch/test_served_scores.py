@@ -109,6 +109,7 @@ def score_one_position_late() -> None:
     RequestState.take_prompt_scores = wrong  # type: ignore[method-assign]
 
 
+@pytest.mark.slow  # says something about the test above only
 def test_the_sum_notices_one_wrong_score_in_every_chunk(tmp_path: Path) -> None:
     config, text = config_of({}), text_of(500)
     model = write_model(tmp_path / "model", **config)
