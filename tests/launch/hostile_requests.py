@@ -154,7 +154,13 @@ async def has_a_wrong_key(target: Target) -> str:
 
 async def wants_other_files(target: Target) -> str:
     """Asks for files outside of the page's folder."""
-    for name in ("..%2f..%2fsettings.py", "%2e%2e/%2e%2e/settings.py", "../../../etc/passwd", "%2fetc%2fpasswd", "a%00.js"):
+    for name in (
+        "..%2f..%2fsettings.py",
+        "%2e%2e/%2e%2e/settings.py",
+        "../../../etc/passwd",
+        "%2fetc%2fpasswd",
+        "a%00.js",
+    ):
         expect(await ask(target, target.head(f"/page/{name}", 0, method="GET")), 404)
     return "404"
 
@@ -163,7 +169,9 @@ async def forges_headers(target: Target) -> str:
     """Sends ids that would begin another header or line of the log."""
     for given in ("a\rSet-Cookie: b=1", "a\x85b", "x" * 200, "a%0d%0aSet-Cookie: b=1", "a b"):
         async with target.connection() as connection:
-            await connection.send(target.completion(max_tokens=1).replace(b"\r\n", f"\r\nx-request-id: {given}\r\n".encode("latin-1"), 1))
+            await connection.send(
+                target.completion(max_tokens=1).replace(b"\r\n", f"\r\nx-request-id: {given}\r\n".encode("latin-1"), 1)
+            )
             answer = await connection.answer()
         if answer is None or answer.status == 400:
             continue
