@@ -4,6 +4,9 @@ import asyncio
 import contextlib
 import math
 import os
+import select
+import socket
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -157,6 +160,7 @@ class EngineClient:
             return
         self._writer = writer
         self._lost_since = None
+        reader, taken = _taken_by_thread(writer)
         try:
             self._send({"kind": "welcome", "pid": os.getpid(), "settings": self._settings.fingerprint()})
             while self._writer is writer and (message := await receive_async(reader)) is not None:
@@ -171,6 +175,8 @@ class EngineClient:
             if self._writer is writer:
                 self._lose("the engine ended")
             writer.close()
+            with contextlib.suppress(OSError):
+                taken.shutdown(socket.SHUT_RD)
 
     def _lose(self, reason: str) -> None:
         """The connection ended: everything open gets an error."""
@@ -249,3 +255,22 @@ class EngineClient:
             problem = ProblemError(503, message, code=code, retry_after_s=5)
             self._metrics.rejected(code)
         found[0].fail(problem)
+
+
+def _taken_by_thread(writer: asyncio.StreamWriter) -> tuple[asyncio.StreamReader, socket.socket]:
+    """What rank 0 sends, and the socket. A thread takes it, so that thousands of requests at once do not block rank 0."""
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    loop, reader, connection = asyncio.get_running_loop(), asyncio.StreamReader(), writer.get_extra_info("socket").dup()
+
+    def take() -> None:
+        ready = select.poll()
+        ready.register(connection, select.POLLIN)
+        # The loop is closed when the process ends.
+        with connection, contextlib.suppress(RuntimeError):
+            with contextlib.suppress(OSError):
+                while ready.poll() and (data := connection.recv(1 << 16)):
+                    loop.call_soon_threadsafe(reader.feed_data, data)
+            loop.call_soon_threadsafe(reader.feed_eof)
+
+    threading.Thread(target=take, daemon=True, name="engine").start()
+    return reader, connection
