@@ -1,4 +1,4 @@
-"""Clients that leave, stall, send too much or nonsense; each says what the server did, and refuses what it must not do."""
+"""Clients that leave, stall, send too much or nonsense; each checks what the server did."""
 
 import asyncio
 import json
@@ -6,7 +6,7 @@ import random
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 LIMIT_S = 120.0

@@ -1,7 +1,6 @@
 """Clients that send what no server can serve: too much, half of it, nonsense, wrong keys, everything at once."""
 
 import asyncio
-import json
 import random
 
 from tests.launch.hostile_clients import (
@@ -191,7 +190,8 @@ CLIENTS: dict[Client, float] = {
     leaves_at_once: 20, leaves_in_its_prompt: 20, leaves_its_stream: 40, leaves_its_answer: 10,
     reads_slowly: 4, never_reads: 2,
     sends_a_wrong_body: 20, detokenizes_nonsense: 1, sends_too_much: 2, sends_half_a_head: 4, sends_half_a_body: 2,
-    sends_many_headers: 2, pipelines: 4, speaks_http_1_0: 4, has_a_wrong_key: 2, wants_other_files: 2, forges_headers: 2,
+    sends_many_headers: 2, pipelines: 4, speaks_http_1_0: 4, has_a_wrong_key: 2, wants_other_files: 2,
+    forges_headers: 2,
     all_at_once: 0.3,
 }  # fmt: skip
 """All clients with their weight in a mixture."""

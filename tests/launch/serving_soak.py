@@ -15,7 +15,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-
 from benchmarks.common.conditions import conditions
 from benchmarks.common.results import write_results
 from tests.launch.generating import write_model

@@ -258,7 +258,7 @@ class EngineClient:
 
 
 def _taken_by_thread(writer: asyncio.StreamWriter) -> tuple[asyncio.StreamReader, socket.socket]:
-    """What rank 0 sends, and the socket. A thread takes it, so that thousands of requests at once do not block rank 0."""
+    """What rank 0 sends, and the socket. A thread reads it, so that a flood of requests does not block rank 0."""
     writer.transport.pause_reading()  # type: ignore[attr-defined]
     loop, reader, connection = asyncio.get_running_loop(), asyncio.StreamReader(), writer.get_extra_info("socket").dup()
 
