@@ -1,4 +1,4 @@
-"""Clients that leave, stall, send too much or nonsense; each says what the server did, and refuses what it must not do."""
+"""Clients of a server, and those that leave or do not read; each says what came, and refuses what must not come."""
 
 import asyncio
 import json
@@ -6,7 +6,7 @@ import random
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 LIMIT_S = 120.0
@@ -36,11 +36,15 @@ class Target:
     context: int
     host: str = "127.0.0.1"
 
-    def head(self, path: str, length: int | None, *, method: str = "POST", more: str = "", key: str | None = None) -> bytes:
+    def head(
+        self, path: str, length: int | None, *, method: str = "POST", more: str = "", key: str | None = None
+    ) -> bytes:
         """The head of a request; without a length the body is chunked."""
         body = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
         auth = f"Authorization: Bearer {self.key if key is None else key}"
-        lines = f"{method} {path} HTTP/1.1\r\nHost: x\r\n{auth}\r\nContent-Type: application/json\r\n{body}\r\n{more}\r\n"
+        lines = (
+            f"{method} {path} HTTP/1.1\r\nHost: x\r\n{auth}\r\nContent-Type: application/json\r\n{body}\r\n{more}\r\n"
+        )
         return lines.encode("latin-1")
 
     def post(self, path: str, body: bytes, **more: Any) -> bytes:

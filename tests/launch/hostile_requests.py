@@ -1,7 +1,6 @@
 """Clients that send what no server can serve: too much, half of it, nonsense, wrong keys, everything at once."""
 
 import asyncio
-import json
 import random
 
 from tests.launch.hostile_clients import (
@@ -154,7 +153,13 @@ async def has_a_wrong_key(target: Target) -> str:
 
 async def wants_other_files(target: Target) -> str:
     """Asks for files outside of the page's folder."""
-    for name in ("..%2f..%2fsettings.py", "%2e%2e/%2e%2e/settings.py", "../../../etc/passwd", "%2fetc%2fpasswd", "a%00.js"):
+    for name in (
+        "..%2f..%2fsettings.py",
+        "%2e%2e/%2e%2e/settings.py",
+        "../../../etc/passwd",
+        "%2fetc%2fpasswd",
+        "a%00.js",
+    ):
         expect(await ask(target, target.head(f"/page/{name}", 0, method="GET")), 404)
     return "404"
 
@@ -163,7 +168,9 @@ async def forges_headers(target: Target) -> str:
     """Sends ids that would begin another header or line of the log."""
     for given in ("a\rSet-Cookie: b=1", "a\x85b", "x" * 200, "a%0d%0aSet-Cookie: b=1", "a b"):
         async with target.connection() as connection:
-            await connection.send(target.completion(max_tokens=1).replace(b"\r\n", f"\r\nx-request-id: {given}\r\n".encode("latin-1"), 1))
+            await connection.send(
+                target.completion(max_tokens=1).replace(b"\r\n", f"\r\nx-request-id: {given}\r\n".encode("latin-1"), 1)
+            )
             answer = await connection.answer()
         if answer is None or answer.status == 400:
             continue
@@ -183,7 +190,7 @@ CLIENTS: dict[Client, float] = {
     leaves_at_once: 20, leaves_in_its_prompt: 20, leaves_its_stream: 40, leaves_its_answer: 10,
     reads_slowly: 4, never_reads: 2,
     sends_a_wrong_body: 20, detokenizes_nonsense: 1, sends_too_much: 2, sends_half_a_head: 4, sends_half_a_body: 2,
-    sends_many_headers: 2, pipelines: 4, speaks_http_1_0: 4, has_a_wrong_key: 2, wants_other_files: 2, forges_headers: 2,
-    all_at_once: 0.3,
+    sends_many_headers: 2, pipelines: 4, speaks_http_1_0: 4, has_a_wrong_key: 2, wants_other_files: 2,
+    forges_headers: 2, all_at_once: 0.3,
 }  # fmt: skip
 """All clients with their weight in a mixture."""

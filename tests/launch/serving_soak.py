@@ -15,7 +15,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-
 from benchmarks.common.conditions import conditions
 from benchmarks.common.results import write_results
 from tests.launch.generating import write_model
@@ -67,7 +66,9 @@ class Soak:
             outcome = await client(self._target)
         except* UnexpectedError as errors:
             outcome = "unexpected"
-            self.unexpected += [f"{time.monotonic() - self._begin:.0f} s, {name}: {error}"[:500] for error in errors.exceptions]
+            self.unexpected += [
+                f"{time.monotonic() - self._begin:.0f} s, {name}: {error}"[:500] for error in errors.exceptions
+            ]
         except* TimeoutError:
             outcome = "hung"
         except* OSError as errors:
@@ -171,7 +172,11 @@ def main() -> int:
     arguments = parser.parse_args()
     random.seed(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
-        results = {"conditions": conditions(None, 0), "seed": arguments.seed, **soak(Path(folder), arguments.minutes, arguments.rate)}
+        results = {
+            "conditions": conditions(None, 0),
+            "seed": arguments.seed,
+            **soak(Path(folder), arguments.minutes, arguments.rate),
+        }
     write_results(arguments.json, results)
     hung = sum(counts.get("hung", 0) for counts in results["clients"].values())
     wrong = results["unexpected"] or results["secrets_in_log"] or results["tracebacks"] or hung
