@@ -25,20 +25,12 @@ from stagdist.serving.settings import ServerSettings
 UNREAD_TIMEOUT_S = 60
 """A client that takes no data for so long is disconnected."""
 
-_BACKLOG, _ACCEPTED_AT_ONCE = 4096, 32
-"""Connections that wait for this process, and those that it takes before it looks after others."""
-
 _SHUTDOWN_S = 5
 """Limit for writing the last answers."""
 
 
 class _SilentServer(uvicorn.Server):
     """A server that leaves signals alone."""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for each in sockets or ():
-            each.listen(_BACKLOG)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -102,7 +94,7 @@ async def serve(settings: ServerSettings, bound: socket.socket) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        backlog=_ACCEPTED_AT_ONCE,  # as asyncio understands it
+        backlog=4096,
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=_SHUTDOWN_S,
     )

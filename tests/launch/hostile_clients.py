@@ -1,4 +1,4 @@
-"""Clients that leave, stall, send too much or nonsense; each checks what the server did."""
+"""Clients of a server, and those that leave or do not read; each says what came, and refuses what must not come."""
 
 import asyncio
 import json

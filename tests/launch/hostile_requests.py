@@ -191,7 +191,6 @@ CLIENTS: dict[Client, float] = {
     reads_slowly: 4, never_reads: 2,
     sends_a_wrong_body: 20, detokenizes_nonsense: 1, sends_too_much: 2, sends_half_a_head: 4, sends_half_a_body: 2,
     sends_many_headers: 2, pipelines: 4, speaks_http_1_0: 4, has_a_wrong_key: 2, wants_other_files: 2,
-    forges_headers: 2,
-    all_at_once: 0.3,
+    forges_headers: 2, all_at_once: 0.3,
 }  # fmt: skip
 """All clients with their weight in a mixture."""

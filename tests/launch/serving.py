@@ -148,10 +148,12 @@ def serve(
     ranks: int | None = 2,
     port: int | None = None,
     before: Callable[[], None] | None = None,
+    access_log: bool = False,
 ) -> Served:
     """Start a server on forked ranks; see `Forks`."""
     port = port or free_port()
-    return Served(Forks(folder, SERVE, _arguments(model, port, arguments), ranks=ranks, before=before), port)
+    words = _arguments(model, port, arguments, access_log=access_log)
+    return Served(Forks(folder, SERVE, words, ranks=ranks, before=before), port)
 
 
 def serve_by(launcher: str, folder: Path, model: Path, *arguments: str, access_log: bool = False) -> Served:

@@ -43,6 +43,7 @@ class EngineClient:
         self.finished = asyncio.Event()
         self._settings, self._metrics = settings, metrics
         self._writer: asyncio.StreamWriter | None = None
+        self._taken: socket.socket | None = None
         self._open: dict[str, tuple[TextGeneration, int]] = {}
         self._last_message = self._last_progress = time.monotonic()
         self._lost_since: float | None = time.monotonic()
@@ -58,8 +59,8 @@ class EngineClient:
                     await asyncio.wait_for(self.finished.wait(), 1)
                 self._check_time()
             self._send({"kind": "stop", "reason": ""})  # no one needs the engine
-            if self._writer is not None:
-                self._writer.close()
+            if self._writer is not None and self._taken is not None:
+                _close(self._writer, self._taken)
         path.unlink(missing_ok=True)
 
     def _check_time(self) -> None:
@@ -161,6 +162,7 @@ class EngineClient:
         self._writer = writer
         self._lost_since = None
         reader, taken = _taken_by_thread(writer)
+        self._taken = taken
         try:
             self._send({"kind": "welcome", "pid": os.getpid(), "settings": self._settings.fingerprint()})
             while self._writer is writer and (message := await receive_async(reader)) is not None:
@@ -174,9 +176,7 @@ class EngineClient:
         finally:
             if self._writer is writer:
                 self._lose("the engine ended")
-            writer.close()
-            with contextlib.suppress(OSError):
-                taken.shutdown(socket.SHUT_RD)
+            _close(writer, taken)
 
     def _lose(self, reason: str) -> None:
         """The connection ended: everything open gets an error."""
@@ -258,7 +258,7 @@ class EngineClient:
 
 
 def _taken_by_thread(writer: asyncio.StreamWriter) -> tuple[asyncio.StreamReader, socket.socket]:
-    """What rank 0 sends, and the socket. A thread reads it, so that a flood of requests does not block rank 0."""
+    """What rank 0 sends, and the socket. A thread takes it, so that rank 0 never waits for thousands of requests."""
     writer.transport.pause_reading()  # type: ignore[attr-defined]
     loop, reader, connection = asyncio.get_running_loop(), asyncio.StreamReader(), writer.get_extra_info("socket").dup()
 
@@ -274,3 +274,9 @@ def _taken_by_thread(writer: asyncio.StreamWriter) -> tuple[asyncio.StreamReader
 
     threading.Thread(target=take, daemon=True, name="engine").start()
     return reader, connection
+
+
+def _close(writer: asyncio.StreamWriter, taken: socket.socket) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):
+        taken.shutdown(socket.SHUT_RD)  # ends the thread

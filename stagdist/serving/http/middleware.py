@@ -1,5 +1,6 @@
 """What every HTTP request passes: the path's prefix, a request id, keys, metrics, the access log, security headers."""
 
+import asyncio
 import hashlib
 import hmac
 import re
@@ -24,6 +25,9 @@ METHODS = ("GET", "HEAD", "POST", "OPTIONS")
 
 _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
+_BEGIN_AT_ONCE = 32
+"""Requests that begin before the streams of others continue."""
+
 CLIENT_GONE = 499
 """Status of requests whose client left, in the log and in metrics."""
 
@@ -37,6 +41,7 @@ class Frame:
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: ServerMetrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
         self._keys = [_digest(key.encode()) for key in settings.api_keys]
+        self._turn = asyncio.Semaphore(_BEGIN_AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
@@ -44,6 +49,8 @@ class Frame:
             await self._app(scope, receive, send)
             return
         begin, status = time.monotonic(), 0
+        async with self._turn:
+            await asyncio.sleep(0)
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope["request_id"] = request_id
