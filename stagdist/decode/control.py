@@ -1,4 +1,4 @@
-"""What rank 0 tells all ranks before each operation."""
+"""What rank 0 decides and sends to all ranks before each operation."""
 
 from dataclasses import asdict, dataclass
 from enum import IntEnum

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.control import Admission, Chunk, Control, Operation
 from stagdist.decode.engine_stats import SlotState, StageReport
-from stagdist.decode.pace import Pace
+from stagdist.decode.chunk_sizer import ChunkSizer
 from stagdist.decode.request import FinishReason, Request, allowed_new_tokens
 from stagdist.decode.topology import Limits, Topology
 
@@ -63,7 +63,7 @@ Entry = TypeVar("Entry", bound=ScheduledRequest)
 
 
 @dataclass(frozen=True)
-class Plan(Generic[Entry]):
+class OperationPlan(Generic[Entry]):
     """The requests that get tokens in one operation.
 
     Attributes:
@@ -113,14 +113,14 @@ class Scheduler(Generic[Entry]):
         self.running: dict[int, Entry] = {}
         self.prefix_queries = self.prefix_hits = 0
         self.stages = tuple[StageReport, ...]()
-        self._pace = Pace(limits)
+        self._sizer = ChunkSizer(limits)
         self._reported_s = time.perf_counter()
         self._turns: deque[int] = deque()  # slots whose prompts have more chunks
         self._free = {slot: _Held() for slot in range(limits.num_slots)}
         self._number = 0  # of the operation
         # Chunks on their way through the stages with their requests, the newest first.
         self._chunks: deque[tuple[Chunk, Entry] | None] = deque([None] * topology.num_stages, topology.num_stages)
-        self._planned: deque[Plan[Entry]] = deque()  # of operations that were decided but have not run
+        self._planned: deque[OperationPlan[Entry]] = deque()  # of operations that were decided but have not run
 
     def entries(self) -> tuple[Entry, ...]:
         """All requests, the running ones first."""
@@ -140,7 +140,7 @@ class Scheduler(Generic[Entry]):
     @property
     def step_s(self) -> float:
         """See `EngineStats`."""
-        return self._pace.step_s
+        return self._sizer.step_s
 
     def drop_ended(self) -> None:
         """Forget waiting requests that have ended."""
@@ -160,13 +160,13 @@ class Scheduler(Generic[Entry]):
             return Control(Operation.STOP, retired=retired)
         if time.perf_counter() - self._reported_s > REPORT_S:
             self._reported_s = time.perf_counter()
-            self._pace.pause()
+            self._sizer.pause()
             return Control(Operation.REPORT, retired=retired)
         rows = {slot: each for slot, each in self.running.items() if each.decodes}
         chunk, admission = self._next_chunk()
         self._chunks.appendleft(None if chunk is None else (chunk, self.running[chunk.slot]))
         if not rows and not any(self._chunks):
-            self._pace.pause()
+            self._sizer.pause()
             return Control(Operation.STOP if closed and not self.waiting else Operation.REST, retired=retired)
         for each in rows.values():
             each.scheduled += 1
@@ -174,24 +174,24 @@ class Scheduler(Generic[Entry]):
         self._number += 1
         return Control(Operation.RUN, bool(rows), retired, chunk, admission)
 
-    def taken(self) -> Plan[Entry]:
+    def taken(self) -> OperationPlan[Entry]:
         """Return the plan of the operation that has just run, and forget it."""
         plan = self._planned.popleft()
-        self._pace.took(steps=bool(plan.rows), chunk=plan.chunk)
+        self._sizer.took(steps=bool(plan.rows), chunk=plan.chunk)
         return plan
 
     # --- chunks -------------------------------------------------------------------------------------------------
 
-    def _plan(self, rows: dict[int, Entry]) -> Plan[Entry]:
+    def _plan(self, rows: dict[int, Entry]) -> OperationPlan[Entry]:
         """The plan of an operation, with the request whose chunk leaves the last stage in it."""
         longest = max((chunk.stop - chunk.start for chunk, _ in filter(None, self._chunks)), default=0)
         if self._chunks[-1] is None:
-            return Plan(rows, chunk=longest)
+            return OperationPlan(rows, chunk=longest)
         chunk, entry = self._chunks[-1]
         if self.running.get(chunk.slot) is not entry:  # cancelled
-            return Plan(rows, chunk=longest)
+            return OperationPlan(rows, chunk=longest)
         entry.scheduled += chunk.ends
-        return Plan(rows, entry if chunk.ends else None, entry, longest)
+        return OperationPlan(rows, entry if chunk.ends else None, entry, longest)
 
     def _next_chunk(self) -> tuple[Chunk | None, Admission | None]:
         """The first chunk of a new prompt, or else the next one of a prompt whose turn it is."""
@@ -207,7 +207,7 @@ class Scheduler(Generic[Entry]):
         entry = self.running[slot]
         start, length = entry.entered, len(entry.request.prompt_ids)
         decoding = any(each.decodes for each in self.running.values())
-        entry.entered = min(start + (self._pace.chunk if decoding else self._limits.chunk_size), length)
+        entry.entered = min(start + (self._sizer.chunk if decoding else self._limits.chunk_size), length)
         if entry.entered < length:
             self._turns.append(slot)
         return Chunk(slot, start, entry.entered, entry.entered == length)

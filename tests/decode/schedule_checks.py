@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter
 
-from stagdist.decode.runtime.schedule import Kind, Part
+from stagdist.decode.runtime.schedule import Kind, OperationPart
 from stagdist.decode.topology import Topology
 from tests.decode.simulation import (
     CHUNKS_OPEN,
@@ -70,10 +70,10 @@ def check_sections(topology: Topology, played: Run, all_: list[Operation], stage
         if operation.text == "R":
             continue
         if operation.work.entered[stage]:
-            expected.update(((Part.CHUNK, operation.work.number - stage), section) for section in sections)
+            expected.update(((OperationPart.CHUNK, operation.work.number - stage), section) for section in sections)
         if operation.work.step is not None:
             sections = sections[-1:] if topology.recurrent else [0] if topology.batched else sections
-            expected.update(((Part.STEP, operation.work.step), section) for section in sections)
+            expected.update(((OperationPart.STEP, operation.work.step), section) for section in sections)
     demand(Counter(played.known[stage].finished) == expected, f"stage {stage} runs every section once")
 
 
@@ -85,7 +85,7 @@ def check_hand_offs(topology: Topology, all_: list[Operation], stage: int, own: 
         counts[work.number][instruction.kind] += 1
         if placed.operation.text == "R":
             demand(instruction.kind is Kind.WAIT, "a rest only receives")
-        elif instruction.kind is Kind.WAIT and instruction.part is Part.STEP:
+        elif instruction.kind is Kind.WAIT and instruction.part is OperationPart.STEP:
             assert work.step is not None
             lag = work.step - instruction.number
             demand(lag == topology.lag, f"stage {stage}: the hand-off is first needed {topology.lag} steps later")
@@ -116,15 +116,15 @@ def check_order(topology: Topology, stage: int, own: list[Placed]) -> None:
     Receives of the step come first, what needs no memory runs before it is waited for, and the chunk runs before this
     stage waits for the token, or after it has published it.
     """
-    kinds = [each.instruction.kind for each in own if each.instruction.part is Part.STEP]
+    kinds = [each.instruction.kind for each in own if each.instruction.part is OperationPart.STEP]
     begin = kinds.index(Kind.BEGIN)
     demand(not set(kinds[begin:]) & RECEIVES, f"stage {stage}: receives come first")
     if topology.lag:
         demand(set(kinds[:begin]) <= RECEIVES, f"stage {stage} begins before it waits")
     both = [(each.instruction.part, each.instruction.kind) for each in own]
-    if (Part.CHUNK, Kind.FINISH) in both:
-        chunk = both.index((Part.CHUNK, Kind.FINISH))
-        waits, publishes = (Part.STEP, Kind.TOKEN), (Part.STEP, Kind.PUBLISH)
+    if (OperationPart.CHUNK, Kind.FINISH) in both:
+        chunk = both.index((OperationPart.CHUNK, Kind.FINISH))
+        waits, publishes = (OperationPart.STEP, Kind.TOKEN), (OperationPart.STEP, Kind.PUBLISH)
         demand(waits not in both or chunk < both.index(waits), f"stage {stage} runs its chunk before it waits")
         demand(publishes not in both or chunk > both.index(publishes), f"stage {stage} publishes before its chunk")
 
@@ -134,7 +134,7 @@ def check_open_receives(topology: Topology, stage: int, own: list[Placed]) -> No
     steps = chunks = 0
     for place, placed in enumerate(own):
         change = {Kind.EXPECT: 1, Kind.WAIT: -1}.get(placed.instruction.kind, 0)
-        if placed.instruction.part is Part.STEP:
+        if placed.instruction.part is OperationPart.STEP:
             steps += change
         else:
             chunks += change

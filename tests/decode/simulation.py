@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from stagdist.decode.runtime import schedule
-from stagdist.decode.runtime.schedule import Instruction, Kind, Part, Work
+from stagdist.decode.runtime.schedule import Instruction, Kind, OperationPart, Work
 from stagdist.decode.topology import Topology
 
-Name = tuple[Part, int]
+Name = tuple[OperationPart, int]
 """A hand-off, a token or scores: of the step with this number, or of the chunk that entered in this operation."""
 
 CHUNKS_OPEN = 2
@@ -46,10 +46,10 @@ class Operation:
         """Tokens that it chooses, in order."""
         if self.text == "R":
             return []
-        found = [] if self.work.step is None else [(Part.STEP, self.work.step)]
+        found = [] if self.work.step is None else [(OperationPart.STEP, self.work.step)]
         entered = self.work.number - len(self.work.entered) + 1
-        found += [(Part.SCORES, entered)] * self.work.scored
-        return found + [(Part.CHUNK, entered)] * self.work.ends
+        found += [(OperationPart.SCORES, entered)] * self.work.scored
+        return found + [(OperationPart.CHUNK, entered)] * self.work.ends
 
 
 def operations(topology: Topology, text: str) -> list[Operation]:
@@ -300,12 +300,12 @@ class Run:
 
     def _check_finish(self, stage: int, placed: Placed) -> None:
         own, index, name = self.known[stage], placed.instruction.index, placed.name
-        if placed.instruction.part is Part.STEP:
+        if placed.instruction.part is OperationPart.STEP:
             _need((name, index) in own.begun, stage, placed, "its beginning")
         if stage == 0 or index != self.topology.sections(stage).start:
             return
-        if placed.instruction.part is Part.STEP:
-            name = Part.STEP, placed.instruction.number - self.topology.lag
+        if placed.instruction.part is OperationPart.STEP:
+            name = OperationPart.STEP, placed.instruction.number - self.topology.lag
             if name[1] < placed.operation.work.first:
                 return  # filled by a prompt
         _need(name in own.memories, stage, placed, f"the hand-off {name}")
@@ -318,8 +318,8 @@ class Run:
         if spread:
             _need(placed.name in own.hidden, stage, placed, "the combined or shared output")
         elif stage == topology.last_stage or topology.combined:
-            section = 0 if topology.batched and part is Part.STEP else topology.sections(stage)[-1]
-            output = Part.CHUNK if part is Part.SCORES else part, placed.instruction.number
+            section = 0 if topology.batched and part is OperationPart.STEP else topology.sections(stage)[-1]
+            output = OperationPart.CHUNK if part is OperationPart.SCORES else part, placed.instruction.number
             _need((output, section) in own.finished, stage, placed, "the output of its last section")
 
 

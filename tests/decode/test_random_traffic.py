@@ -26,7 +26,11 @@ def traffic(seed: int) -> list[Request]:
     for number in range(COUNT):
         shared = draw.randrange(0, CONTEXT - 4)
         ids = draw.choice(texts)[:shared] + tuple(draw.randrange(36) for _ in range(draw.randrange(1, 4)))
-        sampling = {"temperature": draw.choice([0.0, 1.0]), "seed": number, "logprobs": draw.choice([None, 1])}
+        sampling: dict[str, Any] = {
+            "temperature": draw.choice([0.0, 1.0]),
+            "seed": number,
+            "logprobs": draw.choice([None, 1]),
+        }
         scores = draw.choice([None, None, None, 1])
         params = SamplingParams(max_new_tokens=draw.randrange(1, 9), prompt_logprobs=scores, **sampling)
         requests.append(Request(str(number), ids, params))

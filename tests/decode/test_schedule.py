@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from stagdist.decode.runtime import schedule
-from stagdist.decode.runtime.schedule import Instruction, Kind, Part, Work
+from stagdist.decode.runtime.schedule import Instruction, Kind, OperationPart, Work
 from stagdist.decode.topology import HEAD_LAYOUTS, Topology
 from stagdist.errors import ConfigError
 from tests.decode.schedule_checks import check
@@ -116,7 +116,7 @@ def step_time(topology: Topology, finish: list[float], hand_off_s: float = 0.0) 
 
 def step(number: int) -> Name:
     """The token of a step."""
-    return Part.STEP, number
+    return OperationPart.STEP, number
 
 
 def own_time(topology: Topology, finish: list[float], stage: int) -> float:
@@ -192,7 +192,7 @@ def test_prefill_of_many_chunks_keeps_all_stages_busy() -> None:
     topology = Topology(3, 3)
     played = run(topology, program(topology, "c " * (chunks - 1) + "e ~"), pace(finish))
     after = HEAD_S + CHOOSE_S + TOKEN_S
-    assert played.token_s[0][Part.CHUNK, chunks - 1] == pytest.approx((chunks + 2) * 10.0 + after)
+    assert played.token_s[0][OperationPart.CHUNK, chunks - 1] == pytest.approx((chunks + 2) * 10.0 + after)
 
 
 @pytest.mark.parametrize("finish", SPLITS)
@@ -220,7 +220,7 @@ def moved(kind: Kind, behind: Kind, at_stage: int) -> Mutation:
         kinds = [each.kind for each in instructions]
         if stage != at_stage or kind not in kinds or behind not in kinds:
             return instructions
-        late = [each for each in instructions if each.kind is kind and each.part is Part.STEP]
+        late = [each for each in instructions if each.kind is kind and each.part is OperationPart.STEP]
         rest = [each for each in instructions if each not in late]
         place = max(place for place, each in enumerate(rest) if each.kind is behind) + 1
         return rest[:place] + late + rest[place:]
@@ -232,7 +232,9 @@ def waiting_for_this_step(stage: int, instructions: list[Instruction]) -> list[I
     """A schedule whose stages wait for the hand-off of the present step."""
     step = max((each.number for each in instructions if each.kind is Kind.BEGIN), default=None)
     return [
-        replace(each, number=step) if (each.kind, each.part) == (Kind.WAIT, Part.STEP) and step is not None else each
+        replace(each, number=step)
+        if (each.kind, each.part) == (Kind.WAIT, OperationPart.STEP) and step is not None
+        else each
         for each in instructions
     ]
 

@@ -7,7 +7,7 @@ import pytest
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.control import Admission, Chunk, Control, Operation
 from stagdist.decode.request import FinishReason, Request, SamplingParams
-from stagdist.decode.scheduler import Plan, ScheduledRequest, Scheduler
+from stagdist.decode.scheduler import OperationPlan, ScheduledRequest, Scheduler
 from stagdist.decode.topology import Limits, topology_for
 from tests.decode.decoding import config_of
 
@@ -42,7 +42,7 @@ class Driver:
         for _ in range(count):
             self.controls.append(self.scheduler.decide(stopping=False, closed=False))
             if self.controls[-1].operation is Operation.RUN:
-                plan: Plan[ScheduledRequest] = self.scheduler.taken()
+                plan: OperationPlan[ScheduledRequest] = self.scheduler.taken()
                 for each in (*plan.rows.values(), *filter(None, [plan.first])):
                     each.tokens.append(100 + len(each.tokens))
         return self.controls[-count:]

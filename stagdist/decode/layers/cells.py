@@ -1,6 +1,6 @@
 """Cache entries of the rows of a call: what they write, and what attention reads.
 
-Every cache has one more entry than it holds positions. Rows of a step without a request write to it; nobody reads it.
+Every cache has one more entry than it holds positions. Rows of a step without a request write to it; it is never read.
 """
 
 from collections.abc import Sequence

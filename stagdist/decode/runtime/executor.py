@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stagdist.decode.runtime.hosted_sections import Call, StageSections
 from stagdist.decode.runtime.readout import Readout
-from stagdist.decode.runtime.schedule import Instruction, Kind, Part, Work
+from stagdist.decode.runtime.schedule import Instruction, Kind, OperationPart, Work
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.topology import Topology
 from stagdist.telemetry.pulse import Phase, Pulse
@@ -69,7 +69,7 @@ class Executor:
         self.step_number = 0
         self.spent_s = dict.fromkeys(CATEGORIES.values(), 0.0)
         self._programs: dict[tuple[Program, Work], tuple[Instruction, ...]] = {}
-        self._shifts: dict[Part, int] = {}
+        self._shifts: dict[OperationPart, int] = {}
 
     def run(self, program: Program, work: Work, step: Call | None = None, host_work: HostWork | None = None) -> None:
         """Run the instructions of this stage in order.
@@ -86,7 +86,7 @@ class Executor:
                     if host_work is not None:
                         host_work()
                 else:
-                    call = step if instruction.part is Part.STEP else self.chunks[-instruction.number]
+                    call = step if instruction.part is OperationPart.STEP else self.chunks[-instruction.number]
                     assert call is not None
                     _METHODS[instruction.part][kind](self, call, instruction)
 
@@ -96,7 +96,7 @@ class Executor:
         So they are few: steps differ after the first `lag` ones in nothing else.
         """
         young = None if work.step is None else min(work.step - work.first, self.topology.lag)
-        self._shifts = {Part.STEP: self.step_number - (young or 0), Part.CHUNK: work.number}
+        self._shifts = {OperationPart.STEP: self.step_number - (young or 0), OperationPart.CHUNK: work.number}
         relative = replace(work, number=0, step=young, first=0)
         if (program, relative) not in self._programs:
             self._programs[program, relative] = program(self.topology, self.setup.index, relative)
@@ -124,12 +124,12 @@ class Executor:
         assert self.sections.received is not None
         step = self._number_of(instruction)
         buffer = self.sections.received.of_step(call.rows, step)
-        self.setup.link.hand_offs_in.expect((Part.STEP, step), buffer)
+        self.setup.link.hand_offs_in.expect((OperationPart.STEP, step), buffer)
 
     def _receive_chunk(self, call: Call, instruction: Instruction) -> None:
         shape = (1, call.length, self.setup.model.hidden_size)
         buffer = torch.empty(shape, dtype=self.setup.device.dtype, device=self.setup.device.name)
-        self.setup.link.hand_offs_in.expect((Part.CHUNK, self._number_of(instruction)), buffer)
+        self.setup.link.hand_offs_in.expect((OperationPart.CHUNK, self._number_of(instruction)), buffer)
 
     def _wait_for_hand_off(self, call: Call, instruction: Instruction) -> None:
         key = instruction.part, self._number_of(instruction)
@@ -146,7 +146,7 @@ class Executor:
 
     def _combine(self, call: Call, instruction: Instruction) -> None:
         outputs = call.outputs
-        if instruction.part is not Part.SCORES:
+        if instruction.part is not OperationPart.SCORES:
             outputs = {section: output[:, -1:] for section, output in outputs.items()}
         self.readout.combine(outputs, None if instruction.index < 0 else instruction.index)
 
@@ -165,12 +165,9 @@ def _scored(call: Call) -> tuple[Tensor, int]:
 
 Methods = Mapping[Kind, Callable[[Executor, Call, Instruction], None]]
 
-_STEP: Methods = {
+_BOTH: Methods = {
     Kind.ASK: lambda executor, call, _: executor.readout.ask(call.slots),
-    Kind.EXPECT: Executor._receive_hand_off,
-    Kind.BEGIN: lambda executor, call, instruction: executor.sections.begin(call, instruction.index),
     Kind.WAIT: Executor._wait_for_hand_off,
-    Kind.FINISH: lambda executor, call, instruction: executor.sections.finish(call, instruction.index),
     Kind.SEND: Executor._send,
     Kind.COMBINE: Executor._combine,
     Kind.SHARE: lambda executor, call, _: executor.readout.share(executor._last_output(call)),
@@ -179,10 +176,17 @@ _STEP: Methods = {
     Kind.PUBLISH: lambda executor, call, _: executor.readout.publish(),
     Kind.TOKEN: lambda executor, call, _: executor.readout.receive(),
 }
-"""The instructions of a step, except `Kind.HOST`, which `run` handles."""
+"""What a step and a chunk do alike. `run` handles `Kind.HOST`."""
+
+_STEP: Methods = {
+    **_BOTH,
+    Kind.EXPECT: Executor._receive_hand_off,
+    Kind.BEGIN: lambda executor, call, instruction: executor.sections.begin(call, instruction.index),
+    Kind.FINISH: lambda executor, call, instruction: executor.sections.finish(call, instruction.index),
+}
 
 _CHUNK: Methods = {
-    **_STEP,
+    **_BOTH,
     Kind.EXPECT: Executor._receive_chunk,
     Kind.FINISH: lambda executor, call, instruction: executor.sections.run_chunk(call, instruction.index),
 }
@@ -196,4 +200,4 @@ _SCORES: Methods = {
     Kind.PUBLISH: lambda executor, call, _: executor.readout.publish_scores(),
     Kind.TOKEN: lambda executor, call, _: executor.readout.receive_scores(_scored(call)[0]),
 }
-_METHODS = {Part.STEP: _STEP, Part.CHUNK: _CHUNK, Part.SCORES: _SCORES}
+_METHODS = {OperationPart.STEP: _STEP, OperationPart.CHUNK: _CHUNK, OperationPart.SCORES: _SCORES}

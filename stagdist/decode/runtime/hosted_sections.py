@@ -16,7 +16,7 @@ from stagdist.decode.runtime.setup import StageSetup
 
 
 @dataclass(eq=False)
-class Prompt:
+class Prefill:
     """A prompt on its way through the sections of this rank.
 
     Attributes:
@@ -54,7 +54,7 @@ class Call:
     slots: Sequence[int]
     next_positions: Sequence[int]
     step: int = 0
-    prompt: Prompt | None = None
+    prompt: Prefill | None = None
     start: int = 0
     ends: bool = False
     cells: Cells | None = None
@@ -178,11 +178,11 @@ class StageSections:
 
     # --- prompts ------------------------------------------------------------------------------------------------
 
-    def prompt(self, slot: int, admission: Admission) -> Prompt:
+    def prompt(self, slot: int, admission: Admission) -> Prefill:
         """Create the state of a prompt."""
         input_ids = self.device.upload(admission.prompt_ids, torch.int64)
         memories = {section: PromptMemory(self.topology.lag) for section in self.weights.sections}
-        return Prompt(slot, admission, input_ids, memories)
+        return Prefill(slot, admission, input_ids, memories)
 
     def run_chunk(self, call: Call, section: int) -> None:
         """Run one section over one chunk of a prompt; stores its output in `call.outputs`."""
@@ -204,7 +204,7 @@ class StageSections:
         runner = self._runners[section]
         call.outputs[section] = runner.finish(runner.begin(before, cells), cells, previous, null_rows)
 
-    def keep_tails(self, prompt: Prompt, first_step: int) -> None:
+    def keep_tails(self, prompt: Prefill, first_step: int) -> None:
         """Store the last rows of a prompt, the first hand-offs of its request."""
         if not self.topology.lag:
             return

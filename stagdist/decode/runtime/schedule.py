@@ -32,7 +32,7 @@ class Kind(StrEnum):
     TOKEN = "wait for token"  # the other side of it
 
 
-class Part(StrEnum):
+class OperationPart(StrEnum):
     """The part of an operation that an instruction belongs to."""
 
     STEP = "step"
@@ -52,7 +52,7 @@ class Instruction:
     kind: Kind
     number: int
     index: int = 0
-    part: Part = Part.STEP
+    part: OperationPart = OperationPart.STEP
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,11 @@ def operation(topology: Topology, stage: int, work: Work) -> tuple[Instruction, 
     before: list[Instruction] = []
     after: list[Instruction] = []
     if work.step is not None:
-        before = [*_asking(topology, stage, work.step, Part.STEP), *_body(topology, stage, work.step, work.first)]
-        after = list(_token(topology, stage, work.step, Part.STEP))
+        before = [
+            *_asking(topology, stage, work.step, OperationPart.STEP),
+            *_body(topology, stage, work.step, work.first),
+        ]
+        after = list(_token(topology, stage, work.step, OperationPart.STEP))
     if stage == 0 and topology.num_stages > 1:
         before.append(Instruction(Kind.HOST, work.number))
     waits = bool(after) and after[-1].kind is Kind.TOKEN
@@ -97,7 +100,7 @@ def ending(topology: Topology, stage: int, work: Work) -> tuple[Instruction, ...
     """Instructions after `operation`: from the chunk that left the last stage to scores and first token everywhere."""
     entered = work.number - topology.last_stage
     found: list[Instruction] = []
-    for part in [Part.SCORES] * work.scored + [Part.CHUNK] * work.ends:
+    for part in [OperationPart.SCORES] * work.scored + [OperationPart.CHUNK] * work.ends:
         found += _asking(topology, stage, entered, part)
         found += _token(topology, stage, entered, part)
     return tuple(found)
@@ -111,7 +114,7 @@ def rest(topology: Topology, stage: int, work: Work) -> tuple[Instruction, ...]:
     late = range(max(work.first, work.step - topology.lag), work.step) if topology.lag else ()
     waits = [Instruction(Kind.WAIT, step, stage - 1) for step in late]
     if work.entered[stage]:
-        waits.append(Instruction(Kind.WAIT, work.number - stage, stage - 1, Part.CHUNK))
+        waits.append(Instruction(Kind.WAIT, work.number - stage, stage - 1, OperationPart.CHUNK))
     return tuple(waits)
 
 
@@ -137,7 +140,7 @@ def _body(topology: Topology, stage: int, step: int, first: int) -> Iterator[Ins
         yield Instruction(Kind.SEND, step, stage)
 
 
-def _asking(topology: Topology, stage: int, number: int, part: Part) -> Iterator[Instruction]:
+def _asking(topology: Topology, stage: int, number: int, part: OperationPart) -> Iterator[Instruction]:
     """Announce the receive of the published tensor early.
 
     gloo posts it immediately: a message without a posted receive needs CPU time of its sender, which takes milliseconds
@@ -151,19 +154,19 @@ def _asking(topology: Topology, stage: int, number: int, part: Part) -> Iterator
 def _chunk(topology: Topology, stage: int, work: Work) -> Iterator[Instruction]:
     """A stage's chunk, and the announcement of the next one, which the stage before runs in this operation."""
     if stage > 0 and work.entered[stage - 1]:
-        yield Instruction(Kind.EXPECT, work.number - stage + 1, stage - 1, Part.CHUNK)
+        yield Instruction(Kind.EXPECT, work.number - stage + 1, stage - 1, OperationPart.CHUNK)
     if not work.entered[stage]:
         return
     entered = work.number - stage
     if stage > 0:
-        yield Instruction(Kind.WAIT, entered, stage - 1, Part.CHUNK)
+        yield Instruction(Kind.WAIT, entered, stage - 1, OperationPart.CHUNK)
     for section in topology.sections(stage):
-        yield Instruction(Kind.FINISH, entered, section, Part.CHUNK)
+        yield Instruction(Kind.FINISH, entered, section, OperationPart.CHUNK)
     if stage < topology.last_stage:
-        yield Instruction(Kind.SEND, entered, stage, Part.CHUNK)
+        yield Instruction(Kind.SEND, entered, stage, OperationPart.CHUNK)
 
 
-def _token(topology: Topology, stage: int, number: int, part: Part) -> Iterator[Instruction]:
+def _token(topology: Topology, stage: int, number: int, part: OperationPart) -> Iterator[Instruction]:
     """From the last section's output to the token on all stages."""
     last = stage == topology.last_stage
     alone = topology.num_stages == 1

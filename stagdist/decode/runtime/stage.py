@@ -13,7 +13,7 @@ from stagdist.decode.request import SamplingParams
 from stagdist.decode.runtime import schedule
 from stagdist.decode.runtime.executor import Executor, HostWork
 from stagdist.decode.runtime.graphs import CaptureProgress, FixedStep, StepGraphs
-from stagdist.decode.runtime.hosted_sections import Call, Prompt, StageSections
+from stagdist.decode.runtime.hosted_sections import Call, Prefill, StageSections
 from stagdist.decode.runtime.readout import Readout
 from stagdist.decode.runtime.schedule import Instruction, Kind, Work
 from stagdist.decode.runtime.setup import StageSetup
@@ -63,7 +63,7 @@ class Stage:
         self._next_positions: dict[int, int] = {}  # of the active slots
         self.pulse = pulse or Pulse()
         self._first_step = self._number = 0
-        self._prompts: dict[int, Prompt] = {}  # by slot, until their tokens are decoded
+        self._prompts: dict[int, Prefill] = {}  # by slot, until their tokens are decoded
         self._executor = Executor(setup, self._sections, self.readout, recorder, self.pulse)
         self._chunks = self._executor.chunks
         self._graphs: StepGraphs | None = None

@@ -11,7 +11,7 @@ _MARGIN = 0.9  # share of the target that is aimed at
 _SMOOTHING = 0.1  # weight of the newest step in the mean
 
 
-class Pace:
+class ChunkSizer:
     """Measures operations on rank 0, and chooses the size of chunks beside steps.
 
     The time that a chunk adds to a step is neither constant nor proportional to its size, and grows with the context.
