@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from stagdist.config.parts import ModelConfig
+from stagdist.decode.chunk_sizer import ChunkSizer
 from stagdist.decode.control import Admission, Chunk, Control, Operation
 from stagdist.decode.engine_stats import SlotState, StageReport
-from stagdist.decode.chunk_sizer import ChunkSizer
 from stagdist.decode.request import FinishReason, Request, allowed_new_tokens
 from stagdist.decode.topology import Limits, Topology
 
@@ -116,6 +116,7 @@ class Scheduler(Generic[Entry]):
         self._sizer = ChunkSizer(limits)
         self._reported_s = time.perf_counter()
         self._turns: deque[int] = deque()  # slots whose prompts have more chunks
+        self._admitted = False  # the operation decided last has the first chunk of a prompt
         self._free = {slot: _Held() for slot in range(limits.num_slots)}
         self._number = 0  # of the operation
         # Chunks on their way through the stages with their requests, the newest first.
@@ -194,10 +195,12 @@ class Scheduler(Generic[Entry]):
         return OperationPlan(rows, entry if chunk.ends else None, entry, longest)
 
     def _next_chunk(self) -> tuple[Chunk | None, Admission | None]:
-        """The first chunk of a new prompt, or else the next one of a prompt whose turn it is."""
-        for entry in self.waiting if self._free else ():
+        """The first chunk of a new prompt or the next one of a prompt in a slot; after the former comes the latter."""
+        admitted, self._admitted = self._admitted, False
+        for entry in self.waiting if self._free and not (admitted and self._turns) else ():
             found = self._longest_prefix(entry.request)
             if found is not None:
+                self._admitted = True
                 self.waiting.remove(entry)
                 slot, admission = self._admit(entry, *found)
                 return self._chunk_of(slot), admission

@@ -67,8 +67,17 @@ def test_prompts_take_turns_and_every_operation_has_a_step_of_all_that_decode() 
     driver.add("long", list(range(2, 14)))
     driver.add("longer", list(range(20, 36)))
     controls = driver.run(7)
-    assert chunks(controls) == [(1, 0, 4), (2, 0, 4), (1, 4, 8), (2, 4, 8), (1, 8, 12), (2, 8, 12), (2, 12, 16)]
+    assert chunks(controls) == [(1, 0, 4), (1, 4, 8), (2, 0, 4), (1, 8, 12), (2, 4, 8), (2, 8, 12), (2, 12, 16)]
     assert all(control.step for control in controls) and len(first.tokens) == 9
+
+
+def test_a_long_prompt_gets_every_second_chunk_however_many_short_ones_come() -> None:
+    driver = Driver(slots=3)
+    driver.add("long", list(range(200)))
+    for number in range(102):
+        driver.add(str(number), [201 + number % 50], 1)
+        driver.run()
+    assert driver.requests["long"].decodes
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4])
@@ -146,7 +155,7 @@ def test_a_prompt_waits_for_another_one_that_computes_its_beginning() -> None:
     driver.add("same", list(range(16)))
     driver.add("unlike", [60, 61])
     controls = driver.until_rest()
-    assert chunks(controls)[:2] == [(0, 0, 4), (1, 0, 2)], "the third one does not wait"
+    assert chunks(controls)[:3] == [(0, 0, 4), (0, 4, 8), (1, 0, 2)], "the third one does not wait"
     assert driver.requests["same"].cached_tokens >= 11
 
 
