@@ -20,10 +20,6 @@ from stagdist.decode.topology import Limits, Topology
 REPORT_S = 5.0
 """Ranks report at least this often."""
 
-RESERVE = 2
-"""A request without a prefix takes the slot used longest ago of so many free ones; one further up would cost a row of
-every step."""
-
 
 @dataclass(eq=False)
 class ScheduledRequest:
@@ -86,7 +82,7 @@ class _Held:
     Attributes:
         tokens: the known ones, from position 0.
         positions: all that were written.
-        freed: number of the operation before which the slot became free.
+        freed: number of the operation before which the slot became free; 0 for an empty one.
         moves: positions that may be written before the last stage copies them.
     """
 
@@ -262,15 +258,20 @@ class Scheduler(Generic[Entry]):
             return 0  # the ring buffer has lost what the first position sees
         return max(0, start)
 
+    def _slot_for(self, source: int | None, common: int) -> int:
+        """The slot of the source if little of it is lost, else an empty one, else the one that is free the longest."""
+        longest_free = min(self._free, key=lambda slot: (self._free[slot].freed, slot))
+        if source not in self._free:
+            return longest_free
+        assert source is not None
+        kept = 0 if self._free[longest_free].positions == 0 else common
+        return source if len(self._free[source].tokens) - common <= kept else longest_free
+
     def _admit(self, entry: Entry, source: int | None, common: int) -> tuple[int, Admission]:
         request, lag = entry.request, self._topology.lag
         if self._limits.prefix_caching and request.params.prompt_logprobs is None:
             self.prefix_queries += len(request.prompt_ids)
-        if source in self._free and 2 * common >= len(self._free[source].tokens):
-            slot = source
-        else:
-            slot = min(sorted(self._free)[:RESERVE], key=lambda each: self._free[each].freed)
-        assert slot is not None
+        slot = self._slot_for(source, common)
         del self._free[slot]
         entry.admitted_s = time.perf_counter()
         entry.allowed = allowed_new_tokens(request, self._limits.max_context)

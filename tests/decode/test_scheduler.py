@@ -149,6 +149,27 @@ def test_a_short_common_part_is_copied_and_does_not_cost_a_long_one_its_slot() -
     assert admissions(driver.until_rest())[0].reused == 40
 
 
+@pytest.mark.parametrize("shared", [0, 3, 12])
+def test_as_many_conversations_as_slots_keep_their_prefixes(shared: int) -> None:
+    driver = Driver(slots=5)
+    texts = {name: [*range(shared), *range(20 * name, 20 * name + 6)] for name in range(1, 6)}
+    for turn in range(4):
+        for name, ids in texts.items():
+            request = driver.add(f"{name} {turn}", ids.copy(), 3)
+            driver.until_rest()
+            if turn:
+                assert request.cached_tokens == len(ids) - 3, (
+                    "all but its last answer's last token, the new one and the lag"
+                )
+            ids += [*request.tokens, 7]
+    new = driver.add("new", [250, 251, 252])
+    (admission,) = admissions(driver.until_rest())
+    assert (admission.reused, new.cached_tokens) == (0, 0)
+    kept = [driver.add(f"{name} again", ids).request for name, ids in texts.items() if name > 1]
+    driver.until_rest()
+    assert all(driver.requests[each.request_id].cached_tokens > shared for each in kept), "it took the oldest slot"
+
+
 def test_a_prompt_waits_for_another_one_that_computes_its_beginning() -> None:
     driver = Driver(slots=4)
     driver.add("a", list(range(16)))
