@@ -7,7 +7,7 @@ import pytest
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.control import Admission, Chunk, Control, Operation
 from stagdist.decode.request import FinishReason, Request, SamplingParams
-from stagdist.decode.scheduler import OperationPlan, ScheduledRequest, Scheduler
+from stagdist.decode.scheduler import LOOKUPS, OperationPlan, ScheduledRequest, Scheduler
 from stagdist.decode.topology import Limits, topology_for
 from tests.decode.decoding import config_of
 
@@ -178,6 +178,35 @@ def test_a_prompt_waits_for_another_one_that_computes_its_beginning() -> None:
     controls = driver.until_rest()
     assert chunks(controls)[:3] == [(0, 0, 4), (0, 4, 8), (1, 0, 2)], "the third one does not wait"
     assert driver.requests["same"].cached_tokens >= 11
+
+
+def test_few_prefixes_are_looked_for_in_one_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, looked, longest = Driver(slots=4), list[ScheduledRequest](), Scheduler._longest_prefix
+
+    def counted(self: Scheduler[Any], entry: ScheduledRequest) -> Any:
+        looked.append(entry)
+        return longest(self, entry)
+
+    monkeypatch.setattr(Scheduler, "_longest_prefix", counted)
+    for number in range(60):
+        driver.add(str(number), [*range(200), 200 + number])
+    unlike = driver.add("unlike", [7, 7])
+    for _ in range(50):
+        before = len(looked)
+        driver.run()
+        assert len(looked) - before <= LOOKUPS
+    assert unlike.tokens, "it had to wait for no other prompt"
+    assert len(looked) == len(set(looked)) == 61, "once each while the first one is computed"
+
+
+def test_a_prompt_whose_awaited_prompt_was_cancelled_is_computed() -> None:
+    driver = Driver(slots=2)
+    first, second = (driver.add(name, list(range(40))) for name in ("first", "second"))
+    driver.run(3)
+    assert second.awaited is first and second.admitted_s is None
+    first.finish = FinishReason.CANCELLED
+    driver.until_rest()
+    assert len(second.tokens) == 3 and second.cached_tokens == 11 and second.awaited is None
 
 
 def test_what_a_ring_buffer_has_lost_is_not_reused() -> None:
