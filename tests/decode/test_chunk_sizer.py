@@ -55,6 +55,13 @@ def test_steps_with_chunks_come_close_to_the_target_from_below(
     assert STEP_S + cost(sizes[-1] + 32) > 0.9 * target_s
 
 
+def test_sizes_are_learned_without_a_step_that_has_no_chunk(clock: list[float]) -> None:
+    sizer = ChunkSizer(Limits(1, 4096, 256, inter_token_target_s=0.06))
+    sizes = run(sizer, clock, lambda rows: 0.0005 * rows, 40)
+    assert sizer.step_s == 0 and sizes[0] == 16
+    assert all(STEP_S + 0.0005 * size <= 0.06 for size in sizes) and STEP_S + 0.0005 * (sizes[-1] + 32) > 0.9 * 0.06
+
+
 def test_a_slower_machine_gets_smaller_chunks_and_the_smallest_is_16(clock: list[float]) -> None:
     sizer = warmed(clock, 0.06)
     fast = run(sizer, clock, lambda rows: 0.0005 * rows, 30)[-1]
