@@ -35,7 +35,7 @@ class Engine:
         tokenizer: decodes tokens; without it outputs have token ids only, and stop strings are rejected.
         end_tokens: each of them ends a request that does not ignore them.
         heartbeat_s: an idle engine sends a message to the other ranks at least this often.
-        max_waiting: requests without a slot at most.
+        max_waiting: requests without a slot at most, not counting as many as there are free slots.
         max_waiting_tokens: tokens of their prompts at most; a longer prompt may wait alone.
 
     Attributes:
@@ -262,11 +262,13 @@ class Engine:
 
     def _check_queue(self, size: int) -> None:
         most, most_tokens = self._max_waiting, self._max_waiting_tokens
-        full = most is not None and self._waiting >= most
-        if full or (self._waiting and most_tokens is not None and self._waiting_tokens + size > most_tokens):
+        free = self._stage.limits.num_slots - len(self._scheduler.running)
+        full = most is not None and self._waiting - free >= most
+        too_long = most_tokens is not None and self._waiting_tokens + size > most_tokens
+        if full or (too_long and self._waiting > free):
             raise QueueFullError(
-                f"{self._waiting} requests with {self._waiting_tokens} prompt tokens are waiting, at most {most} with "
-                f"{most_tokens} may wait; try again later"
+                f"{self._waiting} requests with {self._waiting_tokens} prompt tokens are waiting and {free} slots are "
+                f"free; at most {most} requests, and {most_tokens} tokens, may wait longer; try again later"
             )
 
     def _leave_queue(self, state: RequestState) -> None:

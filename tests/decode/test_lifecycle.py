@@ -60,18 +60,19 @@ def tokens() -> tuple[int, ...]:
 
 
 def test_a_full_queue_refuses_requests_until_some_have_a_slot(tokens: tuple[int, ...]) -> None:
-    busy, outbox = engine(1, max_waiting=2), Outbox()
-    for name in ("a", "b"):
+    busy, outbox = engine(1, max_waiting=1), Outbox()
+    for name in ("a", "b"):  # one for the free slot
         busy.submit(asked(name))
-    with pytest.raises(QueueFullError, match=f"2 requests with {2 * SIZE} prompt tokens are waiting, at most 2 "):
+    where = f"2 requests with {2 * SIZE} prompt tokens are waiting and 1 slots are free; at most 1 "
+    with pytest.raises(QueueFullError, match=where):
         busy.submit(asked("c"))
     refused: list[bool] = []
 
     def sink(outputs: Sequence[RequestOutput]) -> None:
         outbox(outputs)
-        if not refused:
+        if not refused and outputs[0].request_id == "b":
             refused.append(False)
-            busy.submit(asked("c"))  # "a" has left the queue, and the name of a refused request is free
+            busy.submit(asked("c"))  # "b" has left the queue, and the name of a refused request is free
             with pytest.raises(QueueFullError):
                 busy.submit(asked("d"))
             busy.close()
@@ -83,8 +84,9 @@ def test_a_full_queue_refuses_requests_until_some_have_a_slot(tokens: tuple[int,
 
 def test_a_queue_is_bounded_in_tokens_and_takes_a_longer_prompt_alone() -> None:
     busy = engine(1, max_waiting_tokens=SIZE - 1)
+    busy.submit(asked("gets the slot"))
     busy.submit(asked("longer"))
-    with pytest.raises(QueueFullError, match=f"1 requests with {SIZE} prompt tokens are waiting"):
+    with pytest.raises(QueueFullError, match=f"2 requests with {2 * SIZE} prompt tokens are waiting"):
         busy.submit(Request("b", (1,)))
     busy = engine(1, max_waiting_tokens=2 * SIZE)
     for name in ("a", "b"):
@@ -93,8 +95,16 @@ def test_a_queue_is_bounded_in_tokens_and_takes_a_longer_prompt_alone() -> None:
         busy.submit(Request("c", (1,)))
 
 
+def test_no_request_is_refused_while_a_slot_is_free() -> None:
+    busy = engine(3, max_waiting=0, max_waiting_tokens=1)
+    for name in "abc":
+        busy.submit(asked(name))
+    with pytest.raises(QueueFullError, match="3 requests .* and 3 slots are free; at most 0 requests, and 1 tokens"):
+        busy.submit(asked("d"))
+
+
 def test_a_request_that_was_cancelled_while_it_waited_leaves_room() -> None:
-    busy, outbox = engine(1, max_waiting=2), Outbox()
+    busy, outbox = engine(1, max_waiting=1), Outbox()
     done: list[str] = []
 
     def sink(outputs: Sequence[RequestOutput]) -> None:
