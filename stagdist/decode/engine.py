@@ -1,7 +1,5 @@
 """The engine: serves requests and returns tokens and text. It runs on rank 0; the other ranks follow."""
 
-import heapq
-import itertools
 import queue
 import threading
 import time
@@ -67,8 +65,7 @@ class Engine:
         self._waiting = self._waiting_tokens = 0
         self._stop_s = float("inf")  # when what is unfinished is cancelled
         self._closed = False
-        self._deadlines: list[tuple[float, int, RequestState]] = []  # a heap; the number breaks ties
-        self._numbers = itertools.count()
+        self._earliest_s = float("inf")  # no deadline is before
         self._sink: Sink = lambda outputs: None
         self._unreported: dict[RequestState, None] = {}  # an ordered set
         self._stats = EngineStats()
@@ -100,7 +97,7 @@ class Engine:
             self._checked(request),
             text=self._text_stream(request),
             own_stop_ids=frozenset(request.params.stop_token_ids),
-            deadline_s=None if deadline_s is None else time.perf_counter() + deadline_s,
+            deadline_s=float("inf") if deadline_s is None else time.perf_counter() + deadline_s,
         )
         name, size = request.request_id, len(request.prompt_ids)
         with self._lock:
@@ -114,10 +111,12 @@ class Engine:
             self._inbox.put(state)
         self._wake.set()
 
-    def cancel(self, request_id: str) -> None:
-        """End a request early. Does nothing if it has ended or is unknown."""
+    def cancel(self, request_id: str) -> bool:
+        """End a request early. Returns whether its last output was pending; if not, nothing happens."""
+        is_open = request_id in self._open
         self._inbox.put(request_id)
         self._wake.set()
+        return is_open
 
     def close(self) -> None:
         """Declare that no more requests will be submitted; `run` returns after the last one."""
@@ -184,8 +183,11 @@ class Engine:
         """Decide the operation after the one that is about to run."""
         now_s = time.perf_counter()
         self._take_inbox()
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            self._end(heapq.heappop(self._deadlines)[2], FinishReason.TIMEOUT)
+        if self._earliest_s <= now_s:
+            for state in self._scheduler.entries():
+                if state.deadline_s <= now_s:
+                    self._end(state, FinishReason.TIMEOUT)
+            self._earliest_s = min((state.deadline_s for state in self._scheduler.entries()), default=float("inf"))
         control = self._scheduler.decide(stopping=now_s >= self._stop_s, closed=self._closed)
         for running in self._scheduler.running.values():
             if running.is_queued:
@@ -288,8 +290,7 @@ class Engine:
                         self._end(state, FinishReason.CANCELLED)
             else:
                 self._scheduler.waiting.append(entry)
-                if entry.deadline_s is not None:
-                    heapq.heappush(self._deadlines, (entry.deadline_s, next(self._numbers), entry))
+                self._earliest_s = min(self._earliest_s, entry.deadline_s)
 
     def _end(self, state: RequestState, finish: FinishReason, error: str | None = None) -> None:
         """End a waiting or running request early."""

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -116,14 +117,36 @@ def test_a_request_that_was_cancelled_while_it_waited_leaves_room() -> None:
 
     busy.submit(asked("a"))
     busy.submit(asked("b"))
-    busy.cancel("b")
+    assert busy.cancel("b") and not busy.cancel("unknown")
     busy.run(sink)
+    assert not busy.cancel("a"), "it has ended"
     assert done == ["c"]
     assert outbox.completions["b"].finish_reason is FinishReason.CANCELLED
     assert outbox.completions["c"].finish_reason is FinishReason.LENGTH
 
 
 # --- deadlines --------------------------------------------------------------------------------------------------
+
+
+def test_requests_that_ended_before_their_deadlines_are_not_kept() -> None:
+    busy, requests, kept = engine(1), list[weakref.ref[Request]](), list[int]()
+
+    def submit() -> None:
+        request = asked(str(len(requests)), max_new_tokens=2)
+        requests.append(weakref.ref(request))
+        busy.submit(request, deadline_s=86_400.0)
+
+    def sink(outputs: Sequence[RequestOutput]) -> None:
+        if outputs[-1].finish_reason is not None:
+            kept.append(sum(request() is not None for request in requests))
+            if len(requests) < 20:
+                submit()
+            else:
+                busy.close()
+
+    submit()
+    busy.run(sink)
+    assert len(kept) == 20 and max(kept) <= 3
 
 
 def test_a_deadline_ends_a_request_in_the_queue_and_in_a_slot(tokens: tuple[int, ...]) -> None:
