@@ -245,8 +245,10 @@ def start_prefixes_too_late() -> None:
     longest = Scheduler._longest_prefix
 
     def wrong(self: Scheduler[Any], entry: ScheduledRequest) -> tuple[int | None, int, int] | None:
-        found = longest(self, entry)
-        return found if found is None or found[0] is None else (*found[:2], found[2] + self._topology.lag + 1)
+        found, lag = longest(self, entry), self._topology.lag
+        if found is None or found[0] is None:
+            return found
+        return *found[:2], min(found[2] + lag + 1, len(entry.prompt) - max(1, lag))
 
     Scheduler._longest_prefix = wrong  # type: ignore[method-assign]
 
