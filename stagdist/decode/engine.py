@@ -1,7 +1,5 @@
 """The engine: serves requests and returns tokens and text. It runs on rank 0; the other ranks follow."""
 
-import heapq
-import itertools
 import queue
 import threading
 import time
@@ -35,7 +33,7 @@ class Engine:
         tokenizer: decodes tokens; without it outputs have token ids only, and stop strings are rejected.
         end_tokens: each of them ends a request that does not ignore them.
         heartbeat_s: an idle engine sends a message to the other ranks at least this often.
-        max_waiting: requests without a slot at most.
+        max_waiting: requests without a slot at most, not counting as many as there are free slots.
         max_waiting_tokens: tokens of their prompts at most; a longer prompt may wait alone.
 
     Attributes:
@@ -67,8 +65,7 @@ class Engine:
         self._waiting = self._waiting_tokens = 0
         self._stop_s = float("inf")  # when what is unfinished is cancelled
         self._closed = False
-        self._deadlines: list[tuple[float, int, RequestState]] = []  # a heap; the number breaks ties
-        self._numbers = itertools.count()
+        self._earliest_s = float("inf")  # no deadline is before
         self._sink: Sink = lambda outputs: None
         self._unreported: dict[RequestState, None] = {}  # an ordered set
         self._operations = self._prompt_tokens = self._generation_tokens = 0
@@ -100,7 +97,7 @@ class Engine:
             self._checked(request),
             text=self._text_stream(request),
             own_stop_ids=frozenset(request.params.stop_token_ids),
-            deadline_s=None if deadline_s is None else time.perf_counter() + deadline_s,
+            deadline_s=float("inf") if deadline_s is None else time.perf_counter() + deadline_s,
         )
         name, size = request.request_id, len(request.prompt_ids)
         with self._lock:
@@ -188,8 +185,11 @@ class Engine:
         """Decide the operation after the one that is about to run."""
         now_s = time.perf_counter()
         self._take_inbox()
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            self._end(heapq.heappop(self._deadlines)[2], FinishReason.TIMEOUT)
+        if self._earliest_s <= now_s:
+            for state in self._scheduler.entries():
+                if state.deadline_s <= now_s:
+                    self._end(state, FinishReason.TIMEOUT)
+            self._earliest_s = min((state.deadline_s for state in self._scheduler.entries()), default=float("inf"))
         control = self._scheduler.decide(stopping=now_s >= self._stop_s, closed=self._closed)
         for running in self._scheduler.running.values():
             if running.is_queued:
@@ -266,11 +266,13 @@ class Engine:
 
     def _check_queue(self, size: int) -> None:
         most, most_tokens = self._max_waiting, self._max_waiting_tokens
-        full = most is not None and self._waiting >= most
-        if full or (self._waiting and most_tokens is not None and self._waiting_tokens + size > most_tokens):
+        free = self._stage.limits.num_slots - len(self._scheduler.running)
+        full = most is not None and self._waiting - free >= most
+        too_long = most_tokens is not None and self._waiting_tokens + size > most_tokens
+        if full or (too_long and self._waiting > free):
             raise QueueFullError(
-                f"{self._waiting} requests with {self._waiting_tokens} prompt tokens are waiting, at most {most} with "
-                f"{most_tokens} may wait; try again later"
+                f"{self._waiting} requests with {self._waiting_tokens} prompt tokens are waiting and {free} slots are "
+                f"free; at most {most} requests, and {most_tokens} tokens, may wait longer; try again later"
             )
 
     def _leave_queue(self, state: RequestState) -> None:
@@ -290,8 +292,7 @@ class Engine:
                         self._end(state, FinishReason.CANCELLED)
             else:
                 self._scheduler.waiting.append(entry)
-                if entry.deadline_s is not None:
-                    heapq.heappush(self._deadlines, (entry.deadline_s, next(self._numbers), entry))
+                self._earliest_s = min(self._earliest_s, entry.deadline_s)
 
     def _end(self, state: RequestState, finish: FinishReason, error: str | None = None) -> None:
         """End a waiting or running request early."""

@@ -23,7 +23,7 @@ class RequestState(ScheduledRequest):
 
     text: TextStream | None = None
     own_stop_ids: frozenset[int] = frozenset()
-    deadline_s: float | None = None
+    deadline_s: float = float("inf")
     is_queued: bool = True
     is_reported: bool = False
     _submitted_s: float = field(default_factory=time.perf_counter)

@@ -6,23 +6,28 @@ slot keeps its caches: a prompt that begins like what a slot holds starts behind
 
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Generic, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from stagdist.config.parts import ModelConfig
+from stagdist.decode.chunk_sizer import ChunkSizer
 from stagdist.decode.control import Admission, Chunk, Control, Operation
 from stagdist.decode.engine_stats import SlotState, StageReport
-from stagdist.decode.pace import Pace
 from stagdist.decode.request import FinishReason, Request, allowed_new_tokens
 from stagdist.decode.topology import Limits, Topology
 
 REPORT_S = 5.0
 """Ranks report at least this often."""
 
-RESERVE = 2
-"""A request without a prefix takes the slot used longest ago of so many free ones; one further up would cost a row of
-every step."""
+LOOKUPS = 4
+"""Waiting requests whose prefix is looked for in one decision: it must take less time than a step."""
+
+Tokens = npt.NDArray[np.int64]
 
 
 @dataclass(eq=False)
@@ -37,6 +42,8 @@ class ScheduledRequest:
         entered: positions of its prompt that are in the caches, or on their way there.
         cached_tokens: positions of its prompt that were not computed again.
         finish: set when it has ended; its slot is freed by the next decision.
+        awaited: the request that computes the beginning of its prompt, while it waits for that.
+        prompt: its prompt, which is compared faster than a tuple.
     """
 
     request: Request
@@ -47,6 +54,18 @@ class ScheduledRequest:
     entered: int = 0
     cached_tokens: int = 0
     finish: FinishReason | None = None
+    awaited: "ScheduledRequest | None" = None
+    prompt: Tokens = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.prompt = np.array(self.request.prompt_ids, np.int64)
+
+    @property
+    def is_ready(self) -> bool:
+        """It does not wait for another prompt."""
+        return (
+            self.awaited is None or self.awaited.finish is not None or self.awaited.entered == len(self.awaited.prompt)
+        )
 
     @property
     def decodes(self) -> bool:
@@ -79,23 +98,6 @@ class OperationPlan(Generic[Entry]):
     chunk: int = 0
 
 
-@dataclass(frozen=True)
-class _Held:
-    """What the caches of a slot hold.
-
-    Attributes:
-        tokens: the known ones, from position 0.
-        positions: all that were written.
-        freed: number of the operation before which the slot became free.
-        moves: positions that may be written before the last stage copies them.
-    """
-
-    tokens: Sequence[int] = ()
-    positions: int = 0
-    freed: int = 0
-    moves: int = 0
-
-
 class Scheduler(Generic[Entry]):
     """Assigns slots to requests in the order in which they came, and decides every operation.
 
@@ -113,10 +115,13 @@ class Scheduler(Generic[Entry]):
         self.running: dict[int, Entry] = {}
         self.prefix_queries = self.prefix_hits = 0
         self.stages = tuple[StageReport, ...]()
-        self._pace = Pace(limits)
+        self._sizer = ChunkSizer(limits)
         self._reported_s = time.perf_counter()
         self._turns: deque[int] = deque()  # slots whose prompts have more chunks
-        self._free = {slot: _Held() for slot in range(limits.num_slots)}
+        self._admitted = False  # the operation decided last has the first chunk of a prompt
+        # Free slots, and the number of the operation before which each became free; 0 for an empty one.
+        self._free = dict.fromkeys(range(limits.num_slots), 0)
+        self._holders: dict[int, Entry] = {}  # requests whose positions are in the caches, ended ones too, by slot
         self._number = 0  # of the operation
         # Chunks on their way through the stages with their requests, the newest first.
         self._chunks: deque[tuple[Chunk, Entry] | None] = deque([None] * topology.num_stages, topology.num_stages)
@@ -132,7 +137,7 @@ class Scheduler(Generic[Entry]):
 
     def _slot(self, slot: int) -> SlotState:
         if slot in self._free:
-            return SlotState(None, "free", 0, len(self._free[slot].tokens))
+            return SlotState(None, "free", 0, self._known(slot))
         entry = self.running[slot]
         request_id, cached = entry.request.request_id, entry.cached_tokens
         return SlotState(request_id, "decode" if entry.decodes else "prefill", entry.positions, cached)
@@ -140,7 +145,7 @@ class Scheduler(Generic[Entry]):
     @property
     def step_s(self) -> float:
         """See `EngineStats`."""
-        return self._pace.step_s
+        return self._sizer.step_s
 
     def drop_ended(self) -> None:
         """Forget waiting requests that have ended."""
@@ -160,13 +165,13 @@ class Scheduler(Generic[Entry]):
             return Control(Operation.STOP, retired=retired)
         if time.perf_counter() - self._reported_s > REPORT_S:
             self._reported_s = time.perf_counter()
-            self._pace.pause()
+            self._sizer.pause()
             return Control(Operation.REPORT, retired=retired)
         rows = {slot: each for slot, each in self.running.items() if each.decodes}
         chunk, admission = self._next_chunk()
         self._chunks.appendleft(None if chunk is None else (chunk, self.running[chunk.slot]))
         if not rows and not any(self._chunks):
-            self._pace.pause()
+            self._sizer.pause()
             return Control(Operation.STOP if closed and not self.waiting else Operation.REST, retired=retired)
         for each in rows.values():
             each.scheduled += 1
@@ -177,7 +182,7 @@ class Scheduler(Generic[Entry]):
     def taken(self) -> OperationPlan[Entry]:
         """Return the plan of the operation that has just run, and forget it."""
         plan = self._planned.popleft()
-        self._pace.took(steps=bool(plan.rows), chunk=plan.chunk)
+        self._sizer.took(steps=bool(plan.rows), chunk=plan.chunk)
         return plan
 
     # --- chunks -------------------------------------------------------------------------------------------------
@@ -194,20 +199,25 @@ class Scheduler(Generic[Entry]):
         return OperationPlan(rows, entry if chunk.ends else None, entry, longest)
 
     def _next_chunk(self) -> tuple[Chunk | None, Admission | None]:
-        """The first chunk of a new prompt, or else the next one of a prompt whose turn it is."""
-        for entry in self.waiting if self._free else ():
-            found = self._longest_prefix(entry.request)
+        """The first chunk of a new prompt or the next one of a prompt in a slot; after the former comes the latter."""
+        admitted, self._admitted = self._admitted, False
+        for entry in self._candidates() if self._free and not (admitted and self._turns) else ():
+            found = self._longest_prefix(entry)
             if found is not None:
+                self._admitted = True
                 self.waiting.remove(entry)
                 slot, admission = self._admit(entry, *found)
                 return self._chunk_of(slot), admission
         return (self._chunk_of(self._turns.popleft()), None) if self._turns else (None, None)
 
+    def _candidates(self) -> Iterator[Entry]:
+        return islice((entry for entry in self.waiting if entry.is_ready), LOOKUPS)
+
     def _chunk_of(self, slot: int) -> Chunk:
         entry = self.running[slot]
         start, length = entry.entered, len(entry.request.prompt_ids)
         decoding = any(each.decodes for each in self.running.values())
-        entry.entered = min(start + (self._pace.chunk if decoding else self._limits.chunk_size), length)
+        entry.entered = min(start + (self._sizer.chunk if decoding else self._limits.chunk_size), length)
         if entry.entered < length:
             self._turns.append(slot)
         return Chunk(slot, start, entry.entered, entry.entered == length)
@@ -215,77 +225,89 @@ class Scheduler(Generic[Entry]):
     # --- slots --------------------------------------------------------------------------------------------------
 
     def _release(self, slot: int) -> None:
-        entry = self.running.pop(slot)
-        self._free[slot] = replace(self._held_by(entry), moves=0)
+        del self.running[slot]
+        self._free[slot] = self._number
         if slot in self._turns:
             self._turns.remove(slot)
 
-    def _held_by(self, entry: Entry) -> _Held:
-        prompt, moves = entry.request.prompt_ids, self._topology.num_stages if entry.decodes else 0
-        # Positions decoded recurrently are not what a prompt would leave.
-        tokens = prompt if self._topology.recurrent else (*prompt, *entry.tokens)
-        return _Held(tokens[: entry.positions], entry.positions, self._number, moves)
+    def _known(self, slot: int) -> int:
+        """Positions of a slot that a prompt can reuse; those decoded recurrently are not what a prompt would leave."""
+        holder = self._holders.get(slot)
+        if holder is None:
+            return 0
+        return min(holder.positions, len(holder.prompt) + (0 if self._topology.recurrent else len(holder.tokens)))
 
-    def _longest_prefix(self, request: Request) -> tuple[int | None, int] | None:
-        """The slot that spares most of a prompt, and the positions in common; None: it pays to wait for one."""
-        best, spared, common = None, 0, 0
-        if not self._limits.prefix_caching or request.params.prompt_logprobs is not None:
-            return best, common
-        prompt = request.prompt_ids
-        for slot in range(self._limits.num_slots):
-            entry = self.running.get(slot)
-            held = self._free[slot] if entry is None else self._held_by(entry)
-            shared = _common_length(prompt, held.tokens)
-            start = self._start_after(shared, held, len(prompt))
-            if start > spared or (start == spared and start and best in self.running):
-                best, spared, common = slot, start, shared
-        for entry in (self.running[slot] for slot in self._turns):
-            other = entry.request.prompt_ids
-            held = _Held(other, len(other), moves=self._topology.num_stages)
-            later = self._start_after(_common_length(prompt, other), held, len(prompt))
-            if later - spared >= self._limits.chunk_size:
-                return None
-        return best, common
+    def _reuses(self, request: Request) -> bool:
+        return self._limits.prefix_caching and request.params.prompt_logprobs is None
 
-    def _start_after(self, common: int, held: _Held, length: int) -> int:
+    def _longest_prefix(self, entry: Entry) -> tuple[int | None, int, int] | None:
+        """The slot that saves most of a prompt, the positions in common, and the first one to compute.
+
+        None: it pays to wait until another prompt is computed.
+        """
+        source, common, saved = None, 0, 0
+        awaited, later = None, 0
+        length, stages = len(entry.prompt), self._topology.num_stages
+        for slot, holder in self._holders.items() if self._reuses(entry.request) else ():
+            alike = _common_length(entry.prompt, holder)
+            shared = min(alike, self._known(slot))
+            # The last stage copies them late: a request that decodes may write more until then.
+            written = holder.positions + (stages if slot in self.running and holder.decodes else 0)
+            start = self._start_after(shared, written, length)
+            if start > saved or (start == saved and start and source in self.running):
+                source, common, saved = slot, shared, start
+            if slot in self._turns:
+                size = len(holder.prompt)
+                start = self._start_after(alike, size + stages, length)
+                awaited, later = (holder, start) if start > later else (awaited, later)
+        if later - saved >= self._limits.chunk_size:
+            entry.awaited = awaited
+            return None
+        return source, common, saved
+
+    def _start_after(self, common: int, written: int, length: int) -> int:
         """The first position to compute of a prompt that shares `common` positions with a slot; 0: all of them.
 
         The last `lag` outputs of every section are computed again: they are the memory of the positions that follow.
         """
         lag = self._topology.lag
         start = common - lag if lag else min(common, length - 1)
-        written = held.positions + held.moves
         if self._window is not None and written > max(self._window, start + 1):
             return 0  # the ring buffer has lost what the first position sees
         return max(0, start)
 
-    def _admit(self, entry: Entry, source: int | None, common: int) -> tuple[int, Admission]:
-        request, lag = entry.request, self._topology.lag
-        if self._limits.prefix_caching and request.params.prompt_logprobs is None:
-            self.prefix_queries += len(request.prompt_ids)
-        if source in self._free and 2 * common >= len(self._free[source].tokens):
-            slot = source
-        else:
-            slot = min(sorted(self._free)[:RESERVE], key=lambda each: self._free[each].freed)
-        assert slot is not None
+    def _slot_for(self, source: int | None, common: int) -> int:
+        """The slot of the source if little of it is lost, else an empty one, else the one that is free the longest."""
+        longest_free = min(self._free, key=lambda slot: (self._free[slot], slot))
+        if source is None or source not in self._free:
+            return longest_free
+        kept = common if longest_free in self._holders else 0
+        return source if self._known(source) - common <= kept else longest_free
+
+    def _admit(self, entry: Entry, source: int | None, common: int, start: int) -> tuple[int, Admission]:
+        request = entry.request
+        if self._reuses(request):
+            self.prefix_queries += len(entry.prompt)
+        slot = self._slot_for(source, common)
         del self._free[slot]
-        entry.admitted_s = time.perf_counter()
+        entry.admitted_s, entry.awaited = time.perf_counter(), None
         entry.allowed = allowed_new_tokens(request, self._limits.max_context)
-        if source is not None:
-            common = min(common, len(request.prompt_ids) - (lag == 0))
-            entry.entered = entry.cached_tokens = common - lag
-            self.prefix_hits += entry.cached_tokens
-        self.running[slot] = entry
-        return slot, Admission(request.prompt_ids, request.params, slot if source is None else source, common)
+        entry.entered = entry.cached_tokens = start
+        self.prefix_hits += start
+        self.running[slot] = self._holders[slot] = entry
+        reused = 0 if source is None else start + self._topology.lag
+        return slot, Admission(request.prompt_ids, request.params, slot if source is None else source, reused)
 
 
-def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the longest common prefix. Slices are compared, which is faster than tokens."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def _common_length(prompt: Tokens, holder: ScheduledRequest) -> int:
+    """Positions at which a prompt and a request with its answer agree, from the first one on."""
+    common = _agreement(prompt, holder.prompt)
+    if common == len(holder.prompt):
+        common += _agreement(prompt[common:], np.array(holder.tokens[: len(prompt) - common], np.int64))
+    return common
+
+
+def _agreement(one: Tokens, other: Tokens) -> int:
+    size = min(len(one), len(other))
+    differs = one[:size] != other[:size]
+    return int(differs.argmax()) if differs.any() else size

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -56,64 +57,28 @@ def tokens() -> tuple[int, ...]:
     return done.token_ids
 
 
-# --- the queue --------------------------------------------------------------------------------------------------
-
-
-def test_a_full_queue_refuses_requests_until_some_have_a_slot(tokens: tuple[int, ...]) -> None:
-    busy, outbox = engine(1, max_waiting=2), Outbox()
-    for name in ("a", "b"):
-        busy.submit(asked(name))
-    with pytest.raises(QueueFullError, match=f"2 requests with {2 * SIZE} prompt tokens are waiting, at most 2 "):
-        busy.submit(asked("c"))
-    refused: list[bool] = []
-
-    def sink(outputs: Sequence[RequestOutput]) -> None:
-        outbox(outputs)
-        if not refused:
-            refused.append(False)
-            busy.submit(asked("c"))  # "a" has left the queue, and the name of a refused request is free
-            with pytest.raises(QueueFullError):
-                busy.submit(asked("d"))
-            busy.close()
-
-    busy.run(sink)
-    assert {name: done.token_ids for name, done in outbox.completions.items()} == dict.fromkeys("abc", tokens[:9])
-    assert (busy.stats().waiting, busy.stats().waiting_tokens) == (0, 0)
-
-
-def test_a_queue_is_bounded_in_tokens_and_takes_a_longer_prompt_alone() -> None:
-    busy = engine(1, max_waiting_tokens=SIZE - 1)
-    busy.submit(asked("longer"))
-    with pytest.raises(QueueFullError, match=f"1 requests with {SIZE} prompt tokens are waiting"):
-        busy.submit(Request("b", (1,)))
-    busy = engine(1, max_waiting_tokens=2 * SIZE)
-    for name in ("a", "b"):
-        busy.submit(asked(name))
-    with pytest.raises(QueueFullError):
-        busy.submit(Request("c", (1,)))
-
-
-def test_a_request_that_was_cancelled_while_it_waited_leaves_room() -> None:
-    busy, outbox = engine(1, max_waiting=2), Outbox()
-    done: list[str] = []
-
-    def sink(outputs: Sequence[RequestOutput]) -> None:
-        outbox(outputs)
-        if any(output.request_id == "b" for output in outputs):
-            busy.submit(asked("c"))
-            done.append("c")
-            busy.close()
-
-    busy.submit(asked("a"))
-    busy.submit(asked("b"))
-    assert busy.cancel("b") and not busy.cancel("unknown")
-    busy.run(sink)
-    assert done == ["c"] and not busy.cancel("b"), "it has ended"
-    assert outbox.completions["b"].finish_reason is FinishReason.CANCELLED
-    assert outbox.completions["c"].finish_reason is FinishReason.LENGTH
-
-
 # --- deadlines --------------------------------------------------------------------------------------------------
+
+
+def test_requests_that_ended_before_their_deadlines_are_not_kept() -> None:
+    busy, requests, kept = engine(1), list[weakref.ref[Request]](), list[int]()
+
+    def submit() -> None:
+        request = asked(str(len(requests)), max_new_tokens=2)
+        requests.append(weakref.ref(request))
+        busy.submit(request, deadline_s=86_400.0)
+
+    def sink(outputs: Sequence[RequestOutput]) -> None:
+        if outputs[-1].finish_reason is not None:
+            kept.append(sum(request() is not None for request in requests))
+            if len(requests) < 20:
+                submit()
+            else:
+                busy.close()
+
+    submit()
+    busy.run(sink)
+    assert len(kept) == 20 and max(kept) <= 3
 
 
 def test_a_deadline_ends_a_request_in_the_queue_and_in_a_slot(tokens: tuple[int, ...]) -> None:

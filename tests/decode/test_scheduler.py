@@ -67,8 +67,17 @@ def test_prompts_take_turns_and_every_operation_has_a_step_of_all_that_decode() 
     driver.add("long", list(range(2, 14)))
     driver.add("longer", list(range(20, 36)))
     controls = driver.run(7)
-    assert chunks(controls) == [(1, 0, 4), (2, 0, 4), (1, 4, 8), (2, 4, 8), (1, 8, 12), (2, 8, 12), (2, 12, 16)]
+    assert chunks(controls) == [(1, 0, 4), (1, 4, 8), (2, 0, 4), (1, 8, 12), (2, 4, 8), (2, 8, 12), (2, 12, 16)]
     assert all(control.step for control in controls) and len(first.tokens) == 9
+
+
+def test_a_long_prompt_gets_every_second_chunk_however_many_short_ones_come() -> None:
+    driver = Driver(slots=3)
+    driver.add("long", list(range(200)))
+    for number in range(102):
+        driver.add(str(number), [201 + number % 50], 1)
+        driver.run()
+    assert driver.requests["long"].decodes
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4])
@@ -140,14 +149,64 @@ def test_a_short_common_part_is_copied_and_does_not_cost_a_long_one_its_slot() -
     assert admissions(driver.until_rest())[0].reused == 40
 
 
+@pytest.mark.parametrize("shared", [0, 3, 12])
+def test_as_many_conversations_as_slots_keep_their_prefixes(shared: int) -> None:
+    driver = Driver(slots=5)
+    texts = {name: [*range(shared), *range(20 * name, 20 * name + 6)] for name in range(1, 6)}
+    for turn in range(4):
+        for name, ids in texts.items():
+            request = driver.add(f"{name} {turn}", ids.copy(), 3)
+            driver.until_rest()
+            if turn:
+                assert request.cached_tokens == len(ids) - 3, (
+                    "all but its last answer's last token, the new one and the lag"
+                )
+            ids += [*request.tokens, 7]
+    new = driver.add("new", [250, 251, 252])
+    (admission,) = admissions(driver.until_rest())
+    assert (admission.reused, new.cached_tokens) == (0, 0)
+    kept = [driver.add(f"{name} again", ids).request for name, ids in texts.items() if name > 1]
+    driver.until_rest()
+    assert all(driver.requests[each.request_id].cached_tokens > shared for each in kept), "it took the oldest slot"
+
+
 def test_a_prompt_waits_for_another_one_that_computes_its_beginning() -> None:
     driver = Driver(slots=4)
     driver.add("a", list(range(16)))
     driver.add("same", list(range(16)))
     driver.add("unlike", [60, 61])
     controls = driver.until_rest()
-    assert chunks(controls)[:2] == [(0, 0, 4), (1, 0, 2)], "the third one does not wait"
+    assert chunks(controls)[:3] == [(0, 0, 4), (0, 4, 8), (1, 0, 2)], "the third one does not wait"
     assert driver.requests["same"].cached_tokens >= 11
+
+
+def test_few_prefixes_are_looked_for_in_one_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, looked, longest = Driver(slots=4), list[ScheduledRequest](), Scheduler._longest_prefix
+
+    def counted(self: Scheduler[Any], entry: ScheduledRequest) -> Any:
+        looked.append(entry)
+        return longest(self, entry)
+
+    monkeypatch.setattr(Scheduler, "_longest_prefix", counted)
+    for number in range(60):
+        driver.add(str(number), [*range(200), 200 + number])
+    unlike = driver.add("unlike", [7, 7])
+    for _ in range(50):
+        before = len(looked)
+        driver.run()
+        assert len(looked) - before <= LOOKUPS
+    assert unlike.tokens, "it had to wait for no other prompt"
+    assert len(looked) == len(set(looked)) == 61, "once each while the first one is computed"
+
+
+def test_a_prompt_whose_awaited_prompt_was_cancelled_is_computed() -> None:
+    driver = Driver(slots=2)
+    first, second = (driver.add(name, list(range(40))) for name in ("first", "second"))
+    driver.run(3)
+    assert second.awaited is first and second.admitted_s is None
+    first.finish = FinishReason.CANCELLED
+    driver.until_rest()
+    assert len(second.tokens) == 3 and second.cached_tokens == 11 and second.awaited is None
 
 
 def test_what_a_ring_buffer_has_lost_is_not_reused() -> None:

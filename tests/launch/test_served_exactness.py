@@ -13,7 +13,7 @@ import torch
 
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.decode.request import Request, SamplingParams
-from stagdist.decode.scheduler import Scheduler
+from stagdist.decode.scheduler import ScheduledRequest, Scheduler
 from tests.decode.plain_sampler import plain_choice
 from tests.decode.test_exactness import COMBINATIONS
 from tests.launch.generating import run_ranks_to_end, write_model
@@ -248,9 +248,11 @@ def start_prefixes_too_late() -> None:
     count_decisions()
     longest = Scheduler._longest_prefix
 
-    def wrong(self: Scheduler[Any], request: Request) -> tuple[int | None, int] | None:
-        found = longest(self, request)
-        return found if found is None or found[0] is None else (found[0], found[1] + self._topology.lag + 1)
+    def wrong(self: Scheduler[Any], entry: ScheduledRequest) -> tuple[int | None, int, int] | None:
+        found, lag = longest(self, entry), self._topology.lag
+        if found is None or found[0] is None:
+            return found
+        return *found[:2], min(found[2] + lag + 1, len(entry.prompt) - max(1, lag))
 
     Scheduler._longest_prefix = wrong  # type: ignore[method-assign]
 

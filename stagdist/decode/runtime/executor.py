@@ -164,12 +164,9 @@ def _scored(call: Call) -> tuple[Tensor, int]:
 
 Methods = Mapping[Kind, Callable[[Executor, Call, Instruction], None]]
 
-_STEP: Methods = {
+_BOTH: Methods = {
     Kind.ASK: lambda executor, call, _: executor.readout.ask(call.slots),
-    Kind.EXPECT: Executor._receive_hand_off,
-    Kind.BEGIN: lambda executor, call, instruction: executor.sections.begin(call, instruction.index),
     Kind.WAIT: Executor._wait_for_hand_off,
-    Kind.FINISH: lambda executor, call, instruction: executor.sections.finish(call, instruction.index),
     Kind.SEND: Executor._send,
     Kind.COMBINE: Executor._combine,
     Kind.SHARE: lambda executor, call, _: executor.readout.share(executor._last_output(call)),
@@ -178,10 +175,17 @@ _STEP: Methods = {
     Kind.PUBLISH: lambda executor, call, _: executor.readout.publish(),
     Kind.TOKEN: lambda executor, call, _: executor.readout.receive(),
 }
-"""The instructions of a step, except `Kind.HOST`, which `run` handles."""
+"""What a step and a chunk do alike. `run` handles `Kind.HOST`."""
+
+_STEP: Methods = {
+    **_BOTH,
+    Kind.EXPECT: Executor._receive_hand_off,
+    Kind.BEGIN: lambda executor, call, instruction: executor.sections.begin(call, instruction.index),
+    Kind.FINISH: lambda executor, call, instruction: executor.sections.finish(call, instruction.index),
+}
 
 _CHUNK: Methods = {
-    **_STEP,
+    **_BOTH,
     Kind.EXPECT: Executor._receive_chunk,
     Kind.FINISH: lambda executor, call, instruction: executor.sections.run_chunk(call, instruction.index),
 }

@@ -11,11 +11,12 @@ _MARGIN = 0.9  # share of the target that is aimed at
 _SMOOTHING = 0.1  # weight of the newest step in the mean
 
 
-class Pace:
+class ChunkSizer:
     """Measures operations on rank 0, and chooses the size of chunks beside steps.
 
     The time that a chunk adds to a step is neither constant nor proportional to its size, and grows with the context.
-    So the size follows the measurements: half of the way (of the logarithms) after every operation.
+    So the size follows the measurements: half of the way (of the logarithms) after every operation. Before the first
+    step without a chunk the complete time counts as the chunk's, which errs towards small chunks.
 
     Attributes:
         step_s: moving mean of steps without a chunk; 0 before the first one.
@@ -55,7 +56,7 @@ class Pace:
             # A pause of the process is no property of a step.
             seconds = min(seconds, 3 * self.step_s) if self.step_s else seconds
             self.step_s += (seconds - self.step_s) * (_SMOOTHING if self.step_s else 1.0)
-        elif self._target_s is not None and self.step_s and 2 * chunk > self._size:  # ends of prompts say little
+        elif self._target_s is not None and 2 * chunk > self._size:  # ends of prompts say little
             room_s = max(0.0, _MARGIN * self._target_s - self.step_s)
             fitting = chunk * room_s / max(seconds - self.step_s, 1e-6)
             fitting = min(max(fitting, 1.0), 2.0 * self._most)

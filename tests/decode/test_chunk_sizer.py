@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from stagdist.decode import pace
-from stagdist.decode.pace import Pace
+from stagdist.decode import chunk_sizer
+from stagdist.decode.chunk_sizer import ChunkSizer
 from stagdist.decode.runtime.build import EngineOptions
 from stagdist.decode.topology import Limits
 from stagdist.errors import ConfigError
@@ -17,28 +17,28 @@ STEP_S = 0.008
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, in one place."""
     now = [100.0]
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(chunk_sizer.time, "perf_counter", lambda: now[0])
     return now
 
 
-def run(paced: Pace, clock: list[float], cost: Callable[[int], float], count: int) -> list[int]:
+def run(sizer: ChunkSizer, clock: list[float], cost: Callable[[int], float], count: int) -> list[int]:
     """Steps with chunks; the sizes chosen."""
     sizes = []
     for _ in range(count):
-        sizes.append(paced.chunk)
-        clock[0] += STEP_S + cost(paced.chunk)
-        paced.took(steps=True, chunk=paced.chunk)
+        sizes.append(sizer.chunk)
+        clock[0] += STEP_S + cost(sizer.chunk)
+        sizer.took(steps=True, chunk=sizer.chunk)
     return sizes
 
 
-def warmed(clock: list[float], target_s: float | None, most: int = 256) -> Pace:
+def warmed(clock: list[float], target_s: float | None, most: int = 256) -> ChunkSizer:
     """After plain steps."""
-    paced = Pace(Limits(1, 4096, most, inter_token_target_s=target_s))
+    sizer = ChunkSizer(Limits(1, 4096, most, inter_token_target_s=target_s))
     for _ in range(20):
         clock[0] += STEP_S
-        paced.took(steps=True, chunk=0)
-    assert paced.step_s == pytest.approx(STEP_S)
-    return paced
+        sizer.took(steps=True, chunk=0)
+    assert sizer.step_s == pytest.approx(STEP_S)
+    return sizer
 
 
 @pytest.mark.parametrize("fixed_s", [0.0, 0.005])
@@ -55,12 +55,19 @@ def test_steps_with_chunks_come_close_to_the_target_from_below(
     assert STEP_S + cost(sizes[-1] + 32) > 0.9 * target_s
 
 
+def test_sizes_are_learned_without_a_step_that_has_no_chunk(clock: list[float]) -> None:
+    sizer = ChunkSizer(Limits(1, 4096, 256, inter_token_target_s=0.06))
+    sizes = run(sizer, clock, lambda rows: 0.0005 * rows, 40)
+    assert sizer.step_s == 0 and sizes[0] == 16
+    assert all(STEP_S + 0.0005 * size <= 0.06 for size in sizes) and STEP_S + 0.0005 * (sizes[-1] + 32) > 0.9 * 0.06
+
+
 def test_a_slower_machine_gets_smaller_chunks_and_the_smallest_is_16(clock: list[float]) -> None:
-    paced = warmed(clock, 0.06)
-    fast = run(paced, clock, lambda rows: 0.0005 * rows, 30)[-1]
-    slow = run(paced, clock, lambda rows: 0.001 * rows, 30)[-1]
+    sizer = warmed(clock, 0.06)
+    fast = run(sizer, clock, lambda rows: 0.0005 * rows, 30)[-1]
+    slow = run(sizer, clock, lambda rows: 0.001 * rows, 30)[-1]
     assert slow < 0.7 * fast
-    assert run(paced, clock, lambda rows: 0.1 * rows, 30)[-1] == 16
+    assert run(sizer, clock, lambda rows: 0.1 * rows, 30)[-1] == 16
 
 
 def test_without_a_target_or_with_a_large_one_chunks_are_as_large_as_they_may_be(clock: list[float]) -> None:
@@ -70,14 +77,14 @@ def test_without_a_target_or_with_a_large_one_chunks_are_as_large_as_they_may_be
 
 
 def test_pauses_are_no_steps(clock: list[float]) -> None:
-    paced = warmed(clock, 0.06)
-    paced.pause()
+    sizer = warmed(clock, 0.06)
+    sizer.pause()
     clock[0] += 100
-    paced.took(steps=True, chunk=0)
-    assert paced.step_s == pytest.approx(STEP_S)
+    sizer.took(steps=True, chunk=0)
+    assert sizer.step_s == pytest.approx(STEP_S)
     clock[0] += 100  # the process stood still
-    paced.took(steps=True, chunk=0)
-    assert paced.step_s < 1.3 * STEP_S
+    sizer.took(steps=True, chunk=0)
+    assert sizer.step_s < 1.3 * STEP_S
 
 
 @pytest.mark.parametrize("target_ms", [0.0, -1.0, float("nan"), float("inf")])
