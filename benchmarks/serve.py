@@ -126,7 +126,7 @@ class Load:
         """
         count = str(sum(users.values()))
         words = [str(CLIENTS), "-f", str(ROOT / "benchmarks" / "serving" / "load.py"), "--headless", "--only-summary"]
-        words += ["--host", url, "-u", count, "-r", count, "-t", f"{self._seconds}s", "--stop-timeout", "60"]
+        words += ["--host", url, "-u", count, "-r", count, "-t", f"{self._seconds + START_S}s", "--stop-timeout", "60"]
         variables = {**os.environ, **self._sizes, **{name: str(number) for name, number in users.items()}}
         done = subprocess.run(words, env=variables, capture_output=True, text=True, check=False)
         result: dict[str, Any] = json.loads(self._result.read_text()) if self._result.exists() else {}

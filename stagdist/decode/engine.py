@@ -114,10 +114,14 @@ class Engine:
             self._inbox.put(state)
         self._wake.set()
 
-    def cancel(self, request_id: str) -> None:
-        """End a request early. Does nothing if it has ended or is unknown."""
-        self._inbox.put(request_id)
-        self._wake.set()
+    def cancel(self, request_id: str) -> bool:
+        """End a request early. Returns whether its last output is pending; False if it has ended or is unknown."""
+        with self._lock:
+            is_open = request_id in self._open
+        if is_open:
+            self._inbox.put(request_id)
+            self._wake.set()
+        return is_open
 
     def close(self) -> None:
         """Declare that no more requests will be submitted; `run` returns after the last one."""

@@ -84,7 +84,8 @@ class EngineBridge:
                         self._submit(message)
                     case "cancel":
                         self._cancelled.add(message["id"])
-                        self._engine.cancel(message["id"])
+                        if not self._engine.cancel(message["id"]):  # it was rejected, or has ended
+                            self._cancelled.discard(message["id"])
                     case "stop":
                         raise ConfigError(message.get("reason") or "the HTTP process was asked to end")
             raise HttpProcessError("the HTTP process has ended")

@@ -203,9 +203,14 @@ class HttpProcess:
         if self._socket is not None:
             with suppress(HttpProcessError):
                 self.send({"kind": "exit"})
-            with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
+            try:
                 psutil.Process(self._pid()).wait(FAREWELL_S)
-        self._kill()
+            except psutil.NoSuchProcess:
+                return
+            except psutil.TimeoutExpired:
+                self._kill()
+        else:
+            self._kill()
 
     def _kill(self) -> None:
         if self._child is not None:

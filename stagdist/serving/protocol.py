@@ -95,6 +95,13 @@ class Times(TypedDict):
     finished: float | None
 
 
+FINISH_REASONS = {"cancelled": "abort"}
+"""Finish reasons that clients know by another name."""
+
+FAILURES = ("error", "timeout")
+"""Finish reasons of a choice that end its request with an error."""
+
+
 class Output(TypedDict):
     """New tokens and text of a request. `prompt_logprobs` comes once; its first entry is None."""
 

@@ -3,10 +3,10 @@
 import signal
 import sys
 from contextlib import suppress
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
+from stagdist import __version__
 from stagdist.decode.frontend.deployment import deploy
 from stagdist.decode.frontend.interrupts import Interrupts
 from stagdist.decode.operations import operate
@@ -132,7 +132,7 @@ class Server:
             slots=plan.limits.num_slots,
             parameters=sum(prod(spec.shape) for spec in model_parameters(model)),
             precision=str(plan.options.precision),
-            version=version("stagdist"),
+            version=__version__,
             connection=model.connection,
             stagger=model.stagger,
         )

@@ -28,7 +28,7 @@ def server_settings(arguments: argparse.Namespace, environment: Mapping[str, str
         raise ConfigError(f"--max-body-mib is {arguments.max_body_mib:g}; give MiB above 0, below {_LARGEST_MIB}")
     given = {name: value for name, value in vars(arguments).items() if name in ServerSettings.model_fields}
     given |= {
-        "engine_socket": str(engine_socket(arguments.port)),
+        "engine_socket": str(engine_socket(arguments.host, arguments.port)),
         "supervised": JOB_VARIABLE in environment,
         "api_keys": _api_keys(arguments.api_key_file, environment),
         "max_body_bytes": int(arguments.max_body_mib * _MIB),

@@ -71,8 +71,8 @@ class ServerSettings(BaseModel):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
-def engine_socket(port: int) -> Path:
-    """Path of the Unix socket of the server at a port, in a folder that only this user can enter.
+def engine_socket(host: str, port: int) -> Path:
+    """Path of the Unix socket of the server at an address, in a folder that only this user can enter.
 
     Raises:
         ConfigError: the folder belongs to someone else or others can enter it, or the path is too long.
@@ -82,7 +82,7 @@ def engine_socket(port: int) -> Path:
     found = folder.lstat()
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ConfigError(f"{folder} is open to other users (mode {found.st_mode & 0o777:o}); remove it")
-    path = folder / f"{port}.sock"
+    path = folder / f"{host}-{port}.sock"
     if len(os.fsencode(path)) > _LONGEST_SOCKET:
         raise ConfigError(f"{path} is too long for a socket; set TMPDIR to a folder with a shorter path")
     return path

@@ -46,7 +46,7 @@ def test_a_short_run_measures_everything(tmp_path: Path) -> None:
     if not serve.CLIENTS.exists():
         pytest.skip(".venv-clients is missing; `make clients` installs it")
     model, result = write_model(tmp_path / "model"), tmp_path / "result.json"
-    options = ("--seconds", "9", "--clients", "2", "--prompt-tokens", "64", "--json", str(result))
+    options = ("--seconds", "3", "--clients", "2", "--prompt-tokens", "64", "--json", str(result))
     assert measure("--model", str(model), *options) == 0
     found = json.loads(result.read_text())
     assert found["tokens_per_s"]["2"]["over_http"] > 0 and found["tokens_per_s"]["2"]["engine"] > 0

@@ -50,7 +50,16 @@ def config_of(keys: dict[str, Any]) -> dict[str, Any]:
 def evaluated_nats(model: Path, text: str, folder: Path) -> float:
     """The score by the command, in the weights' own precision."""
     (folder / "text.txt").write_text(text)
-    words = ["--model", model, "--text", folder / "text.txt", "--json", folder / "score.json", "--device", "cpu"]
+    words: list[str | Path] = [
+        "--model",
+        model,
+        "--text",
+        folder / "text.txt",
+        "--json",
+        folder / "score.json",
+        "--device",
+        "cpu",
+    ]
     done = run_script(ROOT / "tools" / "evaluate.py", "perplexity", *words, "--quiet")
     assert done.returncode == 0, done.stderr
     score = json.loads((folder / "score.json").read_text())
@@ -100,6 +109,7 @@ def score_one_position_late() -> None:
     RequestState.take_prompt_scores = wrong  # type: ignore[method-assign]
 
 
+@pytest.mark.slow  # says something about the test above only
 def test_the_sum_notices_one_wrong_score_in_every_chunk(tmp_path: Path) -> None:
     config, text = config_of({}), text_of(500)
     model = write_model(tmp_path / "model", **config)

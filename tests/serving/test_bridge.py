@@ -44,8 +44,9 @@ class FakeEngine:
         self.answers.put(thread)
         time.sleep(0.05)
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str) -> bool:
         self.cancelled.append(request_id)
+        return True
 
     def drain(self, timeout_s: float) -> None:
         self.drained.append(timeout_s)

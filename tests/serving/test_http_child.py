@@ -42,8 +42,9 @@ def settings(folder: Path, **changes: object) -> ServerSettings:
 
 
 def running() -> psutil.Process:
-    """The one child that runs."""
-    (process,) = [one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE]
+    """The one stand-in that runs; other tests may have children too."""
+    alive = [one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE]
+    (process,) = [one for one in alive if http_child.MODULE in one.cmdline()]
     return process
 
 

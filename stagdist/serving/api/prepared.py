@@ -12,12 +12,11 @@ from stagdist.errors import ConfigError
 from stagdist.serving.api.problems import ProblemError, problem_of_params
 from stagdist.serving.api.served_model import ModelView
 from stagdist.serving.api.wire import SamplingFields
-from stagdist.serving.protocol import Output
+from stagdist.serving.protocol import FINISH_REASONS, Output
 
 LOWEST_LOGPROB = -9999.0
 """Instead of minus infinity, which JSON cannot write."""
 
-FINISH_REASONS = {"cancelled": "abort"}
 
 _DEFAULTS = {entry.name: entry.default for entry in fields(SamplingParams)}
 

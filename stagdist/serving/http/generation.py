@@ -7,13 +7,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from stagdist.serving.api.prepared import Submission
 from stagdist.serving.api.problems import ProblemError
-from stagdist.serving.protocol import Output
+from stagdist.serving.protocol import FAILURES, Output
 
 MAX_UNREAD = 4096
 """Outputs that wait for the client; one that reads more slowly is given up."""
-
-FAILURES = ("error", "timeout")
-"""Finish reasons of a choice that end its request with an error."""
 
 
 class TextGeneration:
@@ -145,4 +142,5 @@ class TextGeneration:
 def _failure(output: Output) -> ProblemError:
     if output["finish"] == "timeout":
         return ProblemError(504, "the request's deadline passed before it was served", code="deadline_exceeded")
-    return ProblemError(500, output["error"] or "the engine could not serve the request")
+    message = output["error"] or "the engine could not serve the request"
+    return ProblemError(503, message, code="failed", retry_after_s=5)  # a rank was lost: all open requests end

@@ -20,6 +20,9 @@ from stagdist.serving.settings import ServerSettings
 PROTECTED = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info")
 """Paths that need a key, where keys are set: all that read prompts or write text."""
 
+METHODS = ("GET", "HEAD", "POST", "OPTIONS")
+"""Methods that metrics count by name."""
+
 _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 _BEGIN_AT_ONCE = 32
@@ -80,7 +83,8 @@ class Frame:
         finally:
             seconds = time.monotonic() - begin
             route = scope.get("route")
-            self._metrics.http_request(route.path if route else "none", scope["method"], status or 500, seconds)
+            method = scope["method"] if scope["method"] in METHODS else "other"  # clients may invent some
+            self._metrics.http_request(route.path if route else "none", method, status or 500, seconds)
             if self._settings.access_log:
                 _log(scope, status or 500, seconds)
 

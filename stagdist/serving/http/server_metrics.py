@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from stagdist.serving.http.generation import TextGeneration
-from stagdist.serving.protocol import Output, ServedModel, Stats
+from stagdist.serving.protocol import FAILURES, FINISH_REASONS, Output, ServedModel, Stats
 
 _FIRST_TOKEN_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -42,7 +42,6 @@ _HISTOGRAMS = {
     "iteration_tokens_total": ("Tokens that one operation of the engine generated.", _STEP_TOKENS),
 }
 
-_FINISH = {"cancelled": "abort"}
 _STAGE_KINDS = {"compute_s": "compute", "wait_memory_s": "memory", "wait_token_s": "token", "send_s": "send"}
 
 
@@ -145,10 +144,10 @@ class ServerMetrics:
 
     def _finished(self, generation: TextGeneration, index: int, output: Output, now: float) -> None:
         finish, times = output["finish"], output["times"]
-        if finish in ("error", "timeout"):
+        if finish in FAILURES:
             self.failed(finish)
             return
-        self._success.labels(*self.labels, _FINISH.get(finish or "", finish)).inc()
+        self._success.labels(*self.labels, FINISH_REASONS.get(finish or "", finish)).inc()
         tokens = generation.tokens[index] + len(output["tokens"])
         self.observe("e2e_request_latency_seconds", now - generation.arrival)
         self.observe("request_prompt_tokens", output["prompt_tokens"])
