@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -154,7 +154,7 @@ class Connection:
         return Answer(found.status, found.headers, b"".join([piece async for piece in self.pieces(found)]))
 
 
-Client = Callable[[Target], Awaitable[str]]
+Client = Callable[[Target], Coroutine[Any, Any, str]]
 """A client; what it returns names the outcome."""
 
 

@@ -24,7 +24,7 @@ from tests.launch.serving import Served, serve_by
 
 KEY = "soak-key-4711"
 CONTEXT = 2048
-MODEL = {"hidden_size": 32, "section_layers": [1, 1], "max_position_embeddings": CONTEXT}
+MODEL: dict[str, Any] = {"hidden_size": 32, "section_layers": [1, 1], "max_position_embeddings": CONTEXT}
 SAMPLE_S = 10.0
 IDLE_S = 30.0
 """Time for slots, queue and connections to become empty after the last client."""

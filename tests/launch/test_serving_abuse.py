@@ -1,4 +1,4 @@
-"""Hostile clients of a server with two ranks: nothing hangs or is left behind; memory and files stay as they were."""
+"""Hostile clients of a server of two ranks: nothing hangs or is left behind, memory and files stay as they were."""
 
 import asyncio
 from collections import Counter

@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,41 +144,6 @@ def test_half_a_head_ends_with_the_keep_alive(guarded: HttpServer, sent: bytes) 
     with socket.create_connection(("127.0.0.1", guarded.settings.port), LIMIT_S) as connection:
         connection.sendall(sent)
         assert connection.recv(65536) == b""
-
-
-def test_a_head_that_comes_byte_by_byte_has_the_same_limit(guarded: HttpServer) -> None:
-    begin = time.monotonic()
-    with socket.create_connection(("127.0.0.1", guarded.settings.port), LIMIT_S) as connection, pytest.raises(OSError):
-        while time.monotonic() < begin + 10:
-            connection.sendall(b"G")
-            time.sleep(0.2)
-    assert 0.9 < time.monotonic() - begin < 5
-
-
-def test_the_limit_is_for_idle_connections_only(guarded: HttpServer) -> None:
-    """Also if the next request was sent before the answer to the last one."""
-    first, second = (
-        json.dumps(BODY | {"stream": True, "max_tokens": count, "prompt": "a"}).encode() for count in (1, 2)
-    )
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
-    sent = b"".join(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body for body in (first, second))
-    engine = guarded.engine
-    engine.automatic = False
-    try:
-        with socket.create_connection(("127.0.0.1", guarded.settings.port), LIMIT_S) as connection:
-            connection.sendall(sent)
-            for count in (1, 2):
-                request = engine.next("submit")
-                engine.accept(request)
-                time.sleep(1.5 * (count - 1))
-                engine.output(request, [97], "a", finish="length")
-            stream, ends = connection.makefile("rb"), 0
-            while ends < 2:
-                line = stream.readline()
-                assert line
-                ends += line == b"data: [DONE]\n"
-    finally:
-        engine.automatic = True
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
