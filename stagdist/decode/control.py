@@ -45,23 +45,29 @@ class Admission:
         prompt_ids: all of it.
         source: slot whose caches hold the beginning of the prompt; it may be the same slot.
         reused: positions that they hold; 0 for none. The first chunk starts a lag before their end.
+        moved_to: slot that first gets what the slot held before; the source: they are exchanged.
+        moved: its positions.
     """
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     source: int = 0
     reused: int = 0
+    moved_to: int | None = None
+    moved: int = 0
 
     def encode(self) -> bytes:
         """Bytes for `decode`."""
-        packed: bytes = msgpack.packb([self.prompt_ids, asdict(self.params), self.source, self.reused])
+        packed: bytes = msgpack.packb(
+            [self.prompt_ids, asdict(self.params), self.source, self.reused, self.moved_to, self.moved]
+        )
         return packed
 
     @staticmethod
     def decode(packed: bytes) -> "Admission":
         """Decode what `encode` returned."""
-        prompt_ids, params, source, reused = msgpack.unpackb(packed, use_list=False)
-        return Admission(prompt_ids, SamplingParams(**params), source, reused)
+        prompt_ids, params, *places = msgpack.unpackb(packed, use_list=False)
+        return Admission(prompt_ids, SamplingParams(**params), *places)
 
 
 _FIELDS = 6

@@ -276,19 +276,27 @@ class Scheduler(Generic[Entry]):
             return 0  # the ring buffer has lost what the first position sees
         return max(0, start)
 
-    def _slot_for(self, source: int | None, common: int) -> int:
-        """The slot of the source if little of it is lost, else an empty one, else the one that is free the longest."""
-        longest_free = min(self._free, key=lambda slot: (self._free[slot], slot))
-        if source is None or source not in self._free:
-            return longest_free
-        kept = common if longest_free in self._holders else 0
-        return source if self._known(source) - common <= kept else longest_free
+    def _make_room(self, slot: int, source: int | None, common: int) -> int | None:
+        """Move what a free slot holds: to the source, if the prompt continues all that this holds, else to the slot
+        that is free the longest. None: it is that one, or nothing is lost.
+        """
+        lost = self._known(slot) - (common if source == slot else 0)
+        others = [each for each in self._free if each != source]
+        target = min(others, key=lambda each: (self._free[each], each), default=slot)
+        if source in self._free and source != slot and self._known(source) == common:
+            target = source
+        if lost <= 0 or target == slot:
+            return None
+        self._holders[target], self._free[target] = self._holders[slot], self._free[slot]
+        return target
 
     def _admit(self, entry: Entry, source: int | None, common: int, start: int) -> tuple[int, Admission]:
         request = entry.request
         if self._reuses(request):
             self.prefix_queries += len(entry.prompt)
-        slot = self._slot_for(source, common)
+        slot = min(self._free)  # a step computes all rows up to the highest slot that decodes
+        moved = self._make_room(slot, source, common) if self._limits.prefix_caching else None
+        kept = 0 if moved is None else self._holders[moved].positions
         del self._free[slot]
         entry.admitted_s, entry.awaited = time.perf_counter(), None
         entry.allowed = allowed_new_tokens(request, self._limits.max_context)
@@ -296,7 +304,8 @@ class Scheduler(Generic[Entry]):
         self.prefix_hits += start
         self.running[slot] = self._holders[slot] = entry
         reused = 0 if source is None else start + self._topology.lag
-        return slot, Admission(request.prompt_ids, request.params, slot if source is None else source, reused)
+        source = slot if source is None else source
+        return slot, Admission(request.prompt_ids, request.params, source, reused, moved, kept)
 
 
 def _common_length(prompt: Tokens, holder: ScheduledRequest) -> int:

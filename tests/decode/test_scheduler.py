@@ -7,7 +7,7 @@ import pytest
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.control import Admission, Chunk, Control, Operation
 from stagdist.decode.request import FinishReason, Request, SamplingParams
-from stagdist.decode.scheduler import OperationPlan, ScheduledRequest, Scheduler
+from stagdist.decode.scheduler import LOOKUPS, OperationPlan, ScheduledRequest, Scheduler
 from stagdist.decode.topology import Limits, topology_for
 from tests.decode.decoding import config_of
 
@@ -138,13 +138,18 @@ def test_a_prompt_takes_the_slot_that_holds_most_of_it() -> None:
     assert [each.reused for each in admissions(controls)] == [8] and chunks(controls)[0] == (0, 7, 10)
 
 
-def test_a_short_common_part_is_copied_and_does_not_cost_a_long_one_its_slot() -> None:
+def test_what_a_new_prompt_would_overwrite_is_moved_to_another_slot() -> None:
     driver = Driver(slots=3)
     driver.add("conversation", list(range(40)))
     driver.until_rest()
     driver.add("other", [0, 1, 2, 3, 4, 77, 78])
     controls = driver.until_rest()
-    assert admissions(controls)[0].source == 0 and chunks(controls)[0] == (1, 4, 7)
+    assert (admissions(controls)[0].source, admissions(controls)[0].moved_to, admissions(controls)[0].moved) == (
+        0,
+        1,
+        42,
+    )
+    assert chunks(controls)[0] == (0, 4, 7)
     driver.add("next turn", [*range(40), 50])
     assert admissions(driver.until_rest())[0].reused == 40
 
@@ -227,6 +232,13 @@ def test_reuse_can_be_switched_off() -> None:
     assert (driver.scheduler.prefix_queries, driver.scheduler.prefix_hits) == (0, 0)
 
 
+def test_requests_one_after_the_other_decode_in_the_lowest_slot() -> None:
+    driver = Driver(slots=8)
+    for number in range(20):
+        driver.add(str(number), [20 * number, 1, 2, 3])
+        assert {slot for slot, _, _ in chunks(driver.until_rest())} == {0}, "a step computes the rows below a slot too"
+
+
 # --- messages ---------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +260,8 @@ def test_reuse_can_be_switched_off() -> None:
                 SamplingParams(seed=2**63 - 1, stop=("é",), stop_token_ids=(1, 2), logit_bias=((3, -1.5),), top_k=7),
                 2,
                 6,
+                0,
+                9,
             ),
         ),
     ],

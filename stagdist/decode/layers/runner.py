@@ -138,6 +138,14 @@ class SectionCache:
                 kept = min(count, cache.shape[4] - 1)
                 cache[:, :, target, :, :kept] = cache[:, :, source, :, :kept]
 
+    def exchange(self, one: int, other: int, count: int) -> None:
+        """Exchange the first positions of two slots; all entries of a ring buffer that was overwritten."""
+        for cache in (self.self_kv, self.memory_kv):
+            if cache is not None:
+                both = [one, other], [other, one]
+                kept = min(count, cache.shape[4] - 1)
+                cache[:, :, both[0], :, :kept] = cache[:, :, both[1], :, :kept]  # an indexed read is a copy
+
     @property
     def kv_bytes(self) -> int:
         """Memory held."""

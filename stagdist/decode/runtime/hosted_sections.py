@@ -188,9 +188,16 @@ class StageSections:
         """Run one section over one chunk of a prompt; stores its output in `call.outputs`."""
         prompt, start, length = call.prompt, call.start, call.length
         assert prompt is not None
-        memory, reused = prompt.memories[section], prompt.admission.reused
-        if reused and prompt.admission.source != prompt.slot and start == reused - self.topology.lag:
-            self.caches[section].copy(prompt.admission.source, prompt.slot, reused)
+        memory, admission, cache = prompt.memories[section], prompt.admission, self.caches[section]
+        reused = admission.reused
+        if start == (reused - self.topology.lag if reused else 0):
+            if admission.moved_to == admission.source:
+                cache.exchange(prompt.slot, admission.source, max(admission.moved, reused))
+            else:
+                if admission.moved_to is not None:
+                    cache.copy(prompt.slot, admission.moved_to, admission.moved)
+                if reused and admission.source != prompt.slot:
+                    cache.copy(admission.source, prompt.slot, reused)
         cells = ChunkCells(self._angles, prompt.slot, start, length, reused)
         before = call.outputs.get(section - 1, call.carried)
         previous = null_rows = None
