@@ -88,7 +88,7 @@ class EngineBridge:
                             self._cancelled.discard(message["id"])
                     case "stop":
                         raise ConfigError(message.get("reason") or "the HTTP process was asked to end")
-            raise HttpProcessError("the HTTP process has ended")
+            raise HttpProcessError(self._http.ended)
         except Exception as error:  # the engine must not outlive the thread that brings its requests
             self._lose(error if isinstance(error, StagdistError) else HttpProcessError(f"a message failed: {error!r}"))
 

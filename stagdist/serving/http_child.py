@@ -54,12 +54,16 @@ class HttpProcess:
     Args:
         settings: of the process. One with other settings at the same port is asked to end first.
 
+    Attributes:
+        ended: why nothing can be sent or received any more.
+
     Raises:
         ConfigError: the server of another engine has the port.
     """
 
     def __init__(self, settings: ServerSettings):
         self._settings = settings
+        self.ended = "the HTTP process has ended"
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._socket = self._find()
@@ -119,10 +123,11 @@ class HttpProcess:
         try:
             self._socket.sendall(data)
         except BlockingIOError as error:
+            self.ended = f"the HTTP process took no message for {SEND_S:g} s and was ended"
             self._kill()
-            raise HttpProcessError(f"the HTTP process took no message for {SEND_S:g} s and was ended") from error
+            raise HttpProcessError(self.ended) from error
         except OSError as error:
-            raise HttpProcessError("the HTTP process has ended") from error
+            raise HttpProcessError(self.ended) from error
 
     def receive(self) -> Any:
         """The next message; None when the process has ended.

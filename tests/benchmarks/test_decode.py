@@ -273,6 +273,7 @@ def run_both(payload: dict[str, Any]) -> int:
     return run(arguments(*payload["arguments"]))
 
 
+@pytest.mark.slow  # the tests above check its parts
 @pytest.mark.ranks
 def test_a_run_over_two_processes_measures_everything(tiny: str, tmp_path: Path) -> None:
     written = {name: str(tmp_path / "out" / name) for name in ("decode.json", "decode.trace", "decode.png")}

@@ -123,6 +123,7 @@ def test_the_default_shape_has_two_stages_and_eight_micro_batches() -> None:
     assert arguments().micro_batches == 8
 
 
+@pytest.mark.slow  # the tests above check its parts
 @pytest.mark.ranks
 def test_one_round_of_real_ranks(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "deep" / "train.json"

@@ -42,7 +42,7 @@ class Served:
             return json.load(answer)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A model on bytes with random weights, whose conversations are plain text."""
     folder = tmp_path_factory.mktemp("served")
@@ -89,7 +89,7 @@ def _wait_for_end(log: Path) -> None:
         time.sleep(0.1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def client() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a command of the clients' environment, such as `python FILE`, to its end; `more` are variables."""
     if not (CLIENTS / "python").exists():

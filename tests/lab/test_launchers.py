@@ -15,7 +15,7 @@ from tests.launch.runs import losses
 pytestmark = pytest.mark.lab
 
 # A launch takes 10 to 20 seconds: usually each launcher once, torchrun where host names mean loopback.
-USUAL = {("pdsh", "pipe2_data2"), ("openmpi", "pipe2"), ("no_ssh", "pipe2")}
+USUAL = {("pdsh", "pipe2"), ("openmpi", "pipe2"), ("no_ssh", "pipe2")}
 MATRIX = [
     pytest.param(launcher, grid, marks=[] if (launcher, grid) in USUAL else [whole_matrix])
     for launcher in LAUNCHERS

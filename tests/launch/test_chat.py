@@ -212,7 +212,9 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_arrived(server: Scripted) -> None
     terminal.type("And?\n")
     terminal.until("Done")
     terminal.until("> ")
-    os.killpg(terminal.process.pid, signal.SIGINT)  # at the prompt it does nothing
+    terminal.type("half")
+    terminal.until("half")  # the prompt reads
+    os.killpg(terminal.process.pid, signal.SIGINT)  # here it only drops the line
     terminal.until("> ")
     terminal.type("\x04")
     assert terminal.end() == 0

@@ -33,7 +33,7 @@ def test_options_become_settings(tmp_path: Path) -> None:
         "drain_timeout_s": 5.0, "hang_timeout_s": 6.0, "restart_timeout_s": 7.0, "supervised": False,
     }  # fmt: skip
     assert {name: getattr(found, name) for name in expected} == expected
-    assert found.engine_socket.endswith("/8123.sock")
+    assert found.engine_socket.endswith("/0.0.0.0-8123.sock")
 
 
 def test_the_environment_has_keys_and_says_whether_there_is_a_supervisor(tmp_path: Path) -> None:
