@@ -33,15 +33,15 @@ BUDGETS = {
     "stagdist/model": 692,
     "stagdist/parallel": 1214,
     "stagdist/planning": 752,
-    "stagdist/serving": 3592,
+    "stagdist/serving": 3606,
     "stagdist/telemetry": 1128,
     "stagdist/training": 3289,
     "launch": 904,
     "tools": 995,
     "benchmarks": 4373,
 }
-MAX_LINES = {("stagdist", "launch", "tools"): 30_523, ("benchmarks",): 4_373}
-"""The sums may only fall, except for a new feature; the server added 5,566 lines of product."""
+MAX_LINES = {("stagdist", "launch", "tools"): 30_537, ("benchmarks",): 4_373}
+"""The sums may only fall, except for a new feature; the server added 5,580 lines of product."""
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)

@@ -1,4 +1,4 @@
-"""Stands in for the HTTP process: forwards messages between one TCP client and rank 0, and misbehaves as told.
+"""A fake HTTP process: forwards messages between one TCP client and rank 0, and misbehaves on demand.
 
 Each line that the client sends is a message for rank 0 as JSON, and each message of rank 0 comes back as a line. The
 variable `SCRIPTED_HTTP` names a misbehavior.

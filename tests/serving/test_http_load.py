@@ -68,6 +68,15 @@ def test_all_requests_of_a_flood_are_answered(tmp_path: Path, count: int) -> Non
         assert process.num_fds() <= files + 2
 
 
+def test_the_memory_for_large_texts_is_returned(tmp_path: Path) -> None:
+    with serving(tmp_path, access_log=False) as server, server.client() as client:
+        text, process, seen = "the quick brown fox " * 200_000, psutil.Process(server.process.pid), list[int]()
+        for _ in range(3):
+            assert client.post("/v1/completions", json={"prompt": text, "max_tokens": 1}).status_code == 400  # too long
+            seen.append(process.memory_info().rss)
+    assert max(seen) < 160 * MIB, "encoding one takes more than 100 MiB"
+
+
 def test_pages_that_listen_are_limited(server: HttpServer) -> None:
     async def listen() -> list[bytes]:
         async def open_one() -> tuple[bytes, asyncio.StreamWriter]:

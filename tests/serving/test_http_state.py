@@ -131,6 +131,7 @@ def test_metrics_count_what_passed(tmp_path: Path) -> None:
         "inter_token_latency_seconds_count": 4,
         "e2e_request_latency_seconds_count": 2,
         "request_generation_tokens_sum": 6,
+        "request_max_num_generation_tokens_sum": 3,
         "request_prompt_tokens_sum": 6,
         "request_params_n_sum": 2,
         "request_params_max_tokens_sum": 3,

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import json
 from collections.abc import AsyncGenerator, Callable
 from http import HTTPStatus
@@ -24,7 +25,7 @@ from stagdist.serving.api.problems import ProblemError
 from stagdist.serving.api.served_model import ModelView
 from stagdist.serving.api.wire import DetokenizeRequest, TokenizeRequest, parse_model
 from stagdist.serving.http.engine_client import EngineClient
-from stagdist.serving.http.middleware import Frame
+from stagdist.serving.http.middleware import RequestMiddleware
 from stagdist.serving.http.server_metrics import ServerMetrics
 from stagdist.serving.http.streams import ClientGoneError, EventStream, answer_events, complete_answer, unless_gone
 from stagdist.serving.settings import ServerSettings
@@ -48,6 +49,9 @@ MAX_LISTENERS = 64
 _SMALL_BODY = 4096
 """Bytes of a body that is checked and encoded at once; larger ones would keep others waiting."""
 
+_LARGE_BODY = 1 << 20
+"""Bytes of a body that takes much memory to encode, which is returned to the system afterwards; one at a time."""
+
 _DISCARDED = 16
 """A body above the limit is read up to this multiple of it, since clients that still write miss the answer."""
 
@@ -58,7 +62,7 @@ def make_app(settings: ServerSettings, client: EngineClient, metrics: ServerMetr
     """The application of the server."""
     routed = Starlette(routes=_Server(settings, client, metrics).routes(), exception_handlers=_HANDLERS)
     routed.router.redirect_slashes = False  # the address of a redirection would come from the client's Host header
-    app: ASGIApp = Frame(routed, settings, metrics)
+    app: ASGIApp = RequestMiddleware(routed, settings, metrics)
     if settings.cors_origins:
         app = CORSMiddleware(
             app,
@@ -99,6 +103,7 @@ class _Server:
     def __init__(self, settings: ServerSettings, client: EngineClient, metrics: ServerMetrics) -> None:
         self._settings, self._client, self._metrics = settings, client, metrics
         self._listeners = 0
+        self._large_body = asyncio.Lock()
         self._page = {file.name: file for file in PAGE.glob("*") if file.suffix in PAGE_TYPES}
 
     def routes(self) -> list[Route]:
@@ -155,7 +160,13 @@ class _Server:
         body = await self._read_body(request)
         if len(body) <= _SMALL_BODY:
             return work(parse_json(body))
-        return await asyncio.to_thread(lambda: work(parse_json(body)))
+        if len(body) < _LARGE_BODY:
+            return await asyncio.to_thread(lambda: work(parse_json(body)))
+        async with self._large_body:
+            try:
+                return await asyncio.to_thread(lambda: work(parse_json(body)))
+            finally:
+                ctypes.CDLL(None).malloc_trim(0)  # the C library would keep it
 
     async def _read_body(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()

@@ -32,7 +32,7 @@ CLIENT_GONE = 499
 """Status of requests whose client left, in the log and in metrics."""
 
 
-class Frame:
+class RequestMiddleware:
     """The application around the routes.
 
     The scope of a request gets `request_id`; handlers add the `generation` for the access log.

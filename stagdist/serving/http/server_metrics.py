@@ -37,6 +37,7 @@ _HISTOGRAMS = {
     "request_inference_time_seconds": ("From the slot to the last token.", _REQUEST_S),
     "request_prompt_tokens": ("Tokens of a prompt.", _TOKENS),
     "request_generation_tokens": ("Tokens that a request generated.", _TOKENS),
+    "request_max_num_generation_tokens": ("Most tokens of a choice of a request.", _TOKENS),
     "request_params_max_tokens": ("`max_tokens` of a request.", _TOKENS),
     "request_params_n": ("`n` of a request.", (1, 2, 5, 10, 20)),
     "iteration_tokens_total": ("Tokens that one operation of the engine generated.", _STEP_TOKENS),
@@ -152,6 +153,8 @@ class ServerMetrics:
         self.observe("e2e_request_latency_seconds", now - generation.arrival)
         self.observe("request_prompt_tokens", output["prompt_tokens"])
         self.observe("request_generation_tokens", tokens)
+        if len(generation.finished) + 1 == len(generation.submissions):
+            self.observe("request_max_num_generation_tokens", max(tokens, *generation.tokens))
         admitted, first, last = times["admitted"], times["first_token"], times["finished"]
         if admitted is not None:
             self.observe("request_queue_time_seconds", admitted)
