@@ -61,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
     check_outputs(arguments)
+    if min(*arguments.clients, arguments.seconds, arguments.prompt_tokens) < 1:
+        raise ConfigError("--clients, --seconds and --prompt-tokens must be at least 1")
     if not CLIENTS.exists():
         raise ConfigError(f"{CLIENTS} is missing; `make clients` installs it")
     with tempfile.TemporaryDirectory() as name:

@@ -38,9 +38,9 @@ BUDGETS = {
     "stagdist/training": 3289,
     "launch": 904,
     "tools": 995,
-    "benchmarks": 4373,
+    "benchmarks": 4386,
 }
-MAX_LINES = {("stagdist", "launch", "tools"): 30_537, ("benchmarks",): 4_373}
+MAX_LINES = {("stagdist", "launch", "tools"): 30_537, ("benchmarks",): 4_386}
 """The sums may only fall, except for a new feature; the server added 5,580 lines of product."""
 
 

@@ -38,6 +38,7 @@ from stagdist.decode.operations import operate
 from stagdist.decode.request import Request, RequestOutput, SamplingParams
 from stagdist.decode.runtime.build import EngineOptions, build_stage, joined_world, plan_decoding
 from stagdist.decode.runtime.warm_up import dry_pass
+from stagdist.errors import ConfigError
 from stagdist.parallel.world import choose_device
 
 RUNNING = 2
@@ -58,14 +59,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure every setting; rank 0 prints and writes."""
     check_outputs(arguments)
     model = load_config(arguments.config, arguments.set).model
+    targets = _targets(arguments.targets)
+    if not 1 <= arguments.prompt < model.max_position_embeddings or arguments.seconds <= 0:
+        last = model.max_position_embeddings - 1
+        raise ConfigError(f"--prompt is {arguments.prompt}, give 1 to {last}; --seconds {arguments.seconds}, above 0")
     device = choose_device(arguments.device, int(os.environ.get("LOCAL_RANK", "0")))
     torch.set_num_threads(arguments.threads)
     options = EngineOptions(num_slots=RUNNING + 2, chunk_size=arguments.chunk)
     rows: list[dict[str, Any]] = []
     plan = plan_decoding(model, options, int(os.environ.get("WORLD_SIZE", "1")))
     with joined_world(plan, device) as transport:
-        for text in arguments.targets.split(","):
-            target_ms = None if text == "none" else float(text)
+        for target_ms in targets:
             own = plan_decoding(model, replace(options, inter_token_target_ms=target_ms), plan.grid.world_size)
             stage = build_stage(own, random_reader(SEED, device), device, transport)
             dry_pass(stage)
@@ -80,6 +84,13 @@ def run(arguments: argparse.Namespace) -> int:
         settings = {"prompt": arguments.prompt, "chunk": arguments.chunk, "processes": plan.grid.world_size}
         write_results(arguments.json, conditions(None, 0) | {"benchmark": "token_gaps", **settings, "rows": rows})
     return 0
+
+
+def _targets(text: str) -> list[float | None]:
+    try:
+        return [None if word == "none" else float(word) for word in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--targets is {text!r}; give milliseconds or `none`, separated by commas") from None
 
 
 class _Load:
