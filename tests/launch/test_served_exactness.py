@@ -235,7 +235,8 @@ def test_answers_are_those_of_the_generate_command_alone_and_among_others(varian
     assert stats["prefix_hits_total"] >= comparison.cached and all(s["phase"] == "free" for s in stats["slots"])
     assert neighbors.left > 5 and len(neighbors.seeds) == len(set(neighbors.seeds)) > 1
     decisions = end_and_read_decisions(served)
-    kinds = ["chunk beside a step", "left while decoding", "left in the prompt"]
+    # Whether a client leaves while its short prompt is computed is chance; tests/decode/test_scheduler.py does that.
+    kinds = ["chunk beside a step", "left while decoding"]
     kinds += ["reused"] * reuses_prefixes(config)
     if config.get("cross_attention_window") is None:  # a ring buffer of a window holds no beginnings
         kinds.append("copied")
