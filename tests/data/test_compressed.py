@@ -72,7 +72,10 @@ def test_damage_is_not_taken_for_the_end_or_for_bad_json(tmp_path: Path, suffix:
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(pack(lines) * 2)
     assert read(path) == ["one"] * 10_000
-    for after in (b"garbage", pack(lines)[:-1], pack(lines)[1:]):
+    if suffix != ".zst":
+        path.write_bytes(pack(lines) + b"\0" * 10_000 + pack(lines) + b"\0" * 100)
+        assert read(path) == ["one"] * 10_000, "padding"
+    for after in (b"garbage", b"\0garbage", pack(lines)[:-1], pack(lines)[1:]):
         path.write_bytes(pack(lines) + after)
         with pytest.raises(DataError, match=rf"a\.jsonl{suffix} is damaged: .*; fetch it again"):
             read(path)

@@ -132,17 +132,20 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(tmp_path: P
         "--bad-utf8", "skip", "--tokenizer", "bytes", "--workers", "2", "--quiet", "--output", str(out / "c"),
     ]  # fmt: skip
     marker = f"KILLED_RUN_{os.getpid()}"
-    for wait_for in ("c.part00000.partial", "c.bin.partial"):
+    part, tokens = "c.part00000.partial", "c.bin.partial"
+    endings = (part, signal.SIGTERM), (part, signal.SIGHUP), (part, signal.SIGKILL), (tokens, signal.SIGKILL)
+    for wait_for, ending in endings:
         process = subprocess.Popen(
             command, env={**tool_environment(), marker: "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         deadline = time.monotonic() + 60
         while not (out / wait_for).exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+        process.send_signal(ending)
+        killed = ending == signal.SIGKILL
+        assert process.wait() == (-ending if killed else 130), "the run was over before it could be killed"
         left = listing(out)
-        assert wait_for in left and all(name.endswith(".partial") for name in left)
+        assert (wait_for in left) == killed and all(name.endswith(".partial") for name in left)
     deadline = time.monotonic() + 20
     while _processes_with(marker) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -231,6 +234,14 @@ def test_an_existing_corpus_is_kept_unless_it_is_to_be_replaced(tmp_path: Path) 
     assert documents_of(prefix, "uint16") == [[*b"second", 256]]
 
 
+@pytest.mark.parametrize(
+    ("output", "example"), [("", "corpus"), (".", "./corpus"), ("..", "../corpus"), ("o/", "o/corpus"), ("a.bin", "a")]
+)
+def test_an_output_without_a_name_is_refused(output: str, example: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'{output}' is not the beginning of a file's name; give {example} for"):
+        prepare([], output, byte_tokenizer())
+
+
 def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text " * 10_000)
     script = (
@@ -260,6 +271,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
         (["keys.jsonl", "a.txt", "--tokenizer", "bytes", "--workers", "2"], "choose with --text-key"),
         (["a.txt", "--tokenizer", "bytes", "--workers", "0"], "--workers is 0"),
         (["nobody/nothing", "--tokenizer", "bytes"], "cannot load the dataset nobody/nothing"),
+        (["/dev/null", "--tokenizer", "bytes"], "/dev/null is a pipe or a device; write its content to a file"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2_and_writes_nothing(

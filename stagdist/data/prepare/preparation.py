@@ -95,8 +95,9 @@ def prepare(
 def _planned(inputs: Sequence[str], prefix: str, options: ReadOptions, overwrite: bool, workers: int) -> list[Piece]:
     if workers < 1:
         raise ConfigError(f"--workers is {workers}, at least 1 is needed")
-    if prefix.endswith((".bin", ".idx", "/")):
-        raise ConfigError(f"output {prefix} is a prefix without ending; give {prefix[:-4].rstrip('/.')} for example")
+    if prefix.endswith((".bin", ".idx")) or os.path.basename(prefix) in ("", ".", ".."):
+        example = os.path.join(prefix, "corpus") if prefix[-1:] in ("", ".", "/") else prefix[:-4]
+        raise ConfigError(f"output {prefix!r} is not the beginning of a file's name; give {example} for example")
     if corpus_path(prefix, ".idx").exists() and not overwrite:
         raise ConfigError(f"{prefix}.idx exists; choose another --output, or --overwrite")
     pieces = plan_pieces(inputs, options)
