@@ -3,6 +3,7 @@
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from stagdist.config.parts import DataConfig
 from stagdist.data.compatibility import check_data, problems_on_this_machine
 from stagdist.data.indexed import CorpusIndex
 from stagdist.data.loader import BatchPlan, Loader
+from stagdist.data.prepare.preparation import prepare
+from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.errors import DataError
 from tests.checkpoint.synthetic import run_config
 from tests.data.test_corpus import LENGTH, numbered, refused, write_foreign
@@ -87,10 +90,28 @@ def test_damaged_positions_of_an_index_are_noticed(tmp_path: Path) -> None:
         number = np.array([value], kind).tobytes()
         (tmp_path / "c.idx").write_bytes(index[:place] + number + index[place + len(number) :])
         assert "c.idx is damaged" in refused(data)
+    for mode, problem in ((b"\0" * 9, None), (b"\0" * 8 + b"\1", "c.idx has sequences that are marked as images")):
+        (tmp_path / "c.idx").write_bytes(index + mode)
+        if problem:
+            assert problem in refused(data)
+        else:
+            check_data(DataConfig(**data), sequence_length=LENGTH, vocab_size=300)  # type: ignore[arg-type]
     (tmp_path / "c.idx").write_bytes(index)
     with (tmp_path / "c.bin").open("ab") as stream:
         stream.write(b"more")
     assert "c.bin does not belong to its index" in refused(data)
+
+
+@pytest.mark.parametrize("value", [None, 5, -1, 1.5, True, "x", [], {}, [None], float("inf"), 1 << 70])
+def test_a_description_with_a_value_of_another_type_is_refused(tmp_path: Path, value: Any) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    right = asdict(prepare([str(tmp_path / "a.txt")], str(tmp_path / "c"), byte_tokenizer()).description)
+    data = {"corpora": [{"prefix": str(tmp_path / "c")}], "split": [1, 0, 0]}
+    for key in (*right, "unknown"):
+        (tmp_path / "c.json").write_text(json.dumps({**right, key: value}))
+        same = type(value) is type(right.get(key)) or (key == "seed" and value in (None, 5)) or value == []
+        if not same:
+            assert f"cannot read {tmp_path / 'c.json'}: {key}" in refused(data)
 
 
 @pytest.mark.parametrize("ending", [".bin", ".idx"])
