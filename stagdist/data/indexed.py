@@ -95,7 +95,7 @@ def read_description(prefix: str) -> CorpusDescription | None:
     try:
         return TypeAdapter(CorpusDescription).validate_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        reason = error
+        reason = str(error)
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             reason = ": ".join([*map(str, first["loc"]), first["msg"]])
