@@ -206,10 +206,13 @@ def _locked_cache(directory: Path) -> Iterator[None]:
         with locked(directory / ".lock", timeout_s=-1):
             _remove_damaged(directory)
             yield
-    except OSError as error:
-        raise DataError(f"cannot write index maps to {directory}: {error}; set data.cache_directory") from error
     except MemoryError as error:
         raise DataError(f"the order of the samples does not fit in memory: {error}; lower training.steps") from error
+    except Exception as error:
+        reason = error.__cause__ or error  # megatron-core raises a bare Exception from an OSError
+        if not isinstance(reason, OSError):
+            raise
+        raise DataError(f"cannot write index maps to {directory}: {reason}; set data.cache_directory") from error
 
 
 def _remove_damaged(directory: Path) -> None:
