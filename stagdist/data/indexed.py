@@ -36,6 +36,7 @@ _DTYPES: dict[int, type[np.integer[Any]]] = {
 _SAMPLED_BYTES = 1 << 16
 _WRITE_STEP = 1 << 20
 _SCAN_STEP = 1 << 20
+_LARGEST_DESCRIPTION = 1 << 28
 _AGAIN = "copy or prepare the corpus again"
 
 
@@ -93,7 +94,8 @@ def read_description(prefix: str) -> CorpusDescription | None:
     if not path.is_file():
         return None
     try:
-        return TypeAdapter(CorpusDescription).validate_json(path.read_bytes())
+        with path.open("rb") as stream:  # at most a part: the name may be that of a large file with text
+            return TypeAdapter(CorpusDescription).validate_json(stream.read(_LARGEST_DESCRIPTION))
     except (OSError, ValueError) as error:
         reason = str(error)
         if isinstance(error, ValidationError):

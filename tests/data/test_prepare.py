@@ -234,6 +234,16 @@ def test_an_existing_corpus_is_kept_unless_it_is_to_be_replaced(tmp_path: Path) 
     assert documents_of(prefix, "uint16") == [[*b"second", 256]]
 
 
+@pytest.mark.parametrize("name", ["c.json", "c.bin"])
+def test_a_file_that_is_not_of_a_corpus_is_never_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / name).write_text('[{"text": "mine"}]')
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=rf"{name} exists and belongs to no corpus; choose another --output"):
+            prepare([str(tmp_path / "a.txt")], str(tmp_path / "c"), byte_tokenizer(), overwrite=overwrite)
+    assert (tmp_path / name).read_text() == '[{"text": "mine"}]' and listing(tmp_path) == ["a.txt", name]
+
+
 @pytest.mark.parametrize(
     ("output", "example"), [("", "corpus"), (".", "./corpus"), ("..", "../corpus"), ("o/", "o/corpus"), ("a.bin", "a")]
 )

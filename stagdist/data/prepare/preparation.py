@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stagdist.data.indexed import CorpusDescription, corpus_path, token_dtype, write_index
+from stagdist.data.indexed import CorpusDescription, corpus_path, read_description, token_dtype, write_index
 from stagdist.data.prepare.encode import Encoder, Part, write_parts
 from stagdist.data.prepare.processes import Ranks
 from stagdist.data.prepare.sources import Piece, ReadOptions, listed, plan_pieces
@@ -100,11 +100,23 @@ def _planned(inputs: Sequence[str], prefix: str, options: ReadOptions, overwrite
         raise ConfigError(f"output {prefix!r} is not the beginning of a file's name; give {example} for example")
     if corpus_path(prefix, ".idx").exists() and not overwrite:
         raise ConfigError(f"{prefix}.idx exists; choose another --output, or --overwrite")
+    if other := _file_of_another(prefix):
+        raise ConfigError(f"{other} exists and belongs to no corpus; choose another --output, or move it away")
     pieces = plan_pieces(inputs, options)
     if not pieces:
         raise DataError(f"no text in {listed(inputs)}; nothing was written")
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     return pieces
+
+
+def _file_of_another(prefix: str) -> Path | None:
+    """A file that a corpus would replace although it is not of one, the input `PREFIX.json` for example."""
+    index, tokens, description = (corpus_path(prefix, ending) for ending in (".idx", ".bin", ".json"))
+    try:
+        ours = read_description(prefix) is not None or index.exists()
+    except DataError:
+        return description
+    return tokens if tokens.exists() and not ours else None
 
 
 def _describe(
@@ -228,5 +240,5 @@ def _finish(prefix: str, description: CorpusDescription, lengths: np.ndarray, dt
         os.fsync(stream.fileno())
     _partial(prefix, ".json").write_text(description.to_json(), encoding="utf-8")
     corpus_path(prefix, ".idx").unlink(missing_ok=True)
-    for ending in (".bin", ".json", ".idx"):
+    for ending in (".json", ".bin", ".idx"):  # tokens without a description are of another program
         os.replace(_partial(prefix, ending), corpus_path(prefix, ending))
