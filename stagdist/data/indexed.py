@@ -80,8 +80,8 @@ class CorpusDescription:
     begin_of_document: tuple[int, ...] = ()
 
     def to_json(self) -> str:
-        """The file's content."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        """The file's content; bytes of a path that are not UTF-8 become question marks."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n"
 
 
 def read_description(prefix: str) -> CorpusDescription | None:

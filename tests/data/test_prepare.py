@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stagdist.data.indexed import read_description
 from stagdist.data.prepare.encode import Encoder, write_parts
 from stagdist.data.prepare.preparation import prepare
 from stagdist.data.prepare.sources import PIECE_BYTES, ReadOptions, plan_pieces
@@ -297,6 +298,15 @@ def test_bad_input_is_one_line_and_code_2_and_writes_nothing(
     assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists() or listing(tmp_path / "out") == []
+
+
+def test_paths_that_are_not_utf8_are_read_written_and_described(run_tool: RunTool, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9\n")
+    (tmp_path / f"{name}.txt").write_text("some text")
+    done = run_tool("prepare_data.py", f"{name}.txt", "--output", name, "--tokenizer", "bytes", "--quiet")
+    assert done.returncode == 0 and done.stdout.startswith("caf\\udce9\n: 1 documents"), done.stderr
+    description = read_description(str(tmp_path / name))
+    assert description is not None and description.sources == ("caf?\n.txt",)
 
 
 def test_the_tokenizer_tool_trains_what_prepare_takes(run_tool: RunTool, tmp_path: Path) -> None:
