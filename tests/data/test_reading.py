@@ -207,9 +207,8 @@ def test_a_table_is_recognized_by_content_and_text_stays_text(tmp_path: Path, ca
     for name in ("a.txt", "a.md", "LICENSE"):
         content = json.dumps(ONE) if name != "LICENSE" else "one {two} [three]"
         (tmp_path / name).write_text(content)
-        caplog.clear()
         assert read(tmp_path / name) == [content]
-        assert ("a.txt looks like JSON but is read as text" in caplog.text) == (name == "a.txt")
+    assert caplog.messages[0].startswith(f"note: {tmp_path / 'a.txt'} looks like JSON but") and len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize(
@@ -222,8 +221,7 @@ def test_a_table_is_recognized_by_content_and_text_stays_text(tmp_path: Path, ca
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer, .*: run git lfs pull"),
         ("a.feather", b"FEA1" + b"\0" * 60, "is Feather of version 1; write it again"),
         ("a.bin", b"a\0b\0" * 99, "is not text; convert it"),
-        *(("a.jsonl", content, "Extra data.*write each record on one line")
-          for content in (b'{"text": "a"}{"text": "b"}', b'{"text": "a"},\n', b'{"text": "a"}\r{"text": "b"}')),
+        ("a.jsonl", b'{"text": "a"},\n{"text": "b"}', "Extra data.*write each record on one line"),
         ("a.dat", bytes(range(256)) * 4, "is not text; convert it"),
         ("a.txt", bytes(range(256)) * 4, "is not text; convert it"),
         ("a", b'{\n "text": "on two lines"\n}', "write each record on one line"),
