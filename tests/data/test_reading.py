@@ -204,11 +204,12 @@ def test_a_table_is_recognized_by_content_and_text_stays_text(tmp_path: Path, ca
     with pyarrow.ipc.new_file(tmp_path / "part-1", table.schema) as writer:
         writer.write_table(table)
     assert read(tmp_path) == ["one", "two"] * 2
-    for name in ("a.txt", "a.md", "LICENSE"):
+    for name in ("a.txt", "a.csv", "a.md", "LICENSE"):
         content = json.dumps(ONE) if name != "LICENSE" else "one {two} [three]"
         (tmp_path / name).write_text(content)
         assert read(tmp_path / name) == [content]
-    assert [message.partition(" looks like JSON but")[0] for message in caplog.messages] == [f"note: {tmp_path}/a.txt"]
+    noted = [message.partition(" is read as text, by its name")[0] for message in caplog.messages]
+    assert noted == [f"note: {tmp_path}/a.txt", f"note: {tmp_path}/a.csv"]
 
 
 @pytest.mark.parametrize(

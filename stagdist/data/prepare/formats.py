@@ -102,8 +102,8 @@ def recognize(path: str) -> tuple[Contents, bool]:
     head = head.removeprefix(BYTE_ORDER_MARK)
     if name.endswith(JSON_SUFFIXES) or (not named and _looks_like_json(head)):
         return ("json_array" if head.lstrip().startswith(b"[") else "json_lines"), compressed
-    if name.endswith((".txt", ".text", ".log")) and _looks_like_json(head):
-        LOG.warning("note: %s looks like JSON but is read as text, by its name; for its records name it .jsonl", path)
+    if name.endswith((".csv", ".tsv")) or (name.endswith((".txt", ".text", ".log")) and _looks_like_json(head)):
+        LOG.warning("note: %s is read as text, by its name; for the texts of its records give it as .jsonl", path)
     return "text", compressed
 
 
