@@ -92,6 +92,18 @@ def test_damage_is_not_taken_for_the_end_or_for_bad_json(tmp_path: Path, suffix:
             read(path, txt_documents=mode)
 
 
+def test_a_long_window_of_zstd_has_its_own_remedy(tmp_path: Path) -> None:
+    line = b'{"text": "one"}\n'
+    for window in (27, 28, 31):
+        block = (1 | len(line) << 3).to_bytes(3, "little") + line  # the last one, not compressed
+        (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\0" + bytes([window - 10 << 3]) + block)
+        if window == 27:
+            assert read(tmp_path / "a.jsonl.zst") == ["one"]
+            continue
+        with pytest.raises(DataError, match=r"a\.jsonl\.zst has a larger window .*; unpack it: zstd -d --long=31"):
+            read(tmp_path / "a.jsonl.zst")
+
+
 def test_an_error_of_a_store_while_reading_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from fsspec.implementations.memory import MemoryFile
 

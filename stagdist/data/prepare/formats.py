@@ -188,6 +188,8 @@ def damage_named(path: str) -> Iterator[None]:
     except Exception as error:  # pyarrow and lzma have no common class of errors
         if isinstance(error, OSError) and error.errno is not None:
             raise
+        if "requires too much memory" in str(error):  # zstd --long, as in dumps of web sites
+            raise DataError(f"{path} has a larger window than pyarrow reads; unpack it: zstd -d --long=31") from error
         raise DataError(f"{path} is damaged: {error}; fetch it again") from error
 
 
