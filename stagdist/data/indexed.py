@@ -5,6 +5,7 @@ absent from foreign corpora) says which tokenizer made them. This module reads a
 alone, so preparing and checking corpora does not import a framework; reading for training is megatron-core's.
 """
 
+import glob
 import hashlib
 import json
 import logging
@@ -275,6 +276,6 @@ def _read_index(prefix: str, path: Path) -> tuple[CorpusIndex, np.ndarray, np.nd
 def _missing_remedy(prefix: str) -> str:
     if prefix.endswith((".bin", ".idx")):
         return f"a prefix is written without its ending: {prefix[:-4]}"
-    if corpus_path(prefix, ".bin.partial").is_file():
+    if any(Path(prefix).parent.glob(f"{glob.escape(Path(prefix).name)}.*.partial")):
         return "a run of tools/prepare_data.py was interrupted there, start it again"
     return "make it with tools/prepare_data.py, or correct the path"

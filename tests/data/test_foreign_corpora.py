@@ -19,7 +19,7 @@ from stagdist.data.indexed import CorpusIndex
 from stagdist.data.loader import BatchPlan, Loader
 from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import byte_tokenizer
-from stagdist.errors import DataError
+from stagdist.errors import ConfigError, DataError
 from tests.checkpoint.synthetic import run_config
 from tests.data.test_corpus import LENGTH, numbered, refused, write_foreign
 from tests.ranks import ROOT, run_script
@@ -162,3 +162,13 @@ def test_a_dry_run_reads_the_data_that_is_there(tmp_path: Path) -> None:
     for absent in ({"tokenizer": "absent"}, {"corpora": [{"prefix": "absent"}]}):
         part = DataConfig(**{**data.model_dump(), **absent})
         assert problems_on_this_machine(config.model_copy(update={"data": part})) == []
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.bin"])
+def test_a_file_that_is_not_of_a_corpus_is_never_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / name).write_text('[{"text": "mine"}]')
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=rf"{name} exists and belongs to no corpus; choose another --output"):
+            prepare([str(tmp_path / "a.txt")], str(tmp_path / "c"), byte_tokenizer(), overwrite=overwrite)
+    assert (tmp_path / name).read_text() == '[{"text": "mine"}]' and len(list(tmp_path.iterdir())) == 2
