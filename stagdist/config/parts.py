@@ -171,7 +171,7 @@ class CorpusConfig(ConfigPart):
     """One tokenized corpus and its share of a blend."""
 
     prefix: str = Field(..., description="Path of the .bin/.idx pair without the extension.")
-    weight: PositiveFloat = Field(1.0, description="Relative weight in the blend.")
+    weight: PositiveFloat = Field(1.0, le=1e30, description="Relative weight in the blend.")
 
 
 class DataConfig(ConfigPart):
@@ -214,8 +214,8 @@ class DataConfig(ConfigPart):
             )
         elif separate and not self.train_corpora:
             problems.append("data.train_corpora is empty, but data.validation_corpora or data.test_corpora is not")
-        if min(self.split) < 0 or self.split[0] <= 0:
-            problems.append(f"data.split {list(self.split)} must not be negative and needs a share for training")
+        if min(self.split) < 0 or max(self.split) > 1e30 or self.split[0] < 1e-12:  # 12 places are used
+            problems.append(f"data.split {list(self.split)} must be 0 to 1e30 and needs a share for training")
         report_problems(problems, found)
         return self
 

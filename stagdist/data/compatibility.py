@@ -170,7 +170,7 @@ def _check_tokens(index: CorpusIndex, data: DataConfig, tokenizer: Tokenizer, vo
     if description is not None and description.tokens != index.tokens:
         raise DataError(
             f"{index.prefix}.json says {description.tokens} tokens but the index {index.tokens}: they do not "
-            "belong together; prepare the corpus again, or delete the .json if another program made the corpus"
+            "belong together; prepare the corpus again, or move the .json away if another program made the corpus"
         )
     if description is not None and description.tokenizer_fingerprint != tokenizer.fingerprint:
         raise DataError(

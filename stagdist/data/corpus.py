@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from stagdist.config.parts import CorpusConfig, DataConfig
@@ -88,13 +89,14 @@ def build_splits(
 
     Raises:
         ConfigError: see `check_data`.
-        DataError: see `check_data`.
+        DataError: see `check_data`; the order of so many samples needs more memory or disk than there is.
     """
     if num_samples[0] < 1 or min(num_samples) < 0:
         raise ConfigError(f"number of samples {num_samples} must be at least 1 for training and not negative")
     corpora = check_data(
         data, sequence_length=sequence_length, vocab_size=vocab_size, num_samples=num_samples, tokenizer=tokenizer
     )
+    _check_memory(max(num_samples[0], read_samples // 2) * sequence_length, sequence_length, corpora)
     directory = cache_directory(data)
     fixed = {
         "sequence_length": sequence_length,
@@ -110,6 +112,21 @@ def build_splits(
         if len(train) < read_samples:
             train = _further_rounds(data, train, num_samples[0], read_samples, fixed)
     return Splits(train, validation, test)
+
+
+def _check_memory(tokens: int, sequence_length: int, corpora: dict[str, CorpusIndex]) -> None:
+    """Refuse an order of samples that this machine could not hold, before the system ends the process for it.
+
+    Args:
+        tokens: of all samples in the largest round; megatron-core needs 12 bytes per sample and 16 per document.
+    """
+    mean_length = sum(index.tokens for index in corpora.values()) / sum(len(one.lengths) for one in corpora.values())
+    needed, there = tokens * (12 / sequence_length + 16 / mean_length), psutil.virtual_memory().total
+    if needed > there:
+        raise DataError(
+            f"the order of so many samples needs {needed / 2**30:.0f} GiB of memory, this machine has "
+            f"{there / 2**30:.0f} GiB; lower training.steps"
+        )
 
 
 def _build(data: DataConfig, seed: int, num_samples: tuple[int, int, int], fixed: dict[str, Any]) -> list[Any]:
@@ -189,8 +206,13 @@ def _locked_cache(directory: Path) -> Iterator[None]:
         with locked(directory / ".lock", timeout_s=-1):
             _remove_damaged(directory)
             yield
-    except OSError as error:
-        raise DataError(f"cannot write index maps to {directory}: {error}; set data.cache_directory") from error
+    except MemoryError as error:
+        raise DataError(f"the order of the samples does not fit in memory: {error}; lower training.steps") from error
+    except Exception as error:
+        reason = error.__cause__ or error  # megatron-core raises a bare Exception from an OSError
+        if not isinstance(reason, OSError):
+            raise
+        raise DataError(f"cannot write index maps to {directory}: {reason}; set data.cache_directory") from error
 
 
 def _remove_damaged(directory: Path) -> None:

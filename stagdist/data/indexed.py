@@ -5,6 +5,7 @@ absent from foreign corpora) says which tokenizer made them. This module reads a
 alone, so preparing and checking corpora does not import a framework; reading for training is megatron-core's.
 """
 
+import glob
 import hashlib
 import json
 import logging
@@ -13,9 +14,10 @@ import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
+from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 
 from stagdist.errors import DataError
 from stagdist.files import locked, not_downloaded, writing
@@ -35,6 +37,7 @@ _DTYPES: dict[int, type[np.integer[Any]]] = {
 _SAMPLED_BYTES = 1 << 16
 _WRITE_STEP = 1 << 20
 _SCAN_STEP = 1 << 20
+_LARGEST_DESCRIPTION = 1 << 28
 _AGAIN = "copy or prepare the corpus again"
 
 
@@ -62,22 +65,24 @@ class CorpusDescription:
         begin_of_document: special tokens that every document begins with; older corpora have none.
     """
 
-    documents: int
-    tokens: int
-    bytes: int
-    max_token: int
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True)
+
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    bytes: NonNegativeInt
+    max_token: NonNegativeInt
     dtype: str
     seed: int | None
     tokenizer: str
     tokenizer_fingerprint: str
     vocab_size: int
     end_of_document: int
-    sources: tuple[str, ...]
+    sources: tuple[str, ...] = ()
     begin_of_document: tuple[int, ...] = ()
 
     def to_json(self) -> str:
-        """The file's content."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        """The file's content; bytes of a path that are not UTF-8 become question marks."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n"
 
 
 def read_description(prefix: str) -> CorpusDescription | None:
@@ -90,14 +95,17 @@ def read_description(prefix: str) -> CorpusDescription | None:
     if not path.is_file():
         return None
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        lists = {key: tuple(content.get(key, ())) for key in ("sources", "begin_of_document")}
-        found = CorpusDescription(**content | lists)
-        if type(found.tokens) is not int or type(found.max_token) is not int:
-            raise TypeError("tokens and max_token are not integers")
-        return found
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DataError(f"cannot read {path}: {error}; prepare the corpus again, or delete this file") from error
+        with path.open("rb") as stream:  # at most a part: the name may be that of a large file with text
+            return TypeAdapter(CorpusDescription).validate_json(stream.read(_LARGEST_DESCRIPTION))
+    except (OSError, ValueError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = ": ".join([*map(str, first["loc"]), first["msg"]])
+        raise DataError(
+            f"cannot read {path}: {reason}; prepare the corpus again, or move this file away if another program made "
+            "the corpus"
+        ) from error
 
 
 def write_index(stream: BinaryIO, lengths: np.ndarray, dtype: type[np.generic]) -> None:
@@ -137,8 +145,7 @@ class CorpusIndex:
         return int(self.lengths.sum(dtype=np.int64))
 
     def first_tokens(self, count: int) -> tuple[int, ...]:
-        """The first token ids of the first document."""
-        count = min(count, int(self.lengths[0]))
+        """The first token ids: of the first document that is not empty."""
         return tuple(np.fromfile(corpus_path(self.prefix, ".bin"), self.dtype, count).tolist())
 
     def split_tokens(self, share: tuple[float, float]) -> int:
@@ -245,7 +252,10 @@ def _read_index(prefix: str, path: Path) -> tuple[CorpusIndex, np.ndarray, np.nd
         raise DataError(f"{path} is not an index of Megatron-LM's format (mmap); {_AGAIN}")
     _, version, code, sequences, boundaries = _HEADER.unpack(header)
     if version != 1 or code not in _DTYPES:
-        raise DataError(f"{path} has version {version} and token type {code}; only integer corpora of version 1")
+        raise DataError(
+            f"{path} has version {version} and token type {code}; write the corpus again, as version 1 with uint16 "
+            "(type 8) or int32 (type 4)"
+        )
     expected = _HEADER.size + 12 * sequences + 8 * boundaries
     if size not in (expected, expected + sequences):  # Megatron-LM appends a byte of each sequence of images or text
         fault = "is cut short" if size < expected else "is damaged"
@@ -258,12 +268,14 @@ def _read_index(prefix: str, path: Path) -> tuple[CorpusIndex, np.ndarray, np.nd
         raise DataError(f"{path} is damaged: the length of a sequence is {lengths.min()}; {_AGAIN}")
     pointers = content[4 * sequences : 12 * sequences].view(np.int64)
     documents = content[12 * sequences : 12 * sequences + 8 * boundaries].view(np.int64)
+    if content[12 * sequences + 8 * boundaries :].any():
+        raise DataError(f"{path} has sequences that are marked as images or other media; write a corpus of text alone")
     return CorpusIndex(prefix, _DTYPES[code], lengths, boundaries - 1), pointers, documents
 
 
 def _missing_remedy(prefix: str) -> str:
     if prefix.endswith((".bin", ".idx")):
         return f"a prefix is written without its ending: {prefix[:-4]}"
-    if corpus_path(prefix, ".bin.partial").is_file():
+    if any(Path(prefix).parent.glob(f"{glob.escape(Path(prefix).name)}.*.partial")):
         return "a run of tools/prepare_data.py was interrupted there, start it again"
     return "make it with tools/prepare_data.py, or correct the path"

@@ -88,14 +88,15 @@ def pretrain(config: RunConfig, grid: Grid, device: str, started_at: float, puls
     if checkpoint is not None:
         config = resumed_config(config, checkpoint, identity, tokenizer.fingerprint)
     length, vocab_size = config.sequence_length, config.model.vocab_size
-    splits = build_splits(
-        config.data,
-        sequence_length=length,
-        num_samples=split_sizes(config),
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        read_samples=config.training.steps * config.training.global_batch_size,
-    )
+    with naming_lost_peers(groups, config.parallel.timeout_s, "waiting for the index maps of rank 0"):
+        splits = build_splits(
+            config.data,
+            sequence_length=length,
+            num_samples=split_sizes(config),
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            read_samples=config.training.steps * config.training.global_batch_size,
+        )
     engine = build_engine(config, groups, pulse)
     sizes, fingerprint = (grid.pipe, grid.data, grid.tensor), tokenizer.fingerprint
     state = TrainingState(0, 0, config.num_samples, sizes, data_identity=identity, tokenizer=fingerprint)

@@ -72,7 +72,10 @@ def test_damage_is_not_taken_for_the_end_or_for_bad_json(tmp_path: Path, suffix:
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(pack(lines) * 2)
     assert read(path) == ["one"] * 10_000
-    for after in (b"garbage", pack(lines)[:-1], pack(lines)[1:]):
+    if suffix != ".zst":
+        path.write_bytes(pack(lines) + b"\0" * 10_000 + pack(lines) + b"\0" * 100)
+        assert read(path) == ["one"] * 10_000, "padding"
+    for after in (b"garbage", b"\0garbage", pack(lines)[:-1], pack(lines)[1:]):
         path.write_bytes(pack(lines) + after)
         with pytest.raises(DataError, match=rf"a\.jsonl{suffix} is damaged: .*; fetch it again"):
             read(path)
@@ -87,6 +90,18 @@ def test_damage_is_not_taken_for_the_end_or_for_bad_json(tmp_path: Path, suffix:
     for mode in ("auto", "file", "paragraph", "line"):
         with pytest.raises(DataError, match=r"not UTF-8 \(byte 0xf6 at 7\); .* \(.* decompressed text\)"):
             read(path, txt_documents=mode)
+
+
+def test_a_long_window_of_zstd_has_its_own_remedy(tmp_path: Path) -> None:
+    line = b'{"text": "one"}\n'
+    for window in (27, 28, 31):
+        block = (1 | len(line) << 3).to_bytes(3, "little") + line  # the last one, not compressed
+        (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\0" + bytes([window - 10 << 3]) + block)
+        if window == 27:
+            assert read(tmp_path / "a.jsonl.zst") == ["one"]
+            continue
+        with pytest.raises(DataError, match=r"a\.jsonl\.zst has a larger window .*; unpack it: zstd -d --long=31"):
+            read(tmp_path / "a.jsonl.zst")
 
 
 def test_an_error_of_a_store_while_reading_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,6 +176,17 @@ def test_maps_that_a_killed_run_cut_short_are_built_again(tmp_path: Path) -> Non
             assert path.read_bytes() == content
 
 
+def test_a_full_disk_is_one_error_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = {"corpora": [{"prefix": write_foreign(tmp_path / "c", numbered(0, 100))}]}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("720 requested and 0 written")
+
+    monkeypatch.setattr("numpy.save", full)
+    with pytest.raises(DataError, match=r"index_cache: 720 requested and 0 written; set data\.cache_directory"):
+        build(data, (20, 0, 0))
+
+
 def build_on_rank(payload: dict[str, Any]) -> list[list[list[int]]]:
     """Body of a rank: build twice (maps absent, then there) and give samples."""
     import os

@@ -3,6 +3,7 @@
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from stagdist.config.parts import DataConfig
 from stagdist.data.compatibility import check_data, problems_on_this_machine
 from stagdist.data.indexed import CorpusIndex
 from stagdist.data.loader import BatchPlan, Loader
-from stagdist.errors import DataError
+from stagdist.data.prepare.preparation import prepare
+from stagdist.data.tokenizer import byte_tokenizer
+from stagdist.errors import ConfigError, DataError
 from tests.checkpoint.synthetic import run_config
 from tests.data.test_corpus import LENGTH, numbered, refused, write_foreign
 from tests.ranks import ROOT, run_script
@@ -87,10 +90,28 @@ def test_damaged_positions_of_an_index_are_noticed(tmp_path: Path) -> None:
         number = np.array([value], kind).tobytes()
         (tmp_path / "c.idx").write_bytes(index[:place] + number + index[place + len(number) :])
         assert "c.idx is damaged" in refused(data)
+    for mode, problem in ((b"\0" * 9, None), (b"\0" * 8 + b"\1", "c.idx has sequences that are marked as images")):
+        (tmp_path / "c.idx").write_bytes(index + mode)
+        if problem:
+            assert problem in refused(data)
+        else:
+            check_data(DataConfig(**data), sequence_length=LENGTH, vocab_size=300)  # type: ignore[arg-type]
     (tmp_path / "c.idx").write_bytes(index)
     with (tmp_path / "c.bin").open("ab") as stream:
         stream.write(b"more")
     assert "c.bin does not belong to its index" in refused(data)
+
+
+@pytest.mark.parametrize("value", [None, 5, -1, 1.5, True, "x", [], {}, [None], float("inf"), 1 << 70])
+def test_a_description_with_a_value_of_another_type_is_refused(tmp_path: Path, value: Any) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    right = asdict(prepare([str(tmp_path / "a.txt")], str(tmp_path / "c"), byte_tokenizer()).description)
+    data = {"corpora": [{"prefix": str(tmp_path / "c")}], "split": [1, 0, 0]}
+    for key in (*right, "unknown"):
+        (tmp_path / "c.json").write_text(json.dumps({**right, key: value}))
+        same = type(value) is type(right.get(key)) or (key == "seed" and value in (None, 5)) or value == []
+        if not same:
+            assert f"cannot read {tmp_path / 'c.json'}: {key}" in refused(data)
 
 
 @pytest.mark.parametrize("ending", [".bin", ".idx"])
@@ -141,3 +162,13 @@ def test_a_dry_run_reads_the_data_that_is_there(tmp_path: Path) -> None:
     for absent in ({"tokenizer": "absent"}, {"corpora": [{"prefix": "absent"}]}):
         part = DataConfig(**{**data.model_dump(), **absent})
         assert problems_on_this_machine(config.model_copy(update={"data": part})) == []
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.bin"])
+def test_a_file_that_is_not_of_a_corpus_is_never_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / name).write_text('[{"text": "mine"}]')
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=rf"{name} exists and belongs to no corpus; choose another --output"):
+            prepare([str(tmp_path / "a.txt")], str(tmp_path / "c"), byte_tokenizer(), overwrite=overwrite)
+    assert (tmp_path / name).read_text() == '[{"text": "mine"}]' and len(list(tmp_path.iterdir())) == 2

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stagdist.data.loader import BatchPlan, Loader
+from stagdist.errors import DataError
 from tests.data.test_corpus import LENGTH, build, numbered, share_of, tokens_of, write_foreign
 from tests.ranks import run_ranks
 
@@ -124,3 +125,17 @@ def test_two_ranks_have_the_rounds_of_one(tmp_path: Path) -> None:
     first, second = run_ranks("tests.data.test_further_rounds:build_on_rank", 2, {"data": data})
     alone = order({**data, "cache_directory": str(tmp_path / "other")}, 300)
     assert first == second == [alone, alone]
+
+
+def test_more_samples_than_fit_in_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = one_corpus(tmp_path)
+    for sizes, read_samples in (((1 << 50, 0, 0), 0), ((2, 0, 0), 1 << 50)):
+        with pytest.raises(DataError, match=r"needs \d+ GiB of memory, this machine has \d+ GiB; lower training.steps"):
+            build(data, sizes, read_samples=read_samples)
+
+    def fail(*_: object) -> None:
+        raise MemoryError("Unable to allocate 19.1 GiB")
+
+    monkeypatch.setattr("stagdist.data.corpus._build", fail)
+    with pytest.raises(DataError, match=r"does not fit in memory: Unable to allocate 19.1 GiB; lower training.steps"):
+        build(data, (2, 0, 0))

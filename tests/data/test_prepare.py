@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stagdist.data.indexed import read_description
 from stagdist.data.prepare.encode import Encoder, write_parts
-from stagdist.data.prepare.preparation import prepare
+from stagdist.data.prepare.preparation import _partial_files, prepare
+from stagdist.data.prepare.processes import Ranks
 from stagdist.data.prepare.sources import PIECE_BYTES, ReadOptions, plan_pieces
 from stagdist.data.tokenizer import Tokenizer, byte_tokenizer
 from stagdist.errors import ConfigError, DataError
@@ -132,17 +134,20 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(tmp_path: P
         "--bad-utf8", "skip", "--tokenizer", "bytes", "--workers", "2", "--quiet", "--output", str(out / "c"),
     ]  # fmt: skip
     marker = f"KILLED_RUN_{os.getpid()}"
-    for wait_for in ("c.part00000.partial", "c.bin.partial"):
+    part, tokens = "c.*.part00000.partial", "c.*.bin.partial"
+    endings = (part, signal.SIGTERM), (part, signal.SIGHUP), (part, signal.SIGKILL), (tokens, signal.SIGKILL)
+    for wait_for, ending in endings:
         process = subprocess.Popen(
             command, env={**tool_environment(), marker: "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         deadline = time.monotonic() + 60
-        while not (out / wait_for).exists() and process.poll() is None and time.monotonic() < deadline:
+        while not list(out.glob(wait_for)) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+        process.send_signal(ending)
+        killed = ending == signal.SIGKILL
+        assert process.wait() == (-ending if killed else 130), "the run was over before it could be killed"
         left = listing(out)
-        assert wait_for in left and all(name.endswith(".partial") for name in left)
+        assert bool(list(out.glob(wait_for))) == killed and all(name.endswith(".partial") for name in left)
     deadline = time.monotonic() + 20
     while _processes_with(marker) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -151,6 +156,23 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(tmp_path: P
     done = subprocess.run(command, env=tool_environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert listing(out) == ["c" + ending for ending in ENDINGS]
+
+
+def test_of_two_runs_at_once_the_second_ends_the_first_and_is_not_harmed(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the text of the second run")
+    (tmp_path / "c.other.bin.partial").touch()  # of the output c.other
+    with (
+        pytest.raises(DataError, match="cannot prepare .*No such file or directory"),
+        _partial_files(str(tmp_path / "c"), Ranks()) as first,
+    ):
+        Path(f"{first}.bin.partial").write_text("the first run")
+        with _partial_files(str(tmp_path / "c"), Ranks()) as second:
+            Path(f"{second}.bin.partial").touch()
+            assert listing(tmp_path) == ["a.txt", f"{Path(second).name}.bin.partial", "c.other.bin.partial"]
+        prepare([str(tmp_path / "a.txt")], str(tmp_path / "c"), byte_tokenizer())
+        Path(f"{first}.bin.partial").rename(tmp_path / "c.bin")
+    assert documents_of(tmp_path / "c", "uint16") == [[*b"the text of the second run", 256]]
+    assert listing(tmp_path) == ["a.txt", "c.bin", "c.idx", "c.json", "c.other.bin.partial"]
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
@@ -231,6 +253,13 @@ def test_an_existing_corpus_is_kept_unless_it_is_to_be_replaced(tmp_path: Path) 
     assert documents_of(prefix, "uint16") == [[*b"second", 256]]
 
 
+@pytest.mark.parametrize("given", [" corpus", ". ./corpus", ".. ../corpus", "o/ o/corpus", "a.bin a"])
+def test_an_output_without_a_name_is_refused(given: str) -> None:
+    output, example = given.split(" ")
+    with pytest.raises(ConfigError, match=rf"'{output}' is not the beginning of a file's name; give {example} for"):
+        prepare([], output, byte_tokenizer())
+
+
 def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text " * 10_000)
     script = (
@@ -260,6 +289,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
         (["keys.jsonl", "a.txt", "--tokenizer", "bytes", "--workers", "2"], "choose with --text-key"),
         (["a.txt", "--tokenizer", "bytes", "--workers", "0"], "--workers is 0"),
         (["nobody/nothing", "--tokenizer", "bytes"], "cannot load the dataset nobody/nothing"),
+        (["/dev/null", "--tokenizer", "bytes"], "/dev/null is a pipe or a device; write its content to a file"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2_and_writes_nothing(
@@ -275,6 +305,15 @@ def test_bad_input_is_one_line_and_code_2_and_writes_nothing(
     assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists() or listing(tmp_path / "out") == []
+
+
+def test_paths_that_are_not_utf8_are_read_written_and_described(run_tool: RunTool, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9\n")
+    (tmp_path / f"{name}.txt").write_text("some text")
+    done = run_tool("prepare_data.py", f"{name}.txt", "--output", name, "--tokenizer", "bytes", "--quiet")
+    assert done.returncode == 0 and done.stdout.startswith("caf\\udce9\n: 1 documents"), done.stderr
+    description = read_description(str(tmp_path / name))
+    assert description is not None and description.sources == ("caf?\n.txt",)
 
 
 def test_the_tokenizer_tool_trains_what_prepare_takes(run_tool: RunTool, tmp_path: Path) -> None:
@@ -293,17 +332,8 @@ def test_the_tokenizer_tool_trains_what_prepare_takes(run_tool: RunTool, tmp_pat
 def test_the_tokenizer_tool_reads_an_even_sample_of_much_text(run_tool: RunTool, tmp_path: Path) -> None:
     for index, letter in enumerate("abcdefgh"):
         (tmp_path / f"{index}.jsonl").write_text(json.dumps({"text": (letter * 8 + " ") * 2000}) + "\n")
-    done = run_tool(
-        "train_tokenizer.py",
-        "[0-9].jsonl",
-        "--output",
-        "tok",
-        "--vocab-size",
-        400,
-        "--max-megabytes",
-        0.0725,
-        "--quiet",
-    )
+    options = ("--vocab-size", 400, "--max-megabytes", 0.0725, "--quiet")
+    done = run_tool("train_tokenizer.py", "[0-9].jsonl", "--output", "tok", *options)
     assert done.returncode == 0, done.stderr
     vocab = json.loads((tmp_path / "tok" / "tokenizer.json").read_text())["model"]["vocab"]
     assert {letter for letter in "abcdefgh" if letter * 8 in vocab} == set("aceg")

@@ -198,16 +198,18 @@ def test_json_is_recognized_by_name_or_content(tmp_path: Path, name: str, pack: 
     assert read(tmp_path / "array") == ["one", "two"]
 
 
-def test_a_table_is_recognized_by_content_and_text_stays_text(tmp_path: Path) -> None:
+def test_a_table_is_recognized_by_content_and_text_stays_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table = pyarrow.table({"text": pyarrow.array(["one", None, "two"])})
     pyarrow.parquet.write_table(table, tmp_path / "part-0")
     with pyarrow.ipc.new_file(tmp_path / "part-1", table.schema) as writer:
         writer.write_table(table)
     assert read(tmp_path) == ["one", "two"] * 2
-    for name in ("a.txt", "a.md", "LICENSE"):
+    for name in ("a.txt", "a.csv", "a.md", "LICENSE"):
         content = json.dumps(ONE) if name != "LICENSE" else "one {two} [three]"
         (tmp_path / name).write_text(content)
         assert read(tmp_path / name) == [content]
+    noted = [message.partition(" is read as text, by its name")[0] for message in caplog.messages]
+    assert noted == [f"note: {tmp_path}/a.txt", f"note: {tmp_path}/a.csv"]
 
 
 @pytest.mark.parametrize(
@@ -218,6 +220,9 @@ def test_a_table_is_recognized_by_content_and_text_stays_text(tmp_path: Path) ->
         ("a.tar", b"a.txt" + b"\0" * 252 + b"ustar" + b"\0" * 250, "is an archive; unpack it"),
         ("a.pdf", b"%PDF-1.7\n%\xe2\xe3", "is a PDF; .*pdftotext"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer, .*: run git lfs pull"),
+        ("a.feather", b"FEA1" + b"\0" * 60, "is Feather of version 1; write it again"),
+        ("a.bin", b"a\0b\0" * 99, "is not text; convert it"),
+        ("a.jsonl", b'{"text": "a"},\n{"text": "b"}', "Extra data.*write each record on one line"),
         ("a.dat", bytes(range(256)) * 4, "is not text; convert it"),
         ("a.txt", bytes(range(256)) * 4, "is not text; convert it"),
         ("a", b'{\n "text": "on two lines"\n}', "write each record on one line"),
@@ -318,6 +323,11 @@ def test_what_is_passed_over_is_listed(tmp_path: Path) -> None:
     assert left_out(tmp_path, exclude=("*.pdf", "sub/*")) == ["README", "_SUCCESS", "link", "pipe.txt"]
     assert left_out(tmp_path, include=("*.ndjson",)) == []
     assert left_out(tmp_path / "*") == ["link", "pipe.txt", "sub"]
+    described = ["dataset_info.json", "own.idx", "own.json", "state.json"]
+    for name in described:
+        (tmp_path / "sub" / name).write_text("{}")
+    assert left_out(tmp_path) == [*expected, *(f"sub/{name}" for name in described)]
+    assert left_out(tmp_path, include=("*.json",)) == []
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "absent")
     for entry in (tmp_path, tmp_path / "*.jsonl"):
         with pytest.raises(DataError, match=r"gone\.jsonl is a link to a file that is missing; .*--exclude"):

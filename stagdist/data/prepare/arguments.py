@@ -1,6 +1,8 @@
 """Arguments and reporting that the data tools share."""
 
 import argparse
+import io
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -69,6 +71,11 @@ def run_tool(action: Callable[[], None], on_failure: Callable[[], object] = lamb
     Args:
         on_failure: called after any failure, also an unexpected one.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths that are not UTF-8
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a scheduler, a lost connection: temporary files are removed
+        if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
+            signal.signal(number, signal.default_int_handler)
     try:
         action()
     except (StagdistError, OSError) as error:

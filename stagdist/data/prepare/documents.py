@@ -186,7 +186,7 @@ def _parse(text: str, path: str, position: int) -> Any:
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         remedy = "correct or remove that record"
-        if text.strip() == "{":
+        if text.strip() == "{" or "Extra data" in str(reason):
             remedy = "write each record on one line, or all in one array"
         raise DataError(f"{path} is not JSON at byte {position}: {reason}; {remedy}") from error
 

@@ -4,20 +4,26 @@ The name decides where it is clear: `.jsonl` holds JSON, `.txt` text. Otherwise 
 of JSON or the bytes of an archive never become text.
 """
 
+import bz2
 import io
+import logging
 import lzma
 import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import BinaryIO, Literal
+from functools import partial
+from typing import Any, BinaryIO, Literal
 
 import fsspec
 
 from stagdist.errors import DataError
 from stagdist.files import not_downloaded
+
+LOG = logging.getLogger(__name__)
 
 Contents = Literal["text", "json_lines", "json_array", "parquet", "arrow"]
 
@@ -39,14 +45,21 @@ HUB = "hub:"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HEAD_BYTES = 8192
 _CHUNK_BYTES = 1 << 18
+_PACKED_BYTES = 1 << 13  # may become a thousand times as many
 _COMPRESSED = re.compile(
     rb"(?P<gzip>\x1f\x8b\x08)|(?P<bz2>BZh[1-9](?:1AY&SY|\x17rE8P\x90))|(?P<xz>\xfd7zXZ\0)"
     rb"|(?P<zstd>\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)"
 )
+_DECODERS: dict[str, Any] = {
+    "gzip": partial(zlib.decompressobj, 16 + zlib.MAX_WBITS),
+    "bz2": bz2.BZ2Decompressor,
+    "xz": lzma.LZMADecompressor,
+}
 _REFUSED = {
     (b"PK\3\4", b"7z\xbc\xaf", b"Rar!\x1a", b"\x04\x22\x4d\x18"): "an archive; unpack it and give its files",
     (b"%PDF-",): "a PDF; extract its text, for example with pdftotext",
     (b"version https://git-lfs",): "a git-lfs pointer, not the file: run git lfs pull in its directory",
+    (b"FEA1",): "Feather of version 1; write it again with pyarrow.feather.write_feather",
 }
 _JSON_BEGINS = re.compile(rb"""\s*(\{\s*["}]|\[\s*[{\]])""")
 # by the quarters of the bytes that are mostly zero
@@ -80,7 +93,7 @@ def recognize(path: str) -> tuple[Contents, bool]:
         return "parquet", compressed
     if name.endswith(ARROW_SUFFIX) or head.startswith((b"ARROW1\0\0", b"\xff\xff\xff\xff")):
         return "arrow", compressed
-    if encoding := _wide_encoding(head):
+    if (encoding := _wide_encoding(head)) and not name.endswith(".bin"):  # 16-bit token ids look like UTF-16
         raise DataError(f"{path} is {encoding}; convert it: iconv -f {encoding} -t UTF-8 FILE > NEW")
     controls = len(head) - len(head.translate(None, _CONTROLS))
     named = name.endswith(TEXT_SUFFIXES + JSON_SUFFIXES)
@@ -89,6 +102,8 @@ def recognize(path: str) -> tuple[Contents, bool]:
     head = head.removeprefix(BYTE_ORDER_MARK)
     if name.endswith(JSON_SUFFIXES) or (not named and _looks_like_json(head)):
         return ("json_array" if head.lstrip().startswith(b"[") else "json_lines"), compressed
+    if name.endswith((".csv", ".tsv")) or (name.endswith((".txt", ".text", ".log")) and _looks_like_json(head)):
+        LOG.warning("note: %s is read as text, by its name; for the texts of its records give it as .jsonl", path)
     return "text", compressed
 
 
@@ -173,6 +188,8 @@ def damage_named(path: str) -> Iterator[None]:
     except Exception as error:  # pyarrow and lzma have no common class of errors
         if isinstance(error, OSError) and error.errno is not None:
             raise
+        if "requires too much memory" in str(error):  # zstd --long, as in dumps of web sites
+            raise DataError(f"{path} has a larger window than pyarrow reads; unpack it: zstd -d --long=31") from error
         raise DataError(f"{path} is damaged: {error}; fetch it again") from error
 
 
@@ -194,7 +211,7 @@ class _Decompressed(io.RawIOBase):
 
     def __init__(self, path: str, packed: BinaryIO, codec: str) -> None:
         self._path, self._packed = path, packed
-        self._chunks = _decompress_xz(packed) if codec == "xz" else _decompress(packed, codec)
+        self._chunks = _decompress_zstd(packed) if codec == "zstd" else _decompress(packed, codec)
         self._rest = b""
 
     def readable(self) -> bool:
@@ -214,23 +231,21 @@ class _Decompressed(io.RawIOBase):
 
 
 def _decompress(packed: BinaryIO, codec: str) -> Iterator[bytes]:
-    """By pyarrow: the modules of Python take the end of the first stream for the end of a damaged file."""
+    """One stream after the other. Zeros may follow a stream (padding of a tape or an archive), nothing else may."""
+    decoder: Any = None
+    while data := packed.read(_PACKED_BYTES):
+        while data and (decoder or (data := data.lstrip(b"\0"))):
+            decoder = decoder or _DECODERS[codec]()
+            yield decoder.decompress(data)
+            data = decoder.unused_data
+            decoder = None if decoder.eof else decoder
+    if decoder:
+        raise EOFError("it is cut off")
+
+
+def _decompress_zstd(packed: BinaryIO) -> Iterator[bytes]:
     import pyarrow
 
-    stream = pyarrow.CompressedInputStream(packed, codec)
+    stream = pyarrow.CompressedInputStream(packed, "zstd")
     while chunk := stream.read(_CHUNK_BYTES):
         yield chunk
-
-
-def _decompress_xz(packed: BinaryIO) -> Iterator[bytes]:
-    decoder: lzma.LZMADecompressor | None = None
-    while True:
-        data = b""
-        if decoder is None or decoder.eof:
-            data = (decoder.unused_data if decoder else b"") or packed.read(_CHUNK_BYTES)
-            if not data:
-                return
-            decoder = lzma.LZMADecompressor()
-        elif decoder.needs_input and not (data := packed.read(_CHUNK_BYTES)):
-            raise EOFError("it is cut off")
-        yield decoder.decompress(data, _CHUNK_BYTES)

@@ -6,10 +6,13 @@ all documents, made from the seed alone, is drawn, and each rank copies its shar
 (memory-mapped) parts. The result is the same, byte for byte, for every number of ranks and workers. While it runs the
 disk holds the tokens twice.
 
-Everything is written to `PREFIX.*.partial`; `.idx` is renamed last, so a corpus exists if and only if its `.idx` does.
+Everything is written to `PREFIX.RUN.*.partial`; `.idx` is renamed last, so a corpus exists if and only if its `.idx`
+does.
 """
 
 import os
+import re
+import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stagdist.data.indexed import CorpusDescription, corpus_path, token_dtype, write_index
+from stagdist.data.indexed import CorpusDescription, corpus_path, read_description, token_dtype, write_index
 from stagdist.data.prepare.encode import Encoder, Part, write_parts
 from stagdist.data.prepare.processes import Ranks
 from stagdist.data.prepare.sources import Piece, ReadOptions, listed, plan_pieces
@@ -72,8 +75,8 @@ def prepare(
     planned = _planned(inputs, prefix, options, overwrite, workers) if ranks.rank == 0 else []
     pieces: list[Piece] = ranks.gather(planned)[0]
     encoder = Encoder(options, tokenizer, token_dtype(tokenizer.vocab_size))
-    with _partial_files(prefix, ranks):
-        written = _tokenize(pieces, prefix, encoder, workers=workers, progress=progress, ranks=ranks)
+    with _partial_files(prefix, ranks) as partial:
+        written = _tokenize(pieces, partial, encoder, workers=workers, progress=progress, ranks=ranks)
         parts: list[Part] = list(chain.from_iterable(ranks.gather(written)))
         skipped = sum(part.skipped_empty for part in parts), sum(part.skipped_bad for part in parts)
         parts = [part for part in parts if part.documents]
@@ -84,10 +87,10 @@ def prepare(
         lengths = np.concatenate([part.lengths() for part in parts])
         # RandomState is frozen, so the order for a seed never changes
         order = np.arange(len(lengths)) if seed is None else np.random.RandomState(seed).permutation(len(lengths))
-        _write_tokens(prefix, parts, lengths, order, encoder.dtype, ranks)
+        _write_tokens(partial, parts, lengths, order, encoder.dtype, ranks)
         description = _describe(parts, encoder, tokenizer_source, tuple(inputs), seed)
         if ranks.rank == 0:
-            _finish(prefix, description, lengths[order], encoder.dtype)
+            _finish(prefix, partial, description, lengths[order], encoder.dtype)
         ranks.gather(None)
     return Prepared(description, *skipped)
 
@@ -95,15 +98,28 @@ def prepare(
 def _planned(inputs: Sequence[str], prefix: str, options: ReadOptions, overwrite: bool, workers: int) -> list[Piece]:
     if workers < 1:
         raise ConfigError(f"--workers is {workers}, at least 1 is needed")
-    if prefix.endswith((".bin", ".idx", "/")):
-        raise ConfigError(f"output {prefix} is a prefix without ending; give {prefix[:-4].rstrip('/.')} for example")
+    if prefix.endswith((".bin", ".idx")) or os.path.basename(prefix) in ("", ".", ".."):
+        example = os.path.join(prefix, "corpus") if prefix[-1:] in ("", ".", "/") else prefix[:-4]
+        raise ConfigError(f"output {prefix!r} is not the beginning of a file's name; give {example} for example")
     if corpus_path(prefix, ".idx").exists() and not overwrite:
         raise ConfigError(f"{prefix}.idx exists; choose another --output, or --overwrite")
+    if other := _file_of_another(prefix):
+        raise ConfigError(f"{other} exists and belongs to no corpus; choose another --output, or move it away")
     pieces = plan_pieces(inputs, options)
     if not pieces:
         raise DataError(f"no text in {listed(inputs)}; nothing was written")
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     return pieces
+
+
+def _file_of_another(prefix: str) -> Path | None:
+    """A file that a corpus would replace although it is not of one, the input `PREFIX.json` for example."""
+    index, tokens, description = (corpus_path(prefix, ending) for ending in (".idx", ".bin", ".json"))
+    try:
+        ours = read_description(prefix) is not None or index.exists()
+    except DataError:
+        return description
+    return tokens if tokens.exists() and not ours else None
 
 
 def _describe(
@@ -130,20 +146,24 @@ def _partial(prefix: str, ending: str) -> Path:
 
 
 @contextmanager
-def _partial_files(prefix: str, ranks: Ranks) -> Iterator[None]:
-    """Temporary files: those of an interrupted run are removed before, ours afterwards however it ends."""
-    name = Path(prefix).name
+def _partial_files(prefix: str, ranks: Ranks) -> Iterator[str]:
+    """Prefix of temporary files: those of earlier runs are removed before, ours afterwards however it ends.
 
-    def clear() -> None:
+    Each run has names of its own: of two at the same time the second one ends the first, and never mixes with it.
+    """
+    partial = f"{prefix}.{ranks.gather(secrets.token_hex(4))[0]}"
+
+    def clear(beginning: str) -> None:
+        names = re.compile(beginning + r"\.(part\d+(\.lengths)?|bin|idx|json)" + re.escape(PARTIAL))
         for path in list(Path(prefix).parent.iterdir()):
-            if path.name.startswith(name + ".") and path.name.endswith(PARTIAL):
+            if names.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
     if ranks.rank == 0:
-        clear()
+        clear(re.escape(Path(prefix).name) + r"(\.[0-9a-f]{8})?")
     ranks.gather(None)
     try:
-        yield
+        yield partial
     except OSError as error:
         raise DataError(
             f"cannot prepare {prefix}: {error}; correct that and start again; nothing was left behind"
@@ -151,7 +171,7 @@ def _partial_files(prefix: str, ranks: Ranks) -> Iterator[None]:
     finally:
         # a failing rank clears for all: the others may never get here
         if ranks.rank == 0 or sys.exc_info()[0] is not None:
-            clear()
+            clear(re.escape(Path(partial).name))
 
 
 def _tokenize(
@@ -219,13 +239,15 @@ def _write_tokens(
     ranks.gather(None)
 
 
-def _finish(prefix: str, description: CorpusDescription, lengths: np.ndarray, dtype: type[np.generic]) -> None:
+def _finish(
+    prefix: str, partial: str, description: CorpusDescription, lengths: np.ndarray, dtype: type[np.generic]
+) -> None:
     """Write index and description, then give all three their names, the index last."""
-    with _partial(prefix, ".idx").open("wb") as stream:
+    with _partial(partial, ".idx").open("wb") as stream:
         write_index(stream, lengths, dtype)
         stream.flush()
         os.fsync(stream.fileno())
-    _partial(prefix, ".json").write_text(description.to_json(), encoding="utf-8")
+    _partial(partial, ".json").write_text(description.to_json(), encoding="utf-8")
     corpus_path(prefix, ".idx").unlink(missing_ok=True)
-    for ending in (".bin", ".json", ".idx"):
-        os.replace(_partial(prefix, ending), corpus_path(prefix, ending))
+    for ending in (".json", ".bin", ".idx"):  # tokens without a description are of another program
+        os.replace(_partial(partial, ending), corpus_path(prefix, ending))

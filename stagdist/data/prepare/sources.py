@@ -36,6 +36,9 @@ BLOCK_BYTES = 16 << 10
 AUTO_WHOLE_BYTES = 256 << 10
 _ROWS_PER_PIECE = 2000
 
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""What the datasets library writes beside its data."""
+
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 PieceKind = Contents | Literal["file", "blocks", "paragraphs", "lines", "shard"]
@@ -120,6 +123,8 @@ def _expand(inputs: Sequence[str], options: ReadOptions, left_out: list[str]) ->
                 raise DataError(f"no file matches {entry}; correct the pattern (quote it for the shell)")
             left_out += sorted({*matches} - {*found}) if "**" not in entry else []
             yield from found
+        elif os.path.exists(entry):
+            raise DataError(f"input {entry} is a pipe or a device; write its content to a file first")
         elif _looks_like_hub_name(entry):
             yield HUB + entry
         elif not _matches(entry, options.exclude):
@@ -167,7 +172,8 @@ def _select(directory: str, found: dict[str, str], options: ReadOptions, left_ou
         if _matches(relative, options.exclude) or (options.include and not _matches(relative, options.include)):
             continue
         name = os.path.basename(plain_name(relative))
-        known = bool(options.include) or name.endswith(DOCUMENT_SUFFIXES)
+        described = name in _DESCRIPTIONS or path.removesuffix(".json") + ".idx" in found
+        known = bool(options.include) or (name.endswith(DOCUMENT_SUFFIXES) and not described)
         keep = not _is_special(path) and (known or ("." not in name and holds_records(path)))
         (wanted if keep else passed).append(path)
     if found and not wanted:
