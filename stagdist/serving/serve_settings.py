@@ -48,13 +48,13 @@ def server_settings(arguments: argparse.Namespace, environment: Mapping[str, str
 
 
 def _api_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[str, ...]:
-    if file is None and KEYS_VARIABLE not in environment:
+    if file is not None:
+        place, given = f"--api-key-file {file}", _text("--api-key-file", file).splitlines()
+    elif KEYS_VARIABLE in environment:
+        place, given = KEYS_VARIABLE, environment[KEYS_VARIABLE].split(",")
+    else:
         return ()
-    given = environment[KEYS_VARIABLE].split(",") if file is None else _text("--api-key-file", file).splitlines()
-    keys, place = (
-        tuple(filter(None, map(str.strip, given))),
-        KEYS_VARIABLE if file is None else f"--api-key-file {file}",
-    )
+    keys = tuple(filter(None, map(str.strip, given)))
     if not keys:
         raise ConfigError(f"{place} holds no key, and everyone would be served; give keys, or leave it out")
     if odd := next((number for number, key in enumerate(keys, 1) if not key.isprintable()), None):
