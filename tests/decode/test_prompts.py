@@ -139,7 +139,14 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> Non
     assert (prompt.text, prompt.error) == ("def", None)
 
 
-@pytest.mark.parametrize("wrong", [{"max_tokens": 3}, {"prompt": 5}, {"prompt_ids": [1]}, {"messages": 3}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 3}, {"prompt": [1] * 1000}, {"prompt_ids": [1]}, {"messages": 3},
+        *({"id": odd} for odd in (1.5, None, True, ["a"], {}, "half \ud800")),
+    ],
+)  # fmt: skip
 def test_the_answer_to_a_bad_request_has_the_id_that_came(wrong: dict[str, object]) -> None:
-    prompt = from_json({"id": "row-17", "prompt": "a"} | wrong)
-    assert prompt.name == "row-17" and prompt.error is not None
+    given = {"id": "row-17", "prompt": "a"} | wrong
+    prompt = from_json(given)
+    assert prompt.name == given["id"] and prompt.error is not None and len(prompt.error) < 200
