@@ -103,8 +103,9 @@ def _raw(path: Path, named: Path) -> tokenizers.Tokenizer:
     """The content of a `tokenizer.json`, read without the files beside it; errors of transformers do not name it."""
     try:
         text = path.read_text(encoding="utf-8")
+        content = json.loads(text)  # which names a byte order mark
         raw = tokenizers.Tokenizer.from_str(text)
-        odd = sorted(undefined_tokens(json.loads(text).get("post_processor")))
+        odd = sorted(undefined_tokens(content.get("post_processor")))
     except BaseException as error:
         raise DataError(f"cannot read the tokenizer {_shown(path, named)}: {_reason(error)}; restore it") from error
     if odd:
