@@ -79,6 +79,9 @@ def _load(directory: Path, named: Path) -> Tokenizer:
         end_token = next((name for name in _KNOWN_ENDS if name in names), None)
         if end_token is not None:
             loaded.add_special_tokens({"eos_token": end_token})
+    templates = loaded.chat_template.values() if isinstance(loaded.chat_template, dict) else [loaded.chat_template]
+    if not all(isinstance(template, str | None) for template in templates):
+        raise DataError(f"{named}: the chat_template of its files is no text; write the Jinja template")
     if end_token is not None and raw is not None and not _has_token(raw, configs.values(), end_token):
         raise DataError(
             f"{named}: eos_token is {end_token!r}, but its {JSON_FILE} has no such token; correct one of them"

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import models
 
-from stagdist.data.tokenizer import byte_tokenizer
+from stagdist.data.tokenizer import Tokenizer, byte_tokenizer
 from stagdist.decode.frontend.prompts import (
     Prompt,
     check_prompts_file,
@@ -111,6 +113,14 @@ def test_a_broken_or_very_deep_line_is_no_json() -> None:
 def test_bytes_of_the_command_line_that_are_not_utf8_are_named() -> None:
     (prompt,) = prompts_from_arguments([b"caf\xe9".decode("utf-8", "surrogateescape")])
     assert error_of(prompt).startswith("--prompt number 1 is not UTF-8 text, see position 3")
+
+
+def test_a_text_without_tokens_is_an_error_of_that_prompt() -> None:
+    unknown = Tokenizer(tokenizers.Tokenizer(models.WordLevel({"b": 0})).to_str(), None)
+    first, second = prompts_from_arguments(["b", "a"])
+    assert make_request(first, SamplingParams(), unknown).prompt_ids == (0,)
+    with pytest.raises(ConfigError, match="^--prompt number 2: the tokenizer cannot encode the text"):
+        make_request(second, SamplingParams(), unknown)
 
 
 def test_a_seed_that_grows_past_the_largest_one_is_an_error_of_that_prompt() -> None:

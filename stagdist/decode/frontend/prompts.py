@@ -12,7 +12,7 @@ from typing import Any
 
 from stagdist.data.tokenizer import Messages, Tokenizer
 from stagdist.decode.request import Request, SamplingParams
-from stagdist.errors import ConfigError
+from stagdist.errors import ConfigError, DataError
 from stagdist.files import not_downloaded
 
 SUFFIXES = (".txt", ".jsonl")
@@ -130,7 +130,7 @@ class PromptEncoding:
         """Token ids of a prompt without an error.
 
         Raises:
-            ConfigError: its text is not UTF-8, or the chat template refuses it.
+            ConfigError: its text is not UTF-8 or has no tokens, or the chat template refuses it.
         """
         if prompt.ids is not None:
             return prompt.ids
@@ -141,13 +141,13 @@ class PromptEncoding:
             problem = f"{prompt.place} is not UTF-8 text, see position {error.start}; encode it as UTF-8"
             raise ConfigError(problem) from None
         messages = [{"role": "user", "content": text}] if self.chat and prompt.messages is None else prompt.messages
-        if messages is None:
+        try:
+            if messages is not None:
+                return tokenizer.encode_chat(messages)
             return tokenizer.encode_prompt(
                 text, add_special_tokens=self.add_special_tokens, parse_special=self.parse_special
             )
-        try:
-            return tokenizer.encode_chat(messages)
-        except ConfigError as error:
+        except (ConfigError, DataError) as error:
             raise ConfigError(f"{prompt.place}: {error}") from error
 
 
