@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.parse
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,15 @@ Exit code: 0 the conversation has ended; 1 the server cannot be reached, or a me
 """
 
 
+UNREADABLE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What reading an answer raises if it is not of OpenAI's form."""
+
+
 class ChatError(Exception):
     """The server refused a request, or cannot be reached; `status` is HTTP's, or 0."""
 
     def __init__(self, message: str, status: int = 0) -> None:
-        super().__init__(message)
+        super().__init__(printable(" ".join(message.split())))
         self.status = status
 
 
@@ -61,8 +66,8 @@ class Server:
         connection, response = self._open("GET", path, None)
         try:
             return json.load(response)
-        except (ValueError, OSError) as error:
-            raise ChatError(f"{self.url.geturl()}{path} is not JSON: {error}") from error
+        except (ValueError, RecursionError, OSError, http.client.HTTPException) as error:
+            raise ChatError(f"{self.url.geturl()}/{path} is not JSON: {error}") from error
         finally:
             connection.close()
 
@@ -93,13 +98,15 @@ class Server:
         self, method: str, path: str, body: bytes | None
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         kind = http.client.HTTPSConnection if self.url.scheme == "https" else http.client.HTTPConnection
-        headers = {"Content-Type": "application/json", "User-Agent": "stagdist-chat"}
+        headers: dict[str, str | bytes] = {"Content-Type": "application/json", "User-Agent": "stagdist-chat"}
         if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
+            headers["Authorization"] = b"Bearer " + os.fsencode(key.strip())
         connection = kind(self.url.hostname or "", self.url.port, timeout=self.timeout_s)
         try:
             connection.request(method, f"{self.url.path}/{path}", body, headers)
             response = connection.getresponse()
+        except ValueError:  # its text would show the key
+            raise ChatError(f"the address or {KEY_VARIABLE} has characters that HTTP cannot send", 400) from None
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             remedy = "start one with launch/serve.py, or give its address with --url"
@@ -112,10 +119,9 @@ class Server:
 
 
 def _refusal(response: http.client.HTTPResponse) -> ChatError:
-    text = response.read(100_000).decode(errors="replace")
     try:
-        message = json.loads(text)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
+        message = str(json.loads(response.read(100_000))["error"]["message"])
+    except (*UNREADABLE, OSError, http.client.HTTPException):
         message = f"the server answered {response.status} {response.reason}"
     if response.status == 401:
         message += f"; set {KEY_VARIABLE} to a key of the server"
@@ -150,9 +156,8 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Write what was said."""
-        path.write_text(
-            self.text if self.completion else json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n"
-        )
+        said = self.text if self.completion else json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n"
+        path.write_bytes(said.encode(errors="replace"))
 
     def answer(self, line: str) -> str:
         """Ask for the answer to a line, print it while it arrives, and keep both. Ctrl-C keeps what has arrived.
@@ -172,28 +177,27 @@ class Conversation:
         chunks = self.server.stream(path, {**self.options, **content, "stream_options": {"include_usage": True}})
         try:
             for chunk in chunks:
-                usage = chunk.get("usage") or usage
+                usage |= chunk.get("usage") or {}
                 for choice in chunk["choices"]:
-                    if "role" not in (delta := choice.get("delta", {})):  # which comes in a chunk of its own
+                    if "role" not in (delta := choice.get("delta") or {}):  # which comes in a chunk of its own
                         times.append(time.perf_counter())
-                    pieces.append(choice.get("text") or delta.get("content") or "")
+                    pieces.append(str(choice.get("text") or delta.get("content") or ""))
                     sys.stdout.write(printable(pieces[-1]))
                     sys.stdout.flush()
         except KeyboardInterrupt:
             sys.stdout.write(" [stopped]")
+        except UNREADABLE as error:
+            raise ChatError(f"the server sent what is no chunk of an answer: {error!r}") from error
         finally:
             chunks.close()  # type: ignore[attr-defined]  # it is a generator
             if len(times) > 1:
                 sys.stdout.write("\n")
                 sys.stdout.flush()
-        self._keep(line, "".join(pieces))
-        return _figures(usage, times)
-
-    def _keep(self, line: str, answer: str) -> None:
         if self.completion:
-            self.text += line + answer
+            self.text += line + "".join(pieces)
         else:
-            self.messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+            self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+        return _figures(usage, times)
 
 
 def printable(text: str) -> str:
@@ -204,7 +208,7 @@ def printable(text: str) -> str:
 def _figures(usage: dict[str, Any], times: list[float]) -> str:
     if len(times) < 2:
         return "[nothing was generated]"
-    tokens = usage.get("completion_tokens", len(times) - 1)
+    tokens = usage.get("completion_tokens") or len(times) - 1
     facts = [f"{tokens} token{'s' * (tokens != 1)}", f"first after {1000 * (times[1] - times[0]):.0f} ms"]
     if tokens > 1 and times[-1] > times[1]:
         facts.append(f"{(tokens - 1) / (times[-1] - times[1]):.1f} tokens/s")
@@ -214,21 +218,18 @@ def _figures(usage: dict[str, Any], times: list[float]) -> str:
 
 
 def _address(text: str) -> urllib.parse.SplitResult:
-    url = urllib.parse.urlsplit(text.rstrip("/").removesuffix("/v1").rstrip("/"))
-    port = url.netloc.rpartition("]")[2].partition(":")[2] or "80"
-    if url.scheme not in ("http", "https") or not url.hostname or not port.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not http(s)://HOST[:PORT][/PREFIX]")
-    return url
+    with suppress(ValueError):
+        url = urllib.parse.urlsplit(text.rstrip("/").removesuffix("/v1").rstrip("/"))
+        if url.scheme in ("http", "https") and url.hostname and "@" not in url.netloc and url.port != 0:
+            return url
+    raise argparse.ArgumentTypeError(f"{text!r} is not http(s)://HOST[:PORT][/PREFIX]")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="chat.py",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog="chat.py", description=__doc__, epilog=EPILOG, formatter_class=raw, allow_abbrev=False
     )
     add = parser.add_argument
     where = "address of the server, with or without /v1 (default %(default)s)"
@@ -248,6 +249,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     if parsed.completion and parsed.system:
         parser.error("--system belongs to a chat; with --completion write it into the text")
+    if not 0 < parsed.timeout < 1e6:
+        parser.error(f"--timeout is {parsed.timeout:g}; give seconds above 0, below 1000000")
     return parsed
 
 
@@ -258,9 +261,13 @@ def connect(parsed: argparse.Namespace) -> Conversation:
         ChatError: the server does not serve such a conversation.
     """
     server = Server(parsed.url, parsed.timeout)
-    served = server.get("v1/models")["data"][0]
-    model = parsed.model or served["id"]
-    if not parsed.completion and not served.get("meta", {}).get("chat", True):  # other servers do not say
+    try:
+        served = server.get("v1/models")["data"][0]
+        model = parsed.model or served["id"]
+        chats = (served.get("meta") or {}).get("chat", True)  # other servers do not say
+    except UNREADABLE:
+        raise ChatError(f"{parsed.url.geturl()}/v1/models lists no model; is it a server of OpenAI's API?") from None
+    if not parsed.completion and not chats:
         remedy = "add --completion to continue text, or start the server with --chat-template"
         raise ChatError(f"{model} has no chat template: {remedy}", 400)
     fields = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
@@ -277,8 +284,8 @@ def command(conversation: Conversation, line: str) -> str:
     if word == "/save" and rest:
         try:
             conversation.save(Path(rest.strip()).expanduser())
-        except OSError as error:
-            return f"error: cannot write {rest.strip()}: {error.strerror}"
+        except (OSError, ValueError, RuntimeError) as error:  # no such path; no such home
+            return f"error: cannot write {rest.strip()}: {getattr(error, 'strerror', error)}"
         return f"[written to {rest.strip()}]"
     return COMMANDS if word == "/help" else f"error: no command {line.strip()!r}\n{COMMANDS}"
 
@@ -320,6 +327,8 @@ def main() -> int:
     """Exit code: see --help."""
     parsed = parse_arguments()
     terminal = sys.stdin.isatty()
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline=None)  # type: ignore[union-attr]
     if terminal:
         import readline  # noqa: F401  # `input` edits lines with it
     try:

@@ -177,15 +177,16 @@ class Tokenizer:
 
         Raises:
             ConfigError: there is no chat template, or it refuses the messages.
+            DataError: as `encode_batch`.
         """
         if not self.has_chat_template:
             raise ConfigError("the tokenizer of the model has no chat template; give the prompt as text")
         try:
-            ids = self._origin.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+            text = self._origin.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template raises what it wants
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"the chat template of the model refuses the messages: {reason}") from error
-        return [int(token) for token in ids]
+        return self.encode_prompt(text, add_special_tokens=False, parse_special=True)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts.

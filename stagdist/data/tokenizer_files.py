@@ -79,6 +79,9 @@ def _load(directory: Path, named: Path) -> Tokenizer:
         end_token = next((name for name in _KNOWN_ENDS if name in names), None)
         if end_token is not None:
             loaded.add_special_tokens({"eos_token": end_token})
+    templates = loaded.chat_template.values() if isinstance(loaded.chat_template, dict) else [loaded.chat_template]
+    if not all(isinstance(template, str | None) for template in templates):
+        raise DataError(f"{named}: the chat_template of its files is no text; write the Jinja template")
     if end_token is not None and raw is not None and not _has_token(raw, configs.values(), end_token):
         raise DataError(
             f"{named}: eos_token is {end_token!r}, but its {JSON_FILE} has no such token; correct one of them"
@@ -103,8 +106,9 @@ def _raw(path: Path, named: Path) -> tokenizers.Tokenizer:
     """The content of a `tokenizer.json`, read without the files beside it; errors of transformers do not name it."""
     try:
         text = path.read_text(encoding="utf-8")
+        content = json.loads(text)  # which names a byte order mark
         raw = tokenizers.Tokenizer.from_str(text)
-        odd = sorted(undefined_tokens(json.loads(text).get("post_processor")))
+        odd = sorted(undefined_tokens(content.get("post_processor")))
     except BaseException as error:
         raise DataError(f"cannot read the tokenizer {_shown(path, named)}: {_reason(error)}; restore it") from error
     if odd:

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from stagdist.cluster.hosts.leftovers import JOB_VARIABLE
 from stagdist.errors import ConfigError
+from stagdist.files import not_downloaded
 from stagdist.serving.api.chat_template import ChatTemplate
 from stagdist.serving.api.problems import ProblemError
 from stagdist.serving.settings import KEYS_VARIABLE, PLAIN_TEMPLATE, ServerSettings, engine_socket
@@ -24,7 +25,7 @@ def server_settings(arguments: argparse.Namespace, environment: Mapping[str, str
     """
     if not 1 <= arguments.port <= 65535:
         raise ConfigError(f"--port is {arguments.port}; clients need a known one, give 1 to 65535")
-    if not 0 < arguments.max_body_mib < _LARGEST_MIB:
+    if not 1 <= arguments.max_body_mib * _MIB < _LARGEST_MIB * _MIB:
         raise ConfigError(f"--max-body-mib is {arguments.max_body_mib:g}; give MiB above 0, below {_LARGEST_MIB}")
     given = {name: value for name, value in vars(arguments).items() if name in ServerSettings.model_fields}
     given |= {
@@ -35,19 +36,29 @@ def server_settings(arguments: argparse.Namespace, environment: Mapping[str, str
         "chat_template": _chat_template(arguments.chat_template),
     }
     try:
-        return ServerSettings(**given)
+        settings = ServerSettings(**given)
+        settings.model_dump_json()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        option = str(first["loc"][0]).replace("_", "-")
-        raise ConfigError(f"--{option} is {first['input']!r}: {first['msg'].lower()}") from None
+        option, reason = str(first["loc"][0]).replace("_", "-"), first["msg"]
+        raise ConfigError(f"--{option} is {first['input']!r}: {reason[0].lower()}{reason[1:]}") from None
+    except ValueError:
+        raise ConfigError("--host, --served-model-name and --cors-origin must be UTF-8 text; one is not") from None
+    return settings
 
 
 def _api_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[str, ...]:
-    if file is None:
-        return tuple(key for each in environment.get(KEYS_VARIABLE, "").split(",") if (key := each.strip()))
-    keys = tuple(key for line in _text("--api-key-file", file).splitlines() if (key := line.strip()))
+    if file is not None:
+        place, given = f"--api-key-file {file}", _text("--api-key-file", file).splitlines()
+    elif KEYS_VARIABLE in environment:
+        place, given = KEYS_VARIABLE, environment[KEYS_VARIABLE].split(",")
+    else:
+        return ()
+    keys = tuple(filter(None, map(str.strip, given)))
     if not keys:
-        raise ConfigError(f"--api-key-file {file} holds no key; write one per line")
+        raise ConfigError(f"{place} holds no key, and everyone would be served; give keys, or leave it out")
+    if odd := next((number for number, key in enumerate(keys, 1) if not key.isprintable()), None):
+        raise ConfigError(f"{place}: key {odd} has characters that no client can send; write letters and digits")
     return keys
 
 
@@ -59,12 +70,18 @@ def _chat_template(name: str | None) -> str | None:
         ChatTemplate(source, {})
     except ProblemError as error:
         raise ConfigError(f"--chat-template {name}: {error}") from None
+    if "messages" not in source:
+        raise ConfigError(f"--chat-template {name} writes no `messages`; give a Jinja template, or `{PLAIN_TEMPLATE}`")
     return source
 
 
 def _text(option: str, file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # editors on Windows may write a byte order mark
+        problem = not_downloaded(file, text=True)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise ConfigError(f"{option} {file} cannot be read: {reason}") from None
+    if problem is not None:
+        raise ConfigError(f"{option} {problem}")
+    return text

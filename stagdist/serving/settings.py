@@ -44,7 +44,7 @@ class ServerSettings(BaseModel):
         access_log: one line per request to standard error, without prompts.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
@@ -56,9 +56,9 @@ class ServerSettings(BaseModel):
     max_body_bytes: int = Field(8 * 2**20, ge=1)
     max_queued_requests: int = Field(256, ge=1)
     chat_template: str | None = None
-    root_path: str = ""
+    root_path: str = Field("", pattern="^(/.*)?$")
     cors_origins: tuple[str, ...] = ()
-    metrics_prefix: str = "stagdist:"
+    metrics_prefix: str = Field("stagdist:", pattern="^([a-zA-Z_:][a-zA-Z0-9_:]*)?$")
     keep_alive_s: int = Field(75, ge=1)
     body_timeout_s: float = Field(30, gt=0)
     hang_timeout_s: float = Field(30, gt=0)

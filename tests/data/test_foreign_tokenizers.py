@@ -1,5 +1,6 @@
 """Tokenizers of published models mean here what they mean in `transformers`, also after they were saved."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.errors import DataError
-from tests.data.foreign_tokenizers import KINDS, make
+from tests.data.foreign_tokenizers import KINDS, make, write_json
 
 PROMPTS = [
     "", " ", "def main(", "  the cat\n\n the  dog", "é 日本 👍 \u2028 \x00", "the</s> <s>cat<|stop|>",
@@ -103,6 +104,24 @@ def test_a_missing_package_is_named(
     monkeypatch.setattr("stagdist.data.tokenizer_files.find_spec", lambda name: None)
     with pytest.raises(DataError, match=f"tokenizer.model needs the package {package}: pip install {package}$"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("template", [5, {"default": 5}, [{"name": "default", "template": []}]])
+def test_a_template_that_is_no_text_is_named(template: Any, tmp_path: Path) -> None:
+    folder = make("gpt_2", tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    write_json(path, {**json.loads(path.read_text()), "chat_template": template})
+    with pytest.raises(DataError, match=f"^{folder}: the chat_template of its files is no text"):
+        load_tokenizer(folder)
+
+
+def test_control_tokens_of_a_template_are_recognized_where_the_configuration_splits_those_of_texts(
+    tmp_path: Path,
+) -> None:
+    folder = make("llama_3", tmp_path / "model")
+    path, plain = folder / "tokenizer_config.json", load_tokenizer(folder)
+    write_json(path, {**json.loads(path.read_text()), "split_special_tokens": True, "model_max_length": 4})
+    assert load_tokenizer(folder).encode_chat(CHAT) == plain.encode_chat(CHAT)
 
 
 def test_a_corpus_whose_documents_begin_otherwise_is_refused(tmp_path: Path) -> None:

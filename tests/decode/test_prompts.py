@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import models
 
-from stagdist.data.tokenizer import byte_tokenizer
+from stagdist.data.tokenizer import Tokenizer, byte_tokenizer
 from stagdist.decode.frontend.prompts import (
     Prompt,
     check_prompts_file,
@@ -113,6 +115,14 @@ def test_bytes_of_the_command_line_that_are_not_utf8_are_named() -> None:
     assert error_of(prompt).startswith("--prompt number 1 is not UTF-8 text, see position 3")
 
 
+def test_a_text_without_tokens_is_an_error_of_that_prompt() -> None:
+    unknown = Tokenizer(tokenizers.Tokenizer(models.WordLevel({"b": 0})).to_str(), None)
+    first, second = prompts_from_arguments(["b", "a"])
+    assert make_request(first, SamplingParams(), unknown).prompt_ids == (0,)
+    with pytest.raises(ConfigError, match="^--prompt number 2: the tokenizer cannot encode the text"):
+        make_request(second, SamplingParams(), unknown)
+
+
 def test_a_seed_that_grows_past_the_largest_one_is_an_error_of_that_prompt() -> None:
     first, second = prompts_from_arguments(["a", "b"])
     defaults = SamplingParams(seed=MAX_SEED)
@@ -139,7 +149,14 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> Non
     assert (prompt.text, prompt.error) == ("def", None)
 
 
-@pytest.mark.parametrize("wrong", [{"max_tokens": 3}, {"prompt": 5}, {"prompt_ids": [1]}, {"messages": 3}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 3}, {"prompt": [1] * 1000}, {"prompt_ids": [1]}, {"messages": 3},
+        {"id": 1.5}, {"id": None}, {"id": True}, {"id": ["a"]}, {"id": {}}, {"id": "half \ud800"},
+    ],
+)  # fmt: skip
 def test_the_answer_to_a_bad_request_has_the_id_that_came(wrong: dict[str, object]) -> None:
-    prompt = from_json({"id": "row-17", "prompt": "a"} | wrong)
-    assert prompt.name == "row-17" and prompt.error is not None
+    given = {"id": "row-17", "prompt": "a"} | wrong
+    prompt = from_json(given)
+    assert prompt.name == given["id"] and prompt.error is not None and len(prompt.error) < 200

@@ -5,14 +5,17 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from launch.run import parse_arguments
 from stagdist.cluster.supervision.options import options_of
 from stagdist.errors import ConfigError
+from stagdist.serving.http_child import MODULE as HTTP_PROCESS
 from tests.fuzz.mutations import Outcome, run_main
 from tests.launch.runs import tiny_config
+from tests.ranks import free_port
 
 BAD_PATHS = {
     "missing": "absent/name",
@@ -26,6 +29,7 @@ BAD_PATHS = {
 }
 """Paths that no file can be read from."""
 
+PORT = free_port()
 FILES = [
     "launch.pretrain --dry-run --config PATH",
     "launch.pretrain --config PATH",
@@ -33,6 +37,8 @@ FILES = [
     "launch.pretrain --config run.yaml --set data.corpora.0.prefix=PATH",
     "launch.doctor --hostfile PATH",
     "launch.doctor --config PATH",
+    "launch.serve --model folder --api-key-file PATH",
+    "launch.serve --model folder --chat-template PATH",
     "tools.prepare_data PATH --output out --tokenizer bytes",
     "tools.prepare_data text.txt --output out --tokenizer PATH",
     "tools.train_tokenizer PATH --output out --vocab-size 300",
@@ -40,6 +46,7 @@ FILES = [
 ]
 FOLDERS = [
     "launch.generate --model PATH --prompt a",
+    f"launch.serve --port {PORT} --model PATH",
     "tools.evaluate perplexity --model PATH --text text.txt",
     *(f"tools.convert_checkpoint {verb}" for verb in (
         "export PATH out", "import PATH out", "split PATH out", "merge PATH PATH out",
@@ -68,6 +75,11 @@ NUMBERS = [
         "max-new-tokens", "temperature", "top-k", "top-p", "min-p", "repetition-penalty", "seed", "stop-token-id",
         "logprobs", "tensor-parallel-size", "batch-size", "max-context", "prefill-chunk", "timeout",
     )),
+    *(f"launch.serve --model folder --port {PORT} --{name}" for name in (
+        "port", "batch-size", "max-context", "prefill-chunk", "tensor-parallel-size", "timeout", "keep-alive-s",
+        "inter-token-target-ms", "max-body-mib", "max-queued-requests", "max-queued-tokens", "drain-timeout-s",
+        "hang-timeout-s", "restart-timeout-s",
+    )),
     *(f"tools.convert_checkpoint {one}" for one in (
         "upcycle folder out --section-layers", "upcycle folder out --section-layers 1 --output-scale",
         "verify folder folder --tokens", "verify folder folder --tolerance",
@@ -93,6 +105,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     assert sorted(tmp_path.rglob("*")) == before
+    assert not [one for one in psutil.Process().children() if HTTP_PROCESS in one.cmdline()]
 
 
 def command(line: str, path: str = "") -> Outcome:

@@ -1,6 +1,7 @@
 """Mutated files of a tokenizer's directory."""
 
 import shutil
+from codecs import BOM_UTF8
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_a_damaged_file_is_one_line_or_loads_what_it_says(
     folder = tmp_path / "damaged"
     shutil.copytree(source, folder)
     refused = 0
-    for mutation in mutations(content):
+    for mutation in mutations(content, others=[BOM_UTF8 + content, content.replace(b"\n", b"\r\n"), b"null", b"[{}]"]):
         (folder / name).write_bytes(mutation.content)
         try:
             tokenizer = load_tokenizer(folder)
@@ -42,6 +43,7 @@ def test_a_damaged_file_is_one_line_or_loads_what_it_says(
             refused += 1
             assert "\n" not in str(error), mutation.name
             assert str(folder) in str(error), mutation.name
+            assert not mutation.content.startswith(BOM_UTF8 + b"{") or "Unexpected UTF-8 BOM" in str(error)
         printed = capfd.readouterr()
         assert printed.out == printed.err == "", mutation.name
     assert refused

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from launch import chat
 from tests.launch.runs import ROOT
 
 CHAT = [sys.executable, str(ROOT / "launch" / "chat.py")]
@@ -42,6 +43,7 @@ class Scripted(ThreadingHTTPServer):
         self.keys: set[str | None] = set()
         self.chat: bool | None = None  # servers of others do not say
         self.broken = False
+        self.models: Any = "own"
         self.gone = threading.Event()
 
     @property
@@ -61,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._json(401, {"error": {"message": "this key is not known"}})
         assert self.path == "/v1/models"
         meta = {} if self.server.chat is None else {"meta": {"chat": self.server.chat}}
-        self._json(200, {"data": [{"id": "tiny", **meta}]})
+        self._json(200, {"data": [{"id": "tiny", **meta}]} if self.server.models == "own" else self.server.models)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -232,6 +234,7 @@ def test_a_refused_message_is_shown_and_forgotten(server: Scripted) -> None:
     terminal.until("Yes")
     terminal.type("/what\n")
     terminal.until("error: no command '/what'\n/reset ")
+    terminal.until("> ")
     terminal.type("\x04")
     assert terminal.end() == 0
     assert [body["messages"] for body in server.seen] == [
@@ -274,6 +277,44 @@ def test_what_prevents_a_conversation_is_said(server: Scripted) -> None:
     )  # fmt: skip
     nothing = pipe(server, "a\n", "--url", "http://127.0.0.1:9")
     assert nothing.returncode == 1 and "start one with launch/serve.py" in nothing.stderr
-    for url in ("127.0.0.1:8000", "ftp://a", "http://a:b", "http://"):
-        assert pipe(server, "", "--url", url).returncode == 2
-    assert pipe(server, "", "--completion", "--system", "x").returncode == 2
+    unsent = pipe(server, "a\n", STAGDIST_API_KEY="two\nlines")
+    assert unsent.returncode == 2 and unsent.stderr.count("\n") == 1 and "two" not in unsent.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["--url", url] for url in ("127.0.0.1:8000", "ftp://a", "http://a:b", "http://", "http://a:70000", "http://[")),
+        *(["--timeout", seconds] for seconds in ("0", "-1", "nan", "inf", "1x")),
+        ["--completion", "--system", "x"], ["--max-tokens", "1x"], ["--temperature", ""],
+    ],
+)  # fmt: skip
+def test_a_wrong_option_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        chat.parse_arguments(arguments)
+    assert ended.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("chat.py: error: ")
+
+
+@pytest.mark.parametrize("models", [None, [], {}, {"data": []}, {"data": [{}]}, {"data": ["a"]}, {"data": {"id": 1}}])
+def test_a_server_of_another_kind_is_named(server: Scripted, models: Any) -> None:
+    server.models = models
+    done = pipe(server, "a\n")
+    assert done.returncode == 1 and done.stderr == (
+        f"error: {server.url}/v1/models lists no model; is it a server of OpenAI's API?\n"
+    )
+
+
+@pytest.mark.parametrize("piece", [{"choices": [7]}, {"choices": None}, {"choices": [{"delta": "a"}]}, {"usage": 3}])
+def test_a_chunk_of_another_kind_is_an_error(server: Scripted, piece: dict[str, Any]) -> None:
+    server.answers = [[piece], ["Yes"]]
+    done = pipe(server, "a\nb\n")
+    assert (done.returncode, done.stdout.strip()) == (1, "Yes")
+    assert done.stderr.startswith("error: the server sent what is no chunk of an answer: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_text_of_windows_and_bytes_that_are_no_text_from_a_pipe(server: Scripted) -> None:
+    server.answers = [["1"], ["2"]]
+    done = subprocess.run([*CHAT, "--url", server.url], input=b"\xef\xbb\xbfa\r\n\xff\r\n", capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"1\n2\n")
+    assert [body["messages"][-1]["content"] for body in server.seen] == ["a", "\udcff"]

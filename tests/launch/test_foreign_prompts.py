@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,6 +13,7 @@ from stagdist.data.tokenizer_files import load_tokenizer
 from tests.data.foreign_tokenizers import KINDS, make
 from tests.data.test_foreign_tokenizers import CHAT, PROMPTS
 from tests.launch.generating import error_lines, run_ranks_to_end, write_model
+from tests.launch.serving import serve
 
 pytestmark = pytest.mark.ranks
 
@@ -79,6 +81,21 @@ def test_conversations_have_the_ids_of_transformers(models: tuple[Path, Path]) -
     assert answer["prompt_token_ids"] == theirs.apply_chat_template(
         message, add_generation_prompt=True, return_dict=False
     )
+
+
+def test_a_server_gives_prompts_the_ids_of_transformers(tmp_path: Path) -> None:
+    """`tests/serving/test_served_model.py` has all kinds of tokenizers."""
+    source = make("llama_3", tmp_path / "tokenizer")
+    theirs = AutoTokenizer.from_pretrained(str(source))
+    model = write_model(tmp_path / "model", load_tokenizer(source), max_position_embeddings=512)
+    served = serve(tmp_path, model, ranks=None).wait_ready()
+    texts = list(filter(None, PROMPTS))
+    choices = served.complete(texts, max_tokens=1, return_token_ids=True).json()["choices"]
+    assert [choice["prompt_token_ids"] for choice in choices] == [
+        theirs(text, split_special_tokens=True)["input_ids"] for text in texts
+    ]
+    chat = httpx.post(f"{served.url}/tokenize", json={"messages": CHAT}).json()["tokens"]
+    assert chat == theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
 
 
 def test_a_model_without_a_template_refuses_chat_at_once(tmp_path: Path) -> None:

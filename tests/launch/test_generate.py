@@ -275,6 +275,7 @@ def test_an_incomplete_directory_is_refused_before_any_group(
         (["--max-context", "4096"], "positions up to 128"),
         (["--max-context", "0"], "max_context is 0"),
         (["--batch-size", "0"], "(--batch-size) is 0"),
+        (["--batch-size", "9" * 30], "; give 1 to 16777215"),
         (["--timeout", "nan"], "(--timeout) is nan"),
         (["--timeout", "inf"], "(--timeout) is inf"),
         (["--logprobs", "2"], "add --json"),
@@ -287,6 +288,13 @@ def test_bad_arguments_get_one_line_from_one_rank(model: Path, arguments: list[s
     done = run_ranks_to_end(model, "--prompt", "x", *arguments, ranks=2)
     errors = error_lines(done.stderr.decode())
     assert done.returncode == 2 and len(errors) == 1 and complaint in errors[0], done.stderr
+
+
+def test_more_slots_than_the_memory_holds_are_one_line(model: Path) -> None:
+    done = run_ranks_to_end(model, "--prompt", "x", "--batch-size", str(10**7))
+    (error,) = error_lines(done.stderr.decode())
+    assert done.returncode == 2 and "10000000 slots (--batch-size) of 128 positions" in error
+    assert b"Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("content", [None, b""], ids=["none", "empty"])

@@ -181,11 +181,14 @@ def test_a_client_that_leaves_ends_all_its_choices(
 
 
 def test_a_finished_choice_is_not_cancelled(server: HttpServer, engine: ScriptedEngine) -> None:
-    connection = raw_request(server, n=2)
+    connection = raw_request(server, n=2, stream=True)
     first, second = engine.next("submit"), engine.next("submit")
     engine.accept(first)
     engine.accept(second)
     engine.output(first, [97], "a", finish="length")
+    received = b""
+    while b'"length"' not in received:
+        received += connection.recv(65536)
     connection.close()
     assert engine.next("cancel")["id"] == second["id"]
 

@@ -19,8 +19,8 @@ def settings(*words: str, **environment: str) -> ServerSettings:
 
 
 def test_options_become_settings(tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("one\n\n two \n")
-    (tmp_path / "template").write_text("{{ messages[0]['content'] }}")
+    (tmp_path / "keys").write_bytes(b"\xef\xbb\xbfone\r\n\r\n two \r\n")
+    (tmp_path / "template").write_text("\ufeff{{ messages[0]['content'] }}")
     words = ["--port", "8123", "--host", "0.0.0.0", "--served-model-name", "a", "--served-model-name", "b"]
     words += ["--api-key-file", str(tmp_path / "keys"), "--chat-template", str(tmp_path / "template")]
     words += ["--max-body-mib", "0.5", "--cors-origin", "https://a.example", "--no-access-log", "--any-model"]
@@ -42,6 +42,8 @@ def test_the_environment_has_keys_and_says_whether_there_is_a_supervisor(tmp_pat
     assert found.api_keys == ("a", "b") and found.supervised
     (tmp_path / "keys").write_text("of the file")
     assert settings("--api-key-file", str(tmp_path / "keys"), **{KEYS_VARIABLE: "a"}).api_keys == ("of the file",)
+    with pytest.raises(ConfigError, match="holds no key, and everyone would be served"):
+        settings(**{KEYS_VARIABLE: " , "})
 
 
 WRONG: list[tuple[list[str], str]] = [
@@ -52,6 +54,21 @@ WRONG: list[tuple[list[str], str]] = [
     (["--api-key-file", "FOLDER"], "--api-key-file FOLDER cannot be read: Is a directory"),
     (["--api-key-file", "FOLDER/empty"], "--api-key-file FOLDER/empty holds no key"),
     (["--api-key-file", "FOLDER/binary"], "--api-key-file FOLDER/binary cannot be read: it is no UTF-8 text"),
+    (
+        ["--api-key-file", "FOLDER/two bytes"],
+        "--api-key-file FOLDER/two bytes: key 1 has characters that no client",
+    ),
+    (["--api-key-file", "FOLDER/pointer"], "--api-key-file FOLDER/pointer is a git-lfs pointer"),
+    (["--chat-template", "FOLDER/empty"], "--chat-template FOLDER/empty writes no `messages`; give a Jinja template"),
+    (["--chat-template", "FOLDER/page"], "--chat-template FOLDER/page writes no `messages`"),
+    (
+        ["--chat-template", "FOLDER/deep"],
+        "--chat-template FOLDER/deep: the chat template of the model cannot be",
+    ),
+    (["--root-path", "llm"], "--root-path is 'llm': string should match pattern '^(/.*)?$'"),
+    (["--metrics-prefix", "a b"], "--metrics-prefix is 'a b': string should match"),
+    (["--served-model-name", "\udcff"], "--host, --served-model-name and --cors-origin must be UTF-8 text"),
+    (["--hang-timeout-s", "inf"], "--hang-timeout-s is inf: input should be a finite number"),
     (["--chat-template", "FOLDER/nowhere"], "--chat-template FOLDER/nowhere cannot be read: No such file"),
     (["--chat-template", "FOLDER/broken"], "--chat-template FOLDER/broken: "),
     (["--max-queued-requests", "0"], "--max-queued-requests is 0: input should be greater than or equal to 1"),
@@ -69,6 +86,10 @@ WRONG: list[tuple[list[str], str]] = [
 def test_a_wrong_option_is_named(tmp_path: Path, words: list[str], complaint: str) -> None:
     (tmp_path / "empty").write_text("\n \n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "two bytes").write_bytes("key\n".encode("utf-16-le"))
+    (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    (tmp_path / "page").write_text("<!DOCTYPE html>")
+    (tmp_path / "deep").write_text("{% if messages %}" * 1000)
     (tmp_path / "broken").write_text("{% for x in %}")
     fill: Callable[[str], str] = lambda text: text.replace("FOLDER", str(tmp_path))  # noqa: E731
     with pytest.raises(ConfigError) as raised:

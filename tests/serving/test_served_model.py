@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -12,7 +13,9 @@ from stagdist.data.tokenizer_files import load_tokenizer
 from stagdist.serving.api.served_model import ModelView
 from stagdist.serving.api.token_texts import TextOffsets, TokenTexts
 from stagdist.serving.settings import ServerSettings
-from tests.serving.scripted_engine import hello
+from tests.data.foreign_tokenizers import KINDS, make
+from tests.data.test_foreign_tokenizers import CHAT, PROMPTS
+from tests.serving.scripted_engine import hello, serving
 
 TEXT = "Grüße, the naïve 你好 🙂 end"
 TEMPLATE = """{{ bos_token }}{% for message in messages %}
@@ -90,3 +93,49 @@ def test_a_conversation_is_encoded_as_transformers_does(tmp_path: Path) -> None:
     assert 256 in expected
     assert view.encode_chat(messages) == expected
     assert view.encode_chat(messages[:1]) != expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_and_conversations_have_the_ids_of_transformers_over_http(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = make(kind, tmp_path / kind)
+    theirs: Any = AutoTokenizer.from_pretrained(str(folder))
+    ours = load_tokenizer(folder)
+    content = {"end_token": ours.end_token, "special_tokens": ours.special_tokens, "chat_template": ours.chat_template}
+    first: Any = hello(json=ours.to_json(), **content)
+    first["model"] |= {"vocab_size": ours.vocab_size, "max_context": 512}
+    with serving(tmp_path, first=first) as server, server.client() as http:
+
+        def sent(path: str, **body: Any) -> httpx.Response:
+            server.engine.submitted.clear()
+            return http.post(path, json={"max_tokens": 1, **body})
+
+        def assert_prompt(expected: list[int], path: str, **body: Any) -> None:
+            answer = sent(path, **body)
+            assert (answer.status_code == 200) == bool(expected), answer.text
+            assert [each["prompt"] for each in server.engine.submitted] == [expected] * bool(expected), body
+
+        for text in PROMPTS:
+            for options in ({}, {"parse_special": True}, {"add_special_tokens": False}):
+                named = {"split_special_tokens": not options.get("parse_special"),
+                         "add_special_tokens": options.get("add_special_tokens", True)}  # fmt: skip
+                expected = theirs(text, **named)["input_ids"]
+                assert_prompt(expected, "/v1/completions", prompt=text, **options)
+                assert_prompt(expected, "/v1/completions", prompt=expected)
+                tokens = sent("/tokenize", prompt=text, **({"parse_special": False} | options)).json()["tokens"]
+                assert tokens == expected
+            assert sent("/tokenize", prompt=text).json()["tokens"] == theirs(text)["input_ids"]
+            assert sent("/detokenize", tokens=expected).json()["prompt"] == theirs.decode(expected)
+        texts = list(filter(None, PROMPTS))
+        sent("/v1/completions", prompt=texts)
+        assert [each["prompt"] for each in server.engine.submitted] == [
+            theirs(text, split_special_tokens=True)["input_ids"] for text in texts
+        ]
+        if theirs.chat_template is None:
+            assert sent("/v1/chat/completions", messages=CHAT).json()["error"]["code"] == "no_chat_template"
+            return
+        for messages in (CHAT, [{"role": "user", "content": PROMPTS[-2]}]):
+            expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            assert_prompt(expected, "/v1/chat/completions", messages=messages)
+            assert sent("/tokenize", messages=messages).json()["tokens"] == expected

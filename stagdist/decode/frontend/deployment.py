@@ -1,5 +1,6 @@
 """A model on the ranks of a command, checked before any process group exists."""
 
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,13 @@ from stagdist.decode.engine import Engine
 from stagdist.decode.runtime.build import DecodePlan, EngineOptions, build_stage, default_precision, plan_decoding
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
+from stagdist.errors import ConfigError
 from stagdist.parallel.world import World, choose_device
 from stagdist.telemetry.pulse import Pulse
 from stagdist.telemetry.spans import SpanRecorder
+
+_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory")
+"""In the texts of torch, on a CPU and on a GPU."""
 
 HEARTBEAT_S = 1.0
 """An idle engine sends a sign of life to the other ranks this often, and three times within the timeout."""
@@ -39,11 +44,24 @@ class Deployment:
     rank: int
 
     def build(self, transport: Transport | None, pulse: Pulse, *, recorder: SpanRecorder | None = None) -> Stage:
-        """Load this rank's stage; rank 0 shows the progress of capturing graphs."""
+        """Load this rank's stage; rank 0 shows the progress of capturing graphs.
+
+        Raises:
+            ConfigError: there is too little memory.
+        """
         progress = show_captures if self.rank == 0 else None
-        return build_stage(
-            self.plan, self.reader.read, self.device, transport, recorder=recorder, pulse=pulse, progress=progress
-        )
+        try:
+            return build_stage(
+                self.plan, self.reader.read, self.device, transport, recorder=recorder, pulse=pulse, progress=progress
+            )
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+                raise
+            slots, context = self.plan.limits.num_slots, self.plan.limits.max_context
+            raise ConfigError(
+                f"{slots} slots (--batch-size) of {context} positions (--max-context) and the weights do not fit into "
+                "the memory; give fewer of either, or start more ranks"
+            ) from error
 
     def engine(self, stage: Stage, transport: Transport | None, **limits: Any) -> Engine:
         """The engine on rank 0; `limits` of its queue."""

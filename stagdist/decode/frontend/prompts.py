@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import reprlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from stagdist.data.tokenizer import Messages, Tokenizer
 from stagdist.decode.request import Request, SamplingParams
-from stagdist.errors import ConfigError
+from stagdist.errors import ConfigError, DataError
 from stagdist.files import not_downloaded
 
 SUFFIXES = (".txt", ".jsonl")
@@ -28,7 +29,7 @@ class Prompt:
     Attributes:
         index: number from 0, including prompts with errors.
         place: source of the prompt, unique, for error messages.
-        name: `id` of the answer; `index` if none is given.
+        name: `id` of the answer, text or an integer, or whatever an error came with; `index` if none is given.
         text: None if the prompt has `ids`, `messages` or an error.
         ids: token ids, unchecked.
         messages: a conversation for the chat template.
@@ -38,7 +39,7 @@ class Prompt:
 
     index: int
     place: str
-    name: str | int
+    name: Any
     text: str | None = None
     ids: Sequence[Any] | None = None
     messages: Messages | None = None
@@ -76,10 +77,11 @@ def prompts_from_jsonl(lines: Iterable[bytes], source: str) -> Iterator[Prompt]:
     for number, line in enumerate(_without_mark(lines), 1):
         if not line.strip():
             continue
-        place, name = f"line {number} of {source}", index
+        place = f"line {number} of {source}"
+        name: Any = index
         try:
             body = _object(line, place)
-            name = body["id"] if _is_name(body.get("id")) else index
+            name = body.get("id", index)
             yield _from_object(index, place, name, body)
         except ConfigError as error:
             yield Prompt(index, place, name, error=str(error))
@@ -128,7 +130,7 @@ class PromptEncoding:
         """Token ids of a prompt without an error.
 
         Raises:
-            ConfigError: its text is not UTF-8, or the chat template refuses it.
+            ConfigError: its text is not UTF-8 or has no tokens, or the chat template refuses it.
         """
         if prompt.ids is not None:
             return prompt.ids
@@ -139,13 +141,13 @@ class PromptEncoding:
             problem = f"{prompt.place} is not UTF-8 text, see position {error.start}; encode it as UTF-8"
             raise ConfigError(problem) from None
         messages = [{"role": "user", "content": text}] if self.chat and prompt.messages is None else prompt.messages
-        if messages is None:
+        try:
+            if messages is not None:
+                return tokenizer.encode_chat(messages)
             return tokenizer.encode_prompt(
                 text, add_special_tokens=self.add_special_tokens, parse_special=self.parse_special
             )
-        try:
-            return tokenizer.encode_chat(messages)
-        except ConfigError as error:
+        except (ConfigError, DataError) as error:
             raise ConfigError(f"{prompt.place}: {error}") from error
 
 
@@ -193,23 +195,23 @@ def _object(line: bytes, place: str) -> dict[str, Any]:
     return body
 
 
-def _from_object(index: int, place: str, name: str | int, body: dict[str, Any]) -> Prompt:
+def _from_object(index: int, place: str, name: Any, body: dict[str, Any]) -> Prompt:
     for key in body:
         if key not in FIELDS:
             near = difflib.get_close_matches(key, FIELDS, 1)
             known = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FIELDS)}"
             raise ConfigError(f"{place} has the unknown key {key!r}; {known}")
     if "id" in body and not _is_name(body["id"]):
-        raise ConfigError(f"{place}: id is {body['id']!r}; give text or an integer")
+        raise ConfigError(f"{place}: id is {reprlib.repr(body['id'])}; give text or an integer")
     given = [key for key in KINDS if key in body]
     if len(given) != 1:
         found = " and ".join(given) or "no prompt"
         raise ConfigError(f"{place} has {found}; give one of the keys {', '.join(KINDS)}")
     text, ids, messages = (body.get(key) for key in KINDS)
     if "prompt" in body and not isinstance(text, str):
-        raise ConfigError(f"{place}: prompt is {text!r}; give text")
+        raise ConfigError(f"{place}: prompt is {reprlib.repr(text)}; give text")
     if "prompt_ids" in body and not isinstance(ids, list):
-        raise ConfigError(f"{place}: prompt_ids is {ids!r}; give a list of token ids")
+        raise ConfigError(f"{place}: prompt_ids is {reprlib.repr(ids)}; give a list of token ids")
     if "messages" in body and not _is_conversation(messages):
         raise ConfigError(f'{place}: messages must be a list of objects like {{"role": "user", "content": "text"}}')
     sampling = {key: body[key] for key in SAMPLING_FIELDS if key in body}
@@ -217,7 +219,9 @@ def _from_object(index: int, place: str, name: str | int, body: dict[str, Any]) 
 
 
 def _is_name(value: Any) -> bool:
-    return isinstance(value, str | int) and not isinstance(value, bool)
+    if isinstance(value, str):
+        return value == value.encode(errors="ignore").decode()  # half of a surrogate pair cannot be written
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_conversation(messages: Any) -> bool:

@@ -77,8 +77,8 @@ class EngineOptions:
             "chunk_size (--prefill-chunk)": self.chunk_size,
         }
         for name, value in counts.items():
-            if value < 1:
-                raise ConfigError(f"{name} is {value}; give at least 1")
+            if not 1 <= value < 1 << 24:
+                raise ConfigError(f"{name} is {value}; give 1 to {(1 << 24) - 1}")
         target_ms = self.inter_token_target_ms
         if target_ms is not None and not 0 < target_ms < float("inf"):
             raise ConfigError(

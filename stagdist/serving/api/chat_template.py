@@ -60,8 +60,9 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ProblemError(501, f"the chat template of the model cannot be read: {error}") from error
+        except (jinja2.TemplateError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise ProblemError(501, f"the chat template of the model cannot be read: {reason}") from error
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, variables: Mapping[str, Any]
