@@ -150,11 +150,12 @@ class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
         return None
 
     def _computes_twice(self) -> bool:
-        """With gradient checkpointing; a cache would be filled twice. Without gradients, as in `generate`, it is off."""
+        # Without gradients, as in `generate`, checkpointing is off. With them, a cache would be filled twice.
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
             return False
         reentrant = getattr(self._gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
-        if reentrant and self.config.share_section_weights and dist.is_initialized() and dist.get_world_size() > 1:
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if reentrant and self.config.share_section_weights and processes > 1:
             # Each call of a shared layer has its own backward pass. DDP would send the gradients after the first.
             raise ValueError("share_section_weights in several processes: checkpointing needs use_reentrant False")
         return True
