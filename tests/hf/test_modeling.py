@@ -89,6 +89,7 @@ def test_packed_texts_equal_each_text_alone(variant: str) -> None:
     texts = [tokens(2, length, seed=length) for length in (1, 5, 3, 2)]
     packed = torch.cat(texts, dim=1)
     position_ids = torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+    torch.compiler.reset()  # the limit of compilations is that of the process
     with torch.no_grad():
         expected = torch.cat([model(text).logits for text in texts], dim=1)
         for run in (model, torch.compile(model, backend="eager", fullgraph=True)):
@@ -97,13 +98,14 @@ def test_packed_texts_equal_each_text_alone(variant: str) -> None:
         with pytest.raises(ValueError, match=r"packs several texts into a row; that needs use_cache=False"):
             model(packed, position_ids=position_ids)
         shifted = model(packed, position_ids=torch.arange(11)[None] + 3).logits
-        torch.testing.assert_close(shifted, model(packed).logits, atol=1e-12, rtol=0)
+        torch.testing.assert_close(shifted, model(packed).logits, atol=1e-5, rtol=0)
 
 
 def test_a_padded_batch_may_be_compiled_as_one_graph() -> None:
     model, _ = build("stagger 2")
     ids, mask = tokens(2, 7), torch.ones(2, 7, dtype=torch.int64)
     mask[0, :3] = 0
+    torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         expected = model(ids, attention_mask=mask, use_cache=False).logits
