@@ -86,18 +86,31 @@ class StagFormerConfig(PretrainedConfig):
         self.combine_sections = combine_sections
         self.use_cache = use_cache
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """The model asks again, because `from_pretrained` sets attributes of a finished configuration.
+
+        Raises:
+            ValueError: the values contradict each other or ask for what this model does not have.
+        """
         if not self.section_layers or min(self.section_layers) < 1:
             raise ValueError(f"section_layers is {self.section_layers}; every section needs at least one layer")
         if self.stagger < 0:
             raise ValueError(f"stagger is {self.stagger}; a section cannot look ahead")
+        if self.cross_attention_window is not None and self.cross_attention_window < 1:
+            raise ValueError(f"cross_attention_window is {self.cross_attention_window}; a position must see a slot")
+        if self.num_hidden_layers != sum(self.section_layers):
+            layers = f"num_hidden_layers is {self.num_hidden_layers}, section_layers {self.section_layers}"
+            raise ValueError(f"{layers} have {sum(self.section_layers)}; change both")
         if self.share_section_weights and len(set(self.section_layers)) > 1:
             raise ValueError(f"share_section_weights needs equal sections, section_layers is {self.section_layers}")
         for heads in (self.num_key_value_heads, self.cross_attention_key_value_heads):
             if self.num_attention_heads % heads:
                 raise ValueError(f"{self.num_attention_heads} attention heads cannot share {heads} key/value heads")
+        if (self.rope_parameters or {}).get("rope_theta") is None:
+            raise ValueError(f"rope_parameters {self.rope_parameters} have no rope_theta")
+        self.rope_parameters = _rope(None, None, self.rope_parameters)
 
 
 def _rope(theta: float | None, scaling: dict[str, Any] | None, parameters: dict[str, Any] | None) -> dict[str, Any]:

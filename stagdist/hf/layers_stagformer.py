@@ -84,24 +84,24 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def visible_keys(
-    real: Tensor | None, past: int, length: int, window: int | None, device: torch.device
+    texts: Tensor | None, past: int, length: int, window: int | None, device: torch.device
 ) -> Tensor | None:
     """The positions that each new position attends to; None for plain causal attention.
 
-    Shapes: real, False for padding, [B, T] or None -> bool [B or 1, 1, S, T].
+    Shapes: texts, equal numbers for positions that may see each other, [B, T] or None -> bool [B or 1, 1, S, T].
     """
     total = past + length
     windowed = window is not None and window < total
-    if real is None and not windowed and (past == 0 or length == 1):
+    if texts is None and not windowed and (past == 0 or length == 1):
         return None
     keys = torch.arange(total, device=device)
     distance = keys[past:, None] - keys[None, :]  # [S, T]
     visible = (distance >= 0)[None, None]
     if window is not None:
         visible = visible & (distance < window)
-    if real is not None:
-        # Padding attends to itself: a softmax over no positions would be NaN and would spread.
-        visible = visible & (real[:, None, None, :] | (distance == 0))
+    if texts is not None:
+        # Padding attends to padding: a softmax over no positions would be NaN and would spread.
+        visible = visible & (texts[:, None, past:, None] == texts[:, None, None, :])
     return visible
 
 
@@ -258,11 +258,12 @@ class ForwardContext:
     Attributes:
         rotary: cosines and sines of the new positions.
         visible, visible_memory: masks of self- and cross-attention.
-        in_gap: new positions among the first `stagger` real ones of their row, [B or 1, S].
+        in_gap: new positions among the first `stagger` real ones of their text, [B or 1, S].
         cache: cache of earlier calls; None if nothing is stored.
 
     Raises:
-        ValueError: the attention mask has the wrong shape, or padding between real tokens.
+        ValueError: the attention mask has the wrong shape, or padding between real tokens; there are several texts in
+            a row and a cache.
     """
 
     def __init__(
@@ -276,28 +277,45 @@ class ForwardContext:
         self.cache = cache
         device, length = embeddings.device, embeddings.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
-        real = None if attention_mask is None else _checked_mask(attention_mask.to(device), past + length)
-        if real is None:
-            order = torch.arange(past, past + length, device=device)[None]
-        else:
-            order = real.long().cumsum(-1)[:, past:] - 1
+        position_ids = None if position_ids is None else position_ids.to(device)
+        order, texts = torch.arange(past, past + length, device=device)[None], None
+        if attention_mask is not None:
+            texts = _checked_mask(attention_mask.to(device), past + length)
+            order = order if texts is None else texts.cumsum(-1)[:, past:] - 1
+        elif position_ids is not None:
+            begins = position_ids.diff(prepend=position_ids[:, :1] - 1) != 1
+            texts = _packed_texts(begins, cache)
+            order = order if texts is None else order - torch.where(begins, order, 0).cummax(-1).values
         self.in_gap = order < config.stagger
-        positions = order.clamp(min=0) if position_ids is None else position_ids.to(device)
-        self.rotary = rotary_tables(config, positions, embeddings.dtype)
-        self.visible = visible_keys(real, past, length, None, device)
+        self.rotary = rotary_tables(
+            config, order.clamp(min=0) if position_ids is None else position_ids, embeddings.dtype
+        )
+        self.visible = visible_keys(texts, past, length, None, device)
         window = config.cross_attention_window
-        self.visible_memory = self.visible if window is None else visible_keys(real, past, length, window, device)
+        self.visible_memory = self.visible if window is None else visible_keys(texts, past, length, window, device)
+
+
+def _packed_texts(begins: Tensor, cache: StagFormerCache | None) -> Tensor | None:
+    """Numbers of the texts that are packed into each row; None if every row is one text. Shape: [B, S]."""
+    if not (cache is None if torch.compiler.is_compiling() else bool(begins.any())):
+        return None
+    if cache is not None:
+        raise ValueError("position_ids begin again, which packs several texts into a row; that needs use_cache=False")
+    return begins.cumsum(-1)
 
 
 def _checked_mask(attention_mask: Tensor, total: int) -> Tensor | None:
-    """The mask as booleans; None without padding. Shape: [B, T]."""
+    """The mask as 0 and 1; None without padding. Shape: [B, T]."""
     if attention_mask.dim() != 2 or attention_mask.shape[1] != total:
         shape = list(attention_mask.shape)
         raise ValueError(f"attention_mask has shape {shape}; it must cover all positions so far, [batch, {total}]")
     real = attention_mask.bool()
-    if bool(real.all()):
+    if not torch.compiler.is_compiling() and bool(real.all()):
         return None
     begins = F.pad(real, (1, 0))[:, :-1] < real
-    if bool((begins.sum(-1) > 1).any()):
-        raise ValueError("padding between real tokens would count as positions of the memory; pad on the left")
-    return real
+    message = "padding between real tokens would count as positions of the memory; pad on the left"
+    if torch.compiler.is_compiling():  # values are not known yet
+        torch._assert_async((begins.sum(-1) <= 1).all(), message)
+    elif bool((begins.sum(-1) > 1).any()):
+        raise ValueError(message)
+    return real.long()

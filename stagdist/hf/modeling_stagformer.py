@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -59,6 +60,7 @@ class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
     _is_stateful = True  # `pending` cannot be rolled back, which assisted decoding needs
 
     def __init__(self, config: StagFormerConfig):
+        config.check()
         super().__init__(config)
         self.vocab_size = config.vocab_size
         self.embedding: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -102,6 +104,7 @@ class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
             attention_mask: 0 for padding, of all positions so far, [B, T]. Padding is on the left of a row (or on its
                 right if nothing is generated).
             position_ids: positions for the rotary embedding, int64 [B, S]; by default real tokens counted from 0.
+                Without `attention_mask`, a position that does not follow the one before it begins another text.
             past_key_values: the cache that the previous call returned.
             inputs_embeds: embeddings instead of `input_ids`, [B, S, H].
             labels: int64 [B, S], shifted here; -100 is ignored.
@@ -138,14 +141,24 @@ class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
         return result.to_tuple() if return_dict is False else result
 
     def _usable_cache(self, cache: StagFormerCache | None, use_cache: bool) -> StagFormerCache | None:
-        # Without gradients, as in `generate`, nothing is computed a second time, which would fill the cache twice.
-        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+        if not self._computes_twice():
             return StagFormerCache() if cache is None and use_cache else cache
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError("gradient checkpointing cannot use a filled cache; give all tokens, or call eval() before")
         if use_cache:
             logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing. It is off.")
         return None
+
+    def _computes_twice(self) -> bool:
+        # Without gradients, as in `generate`, checkpointing is off. With them, a cache would be filled twice.
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return False
+        reentrant = getattr(self._gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if reentrant and self.config.share_section_weights and processes > 1:
+            # Each call of a shared layer has its own backward pass. DDP would send the gradients after the first.
+            raise ValueError("share_section_weights in several processes: checkpointing needs use_reentrant False")
+        return True
 
     def _section_outputs(self, embeddings: Tensor, context: ForwardContext) -> list[Tensor]:
         outputs: list[Tensor] = []

@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from stagdist.hf.layers_stagformer import StagFormerCache
 from tests.hf.models import DEEP, STAGGERED, build, generated, tokens
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_:FutureWarning")  # its new name is of 5.2x
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
@@ -142,3 +145,33 @@ def test_the_trainer_learns_the_same_weights(variant: str, adapted: bool, reentr
 
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     assert differing(trained(model(), tmp_path, **options), trained(model(), tmp_path)) == []
+
+
+def differences_in_two_processes(_: None) -> dict[tuple[str, bool], list[str] | str]:
+    """Gradients that DDP does not average as one process does, or the error, by variant and `use_reentrant`."""
+    dist.init_process_group("gloo")
+    batches = [tokens(2, 9, seed=rank) for rank in range(2)]
+    found: dict[tuple[str, bool], list[str] | str] = {}
+    for variant in ("tied", *DEEP):
+        for reentrant in (False, True):
+            model = build(variant)[0].train()
+            for ids in batches:
+                (model(ids, labels=ids, use_cache=False).loss / 2).backward()
+            expected = {name: value.grad for name, value in model.named_parameters()}
+            model.zero_grad()
+            ids, parallel = batches[dist.get_rank()], DistributedDataParallel(checkpointed(model, reentrant))
+            try:
+                parallel(ids, labels=ids, use_cache=False).loss.backward()
+                gradients = {name: value.grad for name, value in model.named_parameters()}
+                found[variant, reentrant] = differing(gradients, expected)
+            except ValueError as error:
+                found[variant, reentrant] = str(error)
+    dist.destroy_process_group()
+    return found
+
+
+def test_two_processes_average_the_gradients_or_refuse() -> None:
+    message = "share_section_weights in several processes: checkpointing needs use_reentrant False"
+    for found in run_ranks("tests.hf.test_gradient_checkpointing:differences_in_two_processes", 2):
+        assert found.pop(("deep, shared, combined", True)) == message
+        assert len(found) == 5 and not any(found.values()), found

@@ -1,5 +1,6 @@
 """The exported code computes what the formulas say, with its cache as without, padded as alone."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import DynamicCache
 from stagdist.hf.configuration_stagformer import StagFormerConfig
 from stagdist.hf.layers_stagformer import StagFormerCache
 from stagdist.hf.modeling_stagformer import StagFormerForCausalLM
-from tests.hf.models import END, STAGGERED, build, generated, tokens
+from tests.hf.models import DEEP, END, STAGGERED, build, generated, tokens
 from tests.reference import stagformer as reference
 from tests.reference.variants import BASE, LLAMA3, VARIANTS
 
@@ -80,6 +81,38 @@ def test_a_right_padded_row_equals_the_row_alone() -> None:
     mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1] * 7])
     with torch.no_grad():
         torch.testing.assert_close(model(batch, attention_mask=mask).logits[:1, :4], model(row).logits)
+
+
+@pytest.mark.parametrize("variant", ["one section", "tied", *HARD, *DEEP])
+def test_packed_texts_equal_each_text_alone(variant: str) -> None:
+    model, _ = build(variant, torch.float64)
+    texts = [tokens(2, length, seed=length) for length in (1, 5, 3, 2)]
+    packed = torch.cat(texts, dim=1)
+    position_ids = torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+    torch.compiler.reset()  # the limit of compilations is that of the process
+    with torch.no_grad():
+        expected = torch.cat([model(text).logits for text in texts], dim=1)
+        for run in (model, torch.compile(model, backend="eager", fullgraph=True)):
+            logits = run(packed, position_ids=position_ids, use_cache=False).logits
+            torch.testing.assert_close(logits, expected, atol=1e-12, rtol=0)
+        with pytest.raises(ValueError, match=r"packs several texts into a row; that needs use_cache=False"):
+            model(packed, position_ids=position_ids)
+        shifted = model(packed, position_ids=torch.arange(11)[None] + 3).logits
+        torch.testing.assert_close(shifted, model(packed).logits, atol=1e-5, rtol=0)
+
+
+def test_a_padded_batch_may_be_compiled_as_one_graph() -> None:
+    model, _ = build("stagger 2")
+    ids, mask = tokens(2, 7), torch.ones(2, 7, dtype=torch.int64)
+    mask[0, :3] = 0
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        assert compiled(ids, attention_mask=mask, use_cache=False).logits.equal(expected)
+        mask[0, 1] = 1
+        with pytest.raises(RuntimeError, match="padding between real tokens"):
+            compiled(ids, attention_mask=mask, use_cache=False)
 
 
 def test_padding_between_tokens_is_refused() -> None:
@@ -211,3 +244,23 @@ def test_both_spellings_of_rotary_parameters_are_read() -> None:
 def test_configurations_that_cannot_work_are_refused(change: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         StagFormerConfig(**BASE | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"num_hidden_layers": 1}, r"num_hidden_layers is 1, section_layers \[1, 1\] have 2"),
+        ({"section_layers": [2, 2]}, r"num_hidden_layers is 2, section_layers \[2, 2\] have 4"),
+        ({"stagger": -1}, "cannot look ahead"),
+        ({"cross_attention_window": 0}, "must see a slot"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 7.0, "factor": 2.0}}, "rope_type 'linear'"),
+        ({"rope_parameters": {"rope_type": "default"}}, "no rope_theta"),
+        ({"rope_parameters": None}, "no rope_theta"),
+    ],
+)
+def test_a_model_refuses_what_was_changed_in_its_configuration(
+    change: dict[str, Any], complaint: str, tmp_path: Path
+) -> None:
+    build("tied")[0].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=complaint):
+        StagFormerForCausalLM.from_pretrained(tmp_path, **change)
