@@ -62,10 +62,13 @@ def validate(keys: Mapping[str, Any]) -> tuple[RunConfig | None, list[str]]:
 
 
 def validate_model(keys: Mapping[str, Any]) -> tuple[ModelConfig | None, list[str]]:
-    """As `validate`, for the model part alone; problems name its keys as in a run's configuration, `model.KEY`."""
+    """As `validate`, for the model part alone; problems name its keys as in a run's configuration, `model.KEY`.
+
+    Values must have the type of their key, as `transformers` requires: "16" and 16.0 are no integers.
+    """
     contradictions: list[str] = []
     try:
-        return ModelConfig.model_validate(dict(keys), context=contradictions), contradictions
+        return ModelConfig.model_validate(dict(keys), strict=True, context=contradictions), contradictions
     except ValidationError as error:
         return None, [_readable(one | {"loc": ("model", *one["loc"])}) for one in error.errors()]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from stagdist.checkpoint.complete import refuse_undownloaded
-from stagdist.checkpoint.published.other_formats import save_as_utf8
+from stagdist.checkpoint.published.other_formats import save_as_utf8, weights_there
 from stagdist.checkpoint.text_tokens import GENERATION, TOKEN_KEYS, TextTokens, check_tokens
 from stagdist.config.loading import validate_model
 from stagdist.config.parts import ModelConfig, RopeScaling
@@ -73,7 +73,8 @@ def read_body(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / "config.json"
     if not os.path.isfile(path):
-        raise CheckpointError(f"{path} cannot be read: there is none; is {directory} a model directory?")
+        there = weights_there(Path(directory)) or f"is {directory} a model directory?"
+        raise CheckpointError(f"{path} cannot be read: there is none; {there}")
     return read_json(path)
 
 
@@ -101,6 +102,8 @@ def model_of(body: Mapping[str, Any], path: Path) -> ModelConfig:
         if "section_layers" not in keys and "num_hidden_layers" not in body:
             raise CheckpointError(f"{path} has no num_hidden_layers; add the number of layers")
         keys = _DEFAULTS[kind] | {"section_layers": [body.get("num_hidden_layers")]} | keys
+    if isinstance(keys.get("section_layers"), list):
+        keys["section_layers"] = tuple(keys["section_layers"])
     model, problems = validate_model(keys)
     if model is None or problems:
         listed = "; ".join(problems).replace("model.", "")

@@ -12,6 +12,9 @@ _FORMATS = {
     "adapter_model.*": "they change another model: merge them into it with peft (merge_and_unload), and save that",
     "model-*-of-*.safetensors": "their index, model.safetensors.index.json, is missing: get it from their source",
 } | dict.fromkeys(
+    ("*.distcp", "*/*.distcp", "*/mp_rank_*", "*/model_optim_rng.pt", "*/*/model_optim_rng.pt"),
+    "a training checkpoint of another program: export a Hugging Face directory from it with that program",
+) | dict.fromkeys(
     ("consolidated*", "*.gguf", "flax_model*", "tf_model*", "*.onnx", "*.safetensors", "*.pt*", "*.ckpt", "*.bin"),
     _ELSEWHERE,
 )
@@ -43,15 +46,20 @@ def unfinished_download(folder: Path) -> str:
 
 
 def weights_there(folder: Path) -> str:
-    """What a directory has instead of weights that are read, with the remedy; empty if nothing looks like weights."""
+    """What a directory has instead of weights that are read, with the remedy; empty if nothing looks like weights.
+
+    The cache of a hub and the output of a trainer hold model directories in folders.
+    """
     if unfinished := unfinished_download(folder):
         return unfinished
     for pattern, remedy in _FORMATS.items():
         if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             kept = not_downloaded(found[0])
-            return kept or f"its weights are in {found[0].name}{more}; {remedy or converted(folder)}"
-    return ""
+            name = found[0].relative_to(folder)
+            return kept or f"its weights are in {name}{more}; {remedy or converted(folder)}"
+    inner = [path.parent for pattern in ("*/config.json", "snapshots/*/config.json") for path in folder.glob(pattern)]
+    return f"give a folder in it, such as {max(inner, key=lambda at: (len(str(at)), at))}" if inner else ""
 
 
 def save_as_utf8(path: Path) -> str:
