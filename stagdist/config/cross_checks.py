@@ -65,7 +65,7 @@ def device_problem(choice: str, option: str) -> str | None:
     Args:
         option: name of the option or configuration key.
     """
-    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", choice):
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", choice):
         return None
     return f"{option} is {choice!r}; give auto, cpu, cuda or cuda:N"
 

@@ -4,15 +4,17 @@ Each part checks its own values; `cross_checks` holds the checks between parts. 
 configuration takes milliseconds.
 """
 
+import math
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stagdist.config.base import (
     ConfigPart,
     NonNegative,
     NonNegativeFloat,
     Number,
+    PathText,
     Positive,
     PositiveFloat,
     Share,
@@ -170,14 +172,14 @@ class ParallelConfig(ConfigPart):
 class CorpusConfig(ConfigPart):
     """One tokenized corpus and its share of a blend."""
 
-    prefix: str = Field(..., description="Path of the .bin/.idx pair without the extension.")
+    prefix: PathText = Field(..., description="Path of the .bin/.idx pair without the extension.")
     weight: PositiveFloat = Field(1.0, description="Relative weight in the blend.")
 
 
 class DataConfig(ConfigPart):
     """Where tokens come from and in which order."""
 
-    tokenizer: str = Field(
+    tokenizer: PathText = Field(
         "bytes", description="Directory or tokenizer.json of the tokenizer; `bytes` for one token per byte."
     )
     corpora: tuple[CorpusConfig, ...] = Field(
@@ -198,7 +200,7 @@ class DataConfig(ConfigPart):
         "continues in another order (docs/checkpoints.md). null means training.steps * training.global_batch_size "
         "when the run begins.",
     )
-    cache_directory: str | None = Field(
+    cache_directory: PathText | None = Field(
         None, description="Where index maps are stored; shared by all ranks. null: next to the first corpus."
     )
     seed: NonNegative = Field(1234, description="Seed of the order of samples.")
@@ -214,10 +216,15 @@ class DataConfig(ConfigPart):
             )
         elif separate and not self.train_corpora:
             problems.append("data.train_corpora is empty, but data.validation_corpora or data.test_corpora is not")
-        if min(self.split) < 0 or self.split[0] <= 0:
-            problems.append(f"data.split {list(self.split)} must not be negative and needs a share for training")
         report_problems(problems, found)
         return self
+
+    @field_validator("split")
+    @classmethod
+    def _shares(cls, split: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(split) < 0 or split[0] <= 0 or not math.isfinite(sum(split)):
+            raise ValueError(f"data.split {list(split)} must not be negative and needs a share for training")
+        return split
 
 
 class OptimizerConfig(ConfigPart):

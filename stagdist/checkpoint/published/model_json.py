@@ -215,7 +215,7 @@ def declared_dtype(body: Mapping[str, Any], path: Path) -> torch.dtype | None:
     names = [body[key] for key in ("dtype", "torch_dtype") if body.get(key) is not None]
     for name in names:
         if not isinstance(name, str) or name not in STORED_DTYPES:
-            raise CheckpointError(f"{path} says dtype {name!r}; one of {list(STORED_DTYPES)} is read")
+            raise CheckpointError(f"{path} says dtype {name!r}; say that of the weights, one of {list(STORED_DTYPES)}")
     if len(set(names)) == 2:
         raise CheckpointError(f"{path} says dtype {names[0]!r} and torch_dtype {names[1]!r}; remove the wrong one")
     return STORED_DTYPES[names[0]] if names else None

@@ -205,8 +205,8 @@ class ModelReader:
         rows = range(0, views[0].get_shape()[0], _ROWS) if same else ()
         if not same or not all(torch.equal(*(view[row : row + _ROWS] for view in views)) for row in rows):
             raise CheckpointError(
-                f"{self.directory} has tie_word_embeddings true, but {_HEAD} and {embedding} are both there and differ; "
-                "say tie_word_embeddings false in config.json, or remove the wrong one"
+                f"{self.directory} has tie_word_embeddings true, but {_HEAD} and {embedding} are both there and "
+                "differ; say tie_word_embeddings false in config.json, or remove the wrong one"
             )
         return {_HEAD}
 

@@ -11,13 +11,15 @@ _FORMATS = {
     "pytorch_model*": _CONVERT,
     "adapter_model.*": "they change another model: merge them into it with peft (merge_and_unload), and save that",
     "model-*-of-*.safetensors": "their index, model.safetensors.index.json, is missing: get it from their source",
-} | dict.fromkeys(
-    ("*.distcp", "*/*.distcp", "*/mp_rank_*", "*/model_optim_rng.pt", "*/*/model_optim_rng.pt"),
-    "a training checkpoint of another program: export a Hugging Face directory from it with that program",
-) | dict.fromkeys(
-    ("consolidated*", "*.gguf", "flax_model*", "tf_model*", "*.onnx", "*.safetensors", "*.pt*", "*.ckpt", "*.bin"),
-    _ELSEWHERE,
-)
+    **dict.fromkeys(
+        ("*.distcp", "*/*.distcp", "*/mp_rank_*", "*/model_optim_rng.pt", "*/*/model_optim_rng.pt"),
+        "a training checkpoint of another program: export a Hugging Face directory from it with that program",
+    ),
+    **dict.fromkeys(
+        ("consolidated*", "*.gguf", "flax_model*", "tf_model*", "*.onnx", "*.safetensors", "*.pt*", "*.ckpt", "*.bin"),
+        _ELSEWHERE,
+    ),
+}
 """Remedy by the names of files with weights that are not read; the first that matches is reported."""
 
 
