@@ -16,6 +16,7 @@ from stagdist.config.parts import ModelConfig, RopeScaling
 from stagdist.errors import CheckpointError
 from stagdist.model.precision import STORED_DTYPES
 
+CONFIG = "config.json"
 _CONNECTIONS = {"stagformer": "staggered", "llama": "sequential", "mistral": "sequential"}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "stagformer": {},
@@ -71,8 +72,8 @@ def read_body(directory: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    path = Path(directory) / "config.json"
-    if not os.path.isfile(path):
+    path = Path(directory) / CONFIG
+    if not os.path.isfile(path):  # also for a name that is too long
         there = weights_there(Path(directory)) or f"is {directory} a model directory?"
         raise CheckpointError(f"{path} cannot be read: there is none; {there}")
     return read_json(path)

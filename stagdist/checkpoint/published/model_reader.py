@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stagdist.checkpoint.complete import COMPLETE, RunningHashes, damage, read_complete, refuse_undownloaded
 from stagdist.checkpoint.published.model_json import (
+    CONFIG,
     declared_dtype,
     model_of,
     read_body,
@@ -106,11 +107,11 @@ class ModelReader:
 
     def _checked_records(self) -> dict[str, FileRecord]:
         """All records; the small files, and the sizes of the others, are compared with them."""
-        if not os.path.isfile(self.directory / COMPLETE):  # also for a name that is too long
-            return {}
+        if not all(os.path.isfile(self.directory / name) for name in (COMPLETE, CONFIG)):
+            return {}  # without a configuration reading it says what is there instead
         records = read_complete(self.directory)
         small = sorted(name for name in records if not name.endswith(".safetensors"))
-        reason = None if "config.json" in records else f"{COMPLETE} has no record of config.json"
+        reason = None if CONFIG in records else f"{COMPLETE} has no record of {CONFIG}"
         reason = reason or damage(self.directory, sorted(records), records, contents=False)
         if reason := reason or damage(self.directory, small, records):
             raise CheckpointError(f"{self.directory}: {reason}; {CHANGED}")

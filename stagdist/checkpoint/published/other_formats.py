@@ -10,6 +10,8 @@ _CONVERT = ""  # the remedy of `converted`
 _FORMATS = {
     "pytorch_model*": _CONVERT,
     "adapter_model.*": "they change another model: merge them into it with peft (merge_and_unload), and save that",
+    "part_*.safetensors": "a training checkpoint: export it with tools/convert_checkpoint.py",
+    "model.safetensors": "their config.json is missing: get it from their source",
     "model-*-of-*.safetensors": "their index, model.safetensors.index.json, is missing: get it from their source",
     **dict.fromkeys(
         ("*.distcp", "*/*.distcp", "*/mp_rank_*", "*/model_optim_rng.pt", "*/*/model_optim_rng.pt"),
