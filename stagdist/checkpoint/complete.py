@@ -94,7 +94,8 @@ def read_complete(directory: Path) -> dict[str, FileRecord]:
                 raise TypeError(f"the record of {name} is no size and sha256")
         return records
     except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{directory} is not a complete checkpoint: {COMPLETE}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{directory} is not a complete checkpoint: {COMPLETE}: {reason}") from error
 
 
 def damage(

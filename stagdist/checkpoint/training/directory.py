@@ -106,8 +106,8 @@ def read_state(directory: Path) -> TrainingState:
         raise CheckpointError(f"{directory / STATE} cannot be read: {error}") from error
     _check_state(state, directory / STATE)
     if (named := _NAME.fullmatch(directory.name)) and int(named[1]) != state.step:
-        name = checkpoint_name(state.step)
-        raise CheckpointError(f"{directory} holds the checkpoint of step {state.step}; rename the folder to {name}")
+        right = checkpoint_name(state.step)
+        raise CheckpointError(f"{directory} holds a checkpoint of step {state.step}; rename it to {right}, or remove it")
     return state
 
 
