@@ -61,7 +61,7 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="model directory, training checkpoint, or the folder of a run (its newest complete checkpoint)",
     )
-    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text, may be compressed")
     parser.add_argument("--window", type=int, metavar="N", help="tokens seen at once (default: the model's maximum)")
     parser.add_argument(
         "--stride", type=int, metavar="N", help="tokens between window starts (default: the window, no overlap)"

@@ -107,9 +107,11 @@ class ModelReader:
 
     def _checked_records(self) -> dict[str, FileRecord]:
         """All records; the small files, and the sizes of the others, are compared with them."""
-        if not all(os.path.isfile(self.directory / name) for name in (COMPLETE, CONFIG)):
-            return {}  # without a configuration reading it says what is there instead
+        if not os.path.isfile(self.directory / COMPLETE):  # also for a name that is too long
+            return {}
         records = read_complete(self.directory)
+        if CONFIG not in records and not os.path.isfile(self.directory / CONFIG):
+            return {}  # no model directory; `read_body` says what it is
         small = sorted(name for name in records if not name.endswith(".safetensors"))
         reason = None if CONFIG in records else f"{COMPLETE} has no record of {CONFIG}"
         reason = reason or damage(self.directory, sorted(records), records, contents=False)

@@ -106,8 +106,8 @@ def read_state(directory: Path) -> TrainingState:
         raise CheckpointError(f"{directory / STATE} cannot be read: {error}") from error
     _check_state(state, directory / STATE)
     if (named := _NAME.fullmatch(directory.name)) and int(named[1]) != state.step:
-        right = checkpoint_name(state.step)
-        raise CheckpointError(f"{directory} holds a checkpoint of step {state.step}; rename it to {right}, or remove it")
+        name = checkpoint_name(state.step)
+        raise CheckpointError(f"{directory} is of step {state.step}; rename it to {name}, or remove it")
     return state
 
 

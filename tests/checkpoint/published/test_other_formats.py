@@ -102,7 +102,8 @@ def test_what_is_no_model_directory_of_ours_says_what_it_is(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="a training checkpoint: export it with tools/convert_checkpoint"):
         ModelReader(training_checkpoint(tmp_path / "run", {}))
     folder = model_directory(tmp_path / "model", {})
-    (folder / "config.json").unlink()
+    for name in ("complete.json", "config.json"):
+        (folder / name).unlink()
     with pytest.raises(CheckpointError, match=r"config\.json is missing: get it from their source"):
         ModelReader(folder)
 

@@ -235,9 +235,10 @@ def test_a_configuration_that_cannot_be_used_is_refused(tmp_path: Path, text: st
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        *((key, value, f"{key} is {str(value).lower() if value is True else repr(value)}, must be")
+        *((key, json.loads(text), f"{key} is {text}, must be")
           for key in ("vocab_size", "hidden_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
-          for value in ("16", 16.0, True, -1, [1], {})),
+          for text in ("16.0", "true", "-1", "[1]", "{}")),
+        ("hidden_size", "16", "hidden_size is '16', must be an integer"),
         ("rms_norm_eps", "1e-5", "rms_norm_eps is '1e-5', must be a number"),
         ("tie_word_embeddings", "no", "tie_word_embeddings is 'no', must be true or false"),
         ("dtype", "auto", "dtype 'auto'; say that of the weights, one of ['float32'"),

@@ -123,7 +123,7 @@ def test_publishing_replaces_an_incomplete_namesake(tmp_path: Path) -> None:
 def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path: Path) -> None:
     """A run would continue from it forever: its own later checkpoints have earlier names."""
     renamed = make(tmp_path, 7).rename(tmp_path / checkpoint_name(20))
-    with pytest.raises(CheckpointError, match="step_00000020 holds a checkpoint of step 7; rename it to step_00000007"):
+    with pytest.raises(CheckpointError, match="step_00000020 is of step 7; rename it to step_00000007"):
         read_state(renamed)
     assert read_state(renamed.rename(tmp_path / checkpoint_name(7))).step == 7
     assert read_state((tmp_path / checkpoint_name(7)).rename(tmp_path / "kept")).step == 7
