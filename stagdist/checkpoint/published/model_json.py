@@ -74,7 +74,8 @@ def read_body(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG
     if not os.path.isfile(path):  # also for a name that is too long
-        there = weights_there(Path(directory)) or f"is {directory} a model directory?"
+        there = os.path.isdir(directory) and weights_there(Path(directory))
+        there = there or f"is {directory} a model directory?"
         raise CheckpointError(f"{path} cannot be read: there is none; {there}")
     return read_json(path)
 

@@ -42,7 +42,7 @@ def unfinished_download(folder: Path) -> str:
     """The remains of a download in a directory or in the cache that it belongs to, with the remedy; empty if none."""
     endings = ("incomplete", "part", "aria2", "crdownload")
     for left in (
-        *(path for end in endings for path in folder.rglob(f"*.{end}")),
+        *(path for end in endings for place in ("", ".cache/**/") for path in folder.glob(f"{place}*.{end}")),
         *folder.glob("../../blobs/*.incomplete"),
     ):
         return f"its download did not finish (it left {left.name}); start the download again"
