@@ -61,7 +61,7 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="model directory, training checkpoint, or the folder of a run (its newest complete checkpoint)",
     )
-    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text, may be compressed")
     parser.add_argument("--window", type=int, metavar="N", help="tokens seen at once (default: the model's maximum)")
     parser.add_argument(
         "--stride", type=int, metavar="N", help="tokens between window starts (default: the window, no overlap)"
@@ -145,6 +145,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluate; rank 0 writes the result."""
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise ConfigError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
+    if arguments.json is not None and arguments.json.is_dir():
+        raise ConfigError(f"--json {arguments.json} is a folder; give a file in it")
     result = {"perplexity": perplexity, "harness": harness}[arguments.verb](arguments)
     if arguments.json is not None and _rank() == 0:
         arguments.json.write_text(json.dumps(result, indent=2, default=str) + "\n")

@@ -23,7 +23,8 @@ deepspeed launch/pretrain.py --config configs/quickstart.yaml --set training.ste
 ```
 
 `--set` can be repeated. Its value is parsed as YAML, and a number in a path is the index of a list. An unknown key is
-refused with the nearest known name, and all problems of a file are reported together.
+refused with the nearest known name, and all problems of a file are reported together. Numbers are decimal: `010` and
+`1:30`, which YAML reads as 8 and 90, are refused.
 
 Paths are relative to the folder in which the run is started. The files in `configs/` expect their corpus under `data/`,
 for example `data/pile-neox.bin` and `.idx`; the comment at the top of each file shows how to prepare it.

@@ -88,13 +88,14 @@ def read_complete(directory: Path) -> dict[str, FileRecord]:
         body: dict[str, Any] = json.loads((directory / COMPLETE).read_text())
         records = {name: FileRecord(**record) for name, record in body["files"].items()}
         for name, record in records.items():
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ValueError(f"{name} is no file of the directory")
+            if Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable():
+                raise ValueError(f"{name!r} is no file of the directory")
             if type(record.size) is not int or not isinstance(record.sha256, str):
                 raise TypeError(f"the record of {name} is no size and sha256")
         return records
     except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{directory} is not a complete checkpoint: {COMPLETE}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{directory} is not a complete checkpoint: {COMPLETE}: {reason}") from error
 
 
 def damage(

@@ -74,7 +74,7 @@ def check_tokens(held: Mapping[str, Any], where: str, rows: int | None = None) -
     """Check the values of `TOKEN_KEYS`.
 
     Args:
-        rows: number of ids that the model has; None does not compare with it. Old directories write -1 for none.
+        rows: number of ids that the model has; None does not compare with it. Old Llamas have the pad token -1.
 
     Raises:
         CheckpointError: a value is not a token id, a list of them or null (the message names the key), or the nesting
@@ -88,7 +88,8 @@ def check_tokens(held: Mapping[str, Any], where: str, rows: int | None = None) -
                 f"{where}: {key} is {reprlib.repr(held[key])}; it must be a token id, a list of them or null"
             )
         several = held[key] if isinstance(held.get(key), list) else [held.get(key)]
-        if rows is not None and (outside := [one for one in several if one is not None and not -1 <= one < rows]):
+        low = -1 if key == "pad_token_id" else 0
+        if rows is not None and (outside := [one for one in several if one is not None and not low <= one < rows]):
             raise CheckpointError(
                 f"{where}: {key} has {outside[0]}, but the model has the ids 0 to {rows - 1}; correct it, or remove it"
             )

@@ -1,5 +1,7 @@
 """What the parts of the configuration are built from: the base class and the types of numbers."""
 
+import os
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
@@ -19,7 +21,15 @@ def _bounded(value: int) -> int:
     return value
 
 
+def _path(value: str) -> str:
+    """Refuse text that no file system takes: control characters, half a character, or too much of it."""
+    if re.search("[\0-\x1f\x7f\ud800-\udfff]", value) or max(len(os.fsencode(part)) for part in value.split("/")) > 200:
+        raise ValueError(f"is {value[:80]!r}; a path has no control characters, and names of at most 200 bytes")
+    return value
+
+
 Number = BeforeValidator(_not_a_bool)
+PathText = Annotated[str, Field(max_length=2000), AfterValidator(_path)]
 Positive = Annotated[int, Field(ge=1), Number, AfterValidator(_bounded)]
 NonNegative = Annotated[int, Field(ge=0), Number, AfterValidator(_bounded)]
 PositiveFloat = Annotated[float, Field(gt=0), Number]

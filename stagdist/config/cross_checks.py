@@ -65,13 +65,13 @@ def device_problem(choice: str, option: str) -> str | None:
     Args:
         option: name of the option or configuration key.
     """
-    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", choice):
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", choice):
         return None
     return f"{option} is {choice!r}; give auto, cpu, cuda or cuda:N"
 
 
 def zero_problems(deepspeed: dict[str, Any]) -> list[str]:
-    """Settings of DeepSpeed's ZeRO that do not work with the pipeline engine."""
+    """Settings of DeepSpeed's ZeRO and of its messages that do not work with the pipeline engine."""
     zero = deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
         return [f"deepspeed.zero_optimization must be a mapping, got {zero!r}"]
@@ -79,6 +79,11 @@ def zero_problems(deepspeed: dict[str, Any]) -> list[str]:
     fixed |= {"offload_optimizer", "offload_param", "cpu_offload"}
     if found := sorted(fixed & zero.keys()):
         return [f"deepspeed.zero_optimization.{key} cannot be set: the pipeline engine fixes it" for key in found]
+    size, sent = zero.get("reduce_bucket_size", 1), deepspeed.get("communication_data_type", "fp32")
+    if type(size) not in (int, float) or size < 1 or size % 1:
+        return [f"deepspeed.zero_optimization.reduce_bucket_size is {size!r}; give a number of elements"]
+    if sent not in ("fp16", "bf16", "fp32"):
+        return [f"deepspeed.communication_data_type is {sent!r}; give fp16, bf16 or fp32"]
     stage = zero.get("stage", 1)
     if stage == 1:
         return []

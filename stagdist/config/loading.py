@@ -62,10 +62,13 @@ def validate(keys: Mapping[str, Any]) -> tuple[RunConfig | None, list[str]]:
 
 
 def validate_model(keys: Mapping[str, Any]) -> tuple[ModelConfig | None, list[str]]:
-    """As `validate`, for the model part alone; problems name its keys as in a run's configuration, `model.KEY`."""
+    """As `validate`, for the model part alone; problems name its keys as in a run's configuration, `model.KEY`.
+
+    Values must have the type of their key, as `transformers` requires: "16" and 16.0 are no integers.
+    """
     contradictions: list[str] = []
     try:
-        return ModelConfig.model_validate(dict(keys), context=contradictions), contradictions
+        return ModelConfig.model_validate(dict(keys), strict=True, context=contradictions), contradictions
     except ValidationError as error:
         return None, [_readable(one | {"loc": ("model", *one["loc"])}) for one in error.errors()]
 
@@ -95,6 +98,7 @@ def differences(first: ConfigPart, second: ConfigPart) -> dict[str, tuple[Any, A
 # ---- files and overrides ----
 
 
+_INDEX = re.compile("[0-9]{1,9}")  # of a list
 _MOST_SHOWN = 200
 _MOST_NODES = 100_000
 """Keys and values of a file; a configuration has some hundreds."""
@@ -118,6 +122,15 @@ class _StrictLoader(yaml.SafeLoader):
                 seen[key] = line
         return super().construct_mapping(node, deep)
 
+    def construct_decimal(self, node: yaml.ScalarNode) -> Any:
+        """A number, if it means the same without knowing YAML 1.1, where 010 is 8 and 1:30 is 90."""
+        if re.match("[-+]?(0[0-9_]|.*:)", node.value):
+            raise ConfigError(
+                f"{node.value} in line {node.start_mark.line + 1} is octal or of base 60 in YAML; write a decimal "
+                "number, or put text into quotes"
+            )
+        return self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
+
 
 def _expanded_size(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
     """Number of nodes below a node and itself, with every alias written out; infinite if it contains itself."""
@@ -129,6 +142,8 @@ def _expanded_size(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
     return sizes[node]
 
 
+for _kind in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _StrictLoader.construct_decimal)
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
@@ -188,7 +203,7 @@ def _apply_override(keys: dict[str, Any], override: str) -> None:
         if depth == len(parts) - 1:
             place[index] = value
         elif (place[index] if isinstance(place, list) else place.get(index)) is None:
-            place[index] = [] if parts[depth + 1].isdigit() else {}
+            place[index] = [] if _INDEX.fullmatch(parts[depth + 1]) else {}
         place = place[index]
 
 
@@ -198,7 +213,7 @@ def _place_of(place: Any, part: str, *, here: str, override: str) -> Any:
         return part
     if not isinstance(place, list):
         raise ConfigError(f"override {shown(override)}: {here} is {shown(place)} and has no keys; set {here} itself")
-    if not part.isdigit() or int(part) > len(place):
+    if not _INDEX.fullmatch(part) or int(part) > len(place):
         raise ConfigError(
             f"override {shown(override)}: {here} has {len(place)} entries in the file, there is no entry {part}; "
             f"give the complete list as {here}=[...]"

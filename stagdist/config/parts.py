@@ -6,13 +6,14 @@ configuration takes milliseconds.
 
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stagdist.config.base import (
     ConfigPart,
     NonNegative,
     NonNegativeFloat,
     Number,
+    PathText,
     Positive,
     PositiveFloat,
     Share,
@@ -170,14 +171,14 @@ class ParallelConfig(ConfigPart):
 class CorpusConfig(ConfigPart):
     """One tokenized corpus and its share of a blend."""
 
-    prefix: str = Field(..., description="Path of the .bin/.idx pair without the extension.")
+    prefix: PathText = Field(..., description="Path of the .bin/.idx pair without the extension.")
     weight: PositiveFloat = Field(1.0, le=1e30, description="Relative weight in the blend.")
 
 
 class DataConfig(ConfigPart):
     """Where tokens come from and in which order."""
 
-    tokenizer: str = Field(
+    tokenizer: PathText = Field(
         "bytes", description="Directory or tokenizer.json of the tokenizer; `bytes` for one token per byte."
     )
     corpora: tuple[CorpusConfig, ...] = Field(
@@ -198,7 +199,7 @@ class DataConfig(ConfigPart):
         "continues in another order (docs/checkpoints.md). null means training.steps * training.global_batch_size "
         "when the run begins.",
     )
-    cache_directory: str | None = Field(
+    cache_directory: PathText | None = Field(
         None, description="Where index maps are stored; shared by all ranks. null: next to the first corpus."
     )
     seed: NonNegative = Field(1234, description="Seed of the order of samples.")
@@ -214,10 +215,15 @@ class DataConfig(ConfigPart):
             )
         elif separate and not self.train_corpora:
             problems.append("data.train_corpora is empty, but data.validation_corpora or data.test_corpora is not")
-        if min(self.split) < 0 or max(self.split) > 1e30 or self.split[0] < 1e-12:  # 12 places are used
-            problems.append(f"data.split {list(self.split)} must be 0 to 1e30 and needs a share for training")
         report_problems(problems, found)
         return self
+
+    @field_validator("split")
+    @classmethod
+    def _shares(cls, split: tuple[float, float, float]) -> tuple[float, float, float]:
+        if not all(0 <= share <= 1e30 for share in split) or split[0] < 1e-12:  # 12 places are used
+            raise ValueError(f"data.split {list(split)} must be 0 to 1e30 and needs a share for training")
+        return split
 
 
 class OptimizerConfig(ConfigPart):

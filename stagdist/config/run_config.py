@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from stagdist.config import cross_checks
-from stagdist.config.base import ConfigPart, report_problems
+from stagdist.config.base import ConfigPart, PathText, report_problems
 from stagdist.config.parts import (
     CheckpointConfig,
     DataConfig,
@@ -47,8 +47,8 @@ OWNED_DEEPSPEED_KEYS: dict[str, str] = {
 class RunConfig(ConfigPart):
     """The configuration of one run."""
 
-    name: str = Field(..., min_length=1, description="Name of the run; its folder is runs_directory/name.")
-    runs_directory: str = Field("runs", description="Folder of all runs.")
+    name: PathText = Field(..., min_length=1, description="Name of the run; its folder is runs_directory/name.")
+    runs_directory: PathText = Field("runs", description="Folder of all runs.")
     model: ModelConfig = Field(..., description="Shape of the model.")
     parallel: ParallelConfig = Field(ParallelConfig(), description="Layout of the ranks.")
     data: DataConfig = Field(DataConfig(), description="Corpora and tokenizer.")
@@ -58,7 +58,7 @@ class RunConfig(ConfigPart):
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Evaluation during training.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Saving and resuming.")
     logging: LoggingConfig = Field(LoggingConfig(), description="Progress, metrics, TensorBoard, wandb.")
-    deepspeed: dict[str, Any] = Field(
+    deepspeed: dict[str, JsonValue] = Field(
         {},
         description="Further keys of DeepSpeed's JSON, passed on unchanged; a key that stagdist derives is refused.",
     )

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stagdist.data.prepare.formats import open_input, recognize
 from stagdist.errors import DataError
-from stagdist.files import not_downloaded
 from stagdist.telemetry.score import TextScore
 
 TokenNats = Callable[[Tensor, Tensor], Tensor]
@@ -30,15 +30,15 @@ PAD_ID = 0
 
 
 def read_text(path: str | Path) -> str:
-    """The content of a text file without a byte order mark, with its line ends unchanged.
+    """The content of a text file, decompressed, without a byte order mark, with its line ends unchanged.
 
     Raises:
-        DataError: it is missing or not UTF-8.
+        DataError: it is missing, not text, or not UTF-8.
     """
     try:
-        if problem := not_downloaded(path, text=True):
-            raise DataError(problem)
-        return Path(path).read_bytes().removeprefix(BOM_UTF8).decode()
+        recognize(str(path))  # refuses what is no text
+        with open_input(str(path)) as stream:
+            return stream.read().removeprefix(BOM_UTF8).decode()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

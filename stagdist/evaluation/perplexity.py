@@ -16,7 +16,7 @@ from stagdist.checkpoint.convert.find import open_weights, source_tokenizer
 from stagdist.checkpoint.published.load_model import build_model
 from stagdist.config.cross_checks import tensor_parallel_problems
 from stagdist.config.parts import ModelConfig
-from stagdist.errors import ConfigError
+from stagdist.errors import ConfigError, DataError
 from stagdist.evaluation.bits_per_byte import count_windows, read_text, score_text
 from stagdist.model.cross_entropy import token_nats
 from stagdist.model.megatron import TensorParallel
@@ -81,6 +81,8 @@ def score_file(
     tokenizer = source_tokenizer(source, scoring.tokenizer)
     device = choose_device(scoring.device, int(os.environ.get("LOCAL_RANK", "0")))
     ids = [*tokenizer.begin_ids, *tokenizer.encode(content)]  # as a document of the training begins
+    if len(ids) < 2:
+        raise DataError(f"{text} has {len(ids)} tokens; the first is not scored, give at least two")
     with world_groups(scoring.tensor_parallel_size, device, scoring.timeout_s) as groups:
         dtype = source.dtype if scoring.dtype is None else STORED_DTYPES[scoring.dtype]
         parallel = TensorParallel(groups.tensor, dtype)

@@ -8,7 +8,7 @@ all three. The terms follow the implementation of DeepSpeed 0.19 (`zero/stage_1_
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 from stagdist.config.run_config import RunConfig
 from stagdist.parallel.grid import Grid
@@ -123,7 +123,8 @@ def _zero_states(config: RunConfig, sizes: list[int], replicas: int, element: in
         The part of `StageMemory` that depends on the optimizer.
     """
     total, share = sum(sizes), -(-sum(sizes) // replicas)
-    bucket = config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS)
+    zero: Any = config.deepspeed.get("zero_optimization", {})
+    bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS)
     return {
         "weights": element * total,
         "gradients": element * total,

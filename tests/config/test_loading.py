@@ -71,6 +71,8 @@ def test_overrides_reach_into_lists_and_make_what_is_missing(small: Path) -> Non
         ("training.steps", ["training.steps", "key.path=value"]),
         ("training..steps=1", ["training..steps"]),
         ("data.corpora.1.prefix=a", ["data.corpora has 0 entries", "no entry 1"]),
+        ("data.corpora.²=a", ["data.corpora is {'²': 'a'}, must be a list"]),
+        ("model.section_layers.²=3", ["model.section_layers has 2 entries", "no entry ²"]),
         ("name.part=a", ["name is 'small'", "has no keys"]),
         ("model.section_layers=[1", ["not valid YAML"]),
         ("optimizer={eps: 1e-8, eps: 1e-9}", ["eps is given twice"]),
@@ -123,6 +125,22 @@ def test_an_unknown_key_like_none_is_refused_with_all_siblings(small: Path) -> N
         ("runs_directory=3", "runs_directory is 3, must be text"),
         ("logging.progress_bar=maybe", "logging.progress_bar is 'maybe', must be true or false"),
         ("name=a/b", "name is 'a/b', a path"),
+        ('name="a\\nb"', "name is 'a\\nb'; a path has no control characters"),
+        (f"name={'ä' * 101}", "names of at most 200 bytes"),
+        ('data.tokenizer="a\\0b"', "data.tokenizer is 'a\\x00b'; a path has"),
+        (f"runs_directory=a/{'b' * 201}/c", "names of at most 200 bytes"),
+        ("training.steps=010", "010 in line 1 is octal or of base 60 in YAML; write a decimal number"),
+        ("parallel.timeout_s=10:00", "10:00 in line 1 is octal or of base 60"),
+        ("optimizer.eps=1:30.5", "1:30.5 in line 1 is octal or of base 60"),
+        ("data.split=[0, 1, 1]", "data.split [0.0, 1.0, 1.0] must not be negative"),
+        ("data.split=[1e308, 1e308, 1e308]", "needs a share for training"),
+        ("deepspeed.when=2024-01-01", "deepspeed.when is datetime.date(2024, 1, 1): input was not a valid JSON value"),
+        ("deepspeed={zero_optimization: {1: 2}}", "is 1, must be text"),
+        ("deepspeed.a=[.nan]", "is nan, must be a finite number"),
+        ("deepspeed.zero_optimization.reduce_bucket_size=x", "reduce_bucket_size is 'x'; give a number of elements"),
+        ("deepspeed.zero_optimization.reduce_bucket_size=0", "reduce_bucket_size is 0; give a number of elements"),
+        ("deepspeed.communication_data_type=fp8", "communication_data_type is 'fp8'; give fp16, bf16 or fp32"),
+        ("parallel.device='cuda:٣'", "parallel.device is 'cuda:٣'; give auto"),
         ("deepspeed.optimizer.type=Adam", "deepspeed.optimizer (use optimizer.*)"),
         ("deepspeed.zero_optimization.stage=2", "deepspeed.zero_optimization.stage is 2, only 1 works"),
         ("model.num_attention_heads=3", "model.hidden_size 32 is not a multiple of model.num_attention_heads 3"),
@@ -158,11 +176,11 @@ def test_all_problems_are_reported_together(small: Path) -> None:
         small,
         "model.num_key_value_heads=3",  # of the model
         "training.micro_batch_size=3",  # of the run
-        "data.split=[0, 1, 1]",  # of the data
+        "data.validation_corpora=[{prefix: a}]",  # of the data
         "parallel.pipeline_parallel_size=3",
     )
     assert "model.num_key_value_heads 3" in contradictions and "training.micro_batch_size 3" in contradictions
-    assert "data.split [0.0, 1.0, 1.0]" in contradictions and "pipeline_parallel_size 3" in contradictions
+    assert "data.train_corpora is empty" in contradictions and "pipeline_parallel_size 3" in contradictions
 
 
 def test_an_inconsistent_configuration_is_handed_back_with_its_problems(small: Path) -> None:

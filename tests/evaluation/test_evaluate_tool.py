@@ -1,5 +1,6 @@
 """tools/evaluate.py: the score equals the definition on any number of ranks; an error is one line."""
 
+import gzip
 import json
 import math
 import os
@@ -90,6 +91,9 @@ def test_the_score_equals_the_definition(
     assert result["perplexity"] == pytest.approx(math.exp(nats / (length - 1)), rel=1e-5)
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / (length - 1), rel=1e-6)
     assert f"{result['bits_per_byte']:.4f} bits per byte" in capsys.readouterr().out
+    (place / "text.txt").write_bytes(gzip.compress(b"\xef\xbb\xbf" + TEXT.encode()))  # read as those of a corpus are
+    assert evaluate(monkeypatch, "perplexity", *common, *chosen) == 0
+    assert json.loads((place / "score.json").read_text())["perplexity"] == result["perplexity"]
 
 
 def score_on_ranks(payload: tuple[str, str, Scoring]) -> tuple[float, int, int]:
@@ -121,7 +125,14 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], complaint: str) -> None:
     [
         (("--text", "absent.txt"), "cannot read absent.txt: No such file"),
         (("--text", "latin.txt"), "latin.txt is not UTF-8 at byte 1"),
-        (("--text", "empty.txt"), "a text of 0 tokens cannot be scored"),
+        (("--text", "empty.txt"), "empty.txt has 0 tokens; the first is not scored"),
+        (("--text", "mark.txt"), "mark.txt has 0 tokens"),
+        (("--text", "wide.txt"), "wide.txt is UTF-16; convert it: iconv"),
+        (("--text", "wide-unmarked.txt"), "wide-unmarked.txt is UTF-16LE; convert it: iconv"),
+        (("--text", "zeros.bin"), "zeros.bin is not text"),
+        (("--text", "cut.gz"), "cut.gz is damaged"),
+        (("--text", "model"), "cannot read model: Is a directory"),
+        (("--json", "model"), "--json model is a folder"),
         (("--model", "absent"), "absent is no directory"),
         (("--model", "."), "neither checkpoints nor a model directory"),
         (("--window", "17"), "--window is 17; the model supports 1 to 16"),
@@ -141,7 +152,12 @@ def test_invalid_arguments_are_one_line_and_code_2(
     complaint: str,
 ) -> None:
     (place / "latin.txt").write_bytes(b"a\xe4b")
-    (place / "empty.txt").write_bytes(b"")
+    contents = {
+        "empty.txt": b"", "mark.txt": b"\xef\xbb\xbf", "wide.txt": TEXT.encode("utf-16"), "zeros.bin": bytes(64),
+        "wide-unmarked.txt": "A plain text.".encode("utf-16-le"), "cut.gz": gzip.compress(TEXT.encode())[:-9],
+    }  # fmt: skip
+    for name, content in contents.items():
+        (place / name).write_bytes(content)
     if "small" in arguments:
         write(place / "small", vocab_size=37)
     defaults = ("--model", "model", "--text", "text.txt", "--quiet", "--device", "cpu")

@@ -101,6 +101,7 @@ def test_values_of_the_command_line_are_refused_in_one_line_or_mean_what_they_sa
         ("name: !!bool maybe", "a value cannot be read"),
         ("name: !!int text", "a value cannot be read"),
         ("name: !!int ''", "a value cannot be read"),
+        ("steps: 010", "010 in line 1 is octal"),
         ("name: !!timestamp text", "a value cannot be read"),
         ("name: 2024-13-45", "a value cannot be read"),
         ("name: 2024-01-01T00:00:00+99:99999", ""),

@@ -48,7 +48,9 @@ def test_every_mutated_hostfile_is_refused_by_name_or_lists_what_deepspeed_lists
         (b"node1 slots=1e3", "no host"),
         (b"alice@node1 slots=8", "`Host node1` with `User alice` into ~/.ssh/config"),
         (b"#spare alice@10.0.0.1 slots=8", "`Host 10.0.0.1` with `User alice` into ~/.ssh/config"),
-        (b"node1 slots=8\nnode1 slots=8", "listed twice"),
+        (b"node1 slots=8\nNode1 slots=8", "listed twice"),
+        (b"node1 slots=8\n# Spare NODE1 slots=8", "listed twice"),
+        (b"fe80::1 slots=8", "enter an IPv6 address in /etc/hosts"),
         (b"{'node1': 8}", "no host"),
     ],
 )

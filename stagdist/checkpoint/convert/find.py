@@ -14,7 +14,7 @@ from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.data.compatibility import check_vocabulary
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.data.tokenizer_files import load_tokenizer
-from stagdist.errors import CheckpointError, ConfigError, DataError
+from stagdist.errors import CheckpointError, ConfigError, DataError, OtherReleaseError
 
 LOG = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def _first_complete(checkpoints: list[Path]) -> Path | None:
     for index, checkpoint in enumerate(checkpoints):
         try:
             reason = checkpoint_damage(checkpoint, contents=False)
-        except ConfigError:  # not damage but a configuration of another release: opening it reports the key
+        except (ConfigError, OtherReleaseError):  # not damage: opening it reports the key or the version
             return checkpoint
         if reason is None:
             return checkpoint
@@ -93,7 +93,7 @@ def open_weights(path: str | Path) -> WeightSource:
     if found.kind == "model":
         return ModelReader(found.directory, hashing=True)
     if reason := checkpoint_damage(found.directory, contents=False):
-        raise CheckpointError(f"{found.directory}: {reason}")
+        raise CheckpointError(f"{found.directory}: {reason}; use an earlier checkpoint")
     return TrainingReader(found.directory, hashing=True)
 
 

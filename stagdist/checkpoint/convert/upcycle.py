@@ -22,7 +22,7 @@ from stagdist.checkpoint.convert.find import open_weights
 from stagdist.checkpoint.convert.model_conversions import NewModel, write_model
 from stagdist.checkpoint.convert.staging import ConversionOptions, ConversionResult, require_free
 from stagdist.checkpoint.text_tokens import TextTokens
-from stagdist.checkpoint.weight_source import WeightSource
+from stagdist.checkpoint.weight_source import WeightSource, require_finite
 from stagdist.config.loading import validate_model
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import CheckpointError, ConfigError
@@ -109,4 +109,9 @@ class UpcycledWeights:
         index = sum(self.model.section_layers[:section]) + layer
         name = self._layers[index] + part.replace("cross_attention", "self_attention")
         value = self._llama.weight(self._specs[name])
-        return value * self._scale if part == "cross_attention.o_proj.weight" else value
+        if part != "cross_attention.o_proj.weight":
+            return value
+        scaled = require_finite(value, name, self.directory) * self._scale
+        if not torch.isfinite(scaled).all():
+            raise ConfigError(f"--output-scale is {self._scale:g}, too large for {scaled.dtype}; give a smaller one")
+        return scaled

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from stagdist.checkpoint.complete import refuse_undownloaded
-from stagdist.checkpoint.published.other_formats import save_as_utf8
+from stagdist.checkpoint.published.other_formats import save_as_utf8, weights_there
 from stagdist.checkpoint.text_tokens import GENERATION, TOKEN_KEYS, TextTokens, check_tokens
 from stagdist.config.loading import validate_model
 from stagdist.config.parts import ModelConfig, RopeScaling
 from stagdist.errors import CheckpointError
 from stagdist.model.precision import STORED_DTYPES
 
+CONFIG = "config.json"
 _CONNECTIONS = {"stagformer": "staggered", "llama": "sequential", "mistral": "sequential"}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "stagformer": {},
@@ -71,9 +72,11 @@ def read_body(directory: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    path = Path(directory) / "config.json"
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{path} cannot be read: there is none; is {directory} a model directory?")
+    path = Path(directory) / CONFIG
+    if not os.path.isfile(path):  # also for a name that is too long
+        there = os.path.isdir(directory) and weights_there(Path(directory))
+        there = there or f"is {directory} a model directory?"
+        raise CheckpointError(f"{path} cannot be read: there is none; {there}")
     return read_json(path)
 
 
@@ -101,6 +104,8 @@ def model_of(body: Mapping[str, Any], path: Path) -> ModelConfig:
         if "section_layers" not in keys and "num_hidden_layers" not in body:
             raise CheckpointError(f"{path} has no num_hidden_layers; add the number of layers")
         keys = _DEFAULTS[kind] | {"section_layers": [body.get("num_hidden_layers")]} | keys
+    if isinstance(keys.get("section_layers"), list):
+        keys["section_layers"] = tuple(keys["section_layers"])
     model, problems = validate_model(keys)
     if model is None or problems:
         listed = "; ".join(problems).replace("model.", "")
@@ -212,7 +217,7 @@ def declared_dtype(body: Mapping[str, Any], path: Path) -> torch.dtype | None:
     names = [body[key] for key in ("dtype", "torch_dtype") if body.get(key) is not None]
     for name in names:
         if not isinstance(name, str) or name not in STORED_DTYPES:
-            raise CheckpointError(f"{path} says dtype {name!r}; one of {list(STORED_DTYPES)} is read")
+            raise CheckpointError(f"{path} says dtype {name!r}; say that of the weights, one of {list(STORED_DTYPES)}")
     if len(set(names)) == 2:
         raise CheckpointError(f"{path} says dtype {names[0]!r} and torch_dtype {names[1]!r}; remove the wrong one")
     return STORED_DTYPES[names[0]] if names else None

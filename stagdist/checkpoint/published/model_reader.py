@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from stagdist.checkpoint.complete import COMPLETE, RunningHashes, damage, read_complete, refuse_undownloaded
 from stagdist.checkpoint.published.model_json import (
+    CONFIG,
     declared_dtype,
     model_of,
     read_body,
@@ -29,6 +31,8 @@ from stagdist.parallel.layout import ParameterSpec, model_parameters
 
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
 """Names of tensors that old Llama directories contain and no program reads."""
+
+_HEAD = "lm_head.weight"  # of a Llama
 
 _ROWS = 4096
 """Rows of a matrix that are compared at a time."""
@@ -69,7 +73,7 @@ class ModelReader:
                 f"{self.directory}/config.json says {self.model.num_layers} layers, the weights are "
                 f"{len(self._where)} tensors; get the directory from its source again"
             )
-        self._expected = {stored_name(spec.name, self.model): spec for spec in model_parameters(self.model)}
+        self._expected = {self._stored(spec): spec for spec in model_parameters(self.model)}
         self._check_names_and_shapes()
         self._refuse_unknown()
         self.dtype: torch.dtype = self._checked_dtype(declared_dtype(body, self.directory / "config.json"))
@@ -82,7 +86,7 @@ class ModelReader:
 
     def read(self, spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
         """A slice of one parameter, in the dtype of the file."""
-        name = stored_name(spec.name, self.model)
+        name = self._stored(spec)
         if self._hashing:
             self._hashes.reading(self._where[name], name)
         part: Tensor = self._slice(name)[(slice(None),) * dim + (slice(start, stop),)]
@@ -106,8 +110,10 @@ class ModelReader:
         if not os.path.isfile(self.directory / COMPLETE):  # also for a name that is too long
             return {}
         records = read_complete(self.directory)
+        if CONFIG not in records and not os.path.isfile(self.directory / CONFIG):
+            return {}  # no model directory; `read_body` says what it is
         small = sorted(name for name in records if not name.endswith(".safetensors"))
-        reason = None if "config.json" in records else f"{COMPLETE} has no record of config.json"
+        reason = None if CONFIG in records else f"{COMPLETE} has no record of {CONFIG}"
         reason = reason or damage(self.directory, sorted(records), records, contents=False)
         if reason := reason or damage(self.directory, small, records):
             raise CheckpointError(f"{self.directory}: {reason}; {CHANGED}")
@@ -147,6 +153,12 @@ class ModelReader:
             except Exception as error:  # the library raises bare exceptions for damaged files
                 raise _unreadable(path, error) from error
         return self._files[file]
+
+    def _stored(self, spec: ParameterSpec) -> str:
+        """The name of a parameter in the files; a tied Llama may store its embedding as the head alone."""
+        name = stored_name(spec.name, self.model)
+        tied = self.model.tie_word_embeddings and not self.model.staggered and spec.name == "embedding.weight"
+        return _HEAD if tied and name not in self._where and _HEAD in self._where else name
 
     def _slice(self, name: str) -> Any:
         return self._files[self._where[name]].get_slice(name)
@@ -188,19 +200,18 @@ class ModelReader:
 
     def _tied_copy(self) -> set[str]:
         """The stored head of a Llama with tied embeddings, if there is one; it must equal the embedding."""
-        head = "lm_head.weight"
-        if not self.model.tie_word_embeddings or self.model.staggered or head not in self._where:
-            return set()
         embedding = stored_name("embedding.weight", self.model)
-        views = [self._slice(embedding), self._slice(head)]
+        if not self.model.tie_word_embeddings or self.model.staggered or not {embedding, _HEAD} <= self._where.keys():
+            return set()
+        views = [self._slice(embedding), self._slice(_HEAD)]
         same = len({(view.get_dtype(), *view.get_shape()) for view in views}) == 1
         rows = range(0, views[0].get_shape()[0], _ROWS) if same else ()
         if not same or not all(torch.equal(*(view[row : row + _ROWS] for view in views)) for row in rows):
             raise CheckpointError(
-                f"{self.directory} has tie_word_embeddings true, but {head} and {embedding} are both there and differ; "
-                "say tie_word_embeddings false in config.json, or remove the wrong one"
+                f"{self.directory} has tie_word_embeddings true, but {_HEAD} and {embedding} are both there and "
+                "differ; say tie_word_embeddings false in config.json, or remove the wrong one"
             )
-        return {head}
+        return {_HEAD}
 
     def _checked_dtype(self, declared: torch.dtype | None) -> torch.dtype:
         """The dtype of all tensors, which must be that of `config.json` if it has one."""
@@ -236,6 +247,6 @@ def _checked_index(where: Any) -> dict[str, str]:
     if not isinstance(where, dict):
         raise ValueError("weight_map is no object")
     for name, file in where.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"weight_map has {name} in {file!r}, which is no file of the directory")
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file) or not file.isprintable():
+            raise ValueError(f"weight_map has {name} in {file!r}, which is no safetensors file of the directory")
     return where

@@ -89,7 +89,7 @@ def read_state(directory: Path) -> TrainingState:
     """Read `state.json`.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: it is missing or damaged, or the folder has the name of another step.
     """
     try:
         refuse_undownloaded(directory / STATE)
@@ -105,6 +105,9 @@ def read_state(directory: Path) -> TrainingState:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory / STATE} cannot be read: {error}") from error
     _check_state(state, directory / STATE)
+    if (named := _NAME.fullmatch(directory.name)) and int(named[1]) != state.step:
+        name = checkpoint_name(state.step)
+        raise CheckpointError(f"{directory} is of step {state.step}; rename it to {name}, or remove it")
     return state
 
 
@@ -168,11 +171,16 @@ def checkpoint_damage(directory: Path, *, contents: bool = True) -> str | None:
 
     Args:
         contents: compare the contents of the safetensors files too, not only their sizes.
+
+    Raises:
+        OtherReleaseError: it is of a version of the format that this release does not read.
     """
     try:
         records = read_complete(directory)
         reason = coverage_damage(directory, records)
         return reason or damage(directory, sorted(records), records, contents=contents)
+    except OtherReleaseError:
+        raise
     except CheckpointError as error:
         return str(error)
 

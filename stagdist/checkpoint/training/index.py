@@ -24,6 +24,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (VALUE, *MOMENTS)
 """What is stored of a parameter, all in fp32: its value and Adam's two moments."""
 
+_NAME = r"^\w[\w.-]*$"
+
 Box = tuple[tuple[int, int], ...]
 """A part of a tensor: start and stop in every dimension."""
 
@@ -40,8 +42,8 @@ class Fragment(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: str = Field(pattern=r"^\w[\w.-]*$")
-    key: str
+    file: str = Field(pattern=_NAME)
+    key: str = Field(pattern=_NAME)
     box: tuple[tuple[NonNegativeInt, NonNegativeInt], ...]
     range: tuple[NonNegativeInt, NonNegativeInt]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from stagdist.errors import ConfigError
 
 _ENTRY = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>[0-9]{1,4})\s*(?:#.*)?")
-_SPARE = re.compile(r"#\s*spare\s+(?P<entry>.*)")
+_SPARE = re.compile(r"#\s*spare\s+(?P<entry>.*)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 
@@ -47,6 +47,8 @@ def check_host_name(name: str) -> None:
         raise ConfigError(
             f"host name {name[:80]!r} is refused: letters, digits, dots, hyphens and underscores only, "
             "beginning and ending with a letter or digit"
+            + "; enter an IPv6 address in /etc/hosts, and write its name here"
+            * (":" in name)
         )
 
 
@@ -69,7 +71,7 @@ def read_hostfile(path: str | Path) -> Hostfile:
         if not line or (line.startswith("#") and not spare):
             continue
         host = _host(spare["entry"] if spare else line, f"{path}, line {number}")
-        if host.name in (known.name for known in hosts + spares):
+        if host.name.lower() in (known.name.lower() for known in hosts + spares):
             raise ConfigError(f"{path}, line {number}: host {host.name} is listed twice")
         (spares if spare else hosts).append(host)
     if not hosts:

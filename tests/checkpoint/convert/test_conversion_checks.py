@@ -60,6 +60,15 @@ def test_a_checkpoint_of_an_earlier_release_is_named(tmp_path: Path) -> None:
         export(tmp_path / "run", tmp_path / "model", OPTIONS)
 
 
+def test_a_newer_checkpoint_of_a_later_release_is_not_skipped(tmp_path: Path) -> None:
+    older = training_checkpoint(tmp_path / "run", {})
+    path = shutil.copytree(older, older.with_name("step_00000009")) / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
+    complete(path.parent)
+    with pytest.raises(CheckpointError, match="step_00000009/index.json: format_version is 2; this release reads 1"):
+        export(tmp_path / "run", tmp_path / "model", OPTIONS)
+
+
 def test_a_run_means_its_newest_checkpoint_that_is_complete(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     older = training_checkpoint(tmp_path / "run", {}, (1, 1, 1))
     newer = older.with_name("step_00000009")

@@ -160,6 +160,8 @@ def test_an_end_or_begin_token_beyond_the_rows_is_refused(tmp_path: Path) -> Non
     [
         ({"eos_token_id": [1, 300]}, "eos_token_id has 300"),
         ({"eos_token_id": -2}, "eos_token_id has -2"),
+        ({"eos_token_id": [2, -1]}, "eos_token_id has -1"),
+        ({"bos_token_id": -1}, "bos_token_id has -1"),
         ({"bos_token_id": 301}, "bos_token_id has 301"),
         ({"pad_token_id": 32000}, "pad_token_id has 32000"),
     ],

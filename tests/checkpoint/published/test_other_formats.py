@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from stagdist.checkpoint.convert.find import open_model
+from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.errors import CheckpointError
 from tests.checkpoint.convert.test_llama_import import rewrite, save_llama
 from tests.checkpoint.published.directories import FILE, INDEX, split
+from tests.checkpoint.synthetic import model_directory, training_checkpoint
 
 
 def problem(folder: Path) -> str:
@@ -70,6 +72,40 @@ def test_other_formats_are_named(tmp_path: Path, name: str, has_config: bool) ->
     assert f"its weights are in {name}; " in message
     assert re.search(r"; (get the model with model\*\.safetensors|they change|their index)", message)
     assert has_config == ("there is no config.json" not in message)
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["__0_0.distcp", "pytorch_model_fsdp_0/__0_0.distcp", "global_step10/mp_rank_00_model_states.pt",
+     "iter_0000100/mp_rank_00/model_optim_rng.pt"],
+)  # fmt: skip
+def test_training_checkpoints_of_other_programs_are_named(tmp_path: Path, place: str) -> None:
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_bytes(b"x")
+    assert f"its weights are in {place}; a training checkpoint of another program" in problem(tmp_path)
+    with pytest.raises(CheckpointError, match="a training checkpoint of another program"):
+        ModelReader(tmp_path)
+
+
+@pytest.mark.parametrize("parts", [("snapshots/a", "snapshots/b"), ("checkpoint-500", "checkpoint-1000"), ("model",)])
+def test_a_folder_of_model_directories_names_one(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    """The cache of a hub, the output of a trainer, a run without checkpoints."""
+    for part in parts:
+        save_llama(tmp_path / part, {})
+    assert problem(tmp_path).endswith(f": give a folder in it, such as {tmp_path / parts[-1]}")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: there is none; give a folder in it"):
+        ModelReader(tmp_path)
+    open_model(tmp_path / parts[-1])
+
+
+def test_what_is_no_model_directory_of_ours_says_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="a training checkpoint: export it with tools/convert_checkpoint"):
+        ModelReader(training_checkpoint(tmp_path / "run", {}))
+    folder = model_directory(tmp_path / "model", {})
+    for name in ("complete.json", "config.json"):
+        (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing: get it from their source"):
+        ModelReader(folder)
 
 
 def test_a_directory_without_weights_says_so(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """All of a model directory is checked before anything is built, and it is read slice by slice."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.errors import CheckpointError
@@ -103,6 +105,15 @@ def test_what_old_and_tied_llamas_carry_along_is_accepted(tmp_path: Path) -> Non
     reader = ModelReader(tmp_path / "model")
     embedding = model_parameters(model)[0]
     assert torch.equal(reader.read(embedding, 0, 3, 9), parameters["embedding.weight"][3:9])
+
+
+def test_a_tied_llama_may_store_its_head_alone(tmp_path: Path) -> None:
+    model, parameters = write(tmp_path / "model", LLAMA | {"tie_word_embeddings": True})
+    change(tmp_path / "model", lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    reader = ModelReader(tmp_path / "model", hashing=True)
+    assert torch.equal(reader.weight(model_parameters(model)[0]), parameters["embedding.weight"])
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded.model.embed_tokens.weight, parameters["embedding.weight"])
 
 
 def test_a_head_of_a_stagformer_that_says_it_is_tied_is_refused(tmp_path: Path) -> None:
@@ -221,6 +232,27 @@ def test_a_configuration_that_cannot_be_used_is_refused(tmp_path: Path, text: st
         ModelReader(tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        *((key, json.loads(text), f"{key} is {text}, must be")
+          for key in ("vocab_size", "hidden_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
+          for text in ("16.0", "true", "-1", "[1]", "{}")),
+        ("hidden_size", "16", "hidden_size is '16', must be an integer"),
+        ("rms_norm_eps", "1e-5", "rms_norm_eps is '1e-5', must be a number"),
+        ("tie_word_embeddings", "no", "tie_word_embeddings is 'no', must be true or false"),
+        ("dtype", "auto", "dtype 'auto'; say that of the weights, one of ['float32'"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_named(tmp_path: Path, key: str, value: Any, said: str) -> None:
+    """`transformers` refuses them too, some by blaming the tokenizer."""
+    write(tmp_path / "model", LLAMA)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        ModelReader(tmp_path / "model")
+
+
 def test_a_tensor_of_a_file_that_the_index_does_not_have_is_named(tmp_path: Path) -> None:
     write(tmp_path / "model", {})
     where = split(tmp_path / "model")
@@ -239,7 +271,10 @@ def test_a_single_file_beside_an_index_is_refused(tmp_path: Path) -> None:
         ModelReader(tmp_path / "model")
 
 
-@pytest.mark.parametrize("where", [[1], {"embedding.weight": 5}, {"embedding.weight": "../model.safetensors"}])
+NO_FILES = ["", "..", "/x.safetensors", "../model.safetensors", "config.json", "a\0b.safetensors", "\ud800.safetensors"]
+
+
+@pytest.mark.parametrize("where", [[1], {"embedding.weight": 5}, *({"embedding.weight": name} for name in NO_FILES)])
 def test_an_index_that_names_no_files_of_the_directory_is_refused(tmp_path: Path, where: Any) -> None:
     write(tmp_path / "model", {})
     (tmp_path / "model" / FILE).unlink()

@@ -64,7 +64,12 @@ NESTED = "[" * 100_000
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", NESTED, '{"files": {"x": {"size": 1}}}', '{"files": 3}'], ids=lambda text: text[:30]
+    "content",
+    [
+        *("", "{", "[]", NESTED, '{"files": {"x": {"size": 1}}}', '{"files": 3}'),
+        *(json.dumps({"files": {name: {"size": 1, "sha256": ""}}}) for name in ("../x", "/x", "\0", "\ud800", "a\nb")),
+    ],
+    ids=lambda text: text[:30],
 )
 def test_a_damaged_marker_is_no_checkpoint(tmp_path: Path, content: str) -> None:
     directory = make(tmp_path, 1)
@@ -113,6 +118,15 @@ def test_a_damaged_checkpoint_loses_its_marker_and_is_not_counted(tmp_path: Path
 def test_publishing_replaces_an_incomplete_namesake(tmp_path: Path) -> None:
     (make(tmp_path, 3) / COMPLETE).unlink()
     assert reason(make(tmp_path, 3)) is None
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path: Path) -> None:
+    """A run would continue from it forever: its own later checkpoints have earlier names."""
+    renamed = make(tmp_path, 7).rename(tmp_path / checkpoint_name(20))
+    with pytest.raises(CheckpointError, match="step_00000020 is of step 7; rename it to step_00000007"):
+        read_state(renamed)
+    assert read_state(renamed.rename(tmp_path / checkpoint_name(7))).step == 7
+    assert read_state((tmp_path / checkpoint_name(7)).rename(tmp_path / "kept")).step == 7
 
 
 def test_a_state_that_cannot_be_read_is_named(tmp_path: Path) -> None:
