@@ -132,7 +132,7 @@ def test_an_unknown_key_like_none_is_refused_with_all_siblings(small: Path) -> N
         ("training.steps=010", "010 in line 1 is octal or of base 60 in YAML; write a decimal number"),
         ("parallel.timeout_s=10:00", "10:00 in line 1 is octal or of base 60"),
         ("optimizer.eps=1:30.5", "1:30.5 in line 1 is octal or of base 60"),
-        ("data.split=[0, 1, 1]", "data.split [0.0, 1.0, 1.0] must not be negative"),
+        ("data.split=[0, 1, 1]", "data.split [0.0, 1.0, 1.0] must be 0 to 1e30 and needs a share"),
         ("data.split=[1e308, 1e308, 1e308]", "needs a share for training"),
         ("deepspeed.when=2024-01-01", "deepspeed.when is datetime.date(2024, 1, 1): input was not a valid JSON value"),
         ("deepspeed={zero_optimization: {1: 2}}", "is 1, must be text"),
