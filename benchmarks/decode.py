@@ -105,9 +105,12 @@ def settings_from(arguments: argparse.Namespace, processes: int) -> tuple[Settin
     """
     counts = {name: getattr(arguments, name) for name in ("rounds", "context", "batch", "threads")}
     wrong = [f"--{name} {count}" for name, count in counts.items() if count < 1]
+    wrong += [f"--prefill {arguments.prefill}"] * (arguments.prefill < 0)
+    if arguments.timeline and not arguments.timeline.endswith(".png"):
+        raise ConfigError(f"--timeline {arguments.timeline} is a picture; give a name that ends in .png")
     if wrong or arguments.steps < SHOWN_STEPS + 3:
         raise ConfigError(f"{', '.join(wrong) or f'--steps {arguments.steps}'} is too small; steps start at "
-                          f"{SHOWN_STEPS + 3}, the others at 1")  # fmt: skip
+                          f"{SHOWN_STEPS + 3}, --prefill at 0, the others at 1")  # fmt: skip
     model = load_config(arguments.config or arguments.model_shape or DEFAULT_CONFIG, arguments.set).model
     if not model.staggered:
         raise ConfigError("model.connection is sequential; give a staggered shape, its baseline is derived from it")

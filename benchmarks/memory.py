@@ -138,11 +138,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.steps < 2:
         raise ConfigError(f"--steps {arguments.steps}: the optimizer's moments exist from step 2 on, train at least 2")
     check_outputs(arguments)
+    cases = list(_chosen(arguments))
     device, gpus, gpu_name = device_of_ranks(arguments.device)
     written = conditions(gpu_name, gpus) | {"benchmark": "memory", "device": device, "steps": arguments.steps}
     print(TABLE.format("case", "rank", "parameters", "predicted", "measured", "ratio", "reached in"), flush=True)
     recorded, good = [], True
-    for case in _chosen(arguments):
+    for case in cases:
         if 0 < gpus < case.world_size:
             print(f"{case.name}: skipped, it needs {case.world_size} GPUs of {gpus}", file=sys.stderr)
             continue
@@ -164,8 +165,10 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[MemoryCase]:
     if arguments.config:
         config = load_config(arguments.config, arguments.set)
         fewest = config.pipeline_parallel_size * config.parallel.tensor_parallel_size
-        yield MemoryCase(config.name, config, arguments.world_size or fewest)
+        yield MemoryCase(config.name, config, fewest if arguments.world_size is None else arguments.world_size)
         return
+    if arguments.set or arguments.world_size is not None:
+        raise ConfigError("--set and --world-size change the run of --config; give that too")
     cases = {case.name: case for case in default_cases()}
     for name in arguments.case or cases:
         if name not in cases:

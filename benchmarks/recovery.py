@@ -89,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--seeds and --baseline-steps must be at least 1")
     if arguments.steps < POINTS or arguments.steps % POINTS:
         raise ConfigError(f"--steps must be a multiple of {POINTS}, the number of evaluations")
+    if missing := [name for name in arguments.text or () if not Path(name).exists()]:
+        raise ConfigError(f"--text {missing[0]} does not exist; give files or folders with text")
     check_outputs(arguments)
     with tempfile.TemporaryDirectory(prefix="stagdist-bench-recovery-", dir=arguments.folder) as folder:
         study = Study(Path(folder), arguments.baseline_steps, arguments.steps)

@@ -67,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.rounds < 1 or arguments.steps < 1:
         raise ConfigError(f"--rounds {arguments.rounds} and --steps {arguments.steps} must be at least 1")
+    if arguments.set and not arguments.config:
+        raise ConfigError(f"--set {arguments.set[0]} changes a key of --config; give that too")
     check_outputs(arguments)
     with tempfile.TemporaryDirectory(prefix="stagdist-bench-save-", dir=arguments.folder) as folder:
         device, gpus, gpu_name = device_of_ranks(arguments.device)
@@ -77,7 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
             "checkpoint": config.checkpoint.model_copy(update={"asynchronous": True}),
         }
         config = config.model_copy(update=changes)
-        world_size = arguments.world_size or config.pipeline_parallel_size * config.parallel.tensor_parallel_size
+        fewest = config.pipeline_parallel_size * config.parallel.tensor_parallel_size
+        world_size = fewest if arguments.world_size is None else arguments.world_size
         grid_for(config, world_size)  # refuses what does not fit
         settings = {"site": "benchmarks.training.save_site:SaveSite", "config": config.model_dump(mode="json")}
         with Workers(world_size, settings | {"steps": arguments.steps}) as workers:

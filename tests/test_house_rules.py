@@ -38,9 +38,9 @@ BUDGETS = {
     "stagdist/training": 3290,
     "launch": 913,
     "tools": 998,
-    "benchmarks": 4386,
+    "benchmarks": 4397,
 }
-MAX_LINES = {("stagdist", "launch", "tools"): 30_809, ("benchmarks",): 4_386}
+MAX_LINES = {("stagdist", "launch", "tools"): 30_809, ("benchmarks",): 4_397}
 """The sums may only fall, except for a new feature; the server added 5,580 lines of product."""
 
 

@@ -36,7 +36,7 @@ def read_text(path: str | Path) -> str:
         DataError: it is missing, not text, or not UTF-8.
     """
     try:
-        recognize(str(path))  # refuses what is no text
+        recognize(str(path))  # refuses anything but text
         with open_input(str(path)) as stream:
             return stream.read().removeprefix(BOM_UTF8).decode()
     except OSError as error:

@@ -219,6 +219,8 @@ def test_the_share_of_other_programs_leaves_out_our_own_work() -> None:
     [
         (("--steps", "2"), "--steps 2 is too small"),
         (("--batch", "0"), "--batch 0 is too small"),
+        (("--prefill", "-3"), "--prefill -3 is too small"),
+        (("--timeline", "a.jpg"), "give a name that ends in .png"),
         (("--splits", "3+3"), r"3\+3 has 6 layers and the model 4"),
         (("--splits", "2+1+1"), "2 stages cannot hold 3 sections"),
         (("--heads", "both"), "give last or sharded"),
@@ -254,7 +256,7 @@ def test_other_numbers_of_processes_get_sections_of_their_own(tiny: str) -> None
 @pytest.mark.parametrize(
     ("steps", "problem"),
     [
-        ("2", "error: --steps 2 is too small; steps start at 6, the others at 1\n"),
+        ("2", "error: --steps 2 is too small; steps start at 6, --prefill at 0, the others at 1\n"),
         ("few", "error: argument --steps: invalid int value: 'few' (see --help)\n"),
     ],
 )

@@ -63,3 +63,6 @@ def test_a_wrong_request_is_refused() -> None:
         run(arguments("--case", "fp64"))
     with pytest.raises(ConfigError, match="at least 2"):
         run(arguments("--steps", "1"))
+    for option in (("--set", "a=1"), ("--world-size", "0")):
+        with pytest.raises(ConfigError, match="change the run of --config"):
+            run(arguments(*option))

@@ -37,11 +37,14 @@ def test_what_it_trains_are_configurations_that_load(tmp_path: Path, connection:
     assert config.model.connection == connection and config.scheduler.warmup_steps == 15
 
 
-def test_wrong_options_and_a_failed_command_are_told(tmp_path: Path) -> None:
+def test_wrong_options_and_a_failed_command_are_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--steps must be a multiple of 6"):
         run(arguments("--steps", "25"))
     with pytest.raises(ConfigError, match="--seeds"):
         run(arguments("--seeds", "0"))
-    with pytest.raises(TrainingError, match=r"train_tokenizer.* ended with 2: .*nowhere"):
-        run(arguments("--folder", str(tmp_path), "--text", str(tmp_path / "nowhere")))
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match="--text .*nowhere does not exist"):
+        run(arguments("--text", str(tmp_path / "nowhere")))
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(TrainingError, match=r"train_tokenizer.* ended with 2: .*empty.txt"):
+        run(arguments("--folder", str(tmp_path), "--text", str(tmp_path / "empty.txt")))
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]

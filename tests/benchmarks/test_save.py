@@ -66,3 +66,7 @@ def test_real_ranks_save_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_wrong_request_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         run(arguments("--rounds", "0"))
+    with pytest.raises(ConfigError, match="--set a=1 changes a key of --config"):
+        run(arguments("--set", "a=1"))
+    with pytest.raises(ConfigError, match="world size 0"):
+        run(arguments("--world-size", "0"))

@@ -59,5 +59,7 @@ def test_a_held_out_text_is_read_or_named(tmp_path: Path) -> None:
             assert read_text(path).encode() == mutation.content, mutation.name
         except DataError as error:
             assert str(path) in str(error) and "\n" not in str(error), mutation.name
-            with pytest.raises(UnicodeDecodeError):
-                mutation.content.decode()
+            controls = sum(byte < 32 and byte not in b"\t\n\r" for byte in mutation.content)
+            if controls <= 4:  # then the only fault can be the encoding
+                with pytest.raises(UnicodeDecodeError):
+                    mutation.content.decode()
