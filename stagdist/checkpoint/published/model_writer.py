@@ -8,9 +8,8 @@ baseline is a Llama directory with two extra keys. Tensors are written one by on
 import json
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -111,10 +110,11 @@ def _rope_keys(model: ModelConfig) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta, **(scaling or {})}}
 
 
-class ModelDirectoryWriter:
+class ModelDirectoryWriter(AbstractContextManager["ModelDirectoryWriter"]):
     """Writes global tensors in the order of `model_parameters` into a folder, and hashes what it writes.
 
-    As a context manager it calls `commit`, or `close` after an error. Every failure of the file system is an OSError.
+    As a context manager it calls `commit`, or closes an unfinished file after an error. Every failure of the file
+    system is an OSError.
     Files that others put into the folder before `commit`, such as the tokenizer, are recorded in `complete.json`.
 
     Args:
@@ -160,12 +160,6 @@ class ModelDirectoryWriter:
         entries = [(stored_name(spec.name, self.model), spec.shape) for spec in self._shards[number]]
         return SafetensorsWriter(self.folder / name, entries, self.dtype)
 
-    def close(self) -> None:
-        """Close an unfinished file after an error."""
-        if self._file is not None:
-            with suppress(OSError):  # a full disk refuses what is still in the buffer
-                self._file.close()
-
     def commit(self) -> None:
         """Write the files that describe the tensors, and `complete.json` when all files have reached the disk.
 
@@ -188,16 +182,12 @@ class ModelDirectoryWriter:
         del small[GENERATION]
         write_complete(self.folder, self._records | small)
 
-    def __enter__(self) -> "ModelDirectoryWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.commit()
-        else:
-            self.close()
+        elif self._file is not None:
+            with suppress(OSError):  # a full disk refuses what is still in the buffer
+                self._file.close()
 
 
 def _write_json(path: Path, body: dict[str, Any]) -> None:
