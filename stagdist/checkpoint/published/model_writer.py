@@ -19,7 +19,7 @@ from stagdist.checkpoint.complete import checkpoint_files, write_complete
 from stagdist.checkpoint.names import llama_name
 from stagdist.checkpoint.safetensors_writer import SafetensorsWriter
 from stagdist.checkpoint.text_tokens import GENERATION, TextTokens, tokens_of
-from stagdist.config.parts import ModelConfig
+from stagdist.config.parts import STAGGERED_ONLY, ModelConfig
 from stagdist.files import FileRecord, file_record
 from stagdist.model.precision import STORED_DTYPES
 from stagdist.parallel.layout import ParameterSpec, model_parameters
@@ -40,15 +40,6 @@ INDEX_FILE = "model.safetensors.index.json"
 """Names the file of every tensor of a sharded directory."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
-_STAGFORMER_KEYS = (
-    "section_layers",
-    "connection",
-    "stagger",
-    "cross_attention_window",
-    "cross_attention_key_value_heads",
-    "share_section_weights",
-    "combine_sections",
-)
 
 
 def stored_name(name: str, model: ModelConfig) -> str:
@@ -92,7 +83,7 @@ def config_json(
         "torch_dtype": _DTYPE_NAMES[dtype],
         **(tokens or tokens_of(end_of_document)).config,
     }
-    keys = _STAGFORMER_KEYS if model.staggered else ("section_layers", "connection")
+    keys = ("section_layers", "connection", *(STAGGERED_ONLY if model.staggered else ()))
     extra = {key: getattr(model, key) for key in keys}
     if model.staggered:
         extra["cross_attention_key_value_heads"] = model.cross_key_value_heads
