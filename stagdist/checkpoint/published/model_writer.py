@@ -6,6 +6,7 @@ baseline is a Llama directory with two extra keys. Tensors are written one by on
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 from stagdist.checkpoint.complete import checkpoint_files, write_complete
-from stagdist.checkpoint.names import llama_name
 from stagdist.checkpoint.safetensors_writer import SafetensorsWriter
 from stagdist.checkpoint.text_tokens import GENERATION, TextTokens, tokens_of
 from stagdist.config.parts import STAGGERED_ONLY, ModelConfig
@@ -42,9 +42,30 @@ INDEX_FILE = "model.safetensors.index.json"
 _DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 
+_LLAMA_NAMES = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+_LLAMA_PARTS = {
+    "self_attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "self_attention": "self_attn",
+    "mlp": "mlp",
+}
+_OF_LAYER = re.compile(r"sections\.(\d+)\.layers\.(\d+)\.(\w+)\.(.+)")
+
+
 def stored_name(name: str, model: ModelConfig) -> str:
-    """Name of a canonical parameter in the files of the directory."""
-    return name if model.staggered else llama_name(name, model)
+    """Name of a canonical parameter in the files of the directory. A Llama counts layers through all sections."""
+    if model.staggered:
+        return name
+    if name in _LLAMA_NAMES:
+        return _LLAMA_NAMES[name]
+    match = _OF_LAYER.fullmatch(name)
+    assert match, f"{name} has no place in a Llama"
+    section, layer, part, rest = int(match[1]), int(match[2]), match[3], match[4]
+    return f"model.layers.{sum(model.section_layers[:section]) + layer}.{_LLAMA_PARTS[part]}.{rest}"
 
 
 def shard_plan(specs: Iterable[ParameterSpec], element_bytes: int, limit: int) -> list[list[ParameterSpec]]:
