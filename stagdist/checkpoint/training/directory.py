@@ -23,7 +23,7 @@ from stagdist.files import FileRecord
 STATE = "state.json"
 CONFIG = "config.yaml"
 _MAX_RANKS = 1 << 20
-_NAME = re.compile(r"step_(\d{8,})")
+STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
 
 def checkpoint_name(step: int) -> str:
@@ -105,7 +105,7 @@ def read_state(directory: Path) -> TrainingState:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory / STATE} cannot be read: {error}") from error
     _check_state(state, directory / STATE)
-    if (named := _NAME.fullmatch(directory.name)) and int(named[1]) != state.step:
+    if (named := STEP_FOLDER.fullmatch(directory.name)) and int(named[1]) != state.step:
         name = checkpoint_name(state.step)
         raise CheckpointError(f"{directory} is of step {state.step}; rename it to {name}, or remove it")
     return state
@@ -189,7 +189,7 @@ def candidates(checkpoints: Path) -> list[Path]:
     """Directories with the name of a checkpoint, complete or not, newest first."""
     if not checkpoints.is_dir():
         return []
-    named = ((_NAME.fullmatch(path.name), path) for path in checkpoints.iterdir() if path.is_dir())
+    named = ((STEP_FOLDER.fullmatch(path.name), path) for path in checkpoints.iterdir() if path.is_dir())
     found = [(int(match.group(1)), path) for match, path in named if match]
     return [path for _, path in sorted(found, reverse=True)]
 

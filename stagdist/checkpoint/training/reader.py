@@ -164,9 +164,8 @@ class TrainingReader:
 
 def _common(one: Rectangle, other: Rectangle) -> tuple[tuple[int, int], tuple[int, int]]:
     """Height and width of the common part of two rectangles, if any, and its first row and column."""
-    top, left = max(one.rows[0], other.rows[0]), max(one.columns[0], other.columns[0])
-    size = min(one.rows[1], other.rows[1]) - top, min(one.columns[1], other.columns[1]) - left
-    return size, (top, left)
+    (top, bottom), (left, right) = intersection(one[:2], other[:2])
+    return (bottom - top, right - left), (top, left)
 
 
 def stored_box(spec: ParameterSpec, tensor_rank: int, tensor_size: int) -> Box:
