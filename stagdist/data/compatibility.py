@@ -234,8 +234,6 @@ def cache_directory(data: DataConfig) -> Path:
 
 
 def _check_cache(directory: Path) -> None:
-    ancestor = directory
-    while not ancestor.exists():
-        ancestor = ancestor.parent
+    ancestor = next(folder for folder in (directory, *directory.parents) if folder.exists())
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
         raise DataError(f"cannot write index maps to {directory}; set data.cache_directory to a writable directory")
