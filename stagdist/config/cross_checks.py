@@ -8,14 +8,13 @@ from stagdist.config.parts import ModelConfig, ParallelConfig, SchedulerConfig, 
 
 def layout_problems(model: ModelConfig, pipe: int, tensor: int) -> list[str]:
     """Why a model cannot be divided among `pipe` stages and `tensor` tensor-parallel ranks."""
-    problems = tensor_parallel_problems(model, tensor, "parallel.tensor_parallel_size")
+    problems = []
     if model.num_sections % pipe:
-        problems.insert(
-            0,
+        problems.append(
             f"parallel.pipeline_parallel_size {pipe} does not divide the {model.num_sections} sections of "
-            f"model.section_layers {list(model.section_layers)}",
+            f"model.section_layers {list(model.section_layers)}"
         )
-    return problems
+    return problems + tensor_parallel_problems(model, tensor, "parallel.tensor_parallel_size")
 
 
 def tensor_parallel_problems(model: ModelConfig, size: int, option: str) -> list[str]:

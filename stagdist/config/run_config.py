@@ -17,7 +17,6 @@ from stagdist.config.parts import (
     SchedulerConfig,
     TrainingConfig,
 )
-from stagdist.errors import ConfigError
 
 OWNED_DEEPSPEED_KEYS: dict[str, str] = {
     "train_batch_size": "training.global_batch_size",
@@ -114,13 +113,3 @@ class RunConfig(ConfigPart):
         return cross_checks.world_problems(
             self.training, self.pipeline_parallel_size, self.parallel.tensor_parallel_size, world_size
         )
-
-
-def require_world(config: RunConfig, world_size: int) -> None:
-    """Refuse a world size that does not fit the configuration.
-
-    Raises:
-        ConfigError: with every reason.
-    """
-    if problems := config.world_problems(world_size):
-        raise ConfigError("; ".join(problems))
