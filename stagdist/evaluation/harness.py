@@ -110,10 +110,3 @@ def _check_settings(
         raise ConfigError(f"--num-fewshot is {num_fewshot}; it must be at least 0")
     if batch_size < 1:
         raise ConfigError(f"--batch-size is {batch_size}; it must be at least 1")
-
-
-def results_table(results: dict[str, Any]) -> str:
-    """The results as a table, formatted by the harness."""
-    from lm_eval.utils import make_table
-
-    return str(make_table(results))
