@@ -123,12 +123,6 @@ def _check_state(state: TrainingState, path: Path) -> None:
             raise CheckpointError(f"{path}: {key} is {getattr(state, key)!r}; a string is needed")
     if not isinstance(state.documents_begin, bool):
         raise CheckpointError(f"{path}: documents_begin is {state.documents_begin!r}; true or false is needed")
-    _check_random(state, path)
-    if state.format_version != 2:
-        raise OtherReleaseError(f"{path}: format_version is {state.format_version!r}; this release reads 2")
-
-
-def _check_random(state: TrainingState, path: Path) -> None:
     scaler = state.loss_scaler
     if scaler is not None and not (
         isinstance(scaler, dict) and all(isinstance(v, int | float) for v in scaler.values())
@@ -137,6 +131,8 @@ def _check_random(state: TrainingState, path: Path) -> None:
     for held in state.generators:
         if not isinstance(held, dict) or "cpu" not in held or not all(map(_is_base64, held.values())):
             raise CheckpointError(f"{path}: generators must hold states in base64 by device")
+    if state.format_version != 2:
+        raise OtherReleaseError(f"{path}: format_version is {state.format_version!r}; this release reads 2")
 
 
 def coverage_damage(directory: Path, records: Mapping[str, FileRecord]) -> str | None:
