@@ -95,11 +95,7 @@ def run_tasks(
 def _check_settings(
     tasks: Sequence[str], include_path: str | None, limit: float | None, num_fewshot: int | None, batch_size: int
 ) -> None:
-    """Refuse settings that the harness would ignore or fail on.
-
-    Raises:
-        ConfigError: an option is invalid.
-    """
+    """Refuse settings that the harness would ignore or fail on."""
     if not tasks:
         raise ConfigError("--tasks is empty; give names as A,B, see `lm_eval ls tasks`")
     if include_path is not None and not Path(include_path).is_dir():

@@ -119,9 +119,6 @@ def _require_tokenizer(
 
     Args:
         named: data.tokenizer of the configuration.
-
-    Raises:
-        ConfigError: it uses another one, or the tokenizer cannot be loaded.
     """
     remedy = f"set data.tokenizer to {_tokenizer_place(weights, options)} in {config_file}"
     try:
