@@ -106,23 +106,3 @@ def scheduler_problems(scheduler: SchedulerConfig, steps: int) -> list[str]:
     elif scheduler.warmup_steps > (scheduler.decay_steps or steps):
         return [f"scheduler.warmup_steps {scheduler.warmup_steps} is longer than the schedule"]
     return []
-
-
-def world_problems(training: TrainingConfig, pipe: int, tensor: int, world_size: int) -> list[str]:
-    """Why a run cannot use `world_size` ranks with `pipe` stages and `tensor` tensor-parallel ranks."""
-    ranks = pipe * tensor
-    if world_size < 1:
-        return [f"world size {world_size} is not a number of ranks; start {ranks} or a multiple of it"]
-    if world_size % ranks:
-        return [
-            f"world size {world_size} is not a multiple of pipeline {pipe} x tensor {tensor} = {ranks}; "
-            f"start {ranks} or a multiple of it"
-        ]
-    data = world_size // ranks
-    per_round = data * training.micro_batch_size
-    if training.global_batch_size % per_round:
-        return [
-            f"training.global_batch_size {training.global_batch_size} is not a multiple of data-parallel size "
-            f"{data} x training.micro_batch_size {training.micro_batch_size} = {per_round}"
-        ]
-    return []
