@@ -82,8 +82,7 @@ def _final(destination: Path) -> Path:
 def _run_config(weights: ModelReader, final: Path, config_file: str | None, options: ConversionOptions) -> RunConfig:
     if config_file is not None:
         config = load_config(config_file)
-        changed = differences(config.model, weights.model)
-        if changed:
+        if changed := differences(config.model, weights.model):
             listed = ", ".join(
                 f"model.{key} is {old!r}, the directory has {new!r}" for key, (old, new) in changed.items()
             )

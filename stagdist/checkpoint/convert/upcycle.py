@@ -86,8 +86,7 @@ class UpcycledWeights:
 
     def weight(self, spec: ParameterSpec) -> Tensor:
         """One global parameter of the StagFormer."""
-        match = _LAYER.fullmatch(spec.name)
-        if match:
+        if match := _LAYER.fullmatch(spec.name):
             return self._of_layer(int(match[1]), int(match[2]), match[3])
         if spec.name.endswith(".memory_norm.weight"):
             return self._of_layer(int(spec.name.split(".")[1]), 0, "self_attention_norm.weight")

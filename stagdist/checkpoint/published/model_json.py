@@ -136,8 +136,8 @@ def rope_of(body: Mapping[str, Any], path: Path) -> Rope:
     Raises:
         CheckpointError: two spellings disagree, or the type is not supported; the message names the key.
     """
-    keys = [key for key in ("rope_parameters", "rope_scaling") if body.get(key) not in (None, {})]
-    found = {key: _one_rope(body, key, path) for key in keys}
+    keys = ("rope_parameters", "rope_scaling")
+    found = {key: _one_rope(body, key, path) for key in keys if body.get(key) not in (None, {})}
     ropes = list(found.values())
     if len(ropes) == 2 and ropes[0] != ropes[1]:
         raise CheckpointError(

@@ -146,12 +146,10 @@ class ModelDirectoryWriter(AbstractContextManager["ModelDirectoryWriter"]):
     ):
         self.folder = Path(folder)
         self.model, self.dtype, self.end_of_document, self.tokens = model, dtype, end_of_document, tokens
-        element = torch.empty((), dtype=dtype).element_size()
-        self._shards = shard_plan(model_parameters(model), element, MAX_SHARD_BYTES)
+        self._shards = shard_plan(model_parameters(model), dtype.itemsize, MAX_SHARD_BYTES)
         self._file: SafetensorsWriter | None = None
         self._index: dict[str, str] = {}
         self._records: dict[str, FileRecord] = {}
-        self._total = 0
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -163,7 +161,6 @@ class ModelDirectoryWriter(AbstractContextManager["ModelDirectoryWriter"]):
         self._index[stored] = self._file.path.name
         if self._file.full:
             self._records[self._file.path.name] = self._file.finish()
-            self._total += self._file.data_bytes
             self._file = None
 
     def _begin_file(self) -> SafetensorsWriter:
@@ -181,7 +178,8 @@ class ModelDirectoryWriter(AbstractContextManager["ModelDirectoryWriter"]):
         for name in CODE_FILES if self.model.staggered else ():
             shutil.copyfile(_CODE_FOLDER / name, self.folder / name)
         if len(self._shards) > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": self._index}
+            total = sum(spec.numel for spec in model_parameters(self.model)) * self.dtype.itemsize
+            index = {"metadata": {"total_size": total}, "weight_map": self._index}
             _write_json(self.folder / INDEX_FILE, index)
         body = config_json(self.model, self.dtype, self.end_of_document, self.tokens)
         _write_json(self.folder / "config.json", body)
