@@ -155,19 +155,16 @@ class ModelDirectoryWriter(AbstractContextManager["ModelDirectoryWriter"]):
     def add(self, name: str, tensor: Tensor) -> None:
         """Write the next parameter; `name` is its canonical name."""
         if self._file is None:
-            self._file = self._begin_file()
+            count, number = len(self._shards), len(self._records)
+            file = SINGLE_FILE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            entries = [(stored_name(spec.name, self.model), spec.shape) for spec in self._shards[number]]
+            self._file = SafetensorsWriter(self.folder / file, entries, self.dtype)
         stored = stored_name(name, self.model)
         self._file.add(stored, tensor)
         self._index[stored] = self._file.path.name
         if self._file.full:
             self._records[self._file.path.name] = self._file.finish()
             self._file = None
-
-    def _begin_file(self) -> SafetensorsWriter:
-        count, number = len(self._shards), len(self._records)
-        name = SINGLE_FILE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        entries = [(stored_name(spec.name, self.model), spec.shape) for spec in self._shards[number]]
-        return SafetensorsWriter(self.folder / name, entries, self.dtype)
 
     def commit(self) -> None:
         """Write the files that describe the tensors, and `complete.json` when all files have reached the disk.
