@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 EXAMPLES = """\
@@ -99,8 +100,8 @@ def _add_options(made: dict[str, argparse.ArgumentParser]) -> None:
         made[verb].add_argument(
             "--tokenizer", metavar="DIR", help="tokenizer (default: that of the run or model directory)"
         )
-    made["inspect"].add_argument("--json", action="store_true", help="print JSON")
-    made["verify"].add_argument("--json", action="store_true", help="print JSON")
+    for verb in ("inspect", "verify"):
+        made[verb].add_argument("--json", action="store_true", help="print JSON")
     made["verify"].add_argument("--text", metavar="FILE", help="text to compare on (default: a built-in passage)")
     made["verify"].add_argument(
         "--tokens", type=int, metavar="N", help="tokens of the text to read, up to the context (default: 128 at most)"
@@ -137,11 +138,11 @@ def _tolerance(text: str) -> float:
     return value
 
 
-def show(items: Sequence[Any], what: str) -> Iterable[Any]:
-    """Show a progress bar if stderr is a terminal."""
+def show(items: Sequence[Any], what: str, *, quiet: bool = False) -> Iterable[Any]:
+    """Show a progress bar if stderr is a terminal and not `quiet`."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=what, file=sys.stderr, disable=None, dynamic_ncols=True, leave=False)
+    return tqdm(items, desc=what, file=sys.stderr, disable=quiet or None, dynamic_ncols=True, leave=False)
 
 
 def convert(arguments: argparse.Namespace) -> int:
@@ -150,12 +151,11 @@ def convert(arguments: argparse.Namespace) -> int:
     from stagdist.checkpoint.convert.import_model import import_model
     from stagdist.checkpoint.convert.staging import ConversionOptions
     from stagdist.checkpoint.convert.upcycle import OUTPUT_SCALE, upcycle
-    from stagdist.checkpoint.weight_source import untracked
 
     options = ConversionOptions(
         tokenizer=arguments.tokenizer,
         overwrite=getattr(arguments, "overwrite", False),
-        track=untracked if arguments.quiet else show,
+        track=partial(show, quiet=arguments.quiet),
     )
     source, destination = arguments.source, arguments.destination
     if arguments.verb == "export":
@@ -183,10 +183,8 @@ def convert(arguments: argparse.Namespace) -> int:
 def inspect(arguments: argparse.Namespace) -> int:
     """Print the content of a directory."""
     from stagdist.checkpoint.convert import inspection
-    from stagdist.checkpoint.weight_source import untracked
 
-    track = untracked if arguments.quiet else show
-    report = inspection.inspect(arguments.directory, track=track)
+    report = inspection.inspect(arguments.directory, track=partial(show, quiet=arguments.quiet))
     print(json.dumps(asdict(report), indent=2) if arguments.json else inspection.as_table(report))
     return 1 if report.problems else 0
 
@@ -195,7 +193,6 @@ def verify(arguments: argparse.Namespace) -> int:
     """Compare two models."""
     from stagdist.checkpoint.convert.proof import TEXT
     from stagdist.checkpoint.convert.verify import verify as compare
-    from stagdist.checkpoint.weight_source import untracked
     from stagdist.evaluation.bits_per_byte import read_text
 
     text = TEXT if arguments.text is None else read_text(arguments.text)
@@ -205,7 +202,7 @@ def verify(arguments: argparse.Namespace) -> int:
         text=text,
         tokens=arguments.tokens,
         tokenizer=arguments.tokenizer,
-        track=untracked if arguments.quiet else show,
+        track=partial(show, quiet=arguments.quiet),
     )
     same = verdict.same(arguments.tolerance)
     if arguments.json:

@@ -129,7 +129,7 @@ def harness(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the tasks and print the table of the harness."""
     if join_launcher().size > 1:
         raise ConfigError("harness runs in one process; start it without a launcher")
-    from stagdist.evaluation.harness import results_table, run_tasks
+    from stagdist.evaluation.harness import run_tasks
 
     results = run_tasks(
         arguments.model,
@@ -137,7 +137,9 @@ def harness(arguments: argparse.Namespace) -> dict[str, Any]:
         dtype=arguments.dtype or "auto",
         **{key: getattr(arguments, key) for key in ("include_path", "limit", "num_fewshot", "batch_size", "device")},
     )
-    print(results_table(results))
+    from lm_eval.utils import make_table  # `run_tasks` has checked that it is installed
+
+    print(make_table(results))
     return results
 
 

@@ -16,6 +16,7 @@ from stagdist.errors import CheckpointError
 from stagdist.files import FileRecord, file_record, not_downloaded, sync_path, writing
 
 COMPLETE = "complete.json"
+OTHER_CONTENT = "has other content than was written"
 _BLOCK = 1 << 22
 
 
@@ -113,15 +114,8 @@ def damage(
         if path.stat().st_size != records[name].size:
             return not_downloaded(path) or f"{name} has {path.stat().st_size} bytes, {records[name].size} were written"
         if contents and file_record(path).sha256 != records[name].sha256:
-            return _changed(name)
+            return f"{name} {OTHER_CONTENT}"
     return None
-
-
-OTHER_CONTENT = "has other content than was written"
-
-
-def _changed(name: str) -> str:
-    return f"{name} {OTHER_CONTENT}"
 
 
 class RunningHashes:
@@ -148,7 +142,7 @@ class RunningHashes:
         for name, record in self._records.items():
             self._advance(name, record.size)
             if self._digests[name].hexdigest() != record.sha256:
-                return _changed(name)
+                return f"{name} {OTHER_CONTENT}"
         return None
 
     def _advance(self, name: str, stop: int) -> None:

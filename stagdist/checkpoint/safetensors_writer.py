@@ -41,11 +41,11 @@ class SafetensorsWriter:
         self.path, self.dtype, self._given_up = path, dtype, given_up
         self._waiting = list(reversed(entries))
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        self.data_bytes = 0
+        begin = 0
         for name, shape in entries:
-            end = self.data_bytes + torch.Size(shape).numel() * torch.empty((), dtype=dtype).element_size()
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [self.data_bytes, end]}
-            self.data_bytes = end
+            end = begin + torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            begin = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the format requires aligned data
         self._digest, self._size = hashlib.sha256(), 0

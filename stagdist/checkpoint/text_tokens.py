@@ -83,21 +83,17 @@ def check_tokens(held: Mapping[str, Any], where: str, rows: int | None = None) -
     if _deeper_than(held, MAX_DEPTH):
         raise CheckpointError(f"{where} is nested more than {MAX_DEPTH} levels deep")
     for key in TOKEN_KEYS:
-        if not _is_token(held.get(key)):
+        value = held.get(key)
+        ids: list[Any] = value if isinstance(value, list) and value else [] if value is None else [value]
+        if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
             raise CheckpointError(
-                f"{where}: {key} is {reprlib.repr(held[key])}; it must be a token id, a list of them or null"
+                f"{where}: {key} is {reprlib.repr(value)}; it must be a token id, a list of them or null"
             )
-        several = held[key] if isinstance(held.get(key), list) else [held.get(key)]
         low = -1 if key == "pad_token_id" else 0
-        if rows is not None and (outside := [one for one in several if one is not None and not low <= one < rows]):
+        if rows is not None and (outside := [one for one in ids if not low <= one < rows]):
             raise CheckpointError(
                 f"{where}: {key} has {outside[0]}, but the model has the ids 0 to {rows - 1}; correct it, or remove it"
             )
-
-
-def _is_token(value: Any) -> bool:
-    numbers = value if isinstance(value, list) and value else [value]
-    return value is None or all(isinstance(one, int) and not isinstance(one, bool) for one in numbers)
 
 
 def _deeper_than(value: Any, limit: int) -> bool:

@@ -8,14 +8,13 @@ from stagdist.config.parts import ModelConfig, ParallelConfig, SchedulerConfig, 
 
 def layout_problems(model: ModelConfig, pipe: int, tensor: int) -> list[str]:
     """Why a model cannot be divided among `pipe` stages and `tensor` tensor-parallel ranks."""
-    problems = tensor_parallel_problems(model, tensor, "parallel.tensor_parallel_size")
+    problems = []
     if model.num_sections % pipe:
-        problems.insert(
-            0,
+        problems.append(
             f"parallel.pipeline_parallel_size {pipe} does not divide the {model.num_sections} sections of "
-            f"model.section_layers {list(model.section_layers)}",
+            f"model.section_layers {list(model.section_layers)}"
         )
-    return problems
+    return problems + tensor_parallel_problems(model, tensor, "parallel.tensor_parallel_size")
 
 
 def tensor_parallel_problems(model: ModelConfig, size: int, option: str) -> list[str]:
@@ -106,24 +105,4 @@ def scheduler_problems(scheduler: SchedulerConfig, steps: int) -> list[str]:
             ]
     elif scheduler.warmup_steps > (scheduler.decay_steps or steps):
         return [f"scheduler.warmup_steps {scheduler.warmup_steps} is longer than the schedule"]
-    return []
-
-
-def world_problems(training: TrainingConfig, pipe: int, tensor: int, world_size: int) -> list[str]:
-    """Why a run cannot use `world_size` ranks with `pipe` stages and `tensor` tensor-parallel ranks."""
-    ranks = pipe * tensor
-    if world_size < 1:
-        return [f"world size {world_size} is not a number of ranks; start {ranks} or a multiple of it"]
-    if world_size % ranks:
-        return [
-            f"world size {world_size} is not a multiple of pipeline {pipe} x tensor {tensor} = {ranks}; "
-            f"start {ranks} or a multiple of it"
-        ]
-    data = world_size // ranks
-    per_round = data * training.micro_batch_size
-    if training.global_batch_size % per_round:
-        return [
-            f"training.global_batch_size {training.global_batch_size} is not a multiple of data-parallel size "
-            f"{data} x training.micro_batch_size {training.micro_batch_size} = {per_round}"
-        ]
     return []

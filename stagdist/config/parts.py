@@ -128,7 +128,7 @@ class ModelConfig(ConfigPart):
             problems += [
                 f"model.{key} is {getattr(self, key)!r}, but only a staggered model has it; "
                 "remove it or set model.connection: staggered"
-                for key in _STAGGERED_ONLY
+                for key in STAGGERED_ONLY
                 if getattr(self, key) != type(self).model_fields[key].default
             ]
         if self.share_section_weights and len(set(self.section_layers)) > 1:
@@ -143,7 +143,7 @@ class ModelConfig(ConfigPart):
         return problems
 
 
-_STAGGERED_ONLY = (
+STAGGERED_ONLY = (
     "stagger",
     "cross_attention_window",
     "cross_attention_key_value_heads",

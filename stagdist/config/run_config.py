@@ -17,7 +17,6 @@ from stagdist.config.parts import (
     SchedulerConfig,
     TrainingConfig,
 )
-from stagdist.errors import ConfigError
 
 OWNED_DEEPSPEED_KEYS: dict[str, str] = {
     "train_batch_size": "training.global_batch_size",
@@ -111,16 +110,20 @@ class RunConfig(ConfigPart):
 
     def world_problems(self, world_size: int) -> list[str]:
         """Why a valid configuration cannot run on `world_size` ranks."""
-        return cross_checks.world_problems(
-            self.training, self.pipeline_parallel_size, self.parallel.tensor_parallel_size, world_size
-        )
-
-
-def require_world(config: RunConfig, world_size: int) -> None:
-    """Refuse a world size that does not fit the configuration.
-
-    Raises:
-        ConfigError: with every reason.
-    """
-    if problems := config.world_problems(world_size):
-        raise ConfigError("; ".join(problems))
+        training, pipe, tensor = self.training, self.pipeline_parallel_size, self.parallel.tensor_parallel_size
+        ranks = pipe * tensor
+        if world_size < 1:
+            return [f"world size {world_size} is not a number of ranks; start {ranks} or a multiple of it"]
+        if world_size % ranks:
+            return [
+                f"world size {world_size} is not a multiple of pipeline {pipe} x tensor {tensor} = {ranks}; "
+                f"start {ranks} or a multiple of it"
+            ]
+        data = world_size // ranks
+        per_round = data * training.micro_batch_size
+        if training.global_batch_size % per_round:
+            return [
+                f"training.global_batch_size {training.global_batch_size} is not a multiple of data-parallel size "
+                f"{data} x training.micro_batch_size {training.micro_batch_size} = {per_round}"
+            ]
+        return []

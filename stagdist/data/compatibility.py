@@ -134,7 +134,10 @@ def check_data(
     if data.seed > LARGEST_SEED:
         raise ConfigError(f"data.seed is {data.seed}, at most {LARGEST_SEED} is possible")
     check_vocabulary(tokenizer, data.tokenizer, vocab_size)
-    _check_cache(cache_directory(data))
+    directory = cache_directory(data)
+    ancestor = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        raise DataError(f"cannot write index maps to {directory}; set data.cache_directory to a writable directory")
     opened: dict[str, CorpusIndex] = {}
     for name, plan, wanted in zip(SPLIT_NAMES, plans, num_samples, strict=True):
         for corpus in plan.corpora if plan is not None else ():
@@ -231,11 +234,3 @@ def cache_directory(data: DataConfig) -> Path:
         return Path(os.path.realpath(data.cache_directory))
     first = (data.corpora or data.train_corpora)[0]
     return Path(canonical_prefix(first.prefix)).parent / "index_cache"
-
-
-def _check_cache(directory: Path) -> None:
-    ancestor = directory
-    while not ancestor.exists():
-        ancestor = ancestor.parent
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-        raise DataError(f"cannot write index maps to {directory}; set data.cache_directory to a writable directory")

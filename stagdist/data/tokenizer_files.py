@@ -155,11 +155,7 @@ def _has_token(raw: tokenizers.Tokenizer, configs: Iterable[dict[str, Any]], tok
 
 
 def _require_packages(directory: Path) -> None:
-    """Name the package that a tokenizer needs; the advice of transformers is about another format.
-
-    Raises:
-        DataError: it is not installed.
-    """
+    """Name the package that a tokenizer needs and lacks; the advice of transformers is about another format."""
     for path in sorted(directory.glob("*.model")) + sorted(directory.glob("*.spm")):
         with path.open("rb") as stream:
             is_protobuf = stream.read(1) == b"\n"  # field 1 of a SentencePiece model; tiktoken files are base64

@@ -77,8 +77,13 @@ def score_text(
     chosen = range(part[0], count_windows(len(tokens), window, stride), part[1])
     for start in range(0, len(chosen), batch_size):
         inputs, labels, scored = text_windows(tokens, window, stride, chosen[start : start + batch_size])
+        with torch.no_grad():
+            losses = nats(torch.from_numpy(inputs), torch.from_numpy(labels))
+        if tuple(losses.shape) != scored.shape:
+            raise ValueError(f"nats returned shape {tuple(losses.shape)} for labels of shape {scored.shape}")
+        # Select, do not multiply: the loss of padding can be infinite.
+        batch_nats = float(losses.detach().to("cpu", torch.float64)[torch.from_numpy(scored)].sum())
         targets = labels[scored]
-        batch_nats = _batch_nats(nats, inputs, labels, scored)
         score += TextScore(len(targets), batch_nats, int(token_bytes[targets].sum(dtype=np.int64)))
     return score
 
@@ -138,12 +143,3 @@ def nats_from_logits(logits: Callable[[Tensor], Tensor]) -> TokenNats:
         return F.cross_entropy(scores.transpose(1, 2), labels.to(scores.device), reduction="none")
 
     return nats
-
-
-def _batch_nats(nats: TokenNats, inputs: np.ndarray, labels: np.ndarray, scored: np.ndarray) -> float:
-    with torch.no_grad():
-        losses = nats(torch.from_numpy(inputs), torch.from_numpy(labels))
-    if tuple(losses.shape) != scored.shape:
-        raise ValueError(f"nats returned shape {tuple(losses.shape)} for labels of shape {scored.shape}")
-    # Select, do not multiply: the loss of padding can be infinite.
-    return float(losses.detach().to("cpu", torch.float64)[torch.from_numpy(scored)].sum())

@@ -95,11 +95,7 @@ def run_tasks(
 def _check_settings(
     tasks: Sequence[str], include_path: str | None, limit: float | None, num_fewshot: int | None, batch_size: int
 ) -> None:
-    """Refuse settings that the harness would ignore or fail on.
-
-    Raises:
-        ConfigError: an option is invalid.
-    """
+    """Refuse settings that the harness would ignore or fail on."""
     if not tasks:
         raise ConfigError("--tasks is empty; give names as A,B, see `lm_eval ls tasks`")
     if include_path is not None and not Path(include_path).is_dir():
@@ -110,10 +106,3 @@ def _check_settings(
         raise ConfigError(f"--num-fewshot is {num_fewshot}; it must be at least 0")
     if batch_size < 1:
         raise ConfigError(f"--batch-size is {batch_size}; it must be at least 1")
-
-
-def results_table(results: dict[str, Any]) -> str:
-    """The results as a table, formatted by the harness."""
-    from lm_eval.utils import make_table
-
-    return str(make_table(results))

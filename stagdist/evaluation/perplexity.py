@@ -107,11 +107,7 @@ def score_file(
 
 
 def _checked(scoring: Scoring, model: ModelConfig) -> tuple[int, int]:
-    """The window and stride to use.
-
-    Raises:
-        ConfigError: a setting does not fit the model or the world.
-    """
+    """The window and stride to use."""
     window = model.max_position_embeddings if scoring.window is None else scoring.window
     stride = window if scoring.stride is None else scoring.stride
     if not 1 <= window <= model.max_position_embeddings:

@@ -22,8 +22,12 @@ from .layers_stagformer import ForwardContext, ResidualProjection, StagFormerCac
 logger = logging.get_logger(__name__)
 
 
-class StagFormerPreTrainedModel(PreTrainedModel):
-    """Properties that `transformers` requires of every model."""
+class StagFormerForCausalLM(PreTrainedModel, GenerationMixin):
+    """The sections, run one after the other, and the language-model head.
+
+    `generate` supports greedy search, sampling, beam search and left-padded batches with a cache. stagdist decodes with
+    all sections at the same time, which is the purpose of the architecture; the results are equal.
+    """
 
     config: StagFormerConfig
     config_class = StagFormerConfig
@@ -31,29 +35,6 @@ class StagFormerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["StagFormerLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialize: normal by hidden size, smaller for projections into the residual stream; norms 1, vectors 0."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            deviation = self.config.hidden_size**-0.5
-            if isinstance(module, ResidualProjection):
-                deviation /= math.sqrt(2 * self.config.num_hidden_layers)
-            nn.init.normal_(module.weight, std=deviation)
-        elif isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, StagFormerSection) and hasattr(module, "null_memory"):
-            nn.init.zeros_(module.null_memory)
-        elif isinstance(module, StagFormerForCausalLM) and hasattr(module, "section_mix"):
-            nn.init.constant_(module.section_mix, 1 / len(self.config.section_layers))
-
-
-class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
-    """The sections, run one after the other, and the language-model head.
-
-    `generate` supports greedy search, sampling, beam search and left-padded batches with a cache. stagdist decodes with
-    all sections at the same time, which is the purpose of the architecture; the results are equal.
-    """
-
     _tied_weights_keys = {"head.weight": "embedding.weight"}
     gradient_checkpointing = False
     _input_embed_layer = "embedding"
@@ -70,6 +51,20 @@ class StagFormerForCausalLM(StagFormerPreTrainedModel, GenerationMixin):
         if config.combine_sections:
             self.section_mix = nn.Parameter(torch.full((len(config.section_layers),), 1 / len(config.section_layers)))
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialize: normal by hidden size, smaller for projections into the residual stream; norms 1, vectors 0."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            deviation = self.config.hidden_size**-0.5
+            if isinstance(module, ResidualProjection):
+                deviation /= math.sqrt(2 * self.config.num_hidden_layers)
+            nn.init.normal_(module.weight, std=deviation)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, StagFormerSection) and hasattr(module, "null_memory"):
+            nn.init.zeros_(module.null_memory)
+        elif isinstance(module, StagFormerForCausalLM) and hasattr(module, "section_mix"):
+            nn.init.constant_(module.section_mix, 1 / len(self.config.section_layers))
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -6,7 +6,7 @@ of megatron-core's default.
 
 from dataclasses import dataclass
 
-from stagdist.config.run_config import RunConfig, require_world
+from stagdist.config.run_config import RunConfig
 from stagdist.errors import ConfigError
 
 
@@ -78,6 +78,7 @@ def grid_for(config: RunConfig, world_size: int) -> Grid:
     Raises:
         ConfigError: the world size does not fit; lists every reason.
     """
-    require_world(config, world_size)
+    if problems := config.world_problems(world_size):
+        raise ConfigError("; ".join(problems))
     pipe, tensor = config.pipeline_parallel_size, config.parallel.tensor_parallel_size
     return Grid(pipe, world_size // (pipe * tensor), tensor)

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from stagdist.errors import ConfigError, StagdistError, TransportError
 
-OTHERS_WAIT_S = 3.0
+OTHERS_WAIT_S = 10.0
 """Seconds that ranks other than the first of a host wait before they print an error that all ranks may have met."""
 
 

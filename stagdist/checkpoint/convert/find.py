@@ -19,8 +19,8 @@ from stagdist.errors import CheckpointError, ConfigError, DataError, OtherReleas
 LOG = logging.getLogger(__name__)
 
 
-class ChangedTokenizerError(CheckpointError):
-    """The tokenizer is not the one that the weights were trained with."""
+class NoTokenizerError(CheckpointError):
+    """The tokenizer of a source cannot be loaded."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ def source_tokenizer(source: WeightSource, given: str | None) -> Tokenizer:
     It puts no special tokens before a text if the documents of the training had none.
 
     Raises:
-        ChangedTokenizerError: it is not the one of the training.
-        CheckpointError: there is none.
+        NoTokenizerError: there is none.
+        CheckpointError: it is not the one of the training.
         DataError: it gives text ids that the model lacks.
     """
     if not isinstance(source, TrainingReader):
@@ -129,7 +129,7 @@ def source_tokenizer(source: WeightSource, given: str | None) -> Tokenizer:
     tokenizer = _loaded(source, place)
     now, before = tokenizer.fingerprint, source.state.tokenizer
     if given is None and before not in ("", now):
-        raise ChangedTokenizerError(
+        raise CheckpointError(
             f"{source.directory} was trained with another tokenizer than {place} holds now: its sha256 was "
             f"{before[:12]}, is {now[:12]}; restore it, or name one with --tokenizer"
         )
@@ -140,7 +140,7 @@ def _loaded(source: WeightSource, place: str) -> Tokenizer:
     try:
         tokenizer = load_tokenizer(place)
     except DataError as error:
-        raise CheckpointError(
+        raise NoTokenizerError(
             f"{source.directory}: its tokenizer is needed: {error}; name it with --tokenizer"
         ) from error
     check_vocabulary(tokenizer, place, source.model.vocab_size, source.directory)

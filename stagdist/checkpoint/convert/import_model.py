@@ -1,6 +1,5 @@
 """Import a model directory as a training checkpoint at step 0, which a run on any grid can start from."""
 
-import re
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from stagdist.checkpoint.convert.find import open_model, source_tokenizer
 from stagdist.checkpoint.convert.model_conversions import require_same
 from stagdist.checkpoint.convert.staging import ConversionOptions, ConversionResult, require_free, staged_folder
 from stagdist.checkpoint.published.model_reader import ModelReader
-from stagdist.checkpoint.training.directory import TrainingState, candidates, checkpoint_name
+from stagdist.checkpoint.training.directory import STEP_FOLDER, TrainingState, candidates, checkpoint_name
 from stagdist.checkpoint.training.reader import TrainingReader
 from stagdist.checkpoint.training.writer import write_values
 from stagdist.config.loading import differences, dump_config, load_config, validate
@@ -19,7 +18,6 @@ from stagdist.data.tokenizer import BYTES, Tokenizer
 from stagdist.data.tokenizer_files import holds_tokenizer, load_tokenizer
 from stagdist.errors import CheckpointError, ConfigError, DataError
 
-_STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -70,7 +68,7 @@ def _final(destination: Path) -> Path:
     Raises:
         CheckpointError: it is named like another step, or the run has checkpoints.
     """
-    match = _STEP_FOLDER.fullmatch(destination.name)
+    match = STEP_FOLDER.fullmatch(destination.name)
     if match and int(match[1]) != 0:
         raise CheckpointError(f"{destination} is named like step {int(match[1])}, the checkpoint is of step 0")
     final = destination if match else destination / "checkpoints" / checkpoint_name(0)
@@ -84,8 +82,7 @@ def _final(destination: Path) -> Path:
 def _run_config(weights: ModelReader, final: Path, config_file: str | None, options: ConversionOptions) -> RunConfig:
     if config_file is not None:
         config = load_config(config_file)
-        changed = differences(config.model, weights.model)
-        if changed:
+        if changed := differences(config.model, weights.model):
             listed = ", ".join(
                 f"model.{key} is {old!r}, the directory has {new!r}" for key, (old, new) in changed.items()
             )
@@ -121,9 +118,6 @@ def _require_tokenizer(
 
     Args:
         named: data.tokenizer of the configuration.
-
-    Raises:
-        ConfigError: it uses another one, or the tokenizer cannot be loaded.
     """
     remedy = f"set data.tokenizer to {_tokenizer_place(weights, options)} in {config_file}"
     try:

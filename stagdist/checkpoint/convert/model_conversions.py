@@ -6,6 +6,7 @@ configuration and the hash of every tensor, taken when it was read and when it w
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stagdist.checkpoint.complete import publish
-from stagdist.checkpoint.convert.find import ChangedTokenizerError, open_training, open_weights, source_tokenizer
+from stagdist.checkpoint.convert.find import NoTokenizerError, open_training, open_weights, source_tokenizer
 from stagdist.checkpoint.convert.proof import prove_logits, text_ids
 from stagdist.checkpoint.convert.staging import ConversionOptions, ConversionResult, require_free, staged_folder
 from stagdist.checkpoint.published.model_reader import ModelReader
@@ -150,8 +151,7 @@ def merge(sources: Sequence[str | Path], destination: str | Path, options: Conve
     opened = [open_weights(source) for source in sources]
     first = opened[0]
     for other in opened[1:]:
-        changed = differences(first.model, other.model)
-        if changed:
+        if changed := differences(first.model, other.model):
             raise CheckpointError(
                 f"{other.directory} is another model than {first.directory}: "
                 + ", ".join(f"{key} {old!r} and {new!r}" for key, (old, new) in changed.items())
@@ -177,12 +177,8 @@ def _require_one_tokenizer(opened: Sequence[WeightSource]) -> None:
     """Sources that have a tokenizer must have the same one. If the first has none, writing reports it."""
     known: list[tuple[WeightSource, str]] = []
     for one in opened:
-        try:
+        with suppress(NoTokenizerError):
             known.append((one, source_tokenizer(one, None).fingerprint))
-        except ChangedTokenizerError:
-            raise
-        except CheckpointError:  # it has none
-            continue
     for one, fingerprint in known:
         if fingerprint != known[0][1]:
             raise CheckpointError(

@@ -86,7 +86,9 @@ def plain_logits(model: ModelConfig, read: Read, input_ids: Tensor) -> Tensor:
     Source: Cutler et al., "StagFormer", COLM 2025, arXiv 2501.15665.
     """
     embedded = F.embedding(input_ids, read("embedding.weight")).float()
-    rotary = _rotary(model, input_ids.shape[1])
+    angles = torch.outer(torch.arange(input_ids.shape[1], dtype=torch.float32), inverse_frequencies(model))
+    angles = torch.cat((angles, angles), dim=-1)  # [S, D]
+    rotary = angles.cos(), angles.sin()
     mix = read("section_mix").float() if model.combine_sections else None
     output, combined = embedded, torch.zeros_like(embedded)
     for section in range(model.num_sections):
@@ -104,12 +106,6 @@ def plain_logits(model: ModelConfig, read: Read, input_ids: Tensor) -> Tensor:
 
 def _norm(model: ModelConfig, states: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(states, (model.hidden_size,), weight.float(), model.rms_norm_eps)
-
-
-def _rotary(model: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse_frequencies(model))
-    angles = torch.cat((angles, angles), dim=-1)  # [S, D]
-    return angles.cos(), angles.sin()
 
 
 def _memory(model: ModelConfig, read: Read, section: int, previous: Tensor) -> Tensor:

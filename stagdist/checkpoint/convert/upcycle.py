@@ -56,18 +56,6 @@ def upcycle(
         raise ConfigError(f"--output-scale is {output_scale}; give a finite number (0: no effect at the start)")
     require_free(Path(destination), options)
     llama = open_weights(source)
-    model = upcycled_config(llama, section_layers)
-    initial = UpcycledWeights(llama, model, output_scale)
-    new = NewModel([llama], model, initial.weight, llama.dtype, "equal to their rules", logits_of=initial)
-    return write_model(new, Path(destination), options)
-
-
-def upcycled_config(llama: WeightSource, section_layers: Sequence[int]) -> ModelConfig:
-    """The configuration of the StagFormer that a Llama is cut into.
-
-    Raises:
-        CheckpointError: the source is a StagFormer already, or the layers do not add up.
-    """
     if llama.model.staggered:
         raise CheckpointError(f"{llama.directory} is a StagFormer already; upcycle takes a Llama or a sequential run")
     if len(section_layers) < 2 or min(section_layers) < 1 or sum(section_layers) != llama.model.num_layers:
@@ -79,7 +67,9 @@ def upcycled_config(llama: WeightSource, section_layers: Sequence[int]) -> Model
     model, problems = validate_model(keys)
     if model is None or problems:
         raise ConfigError(f"{llama.directory} cannot become a StagFormer: {'; '.join(problems)}")
-    return model
+    initial = UpcycledWeights(llama, model, output_scale)
+    new = NewModel([llama], model, initial.weight, llama.dtype, "equal to their rules", logits_of=initial)
+    return write_model(new, Path(destination), options)
 
 
 class UpcycledWeights:
@@ -96,8 +86,7 @@ class UpcycledWeights:
 
     def weight(self, spec: ParameterSpec) -> Tensor:
         """One global parameter of the StagFormer."""
-        match = _LAYER.fullmatch(spec.name)
-        if match:
+        if match := _LAYER.fullmatch(spec.name):
             return self._of_layer(int(match[1]), int(match[2]), match[3])
         if spec.name.endswith(".memory_norm.weight"):
             return self._of_layer(int(spec.name.split(".")[1]), 0, "self_attention_norm.weight")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagdist.checkpoint.convert.find import ChangedTokenizerError, open_weights, source_tokenizer
+from stagdist.checkpoint.convert.find import NoTokenizerError, open_weights, source_tokenizer
 from stagdist.checkpoint.convert.proof import TEXT, source_logits, text_ids
 from stagdist.checkpoint.weight_source import Track, WeightSource, untracked
 from stagdist.config.loading import differences
@@ -120,9 +120,7 @@ def _tokenizer(one: WeightSource, other: WeightSource, given: str | None) -> Tok
     """The given tokenizer, else that of the first model that has one."""
     try:
         return source_tokenizer(one, given)
-    except ChangedTokenizerError:
-        raise
-    except CheckpointError:
+    except NoTokenizerError:
         if given is not None:
             raise
         return source_tokenizer(other, None)

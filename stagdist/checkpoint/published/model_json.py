@@ -136,8 +136,8 @@ def rope_of(body: Mapping[str, Any], path: Path) -> Rope:
     Raises:
         CheckpointError: two spellings disagree, or the type is not supported; the message names the key.
     """
-    keys = [key for key in ("rope_parameters", "rope_scaling") if body.get(key) not in (None, {})]
-    found = {key: _one_rope(body, key, path) for key in keys}
+    keys = ("rope_parameters", "rope_scaling")
+    found = {key: _one_rope(body, key, path) for key in keys if body.get(key) not in (None, {})}
     ropes = list(found.values())
     if len(ropes) == 2 and ropes[0] != ropes[1]:
         raise CheckpointError(
@@ -165,14 +165,11 @@ def _one_rope(body: Mapping[str, Any], key: str, path: Path) -> Rope:
     if odd or rope.get("partial_rotary_factor") not in (None, 1):
         name = odd[0] if odd else "partial_rotary_factor"
         raise CheckpointError(f"{path}: {key} has {name} {rope[name]!r}, which a StagFormer lacks")
-    return _theta(body, rope, key, path), _scaling(body, rope, key, path) if kind == "llama3" else None
-
-
-def _theta(body: Mapping[str, Any], rope: dict[str, Any], key: str, path: Path) -> Any:
     inner, outer = rope.get("rope_theta"), body.get("rope_theta")
     if None not in (inner, outer) and inner != outer:
         raise CheckpointError(f"{path} says rope_theta {outer} and in {key} {inner}; remove the wrong one")
-    return inner if inner is not None else body.get("rope_theta", _DEFAULT_THETA)
+    theta = inner if inner is not None else body.get("rope_theta", _DEFAULT_THETA)
+    return theta, _scaling(body, rope, key, path) if kind == "llama3" else None
 
 
 def _scaling(body: Mapping[str, Any], rope: dict[str, Any], key: str, path: Path) -> dict[str, Any]:

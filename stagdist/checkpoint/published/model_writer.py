@@ -6,21 +6,20 @@ baseline is a Llama directory with two extra keys. Tensors are written one by on
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stagdist.checkpoint.complete import checkpoint_files, write_complete
-from stagdist.checkpoint.names import llama_name
 from stagdist.checkpoint.safetensors_writer import SafetensorsWriter
 from stagdist.checkpoint.text_tokens import GENERATION, TextTokens, tokens_of
-from stagdist.config.parts import ModelConfig
+from stagdist.config.parts import STAGGERED_ONLY, ModelConfig
 from stagdist.files import FileRecord, file_record
 from stagdist.model.precision import STORED_DTYPES
 from stagdist.parallel.layout import ParameterSpec, model_parameters
@@ -41,20 +40,32 @@ INDEX_FILE = "model.safetensors.index.json"
 """Names the file of every tensor of a sharded directory."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
-_STAGFORMER_KEYS = (
-    "section_layers",
-    "connection",
-    "stagger",
-    "cross_attention_window",
-    "cross_attention_key_value_heads",
-    "share_section_weights",
-    "combine_sections",
-)
+
+
+_LLAMA_NAMES = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+_LLAMA_PARTS = {
+    "self_attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "self_attention": "self_attn",
+    "mlp": "mlp",
+}
+_OF_LAYER = re.compile(r"sections\.(\d+)\.layers\.(\d+)\.(\w+)\.(.+)")
 
 
 def stored_name(name: str, model: ModelConfig) -> str:
-    """Name of a canonical parameter in the files of the directory."""
-    return name if model.staggered else llama_name(name, model)
+    """Name of a canonical parameter in the files of the directory. A Llama counts layers through all sections."""
+    if model.staggered:
+        return name
+    if name in _LLAMA_NAMES:
+        return _LLAMA_NAMES[name]
+    match = _OF_LAYER.fullmatch(name)
+    assert match, f"{name} has no place in a Llama"
+    section, layer, part, rest = int(match[1]), int(match[2]), match[3], match[4]
+    return f"model.layers.{sum(model.section_layers[:section]) + layer}.{_LLAMA_PARTS[part]}.{rest}"
 
 
 def shard_plan(specs: Iterable[ParameterSpec], element_bytes: int, limit: int) -> list[list[ParameterSpec]]:
@@ -93,7 +104,7 @@ def config_json(
         "torch_dtype": _DTYPE_NAMES[dtype],
         **(tokens or tokens_of(end_of_document)).config,
     }
-    keys = _STAGFORMER_KEYS if model.staggered else ("section_layers", "connection")
+    keys = ("section_layers", "connection", *(STAGGERED_ONLY if model.staggered else ()))
     extra = {key: getattr(model, key) for key in keys}
     if model.staggered:
         extra["cross_attention_key_value_heads"] = model.cross_key_value_heads
@@ -111,10 +122,11 @@ def _rope_keys(model: ModelConfig) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta, **(scaling or {})}}
 
 
-class ModelDirectoryWriter:
+class ModelDirectoryWriter(AbstractContextManager["ModelDirectoryWriter"]):
     """Writes global tensors in the order of `model_parameters` into a folder, and hashes what it writes.
 
-    As a context manager it calls `commit`, or `close` after an error. Every failure of the file system is an OSError.
+    As a context manager it calls `commit`, or closes an unfinished file after an error. Every failure of the file
+    system is an OSError.
     Files that others put into the folder before `commit`, such as the tokenizer, are recorded in `complete.json`.
 
     Args:
@@ -134,37 +146,25 @@ class ModelDirectoryWriter:
     ):
         self.folder = Path(folder)
         self.model, self.dtype, self.end_of_document, self.tokens = model, dtype, end_of_document, tokens
-        element = torch.empty((), dtype=dtype).element_size()
-        self._shards = shard_plan(model_parameters(model), element, MAX_SHARD_BYTES)
+        self._shards = shard_plan(model_parameters(model), dtype.itemsize, MAX_SHARD_BYTES)
         self._file: SafetensorsWriter | None = None
         self._index: dict[str, str] = {}
         self._records: dict[str, FileRecord] = {}
-        self._total = 0
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write the next parameter; `name` is its canonical name."""
         if self._file is None:
-            self._file = self._begin_file()
+            count, number = len(self._shards), len(self._records)
+            file = SINGLE_FILE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            entries = [(stored_name(spec.name, self.model), spec.shape) for spec in self._shards[number]]
+            self._file = SafetensorsWriter(self.folder / file, entries, self.dtype)
         stored = stored_name(name, self.model)
         self._file.add(stored, tensor)
         self._index[stored] = self._file.path.name
         if self._file.full:
             self._records[self._file.path.name] = self._file.finish()
-            self._total += self._file.data_bytes
             self._file = None
-
-    def _begin_file(self) -> SafetensorsWriter:
-        count, number = len(self._shards), len(self._records)
-        name = SINGLE_FILE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        entries = [(stored_name(spec.name, self.model), spec.shape) for spec in self._shards[number]]
-        return SafetensorsWriter(self.folder / name, entries, self.dtype)
-
-    def close(self) -> None:
-        """Close an unfinished file after an error."""
-        if self._file is not None:
-            with suppress(OSError):  # a full disk refuses what is still in the buffer
-                self._file.close()
 
     def commit(self) -> None:
         """Write the files that describe the tensors, and `complete.json` when all files have reached the disk.
@@ -175,7 +175,8 @@ class ModelDirectoryWriter:
         for name in CODE_FILES if self.model.staggered else ():
             shutil.copyfile(_CODE_FOLDER / name, self.folder / name)
         if len(self._shards) > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": self._index}
+            total = sum(spec.numel for spec in model_parameters(self.model)) * self.dtype.itemsize
+            index = {"metadata": {"total_size": total}, "weight_map": self._index}
             _write_json(self.folder / INDEX_FILE, index)
         body = config_json(self.model, self.dtype, self.end_of_document, self.tokens)
         _write_json(self.folder / "config.json", body)
@@ -188,16 +189,12 @@ class ModelDirectoryWriter:
         del small[GENERATION]
         write_complete(self.folder, self._records | small)
 
-    def __enter__(self) -> "ModelDirectoryWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.commit()
-        else:
-            self.close()
+        elif self._file is not None:
+            with suppress(OSError):  # a full disk refuses what is still in the buffer
+                self._file.close()
 
 
 def _write_json(path: Path, body: dict[str, Any]) -> None:

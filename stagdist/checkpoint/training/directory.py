@@ -23,7 +23,7 @@ from stagdist.files import FileRecord
 STATE = "state.json"
 CONFIG = "config.yaml"
 _MAX_RANKS = 1 << 20
-_NAME = re.compile(r"step_(\d{8,})")
+STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
 
 def checkpoint_name(step: int) -> str:
@@ -105,7 +105,7 @@ def read_state(directory: Path) -> TrainingState:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory / STATE} cannot be read: {error}") from error
     _check_state(state, directory / STATE)
-    if (named := _NAME.fullmatch(directory.name)) and int(named[1]) != state.step:
+    if (named := STEP_FOLDER.fullmatch(directory.name)) and int(named[1]) != state.step:
         name = checkpoint_name(state.step)
         raise CheckpointError(f"{directory} is of step {state.step}; rename it to {name}, or remove it")
     return state
@@ -123,12 +123,6 @@ def _check_state(state: TrainingState, path: Path) -> None:
             raise CheckpointError(f"{path}: {key} is {getattr(state, key)!r}; a string is needed")
     if not isinstance(state.documents_begin, bool):
         raise CheckpointError(f"{path}: documents_begin is {state.documents_begin!r}; true or false is needed")
-    _check_random(state, path)
-    if state.format_version != 2:
-        raise OtherReleaseError(f"{path}: format_version is {state.format_version!r}; this release reads 2")
-
-
-def _check_random(state: TrainingState, path: Path) -> None:
     scaler = state.loss_scaler
     if scaler is not None and not (
         isinstance(scaler, dict) and all(isinstance(v, int | float) for v in scaler.values())
@@ -137,6 +131,8 @@ def _check_random(state: TrainingState, path: Path) -> None:
     for held in state.generators:
         if not isinstance(held, dict) or "cpu" not in held or not all(map(_is_base64, held.values())):
             raise CheckpointError(f"{path}: generators must hold states in base64 by device")
+    if state.format_version != 2:
+        raise OtherReleaseError(f"{path}: format_version is {state.format_version!r}; this release reads 2")
 
 
 def coverage_damage(directory: Path, records: Mapping[str, FileRecord]) -> str | None:
@@ -189,7 +185,7 @@ def candidates(checkpoints: Path) -> list[Path]:
     """Directories with the name of a checkpoint, complete or not, newest first."""
     if not checkpoints.is_dir():
         return []
-    named = ((_NAME.fullmatch(path.name), path) for path in checkpoints.iterdir() if path.is_dir())
+    named = ((STEP_FOLDER.fullmatch(path.name), path) for path in checkpoints.iterdir() if path.is_dir())
     found = [(int(match.group(1)), path) for match, path in named if match]
     return [path for _, path in sorted(found, reverse=True)]
 

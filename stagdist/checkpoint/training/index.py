@@ -4,7 +4,6 @@ A tensor is cut into boxes by tensor parallelism, and a box into flat ranges by 
 the file.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations, pairwise
 from math import prod
@@ -78,7 +77,7 @@ class CheckpointIndex(BaseModel):
 
     def as_text(self) -> str:
         """The content of the file."""
-        return json.dumps(self.model_dump(), separators=(",", ":")) + "\n"
+        return self.model_dump_json() + "\n"
 
     def files(self) -> set[str]:
         """Names of the safetensors files."""

@@ -42,6 +42,7 @@ class TrainingReader:
 
     Attributes:
         dtype: of the weights that the run computes with; derived from the stored fp32 values.
+        tokens: special tokens of the model directory that the run started from; None if there was none.
         bytes_read: bytes of fragments that were copied so far.
 
     Raises:
@@ -62,16 +63,12 @@ class TrainingReader:
                 f"{self.directory}: {STATE} says optimizer_steps {self.state.optimizer_steps}, but the index has the "
                 f"kinds {list(self.index.kinds)}; moments are stored from the first step on"
             )
-        for part, held in vars(self.state.text_tokens).items() if self.state.text_tokens else ():
+        self.tokens: TextTokens | None = self.state.text_tokens
+        for part, held in vars(self.tokens).items() if self.tokens else ():
             check_tokens(held, f"{self.directory / STATE}: text_tokens.{part}", self.model.vocab_size)
         self.dtype = DTYPES[self.config.training.precision]
         self.bytes_read = 0
         self._files: dict[str, safe_open] = {}
-
-    @property
-    def tokens(self) -> TextTokens | None:
-        """The special tokens of the model directory that the run started from; None if there was none."""
-        return self.state.text_tokens
 
     def weight(self, spec: ParameterSpec) -> Tensor:
         """A global parameter in the dtype of the run."""
@@ -164,9 +161,8 @@ class TrainingReader:
 
 def _common(one: Rectangle, other: Rectangle) -> tuple[tuple[int, int], tuple[int, int]]:
     """Height and width of the common part of two rectangles, if any, and its first row and column."""
-    top, left = max(one.rows[0], other.rows[0]), max(one.columns[0], other.columns[0])
-    size = min(one.rows[1], other.rows[1]) - top, min(one.columns[1], other.columns[1]) - left
-    return size, (top, left)
+    (top, bottom), (left, right) = intersection(one[:2], other[:2])
+    return (bottom - top, right - left), (top, left)
 
 
 def stored_box(spec: ParameterSpec, tensor_rank: int, tensor_size: int) -> Box:

@@ -69,8 +69,10 @@ def complete(
         records: of the safetensors files, which have reached the disk.
     """
     texts = {CONFIG: dump_config(config), STATE: state.as_text(), INDEX: index.as_text()}
-    described = {name: _write_text(folder / name, text) for name, text in texts.items()}
-    write_complete(folder, {**records, **described})
+    for name, text in texts.items():
+        with writing(folder / name, sync=True) as stream:
+            stream.write(text)
+    write_complete(folder, {**records, **{name: file_record(folder / name) for name in texts}})
 
 
 def write_values(
@@ -111,9 +113,3 @@ def write_values(
 def part_name(rank: int) -> str:
     """Name of the file that a rank writes."""
     return f"part_{rank:05d}.safetensors"
-
-
-def _write_text(path: Path, text: str) -> FileRecord:
-    with writing(path, sync=True) as stream:
-        stream.write(text)
-    return file_record(path)

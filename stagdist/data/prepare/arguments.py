@@ -78,16 +78,15 @@ def run_tool(action: Callable[[], None], on_failure: Callable[[], object] = lamb
             signal.signal(number, signal.default_int_handler)
     try:
         action()
+        return 0
     except (StagdistError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        on_failure()
-        return 2
+        code = 2
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr, flush=True)
-        on_failure()
-        return 130
+        code = 130
     except BaseException:
         sys.excepthook(*sys.exc_info())
-        on_failure()
-        return 1
-    return 0
+        code = 1
+    on_failure()
+    return code

@@ -71,13 +71,8 @@ class Reader:
 
     def _cut_text(self, piece: Piece) -> Iterator[str | None]:
         with _opened(piece.source, seekable=piece.kind != "lines") as stream:
-            if piece.kind == "lines":
-                parts = _lines(stream, piece)
-            elif piece.kind == "blocks":
-                parts = _blocks(stream, piece, BLOCK_BYTES)
-            else:
-                parts = _paragraphs(stream, piece)
-            for position, raw in parts:
+            cut = {"lines": _lines, "blocks": _blocks}.get(piece.kind, _paragraphs)
+            for position, raw in cut(stream, piece):
                 text = raw if piece.kind == "lines" else raw.lstrip(b"\r\n")
                 yield self._plain(text.rstrip(b"\r\n"), piece.source, position + len(raw) - len(text))
 
@@ -214,7 +209,7 @@ def _paragraphs(stream: BinaryIO, piece: Piece) -> Iterator[tuple[int, bytes]]:
         yield position + start, text[start:]
 
 
-def _blocks(stream: BinaryIO, piece: Piece, window: int) -> Iterator[tuple[int, bytes]]:
+def _blocks(stream: BinaryIO, piece: Piece, window: int = BLOCK_BYTES) -> Iterator[tuple[int, bytes]]:
     """Parts of a text of about `window` bytes that begin in a byte range, split at blank lines."""
     size = stream.seek(0, io.SEEK_END)
     end = size if piece.stop is None else piece.stop
@@ -233,8 +228,7 @@ def _boundary(stream: BinaryIO, position: int, size: int, window: int) -> int:
         return min(max(position, 0), size)
     stream.seek(position - 1)
     text = stream.read(window + 1)
-    blank = _BLANK_LINE.search(text)
-    if blank:
+    if blank := _BLANK_LINE.search(text):
         return position - 1 + blank.end()
     newline = text.find(b"\n")
     if newline >= 0:

@@ -28,7 +28,7 @@ from stagdist.data.prepare.processes import Ranks
 from stagdist.data.prepare.sources import Piece, ReadOptions, listed, plan_pieces
 from stagdist.data.tokenizer import Tokenizer
 from stagdist.errors import ConfigError, DataError
-from stagdist.files import PARTIAL
+from stagdist.files import PARTIAL, sync_path
 
 _RUN_BYTES = 16 << 20
 _MAX_LARGE_RUNS = 4096
@@ -234,8 +234,7 @@ def _write_tokens(
             owners = np.searchsorted(part_ends, documents, "right")
             places = zip(owners, ends[documents] - lengths[documents], ends[documents], strict=True)
             stream.write(b"".join(tokens[owner][begin:end] for owner, begin, end in places))
-        stream.flush()
-        os.fsync(stream.fileno())
+    sync_path(path)
     ranks.gather(None)
 
 
@@ -245,8 +244,7 @@ def _finish(
     """Write index and description, then give all three their names, the index last."""
     with _partial(partial, ".idx").open("wb") as stream:
         write_index(stream, lengths, dtype)
-        stream.flush()
-        os.fsync(stream.fileno())
+    sync_path(_partial(partial, ".idx"))
     _partial(partial, ".json").write_text(description.to_json(), encoding="utf-8")
     corpus_path(prefix, ".idx").unlink(missing_ok=True)
     for ending in (".json", ".bin", ".idx"):  # tokens without a description are of another program

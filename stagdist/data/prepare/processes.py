@@ -4,7 +4,6 @@ Not for training: its ranks must not call MPI_Init, because a failed rank then w
 """
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from stagdist.errors import ConfigError
@@ -49,7 +48,7 @@ class MpiRanks(Ranks):
         self._world.Abort(2)
 
 
-def current_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
+def current_ranks() -> Ranks:
     """The ranks of `mpirun` if it started this process, otherwise this process alone."""
-    started = any(int(environment.get(name, "1")) > 1 for name in _SIZE_VARIABLES)
+    started = any(int(os.environ.get(name, "1")) > 1 for name in _SIZE_VARIABLES)
     return MpiRanks() if started else Ranks()

@@ -96,8 +96,7 @@ def plan_pieces(inputs: Sequence[str], options: ReadOptions, *, piece_bytes: int
 def files_left_out(inputs: Sequence[str], options: ReadOptions) -> list[str]:
     """Files in directories that are not read, because neither name nor content says that they hold documents."""
     left_out: list[str] = []
-    for _ in _expand(inputs, options, left_out):
-        pass
+    list(_expand(inputs, options, left_out))
     return left_out
 
 
