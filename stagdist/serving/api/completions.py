@@ -121,7 +121,7 @@ class _CompletionWriter:
         entries += [(entry[0], entry) for entry in output["logprobs"] or ()]
         return {
             "tokens": [self._name(token) for token, _ in entries],
-            "token_logprobs": [None if entry is None else _finite(entry[1]) for _, entry in entries],
+            "token_logprobs": [None if entry is None else max(entry[1], LOWEST_LOGPROB) for _, entry in entries],
             "top_logprobs": [None if entry is None else self._top(entry) for _, entry in entries],
             "text_offset": [self._offsets.next(token) for token, _ in entries],
         }
@@ -137,9 +137,5 @@ class _CompletionWriter:
         top: dict[str, float] = {}
         for token, logprob in [*entry[2], (entry[0], entry[1])]:
             name = self._name(token)
-            top[name] = max(top.get(name, LOWEST_LOGPROB), _finite(logprob))
+            top[name] = max(top.get(name, LOWEST_LOGPROB), logprob)
         return top
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, LOWEST_LOGPROB)
