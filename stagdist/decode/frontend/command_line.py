@@ -67,10 +67,10 @@ def from_options(kind: Any, arguments: argparse.Namespace) -> Any:
     return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given})
 
 
-def run_rank(main: Callable[[], int]) -> None:
-    """Run the `main` of a script on this rank and end the process with its exit code; 130: Ctrl-C; 141: broken pipe."""
+def run_rank(command: Callable[[], int]) -> None:
+    """Run a command on this rank and end the process with its exit code; 130: Ctrl-C; 141: broken pipe."""
     try:
-        code = main()
+        code = _exit_code(command)
         sys.stdout.flush()
     except SystemExit as end:  # --help
         sys.stdout.flush()
@@ -84,7 +84,7 @@ def run_rank(main: Callable[[], int]) -> None:
     os._exit(code)
 
 
-def exit_code(command: Callable[[], int]) -> int:
+def _exit_code(command: Callable[[], int]) -> int:
     """Run a command and print its error. 2: invalid arguments, model or configuration; 1: another error."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
