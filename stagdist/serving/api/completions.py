@@ -39,9 +39,10 @@ def prepare_completion(body: Any, served: ModelView, max_choices: int) -> Prepar
     if echo and (fields.logprobs is not None or max_tokens == 0):
         more["prompt_logprobs"] = fields.logprobs or 0
     submissions, writers = [], []
+    special = {"add_special_tokens": fields.add_special_tokens, "parse_special": fields.parse_special}
     for number, prompt in enumerate(prompts):
         text = prompt if isinstance(prompt, str) else None
-        ids = prompt if isinstance(prompt, list) else _encode(fields, served, str(prompt))
+        ids = prompt if isinstance(prompt, list) else served.encode(prompt, **special)
         submissions += submissions_of(fields, served, ids, max_new_tokens=max_tokens, seed=seed, **more)
         writers += [_CompletionWriter(number * n + choice, fields, served, ids, text) for choice in range(n)]
     return PreparedRequest(
@@ -55,10 +56,6 @@ def prepare_completion(body: Any, served: ModelView, max_choices: int) -> Prepar
         submissions=submissions,
         writers=writers,
     )
-
-
-def _encode(fields: CompletionRequest, served: ModelView, text: str) -> list[int]:
-    return served.encode(text, add_special_tokens=fields.add_special_tokens, parse_special=fields.parse_special)
 
 
 def _prompts(given: Any) -> list[str | list[int]]:
