@@ -71,7 +71,7 @@ def remote_command(
     return line if folder is None else f"cd -- {shlex.quote(str(folder))} && {line}"
 
 
-def ssh_words(host: str, line: str, connect_s: int = CONNECT_S, silence_s: float = 15.0) -> list[str]:
+def ssh_words(host: str, line: str, silence_s: float = 15.0) -> list[str]:
     """The ssh command that runs a line on a host; asks nothing, and ends when no answer comes for `silence_s` seconds.
 
     Raises:
@@ -80,7 +80,7 @@ def ssh_words(host: str, line: str, connect_s: int = CONNECT_S, silence_s: float
     check_host_name(host)
     options = {
         "BatchMode": "yes",
-        "ConnectTimeout": str(connect_s),
+        "ConnectTimeout": str(CONNECT_S),
         "ServerAliveInterval": str(_KEEP_ALIVE_S),
         "ServerAliveCountMax": str(math.ceil(silence_s / _KEEP_ALIVE_S)),
         "ForwardX11": "no",
