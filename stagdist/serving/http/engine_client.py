@@ -18,7 +18,7 @@ from stagdist.serving.api.problems import ProblemError
 from stagdist.serving.api.served_model import ModelView
 from stagdist.serving.http.generation import TextGeneration
 from stagdist.serving.http.server_metrics import ServerMetrics
-from stagdist.serving.protocol import Output, Stats, Step, ToEngine, pack, receive_async
+from stagdist.serving.protocol import Stats, Step, ToEngine, pack, receive_async
 from stagdist.serving.settings import ServerSettings
 
 _MAX_RETRY_AFTER_S = 60
@@ -169,7 +169,7 @@ class EngineClient:
                 if message["kind"] == "hello":
                     # A large vocabulary takes a second.
                     self.served = await asyncio.to_thread(ModelView, message, self._settings)
-                    self._metrics.describe({**message["model"], "names": self.served.names})
+                    self._metrics.describe({**self.served.model, "names": self.served.names})
                     self.state, self.reason = "loading", "the engine loads the model"
                 else:
                     self._take(message)
@@ -215,20 +215,18 @@ class EngineClient:
             tokens += len(output["tokens"])
             if (found := self._open.get(output["id"])) is None:
                 continue  # cancelled here, not there yet
-            self._take_output(*found, output)
+            generation, index = found
+            self._metrics.output(generation, index, output)
+            generation.put(index, output)
+            if output["finish"] is not None:
+                self._open.pop(output["id"], None)
+                now = time.monotonic()
+                self._finish_interval_s += 0.1 * (now - self._last_finish - self._finish_interval_s)
+                self._last_finish = now
         if tokens:
             self._metrics.observe("iteration_tokens_total", tokens)
         if step["stats"] is not None:
             self._take_stats(step["stats"])
-
-    def _take_output(self, generation: TextGeneration, index: int, output: Output) -> None:
-        self._metrics.output(generation, index, output)
-        generation.put(index, output)
-        if output["finish"] is not None:
-            self._open.pop(output["id"], None)
-            now = time.monotonic()
-            self._finish_interval_s += 0.1 * (now - self._last_finish - self._finish_interval_s)
-            self._last_finish = now
 
     def _take_stats(self, stats: Stats) -> None:
         before, works = self.stats, stats["running"] + stats["waiting"] > 0
