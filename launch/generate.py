@@ -5,7 +5,7 @@ import argparse
 import signal
 from pathlib import Path
 
-from stagdist.decode.frontend.command_line import add_running_options, from_options, model_parser, run_rank
+from stagdist.decode.frontend.command_line import add_running_options, exit_code, from_options, model_parser, run_rank
 from stagdist.errors import ConfigError
 
 EPILOG = """\
@@ -135,5 +135,10 @@ def run(arguments: argparse.Namespace) -> int:
     return generation.run(interrupts, pulse)
 
 
+def main() -> int:
+    """Exit code, see the end of --help."""
+    return exit_code(lambda: run(parse_arguments()))
+
+
 if __name__ == "__main__":
-    run_rank(lambda: run(parse_arguments()))
+    run_rank(main)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stagdist.decode.frontend.command_line import add_running_options, from_options, model_parser, run_rank
+from stagdist.decode.frontend.command_line import add_running_options, exit_code, from_options, model_parser, run_rank
 from stagdist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -119,5 +119,10 @@ def _server(arguments: argparse.Namespace, world: "World") -> "Server":
     return Server(arguments.model, from_options(EngineOptions, arguments), world, arguments.device)
 
 
+def main() -> int:
+    """Exit code, see the end of --help."""
+    return exit_code(lambda: run(parse_arguments()))
+
+
 if __name__ == "__main__":
-    run_rank(lambda: run(parse_arguments()))
+    run_rank(main)

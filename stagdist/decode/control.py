@@ -70,6 +70,9 @@ class Admission:
         return Admission(prompt_ids, SamplingParams(**params), *places)
 
 
+_FIELDS = 6
+
+
 @dataclass(frozen=True)
 class Control:
     """One message, applied by all ranks before the same operation. Its size is fixed, except for an admission.
@@ -98,7 +101,8 @@ class Control:
     @staticmethod
     def payload_size(message: Tensor) -> int:
         """Bytes of the admission that follow a message."""
-        return int(message[5])
+        size: int = message.tolist()[_FIELDS - 1]
+        return size
 
     @staticmethod
     def decode(message: Tensor, payload: bytes) -> "Control":

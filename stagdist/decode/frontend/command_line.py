@@ -72,10 +72,10 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run_rank(command: Callable[[], int]) -> None:
-    """Run a command on this rank and end the process with its exit code; 130: Ctrl-C; 141: broken pipe."""
+def run_rank(main: Callable[[], int]) -> None:
+    """Run the `main` of a script on this rank and end the process with its exit code; 130: Ctrl-C; 141: broken pipe."""
     try:
-        code = _exit_code(command)
+        code = main()
         sys.stdout.flush()
     except SystemExit as end:  # --help
         sys.stdout.flush()
@@ -89,7 +89,7 @@ def run_rank(command: Callable[[], int]) -> None:
     os._exit(code)
 
 
-def _exit_code(command: Callable[[], int]) -> int:
+def exit_code(command: Callable[[], int]) -> int:
     """Run a command and print its error. 2: invalid arguments, model or configuration; 1: another error."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
