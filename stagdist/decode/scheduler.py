@@ -62,9 +62,8 @@ class ScheduledRequest:
     @property
     def is_ready(self) -> bool:
         """It does not wait for another prompt."""
-        return (
-            self.awaited is None or self.awaited.finish is not None or self.awaited.entered == len(self.awaited.prompt)
-        )
+        awaited = self.awaited
+        return awaited is None or awaited.finish is not None or awaited.entered == len(awaited.prompt)
 
     @property
     def decodes(self) -> bool:

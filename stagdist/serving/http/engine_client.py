@@ -57,19 +57,16 @@ class EngineClient:
             while not self.finished.is_set():
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.finished.wait(), 1)
-                self._check_time()
+                limit = self._settings.restart_timeout_s
+                if self._lost_since is not None and time.monotonic() - self._lost_since > limit:
+                    self.finished.set()
+                if self.hangs():
+                    message = f"the engine has not answered for {self._settings.hang_timeout_s:g} s"
+                    self._fail_all(ProblemError(503, message, retry_after_s=10))
             self._send({"kind": "stop", "reason": ""})  # no one needs the engine
             if self._writer is not None and self._taken is not None:
                 _close(self._writer, self._taken)
         path.unlink(missing_ok=True)
-
-    def _check_time(self) -> None:
-        limit = self._settings.restart_timeout_s
-        if self._lost_since is not None and time.monotonic() - self._lost_since > limit:
-            self.finished.set()
-        if self.hangs():
-            message = f"the engine has not answered for {self._settings.hang_timeout_s:g} s"
-            self._fail_all(ProblemError(503, message, retry_after_s=10))
 
     # ---- state ----
 

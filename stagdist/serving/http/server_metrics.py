@@ -176,8 +176,7 @@ class _EngineNumbers(Collector):
     def collect(self) -> Iterator[Metric]:
         """All metrics that the latest statistics give."""
         model, stats = self._metrics.model, self._metrics.stats
-        healthy = float(self._metrics.healthy)
-        yield self._family(GaugeMetricFamily, "engine_healthy", "1 while requests are served.", healthy)
+        yield self._family(GaugeMetricFamily, "engine_healthy", "1 while requests are served.", self._metrics.healthy)
         if model is None:
             return
         yield self._info(model)
