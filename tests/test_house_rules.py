@@ -27,20 +27,20 @@ BUDGETS = {
     "stagdist/cluster": 3709,
     "stagdist/config": 1000,
     "stagdist/data": 2865,
-    "stagdist/decode": 5929,
+    "stagdist/decode": 5932,
     "stagdist/evaluation": 487,
     "stagdist/hf": 656,
     "stagdist/model": 692,
     "stagdist/parallel": 1214,
     "stagdist/planning": 753,
-    "stagdist/serving": 3547,
+    "stagdist/serving": 3543,
     "stagdist/telemetry": 1128,
     "stagdist/training": 3290,
-    "launch": 891,
+    "launch": 901,
     "tools": 998,
     "benchmarks": 4386,
 }
-MAX_LINES = {("stagdist", "launch", "tools"): 30_670, ("benchmarks",): 4_386}
+MAX_LINES = {("stagdist", "launch", "tools"): 30_679, ("benchmarks",): 4_386}
 """The sums may only fall, except for a new feature; the server added 5,580 lines of product."""
 
 
