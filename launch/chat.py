@@ -37,7 +37,6 @@ Exit code: 0 the conversation has ended; 1 the server cannot be reached, or a me
 2 invalid arguments, a wrong API key, or a model without a chat template.
 """
 
-
 UNREADABLE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What reading an answer raises if it is not of OpenAI's form."""
 

@@ -41,14 +41,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoints", type=Path, metavar="DIR", help="folder to try (default: the configuration's, or runs)")
     add("--write-mib", type=int, default=64, metavar="N", help="size of the file each host writes there (default 64)")
     add("--json", type=Path, metavar="FILE", help="write everything there")
-    add(
-        "--write-env",
-        type=Path,
-        nargs="?",
-        const=Path(".deepspeed_env"),
-        metavar="FILE",
-        help="write the variables that ranks need (default ./.deepspeed_env), secrets into a private file beside it",
-    )
+    env = "write the variables that ranks need (default ./.deepspeed_env), secrets into a private file beside it"
+    add("--write-env", type=Path, nargs="?", const=Path(".deepspeed_env"), metavar="FILE", help=env)
     limit = "seconds for measuring the links (default 150)"
     add("--time-limit", dest="time_limit_s", type=int, default=150, metavar="S", help=limit)
     parsed = parser.parse_args(arguments)

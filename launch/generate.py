@@ -72,13 +72,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--presence-penalty", type=float, default=0.0, metavar="X", help="above 0: more new tokens (-2 to 2; 0)")
     add("--frequency-penalty", type=float, default=0.0, metavar="X", help="the same for each repetition (-2 to 2; 0)")
     add("--logit-bias", action="append", type=_bias, default=[], metavar="ID=X", help="-100 to 100; repeatable")
-    add(
-        "--allowed-token-id",
-        action="append",
-        type=int,
-        metavar="ID",
-        help="choose no other; repeatable (default all)",
-    )
+    only = "choose no other; repeatable (default all)"
+    add("--allowed-token-id", action="append", type=int, metavar="ID", help=only)
     add("--min-tokens", type=int, default=0, metavar="N", help="no end before so many new tokens (default 0)")
     add("--seed", type=int, default=0, metavar="S", help="prompt i, counted from 0, uses S + i (default 0)")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")

@@ -75,13 +75,22 @@ class Engine:
 
     # --- for clients, from any thread ---------------------------------------------------------------------------
 
-    def check(self, request: Request) -> None:
+    def check(self, request: Request) -> Request:
         """Refuse a request that this engine cannot serve; `submit` does it as well.
+
+        Returns: the request with the tokens that end every text among its stop ids: all ranks need them.
 
         Raises:
             ConfigError: as in `check_request`, or it has stop strings and there is no tokenizer.
         """
-        self._checked(request)
+        params, limits = request.params, self._stage.limits
+        ends = () if params.ignore_end_of_document else self._end_tokens.difference(params.stop_token_ids)
+        if ends:
+            request = replace(request, params=replace(params, stop_token_ids=(*params.stop_token_ids, *sorted(ends))))
+        check_request(request, vocab_size=self._stage.model.vocab_size, max_context=limits.max_context)
+        if params.stop and self._tokenizer is None:
+            raise ConfigError(f"request {request.request_id!r} has stop strings, but the engine has no tokenizer")
+        return request
 
     def submit(self, request: Request, *, deadline_s: float | None = None) -> None:
         """Add a request.
@@ -94,7 +103,7 @@ class Engine:
             QueueFullError: too many requests, or tokens of prompts, are waiting.
         """
         state = RequestState(
-            self._checked(request),
+            self.check(request),
             text=self._text_stream(request),
             own_stop_ids=frozenset(request.params.stop_token_ids),
             deadline_s=float("inf") if deadline_s is None else time.perf_counter() + deadline_s,
@@ -240,17 +249,6 @@ class Engine:
             self._sink(outputs)
 
     # --- inside -------------------------------------------------------------------------------------------------
-
-    def _checked(self, request: Request) -> Request:
-        """A request that can be served, with the tokens that end every text among its stop ids: all ranks need them."""
-        params, limits = request.params, self._stage.limits
-        ends = () if params.ignore_end_of_document else self._end_tokens.difference(params.stop_token_ids)
-        if ends:
-            request = replace(request, params=replace(params, stop_token_ids=(*params.stop_token_ids, *sorted(ends))))
-        check_request(request, vocab_size=self._stage.model.vocab_size, max_context=limits.max_context)
-        if params.stop and self._tokenizer is None:
-            raise ConfigError(f"request {request.request_id!r} has stop strings, but the engine has no tokenizer")
-        return request
 
     def _text_stream(self, request: Request) -> TextStream | None:
         if self._tokenizer is None:

@@ -6,7 +6,6 @@ slot keeps its caches: a prompt that begins like what a slot holds starts behind
 
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Generic, TypeVar
@@ -63,9 +62,8 @@ class ScheduledRequest:
     @property
     def is_ready(self) -> bool:
         """It does not wait for another prompt."""
-        return (
-            self.awaited is None or self.awaited.finish is not None or self.awaited.entered == len(self.awaited.prompt)
-        )
+        awaited = self.awaited
+        return awaited is None or awaited.finish is not None or awaited.entered == len(awaited.prompt)
 
     @property
     def decodes(self) -> bool:
@@ -201,7 +199,8 @@ class Scheduler(Generic[Entry]):
     def _next_chunk(self) -> tuple[Chunk | None, Admission | None]:
         """The first chunk of a new prompt or the next one of a prompt in a slot; after the former comes the latter."""
         admitted, self._admitted = self._admitted, False
-        for entry in self._candidates() if self._free and not (admitted and self._turns) else ():
+        ready = (entry for entry in self.waiting if entry.is_ready)
+        for entry in islice(ready, LOOKUPS) if self._free and not (admitted and self._turns) else ():
             found = self._longest_prefix(entry)
             if found is not None:
                 self._admitted = True
@@ -209,9 +208,6 @@ class Scheduler(Generic[Entry]):
                 slot, admission = self._admit(entry, *found)
                 return self._chunk_of(slot), admission
         return (self._chunk_of(self._turns.popleft()), None) if self._turns else (None, None)
-
-    def _candidates(self) -> Iterator[Entry]:
-        return islice((entry for entry in self.waiting if entry.is_ready), LOOKUPS)
 
     def _chunk_of(self, slot: int) -> Chunk:
         entry = self.running[slot]

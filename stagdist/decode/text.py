@@ -7,7 +7,6 @@ _MAX_CONTEXT = 8  # previous tokens that can change the text of new ones: a lead
 _MAX_MISSING = 3  # tokens; a character has at most 4 bytes
 _MAX_WINDOW = 16
 
-
 Decode = Callable[[Iterable[int]], str]
 """The text of token ids, for example `Tokenizer.decode`; invalid UTF-8 becomes U+FFFD."""
 

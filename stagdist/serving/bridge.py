@@ -148,14 +148,8 @@ def _scored(entry: TokenLogprobs) -> ScoredToken:
 
 
 def _times(times: RequestTimes | None) -> Times:
-    def since(moment: float | None) -> float | None:
-        return None if times is None or moment is None else moment - times.submitted_s
-
     if times is None:
         return Times(submitted=0.0, admitted=None, first_token=None, finished=None)
-    return Times(
-        submitted=0.0,
-        admitted=since(times.admitted_s),
-        first_token=since(times.first_token_s),
-        finished=since(times.finished_s),
-    )
+    begin, moments = times.submitted_s, (times.admitted_s, times.first_token_s, times.finished_s)
+    admitted, first_token, finished = (None if moment is None else moment - begin for moment in moments)
+    return Times(submitted=0.0, admitted=admitted, first_token=first_token, finished=finished)

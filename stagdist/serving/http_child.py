@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, cast
 
 import psutil
@@ -56,6 +56,7 @@ class HttpProcess:
 
     Attributes:
         ended: why nothing can be sent or received any more.
+        lock: held while a message is sent.
 
     Raises:
         ConfigError: the server of another engine has the port.
@@ -64,7 +65,7 @@ class HttpProcess:
     def __init__(self, settings: ServerSettings):
         self._settings = settings
         self.ended = "the HTTP process has ended"
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._socket = self._find()
         if self._socket is None:
@@ -98,11 +99,6 @@ class HttpProcess:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self._stream = self._socket.makefile("rb")
 
-    @property
-    def lock(self) -> threading.Lock:
-        """Held while a message is sent."""
-        return self._lock
-
     def send(self, message: FromEngine) -> None:
         """Send a message, from any thread.
 
@@ -110,7 +106,7 @@ class HttpProcess:
             HttpProcessError: the process has ended, or takes no messages.
         """
         data = pack(message)
-        with self._lock:
+        with self.lock:
             self.send_locked(data)
 
     def send_locked(self, data: bytes) -> None:
@@ -209,9 +205,8 @@ class HttpProcess:
             with suppress(HttpProcessError):
                 self.send({"kind": "exit"})
             try:
-                psutil.Process(self._pid()).wait(FAREWELL_S)
-            except psutil.NoSuchProcess:
-                return
+                with suppress(psutil.NoSuchProcess):
+                    psutil.Process(self._pid()).wait(FAREWELL_S)
             except psutil.TimeoutExpired:
                 self._kill()
         else:
@@ -233,15 +228,11 @@ class HttpProcess:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         log = os.environ.get(SERVICE_LOG)
-        stream = open(log, "ab", buffering=0) if log else None  # noqa: SIM115  # it outlives the pipe to the agent
-        try:
+        with open(log, "ab", buffering=0) if log else nullcontext() as stream:  # it outlives the pipe to the agent
             child = subprocess.Popen(
                 [sys.executable, "-m", MODULE], env=_child_variables(os.environ), stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=stream, start_new_session=True,
             )  # fmt: skip
-        finally:
-            if stream is not None:
-                stream.close()
         assert child.stdin is not None
         with suppress(BrokenPipeError), child.stdin:  # it has ended; `connect` says why
             child.stdin.write(self._settings.model_dump_json().encode())

@@ -1,18 +1,17 @@
 """The serve command on one rank: check everything, build the stage, serve the requests of the HTTP process."""
 
 import signal
-import sys
 from contextlib import suppress
 from math import prod
 from pathlib import Path
 
 from stagdist import __version__
+from stagdist.decode.engine import Engine
+from stagdist.decode.frontend.command_line import say
 from stagdist.decode.frontend.deployment import deploy
 from stagdist.decode.frontend.interrupts import Interrupts
 from stagdist.decode.operations import operate
 from stagdist.decode.runtime.build import EngineOptions, joined_world
-from stagdist.decode.runtime.stage import Stage
-from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.runtime.warm_up import dry_pass
 from stagdist.errors import TransportError
 from stagdist.parallel.layout import model_parameters
@@ -85,36 +84,28 @@ class Server:
             with joined_world(self._deployment.plan, self._deployment.device) as transport:
                 stage = self._deployment.build(transport, pulse)
                 dry_pass(stage)  # all ranks together; the first request finds every shape warm
-                return self._serve(stage, transport, http, settings, interrupts, max_queued_tokens)
+                pulse.beat(Phase.RECEIVE, 0)
+                engine = self._deployment.engine(
+                    stage, transport, max_waiting=settings.max_queued_requests, max_waiting_tokens=max_queued_tokens
+                )
+                return self._serve(engine, http, settings, interrupts)
         except TransportError as error:
             with suppress(HttpProcessError):
                 http.send({"kind": "state", "state": "failed", "reason": str(error)})
             raise
 
-    def _serve(
-        self,
-        stage: Stage,
-        transport: Transport | None,
-        http: HttpProcess,
-        settings: ServerSettings,
-        interrupts: Interrupts,
-        max_queued_tokens: int,
-    ) -> int:
-        engine = self._deployment.engine(
-            stage, transport, max_waiting=settings.max_queued_requests, max_waiting_tokens=max_queued_tokens
-        )
+    def _serve(self, engine: Engine, http: HttpProcess, settings: ServerSettings, interrupts: Interrupts) -> int:
         bridge = EngineBridge(http, engine, settings.drain_timeout_s)
         interrupts.stop_with(bridge.drain)
         bridge.start()
-        stage.pulse.beat(Phase.RECEIVE, 0)
         http.send({"kind": "state", "state": "ready", "reason": ""})
-        _say(f"serving {self._model} at http://{settings.host}:{settings.port} ({self._deployment.grid_text()})")
+        say(f"serving {self._model} at http://{settings.host}:{settings.port} ({self._deployment.grid_text()})")
         engine.run(bridge.take)
         bridge.close()
         if bridge.lost is not None:
             raise bridge.lost
         cut = f"; {bridge.cut_off} requests were cut off" if bridge.cut_off else ""
-        _say(f"shut down after {engine.stats().generation_tokens_total} tokens{cut}")
+        say(f"shut down after {engine.stats().generation_tokens_total} tokens{cut}")
         return (interrupts.code or 1) if bridge.cut_off else 0
 
     def _hello(self) -> Hello:
@@ -143,7 +134,3 @@ class Server:
             chat_template=tokenizer.chat_template,
         )
         return Hello(kind="hello", model=served, end_tokens=sorted(self._deployment.end_tokens), tokenizer=content)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -12,10 +12,8 @@ from stagdist.errors import ConfigError
 PLAIN_TEMPLATE = "plain"
 """`chat_template` that names speakers in the text, for base models: `User: ...`, `Assistant: ...`."""
 
-
 KEYS_VARIABLE = "STAGDIST_API_KEYS"
 """Variable with API keys, separated by commas."""
-
 
 _LONGEST_SOCKET = 107
 """Bytes of the path of a Unix socket on Linux."""

@@ -35,9 +35,8 @@ Fault = tuple[str, str, str, str]
 
 def findings(survey: Survey) -> list[Finding]:
     """Everything that is wrong, problems first."""
-    found = [*_silent(survey), *_on_hosts(survey)]
-    for rule in (_clones, _versions, _names, _disk_speeds, _links):
-        found += rule(survey)
+    rules = (_silent, _on_hosts, _clones, _versions, _names, _disk_speeds, _links)
+    found = [finding for rule in rules for finding in rule(survey)]
     return sorted([*found, *survey.environment], key=lambda finding: finding.level != PROBLEM)
 
 
@@ -88,12 +87,8 @@ def _devices(survey: Survey, host: str, fact: HostFacts) -> Iterator[Fault]:
         yield PROBLEM, "devices", what, "correct slots= in the hostfile"
     busy = [str(index) for index, device in enumerate(fact.devices) if device.free_mib < 0.9 * device.total_mib]
     if busy:
-        yield (
-            NOTE,
-            "device memory",
-            f"something holds memory of device {', '.join(busy)}",
-            "look for it with nvidia-smi",
-        )
+        what = f"something holds memory of device {', '.join(busy)}"
+        yield NOTE, "device memory", what, "look for it with nvidia-smi"
 
 
 def _clock(survey: Survey, host: str, fact: HostFacts) -> Iterator[Fault]:

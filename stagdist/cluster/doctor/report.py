@@ -79,9 +79,8 @@ def host_table(survey: Survey, found: Sequence[Finding]) -> str:
 
     rows = _rows(survey)
     if len(survey.hosts) > COLUMNS:
-        return _aligned(
-            [["", f"{len(survey.hosts)} hosts"], *([row.name, mark(row, *row.cells) + _summary(row)] for row in rows)]
-        )
+        lines = [[row.name, mark(row, *row.cells) + _summary(row)] for row in rows]
+        return _aligned([["", f"{len(survey.hosts)} hosts"], *lines])
     cells = [[row.name, *(mark(row, host) + row.cells.get(host, "-") for host in survey.hosts)] for row in rows]
     return _aligned([["", *survey.hosts], *cells])
 

@@ -6,6 +6,7 @@ Names and command lines do not.
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Callable
 
@@ -49,6 +50,12 @@ def end_earlier(run: str, mark: str = "", limit_s: float = 5.0, *, keep_service:
     """
     spared = {mark, service_mark(run)} if keep_service else {mark}
     return kill_all(JOB_VARIABLE, lambda value: f"{value}.".startswith(f"{run}.") and value not in spared, limit_s)
+
+
+def kill_group(leader: int) -> None:
+    """Kill the process group that a process leads, if it is there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def kill_all(variable: str, matches: Callable[[str], bool], limit_s: float) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Literal
 from stagdist.cluster.hosts.hostfile import Host
 from stagdist.cluster.hosts.leftovers import JOB_VARIABLE
 from stagdist.cluster.hosts.remote import remote_command, run_on, ssh_words
-from stagdist.cluster.hosts.shell_variables import is_early, is_secret, rank_variables
+from stagdist.cluster.hosts.shell_variables import is_early, rank_variables, refuse_password
 from stagdist.errors import ConfigError
 
 StartWay = Literal["ssh", "srun"]
@@ -72,10 +72,7 @@ def early_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """
     early = {name: value for name, value in rank_variables(environment).items() if is_early(name, value)}
     for name, value in early.items():
-        if is_secret(name, value):
-            raise ConfigError(
-                f"{name} holds a URL with a password, which all users of the hosts would see; take it out"
-            )
+        refuse_password(name, value)
     return early
 
 

@@ -1,10 +1,7 @@
 """Commands on the hosts of a cluster over ssh: argument lists, no shell of ours, and always a time limit."""
 
-import contextlib
 import math
-import os
 import shlex
-import signal
 import subprocess
 import threading
 import time
@@ -14,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from stagdist.cluster.hosts.hostfile import check_host_name
+from stagdist.cluster.hosts.leftovers import kill_group
 from stagdist.errors import ConfigError
 
 SSH_FAILED = 255
@@ -71,7 +69,7 @@ def remote_command(
     return line if folder is None else f"cd -- {shlex.quote(str(folder))} && {line}"
 
 
-def ssh_words(host: str, line: str, connect_s: int = CONNECT_S, silence_s: float = 15.0) -> list[str]:
+def ssh_words(host: str, line: str, silence_s: float = 15.0) -> list[str]:
     """The ssh command that runs a line on a host; asks nothing, and ends when no answer comes for `silence_s` seconds.
 
     Raises:
@@ -80,7 +78,7 @@ def ssh_words(host: str, line: str, connect_s: int = CONNECT_S, silence_s: float
     check_host_name(host)
     options = {
         "BatchMode": "yes",
-        "ConnectTimeout": str(connect_s),
+        "ConnectTimeout": str(CONNECT_S),
         "ServerAliveInterval": str(_KEEP_ALIVE_S),
         "ServerAliveCountMax": str(math.ceil(silence_s / _KEEP_ALIVE_S)),
         "ForwardX11": "no",
@@ -135,21 +133,16 @@ def run_here(words: Sequence[str], timeout_s: float, *, stdin: str = "") -> Fini
         out, err = process.communicate(stdin, timeout=timeout_s)
         return Finished(process.returncode, out, err, time.monotonic() - started)
     except subprocess.TimeoutExpired:
-        _kill(process)
+        kill_group(process.pid)
         try:
             out, err = process.communicate(timeout=_GRACE_S)
         except subprocess.TimeoutExpired:  # something left our process group and holds the pipes
             out, err = "", ""
         return Finished(None, out, err, time.monotonic() - started)
     except BaseException:
-        _kill(process)
+        kill_group(process.pid)
         process.wait()
         raise
-
-
-def _kill(process: "subprocess.Popen[str]") -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def on_all(hosts: Iterable[str], action: Callable[[str], Result], at_once: int = AT_ONCE) -> dict[str, Result]:

@@ -93,19 +93,14 @@ def is_early(name: str, value: str) -> bool:
     return name in EARLY_NAMES or (name.startswith("PYTHON") and not is_secret(name, value))
 
 
-def check_early(name: str, value: str) -> None:
+def refuse_password(name: str, value: str) -> None:
     """Check a variable that Python needs to start, which must be on the command line.
 
     Raises:
-        ConfigError: it must not.
+        ConfigError: it holds a password.
     """
     if is_secret(name, value):
         raise ConfigError(f"{name} holds a URL with a password, which all users of the hosts would see; take it out")
-    if not is_plain(value):
-        raise ConfigError(
-            f"{name} holds characters that a shell on the hosts could run or split: {value[:80]!r}; give it only "
-            "letters, digits and @+=:,./_- or unset it"
-        )
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -130,7 +125,12 @@ def split_private(variables: Mapping[str, str]) -> tuple[dict[str, str], dict[st
     private: dict[str, str] = {}
     for name, value in variables.items():
         if is_early(name, value):
-            check_early(name, value)
+            refuse_password(name, value)
+            if not is_plain(value):
+                raise ConfigError(
+                    f"{name} holds characters that a shell on the hosts could run or split: {value[:80]!r}; give it "
+                    "only letters, digits and @+=:,./_- or unset it"
+                )
         (public if may_be_shown(name, value) else private)[name] = value
     return public, private
 

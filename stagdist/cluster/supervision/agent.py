@@ -130,17 +130,14 @@ class Agent:
 
     def _take(self, data: bytes) -> None:
         *lines, self._inbox = (self._inbox + data).split(b"\n")
-        for line in lines:
-            self._obey(decode(line))
-
-    def _obey(self, message: dict[str, Any]) -> None:
-        match message["kind"]:
-            case "stop":
-                self._stop()
-            case "end":
-                self._end()
-            case "dump" if message["rank"] in self._scripts:
-                self._send("stack", rank=message["rank"], lines=self._scripts[message["rank"]].stack())
+        for message in map(decode, lines):
+            match message["kind"]:
+                case "stop":
+                    self._stop()
+                case "end":
+                    self._end()
+                case "dump" if message["rank"] in self._scripts:
+                    self._send("stack", rank=message["rank"], lines=self._scripts[message["rank"]].stack())
 
     def _stop(self) -> None:
         """Ask the scripts to shut down cleanly; they have `stop_s` seconds."""

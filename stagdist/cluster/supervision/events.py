@@ -23,12 +23,12 @@ class EventLog:
 
     def __init__(self, path: Path, command: Sequence[str]):
         self._path = path
-        self._body: dict[str, Any] = {"command": list(command), "events": []}
         try:
             earlier = json.loads(path.read_text())["events"]
         except (OSError, ValueError, KeyError, TypeError):
             earlier = []
-        self._body["events"] = earlier if isinstance(earlier, list) else []
+        events = earlier if isinstance(earlier, list) else []
+        self._body: dict[str, Any] = {"command": list(command), "events": events}
         self._changed = threading.Condition()
         self._text: str | None = None
         self._closed = False
@@ -59,9 +59,6 @@ class EventLog:
                 text, self._text = self._text, None
             if text is None:
                 return
-            self._write(text)
-
-    def _write(self, text: str) -> None:
-        # A full disk must not end the supervision. The next event writes everything again.
-        with contextlib.suppress(OSError), writing(self._path, sync=True) as stream:
-            stream.write(text)
+            # A full disk must not end the supervision. The next event writes everything again.
+            with contextlib.suppress(OSError), writing(self._path, sync=True) as stream:
+                stream.write(text)

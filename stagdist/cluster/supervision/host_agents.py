@@ -2,14 +2,13 @@
 
 import asyncio
 import contextlib
-import os
-import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from stagdist.cluster.hosts.leftovers import kill_group
 from stagdist.cluster.hosts.reach import StartCommand
 from stagdist.cluster.supervision.messages import LONGEST_MESSAGE, Job, decode, encode
 from stagdist.cluster.supervision.rank_reports import RankReport
@@ -86,8 +85,7 @@ class HostAgent:
 
     def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            kill_group(self._process.pid)
 
     @property
     def problem(self) -> str:

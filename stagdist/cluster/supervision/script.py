@@ -1,6 +1,5 @@
 """The process of one rank on its host: started, read, signaled, and ended with everything that it has started."""
 
-import contextlib
 import ctypes
 import os
 import select
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stagdist.cluster.hosts.leftovers import SERVICE_LOG, kill_all
+from stagdist.cluster.hosts.leftovers import SERVICE_LOG, kill_all, kill_group
 from stagdist.cluster.supervision.background_output import DRAIN_S, ScriptOutput
 from stagdist.cluster.supervision.messages import Job
 from stagdist.telemetry.pulse import DUMP_SIGNAL, PULSE_FILE, PulseReader, stack_lines
@@ -93,7 +92,7 @@ class Script:
     def end(self) -> None:
         """Kill the script and its process group."""
         self._ended_by_us = True
-        self._kill_group()
+        kill_group(self.process.pid)
 
     def stack(self) -> list[str]:
         """Python stacks of the script. A stopped process is resumed for it."""
@@ -123,17 +122,13 @@ class Script:
             return None
         if self._ended_at is None:
             self._ended_at = now
-            self._kill_group()
+            kill_group(self.process.pid)
             # What the script started in sessions of their own has its variables all the same.
             kill_all(PULSE_FILE, lambda value: value == str(self._pulse_file), DRAIN_S)
         if not self.output.ended and now < self._ended_at + DRAIN_S:
             return None
         code = self.process.returncode
         return {"code": code, "tail": list(self.output.tail), "ended": self._ended_by_us}
-
-    def _kill_group(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def _die_with_parent() -> Callable[[], None]:

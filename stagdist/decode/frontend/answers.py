@@ -91,7 +91,11 @@ class Answers:
         """Report a prompt that is not submitted."""
         with self._lock:
             self.taken += 1
-            self._fail(prompt, error)
+            self.failed += 1
+            print(f"error: {error}", file=self._err, flush=True)
+            if self._as_json:
+                body = {"id": prompt.name, "index": prompt.index, "finish_reason": FinishReason.ERROR, "error": error}
+                self._write(json.dumps(body) + "\n")
 
     def take(self, outputs: Sequence[RequestOutput]) -> None:
         """Process outputs of the engine. One with an error comes before the engine raises it, and `end` counts it."""
@@ -145,13 +149,6 @@ class Answers:
             self._serving.leave(now_s)
             if answer.num_tokens:
                 self._decoding.leave(now_s)
-
-    def _fail(self, prompt: Prompt, error: str | None) -> None:
-        self.failed += 1
-        print(f"error: {error}", file=self._err, flush=True)
-        if self._as_json:
-            body = {"id": prompt.name, "index": prompt.index, "finish_reason": FinishReason.ERROR, "error": error}
-            self._write(json.dumps(body) + "\n")
 
     def _echo(self, answer: _Answer) -> str:
         if answer.prompt.text is not None:

@@ -67,6 +67,11 @@ def from_options(kind: Any, arguments: argparse.Namespace) -> Any:
     return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given})
 
 
+def say(text: str) -> None:
+    """Write a line to standard error, which answers do not use."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def run_rank(main: Callable[[], int]) -> None:
     """Run the `main` of a script on this rank and end the process with its exit code; 130: Ctrl-C; 141: broken pipe."""
     try:
@@ -92,7 +97,7 @@ def exit_code(command: Callable[[], int]) -> int:
         return command()
     except StagdistError as error:
         if reports_error(error, rank_1_reports_lost_peer=True):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say(f"error: {error}")
         return 2 if isinstance(error, ConfigError | DataError | CheckpointError) else 1
     except Exception:
         traceback.print_exc()

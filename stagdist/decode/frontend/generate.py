@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from stagdist.decode.engine import Engine
 from stagdist.decode.frontend.answers import Answers
+from stagdist.decode.frontend.command_line import say
 from stagdist.decode.frontend.deployment import deploy
 from stagdist.decode.frontend.interrupts import Interrupts
 from stagdist.decode.frontend.prompts import (
@@ -191,11 +192,11 @@ class Generation:
             raise error
         if answers.taken == 0 and code is None:
             raise StagdistError("there were no prompts: give --prompt, --prompts-file or lines on standard input")
-        _say(f"{answers.summary()}; {self._deployment.grid_text()}")
+        say(f"{answers.summary()}; {self._deployment.grid_text()}")
         if self.plan.options.want_margins:
-            _say(f"smallest top-2 margin {engine.smallest_margin:.3g}")
+            say(f"smallest top-2 margin {engine.smallest_margin:.3g}")
         if code is not None:
-            _say(
+            say(
                 f"interrupted; {unfinished} prompt{'s' * (unfinished != 1)} unfinished" if unfinished else "interrupted"
             )
             return code
@@ -204,13 +205,9 @@ class Generation:
     def _announce(self) -> None:
         model = self.plan.model
         if model.staggered and model.stagger == 0 and model.num_sections > 1:
-            _say("stagger is 0: within a step the sections run one after the other, not side by side")
+            say("stagger is 0: within a step the sections run one after the other, not side by side")
         if not self._prompts and self._prompts_file is None and sys.stdin.isatty():
-            _say("one prompt per line; Ctrl-D ends")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+            say("one prompt per line; Ctrl-D ends")
 
 
 def _check_trace(path: Path) -> None:

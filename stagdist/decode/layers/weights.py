@@ -124,7 +124,7 @@ class WeightLoader:
     def __init__(self, model: ModelConfig, read: ReadSlice, shard: Shard, device: Device):
         self._model, self._read, self._shard, self._device = model, read, shard, device
         self._specs = {spec.name: spec for spec in model_parameters(model)}
-        self._shared: dict[int, LayerWeights] = {}
+        self._cores: dict[str, LayerWeights] = {}  # by the prefix of their names; sections may share them
 
     def stage(self, topology: Topology, stage: int) -> StageWeights:
         """Weights of a stage, its share of the head among them."""
@@ -162,17 +162,14 @@ class WeightLoader:
         )
 
     def _layer(self, section: int, layer: int) -> LayerWeights:
-        if not self._model.share_section_weights:
-            core = self._core(f"sections.{section}.layers.{layer}.")
-        else:
-            if layer not in self._shared:
-                self._shared[layer] = self._core(f"sections.0.layers.{layer}.")
-            core = self._shared[layer]
-        if not self._model.staggered or section == 0:
-            return core
         prefix = f"sections.{section}.layers.{layer}."
+        core = f"sections.0.layers.{layer}." if self._model.share_section_weights else prefix
+        if core not in self._cores:
+            self._cores[core] = self._core(core)
+        if not self._model.staggered or section == 0:
+            return self._cores[core]
         return replace(
-            core,
+            self._cores[core],
             cross_attention_norm=self._vector(prefix + "cross_attention_norm.weight"),
             cross_q=self._stacked([prefix + "cross_attention.q_proj.weight"]),
             cross_o=self._stacked([prefix + "cross_attention.o_proj.weight"]),

@@ -76,11 +76,7 @@ class Unconnected(Transport):
 
 def dry_limits(limits: Limits) -> Limits:
     """Return the limits for a dry pass: the same shapes with short caches."""
-    return replace(limits, max_context=_dry_context(limits))
-
-
-def _dry_context(limits: Limits) -> int:
-    return min(limits.max_context, 2 * limits.chunk_size + 8)
+    return replace(limits, max_context=min(limits.max_context, 2 * limits.chunk_size + 8))
 
 
 @torch.inference_mode()
@@ -92,7 +88,7 @@ def dry_pass(stage: Stage) -> None:
             its first operation and on all ranks together, so that the first request finds everything warm.
     """
     limits = stage.limits
-    longest = max(1, _dry_context(limits) - 4)
+    longest = max(1, dry_limits(limits).max_context - 4)
     for params in _PARAMS:
         for length in dict.fromkeys((longest, min(limits.chunk_size, longest), 1)):
             stage.prefill(0, [0] * length, params)

@@ -39,9 +39,10 @@ def prepare_completion(body: Any, served: ModelView, max_choices: int) -> Prepar
     if echo and (fields.logprobs is not None or max_tokens == 0):
         more["prompt_logprobs"] = fields.logprobs or 0
     submissions, writers = [], []
+    special = {"add_special_tokens": fields.add_special_tokens, "parse_special": fields.parse_special}
     for number, prompt in enumerate(prompts):
         text = prompt if isinstance(prompt, str) else None
-        ids = prompt if isinstance(prompt, list) else _encode(fields, served, str(prompt))
+        ids = prompt if isinstance(prompt, list) else served.encode(prompt, **special)
         submissions += submissions_of(fields, served, ids, max_new_tokens=max_tokens, seed=seed, **more)
         writers += [_CompletionWriter(number * n + choice, fields, served, ids, text) for choice in range(n)]
     return PreparedRequest(
@@ -55,10 +56,6 @@ def prepare_completion(body: Any, served: ModelView, max_choices: int) -> Prepar
         submissions=submissions,
         writers=writers,
     )
-
-
-def _encode(fields: CompletionRequest, served: ModelView, text: str) -> list[int]:
-    return served.encode(text, add_special_tokens=fields.add_special_tokens, parse_special=fields.parse_special)
 
 
 def _prompts(given: Any) -> list[str | list[int]]:
@@ -121,7 +118,7 @@ class _CompletionWriter:
         entries += [(entry[0], entry) for entry in output["logprobs"] or ()]
         return {
             "tokens": [self._name(token) for token, _ in entries],
-            "token_logprobs": [None if entry is None else _finite(entry[1]) for _, entry in entries],
+            "token_logprobs": [None if entry is None else max(entry[1], LOWEST_LOGPROB) for _, entry in entries],
             "top_logprobs": [None if entry is None else self._top(entry) for _, entry in entries],
             "text_offset": [self._offsets.next(token) for token, _ in entries],
         }
@@ -137,9 +134,5 @@ class _CompletionWriter:
         top: dict[str, float] = {}
         for token, logprob in [*entry[2], (entry[0], entry[1])]:
             name = self._name(token)
-            top[name] = max(top.get(name, LOWEST_LOGPROB), _finite(logprob))
+            top[name] = max(top.get(name, LOWEST_LOGPROB), logprob)
         return top
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, LOWEST_LOGPROB)

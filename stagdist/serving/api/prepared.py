@@ -17,7 +17,6 @@ from stagdist.serving.protocol import FINISH_REASONS, Output
 LOWEST_LOGPROB = -9999.0
 """Instead of minus infinity, which JSON cannot write."""
 
-
 _DEFAULTS = {entry.name: entry.default for entry in fields(SamplingParams)}
 
 

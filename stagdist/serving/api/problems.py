@@ -29,7 +29,7 @@ TYPES = {
 WIRE_NAMES = {"max_new_tokens": "max_tokens", "ignore_end_of_document": "ignore_eos"}
 """Fields of requests that `SamplingParams` calls otherwise."""
 
-_SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
 
 class ProblemError(Exception):
@@ -75,7 +75,7 @@ class ProblemError(Exception):
 
 def problem_of_params(message: str) -> ProblemError:
     """The problem that `SamplingParams` or `check_request` found, with the names that requests use."""
-    name = next((name for name in message.split(maxsplit=1)[:1] if name in _SAMPLING_FIELDS), None)
+    name = next((name for name in message.split(maxsplit=1)[:1] if name in SAMPLING_FIELDS), None)
     for ours, theirs in WIRE_NAMES.items():
         message = message.replace(ours, theirs)
     if message.startswith("the prompt "):

@@ -58,11 +58,6 @@ class ModelView:
         known = ", ".join(self.names)
         raise ProblemError(404, f"the model {name[:80]!r} does not exist; this server has {known}", param="model")
 
-    @property
-    def chats(self) -> bool:
-        """Whether conversations are served."""
-        return self.plain_chat or self.template_source is not None
-
     def objects(self) -> list[dict[str, Any]]:
         """The entries of `/v1/models`, one for each name."""
         model = self.model
@@ -77,7 +72,8 @@ class ModelView:
             "connection",
             "stagger",
         )
-        meta = {key: model[key] for key in keys}  # type: ignore[literal-required]
+        meta: dict[str, Any] = {key: model[key] for key in keys}  # type: ignore[literal-required]
+        meta["chat"] = self.plain_chat or self.template_source is not None
         return [
             {
                 "id": name,
@@ -87,7 +83,7 @@ class ModelView:
                 "root": Path(model["path"]).name,
                 "parent": None,
                 "max_model_len": model["max_context"],
-                "meta": meta | {"chat": self.chats},
+                "meta": meta,
             }
             for name in self.names
         ]

@@ -6,7 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from stagdist.decode.request import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from stagdist.errors import ConfigError
-from stagdist.serving.api.problems import ProblemError, problem_of_fields, problem_of_params
+from stagdist.serving.api.problems import SAMPLING_FIELDS, ProblemError, problem_of_fields, problem_of_params
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -158,27 +158,18 @@ class SamplingFields(WireModel):
         Raises:
             ProblemError: a value that cannot work.
         """
-        given = {
-            "temperature": self.temperature,
+        same = SAMPLING_FIELDS & SamplingFields.model_fields.keys()
+        given = {name: getattr(self, name) for name in same} | {
+            "max_new_tokens": max_new_tokens,
+            "seed": seed % (MAX_SEED + 1),
             "top_k": self.top_k if self.top_k is not None and self.top_k > 0 else None,
-            "top_p": self.top_p,
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
             "logit_bias": None if self.logit_bias is None else tuple(self.logit_bias.items()),
-            "allowed_token_ids": self.allowed_token_ids,
-            "min_tokens": self.min_tokens,
             "stop": None if self.stop is None else tuple(filter(None, self.stop)),  # some clients send an empty one
-            "include_stop_str_in_output": self.include_stop_str_in_output,
-            "stop_token_ids": self.stop_token_ids,
             "ignore_end_of_document": self.ignore_eos,
-            "skip_special_tokens": self.skip_special_tokens,
             **more,
         }
-        known = {name: value for name, value in given.items() if value is not None}
         try:
-            return SamplingParams(max_new_tokens=max_new_tokens, seed=seed % (MAX_SEED + 1), **known)
+            return SamplingParams(**{name: value for name, value in given.items() if value is not None})
         except ConfigError as error:
             raise problem_of_params(str(error)) from None
 

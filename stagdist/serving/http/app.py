@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import json
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ _DISCARDED = 16
 """A body above the limit is read up to this multiple of it, since clients that still write miss the answer."""
 
 Preparation = Callable[[Any, ModelView, int], PreparedRequest]
+Conversion = Callable[[Any, ModelView], dict[str, Any]]
 
 
 def make_app(settings: ServerSettings, client: EngineClient, metrics: ServerMetrics) -> ASGIApp:
@@ -111,11 +113,11 @@ class _Server:
         return [
             Route("/v1/models", self._models, methods=get),
             Route("/v1/models/{name:path}", self._model, methods=get),
-            Route("/v1/completions", self._completions, methods=post),
-            Route("/v1/chat/completions", self._chat, methods=post),
+            Route("/v1/completions", partial(self._generate, prepare=prepare_completion), methods=post),
+            Route("/v1/chat/completions", partial(self._generate, prepare=prepare_chat), methods=post),
             *(Route(f"/v1/{name}", self._not_served, methods=post) for name in NOT_SERVED),
-            Route("/tokenize", self._tokenize, methods=post),
-            Route("/detokenize", self._detokenize, methods=post),
+            Route("/tokenize", partial(self._convert, convert=_tokenized), methods=post),
+            Route("/detokenize", partial(self._convert, convert=_detokenized), methods=post),
             Route("/tokenizer_info", self._tokenizer_info, methods=get),
             Route("/health", self._health, methods=get),
             Route("/ping", self._health, methods=get),
@@ -130,12 +132,6 @@ class _Server:
         ]
 
     # ---- text ----
-
-    async def _completions(self, request: Request) -> Response:
-        return await self._generate(request, prepare_completion)
-
-    async def _chat(self, request: Request) -> Response:
-        return await self._generate(request, prepare_chat)
 
     async def _generate(self, request: Request, prepare: Preparation) -> Response:
         served = self._client.require_ready()
@@ -211,13 +207,9 @@ class _Server:
     def _served(self) -> ModelView:
         return self._client.served or self._client.require_ready()
 
-    async def _tokenize(self, request: Request) -> Response:
+    async def _convert(self, request: Request, convert: Conversion) -> Response:
         served = self._served()
-        return JSONResponse(await self._from_body(request, lambda body: _tokenized(body, served)))
-
-    async def _detokenize(self, request: Request) -> Response:
-        served = self._served()
-        return JSONResponse(await self._from_body(request, lambda body: _detokenized(body, served)))
+        return JSONResponse(await self._from_body(request, lambda body: convert(body, served)))
 
     async def _tokenizer_info(self, request: Request) -> Response:
         served = self._served()

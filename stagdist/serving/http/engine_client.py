@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from stagdist.errors import StagdistError
 from stagdist.serving.api.prepared import Submission
@@ -18,7 +18,7 @@ from stagdist.serving.api.problems import ProblemError
 from stagdist.serving.api.served_model import ModelView
 from stagdist.serving.http.generation import TextGeneration
 from stagdist.serving.http.server_metrics import ServerMetrics
-from stagdist.serving.protocol import Hello, Output, Stats, Step, ToEngine, pack, receive_async
+from stagdist.serving.protocol import Stats, Step, ToEngine, pack, receive_async
 from stagdist.serving.settings import ServerSettings
 
 _MAX_RETRY_AFTER_S = 60
@@ -57,19 +57,16 @@ class EngineClient:
             while not self.finished.is_set():
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.finished.wait(), 1)
-                self._check_time()
+                limit = self._settings.restart_timeout_s
+                if self._lost_since is not None and time.monotonic() - self._lost_since > limit:
+                    self.finished.set()
+                if self.hangs():
+                    message = f"the engine has not answered for {self._settings.hang_timeout_s:g} s"
+                    self._fail_all(ProblemError(503, message, retry_after_s=10))
             self._send({"kind": "stop", "reason": ""})  # no one needs the engine
             if self._writer is not None and self._taken is not None:
                 _close(self._writer, self._taken)
         path.unlink(missing_ok=True)
-
-    def _check_time(self) -> None:
-        limit = self._settings.restart_timeout_s
-        if self._lost_since is not None and time.monotonic() - self._lost_since > limit:
-            self.finished.set()
-        if self.hangs():
-            message = f"the engine has not answered for {self._settings.hang_timeout_s:g} s"
-            self._fail_all(ProblemError(503, message, retry_after_s=10))
 
     # ---- state ----
 
@@ -105,7 +102,7 @@ class EngineClient:
             ProblemError: they do.
         """
         slots = self.served.model["slots"] if self.served else 0
-        waiting = sum(generation.waiting for generation in {id(one): one for one, _ in self._open.values()}.values())
+        waiting = sum(generation.waiting for generation in {one for one, _ in self._open.values()})
         if waiting >= self._settings.max_queued_requests + slots:
             raise self._queue_full(f"{waiting} requests wait")
 
@@ -147,8 +144,7 @@ class EngineClient:
             self._send({"kind": "cancel", "id": engine_id})
 
     def _fail_all(self, problem: ProblemError) -> None:
-        generations = {id(generation): generation for generation, _ in self._open.values()}
-        for generation in generations.values():
+        for generation in {one for one, _ in self._open.values()}:
             generation.fail(problem)
             self._metrics.failed("engine")
         self._open.clear()
@@ -168,7 +164,10 @@ class EngineClient:
             while self._writer is writer and (message := await receive_async(reader)) is not None:
                 self._last_message = time.monotonic()
                 if message["kind"] == "hello":
-                    await self._greet(message)
+                    # A large vocabulary takes a second.
+                    self.served = await asyncio.to_thread(ModelView, message, self._settings)
+                    self._metrics.describe({**self.served.model, "names": self.served.names})
+                    self.state, self.reason = "loading", "the engine loads the model"
                 else:
                     self._take(message)
         except (StagdistError, ConnectionError) as error:
@@ -190,18 +189,12 @@ class EngineClient:
         if not self._settings.supervised or ended_on_purpose:
             self.finished.set()
 
-    async def _greet(self, hello: Hello) -> None:
-        # A large vocabulary takes a second.
-        self.served = await asyncio.to_thread(ModelView, hello, self._settings)
-        self._metrics.describe({**hello["model"], "names": self.served.names})
-        self.state, self.reason = "loading", "the engine loads the model"
-
     def _take(self, message: Any) -> None:
         match message["kind"]:
             case "step":
-                self._take_step(cast(Step, message))
+                self._take_step(message)
             case "stats":
-                self._take_stats(cast(Stats, message))
+                self._take_stats(message)
             case "accepted":
                 if (found := self._open.get(message["id"])) is not None:
                     found[0].accept(found[1])
@@ -220,20 +213,17 @@ class EngineClient:
             if (found := self._open.get(output["id"])) is None:
                 continue  # cancelled here, not there yet
             generation, index = found
-            self._take_output(generation, index, output)
+            self._metrics.output(generation, index, output)
+            generation.put(index, output)
+            if output["finish"] is not None:
+                self._open.pop(output["id"], None)
+                now = time.monotonic()
+                self._finish_interval_s += 0.1 * (now - self._last_finish - self._finish_interval_s)
+                self._last_finish = now
         if tokens:
             self._metrics.observe("iteration_tokens_total", tokens)
         if step["stats"] is not None:
             self._take_stats(step["stats"])
-
-    def _take_output(self, generation: TextGeneration, index: int, output: Output) -> None:
-        self._metrics.output(generation, index, output)
-        generation.put(index, output)
-        if output["finish"] is not None:
-            self._open.pop(output["id"], None)
-            now = time.monotonic()
-            self._finish_interval_s += 0.1 * (now - self._last_finish - self._finish_interval_s)
-            self._last_finish = now
 
     def _take_stats(self, stats: Stats) -> None:
         before, works = self.stats, stats["running"] + stats["waiting"] > 0

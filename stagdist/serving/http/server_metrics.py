@@ -176,7 +176,7 @@ class _EngineNumbers(Collector):
     def collect(self) -> Iterator[Metric]:
         """All metrics that the latest statistics give."""
         model, stats = self._metrics.model, self._metrics.stats
-        yield self._gauge("engine_healthy", "1 while requests are served.", float(self._metrics.healthy))
+        yield self._family(GaugeMetricFamily, "engine_healthy", "1 while requests are served.", self._metrics.healthy)
         if model is None:
             return
         yield self._info(model)
@@ -205,19 +205,16 @@ class _EngineNumbers(Collector):
             "steps": ("Steps of the engine.", stats["steps"]),
             "operations": ("Operations of the engine.", stats["operations"]),
         }
-        for name, (text, value) in gauges.items():
-            yield self._gauge(name, text, value)
-        for name, (text, value) in counters.items():
-            family = CounterMetricFamily(self._name(name), text, labels=("model_name", "engine"))
-            family.add_metric(self._metrics.labels, value)
-            yield family
+        for kind, numbers in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, (text, value) in numbers.items():
+                yield self._family(kind, name, text, value)
         yield self._stages(stats)
 
     def _name(self, name: str) -> str:
         return self._metrics.prefix + name
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(self._name(name), text, labels=("model_name", "engine"))
+    def _family(self, kind: Any, name: str, text: str, value: float) -> Metric:
+        family = kind(self._name(name), text, labels=("model_name", "engine"))
         family.add_metric(self._metrics.labels, value)
         return family
 

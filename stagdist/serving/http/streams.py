@@ -96,12 +96,8 @@ async def complete_answer(prepared: PreparedRequest, generation: TextGeneration)
         choices = [
             writer.complete(join_wire_outputs(parts)) for writer, parts in zip(prepared.writers, outputs, strict=True)
         ]
-        answer = {
-            **prepared.head(chunk=False),
-            "choices": choices,
-            "usage": prepared.usage(generation.tokens, generation.cached),
-        }
-        return _json(answer)
+        usage = prepared.usage(generation.tokens, generation.cached)
+        return _json({**prepared.head(chunk=False), "choices": choices, "usage": usage})
 
     scored = sum(len(each.prompt) for each in prepared.submissions) if generation.scores_prompts else 0
     large = sum(generation.tokens) + scored > _LARGE_ANSWER
@@ -114,19 +110,17 @@ async def answer_events(prepared: PreparedRequest, generation: TextGeneration) -
     with_usage = bool(options and options.include_usage)
     always = with_usage and bool(options and options.continuous_usage_stats)
     head = _json(prepared.head(chunk=True))[:-1] + b',"choices":'  # the same in all chunks
+
+    def usage() -> bytes:
+        return b',"usage":' + _json(prepared.usage(generation.tokens, generation.cached))
+
     try:
         async for batch in generation.outputs():
             chunks = [chunk for index, output in batch for chunk in prepared.writers[index].chunks(output)]
-            usage = b',"usage":' + _json(prepared.usage(generation.tokens, generation.cached)) if always else b""
-            yield b"".join(b"data: " + head + _json([chunk]) + usage + b"}\n\n" for chunk in chunks)
+            end = (usage() if always else b"") + b"}\n\n"
+            yield b"".join(b"data: " + head + _json([chunk]) + end for chunk in chunks)
         if with_usage:
-            yield (
-                b"data: "
-                + head
-                + b'[],"usage":'
-                + _json(prepared.usage(generation.tokens, generation.cached))
-                + b"}\n\n"
-            )
+            yield b"data: " + head + b"[]" + usage() + b"}\n\n"
     except ProblemError as problem:
         yield b"data: " + problem.body() + b"\n\n"
     finally:
