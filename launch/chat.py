@@ -186,7 +186,7 @@ class Conversation:
         except KeyboardInterrupt:
             sys.stdout.write(" [stopped]")
         except UNREADABLE as error:
-            raise ChatError(f"the server sent what is no chunk of an answer: {error!r}") from error
+            raise ChatError(f"the server sent something other than a chunk of an answer: {error!r}") from error
         finally:
             chunks.close()  # type: ignore[attr-defined]  # it is a generator
             if len(times) > 1:

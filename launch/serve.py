@@ -61,7 +61,7 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address of this host to listen on; 0.0.0.0: all (default 127.0.0.1)")
     add("--port", type=int, default=8000, help="1 to 65535 (default 8000)")
     add("--api-key-file", type=Path, metavar="FILE", help="one key per line")
-    add("--root-path", default="", metavar="PATH", help="prefix that a proxy removes from all paths")
+    add("--root-path", default="", metavar="PATH", help="prefix that a proxy removes, such as /llm")
     origin = "pages of this origin may call the server; repeatable"
     add("--cors-origin", action="append", default=[], dest="cors_origins", metavar="URL", help=origin)
     add("--keep-alive-s", type=int, default=75, metavar="S", help="for idle connections (default 75)")

@@ -23,24 +23,24 @@ from tests.house_rules import (
 BUDGETS = {
     "stagdist/errors.py": 43,
     "stagdist/files.py": 119,
-    "stagdist/checkpoint": 3265,
+    "stagdist/checkpoint": 3266,
     "stagdist/cluster": 3709,
-    "stagdist/config": 976,
-    "stagdist/data": 2845,
-    "stagdist/decode": 5932,
+    "stagdist/config": 977,
+    "stagdist/data": 2855,
+    "stagdist/decode": 5934,
     "stagdist/evaluation": 468,
-    "stagdist/hf": 651,
+    "stagdist/hf": 655,
     "stagdist/model": 692,
     "stagdist/parallel": 1215,
     "stagdist/planning": 753,
-    "stagdist/serving": 3543,
+    "stagdist/serving": 3548,
     "stagdist/telemetry": 1128,
     "stagdist/training": 3290,
     "launch": 901,
     "tools": 997,
     "benchmarks": 4397,
 }
-MAX_LINES = {("stagdist", "launch", "tools"): 30_527, ("benchmarks",): 4_397}
+MAX_LINES = {("stagdist", "launch", "tools"): 30_550, ("benchmarks",): 4_397}
 """The sums may only fall, except for a new feature; the server added 5,580 lines of product."""
 
 

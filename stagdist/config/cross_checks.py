@@ -81,7 +81,7 @@ def zero_problems(deepspeed: dict[str, Any]) -> list[str]:
     size, sent = zero.get("reduce_bucket_size", 1), deepspeed.get("communication_data_type", "fp32")
     if type(size) not in (int, float) or size < 1 or size % 1:
         return [f"deepspeed.zero_optimization.reduce_bucket_size is {size!r}; give a number of elements"]
-    if sent not in ("fp16", "bf16", "fp32"):
+    if sent is not None and str(sent).lower() not in ("fp16", "bf16", "fp32"):
         return [f"deepspeed.communication_data_type is {sent!r}; give fp16, bf16 or fp32"]
     stage = zero.get("stage", 1)
     if stage == 1:

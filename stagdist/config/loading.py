@@ -64,7 +64,7 @@ def validate(keys: Mapping[str, Any]) -> tuple[RunConfig | None, list[str]]:
 def validate_model(keys: Mapping[str, Any]) -> tuple[ModelConfig | None, list[str]]:
     """As `validate`, for the model part alone; problems name its keys as in a run's configuration, `model.KEY`.
 
-    Values must have the type of their key, as `transformers` requires: "16" and 16.0 are no integers.
+    Values must have the type of their key: "16" and 16.0 are not integers.
     """
     contradictions: list[str] = []
     try:
@@ -124,7 +124,8 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_decimal(self, node: yaml.ScalarNode) -> Any:
         """A number, if it means the same without knowing YAML 1.1, where 010 is 8 and 1:30 is 90."""
-        if re.match("[-+]?(0[0-9_]|.*:)", node.value):
+        octal = node.tag.endswith("int") and re.match("[-+]?0[0-9_]", node.value)
+        if octal or ":" in node.value:
             raise ConfigError(
                 f"{node.value} in line {node.start_mark.line + 1} is octal or of base 60 in YAML; write a decimal "
                 "number, or put text into quotes"

@@ -269,7 +269,7 @@ def _read_index(prefix: str, path: Path) -> tuple[CorpusIndex, np.ndarray, np.nd
     pointers = content[4 * sequences : 12 * sequences].view(np.int64)
     documents = content[12 * sequences : 12 * sequences + 8 * boundaries].view(np.int64)
     if content[12 * sequences + 8 * boundaries :].any():
-        raise DataError(f"{path} has sequences that are marked as images or other media; write a corpus of text alone")
+        raise DataError(f"{path} has sequences that are marked as images or other media; write a corpus of text only")
     return CorpusIndex(prefix, _DTYPES[code], lengths, boundaries - 1), pointers, documents
 
 

@@ -81,7 +81,7 @@ def _load(directory: Path, named: Path) -> Tokenizer:
             loaded.add_special_tokens({"eos_token": end_token})
     templates = loaded.chat_template.values() if isinstance(loaded.chat_template, dict) else [loaded.chat_template]
     if not all(isinstance(template, str | None) for template in templates):
-        raise DataError(f"{named}: the chat_template of its files is no text; write the Jinja template")
+        raise DataError(f"{named}: the chat_template of its files is not text; write the Jinja template")
     if end_token is not None and raw is not None and not _has_token(raw, configs.values(), end_token):
         raise DataError(
             f"{named}: eos_token is {end_token!r}, but its {JSON_FILE} has no such token; correct one of them"
@@ -106,7 +106,7 @@ def _raw(path: Path, named: Path) -> tokenizers.Tokenizer:
     """The content of a `tokenizer.json`, read without the files beside it; errors of transformers do not name it."""
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text)  # which names a byte order mark
+        content = json.loads(text)
         raw = tokenizers.Tokenizer.from_str(text)
         odd = sorted(undefined_tokens(content.get("post_processor")))
     except BaseException as error:
@@ -123,7 +123,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot read the tokenizer {path}: {error}; restore it") from error
+        raise DataError(f"cannot read the tokenizer {path}: {_reason(error)}; restore it") from error
     if not isinstance(body, dict):
         raise DataError(f"cannot read the tokenizer {path}: it does not hold a JSON object; restore it")
     nested = body.get("added_tokens_decoder")
@@ -145,6 +145,8 @@ def _reason(error: BaseException) -> str:
     """
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
         raise error
+    if "UTF-8 BOM" in str(error):
+        return "it begins with a byte order mark; save it without one"
     return " ".join(str(error).split()) or type(error).__name__
 
 

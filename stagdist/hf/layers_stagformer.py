@@ -297,11 +297,15 @@ class ForwardContext:
 
 def _packed_texts(begins: Tensor, cache: StagFormerCache | None) -> Tensor | None:
     """Numbers of the texts that are packed into each row; None if every row is one text. Shape: [B, S]."""
-    if not (cache is None if torch.compiler.is_compiling() else bool(begins.any())):
+    message = "position_ids begin again, which packs several texts into a row; that needs use_cache=False"
+    if torch.compiler.is_compiling():  # values are not known yet
+        if cache is not None:
+            torch._assert_async(~begins.any(), message)
+    elif not bool(begins.any()):
         return None
-    if cache is not None:
-        raise ValueError("position_ids begin again, which packs several texts into a row; that needs use_cache=False")
-    return begins.cumsum(-1)
+    elif cache is not None:
+        raise ValueError(message)
+    return begins.cumsum(-1) if cache is None else None
 
 
 def _checked_mask(attention_mask: Tensor, total: int) -> Tensor | None:

@@ -75,7 +75,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT_S * 1000)  # connections inherit it
         bound.bind(address)
-    except (OSError, ValueError) as error:  # a name that is no host name
+    except (OSError, ValueError) as error:  # a name that is not a host name
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"cannot listen on {host} port {port}: {reason}; give another --host or --port") from error
     return bound

@@ -1,6 +1,7 @@
 """Options of the serve command to settings of the HTTP process. Everything is checked before anything is loaded."""
 
 import argparse
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,6 +28,10 @@ def server_settings(arguments: argparse.Namespace, environment: Mapping[str, str
         raise ConfigError(f"--port is {arguments.port}; clients need a known one, give 1 to 65535")
     if not 1 <= arguments.max_body_mib * _MIB < _LARGEST_MIB * _MIB:
         raise ConfigError(f"--max-body-mib is {arguments.max_body_mib:g}; give MiB above 0, below {_LARGEST_MIB}")
+    if not re.fullmatch("(/.*)?", arguments.root_path):
+        raise ConfigError(f"--root-path is {arguments.root_path!r}; give a path that begins with /")
+    if not re.fullmatch("([a-zA-Z_:][a-zA-Z0-9_:]*)?", arguments.metrics_prefix):
+        raise ConfigError(f"--metrics-prefix is {arguments.metrics_prefix!r}; give letters, digits, _ and :")
     given = {name: value for name, value in vars(arguments).items() if name in ServerSettings.model_fields}
     given |= {
         "engine_socket": str(engine_socket(arguments.host, arguments.port)),
@@ -56,7 +61,7 @@ def _api_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[str, .
         return ()
     keys = tuple(filter(None, map(str.strip, given)))
     if not keys:
-        raise ConfigError(f"{place} holds no key, and everyone would be served; give keys, or leave it out")
+        raise ConfigError(f"{place} holds no key, and everyone would be served; give keys, or remove it")
     if odd := next((number for number, key in enumerate(keys, 1) if not key.isprintable()), None):
         raise ConfigError(f"{place}: key {odd} has characters that no client can send; write letters and digits")
     return keys

@@ -54,9 +54,9 @@ class ServerSettings(BaseModel):
     max_body_bytes: int = Field(8 * 2**20, ge=1)
     max_queued_requests: int = Field(256, ge=1)
     chat_template: str | None = None
-    root_path: str = Field("", pattern="^(/.*)?$")
+    root_path: str = ""
     cors_origins: tuple[str, ...] = ()
-    metrics_prefix: str = Field("stagdist:", pattern="^([a-zA-Z_:][a-zA-Z0-9_:]*)?$")
+    metrics_prefix: str = "stagdist:"
     keep_alive_s: int = Field(75, ge=1)
     body_timeout_s: float = Field(30, gt=0)
     hang_timeout_s: float = Field(30, gt=0)

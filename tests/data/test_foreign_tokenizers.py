@@ -111,7 +111,7 @@ def test_a_template_that_is_no_text_is_named(template: Any, tmp_path: Path) -> N
     folder = make("gpt_2", tmp_path / "model")
     path = folder / "tokenizer_config.json"
     write_json(path, {**json.loads(path.read_text()), "chat_template": template})
-    with pytest.raises(DataError, match=f"^{folder}: the chat_template of its files is no text"):
+    with pytest.raises(DataError, match=f"^{folder}: the chat_template of its files is not text"):
         load_tokenizer(folder)
 
 

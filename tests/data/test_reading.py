@@ -208,8 +208,8 @@ def test_a_table_is_recognized_by_content_and_text_stays_text(tmp_path: Path, ca
         content = json.dumps(ONE) if name != "LICENSE" else "one {two} [three]"
         (tmp_path / name).write_text(content)
         assert read(tmp_path / name) == [content]
-    noted = [message.partition(" is read as text, by its name")[0] for message in caplog.messages]
-    assert noted == [f"note: {tmp_path}/a.txt", f"note: {tmp_path}/a.csv"]
+    remedy = "to read texts of records convert them to .jsonl"
+    assert caplog.messages == [f"note: read as text (1): {tmp_path}/a.{end}; {remedy}" for end in ("txt", "csv")]
 
 
 @pytest.mark.parametrize(

@@ -92,11 +92,11 @@ def test_packed_texts_equal_each_text_alone(variant: str) -> None:
     torch.compiler.reset()  # the limit of compilations is that of the process
     with torch.no_grad():
         expected = torch.cat([model(text).logits for text in texts], dim=1)
-        for run in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        for run, error in ((model, ValueError), (torch.compile(model, backend="eager", fullgraph=True), RuntimeError)):
+            with pytest.raises(error, match=r"packs several texts into a row; that needs use_cache=False"):
+                run(packed, position_ids=position_ids)
             logits = run(packed, position_ids=position_ids, use_cache=False).logits
             torch.testing.assert_close(logits, expected, atol=1e-12, rtol=0)
-        with pytest.raises(ValueError, match=r"packs several texts into a row; that needs use_cache=False"):
-            model(packed, position_ids=position_ids)
         shifted = model(packed, position_ids=torch.arange(11)[None] + 3).logits
         torch.testing.assert_close(shifted, model(packed).logits, atol=1e-5, rtol=0)
 

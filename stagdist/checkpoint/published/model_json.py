@@ -101,9 +101,10 @@ def model_of(body: Mapping[str, Any], path: Path) -> ModelConfig:
     keys["connection"] = _CONNECTIONS[kind]
     keys["rope_theta"], keys["rope_scaling"] = rope_of(body, path)
     if kind != "stagformer":
-        if "section_layers" not in keys and "num_hidden_layers" not in body:
-            raise CheckpointError(f"{path} has no num_hidden_layers; add the number of layers")
-        keys = _DEFAULTS[kind] | {"section_layers": [body.get("num_hidden_layers")]} | keys
+        layers = body.get("num_hidden_layers")
+        if "section_layers" not in keys and (type(layers) is not int or layers < 1):
+            raise CheckpointError(f"{path}: num_hidden_layers is {layers!r}; give the number of layers")
+        keys = _DEFAULTS[kind] | {"section_layers": [layers]} | keys
     if isinstance(keys.get("section_layers"), list):
         keys["section_layers"] = tuple(keys["section_layers"])
     model, problems = validate_model(keys)

@@ -248,5 +248,5 @@ def _checked_index(where: Any) -> dict[str, str]:
         raise ValueError("weight_map is no object")
     for name, file in where.items():
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file) or not file.isprintable():
-            raise ValueError(f"weight_map has {name} in {file!r}, which is no safetensors file of the directory")
+            raise ValueError(f"weight_map has {name} in {file!r}, which is not a safetensors file of the directory")
     return where

@@ -7,7 +7,7 @@ from pathlib import Path
 from stagdist.errors import ConfigError
 
 _ENTRY = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>[0-9]{1,4})\s*(?:#.*)?")
-_SPARE = re.compile(r"#\s*spare\s+(?P<entry>.*)", re.IGNORECASE)
+_SPARE = re.compile(r"#\s*(?:spare|(?i:spare)(?=.*\sslots=))\s+(?P<entry>.*)")
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 

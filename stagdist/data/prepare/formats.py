@@ -6,7 +6,6 @@ of JSON or the bytes of an archive never become text.
 
 import bz2
 import io
-import logging
 import lzma
 import os
 import re
@@ -22,8 +21,6 @@ import fsspec
 
 from stagdist.errors import DataError
 from stagdist.files import not_downloaded
-
-LOG = logging.getLogger(__name__)
 
 Contents = Literal["text", "json_lines", "json_array", "parquet", "arrow"]
 
@@ -45,7 +42,7 @@ HUB = "hub:"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HEAD_BYTES = 8192
 _CHUNK_BYTES = 1 << 18
-_PACKED_BYTES = 1 << 13  # may become a thousand times as many
+_PACKED_BYTES = 1 << 13  # zlib makes at most a thousand times as many of them
 _COMPRESSED = re.compile(
     rb"(?P<gzip>\x1f\x8b\x08)|(?P<bz2>BZh[1-9](?:1AY&SY|\x17rE8P\x90))|(?P<xz>\xfd7zXZ\0)"
     rb"|(?P<zstd>\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)"
@@ -74,8 +71,8 @@ def plain_name(path: str) -> str:
     return stem if suffix in COMPRESSIONS else path.lower()
 
 
-def recognize(path: str) -> tuple[Contents, bool]:
-    """What a file holds, and whether it is compressed.
+def recognize(path: str) -> tuple[Contents, bool, bool]:
+    """What a file holds, whether it is compressed, and whether it is text by its name but looks like records.
 
     Raises:
         DataError: it holds something else, UTF-16 for example, or is damaged.
@@ -84,15 +81,15 @@ def recognize(path: str) -> tuple[Contents, bool]:
         head = stream.read(_HEAD_BYTES)
         compressed = is_decompressed(stream)
     if not head:  # nothing is no document, whatever its name
-        return "text", compressed
+        return "text", compressed, False
     for beginnings, what in _REFUSED.items():
         if head.startswith(beginnings) or (head[257:262] == b"ustar" and "archive" in what):
             raise DataError(f"{path} is {what}")
     name = plain_name(path)
     if name.endswith(PARQUET_SUFFIXES) or head.startswith(b"PAR1\x15"):
-        return "parquet", compressed
+        return "parquet", compressed, False
     if name.endswith(ARROW_SUFFIX) or head.startswith((b"ARROW1\0\0", b"\xff\xff\xff\xff")):
-        return "arrow", compressed
+        return "arrow", compressed, False
     if (encoding := _wide_encoding(head)) and not name.endswith(".bin"):  # 16-bit token ids look like UTF-16
         raise DataError(f"{path} is {encoding}; convert it: iconv -f {encoding} -t UTF-8 FILE > NEW")
     controls = len(head) - len(head.translate(None, _CONTROLS))
@@ -101,10 +98,9 @@ def recognize(path: str) -> tuple[Contents, bool]:
         raise DataError(f"{path} is not text; convert it to .jsonl, .txt or .parquet, or leave it out")
     head = head.removeprefix(BYTE_ORDER_MARK)
     if name.endswith(JSON_SUFFIXES) or (not named and _looks_like_json(head)):
-        return ("json_array" if head.lstrip().startswith(b"[") else "json_lines"), compressed
-    if name.endswith((".csv", ".tsv")) or (name.endswith((".txt", ".text", ".log")) and _looks_like_json(head)):
-        LOG.warning("note: %s is read as text, by its name; for the texts of its records give it as .jsonl", path)
-    return "text", compressed
+        return ("json_array" if head.lstrip().startswith(b"[") else "json_lines"), compressed, False
+    records = name.endswith((".csv", ".tsv")) or (name.endswith((".txt", ".text", ".log")) and _looks_like_json(head))
+    return "text", compressed, records
 
 
 def holds_records(path: str) -> bool:
@@ -236,7 +232,9 @@ def _decompress(packed: BinaryIO, codec: str) -> Iterator[bytes]:
     while data := packed.read(_PACKED_BYTES):
         while data and (decoder or (data := data.lstrip(b"\0"))):
             decoder = decoder or _DECODERS[codec]()
-            yield decoder.decompress(data)
+            yield decoder.decompress(data, 0 if codec == "gzip" else _CHUNK_BYTES)
+            while not (decoder.eof or getattr(decoder, "needs_input", True)):
+                yield decoder.decompress(b"", _CHUNK_BYTES)
             data = decoder.unused_data
             decoder = None if decoder.eof else decoder
     if decoder:

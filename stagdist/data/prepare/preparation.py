@@ -149,7 +149,7 @@ def _partial(prefix: str, ending: str) -> Path:
 def _partial_files(prefix: str, ranks: Ranks) -> Iterator[str]:
     """Prefix of temporary files: those of earlier runs are removed before, ours afterwards however it ends.
 
-    Each run has names of its own: of two at the same time the second one ends the first, and never mixes with it.
+    Each run has names of its own, so two at the same time never mix: the second ends the first, or the last one stays.
     """
     partial = f"{prefix}.{ranks.gather(secrets.token_hex(4))[0]}"
 
@@ -165,9 +165,10 @@ def _partial_files(prefix: str, ranks: Ranks) -> Iterator[str]:
     try:
         yield partial
     except OSError as error:
-        raise DataError(
-            f"cannot prepare {prefix}: {error}; correct that and start again; nothing was left behind"
-        ) from error
+        remedy = "correct that and start again"
+        if isinstance(error, FileNotFoundError) and PARTIAL in str(error):
+            remedy = "another run with this --output has removed it; give each run its own"
+        raise DataError(f"cannot prepare {prefix}: {error}; {remedy}; nothing was left behind") from error
     finally:
         # a failing rank clears for all: the others may never get here
         if ranks.rank == 0 or sys.exc_info()[0] is not None:

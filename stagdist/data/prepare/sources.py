@@ -8,6 +8,7 @@ URLs such as `s3://` or `gs://` name files of object stores, which fsspec opens.
 """
 
 import glob
+import logging
 import math
 import os
 import re
@@ -30,6 +31,8 @@ from stagdist.data.prepare.formats import (
     remote_errors_named,
 )
 from stagdist.errors import ConfigError, DataError
+
+LOG = logging.getLogger(__name__)
 
 PIECE_BYTES = 2 << 20
 BLOCK_BYTES = 16 << 10
@@ -86,10 +89,14 @@ def plan_pieces(inputs: Sequence[str], options: ReadOptions, *, piece_bytes: int
     if not inputs:
         raise ConfigError("no input; give files, directories, globs, URLs or the name of a dataset")
     pieces: list[Piece] = []
+    records: list[str] = []
     for path in _expand(inputs, options, []):
         if not _matches(path, options.exclude):
-            is_dataset = path.startswith(HUB)
-            pieces += _dataset_pieces(path, options) if is_dataset else _file_pieces(path, options, piece_bytes)
+            of_hub = path.startswith(HUB)
+            pieces += _dataset_pieces(path, options) if of_hub else _file_pieces(path, options, piece_bytes, records)
+    if records:
+        remedy = "to read texts of records convert them to .jsonl"
+        LOG.warning("note: read as text (%d): %s; %s", len(records), listed(records), remedy)
     return pieces
 
 
@@ -209,9 +216,11 @@ def file_size(path: str) -> int | None:
         return store.size(root)
 
 
-def _file_pieces(path: str, options: ReadOptions, piece_bytes: int) -> list[Piece]:
+def _file_pieces(path: str, options: ReadOptions, piece_bytes: int, records: list[str]) -> list[Piece]:
+    """The pieces of a file; the name of text that looks like records is added to `records`."""
     size, mode = file_size(path), options.txt_documents
-    contents, compressed = recognize(path)
+    contents, compressed, like_records = recognize(path)
+    records += [path] * like_records
     small = not compressed and size is not None and size <= AUTO_WHOLE_BYTES
     if contents == "text" and (mode == "file" or (mode == "auto" and small)):
         return [Piece("file", path, size=size or 0)]

@@ -15,7 +15,7 @@ from stagdist.decode.engine import Engine
 from stagdist.decode.runtime.build import DecodePlan, EngineOptions, build_stage, default_precision, plan_decoding
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
-from stagdist.errors import ConfigError
+from stagdist.errors import ConfigError, StagdistError
 from stagdist.parallel.world import World, choose_device
 from stagdist.telemetry.pulse import Pulse
 from stagdist.telemetry.spans import SpanRecorder
@@ -48,6 +48,7 @@ class Deployment:
 
         Raises:
             ConfigError: there is too little memory.
+            StagdistError: the memory of the GPU is full, perhaps of another process.
         """
         progress = show_captures if self.rank == 0 else None
         try:
@@ -57,10 +58,11 @@ class Deployment:
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
                 raise
-            slots, context = self.plan.limits.num_slots, self.plan.limits.max_context
-            raise ConfigError(
-                f"{slots} slots (--batch-size) of {context} positions (--max-context) and the weights do not fit into "
-                "the memory; give fewer of either, or start more ranks"
+            limits, reason = self.plan.limits, " ".join(str(error).split())[:200]
+            kind = StagdistError if self.device.startswith("cuda") else ConfigError  # another process may leave a GPU
+            raise kind(
+                f"rank {self.rank}: the weights and {limits.num_slots} x {limits.max_context} positions (--batch-size, "
+                f"--max-context) do not fit into memory: {reason}; give less of either, or start more ranks"
             ) from error
 
     def engine(self, stage: Stage, transport: Transport | None, **limits: Any) -> Engine:
