@@ -24,7 +24,7 @@ BUDGETS = {
     "stagdist/errors.py": 43,
     "stagdist/files.py": 119,
     "stagdist/checkpoint": 3266,
-    "stagdist/cluster": 3709,
+    "stagdist/cluster": 3704,
     "stagdist/config": 977,
     "stagdist/data": 2855,
     "stagdist/decode": 5934,
@@ -40,7 +40,7 @@ BUDGETS = {
     "tools": 997,
     "benchmarks": 4397,
 }
-MAX_LINES = {("stagdist", "launch", "tools"): 30_550, ("benchmarks",): 4_397}
+MAX_LINES = {("stagdist", "launch", "tools"): 30_545, ("benchmarks",): 4_397}
 """The sums may only fall, except for a new feature; the server added 5,580 lines of product."""
 
 

@@ -18,7 +18,7 @@ def written(folder: Path, text: str) -> Path:
 def test_hosts_and_spares_are_read_and_deepspeed_sees_the_hosts_alone(tmp_path: Path) -> None:
     path = written(tmp_path, "# two racks\nnode1 slots=8\n\n10.0.0.2   slots=4 # old\n#spare node-3.rack slots=8\n")
     assert read_hostfile(path) == Hostfile((Host("node1", 8), Host("10.0.0.2", 4)), (Host("node-3.rack", 8),))
-    assert read_hostfile(path).slots == 12
+    assert sum(host.slots for host in read_hostfile(path).hosts) == 12
     assert dict(fetch_hostfile(str(path))) == {"node1": 8, "10.0.0.2": 4}
 
 

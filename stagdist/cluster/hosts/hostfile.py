@@ -31,11 +31,6 @@ class Hostfile:
     hosts: tuple[Host, ...]  # that work
     spares: tuple[Host, ...] = ()  # that replace one of them when it dies
 
-    @property
-    def slots(self) -> int:
-        """Ranks that the hosts run together."""
-        return sum(host.slots for host in self.hosts)
-
 
 def check_host_name(name: str) -> None:
     """Refuse a name that a launcher or a shell could interpret.
