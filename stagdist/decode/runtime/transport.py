@@ -100,7 +100,7 @@ class Transport:
             raise ConfigError(f"the grid {grid} needs {grid.world_size} ranks, {dist.get_world_size()} were started")
         self.grid, self._device, self._timeout_s = grid, device, timeout_s
         self.rules = rules_of(device) if rules is None else rules
-        self.rank = dist.get_rank()
+        self.rank, self.combined = dist.get_rank(), combined
         place = grid.coordinate(self.rank)
         self.stage, self.tensor_rank = place.pipe, place.tensor
         self.step = 0

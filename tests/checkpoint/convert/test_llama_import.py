@@ -146,7 +146,7 @@ DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
         ((), {"model_type": ["llama"]}, r"model_type \['llama'\]"),
         ((), {"eos_token_id": "x"}, "eos_token_id is 'x'"),
         ((), {"quantization_config": {"load_in_8bit": True}}, "quantization_config"),
-        (("num_hidden_layers",), {}, "has no num_hidden_layers"),
+        (("num_hidden_layers",), {}, "num_hidden_layers is None; give"),
         (("intermediate_size",), {}, "json does not describe .*: intermediate_size is missing"),
     ],
     ids=str,

@@ -221,7 +221,8 @@ def test_a_directory_without_configuration_is_no_model_directory(tmp_path: Path)
     [
         ("{", "cannot be read"),
         ('{"model_type": "gpt2"}', "gpt2"),
-        ('{"model_type": "llama"}', "no num_hidden_layers"),
+        ('{"model_type": "llama"}', "num_hidden_layers is None; give"),
+        ('{"model_type": "llama", "num_hidden_layers": "2"}', "num_hidden_layers is '2'; give"),
         ('{"model_type": "llama", "num_hidden_layers": 1}', "vocab_size is missing"),
     ],
 )
