@@ -293,7 +293,7 @@ def test_bad_arguments_get_one_line_from_one_rank(model: Path, arguments: list[s
 def test_more_slots_than_the_memory_holds_are_one_line(model: Path) -> None:
     done = run_ranks_to_end(model, "--prompt", "x", "--batch-size", str(10**7))
     (error,) = error_lines(done.stderr.decode())
-    assert done.returncode == 2 and "10000000 slots (--batch-size) of 128 positions" in error
+    assert done.returncode == 2 and "10000000 x 128 positions (--batch-size, --max-context)" in error
     assert b"Traceback" not in done.stderr
 
 

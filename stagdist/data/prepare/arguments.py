@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -83,7 +84,8 @@ def run_tool(action: Callable[[], None], on_failure: Callable[[], object] = lamb
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":  # a launcher ends the other ranks like this
+            print("error: interrupted; nothing was written", file=sys.stderr, flush=True)
         code = 130
     except BaseException:
         sys.excepthook(*sys.exc_info())
