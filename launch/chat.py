@@ -284,7 +284,7 @@ def command(conversation: Conversation, line: str) -> str:
         try:
             conversation.save(Path(rest.strip()).expanduser())
         except (OSError, ValueError, RuntimeError) as error:  # no such path; no such home
-            return f"error: cannot write {rest.strip()}: {getattr(error, 'strerror', error)}"
+            return f"error: cannot write {rest.strip()}: {getattr(error, 'strerror', None) or error}"
         return f"[written to {rest.strip()}]"
     return COMMANDS if word == "/help" else f"error: no command {line.strip()!r}\n{COMMANDS}"
 

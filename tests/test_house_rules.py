@@ -23,12 +23,12 @@ from tests.house_rules import (
 BUDGETS = {
     "stagdist/errors.py": 43,
     "stagdist/files.py": 119,
-    "stagdist/checkpoint": 3266,
-    "stagdist/cluster": 3704,
+    "stagdist/checkpoint": 3264,
+    "stagdist/cluster": 3703,
     "stagdist/config": 977,
     "stagdist/data": 2857,
     "stagdist/decode": 5934,
-    "stagdist/evaluation": 468,
+    "stagdist/evaluation": 469,
     "stagdist/hf": 655,
     "stagdist/model": 692,
     "stagdist/parallel": 1215,
@@ -40,7 +40,7 @@ BUDGETS = {
     "tools": 997,
     "benchmarks": 4397,
 }
-MAX_LINES = {("stagdist", "launch", "tools"): 30_547, ("benchmarks",): 4_397}
+MAX_LINES = {("stagdist", "launch", "tools"): 30_545, ("benchmarks",): 4_397}
 """The sums may only fall, except for a new feature; the server added 5,580 lines of product."""
 
 

@@ -90,7 +90,7 @@ def read_complete(directory: Path) -> dict[str, FileRecord]:
         records = {name: FileRecord(**record) for name, record in body["files"].items()}
         for name, record in records.items():
             if Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable():
-                raise ValueError(f"{name!r} is no file of the directory")
+                raise ValueError(f"{name!r} is not a file of the directory")
             if type(record.size) is not int or not isinstance(record.sha256, str):
                 raise TypeError(f"the record of {name} is no size and sha256")
         return records

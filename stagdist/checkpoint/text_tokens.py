@@ -84,7 +84,7 @@ def check_tokens(held: Mapping[str, Any], where: str, rows: int | None = None) -
         raise CheckpointError(f"{where} is nested more than {MAX_DEPTH} levels deep")
     for key in TOKEN_KEYS:
         value = held.get(key)
-        ids: list[Any] = value if isinstance(value, list) and value else [] if value is None else [value]
+        ids: list[Any] = [] if value is None else value if isinstance(value, list) and value else [value]
         if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
             raise CheckpointError(
                 f"{where}: {key} is {reprlib.repr(value)}; it must be a token id, a list of them or null"

@@ -36,7 +36,8 @@ def read_text(path: str | Path) -> str:
         DataError: it is missing, not text, or not UTF-8.
     """
     try:
-        recognize(str(path))  # refuses anything but text
+        if (contents := recognize(str(path))[0]) in ("parquet", "arrow"):
+            raise DataError(f"{path} is a table ({contents}); write its text to a .txt file")
         with open_input(str(path)) as stream:
             return stream.read().removeprefix(BOM_UTF8).decode()
     except OSError as error:

@@ -89,7 +89,7 @@ class StagFormerConfig(PretrainedConfig):
         self.check()
 
     def check(self) -> None:
-        """The model asks again, because `from_pretrained` sets attributes of a finished configuration.
+        """Check the values. The model checks them again, because `from_pretrained` changes a finished configuration.
 
         Raises:
             ValueError: the values contradict each other or ask for what this model does not have.

@@ -162,7 +162,7 @@ def test_of_two_runs_at_once_the_second_ends_the_first_and_is_not_harmed(tmp_pat
     (tmp_path / "a.txt").write_text("the text of the second run")
     (tmp_path / "c.other.bin.partial").touch()  # of the output c.other
     with (
-        pytest.raises(DataError, match="cannot prepare .*No such file or directory"),
+        pytest.raises(DataError, match="cannot prepare .*another run with this --output has removed it"),
         _partial_files(str(tmp_path / "c"), Ranks()) as first,
     ):
         Path(f"{first}.bin.partial").write_text("the first run")

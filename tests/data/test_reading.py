@@ -208,7 +208,7 @@ def test_a_table_is_recognized_by_content_and_text_stays_text(tmp_path: Path, ca
         content = json.dumps(ONE) if name != "LICENSE" else "one {two} [three]"
         (tmp_path / name).write_text(content)
         assert read(tmp_path / name) == [content]
-    remedy = "to read texts of records convert them to .jsonl"
+    remedy = "to read the texts of their records, convert them to .jsonl"
     assert caplog.messages == [f"note: read as text (1): {tmp_path}/a.{end}; {remedy}" for end in ("txt", "csv")]
 
 

@@ -130,6 +130,7 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], complaint: str) -> None:
         (("--text", "wide.txt"), "wide.txt is UTF-16; convert it: iconv"),
         (("--text", "wide-unmarked.txt"), "wide-unmarked.txt is UTF-16LE; convert it: iconv"),
         (("--text", "zeros.bin"), "zeros.bin is not text"),
+        (("--text", "table"), "table is a table (parquet); write its text to a .txt file"),
         (("--text", "cut.gz"), "cut.gz is damaged"),
         (("--text", "model"), "cannot read model: Is a directory"),
         (("--json", "model"), "--json model is a folder"),
@@ -154,6 +155,7 @@ def test_invalid_arguments_are_one_line_and_code_2(
     (place / "latin.txt").write_bytes(b"a\xe4b")
     contents = {
         "empty.txt": b"", "mark.txt": b"\xef\xbb\xbf", "wide.txt": TEXT.encode("utf-16"), "zeros.bin": bytes(64),
+        "table": b"PAR1\x15\x04",
         "wide-unmarked.txt": "A plain text.".encode("utf-16-le"), "cut.gz": gzip.compress(TEXT.encode())[:-9],
     }  # fmt: skip
     for name, content in contents.items():

@@ -40,8 +40,6 @@ INDEX_FILE = "model.safetensors.index.json"
 """Names the file of every tensor of a sharded directory."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
-
-
 _LLAMA_NAMES = {
     "embedding.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -126,8 +124,8 @@ class ModelDirectoryWriter(AbstractContextManager["ModelDirectoryWriter"]):
     """Writes global tensors in the order of `model_parameters` into a folder, and hashes what it writes.
 
     As a context manager it calls `commit`, or closes an unfinished file after an error. Every failure of the file
-    system is an OSError.
-    Files that others put into the folder before `commit`, such as the tokenizer, are recorded in `complete.json`.
+    system is an OSError. Files that others put into the folder before `commit`, such as the tokenizer, are recorded in
+    `complete.json`.
 
     Args:
         folder: is created if it does not exist; must not hold another model.

@@ -39,11 +39,10 @@ def check_host_name(name: str) -> None:
         ConfigError: it holds other characters than letters, digits, dots, hyphens and underscores, or is too long.
     """
     if len(name) > 253 or not _NAME.fullmatch(name):
+        remedy = "; enter an IPv6 address in /etc/hosts, and write its name here" if ":" in name else ""
         raise ConfigError(
             f"host name {name[:80]!r} is refused: letters, digits, dots, hyphens and underscores only, "
-            "beginning and ending with a letter or digit"
-            + "; enter an IPv6 address in /etc/hosts, and write its name here"
-            * (":" in name)
+            f"beginning and ending with a letter or digit{remedy}"
         )
 
 

@@ -95,7 +95,7 @@ def plan_pieces(inputs: Sequence[str], options: ReadOptions, *, piece_bytes: int
             of_hub = path.startswith(HUB)
             pieces += _dataset_pieces(path, options) if of_hub else _file_pieces(path, options, piece_bytes, records)
     if records:
-        remedy = "to read texts of records convert them to .jsonl"
+        remedy = "to read the texts of their records, convert them to .jsonl"
         LOG.warning("note: read as text (%d): %s; %s", len(records), listed(records), remedy)
     return pieces
 

@@ -62,7 +62,7 @@ class Deployment:
             kind = StagdistError if self.device.startswith("cuda") else ConfigError  # another process may leave a GPU
             raise kind(
                 f"rank {self.rank}: the weights and {limits.num_slots} x {limits.max_context} positions (--batch-size, "
-                f"--max-context) do not fit into memory: {reason}; give less of either, or start more ranks"
+                f"--max-context) do not fit into memory: {reason}; lower either, or start more ranks"
             ) from error
 
     def engine(self, stage: Stage, transport: Transport | None, **limits: Any) -> Engine:
