@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Measure a server of two ranks under load: `python benchmarks/serve.py`. `make clients` installs locust for it.
 
-- tokens/s of 1, 4 and 16 clients, against `launch/generate.py` with as many slots and the same requests;
+- tokens/s of 1, 4 and 16 clients, against `launch/generate.py` with as many slots and requests of the same sizes, in
+  alternating runs; the ratio is the median of the --rounds. The CPU time per token of the HTTP process and of locust is
+  reported beside it: on a machine where the ranks use all cores it is taken from them;
 - time between tokens of two clients while a third sends prompts of --prompt-tokens, and without it;
 - time to the first token of the second turn of a conversation, against that of the first.
 
@@ -16,6 +18,7 @@ import os
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -53,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="DIR", help="model directory (default: random weights)")
     parser.add_argument("--seconds", type=int, default=20, metavar="S", help="of each measurement (default 20)")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], metavar="N", help="(default 1 4 16)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of each ratio (default 3)")
     length = "of long prompts (default 1024)"
     parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="N", help=length)
     parser.add_argument("--options", default="", metavar="TEXT", help="more options of launch/serve.py")
@@ -61,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
     check_outputs(arguments)
-    if min(*arguments.clients, arguments.seconds, arguments.prompt_tokens) < 1:
-        raise ConfigError("--clients, --seconds and --prompt-tokens must be at least 1")
+    if min(*arguments.clients, arguments.rounds, arguments.seconds, arguments.prompt_tokens) < 1:
+        raise ConfigError("--clients, --rounds, --seconds and --prompt-tokens must be at least 1")
     if not CLIENTS.exists():
         raise ConfigError(f"{CLIENTS} is missing; `make clients` installs it")
     with tempfile.TemporaryDirectory() as name:
@@ -90,15 +94,10 @@ def measure(model: Path, folder: Path, arguments: argparse.Namespace) -> dict[st
     vocabulary = ModelReader(model).model.vocab_size
     load = Load(folder, vocabulary, arguments.prompt_tokens, arguments.seconds)
     results: dict[str, Any] = {"seconds": arguments.seconds, "prompt_tokens": arguments.prompt_tokens}
-    results["tokens_per_s"] = {}
-    for clients in arguments.clients:
-        with serving(model, folder, ["--batch-size", str(clients), *arguments.options.split()]) as url:
-            over_http = load.run(url, DECODERS=clients)
-        results["tokens_per_s"][clients] = {
-            "over_http": over_http["tokens_per_s"],
-            "engine": engine_alone(model, folder, clients, vocabulary),
-            "requests": over_http,
-        }
+    results["tokens_per_s"] = {
+        clients: [compare(model, folder, load, clients, arguments.options) for _ in range(arguments.rounds)]
+        for clients in arguments.clients
+    }
     with serving(model, folder, ["--batch-size", "4", *arguments.options.split()]) as url:
         results["alone"] = load.run(url, DECODERS=2)
         results["with_prompts"] = load.run(url, DECODERS=2, PROMPTERS=1)
@@ -106,12 +105,21 @@ def measure(model: Path, folder: Path, arguments: argparse.Namespace) -> dict[st
     return results
 
 
+def compare(model: Path, folder: Path, load: "Load", clients: int, options: str) -> dict[str, Any]:
+    """One round: tokens/s over HTTP, then those of the engine for about as many tokens."""
+    with serving(model, folder, ["--batch-size", str(clients), *options.split()]) as url:
+        requests = load.run(url, DECODERS=clients)
+    over_http = requests["tokens_per_s"]
+    engine = engine_alone(model, folder, clients, load.vocabulary, over_http * load.seconds)
+    return {"over_http": over_http, "engine": engine, "ratio": over_http / engine, "requests": requests}
+
+
 class Load:
     """Runs of locust against a server."""
 
     def __init__(self, folder: Path, vocabulary: int, prompt_tokens: int, seconds: int) -> None:
         self._result = folder / "load.json"
-        self._seconds = seconds
+        self.vocabulary, self.seconds = vocabulary, seconds
         sizes: dict[str, object] = {
             "VOCABULARY": vocabulary,
             "PROMPT_TOKENS": prompt_tokens,
@@ -128,16 +136,27 @@ class Load:
         """
         count = str(sum(users.values()))
         words = [str(CLIENTS), "-f", str(ROOT / "benchmarks" / "serving" / "load.py"), "--headless", "--only-summary"]
-        words += ["--host", url, "-u", count, "-r", count, "-t", f"{self._seconds + START_S}s", "--stop-timeout", "60"]
+        words += ["--host", url, "-u", count, "-r", count, "-t", f"{self.seconds + START_S}s", "--stop-timeout", "60"]
         variables = {**os.environ, **self._sizes, **{name: str(number) for name, number in users.items()}}
+        before = http_cpu_s(url)
         done = subprocess.run(words, env=variables, capture_output=True, text=True, check=False)
         result: dict[str, Any] = json.loads(self._result.read_text()) if self._result.exists() else {}
         self._result.unlink(missing_ok=True)
         if not result or result["failures"]:
             raise TrainingError(f"the load failed: {done.stdout[-1000:]}{done.stderr[-2000:]}")
         if not result["tokens_per_s"]:
-            raise ConfigError(f"{self._seconds} s are too short: no token came after the warm-up; give more --seconds")
-        return result
+            raise ConfigError(f"{self.seconds} s are too short: no token came after the warm-up; give more --seconds")
+        seconds = {"http_process": http_cpu_s(url) - before, "locust": result.pop("cpu_s")}
+        tokens = result.pop("tokens")
+        return result | {"cpu_ms_per_token": {name: 1000 * used / tokens for name, used in seconds.items()}}
+
+
+def http_cpu_s(url: str) -> float:
+    """CPU time of the HTTP process so far, in seconds."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        found = re.search(rb"^process_cpu_seconds_total (\S+)", answer.read(), re.MULTILINE)
+    assert found is not None
+    return float(found[1])
 
 
 @contextlib.contextmanager
@@ -191,11 +210,10 @@ def wait_until_ready(url: str, server: "subprocess.Popen[bytes]", log: Path) -> 
     raise TrainingError(f"the server did not start: {log.read_text()[-2000:]}")
 
 
-def engine_alone(model: Path, folder: Path, slots: int, vocabulary: int) -> float:
-    """Tokens/s of the same requests without HTTP, three for each slot."""
-    rows = [
-        {"prompt_ids": [1 + (7 * row + place) % (vocabulary - 1) for place in range(32)]} for row in range(3 * slots)
-    ]
+def engine_alone(model: Path, folder: Path, slots: int, vocabulary: int, tokens: float) -> float:
+    """Tokens/s without HTTP of requests like those of `load.py`, as many for each slot as `tokens` take."""
+    count = slots * max(1, round(tokens / slots / ANSWER_TOKENS))
+    rows = [{"prompt_ids": [1 + (7 * row + place) % (vocabulary - 1) for place in range(32)]} for row in range(count)]
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--model", str(model), "--prompts-file", str(prompts), "--batch-size", str(slots), "--ignore-eos"]
@@ -211,9 +229,12 @@ def engine_alone(model: Path, folder: Path, slots: int, vocabulary: int) -> floa
 def report(results: dict[str, Any]) -> None:
     """Print a table."""
     print(LINE.format("", "over HTTP", "engine", "ratio"))
-    for clients, found in results["tokens_per_s"].items():
-        ours, theirs = found["over_http"], found["engine"]
-        print(LINE.format(f"tokens/s, {clients} clients", f"{ours:.1f}", f"{theirs:.1f}", f"{ours / theirs:.2f}"))
+    for clients, rounds in results["tokens_per_s"].items():
+        row = [statistics.median(each[name] for each in rounds) for name in ("over_http", "engine", "ratio")]
+        print(LINE.format(f"tokens/s, {clients} clients", f"{row[0]:.1f}", f"{row[1]:.1f}", f"{row[2]:.2f}"))
+        used = [each["requests"]["cpu_ms_per_token"] for each in rounds]
+        http, locust = (statistics.median(each[name] for each in used) for name in ("http_process", "locust"))
+        print(f"    CPU ms per token: HTTP process {http:.2f}, locust {locust:.2f}")
     print(LINE.format("", "alone", "beside", "ratio"))
     for share in ("p50", "p99"):
         alone, beside = (1000 * results[name]["gap_s"][share] for name in ("alone", "with_prompts"))

@@ -110,7 +110,10 @@ def test_prometheus_reads_the_metrics(http: httpx.Client) -> None:
     assert kinds["stagdist:time_to_first_token_seconds"] == "histogram"
     for family in families.values():
         names = {"model_name", "engine"} if family.name.startswith("stagdist:") else {"handler", "method"}
+        names = set() if family.name.startswith("process_") else names
         assert all(names <= set(sample.labels) for sample in family.samples), family.name
+    (memory,) = families["process_resident_memory_bytes"].samples
+    assert 10 << 20 < memory.value < 1 << 30
     (info,) = families["stagdist:model_info"].samples
     assert (info.labels["sections"], info.labels["precision"], info.value) == ("2", "fp32", 1)
     stages = {sample.labels["kind"]: sample.value for sample in families["stagdist:stage_seconds"].samples}

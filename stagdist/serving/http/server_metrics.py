@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -50,7 +50,7 @@ class ServerMetrics:
     """Counts what passes through the HTTP process; the engine's own numbers are read when they are asked for.
 
     Args:
-        prefix: of all names except those of HTTP requests, which have the usual ones.
+        prefix: of all names except those of HTTP requests and of the process, which have the usual ones.
 
     Attributes:
         model: the model that is served; None before the engine has said.
@@ -62,6 +62,7 @@ class ServerMetrics:
         self.prefix = prefix
         self._registry = CollectorRegistry()
         self._registry.register(_EngineNumbers(self))
+        ProcessCollector(registry=self._registry)  # of the HTTP process, with the usual names
         self.model: ServedModel | None = None
         self.stats: Stats | None = None
         self.healthy = False
