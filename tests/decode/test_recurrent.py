@@ -1,12 +1,13 @@
 """Recurrent decoding is the plain loop of its recurrence, and is refused where none is defined."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from stagdist.config.parts import ModelConfig
-from stagdist.decode.request import Request, SamplingParams
+from stagdist.decode.request import Request, RequestOutput, SamplingParams
 from stagdist.decode.runtime.build import EngineOptions, plan_decoding
 from stagdist.errors import ConfigError
 from tests.decode.decoding import Case, config_of, parameters_of, prompt, run_cases
@@ -30,27 +31,32 @@ LENGTHS = (1, 2, 4, 6, 13)
 NEW_TOKENS = 9
 
 
-def recurrence(case: Case, prompt_ids: tuple[int, ...], count: int) -> tuple[list[int], torch.Tensor]:
-    """Tokens and the logits they were chosen from, everything computed again for every token.
+def recurrence(
+    parameters: reference.Parameters, config: dict[str, Any], prompt_ids: Sequence[int], tokens: Sequence[int]
+) -> torch.Tensor:
+    """Logits of which tokens after a prompt were chosen, everything computed again for every token.
 
     Memory slots of the prompt come from section 1; each decoded position gives its own output of section 2.
     """
-    parameters, config = parameters_of(case), config_of(case.keys)
     shape = reference.shape_of(config)
-    ids = list(prompt_ids)
-    embeddings = parameters["embedding.weight"][torch.tensor([ids])]
-    source = reference.run_section(parameters, shape, 0, embeddings, None)  # what the memory is made from
-    output = reference.run_section(parameters, shape, 1, embeddings, source)
-    rows = []
-    for _ in range(count):
-        rows.append(reference.logits_of(parameters, config, [output])[0, -1])
-        ids.append(int(rows[-1].argmax()))
-        embeddings = parameters["embedding.weight"][torch.tensor([ids])]
+    embeddings = parameters["embedding.weight"][torch.tensor([[*prompt_ids, *tokens]])]
+    length = len(prompt_ids)
+    source = reference.run_section(parameters, shape, 0, embeddings[:, :length], None)  # what the memory is made from
+    outputs = [reference.run_section(parameters, shape, 1, embeddings[:, :length], source)[:, -1:]]
+    for end in range(length + 1, length + len(tokens)):
         # The shift takes the newest entry away from every position that it could reach: any value will do.
         unseen = torch.full_like(source[:, :1], 1e3)
-        output = reference.run_section(parameters, shape, 1, embeddings, torch.cat([source, unseen], dim=1))
+        output = reference.run_section(parameters, shape, 1, embeddings[:, :end], torch.cat([source, unseen], dim=1))
+        outputs.append(output[:, -1:])
         source = torch.cat([source, output[:, -1:]], dim=1)
-    return ids[len(prompt_ids) :], torch.stack(rows)
+    return reference.logits_of(parameters, config, [torch.cat(outputs, dim=1)])[0]
+
+
+def recurrences(case: Case, completions: Sequence[RequestOutput]) -> list[torch.Tensor]:
+    """Logits of every answer."""
+    parameters, config = parameters_of(case), config_of(case.keys)
+    pairs = zip(case.requests, completions, strict=True)
+    return [recurrence(parameters, config, request.prompt_ids, done.token_ids) for request, done in pairs]
 
 
 def case_of(keys: dict[str, Any], num_slots: int, *, recurrent: bool = True, precision: str = "fp64") -> Case:
@@ -67,8 +73,8 @@ def case_of(keys: dict[str, Any], num_slots: int, *, recurrent: bool = True, pre
 def test_tokens_are_those_of_the_plain_loop(name: str, num_slots: int) -> None:
     case = case_of(VARIANTS[name], num_slots)
     (ran,) = run_cases([case])
-    for request, done in zip(case.requests, ran.completions, strict=True):
-        assert list(done.token_ids) == recurrence(case, request.prompt_ids, NEW_TOKENS)[0]
+    for done, logits in zip(ran.completions, recurrences(case, ran.completions), strict=True):
+        assert list(done.token_ids) == logits.argmax(-1).tolist() and len(done.token_ids) == NEW_TOKENS
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-9), ("fp32", 1e-4)])
@@ -76,9 +82,8 @@ def test_tokens_are_those_of_the_plain_loop(name: str, num_slots: int) -> None:
 def test_logits_are_those_of_the_plain_loop(name: str, precision: str, tolerance: float) -> None:
     case = case_of(VARIANTS[name], 1, precision=precision)
     (ran,) = run_cases([case])
-    expected = [recurrence(case, request.prompt_ids, NEW_TOKENS)[1] for request in case.requests]
     found = torch.cat([logits for _, _, logits in ran.logits]).double()
-    torch.testing.assert_close(found, torch.cat(expected), atol=tolerance, rtol=0)
+    torch.testing.assert_close(found, torch.cat(recurrences(case, ran.completions)), atol=tolerance, rtol=0)
 
 
 def test_the_loop_is_not_ordinary_decoding() -> None:

@@ -16,6 +16,8 @@ from stagdist.decode.request import Request, SamplingParams
 from stagdist.decode.scheduler import ScheduledRequest, Scheduler
 from tests.decode.plain_sampler import plain_choice
 from tests.decode.test_exactness import COMBINATIONS
+from tests.decode.test_recurrent import VARIANTS as RECURRENT
+from tests.decode.test_recurrent import recurrence
 from tests.launch.generating import run_ranks_to_end, write_model
 from tests.launch.served_answers import (
     Neighbors,
@@ -32,13 +34,66 @@ from tests.reference.variants import BASE, VARIANTS
 
 pytestmark = pytest.mark.ranks
 
-MODELS = VARIANTS | COMBINATIONS
-QUICK = ("four shared, combined", "window", "stagger 2", "sequential")
-"""What `make test` serves."""
 CONTEXT = 96
 CHUNK = 8
 SLOTS = 8
 END = byte_tokenizer().end_of_document
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is run.
+
+    Attributes:
+        keys: of the model, added to `BASE`.
+        ranks: of the server and of the generate command; None: one process.
+        options: of both commands.
+        server: options of the server alone.
+    """
+
+    keys: dict[str, Any]
+    ranks: int | None = None
+    options: tuple[str, ...] = ()
+    server: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model keys, for bytes. The vocabulary is odd, except where a variant needs an even one."""
+        size = END + 2 if "vocab_size" in self.keys else END + 1
+        return BASE | self.keys | {"max_position_embeddings": CONTEXT, "vocab_size": size}
+
+    @property
+    def copies_prefixes(self) -> bool:
+        """Whether a prompt can begin with that of a neighbor; a ring buffer of a window holds no beginnings."""
+        return self.keys.get("cross_attention_window") is None and "--no-prefix-caching" not in self.server
+
+    @property
+    def continues_answers(self) -> bool:
+        """Whether a next turn can continue in the slot of the one before; with stagger 2 a window has lost too much."""
+        return self.copies_prefixes or ("cross_attention_window" in self.keys and self.keys.get("stagger", 1) < 2)
+
+
+MODELS = {
+    # Two ranks, or three where there are three sections; a model of one section has one process.
+    name: Layout(keys, {1: None, 3: 3}.get(len(keys.get("section_layers", [1, 1])), 2))
+    for name, keys in (VARIANTS | COMBINATIONS).items()
+}
+LAYOUTS = {
+    "one process": Layout(COMBINATIONS["four shared, combined"]),
+    "recurrent": Layout(RECURRENT["stagger 1"], None, ("--recurrent",)),
+    "recurrent, window": Layout(RECURRENT["stagger 2, window, tied, grouped"], None, ("--recurrent",)),
+    "two tensor ranks": Layout(VARIANTS["grouped queries"], 2, ("--tensor-parallel-size", "2")),
+    "two stages of two tensor ranks": Layout(
+        VARIANTS["unequal sections"], 4, ("--tensor-parallel-size", "2", "--head", "sharded")
+    ),
+    "sharded head of combined sections": Layout(VARIANTS["combined"], 2, ("--head", "sharded", "--max-context", "88")),
+    "no prefix caching": Layout(VARIANTS["stagger 2"], 2, server=("--no-prefix-caching",)),
+    "chunks as long as time allows": Layout(
+        VARIANTS["tied"], 2, server=("--prefill-chunk", "48", "--inter-token-target-ms", "4")
+    ),
+}
+QUICK = ("four shared, combined", "window", "stagger 2", "sequential")
+"""What `make test` serves."""
 SYSTEM = tuple(b"You are a function that returns at once. ")
 """The beginning of most prompts: several chunks."""
 
@@ -81,23 +136,6 @@ REQUESTS = [
 FIRST = REQUESTS[0]
 
 
-def config_of(variant: str) -> dict[str, Any]:
-    """The model keys of a variant, for bytes. The vocabulary is odd, except where a variant needs an even one."""
-    size = END + 2 if "vocab_size" in MODELS[variant] else END + 1
-    return BASE | MODELS[variant] | {"max_position_embeddings": CONTEXT, "vocab_size": size}
-
-
-def ranks_of(config: dict[str, Any]) -> int | None:
-    """Two ranks, or three where there are three sections; a model of one section has one process."""
-    sections = len(config["section_layers"])
-    return None if sections == 1 else 3 if sections == 3 else 2
-
-
-def reuses_prefixes(config: dict[str, Any]) -> bool:
-    """Whether a next turn can continue in the slot of the one before; with stagger 2 a window has lost too much."""
-    return config.get("cross_attention_window") is None or config.get("stagger", 1) < 2
-
-
 @dataclass
 class Difference:
     """An answer that is not the right one."""
@@ -112,17 +150,16 @@ class Comparison:
     """The right answers of a model, and what differed from them.
 
     Args:
-        config: keys of the model.
         expected: answers of the generate command, by name.
 
     Attributes:
         cached: positions that the answers did not compute.
     """
 
-    def __init__(self, config: dict[str, Any], expected: dict[str, dict[str, Any]]):
-        parameters = reference.random_parameters(config, 0, torch.float32, perturb=True)
+    def __init__(self, layout: Layout, expected: dict[str, dict[str, Any]]):
+        parameters = reference.random_parameters(layout.config, 0, torch.float32, perturb=True)
         self._parameters = {name: value.double() for name, value in parameters.items()}
-        self._config, self._expected = config, expected
+        self._layout, self._expected = layout, expected
         self._recomputed: dict[tuple[str, tuple[int, ...]], tuple[list[int], list[float]]] = {}
         self.differences: list[Difference] = []
         self.cached = 0
@@ -151,35 +188,38 @@ class Comparison:
         prompt, params = request.prompt_ids, request.params
         if not params.ignore_end_of_document:
             params = replace(params, stop_token_ids=(*params.stop_token_ids, END))
-        logits = reference.forward(self._parameters, self._config, torch.tensor([[*prompt, *tokens][:CONTEXT]]))[0]
-        rows = logits[len(prompt) - 1 :].numpy()
+        if "--recurrent" in self._layout.options:
+            logits = recurrence(self._parameters, self._layout.config, prompt, tokens)
+        else:
+            ids = torch.tensor([[*prompt, *tokens][:-1]])
+            logits = reference.forward(self._parameters, self._layout.config, ids)[0, len(prompt) - 1 :]
         chosen = [
             plain_choice(row, params, prompt, list(tokens[:index]), len(prompt) + index)
-            for index, row in enumerate(rows[: len(tokens)])
+            for index, row in enumerate(logits.numpy())
         ]
         right = [token for token, _ in chosen]
         return right, [float(logprobs[token]) for token, logprobs in chosen]
 
 
-def generated(model: Path, requests: list[Request]) -> dict[str, dict[str, Any]]:
-    """Answers of `launch/generate.py` in one process, by name."""
+def generated(model: Path, requests: list[Request], layout: Layout) -> dict[str, dict[str, Any]]:
+    """Answers of `launch/generate.py` by name, in one process unless options ask for another layout."""
     lines = [{"id": each.request_id, "prompt_ids": each.prompt_ids, **given_fields(each.params)} for each in requests]
     file = model.with_suffix(".jsonl")
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    done = run_ranks_to_end(model, "--prompts-file", str(file), "--precision", "fp64", "--json")
+    words = ["--prompts-file", str(file), "--precision", "fp64", "--json", *layout.options]
+    done = run_ranks_to_end(model, *words, ranks=layout.ranks if layout.options else None)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == len(requests)
     return {answer["id"]: answer for answer in answers}
 
 
-def served_model(
-    folder: Path, config: dict[str, Any], *options: str, before: Callable[[], None] = count_decisions
-) -> tuple[Path, Served]:
+def served_model(folder: Path, layout: Layout, before: Callable[[], None] = count_decisions) -> tuple[Path, Served]:
     """A model directory and a server of it, which starts."""
-    model = write_model(folder / "model", **config)
-    fixed = ["--precision", "fp64", "--batch-size", str(SLOTS), "--prefill-chunk", str(CHUNK)]
-    return model, serve(folder, model, *fixed, *options, ranks=ranks_of(config), before=before)
+    model = write_model(folder / "model", **layout.config)
+    options = ["--precision", "fp64", "--batch-size", str(SLOTS), "--prefill-chunk", str(CHUNK)]
+    options += [*layout.options, *layout.server]
+    return model, serve(folder, model, *options, ranks=layout.ranks, before=before)
 
 
 def ask_alone(served: Served, comparison: Comparison, *, reuses: bool) -> None:
@@ -219,14 +259,14 @@ def stats_when_idle(served: Served) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS | LAYOUTS]
 )
-def test_answers_are_those_of_the_generate_command_alone_and_among_others(variant: str, tmp_path: Path) -> None:
-    config = config_of(variant)
-    model, served = served_model(tmp_path, config)
-    comparison = Comparison(config, generated(model, REQUESTS))
+def test_answers_are_those_of_the_generate_command_alone_and_among_others(name: str, tmp_path: Path) -> None:
+    layout = (MODELS | LAYOUTS)[name]
+    model, served = served_model(tmp_path, layout)
+    comparison = Comparison(layout, generated(model, REQUESTS, layout))
     served.wait_ready()
-    ask_alone(served, comparison, reuses=reuses_prefixes(config))
+    ask_alone(served, comparison, reuses=layout.continues_answers)
     alone = comparison.cached
     neighbors = ask_among_others(served, comparison)
     assert comparison.differences == []
@@ -237,11 +277,12 @@ def test_answers_are_those_of_the_generate_command_alone_and_among_others(varian
     decisions = end_and_read_decisions(served)
     # Whether a client leaves while its short prompt is computed is chance; tests/decode/test_scheduler.py does that.
     kinds = ["chunk beside a step", "left while decoding"]
-    kinds += ["reused"] * reuses_prefixes(config)
-    if config.get("cross_attention_window") is None:  # a ring buffer of a window holds no beginnings
-        kinds.append("copied")
-        assert comparison.cached > alone > len(SYSTEM)
+    kinds += ["reused"] * layout.continues_answers + ["copied"] * layout.copies_prefixes
     assert all(decisions[kind] > 0 for kind in kinds), decisions
+    if layout.copies_prefixes:
+        assert comparison.cached > alone > len(SYSTEM)
+    if "--no-prefix-caching" in layout.server:
+        assert decisions["reused"] == decisions["copied"] == comparison.cached == 0
 
 
 def start_prefixes_too_late() -> None:
@@ -259,9 +300,9 @@ def start_prefixes_too_late() -> None:
 
 
 def test_the_comparison_notices_prefixes_that_start_one_position_too_late(tmp_path: Path) -> None:
-    config = config_of("unequal sections")
-    _, served = served_model(tmp_path, config, before=start_prefixes_too_late)
-    comparison = Comparison(config, {})
+    layout = MODELS["unequal sections"]
+    _, served = served_model(tmp_path, layout, before=start_prefixes_too_late)
+    comparison = Comparison(layout, {})
     served.wait_ready()
     for request in REQUESTS:
         comparison.check("alone", request, ask(served, body_of(request)))
@@ -271,8 +312,8 @@ def test_the_comparison_notices_prefixes_that_start_one_position_too_late(tmp_pa
 @pytest.fixture
 def busy(tmp_path: Path) -> Iterator[Served]:
     """A server with 15 clients that come and go, whose chunks are as long as time allows."""
-    options = ["--head", "sharded", "--prefill-chunk", "48", "--inter-token-target-ms", "4"]
-    _, served = served_model(tmp_path, config_of("unequal sections"), *options)
+    options = ("--head", "sharded", "--prefill-chunk", "48", "--inter-token-target-ms", "4")
+    _, served = served_model(tmp_path, replace(MODELS["unequal sections"], server=options))
     with Neighbors(served.wait_ready(), 15, SYSTEM, CONTEXT - 10):
         yield served
 
