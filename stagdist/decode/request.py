@@ -12,7 +12,7 @@ MAX_LOGPROBS = 20
 """Log-probabilities of at most this many of the likeliest tokens are given."""
 
 MAX_SEED = 2**63 - 1
-"""Largest seed: seeds are int64 tensors on the device."""
+"""Largest seed and largest count: seeds are int64 tensors on the device, and messages between ranks hold int64."""
 
 MAX_BIAS = 100
 """Largest absolute value of a logit bias, as in OpenAI's API."""
@@ -77,8 +77,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         fewest = 1 if self.prompt_logprobs is None else 0
-        remedy = "an integer, at least 1 (0, with prompt_logprobs, only scores the prompt)"
-        _check_int("max_new_tokens", self.max_new_tokens, fewest, None, remedy)
+        remedy = f"an integer, 1 (0, with prompt_logprobs, only scores the prompt) to {MAX_SEED}"
+        _check_int("max_new_tokens", self.max_new_tokens, fewest, MAX_SEED, remedy)
         remedy = f"an integer from 0 to max_new_tokens ({self.max_new_tokens})"
         _check_int("min_tokens", self.min_tokens, 0, self.max_new_tokens, remedy)
         if _number("temperature", self.temperature) != 0:
@@ -129,8 +129,8 @@ def _is_id(value: Any) -> bool:
     return _is_int(value) and value >= 0
 
 
-def _check_int(name: str, value: Any, low: int, high: int | None, remedy: str) -> None:
-    _check(name, value, _is_int(value) and low <= value and (high is None or value <= high), remedy)
+def _check_int(name: str, value: Any, low: int, high: int, remedy: str) -> None:
+    _check(name, value, _is_int(value) and low <= value <= high, remedy)
 
 
 def _number(name: str, value: Any) -> float:

@@ -149,10 +149,10 @@ class ScriptedEngine:
                     self.messages.put(message)
 
     def _answer(self, request: dict[str, Any]) -> None:
-        """Letters until the maximum; log-probabilities where asked for."""
+        """Letters until the maximum or the end of the context; log-probabilities where asked for."""
         params = request["params"]
         count, top, prompt_top = (params.get(key) for key in ("max_new_tokens", "logprobs", "prompt_logprobs"))
-        count = 128 if count is None else count  # the default is not sent
+        count = min(128 if count is None else count, CONTEXT + 1 - len(request["prompt"]))  # the default is not sent
         prompt = None
         if prompt_top is not None:
             prompt = [None, *(scored(token, prompt_top) for token in request["prompt"][1:])]

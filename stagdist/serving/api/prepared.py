@@ -154,10 +154,10 @@ def submissions_of(
             f"shorten it by at least {len(prompt) - context} tokens"
         )
         raise ProblemError(400, message, param="prompt", code="context_length_exceeded")
-    room = context - len(prompt) + 1  # the last token is never fed back
-    new = room if max_new_tokens is None else min(room, max_new_tokens)
+    if max_new_tokens is None:
+        max_new_tokens = max(context - len(prompt) + 1, fields.min_tokens or 0)  # the last token is never fed back
     choices = [
-        Submission(prompt, fields.sampling(max_new_tokens=new, seed=seed + choice, **more))
+        Submission(prompt, fields.sampling(max_new_tokens=max_new_tokens, seed=seed + choice, **more))
         for choice in range(fields.n or 1)
     ]
     try:
