@@ -116,7 +116,7 @@ REQUESTS = [
     after_system("top p", b"Go.", 8, temperature=1.0, top_p=0.8, seed=11, stop_token_ids=tuple(range(0, 256, 9))),
     asked("penalty", b"unlike the others", 12, repetition_penalty=1.7, ignore_end_of_document=True),
     after_system("min p", b"Stop", 10, temperature=0.7, min_p=0.02, repetition_penalty=1.2, seed=5),
-    after_system("to the end of the context", bytes(range(40, 80)), 100, temperature=1.5, seed=3),
+    after_system("to the end of the context", bytes(range(40, 80)), 100, temperature=1.5, seed=3, min_tokens=50),
     asked("only a part of it", bytes(SYSTEM[:19]), 10, presence_penalty=1.1, frequency_penalty=0.3),
     after_system(
         "changed",
