@@ -81,6 +81,7 @@ MODELS = {
 LAYOUTS = {
     "one process": Layout(COMBINATIONS["four shared, combined"]),
     "recurrent": Layout(RECURRENT["stagger 1"], None, ("--recurrent",)),
+    "recurrent on two tensor ranks": Layout(RECURRENT["stagger 1"], 2, ("--recurrent", "--tensor-parallel-size", "2")),
     "recurrent, window": Layout(RECURRENT["stagger 2, window, tied, grouped"], None, ("--recurrent",)),
     "two tensor ranks": Layout(VARIANTS["grouped queries"], 2, ("--tensor-parallel-size", "2")),
     "two stages of two tensor ranks": Layout(
