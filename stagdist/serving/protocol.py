@@ -39,6 +39,7 @@ class ServedModel(TypedDict):
     version: str
     connection: str
     stagger: int
+    recurrent: bool
 
 
 class TokenizerContent(TypedDict):
@@ -58,7 +59,6 @@ class Hello(TypedDict):
 
     kind: Literal["hello"]
     model: ServedModel
-    end_tokens: list[int]
     tokenizer: TokenizerContent
 
 

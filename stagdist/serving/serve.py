@@ -126,6 +126,7 @@ class Server:
             version=__version__,
             connection=model.connection,
             stagger=model.stagger,
+            recurrent=plan.topology.recurrent,
         )
         content = TokenizerContent(
             json=tokenizer.to_json(),
@@ -133,4 +134,4 @@ class Server:
             special_tokens=tokenizer.special_tokens,
             chat_template=tokenizer.chat_template,
         )
-        return Hello(kind="hello", model=served, end_tokens=sorted(self._deployment.end_tokens), tokenizer=content)
+        return Hello(kind="hello", model=served, tokenizer=content)

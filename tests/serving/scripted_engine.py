@@ -50,10 +50,11 @@ def hello(**tokenizer: Any) -> dict[str, Any]:
         "version": "0.1.0",
         "connection": "staggered",
         "stagger": 1,
+        "recurrent": False,
     }
     special = {"eos_token": "<|endoftext|>"}
     tokens = content | {"special_tokens": special} | tokenizer
-    return {"kind": "hello", "model": model, "end_tokens": [256], "tokenizer": tokens}
+    return {"kind": "hello", "model": model, "tokenizer": tokens}
 
 
 def stats(**changes: Any) -> dict[str, Any]:

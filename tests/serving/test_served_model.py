@@ -35,6 +35,16 @@ def sentencepiece() -> Tokenizer:
     return Tokenizer(backend.to_str(), None)
 
 
+def test_the_fingerprint_is_that_of_everything_that_changes_tokens() -> None:
+    shapes: list[dict[str, Any]] = [{}, {"recurrent": True}, {"precision": "fp64"}, {"stages": 1}, {"tensor": 2}]
+    greeting: Any = hello()
+    found = [
+        ModelView(greeting | {"model": greeting["model"] | shape}, ServerSettings(engine_socket="s"))
+        for shape in shapes
+    ]
+    assert len({view.fingerprint for view in found}) == len(shapes)
+
+
 @pytest.fixture(params=["bytes", "bpe", "sentencepiece"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     kinds: dict[str, Any] = {

@@ -44,7 +44,8 @@ class ModelView:
     def fingerprint(self) -> str:
         """`system_fingerprint`: equal seeds give equal answers only under an equal one."""
         model = self.model
-        shape = [model[key] for key in ("path", "created", "stages", "tensor", "precision", "version", "connection")]  # type: ignore[literal-required]
+        keys = ("path", "created", "stages", "tensor", "precision", "version", "connection", "recurrent")
+        shape = [model[key] for key in keys]  # type: ignore[literal-required]
         return "fp_" + hashlib.sha256(repr(shape).encode()).hexdigest()[:12]
 
     def check_name(self, name: str | None) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from stagdist.errors import StagdistError
 from stagdist.serving.api.prepared import Submission
-from stagdist.serving.api.problems import ProblemError
+from stagdist.serving.api.problems import ProblemError, problem_of_params
 from stagdist.serving.api.served_model import ModelView
 from stagdist.serving.http.generation import TextGeneration
 from stagdist.serving.http.server_metrics import ServerMetrics
@@ -240,7 +240,7 @@ class EngineClient:
         if code == "queue_full":
             problem = self._queue_full(message)
         elif code == "invalid":
-            problem = ProblemError(400, message)
+            problem = problem_of_params(message.removeprefix(f"request {engine_id!r}: "))
         else:
             problem = ProblemError(503, message, code=code, retry_after_s=5)
             self._metrics.rejected(code)
