@@ -13,10 +13,12 @@ import socket
 import sys
 from collections.abc import Iterator
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stagdist.errors import ConfigError
+from stagdist.serving.api.problems import ProblemError
 from stagdist.serving.http.app import make_app
 from stagdist.serving.http.engine_client import EngineClient
 from stagdist.serving.http.server_metrics import ServerMetrics
@@ -38,7 +40,10 @@ class _SilentServer(uvicorn.Server):
 
 
 class _ImpatientProtocol(H11Protocol):
-    """Connections without a request end like idle ones, also before the first request and within its head."""
+    """Connections without a request end like idle ones, also before the first request and within its head.
+
+    What is no request gets an error object like all others.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -53,6 +58,14 @@ class _ImpatientProtocol(H11Protocol):
     def timeout_keep_alive_handler(self) -> None:
         if self._waits():  # or a request is served that was sent before the last answer
             super().timeout_keep_alive_handler()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else the body of an answered request is broken
+            problem = ProblemError(400, "this is no valid HTTP/1.1 request", headers={"Connection": "close"}).response()
+            head = h11.Response(status_code=400, headers=problem.raw_headers, reason=b"Bad Request")
+            for event in (head, h11.Data(data=bytes(problem.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def _waits(self) -> bool:
         return self.cycle is None or self.cycle.response_complete

@@ -245,11 +245,14 @@ def test_the_maximum_of_tokens(server: HttpServer, http: httpx.Client, given: di
         ({"prompt": "x", "stop": ["a"] * 65}, "stop", "64"),
         ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", "token ids"),
         ({"prompt": "x", "logit_bias": {"300": 1}}, "logit_bias", "vocabulary"),
+        ({"prompt": "x", "logit_bias": {**dict.fromkeys(map(str, range(200)), 1), "a": 1}}, "logit_bias", "token ids"),
         ({"prompt": "x", "presence_penalty": 3}, "presence_penalty", "-2 to 2"),
         ({"prompt": "x", "best_of": 2}, "best_of", "not supported"),
         ({"prompt": "x", "suffix": "y"}, "suffix", "not supported"),
         ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"prompt": "x", "prompt_logprobs": 1}, "prompt_logprobs", "echo"),
+        ({"prompt": "x", "tool_choice": "required"}, "tool_choice", "not supported"),
+        ({"prompt": "x", "regex": "a+"}, "regex", "not supported"),
         ({"prompt": "x", "deadline_s": 0}, "deadline_s", "greater than 0"),
     ],
 )
@@ -257,12 +260,13 @@ def test_a_wrong_field_is_named(http: httpx.Client, fields: dict[str, Any], para
     error = refusal(http, **fields)
     assert error["param"] == param
     assert words in error["message"]
+    assert len(error["message"]) < 500
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"best_of": 1, "suffix": "", "response_format": {"type": "text"}, "tools": []},
+        {"best_of": 1, "suffix": "", "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto"},
         {"best_of": None, "suffix": None, "logprobs": None, "stop": None, "stream_options": None, "stream": False},
     ],
 )

@@ -145,6 +145,7 @@ def test_a_failure_of_the_engine(http: httpx.Client, engine: ScriptedEngine, fin
     assert answer.status_code == status
     assert ("rank 1 has ended" in answer.text) == (finish == "error")
     assert ("retry-after" in answer.headers) == (finish == "error"), "the engine may be started again"
+    assert (answer.headers.get("x-should-retry") == "false") == (finish == "timeout")
 
 
 def test_an_error_after_the_head_is_an_event(server: HttpServer, engine: ScriptedEngine) -> None:

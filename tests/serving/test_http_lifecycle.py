@@ -79,7 +79,7 @@ def test_requests_of_a_draining_server_are_finished(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_finishes_no_operation_hangs(tmp_path: Path) -> None:
-    with serving(tmp_path, hang_timeout_s=0.5) as server, server.client() as http:
+    with serving(tmp_path, hang_timeout_s=2) as server, server.client() as http:
         server.engine.automatic = False
         answer = in_thread(lambda: http.post("/v1/completions", json=BODY))
         request = server.engine.next("submit")
@@ -101,7 +101,7 @@ def test_an_engine_that_finishes_no_operation_hangs(tmp_path: Path) -> None:
 
 
 def test_an_engine_without_signs_of_life_hangs(tmp_path: Path) -> None:
-    with serving(tmp_path, hang_timeout_s=0.3) as server:
+    with serving(tmp_path, hang_timeout_s=2) as server:
         server.wait_for("hung")
         assert server.metrics()["stagdist:engine_healthy"] == 0
         server.engine.send({"kind": "stats", **stats()})

@@ -1,5 +1,6 @@
 """Running the server: keys, limits, ids, logs, headers, paths behind a proxy."""
 
+import gzip
 import json
 import socket
 import subprocess
@@ -153,13 +154,32 @@ def test_another_content_type_is_refused(http: httpx.Client, kind: str) -> None:
     assert answer.status_code == 415
 
 
-def test_nonsense_does_not_end_the_server(server: HttpServer, http: httpx.Client) -> None:
-    for sent in (b"\x16\x03\x01\x02", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"X" * 100_000):
-        with socket.create_connection(("127.0.0.1", server.settings.port), LIMIT_S) as connection:
-            connection.sendall(sent)
-            connection.shutdown(socket.SHUT_WR)
-            assert connection.recv(4096)[:12] in (b"", b"HTTP/1.1 400")
+def test_a_compressed_body_is_refused(http: httpx.Client) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = http.post("/v1/completions", content=gzip.compress(json.dumps(BODY).encode()), headers=headers)
+    assert (answer.status_code, "compressed" in answer.json()["error"]["message"]) == (415, True)
+
+
+@pytest.mark.parametrize(
+    "sent", [b"\x16\x03\x01\x02\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"X" * 100_000]
+)
+def test_what_is_no_request_gets_an_error_object(server: HttpServer, http: httpx.Client, sent: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server.settings.port), LIMIT_S) as connection:
+        connection.sendall(sent)
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert (head[:12], json.loads(body)["error"]["type"]) == (b"HTTP/1.1 400", "BadRequestError")
     assert http.get("/health").status_code == 200
+
+
+def test_a_broken_rest_of_an_answered_request_ends_the_connection(server: HttpServer) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\n"
+    with socket.create_connection(("127.0.0.1", server.settings.port), LIMIT_S) as connection:
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        stream = connection.makefile("rb")
+        assert stream.readline().startswith(b"HTTP/1.1 415")
+        connection.sendall(b"no size\r\n")
+        assert b"HTTP/1.1" not in stream.read()
+    assert "Traceback" not in server.log.read_text()
 
 
 # ---- paths, ids, headers, log ----

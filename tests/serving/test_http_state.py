@@ -9,7 +9,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serving.scripted_engine import CONTEXT, VOCABULARY, HttpServer, serving, stats
+from tests.serving.scripted_engine import CONTEXT, SLOTS, VOCABULARY, HttpServer, serving, stats
 
 # ---- models and tokens ----
 
@@ -116,6 +116,10 @@ def test_prometheus_reads_the_metrics(http: httpx.Client) -> None:
     assert 10 << 20 < memory.value < 1 << 30
     (info,) = families["stagdist:model_info"].samples
     assert (info.labels["sections"], info.labels["precision"], info.value) == ("2", "fp32", 1)
+    (cache,) = families["stagdist:cache_config_info"].samples
+    assert (cache.labels["block_size"], cache.labels["num_gpu_blocks"], cache.value) == ("1", str(SLOTS * CONTEXT), 1)
+    ended = {sample.labels["finished_reason"] for sample in families["stagdist:request_success"].samples}
+    assert ended >= {"stop", "length", "abort"}
     stages = {sample.labels["kind"]: sample.value for sample in families["stagdist:stage_seconds"].samples}
     assert stages == {"compute": 1.5, "memory": 0.25, "token": 0.5, "send": 0.125}
 

@@ -26,6 +26,9 @@ TYPES = {
     504: "GatewayTimeoutError",
 }
 
+_LONGEST = 400
+"""Characters of a message."""
+
 WIRE_NAMES = {"max_new_tokens": "max_tokens", "ignore_end_of_document": "ignore_eos"}
 """Fields of requests that `SamplingParams` calls otherwise."""
 
@@ -57,7 +60,7 @@ class ProblemError(Exception):
         self.headers = dict(headers or {})
         if retry_after_s is not None:
             self.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
-        if status == 500:
+        if status in (500, 501, 504):
             self.headers["x-should-retry"] = "false"  # the openai package would repeat what fails again
 
     def body(self) -> bytes:
@@ -80,6 +83,8 @@ def problem_of_params(message: str) -> ProblemError:
         message = message.replace(ours, theirs)
     if message.startswith("the prompt "):
         name = "prompt"
+    if len(message) > _LONGEST:  # it shows the value
+        message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
     return ProblemError(400, message, param=WIRE_NAMES.get(name or "", name))
 
 

@@ -168,6 +168,8 @@ class _Server:
         kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ProblemError(415, f"the body must be application/json; it is {kind[:80]!r}")
+        if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+            raise ProblemError(415, f"the body must not be compressed; its Content-Encoding is {coding[:80]!r}")
         limit, size, chunks = self._settings.max_body_bytes, 0, []
         close = {"Connection": "close"}
         too_large = ProblemError(413, f"the body is larger than {limit} bytes", headers=close)

@@ -4,7 +4,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -60,6 +67,7 @@ class ServerMetrics:
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
+        disable_created_metrics()  # a time for each counter and histogram, which no dashboard reads
         self._registry = CollectorRegistry()
         self._registry.register(_EngineNumbers(self))
         ProcessCollector(registry=self._registry)  # of the HTTP process, with the usual names
@@ -99,6 +107,8 @@ class ServerMetrics:
         self.model = model
         # Looked up once, as each token is observed.
         self._observed = {name: histogram.labels(*self.labels) for name, histogram in self._histograms.items()}
+        for reason in ("stop", "length", "abort"):  # a rate needs the zero before the first
+            self._success.labels(*self.labels, reason)
 
     def observe(self, name: str, value: float) -> None:
         """Add a value to a histogram of the model."""
@@ -180,10 +190,15 @@ class _EngineNumbers(Collector):
         yield self._family(GaugeMetricFamily, "engine_healthy", "1 while requests are served.", self._metrics.healthy)
         if model is None:
             return
-        yield self._info(model)
+        keys = ("sections", "stages", "tensor", "slots", "max_context", "precision", "version", "connection")
+        content: Any = model
+        yield self._info("model_info", "What is served.", {key: content[key] for key in keys})
+        positions = model["slots"] * model["max_context"]
+        # Prefixes are shared by the position, so a position is a block to vLLM's dashboards and routers.
+        cache = {"block_size": 1, "num_gpu_blocks": positions, "cache_dtype": model["precision"]}
+        yield self._info("cache_config_info", "Positions of all slots.", cache)
         if stats is None:
             return
-        places = max(1, model["slots"] * model["max_context"])
         busy = sum(slot["phase"] != "free" for slot in stats["slots"])
         gauges: dict[str, tuple[str, float]] = {
             "num_requests_running": ("Requests in a slot.", stats["running"]),
@@ -191,7 +206,7 @@ class _EngineNumbers(Collector):
             "num_tokens_waiting": ("Prompt tokens in the queue.", stats["waiting_tokens"]),
             "kv_cache_usage_perc": (
                 "Share of the positions of all slots that are held.",
-                stats["positions_used"] / places,
+                stats["positions_used"] / positions,
             ),
             "slots": ("Slots of the engine.", model["slots"]),
             "slots_busy": ("Slots with a request.", busy),
@@ -219,11 +234,9 @@ class _EngineNumbers(Collector):
         family.add_metric(self._metrics.labels, value)
         return family
 
-    def _info(self, model: ServedModel) -> Metric:
-        keys = ("sections", "stages", "tensor", "slots", "max_context", "precision", "version", "connection")
-        family = GaugeMetricFamily(self._name("model_info"), "What is served.", labels=("model_name", "engine", *keys))
-        content: Any = model
-        family.add_metric((*self._metrics.labels, *(str(content[key]) for key in keys)), 1)
+    def _info(self, name: str, text: str, content: dict[str, Any]) -> Metric:
+        family = GaugeMetricFamily(self._name(name), text, labels=("model_name", "engine", *content))
+        family.add_metric((*self._metrics.labels, *map(str, content.values())), 1)
         return family
 
     def _stages(self, stats: Stats) -> Metric:
