@@ -87,7 +87,9 @@ class EngineBridge:
                         if not self._engine.cancel(message["id"]):  # it was rejected, or has ended
                             self._cancelled.discard(message["id"])
                     case "stop":
-                        raise ConfigError(message.get("reason") or "the HTTP process was asked to end")
+                        if message["reason"]:  # what rank 0 sent cannot be used, and would not be the next time
+                            raise ConfigError(message["reason"])
+                        break
             raise HttpProcessError(self._http.ended)
         except Exception as error:  # the engine must not outlive the thread that brings its requests
             self._lose(error if isinstance(error, StagdistError) else HttpProcessError(f"a message failed: {error!r}"))

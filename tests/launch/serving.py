@@ -129,13 +129,6 @@ class Streaming(threading.Thread):
         return self
 
 
-def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs; one that has ended may wait to be fetched."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
 def _arguments(model: Path, port: int, arguments: Sequence[str], *, access_log: bool = False) -> list[str]:
     fixed = ["--model", str(model), "--served-model-name", "m", "--port", str(port), "--device", "cpu"]
     return [*fixed, *([] if access_log else ["--no-access-log"]), *arguments]

@@ -201,5 +201,8 @@ def test_an_http_process_that_ends_says_why_and_one_that_sends_nonsense_ends_the
     assert wired.engine.stopped.wait(10)
     assert isinstance(wired.bridge.lost, ConfigError) and str(wired.bridge.lost) == "the template is broken"
     wired = Wired()
+    wired.send(kind="stop", reason="")  # no fault of the settings: the supervisor starts both again
+    assert wired.engine.stopped.wait(10) and isinstance(wired.bridge.lost, HttpProcessError)
+    wired = Wired()
     wired.send(kind="submit", id="a/0")
     assert wired.engine.stopped.wait(10) and "a message failed" in str(wired.bridge.lost)
