@@ -151,7 +151,7 @@ def _scored(entry: TokenLogprobs) -> ScoredToken:
 
 def _times(times: RequestTimes | None) -> Times:
     if times is None:
-        return Times(submitted=0.0, admitted=None, first_token=None, finished=None)
+        return Times(admitted=None, first_token=None, finished=None)
     begin, moments = times.submitted_s, (times.admitted_s, times.first_token_s, times.finished_s)
     admitted, first_token, finished = (None if moment is None else moment - begin for moment in moments)
-    return Times(submitted=0.0, admitted=admitted, first_token=first_token, finished=finished)
+    return Times(admitted=admitted, first_token=first_token, finished=finished)

@@ -87,9 +87,8 @@ class Rejected(TypedDict):
 
 
 class Times(TypedDict):
-    """Seconds from the submission; None for what has not happened. `submitted` is 0."""
+    """Seconds from the submission; None for what has not happened."""
 
-    submitted: float
     admitted: float | None
     first_token: float | None
     finished: float | None

@@ -49,6 +49,11 @@ class Served:
             time.sleep(POLL_S)
         return time.monotonic() - begin
 
+    def stages(self) -> list[dict[str, Any]]:
+        """What the ranks have reported about themselves."""
+        stats = httpx.get(f"{self.url}/slots", timeout=20).json()["stats"]
+        return list(stats["stages"]) if stats else []
+
     def complete(self, prompt: Any, **fields: Any) -> httpx.Response:
         """The answer to a request without a stream."""
         body = {"model": "m", "prompt": prompt, "temperature": 0, **fields}

@@ -29,6 +29,8 @@ def test_the_text_is_that_of_the_generate_command_and_a_signal_ends_an_idle_serv
     model: Path, tmp_path: Path, ranks: int | None
 ) -> None:
     served = serve(tmp_path, model, ranks=ranks).wait_ready()
+    served.run.wait_until(lambda: any(served.stages()), "reports of the ranks")
+    assert all(stage["compute_s"] > 0 for stage in served.stages()), "every rank has warmed up before it was ready"
     answer = served.complete("abc", max_tokens=12).json()
     expected = run_ranks_to_end(model, "--prompt", "abc", "--max-new-tokens", "12", "--temperature", "0")
     assert "abc" + answer["choices"][0]["text"] == expected.stdout.decode().removesuffix("\n")

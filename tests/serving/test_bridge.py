@@ -145,12 +145,12 @@ def test_the_outputs_of_an_operation_are_one_message_with_all_their_fields(wired
             "id": "a/0", "tokens": [5, 6], "text": "ab", "logprobs": [[5, -0.5, [[5, -0.5], [6, -1.0]]]],
             "prompt_logprobs": [None, [5, -0.5, [[5, -0.5], [6, -1.0]]]], "finish": "stop", "stop": "END",
             "error": None, "prompt_tokens": 9, "cached_tokens": 4,
-            "times": {"submitted": 0.0, "admitted": 0.5, "first_token": 1.0, "finished": 2.0},
+            "times": {"admitted": 0.5, "first_token": 1.0, "finished": 2.0},
         },
         {
             "id": "b/1", "tokens": [], "text": "", "logprobs": None, "prompt_logprobs": None, "finish": "error",
             "stop": None, "error": "lost", "prompt_tokens": 2, "cached_tokens": 0,
-            "times": {"submitted": 0.0, "admitted": None, "first_token": None, "finished": None},
+            "times": {"admitted": None, "first_token": None, "finished": None},
         },
     ]  # fmt: skip
 
