@@ -69,7 +69,6 @@ class Engine:
         self._sink: Sink = lambda outputs: None
         self._unreported: dict[RequestState, None] = {}  # an ordered set
         self._operations = self._prompt_tokens = self._generation_tokens = 0
-        self._last_operation_s = time.perf_counter()
         self.smallest_margin, self.steps = float("inf"), 0
         self._stats = self._snapshot()
 
@@ -204,7 +203,7 @@ class Engine:
             if running.is_queued:
                 self._leave_queue(running)
                 self._prompt_tokens += len(running.request.prompt_ids)
-        self._operations, self._last_operation_s = self._operations + 1, now_s
+        self._operations += 1
         return control
 
     def took(self, outcome: Outcome) -> None:
@@ -335,7 +334,6 @@ class Engine:
             waiting_tokens=self._waiting_tokens,
             steps=self.steps,
             operations=self._operations,
-            last_operation_s=self._last_operation_s,
             slots=slots,
             positions_used=sum(slot.position for slot in slots),
             prompt_tokens_total=self._prompt_tokens,

@@ -43,7 +43,6 @@ class EngineStats:
         waiting_tokens: tokens of their prompts.
         steps: decode steps so far.
         operations: steps, chunks of prompts and rests so far.
-        last_operation_s: when the last operation was decided, in seconds of `time.perf_counter`.
         positions_used: positions of all slots that hold something.
         prompt_tokens_total: tokens of all prompts that were prefilled, reused ones included.
         generation_tokens_total: tokens of all outputs.
@@ -58,7 +57,6 @@ class EngineStats:
     waiting_tokens: int = 0
     steps: int = 0
     operations: int = 0
-    last_operation_s: float = 0.0
     slots: tuple[SlotState, ...] = ()
     positions_used: int = 0
     prompt_tokens_total: int = 0

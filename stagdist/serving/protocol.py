@@ -138,7 +138,7 @@ class StageTimes(TypedDict):
 
 
 class Stats(TypedDict):
-    """Fields of the engine's `EngineStats`; `last_operation_s` is by the clock of this host, which processes share."""
+    """Fields of the engine's `EngineStats`."""
 
     kind: NotRequired[Literal["stats"]]
     running: int
@@ -146,7 +146,6 @@ class Stats(TypedDict):
     waiting_tokens: int
     steps: int
     operations: int
-    last_operation_s: float
     slots: list[Slot]
     positions_used: int
     prompt_tokens_total: int
@@ -178,7 +177,6 @@ class Welcome(TypedDict):
     """First message of the HTTP process; `settings` is the `fingerprint` of its `ServerSettings`."""
 
     kind: Literal["welcome"]
-    pid: int
     settings: str
 
 

@@ -85,7 +85,8 @@ def engine_socket(host: str, port: int, owner: str) -> Path:
     except OSError as error:
         raise ConfigError(f"no folder for a socket: {error}; set TMPDIR to a folder that can be written") from error
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise ConfigError(f"{folder} is open to other users (mode {found.st_mode & 0o777:o}); remove it")
+        access = f"{folder} belongs to another user, or is open to other users (mode {found.st_mode & 0o777:o})"
+        raise ConfigError(f"{access}; remove it, or set TMPDIR to another folder")
     path = folder / f"{host}-{port}.{owner}.sock"
     if len(os.fsencode(path)) > _LONGEST_SOCKET:
         raise ConfigError(f"{path} is too long for a socket; set TMPDIR to a folder with a shorter path")

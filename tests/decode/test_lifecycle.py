@@ -241,7 +241,6 @@ def test_statistics_are_those_of_the_last_operation() -> None:
     assert [slot.request_id for slot in full.slots] == ["a", "b"]
     assert full.positions_used == sum(slot.position for slot in full.slots) >= 2 * SIZE
     assert [stats.operations for stats in seen] == sorted({stats.operations for stats in seen})
-    assert all(stats.last_operation_s < time.perf_counter() for stats in seen)
     end = busy.stats()
     assert (end.running, end.waiting, end.prompt_tokens_total, end.generation_tokens_total) == (0, 0, 3 * SIZE, 12)
     assert [slot.phase for slot in end.slots] == ["free", "free"]

@@ -66,7 +66,6 @@ def stats(**changes: Any) -> dict[str, Any]:
         "waiting_tokens": 0,
         "steps": 12,
         "operations": 15,
-        "last_operation_s": time.monotonic(),
         "slots": [slot] * SLOTS,
         "positions_used": 40,
         "prompt_tokens_total": 100,

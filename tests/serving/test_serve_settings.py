@@ -109,6 +109,11 @@ def test_a_temporary_folder_with_a_long_path_or_of_others_or_that_cannot_be_writ
     folder.chmod(0o755)
     with pytest.raises(ConfigError, match="open to other users"):
         settings()
+    folder.chmod(0o700)
+    settings()
+    with monkeypatch.context() as another, pytest.raises(ConfigError, match="belongs to another user"):
+        another.setattr(settings_module.os, "getuid", lambda: folder.stat().st_uid + 1)
+        settings()
     long = tmp_path / ("x" * 90)
     long.mkdir()
     monkeypatch.setattr(settings_module.tempfile, "gettempdir", lambda: str(long))
