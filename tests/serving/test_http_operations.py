@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from starlette.responses import PlainTextResponse
 from stagdist.errors import ConfigError
 from stagdist.serving.http.middleware import RequestMiddleware
 from stagdist.serving.http.server_metrics import ServerMetrics
-from stagdist.serving.http_process import bound_socket
+from stagdist.serving.http_process import bound_socket, serve
 from stagdist.serving.settings import ServerSettings
 from tests.serving.scripted_engine import LIMIT_S, ROOT, HttpServer, serving
 
@@ -294,6 +295,13 @@ def test_a_taken_port_is_named(server: HttpServer, tmp_path: Path) -> None:
 def test_of_two_processes_that_start_at_the_same_time_one_gets_the_port() -> None:
     with bound_socket("127.0.0.1", 0) as first, pytest.raises(ConfigError, match="cannot listen on 127.0.0.1 port"):
         bound_socket("127.0.0.1", first.getsockname()[1])  # the first one accepts nothing yet
+
+
+def test_a_process_that_cannot_serve_ends() -> None:
+    closed = bound_socket("127.0.0.1", 0)
+    closed.close()
+    with tempfile.TemporaryDirectory() as folder, pytest.raises(OSError, match="Bad file descriptor"):
+        asyncio.run(asyncio.wait_for(serve(ServerSettings(engine_socket=f"{folder}/s"), closed), LIMIT_S))
 
 
 def test_a_log_that_cannot_be_written_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
