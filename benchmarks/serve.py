@@ -17,7 +17,6 @@ import json
 import os
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ import torch
 from benchmarks.common.command import add_options, main
 from benchmarks.common.conditions import ROOT, conditions
 from benchmarks.common.results import check_outputs, write_results
+from benchmarks.common.workers import free_port
 from stagdist.checkpoint.published.model_reader import ModelReader
 from stagdist.checkpoint.published.model_writer import ModelDirectoryWriter
 from stagdist.checkpoint.text_tokens import tokens_of_tokenizer
@@ -185,13 +185,6 @@ def launcher(script: str, words: Sequence[str]) -> list[str]:
 def environment() -> dict[str, str]:
     """One thread for each process."""
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until_ready(url: str, server: "subprocess.Popen[bytes]", log: Path) -> None:

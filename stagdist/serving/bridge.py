@@ -87,7 +87,9 @@ class EngineBridge:
                         if not self._engine.cancel(message["id"]):  # it was rejected, or has ended
                             self._cancelled.discard(message["id"])
                     case "stop":
-                        raise ConfigError(message.get("reason") or "the HTTP process was asked to end")
+                        if message["reason"]:  # what rank 0 sent cannot be used, and would not be the next time
+                            raise ConfigError(message["reason"])
+                        break
             raise HttpProcessError(self._http.ended)
         except Exception as error:  # the engine must not outlive the thread that brings its requests
             self._lose(error if isinstance(error, StagdistError) else HttpProcessError(f"a message failed: {error!r}"))
@@ -149,7 +151,7 @@ def _scored(entry: TokenLogprobs) -> ScoredToken:
 
 def _times(times: RequestTimes | None) -> Times:
     if times is None:
-        return Times(submitted=0.0, admitted=None, first_token=None, finished=None)
+        return Times(admitted=None, first_token=None, finished=None)
     begin, moments = times.submitted_s, (times.admitted_s, times.first_token_s, times.finished_s)
     admitted, first_token, finished = (None if moment is None else moment - begin for moment in moments)
-    return Times(submitted=0.0, admitted=admitted, first_token=first_token, finished=finished)
+    return Times(admitted=admitted, first_token=first_token, finished=finished)

@@ -29,7 +29,7 @@ WELCOME_S = 5.0
 """Limit for the first message of a process that listens."""
 
 LEAVING_S = 2.0
-"""Time in which a process that is about to end stops to listen."""
+"""Time in which a process notices that its engine has ended."""
 
 FAREWELL_S = 8.0
 """Limit for the HTTP process to send the ends of its answers."""
@@ -52,14 +52,11 @@ class HttpProcess:
     """Rank 0's connection to the HTTP process. The constructor finds a living one or starts one, and does not wait.
 
     Args:
-        settings: of the process. One with other settings at the same port is asked to end first.
+        settings: of the process. One of the same run with other settings is asked to end first.
 
     Attributes:
         ended: why nothing can be sent or received any more.
         lock: held while a message is sent.
-
-    Raises:
-        ConfigError: the server of another engine has the port.
     """
 
     def __init__(self, settings: ServerSettings):
@@ -89,7 +86,7 @@ class HttpProcess:
                 raise HttpProcessError(f"the HTTP process did not start within {START_S:g} s")
             self._socket = _connected(self._settings.engine_socket)
             try:
-                if self._socket is None or self._welcome() is None:  # or the one before, which is about to end
+                if self._socket is None or self._welcome() is None:
                     self._socket = None
                     time.sleep(_POLL_S)
             except TimeoutError:
@@ -161,25 +158,19 @@ class HttpProcess:
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _find(self) -> socket.socket | None:
-        """A connection to a living process with these settings; others have ended afterwards."""
+        """A connection to the process of an earlier attempt; one with other settings has ended afterwards."""
         deadline = time.monotonic() + LEAVING_S
         while (found := _connected(self._settings.engine_socket)) is not None:
-            self._socket = found
-            try:
+            self._socket, welcome = found, None
+            with suppress(TimeoutError):
                 welcome = self._welcome()
-            except TimeoutError:
-                self._end()
-                return None
-            if welcome is None:
-                if time.monotonic() > deadline:
-                    port = self._settings.port
-                    raise ConfigError(f"--port {port} belongs to a running server; stop it, or give another port")
-                time.sleep(_POLL_S)
-            elif self._settings.supervised and welcome["settings"] == self._settings.fingerprint():
-                return self._socket
-            else:
-                self._end()
-                return None
+                if welcome is None and time.monotonic() < deadline:  # its last engine has just ended
+                    time.sleep(_POLL_S)
+                    continue
+            if welcome is not None and welcome["settings"] == self._settings.fingerprint():
+                return found
+            self._end()
+            break
         return None
 
     def _welcome(self) -> Welcome | None:

@@ -30,6 +30,8 @@ UNREAD_TIMEOUT_S = 60
 _SHUTDOWN_S = 5
 """Limit for writing the last answers."""
 
+_BACKLOG = 4096
+
 
 class _SilentServer(uvicorn.Server):
     """A server that leaves signals alone."""
@@ -77,7 +79,7 @@ class _ImpatientProtocol(H11Protocol):
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """The socket of the server.
+    """The socket of the server. It listens: no other process can take the address from now on.
 
     Raises:
         ConfigError: the address is taken or is none of this host.
@@ -88,6 +90,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT_S * 1000)  # connections inherit it
         bound.bind(address)
+        bound.listen(_BACKLOG)
     except (OSError, ValueError) as error:  # a name that is not a host name
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"cannot listen on {host} port {port}: {reason}; give another --host or --port") from error
@@ -107,12 +110,13 @@ async def serve(settings: ServerSettings, bound: socket.socket) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        backlog=4096,
+        backlog=_BACKLOG,
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=_SHUTDOWN_S,
     )
     server = _SilentServer(config)
     serving = asyncio.create_task(server.serve(sockets=[bound]))
+    serving.add_done_callback(lambda _: client.finished.set())  # it ends by itself after an error only
     parent = asyncio.create_task(_watch_parent(settings, client))
     try:
         await client.listen()

@@ -87,9 +87,8 @@ class Rejected(TypedDict):
 
 
 class Times(TypedDict):
-    """Seconds from the submission; None for what has not happened. `submitted` is 0."""
+    """Seconds from the submission; None for what has not happened."""
 
-    submitted: float
     admitted: float | None
     first_token: float | None
     finished: float | None
@@ -178,7 +177,6 @@ class Welcome(TypedDict):
     """First message of the HTTP process; `settings` is the `fingerprint` of its `ServerSettings`."""
 
     kind: Literal["welcome"]
-    pid: int
     settings: str
 
 

@@ -1,13 +1,14 @@
 """Options of the serve command to settings of the HTTP process. Everything is checked before anything is loaded."""
 
 import argparse
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from stagdist.cluster.hosts.leftovers import JOB_VARIABLE
+from stagdist.cluster.hosts.leftovers import JOB_VARIABLE, service_mark
 from stagdist.errors import ConfigError
 from stagdist.files import not_downloaded
 from stagdist.serving.api.chat_template import ChatTemplate
@@ -32,10 +33,12 @@ def server_settings(arguments: argparse.Namespace, environment: Mapping[str, str
         raise ConfigError(f"--root-path is {arguments.root_path!r}; give a path that begins with /")
     if not re.fullmatch("([a-zA-Z_:][a-zA-Z0-9_:]*)?", arguments.metrics_prefix):
         raise ConfigError(f"--metrics-prefix is {arguments.metrics_prefix!r}; give letters, digits, _ and :")
+    job = environment.get(JOB_VARIABLE)
+    owner = str(os.getpid()) if job is None else service_mark(job)
     given = {name: value for name, value in vars(arguments).items() if name in ServerSettings.model_fields}
     given |= {
-        "engine_socket": str(engine_socket(arguments.host, arguments.port)),
-        "supervised": JOB_VARIABLE in environment,
+        "engine_socket": str(engine_socket(arguments.host, arguments.port, owner)),
+        "supervised": job is not None,
         "api_keys": _api_keys(arguments.api_key_file, environment),
         "max_body_bytes": int(arguments.max_body_mib * _MIB),
         "chat_template": _chat_template(arguments.chat_template),

@@ -69,18 +69,25 @@ class ServerSettings(BaseModel):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
-def engine_socket(host: str, port: int) -> Path:
-    """Path of the Unix socket of the server at an address, in a folder that only this user can enter.
+def engine_socket(host: str, port: int, owner: str) -> Path:
+    """Path of the Unix socket of a server, in a folder that only this user can enter.
+
+    Args:
+        owner: the supervised run, whose next rank 0 finds the socket again; else a name that no other server has.
 
     Raises:
-        ConfigError: the folder belongs to someone else or others can enter it, or the path is too long.
+        ConfigError: the folder cannot be made, belongs to someone else or others can enter it; the path is too long.
     """
-    folder = Path(tempfile.gettempdir(), f"stagdist-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
+    try:
+        folder = Path(tempfile.gettempdir(), f"stagdist-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise ConfigError(f"no folder for a socket: {error}; set TMPDIR to a folder that can be written") from error
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise ConfigError(f"{folder} is open to other users (mode {found.st_mode & 0o777:o}); remove it")
-    path = folder / f"{host}-{port}.sock"
+        access = f"{folder} belongs to another user, or is open to other users (mode {found.st_mode & 0o777:o})"
+        raise ConfigError(f"{access}; remove it, or set TMPDIR to another folder")
+    path = folder / f"{host}-{port}.{owner}.sock"
     if len(os.fsencode(path)) > _LONGEST_SOCKET:
         raise ConfigError(f"{path} is too long for a socket; set TMPDIR to a folder with a shorter path")
     return path

@@ -207,6 +207,13 @@ class Forks(Run):
         self.end()
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that has ended may wait to be fetched."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def environment() -> dict[str, str]:
     """Variables of a command; DeepSpeed does not write to standard output which device it found."""
     paths = f"{BIN}{os.pathsep}{os.environ['PATH']}"

@@ -49,6 +49,11 @@ class Served:
             time.sleep(POLL_S)
         return time.monotonic() - begin
 
+    def stages(self) -> list[dict[str, Any]]:
+        """What the ranks have reported about themselves."""
+        stats = httpx.get(f"{self.url}/slots", timeout=20).json()["stats"]
+        return list(stats["stages"]) if stats else []
+
     def complete(self, prompt: Any, **fields: Any) -> httpx.Response:
         """The answer to a request without a stream."""
         body = {"model": "m", "prompt": prompt, "temperature": 0, **fields}
@@ -127,13 +132,6 @@ class Streaming(threading.Thread):
         self.join(limit_s)
         assert not self.is_alive(), f"no end within {limit_s} s: {self.text[-100:]}"
         return self
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs; one that has ended may wait to be fetched."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def _arguments(model: Path, port: int, arguments: Sequence[str], *, access_log: bool = False) -> list[str]:

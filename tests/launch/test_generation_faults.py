@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from tests.launch.generating import GENERATE, command, start_command, start_ranks, write_model
-from tests.launch.runs import ROOT, Launch, Run
+from tests.launch.runs import POLL_S, ROOT, Launch, Run, is_alive
+from tests.ranks import GUARD_S
 
 pytestmark = pytest.mark.ranks
 
@@ -47,9 +48,10 @@ def endless(folder: Path, model: Path, launcher: str | None = None) -> Iterator[
 
 
 def gone_after(ranks: list[psutil.Process], since_s: float, limit_s: float) -> float:
-    """Seconds until all of these have ended."""
-    _, alive = psutil.wait_procs(ranks, timeout=limit_s)
-    assert not alive, f"still running after {time.monotonic() - since_s:.1f} s"
+    """Seconds until all of these have ended; a busy parent may fetch them later."""
+    while alive := list(filter(is_alive, ranks)):
+        assert time.monotonic() - since_s < limit_s, f"still running after {limit_s} s: {alive}"
+        time.sleep(POLL_S)
     return time.monotonic() - since_s
 
 
@@ -107,7 +109,8 @@ def test_a_signal_to_the_command_leaves_no_rank_behind(model: Path, tmp_path: Pa
             for process in family:
                 process.send_signal(number)
         run.process.send_signal(number)  # DeepSpeed's command does not pass it on
-        gone_after(family, time.monotonic(), TIMEOUT_S + 4)
+        gone_after(ranks, time.monotonic(), TIMEOUT_S + 4)
+        gone_after(family, time.monotonic(), GUARD_S)  # the launcher, which takes seconds on a busy machine
         assert run.wait() != 0
         assert run.errors() == [] and "interrupted; 1 prompt" in run.text()
 

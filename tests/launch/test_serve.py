@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 from tests.launch.generating import run_ranks_to_end, write_model
-from tests.launch.runs import Launch
-from tests.launch.serving import Streaming, is_alive, serve, serve_by
+from tests.launch.runs import Launch, is_alive
+from tests.launch.serving import Streaming, serve, serve_by
 from tests.ranks import free_port
 
 pytestmark = pytest.mark.ranks
@@ -29,6 +29,8 @@ def test_the_text_is_that_of_the_generate_command_and_a_signal_ends_an_idle_serv
     model: Path, tmp_path: Path, ranks: int | None
 ) -> None:
     served = serve(tmp_path, model, ranks=ranks).wait_ready()
+    served.run.wait_until(lambda: any(served.stages()), "reports of the ranks")
+    assert all(stage["compute_s"] > 0 for stage in served.stages()), "every rank has warmed up before it was ready"
     answer = served.complete("abc", max_tokens=12).json()
     expected = run_ranks_to_end(model, "--prompt", "abc", "--max-new-tokens", "12", "--temperature", "0")
     assert "abc" + answer["choices"][0]["text"] == expected.stdout.decode().removesuffix("\n")
@@ -126,7 +128,7 @@ def test_a_second_server_for_a_port_is_refused_and_the_first_one_serves_on(model
     served = serve(tmp_path, model, ranks=None).wait_ready()
     second = serve(tmp_path, model, ranks=None, port=served.port)
     assert second.run.wait() == 2
-    assert f"--port {served.port} belongs to a running server" in second.run.errors()[0]
+    assert f"port {served.port}: Address already in use" in second.run.errors()[0]
     assert served.complete("abc", max_tokens=3).status_code == 200
 
 

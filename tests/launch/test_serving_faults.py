@@ -8,7 +8,8 @@ import psutil
 import pytest
 
 from tests.launch.generating import write_model
-from tests.launch.serving import Streaming, is_alive, serve, serve_by
+from tests.launch.runs import is_alive
+from tests.launch.serving import Streaming, serve, serve_by
 
 pytestmark = pytest.mark.ranks
 

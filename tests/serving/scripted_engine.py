@@ -181,7 +181,7 @@ def made_output(request: dict[str, Any], tokens: list[int], text: str, **more: A
         "error": None,
         "prompt_tokens": len(request["prompt"]),
         "cached_tokens": 3,
-        "times": {"submitted": 0.0, "admitted": 0.1, "first_token": 0.2, "finished": finished},
+        "times": {"admitted": 0.1, "first_token": 0.2, "finished": finished},
     } | more
 
 

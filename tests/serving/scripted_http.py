@@ -26,7 +26,7 @@ def forward(client: socket.socket, rank_0: socket.socket) -> None:
 
 def serve(settings: ServerSettings, listener: socket.socket, rank_0: socket.socket) -> None:
     """Until rank 0 is gone or asks for the end."""
-    rank_0.sendall(pack({"kind": "welcome", "pid": os.getpid(), "settings": settings.fingerprint()}))
+    rank_0.sendall(pack({"kind": "welcome", "settings": settings.fingerprint()}))
     if MISBEHAVIOR == "deaf":
         time.sleep(600)
     client: socket.socket | None = None

@@ -80,7 +80,7 @@ class Wired:
         self._ours, _ = listener.accept()
         self._ours.settimeout(10)
         self._stream = self._ours.makefile("rb")
-        self.send(kind="welcome", pid=0, settings=fingerprint)
+        self.send(kind="welcome", settings=fingerprint)
 
     def send(self, **message: Any) -> None:
         """To rank 0."""
@@ -145,12 +145,12 @@ def test_the_outputs_of_an_operation_are_one_message_with_all_their_fields(wired
             "id": "a/0", "tokens": [5, 6], "text": "ab", "logprobs": [[5, -0.5, [[5, -0.5], [6, -1.0]]]],
             "prompt_logprobs": [None, [5, -0.5, [[5, -0.5], [6, -1.0]]]], "finish": "stop", "stop": "END",
             "error": None, "prompt_tokens": 9, "cached_tokens": 4,
-            "times": {"submitted": 0.0, "admitted": 0.5, "first_token": 1.0, "finished": 2.0},
+            "times": {"admitted": 0.5, "first_token": 1.0, "finished": 2.0},
         },
         {
             "id": "b/1", "tokens": [], "text": "", "logprobs": None, "prompt_logprobs": None, "finish": "error",
             "stop": None, "error": "lost", "prompt_tokens": 2, "cached_tokens": 0,
-            "times": {"submitted": 0.0, "admitted": None, "first_token": None, "finished": None},
+            "times": {"admitted": None, "first_token": None, "finished": None},
         },
     ]  # fmt: skip
 
@@ -200,6 +200,9 @@ def test_an_http_process_that_ends_says_why_and_one_that_sends_nonsense_ends_the
     wired.send(kind="stop", reason="the template is broken")
     assert wired.engine.stopped.wait(10)
     assert isinstance(wired.bridge.lost, ConfigError) and str(wired.bridge.lost) == "the template is broken"
+    wired = Wired()
+    wired.send(kind="stop", reason="")  # no fault of the settings: the supervisor starts both again
+    assert wired.engine.stopped.wait(10) and isinstance(wired.bridge.lost, HttpProcessError)
     wired = Wired()
     wired.send(kind="submit", id="a/0")
     assert wired.engine.stopped.wait(10) and "a message failed" in str(wired.bridge.lost)

@@ -81,16 +81,18 @@ def test_requests_of_a_draining_server_are_finished(tmp_path: Path) -> None:
 def test_an_engine_that_finishes_no_operation_hangs(tmp_path: Path) -> None:
     with serving(tmp_path, hang_timeout_s=2) as server, server.client() as http:
         server.engine.automatic = False
-        answer = in_thread(lambda: http.post("/v1/completions", json=BODY))
-        request = server.engine.next("submit")
-        server.engine.accept(request)
-        stop = threading.Event()
+        works, stop = threading.Event(), threading.Event()
 
         def beat() -> None:
             while not stop.wait(0.05):  # signs of life of a thread beside the one that hangs
-                server.engine.send({"kind": "stats", **stats(running=1)})
+                server.engine.send({"kind": "stats", **stats(running=int(works.is_set()))})
 
         beating = in_thread(beat)
+        server.wait_for("ok")
+        answer = in_thread(lambda: http.post("/v1/completions", json=BODY))
+        request = server.engine.next("submit")
+        server.engine.accept(request)
+        works.set()
         assert server.wait_for("hung")["reason"]
         assert joined(answer).status_code == 503
         assert server.engine.next("cancel")["id"] == request["id"]

@@ -1,11 +1,15 @@
 """Running the server: keys, limits, ids, logs, headers, paths behind a proxy."""
 
+import asyncio
 import gzip
+import io
 import json
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from starlette.responses import PlainTextResponse
 
+from stagdist.errors import ConfigError
+from stagdist.serving.http.middleware import RequestMiddleware
+from stagdist.serving.http.server_metrics import ServerMetrics
+from stagdist.serving.http_process import bound_socket, serve
+from stagdist.serving.settings import ServerSettings
 from tests.serving.scripted_engine import LIMIT_S, ROOT, HttpServer, serving
 
 BODY = {"prompt": "a secret prompt", "max_tokens": 2}
@@ -301,6 +311,31 @@ def test_a_taken_port_is_named(server: HttpServer, tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert f"cannot listen on 127.0.0.1 port {settings.port}" in ended.stdout.decode()
     assert "give another --host or --port" in ended.stdout.decode()
+
+
+def test_of_two_processes_that_start_at_the_same_time_one_gets_the_port() -> None:
+    with bound_socket("127.0.0.1", 0) as first, pytest.raises(ConfigError, match="cannot listen on 127.0.0.1 port"):
+        bound_socket("127.0.0.1", first.getsockname()[1])  # the first one accepts nothing yet
+
+
+def test_a_process_that_cannot_serve_ends() -> None:
+    closed = bound_socket("127.0.0.1", 0)
+    closed.close()
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, pytest.raises(OSError, match="Bad file descriptor"):
+        asyncio.run(asyncio.wait_for(serve(ServerSettings(engine_socket=f"{folder}/s"), closed), LIMIT_S))
+    assert time.monotonic() - begin < LIMIT_S, "it ended by the limit of this test"
+
+
+def test_a_log_that_cannot_be_written_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer() -> str:
+        guarded = RequestMiddleware(PlainTextResponse("x"), ServerSettings(engine_socket="/s"), ServerMetrics("x:"))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url="http://a") as client:
+            return (await client.get("/")).text
+
+    with open("/dev/full", "wb", buffering=0) as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))
+        assert asyncio.run(answer()) == "x"
 
 
 def test_keys_are_not_in_the_arguments_of_the_process(guarded: HttpServer) -> None:

@@ -1,5 +1,6 @@
 """Options of the serve command: what is wrong is named in one line before anything is loaded."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,13 +34,15 @@ def test_options_become_settings(tmp_path: Path) -> None:
         "drain_timeout_s": 5.0, "hang_timeout_s": 6.0, "restart_timeout_s": 7.0, "supervised": False,
     }  # fmt: skip
     assert {name: getattr(found, name) for name in expected} == expected
-    assert found.engine_socket.endswith("/0.0.0.0-8123.sock")
+    assert found.engine_socket.endswith(f"/0.0.0.0-8123.{os.getpid()}.sock")
 
 
 def test_the_environment_has_keys_and_says_whether_there_is_a_supervisor(tmp_path: Path) -> None:
     assert settings().api_keys == ()
     found = settings(**{KEYS_VARIABLE: "a, b,", JOB_VARIABLE: "run.1"})
     assert found.api_keys == ("a", "b") and found.supervised
+    assert found == settings(**{KEYS_VARIABLE: "a, b,", JOB_VARIABLE: "run.2"})  # the next attempt finds the process
+    assert found.engine_socket != settings(**{JOB_VARIABLE: "other.1"}).engine_socket
     (tmp_path / "keys").write_text("of the file")
     assert settings("--api-key-file", str(tmp_path / "keys"), **{KEYS_VARIABLE: "a"}).api_keys == ("of the file",)
     with pytest.raises(ConfigError, match="holds no key, and everyone would be served"):
@@ -97,7 +100,7 @@ def test_a_wrong_option_is_named(tmp_path: Path, words: list[str], complaint: st
     assert str(raised.value).startswith(fill(complaint)) and "\n" not in str(raised.value)
 
 
-def test_a_temporary_folder_with_a_long_path_or_of_others_is_named(
+def test_a_temporary_folder_with_a_long_path_or_of_others_or_that_cannot_be_written_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settings_module.tempfile, "gettempdir", lambda: str(tmp_path))
@@ -106,8 +109,16 @@ def test_a_temporary_folder_with_a_long_path_or_of_others_is_named(
     folder.chmod(0o755)
     with pytest.raises(ConfigError, match="open to other users"):
         settings()
+    folder.chmod(0o700)
+    settings()
+    with monkeypatch.context() as another, pytest.raises(ConfigError, match="belongs to another user"):
+        another.setattr(settings_module.os, "getuid", lambda: folder.stat().st_uid + 1)
+        settings()
     long = tmp_path / ("x" * 90)
     long.mkdir()
     monkeypatch.setattr(settings_module.tempfile, "gettempdir", lambda: str(long))
     with pytest.raises(ConfigError, match="too long for a socket; set TMPDIR"):
+        settings()
+    monkeypatch.setattr(settings_module.tempfile, "gettempdir", lambda: "/proc")  # nobody can make a folder there
+    with pytest.raises(ConfigError, match="no folder for a socket: .*'/proc/stagdist-.*set TMPDIR"):
         settings()

@@ -77,12 +77,12 @@ def test_no_code_travels() -> None:
 
 def test_the_socket_is_in_a_folder_of_this_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    path = engine_socket("127.0.0.1", 8000)
+    path = engine_socket("127.0.0.1", 8000, "run")
     assert path.parent.stat().st_mode & 0o777 == 0o700
-    assert path != engine_socket("127.0.0.1", 8001)
+    assert path not in (engine_socket("127.0.0.1", 8001, "run"), engine_socket("127.0.0.1", 8000, "other"))
     path.parent.chmod(0o755)
     with pytest.raises(ConfigError, match="open to other users"):
-        engine_socket("127.0.0.1", 8000)
+        engine_socket("127.0.0.1", 8000, "run")
 
 
 def test_the_fingerprint_shows_no_key_and_changes_with_it() -> None:

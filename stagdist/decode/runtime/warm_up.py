@@ -26,7 +26,7 @@ _PLAIN = SamplingParams(temperature=0.0)
 _EVERYTHING = SamplingParams(
     max_new_tokens=4, temperature=0.7, top_k=4, top_p=0.9, min_p=0.01, logprobs=1, prompt_logprobs=1,
     repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1, logit_bias=((0, 1.0),), min_tokens=1,
-    stop_token_ids=(0,),
+    stop_token_ids=(0,), allowed_token_ids=(0, 1),
 )  # fmt: skip
 _NOISE = SamplingParams(temperature=0.7)
 _PARAMS = (_PLAIN, _NOISE, _EVERYTHING)

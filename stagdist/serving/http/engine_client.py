@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import math
-import os
 import select
 import socket
 import threading
@@ -160,7 +159,7 @@ class EngineClient:
         reader, taken = _taken_by_thread(writer)
         self._taken = taken
         try:
-            self._send({"kind": "welcome", "pid": os.getpid(), "settings": self._settings.fingerprint()})
+            self._send({"kind": "welcome", "settings": self._settings.fingerprint()})
             while self._writer is writer and (message := await receive_async(reader)) is not None:
                 self._last_message = time.monotonic()
                 if message["kind"] == "hello":

@@ -1,6 +1,7 @@
 """What every HTTP request passes: the path's prefix, a request id, keys, metrics, the access log, security headers."""
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import re
@@ -123,4 +124,5 @@ def _log(scope: Scope, status: int, seconds: float) -> None:
         more = f" answer={generation.request_id} prompt_tokens={prompts} completion_tokens={sum(generation.tokens)}"
     moment = time.strftime("%Y-%m-%dT%H:%M:%S")
     line = f"{moment} {client} {scope['method']} {path} {status} {seconds * 1e3:.1f}ms id={scope['request_id']}{more}"
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk, or a reader that is gone
+        print(line, file=sys.stderr, flush=True)
