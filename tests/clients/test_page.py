@@ -23,4 +23,5 @@ def test_the_page_loads_types_streams_and_stops(program: Callable[..., Any]) -> 
         assert "stopped" in page["stopped"]["facts"]
         assert page["stopped"]["busy"] == ["true", "false"] and page["stopped"]["focus"] == "prompt"
         assert "temperature" in page["failure"]
+        assert page["key"] == {"text": "x\nno key", "mode": True}
     assert seen["phone"]["back"] != seen["wide"]["back"]  # dark and light
