@@ -231,8 +231,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="chat.py", usage=none, description=__doc__, epilog=EPILOG, formatter_class=raw, allow_abbrev=False
     )
     add = parser.add_argument
-    where = "address of the server, with or without /v1 (default %(default)s)"
-    add("--url", type=_address, default="http://127.0.0.1:8000", help=where)
+    add("--url", type=_address, default="http://127.0.0.1:8000", help="with or without /v1 (default %(default)s)")
     add("--model", metavar="NAME", help="name of the model (default: the first that the server has)")
     add("--system", metavar="TEXT", help="system message")
     add("--completion", action="store_true", help="continue text; for base models, which have no chat template")

@@ -35,8 +35,10 @@ MICRO_BATCH = ("--set", "training.micro_batch_size=4")
 """The configuration says 1, so that it fits many ranks; two do better with larger matrices."""
 PROMPT_TOKENS = 24
 NEXT = """
-Next, generate more text or train longer, for example:
+Next, generate more text, serve the model or train longer, for example:
+  source .venv/bin/activate
   deepspeed --num_accelerators 2 launch/generate.py --model runs/quickstart/model --prompt 'def main(' --temperature 0.7
+  deepspeed --num_accelerators 2 launch/serve.py --model runs/quickstart/model
   deepspeed --num_accelerators 2 launch/pretrain.py --config configs/quickstart.yaml --set name=longer \\
       --set training.micro_batch_size=4 --set training.steps=2000"""
 EXAMPLES = """\

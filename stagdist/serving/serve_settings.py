@@ -32,6 +32,9 @@ def server_settings(arguments: argparse.Namespace, environment: Mapping[str, str
         raise ConfigError(f"--root-path is {arguments.root_path!r}; give a path that begins with /")
     if not re.fullmatch("([a-zA-Z_:][a-zA-Z0-9_:]*)?", arguments.metrics_prefix):
         raise ConfigError(f"--metrics-prefix is {arguments.metrics_prefix!r}; give letters, digits, _ and :")
+    for origin in arguments.cors_origins:  # browsers send it without a path, and compare all of it
+        if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/]+", origin):
+            raise ConfigError(f"--cors-origin is {origin!r}; give an origin without a path, https://example.org")
     given = {name: value for name, value in vars(arguments).items() if name in ServerSettings.model_fields}
     given |= {
         "engine_socket": str(engine_socket(arguments.host, arguments.port)),
