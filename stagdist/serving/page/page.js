@@ -24,7 +24,8 @@ async function describeServer() {
   Object.assign(model, { id: first.id, maxContext: first.max_model_len, meta: first.meta ?? {} });
   const { sections = 1, stages = 1, tensor = 1, parameters, precision } = model.meta;
   const facts = [plural(sections, "section"), `${plural(stages * tensor, "process", "processes")}`];
-  if (parameters) facts.push(`${(parameters / 1e6).toPrecision(3)} M parameters`);
+  const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
+  if (parameters) facts.push(`${compact.format(parameters)} parameters`);
   facts.push(precision, `${model.maxContext} positions`);
   $("model").textContent = `${model.id}: ${facts.filter(Boolean).join(" · ")}`;
   timeline.setModel(model.meta);
