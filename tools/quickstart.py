@@ -21,6 +21,7 @@ from stagdist.data.prepare.arguments import run_tool
 from stagdist.data.prepare.documents import Reader
 from stagdist.data.prepare.sources import ReadOptions, plan_pieces
 from stagdist.errors import DataError, StagdistError
+from stagdist.parallel.ranks_parser import OneLineParser
 from stagdist.telemetry.logging import setup_logging
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,9 +52,7 @@ examples:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--corpus", nargs="+", metavar="INPUT", help="text, as for tools/prepare_data.py (default: Python's own source)"
     )
