@@ -194,7 +194,7 @@ class Conversation:
                 print(flush=True)
         if self.completion:
             self.text += line + "".join(pieces)
-        else:
+        elif pieces:
             self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
         return _figures(usage, times)
 

@@ -226,6 +226,18 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_arrived(server: Scripted) -> None
     assert [message["content"] for message in server.seen[1]["messages"]] == ["Tell", "Once", "And?"]
 
 
+def test_a_message_that_is_stopped_before_its_answer_is_forgotten(
+    server: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stream(*arguments: object) -> Iterator[dict[str, Any]]:
+        raise KeyboardInterrupt
+        yield {}
+
+    monkeypatch.setattr(chat.Server, "stream", stream)
+    conversation = chat.connect(chat.parse_arguments(["--url", server.url]))
+    assert conversation.answer("Hi") == "[nothing was generated]" and conversation.messages == []
+
+
 def test_a_refused_message_is_shown_and_forgotten(server: Scripted) -> None:
     server.refusals = [(429, {"Retry-After": "3"}, "the queue is full"), (400, {}, "maximum context length is 8")]
     server.answers = [["Yes"]]
