@@ -104,12 +104,14 @@ class Server:
         try:
             connection.request(method, f"{self.url.path}/{path}", body, headers)
             response = connection.getresponse()
-        except ValueError:  # its text would show the key
-            raise ChatError(f"the address or {KEY_VARIABLE} has characters that HTTP cannot send", 400) from None
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            remedy = "start one with launch/serve.py, or give its address with --url"
+            unknown = "CERTIFICATE_VERIFY_FAILED" in str(error)
+            start = "start one with launch/serve.py, or give its address with --url"
+            remedy = "if you trust it, name its certificate in SSL_CERT_FILE" if unknown else start
             raise ChatError(f"no server answers at {self.url.geturl()} ({error}); {remedy}") from error
+        except ValueError:  # its text would show the key
+            raise ChatError(f"the address or {KEY_VARIABLE} has characters that HTTP cannot send", 400) from None
         if response.status != 200:
             refusal = _refusal(response)
             connection.close()
@@ -181,20 +183,18 @@ class Conversation:
                     if "role" not in (delta := choice.get("delta") or {}):  # which comes in a chunk of its own
                         times.append(time.perf_counter())
                     pieces.append(str(choice.get("text") or delta.get("content") or ""))
-                    sys.stdout.write(printable(pieces[-1]))
-                    sys.stdout.flush()
+                    print(printable(pieces[-1]), end="", flush=True)
         except KeyboardInterrupt:
-            sys.stdout.write(" [stopped]")
+            print(" [stopped]", end="")
         except UNREADABLE as error:
             raise ChatError(f"the server sent something other than a chunk of an answer: {error!r}") from error
         finally:
             chunks.close()  # type: ignore[attr-defined]  # it is a generator
             if len(times) > 1:
-                sys.stdout.write("\n")
-                sys.stdout.flush()
+                print(flush=True)
         if self.completion:
             self.text += line + "".join(pieces)
-        else:
+        elif pieces:
             self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
         return _figures(usage, times)
 
@@ -219,20 +219,19 @@ def _figures(usage: dict[str, Any], times: list[float]) -> str:
 def _address(text: str) -> urllib.parse.SplitResult:
     with suppress(ValueError):
         url = urllib.parse.urlsplit(text.rstrip("/").removesuffix("/v1").rstrip("/"))
-        if url.scheme in ("http", "https") and url.hostname and "@" not in url.netloc and url.port != 0:
+        if url.scheme in ("http", "https") and url.hostname and not set("@ ") & set(url.netloc) and url.port != 0:
             return url
     raise argparse.ArgumentTypeError(f"{text!r} is not http(s)://HOST[:PORT][/PREFIX]")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    raw = argparse.RawDescriptionHelpFormatter
+    raw, none = argparse.RawDescriptionHelpFormatter, argparse.SUPPRESS  # an error is one line, without the usage
     parser = argparse.ArgumentParser(
-        prog="chat.py", description=__doc__, epilog=EPILOG, formatter_class=raw, allow_abbrev=False
+        prog="chat.py", usage=none, description=__doc__, epilog=EPILOG, formatter_class=raw, allow_abbrev=False
     )
     add = parser.add_argument
-    where = "address of the server, with or without /v1 (default %(default)s)"
-    add("--url", type=_address, default="http://127.0.0.1:8000", help=where)
+    add("--url", type=_address, default="http://127.0.0.1:8000", help="with or without /v1 (default %(default)s)")
     add("--model", metavar="NAME", help="name of the model (default: the first that the server has)")
     add("--system", metavar="TEXT", help="system message")
     add("--completion", action="store_true", help="continue text; for base models, which have no chat template")
@@ -318,7 +317,8 @@ def converse(conversation: Conversation, terminal: bool) -> int:
                 if terminal:
                     print(figures, file=sys.stderr)
             except ChatError as error:
-                print(f"error: {error}", file=sys.stderr)
+                full = terminal and "context length" in str(error)
+                print(f"error: {error}{'; /reset forgets the conversation' * full}", file=sys.stderr)
                 failed = 0 if terminal else 1
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from stagdist.parallel.ranks_parser import OneLineParser
+
 MAX_NUMBER = 1_000_000
 """Largest number of an option."""
 
@@ -25,7 +27,7 @@ examples:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="doctor.py",
         description=__doc__,
         epilog=EPILOG,

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from stagdist.errors import ConfigError, StagdistError
+from stagdist.parallel.ranks_parser import OneLineParser
 
 SHORTEST_HOST_TIMEOUT_S = 3.0
 
@@ -51,7 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="run.py",
         usage="run.py [options] -- SCRIPT [arguments of the script]",
         description=__doc__,

@@ -49,7 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--no-prefix-caching", action="store_false", dest="prefix_caching", help="compute every prompt from its start")
     drain = "limit for accepted requests after SIGTERM (default 25; DeepSpeed and torchrun kill after 30)"
     add("--drain-timeout-s", type=float, default=25.0, metavar="S", help=drain)
-    hang = "without a sign of life for so long, /health answers 503 (default 30)"
+    hang = "time without a sign of life after which /health answers 503 (default 30)"
     add("--hang-timeout-s", type=float, default=30.0, metavar="S", help=hang)
     restart = "time for launch/run.py to start the engine again (default 120)"
     add("--restart-timeout-s", type=float, default=120.0, metavar="S", help=restart)
@@ -64,8 +64,8 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
     add("--root-path", default="", metavar="PATH", help="prefix that a proxy removes, such as /llm")
     origin = "pages of this origin may call the server; repeatable"
     add("--cors-origin", action="append", default=[], dest="cors_origins", metavar="URL", help=origin)
-    add("--keep-alive-s", type=int, default=75, metavar="S", help="for idle connections (default 75)")
-    add("--max-body-mib", type=float, default=8.0, metavar="N", help="limit of a request's body (default 8)")
+    add("--keep-alive-s", type=int, default=75, metavar="S", help="how long idle connections are kept (default 75)")
+    add("--max-body-mib", type=float, default=8.0, metavar="N", help="limit of a request's body, MiB (default 8)")
     add("--metrics-prefix", default="stagdist:", metavar="TEXT", help="of names in /metrics (default stagdist:)")
     add("--no-access-log", action="store_false", dest="access_log", help="no line per request")
 

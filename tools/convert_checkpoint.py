@@ -15,6 +15,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from stagdist.parallel.ranks_parser import OneLineParser
+
 EXAMPLES = """\
 examples:
   python tools/convert_checkpoint.py export runs/my-run runs/my-run/model
@@ -50,7 +52,7 @@ DESCRIPTIONS = {
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=style)
+    parser = OneLineParser(description=__doc__, epilog=EXAMPLES, formatter_class=style)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     made: dict[str, argparse.ArgumentParser] = {}
     for verb, text in DESCRIPTIONS.items():

@@ -9,6 +9,7 @@ from stagdist.data.prepare.preparation import prepare
 from stagdist.data.prepare.processes import Ranks, current_ranks
 from stagdist.data.prepare.sources import files_left_out
 from stagdist.data.tokenizer_files import load_tokenizer
+from stagdist.parallel.ranks_parser import OneLineParser
 
 EXAMPLES = """\
 examples:
@@ -32,9 +33,7 @@ bytes per document. Then set data.corpora to PREFIX in the configuration.
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the corpus without ending")
     parser.add_argument(
         "--tokenizer",

@@ -21,6 +21,7 @@ from stagdist.data.prepare.arguments import run_tool
 from stagdist.data.prepare.documents import Reader
 from stagdist.data.prepare.sources import ReadOptions, plan_pieces
 from stagdist.errors import DataError, StagdistError
+from stagdist.parallel.ranks_parser import OneLineParser
 from stagdist.telemetry.logging import setup_logging
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,8 +36,10 @@ MICRO_BATCH = ("--set", "training.micro_batch_size=4")
 """The configuration says 1, so that it fits many ranks; two do better with larger matrices."""
 PROMPT_TOKENS = 24
 NEXT = """
-Next, generate more text or train longer, for example:
+Next, generate more text, serve the model or train longer, for example:
+  source .venv/bin/activate
   deepspeed --num_accelerators 2 launch/generate.py --model runs/quickstart/model --prompt 'def main(' --temperature 0.7
+  deepspeed --num_accelerators 2 launch/serve.py --model runs/quickstart/model
   deepspeed --num_accelerators 2 launch/pretrain.py --config configs/quickstart.yaml --set name=longer \\
       --set training.micro_batch_size=4 --set training.steps=2000"""
 EXAMPLES = """\
@@ -49,9 +52,7 @@ examples:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--corpus", nargs="+", metavar="INPUT", help="text, as for tools/prepare_data.py (default: Python's own source)"
     )

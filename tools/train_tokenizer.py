@@ -11,6 +11,7 @@ from stagdist.data.prepare.documents import Reader
 from stagdist.data.prepare.sources import Piece, files_left_out, listed, plan_pieces
 from stagdist.data.tokenizer import train_bpe
 from stagdist.errors import ConfigError, DataError
+from stagdist.parallel.ranks_parser import OneLineParser
 
 MAX_VOCAB_SIZE = 10_000_000
 """Largest vocabulary; tables of this size are allocated at the start."""
@@ -27,9 +28,7 @@ that is a multiple of 128 suits tensor parallelism. Of more text than --max-mega
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
     parser.add_argument(
         "--vocab-size", required=True, type=int, metavar="N", help="tokens, with 256 bytes and the end of a document"

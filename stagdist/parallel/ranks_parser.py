@@ -12,6 +12,14 @@ OTHERS_WAIT_S = 10.0
 """Seconds that ranks other than the first of a host wait before they print an error that all ranks may have met."""
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Prints an error as one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Report an invalid command line and exit with code 2."""
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
 class RanksParser(argparse.ArgumentParser):
     """Raises where argparse would print the usage and exit, because all ranks have the same command line."""
 

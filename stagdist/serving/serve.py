@@ -99,7 +99,9 @@ class Server:
         interrupts.stop_with(bridge.drain)
         bridge.start()
         http.send({"kind": "state", "state": "ready", "reason": ""})
-        say(f"serving {self._model} at http://{settings.host}:{settings.port} ({self._deployment.grid_text()})")
+        limits, grid = self._deployment.plan.limits, self._deployment.grid_text()
+        slots = f"{limits.num_slots} slots of {limits.max_context} positions"
+        say(f"serving {self._model} at http://{settings.host}:{settings.port} ({grid}; {slots})")
         engine.run(bridge.take)
         bridge.close()
         if bridge.lost is not None:

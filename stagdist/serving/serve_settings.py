@@ -29,6 +29,9 @@ def server_settings(arguments: argparse.Namespace, environment: Mapping[str, str
         raise ConfigError(f"--port is {arguments.port}; clients need a known one, give 1 to 65535")
     if not 1 <= arguments.max_body_mib * _MIB < _LARGEST_MIB * _MIB:
         raise ConfigError(f"--max-body-mib is {arguments.max_body_mib:g}; give MiB above 0, below {_LARGEST_MIB}")
+    for origin in arguments.cors_origins:  # browsers send it without a path, and compare all of it
+        if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/]+", origin):
+            raise ConfigError(f"--cors-origin is {origin!r}; give an origin without a path, https://example.org")
     if not re.fullmatch("(/.*)?", arguments.root_path):
         raise ConfigError(f"--root-path is {arguments.root_path!r}; give a path that begins with /")
     if not re.fullmatch("([a-zA-Z_:][a-zA-Z0-9_:]*)?", arguments.metrics_prefix):

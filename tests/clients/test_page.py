@@ -16,6 +16,7 @@ def test_the_page_loads_types_streams_and_stops(program: Callable[..., Any]) -> 
     for name, page in seen.items():
         assert page["problems"] == [], name
         assert "2 sections · 2 processes" in page["model"] and page["model"].startswith("tiny: ")
+        assert "K parameters" in page["model"]
         assert page["slots"] == 4
         assert page["too_wide"] <= 0
         assert page["completion"]["text"].startswith("def main(") and len(page["completion"]["text"]) > 12
@@ -23,4 +24,5 @@ def test_the_page_loads_types_streams_and_stops(program: Callable[..., Any]) -> 
         assert "stopped" in page["stopped"]["facts"]
         assert page["stopped"]["busy"] == ["true", "false"] and page["stopped"]["focus"] == "prompt"
         assert "temperature" in page["failure"]
+        assert page["key"] == {"text": "x\nno key", "mode": True}
     assert seen["phone"]["back"] != seen["wide"]["back"]  # dark and light

@@ -1,10 +1,12 @@
 """The terminal client against a scripted server, in a pseudo-terminal and with pipes."""
 
+import http.client
 import json
 import os
 import pty
 import select
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -224,13 +226,27 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_arrived(server: Scripted) -> None
     assert [message["content"] for message in server.seen[1]["messages"]] == ["Tell", "Once", "And?"]
 
 
+def test_a_message_that_is_stopped_before_its_answer_is_forgotten(
+    server: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stream(*arguments: object) -> Iterator[dict[str, Any]]:
+        raise KeyboardInterrupt
+        yield {}
+
+    monkeypatch.setattr(chat.Server, "stream", stream)
+    conversation = chat.connect(chat.parse_arguments(["--url", server.url]))
+    assert conversation.answer("Hi") == "[nothing was generated]" and conversation.messages == []
+
+
 def test_a_refused_message_is_shown_and_forgotten(server: Scripted) -> None:
-    server.refusals = [(429, {"Retry-After": "3"}, "the queue is full")]
+    server.refusals = [(429, {"Retry-After": "3"}, "the queue is full"), (400, {}, "maximum context length is 8")]
     server.answers = [["Yes"]]
     terminal = Terminal(["--url", server.url])
     terminal.until("> ")
     terminal.type("One\n")
     terminal.until("error: the queue is full; try again in 3 s\n")
+    terminal.type("All\n")
+    terminal.until("error: maximum context length is 8; /reset forgets the conversation\n")
     terminal.type("Two\n")
     terminal.until("Yes")
     terminal.type("/what\n")
@@ -239,7 +255,7 @@ def test_a_refused_message_is_shown_and_forgotten(server: Scripted) -> None:
     terminal.type("\x04")
     assert terminal.end() == 0
     assert [body["messages"] for body in server.seen] == [
-        [{"role": "user", "content": text}] for text in ("One", "Two")
+        [{"role": "user", "content": text}] for text in ("One", "All", "Two")
     ]
 
 
@@ -282,18 +298,29 @@ def test_what_prevents_a_conversation_is_said(server: Scripted) -> None:
     assert unsent.returncode == 2 and unsent.stderr.count("\n") == 1 and "two" not in unsent.stderr
 
 
+def test_a_certificate_that_is_not_known_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def request(*arguments: object) -> None:
+        raise ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate")
+
+    monkeypatch.setattr(http.client.HTTPConnection, "request", request)
+    with pytest.raises(chat.ChatError, match="self-signed .*name its certificate in SSL_CERT_FILE") as failed:
+        chat.connect(chat.parse_arguments(["--url", "https://example.org"]))
+    assert failed.value.status == 0  # a ValueError as well, but no invalid key
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         *(["--url", url] for url in ("127.0.0.1:8000", "ftp://a", "http://a:b", "http://", "http://a:70000", "http://[")),
         *(["--timeout", seconds] for seconds in ("0", "-1", "nan", "inf", "1x")),
-        ["--completion", "--system", "x"], ["--max-tokens", "1x"], ["--temperature", ""],
+        ["--url", "http://a b"], ["--completion", "--system", "x"], ["--max-tokens", "1x"], ["--temperature", ""],
     ],
 )  # fmt: skip
 def test_a_wrong_option_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         chat.parse_arguments(arguments)
-    assert ended.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("chat.py: error: ")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("chat.py: error: ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("models", [None, [], {}, {"data": []}, {"data": [{}]}, {"data": ["a"]}, {"data": {"id": 1}}])

@@ -69,6 +69,7 @@ WRONG: list[tuple[list[str], str]] = [
         "--chat-template FOLDER/deep: the chat template of the model cannot be",
     ),
     (["--root-path", "llm"], "--root-path is 'llm'; give a path that begins with /"),
+    (["--cors-origin", "https://a.example/"], "--cors-origin is 'https://a.example/'; give an origin without a path"),
     (["--metrics-prefix", "a b"], "--metrics-prefix is 'a b'; give letters"),
     (["--served-model-name", "\udcff"], "--host, --served-model-name and --cors-origin must be UTF-8 text"),
     (["--hang-timeout-s", "inf"], "--hang-timeout-s is inf: input should be a finite number"),

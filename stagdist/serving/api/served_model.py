@@ -56,7 +56,7 @@ class ModelView:
         """
         if name is None or self._any_model or name in self.names:
             return name if name in self.names else self.names[0]  # type: ignore[return-value]
-        known = ", ".join(self.names)
+        known = ", ".join(map(repr, self.names))
         raise ProblemError(404, f"the model {name[:80]!r} does not exist; this server has {known}", param="model")
 
     def objects(self) -> list[dict[str, Any]]:

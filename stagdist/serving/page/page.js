@@ -5,7 +5,7 @@ import { Timeline, drawRates } from "./sections.js";
 
 const $ = (id) => document.getElementById(id);
 const timeline = new Timeline($("timeline"), $("pace"));
-const model = { id: null, maxContext: 0, meta: {}, chat: true };
+const model = { id: null, maxContext: 0, meta: {}, chat: null };
 let turns = [];                // messages of the conversation in chat mode
 let running = null;            // AbortController of the answer under way
 
@@ -24,12 +24,13 @@ async function describeServer() {
   Object.assign(model, { id: first.id, maxContext: first.max_model_len, meta: first.meta ?? {} });
   const { sections = 1, stages = 1, tensor = 1, parameters, precision } = model.meta;
   const facts = [plural(sections, "section"), `${plural(stages * tensor, "process", "processes")}`];
-  if (parameters) facts.push(`${(parameters / 1e6).toPrecision(3)} M parameters`);
+  const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
+  if (parameters) facts.push(`${compact.format(parameters)} parameters`);
   facts.push(precision, `${model.maxContext} positions`);
   $("model").textContent = `${model.id}: ${facts.filter(Boolean).join(" · ")}`;
   timeline.setModel(model.meta);
   $("timeline-text").textContent = explanation(timeline);
-  chooseMode();
+  if (model.chat !== (first.meta?.chat ?? true)) chooseMode();   // an engine that comes back keeps what was chosen
 }
 
 function explanation({ sections, stagger, takesTurns }) {
@@ -100,6 +101,7 @@ async function send() {
     else fail(turn, error, prompt);
   }
   setBusy(null, turn);
+  if (result.status === 401) askForKey();
   if (!turn.classList.contains("failed")) {
     showFacts(turn, result);
     if (!text) turns.push({ role: "user", content: prompt }, { role: "assistant", content: result.content });
@@ -108,6 +110,7 @@ async function send() {
 
 async function stream(path, body, turn, result) {
   const answer = await fetch(path, { method: "POST", headers: headers(), body: JSON.stringify(body), signal: running.signal });
+  result.status = answer.status;
   if (!answer.ok) throw await problem(answer);
   for await (const data of events(answer.body)) {
     if (data.error) throw new Error(data.error.message);
@@ -141,9 +144,9 @@ async function* events(body) {
 }
 
 async function problem(answer) {
-  if (answer.status === 401) askForKey();
-  const body = await answer.json().catch(() => ({}));
-  return new Error(body.error?.message ?? `the server answered ${answer.status}`);
+  const { error } = await answer.json().catch(() => ({}));
+  const remedy = error?.code === "context_length_exceeded" && turns.length ? "; New begins another conversation" : "";
+  return new Error(`${error?.message ?? `the server answered ${answer.status}`}${remedy}`);
 }
 
 function addTurn(kind, text = "", given = false) {

@@ -94,6 +94,21 @@ def fail(page: Page) -> str:
     return page.inner_text(".turn.failed")
 
 
+def use_key(page: Page) -> dict[str, Any]:
+    """The page when it asks for a key, and when it has described the server again."""
+    page.check("#mode-text", force=True)  # which is not what the page chooses for a model with a template
+    page.route("**/v1/completions", lambda route: route.fulfill(status=401, json={"error": {"message": "no key"}}))
+    page.focus("#prompt")
+    page.keyboard.press("Enter")  # the prompt that failed is still there
+    page.wait_for_selector(".turn.text.failed")
+    wait_until(page, "document.activeElement.id === 'api-key'")
+    page.keyboard.type("secret")
+    with page.expect_response("**/v1/models"):
+        page.keyboard.press("Tab")
+    wait_until(page, "document.getElementById('model').textContent.includes('sections')")
+    return {"text": page.inner_text(".turn.text.failed"), "mode": page.is_checked("#mode-text")}
+
+
 def main() -> None:
     """Print what was seen."""
     seen: dict[str, Any] = {}
@@ -117,6 +132,7 @@ def main() -> None:
                 "stopped": chat_and_stop(page),
                 "problems": [text for text in problems if "ERR_ABORTED" not in text],
                 "failure": fail(page),
+                "key": use_key(page),
             }
         browser.close()
     print(json.dumps(seen))
