@@ -159,7 +159,7 @@ class Forks(Run):
 
     Args:
         ranks: number of ranks; None: one process without a launcher.
-        given: standard input.
+        given: standard input, or the file that it is, such as a named pipe.
         before: called in every process before the script runs, to plant a fault; a function of a module.
     """
 
@@ -171,12 +171,13 @@ class Forks(Run):
         *,
         ranks: int | None = 2,
         one_file: bool = True,
-        given: bytes = b"",
+        given: bytes | Path = b"",
         before: Callable[[], None] | None = None,
     ):
         super().__init__(folder, one_file=one_file)
-        words = self.out.with_name(self.out.name + ".given")
-        words.write_bytes(given)
+        words = given if isinstance(given, Path) else self.out.with_name(self.out.name + ".given")
+        if isinstance(given, bytes):
+            words.write_bytes(given)
         self._code: int | None = None
         self.processes = fork_script(Script(script, tuple(arguments), folder, self.out, self.err, words, before), ranks)
 
