@@ -11,6 +11,7 @@ from tests.lab.hosts import Lab
 from tests.lab.launching import GRIDS, LAUNCHERS, VARIABLES, finish, pretrain, start, whole_matrix
 from tests.launch.generating import GENERATE, run_ranks_to_end, write_model
 from tests.launch.runs import losses
+from tests.ranks import GUARD_S
 
 pytestmark = pytest.mark.lab
 
@@ -41,9 +42,9 @@ def test_training_over_two_hosts_gives_the_losses_of_one_machine(
 
 def watch_ranks(lab: Lab, number: int) -> dict[int, tuple[str, dict[str, str]]]:
     """Wait until so many ranks run; host and the variables of ours that each was started with."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + GUARD_S
     while len(ranks := lab.ranks()) < number:
-        assert time.monotonic() < deadline, f"only ranks {sorted(ranks)} of {number} after 60 s"
+        assert time.monotonic() < deadline, f"only ranks {sorted(ranks)} of {number} after {GUARD_S:g} s"
         time.sleep(0.05)
     return {
         rank: (one.host, {name: value for name, value in one.environment.items() if name in VARIABLES})

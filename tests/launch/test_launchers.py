@@ -19,11 +19,11 @@ def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int
     return losses(folder, "run")
 
 
-# tests/lab/test_launchers.py trains over two hosts with torchrun and Open MPI.
-SLOW = [pytest.param(launcher, marks=pytest.mark.slow) for launcher in ("torchrun", "mpirun")]
+# tests/lab/test_launchers.py starts torchrun and Open MPI on two hosts, test_safety.py one process.
+SLOW = [pytest.param(launcher, marks=pytest.mark.slow) for launcher in ("python", "torchrun", "mpirun")]
 
 
-@pytest.mark.parametrize("launcher", ["python", "deepspeed", *SLOW])
+@pytest.mark.parametrize("launcher", ["deepspeed", *SLOW])
 def test_every_launcher_trains_to_the_same_losses(
     corpus: Path, expected: dict[int, float], tmp_path: Path, launcher: str
 ) -> None:
