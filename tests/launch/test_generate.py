@@ -1,4 +1,4 @@
-"""`launch/generate.py` alone, under `deepspeed` and under `mpirun`: the same text, clear errors, answers at once."""
+"""`launch/generate.py` alone, on two ranks and under `deepspeed`: the same text, clear errors, answers at once."""
 
 import json
 import os
@@ -101,7 +101,8 @@ def test_launchers_give_the_answers_of_one_process_and_bad_prompts_harm_no_other
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
     assert {event["pid"] for event in events} == {0, 1} and list(tmp_path.iterdir()) == [trace]
 
-    split = generate("mpirun", model, *arguments, "--tensor-parallel-size", "2", "--batch-size", "2")
+    # tests/lab/test_launchers.py starts ranks by Open MPI.
+    split = run_ranks_to_end(model, *arguments, "--tensor-parallel-size", "2", "--batch-size", "2", ranks=2)
     assert split.returncode == 1 and comparable(answers(split)) == comparable(found), split.stderr.decode()
     assert "pipe 1 x tensor 2" in split.stderr.decode()
 
