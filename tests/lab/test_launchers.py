@@ -45,7 +45,7 @@ def watch_ranks(lab: Lab, number: int) -> dict[int, tuple[str, dict[str, str]]]:
     deadline = time.monotonic() + GUARD_S
     while len(ranks := lab.ranks()) < number:
         assert time.monotonic() < deadline, f"only ranks {sorted(ranks)} of {number} after {GUARD_S:g} s"
-        time.sleep(0.05)
+        time.sleep(0.2)  # a look reads all of /proc
     return {
         rank: (one.host, {name: value for name, value in one.environment.items() if name in VARIABLES})
         for rank, one in ranks.items()
