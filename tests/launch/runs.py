@@ -76,13 +76,15 @@ class Run(ABC):
         """The lines that say what went wrong."""
         return [line for line in self.text().splitlines() if line.startswith("error: ")]
 
-    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = GUARD_S) -> None:
+    def wait_until(
+        self, condition: Callable[[], bool], what: str, timeout_s: float = GUARD_S, poll_s: float = POLL_S
+    ) -> None:
         """Return when the condition holds; the command must run until then."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.poll() is None, f"ended before {what}:\n{self.text()}"
             assert time.monotonic() < deadline, f"no {what} in {timeout_s} s:\n{self.text()}"
-            time.sleep(POLL_S)
+            time.sleep(poll_s)
 
     def wait_for_step(self, metrics: Path, step: int) -> None:
         """Return when a training step has been logged."""
