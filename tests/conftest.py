@@ -12,7 +12,14 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+import ssl
+
 import pytest
+
+
+def pytest_configure() -> None:
+    """Make HTTP clients cheap: each would read the certificates of all authorities in 40 ms, and no test uses TLS."""
+    ssl.SSLContext.load_verify_locations = lambda *_, **__: None  # type: ignore[method-assign]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

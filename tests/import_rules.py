@@ -88,14 +88,18 @@ def _names(node: ast.AST, path: str) -> list[str]:
             package = path.removesuffix(".py").split("/")[: -node.level]
             base = ".".join([*package, *filter(None, [base])])
         return [f"{base}.{alias.name}" for alias in node.names]
-    if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+    if isinstance(node, ast.Call) and _called(node.func) in ("import_module", "__import__"):
         return [str(argument.value) for argument in node.args[:1] if isinstance(argument, ast.Constant)]
     return []
 
 
-def violations(root: Path) -> list[str]:
-    """Every import under root that breaks a rule, with the rule."""
-    found = imports_below(root)
+def _called(function: ast.expr) -> str:
+    """The last name of what is called."""
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def violations(root: Path, found: list[Import]) -> list[str]:
+    """Every import under root, of those found, that breaks a rule, with the rule."""
     problems = [problem for each in found for problem in (_upward(each), _outside_fence(each), _eager(each)) if problem]
     return problems + _module_cycles(root, found) + _room_cycles(root, found)
 

@@ -46,6 +46,8 @@ GUARD_S = 600.0
 """Limit of a wait that only guards against a hang. Long, because a busy machine is no failure."""
 LOG_CHARACTERS = 4000
 PR_SET_PDEATHSIG = 1
+BARE = "STAGDIST_TEST_BARE_SERVER"
+"""Variable with which the server imports no framework: for a test of the processes alone."""
 
 
 class RankError(RuntimeError):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.ranks import ROOT, end_with_parent
 
-WAITING = ("tests/lab", "tests/launch", "tests/cluster", "tests/gpu", "tests/evaluation")
+WAITING = ("tests/lab", "tests/launch", "tests/cluster", "tests/gpu", "tests/evaluation", "tests/parallel")
 """Folders of the first process; the second takes all others. Both take about the same time on two cores."""
 NO_TESTS_COLLECTED = 5
 

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.ranks import ROOT, RankError, Script, end_processes, fork_script, run_ranks
+from tests.ranks import BARE, ROOT, RankError, Script, end_processes, fork_script, run_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -134,7 +134,8 @@ run_ranks("tests.test_ranks:hang_on_rank_1", 2, sys.argv[1], env={"FRESH": "yes"
 
 @pytest.mark.parametrize("how", ["fork", "fresh"])
 def test_ranks_and_their_server_end_with_a_test_run_that_is_killed(tmp_path: Path, how: str) -> None:
-    with subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path), how], cwd=ROOT) as owner:
+    command = [sys.executable, "-c", OWNER, str(tmp_path), how]
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | {BARE: "yes"}) as owner:
         try:
             deadline = time.monotonic() + 60
             while not (tmp_path / "pids").exists() or not (tmp_path / "pids").read_text():

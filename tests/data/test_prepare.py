@@ -88,10 +88,11 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path: Path) -> None:
 def test_the_files_are_the_same_for_any_number_of_workers_and_ranks(
     run_tool: RunTool, bpe_directory: Path, tmp_path: Path
 ) -> None:
-    lines = [json.dumps({"text": path.read_text(encoding="utf-8")}) for path in sorted(LIBRARY.glob("*.py"))]
-    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    texts = [path.read_text(encoding="utf-8") for path in sorted((LIBRARY / "asyncio").glob("*.py"))]
+    padding = "x" * (2 * PIECE_BYTES // len(texts))
+    (tmp_path / "all.jsonl").write_text("\n".join(json.dumps({"text": text, "other": padding}) for text in texts))
     assert (tmp_path / "all.jsonl").stat().st_size > 2 * PIECE_BYTES, "the file is to be read in several pieces"
-    common = [tmp_path / "all.jsonl", LIBRARY / "email", "--tokenizer", bpe_directory]
+    common = [tmp_path / "all.jsonl", LIBRARY / "json", "--tokenizer", bpe_directory]
     launchers: dict[str, tuple[str, ...]] = {"one": (), "two": ()}
     mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if mpirun:
@@ -128,10 +129,13 @@ def test_a_failing_rank_ends_all_ranks_with_one_clear_line(run_tool: RunTool, tm
 
 
 def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(tmp_path: Path, run_tool: RunTool) -> None:
-    out = tmp_path / "out"
+    out, given = tmp_path / "out", tmp_path / "given"
+    given.mkdir()
+    for number in range(4):
+        (given / f"{number}.jsonl").write_text('{"text": "one of many documents"}\n' * 60_000)
     command = [
-        sys.executable, str(ROOT / "tools" / "prepare_data.py"), str(LIBRARY), "--include", "*.py",
-        "--bad-utf8", "skip", "--tokenizer", "bytes", "--workers", "2", "--quiet", "--output", str(out / "c"),
+        sys.executable, str(ROOT / "tools" / "prepare_data.py"), str(given),
+        "--tokenizer", "bytes", "--workers", "2", "--quiet", "--output", str(out / "c"),
     ]  # fmt: skip
     marker = f"KILLED_RUN_{os.getpid()}"
     part, tokens = "c.*.part00000.partial", "c.*.bin.partial"

@@ -170,8 +170,9 @@ def test_invalid_arguments_are_one_line_and_code_2(
 COMMON = ("perplexity", "--model", "model", "--text", "text.txt", "--quiet", "--device", "cpu")
 
 
+@pytest.mark.slow  # the test below checks the same without the launcher
 @pytest.mark.ranks
-def test_one_of_several_ranks_reports_an_error(place: Path) -> None:
+def test_one_of_several_ranks_reports_an_error_under_a_launcher(place: Path) -> None:
     launcher = ("deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()))
     ended = call(*launcher, str(ROOT / "tools" / "evaluate.py"), *COMMON, "--model", "absent")
     assert ended.returncode != 0
@@ -179,15 +180,19 @@ def test_one_of_several_ranks_reports_an_error(place: Path) -> None:
 
 
 @pytest.mark.ranks
-def test_one_of_several_ranks_reports_a_wrong_option(place: Path) -> None:
-    words, output = (*COMMON, "--window", "17"), place / "output"
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [(("--window", "17"), "--window is 17"), (("--model", "absent"), "absent is no directory")],
+)
+def test_one_of_several_ranks_reports_an_error(place: Path, arguments: tuple[str, ...], complaint: str) -> None:
+    words, output = (*COMMON, *arguments), place / "output"
     ranks = fork_script(Script(ROOT / "tools" / "evaluate.py", words, place, output, output), 2)
     try:
         ranks[0].join(GUARD_S)
         assert ranks[0].exitcode == 2
     finally:
         end_processes(ranks)  # as a launcher does, so that the second need not say it as well
-    one_error(output.read_text(), "--window is 17")
+    one_error(output.read_text(), complaint)
 
 
 def one_error(text: str, complaint: str) -> None:

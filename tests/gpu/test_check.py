@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -104,14 +103,14 @@ def test_a_rehearsal_runs_every_check_or_says_why_not(
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_without_a_gpu_the_command_says_so_and_does_nothing(tmp_path: Path) -> None:
+def test_without_a_gpu_the_command_says_so_and_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     output = tmp_path / "check.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.check", "--output", str(output)], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}, timeout=100,
-    )  # fmt: skip
-    assert done.returncode == 2 and done.stdout == "" and not output.exists()
-    assert len(done.stderr.splitlines()) == 1 and "no CUDA device" in done.stderr
+    assert main(["--output", str(output)], CHECKS) == 2 and not output.exists()
+    shown = capsys.readouterr()
+    assert shown.out == "" and len(shown.err.splitlines()) == 1 and "no CUDA device" in shown.err
 
 
 def test_another_process_is_asked_for_the_name_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,8 +40,11 @@ def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str
     return [name for name in expected if not found[name].equal(expected[name])]
 
 
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.slow)]
+
+
 @REENTRANT
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", STAGGERED + list(DEEP))
 def test_losses_and_gradients_are_equal(variant: str, dtype: torch.dtype, reentrant: bool) -> None:
     model = build(variant, dtype)[0].train()

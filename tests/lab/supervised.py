@@ -120,7 +120,7 @@ class Supervised:
             if self.call.poll() is not None and not condition():
                 raise AssertionError(f"the run ended before {what}:\n{self.call.text()}")
             assert time.monotonic() < deadline, f"no {what} in {timeout_s:.0f} s:\n{self.call.text()}"
-            time.sleep(0.05)
+            time.sleep(0.1)
 
     def scripts(self) -> dict[int, HostProcess]:
         """The training processes by rank: what agents have started, not what these have."""

@@ -11,13 +11,15 @@ from tests.lab.hosts import Lab
 from tests.lab.launching import GRIDS, LAUNCHERS, VARIABLES, finish, pretrain, start, whole_matrix
 from tests.launch.generating import GENERATE, run_ranks_to_end, write_model
 from tests.launch.runs import losses
+from tests.ranks import GUARD_S
 
 pytestmark = pytest.mark.lab
 
-# A launch takes 10 to 20 seconds: usually each launcher once, torchrun where host names mean loopback.
-USUAL = {("pdsh", "pipe2"), ("openmpi", "pipe2"), ("no_ssh", "pipe2")}
+# A launch takes 10 to 20 seconds: usually each launcher once, torchrun for text where host names mean loopback.
+USUAL = {("pdsh", "pipe2"), ("openmpi", "pipe2")}
+SLOW = {("no_ssh", "pipe2"): [pytest.mark.slow]}  # torchrun is started on every host like this as well
 MATRIX = [
-    pytest.param(launcher, grid, marks=[] if (launcher, grid) in USUAL else [whole_matrix])
+    pytest.param(launcher, grid, marks=[] if (launcher, grid) in USUAL else SLOW.get((launcher, grid), [whole_matrix]))
     for launcher in LAUNCHERS
     for grid in GRIDS
 ]
@@ -40,16 +42,17 @@ def test_training_over_two_hosts_gives_the_losses_of_one_machine(
 
 def watch_ranks(lab: Lab, number: int) -> dict[int, tuple[str, dict[str, str]]]:
     """Wait until so many ranks run; host and the variables of ours that each was started with."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + GUARD_S
     while len(ranks := lab.ranks()) < number:
-        assert time.monotonic() < deadline, f"only ranks {sorted(ranks)} of {number} after 60 s"
-        time.sleep(0.05)
+        assert time.monotonic() < deadline, f"only ranks {sorted(ranks)} of {number} after {GUARD_S:g} s"
+        time.sleep(0.2)  # a look reads all of /proc
     return {
         rank: (one.host, {name: value for name, value in one.environment.items() if name in VARIABLES})
         for rank, one in ranks.items()
     }
 
 
+@pytest.mark.slow  # the next test checks the same with ranks that decode
 def test_hosts_whose_own_name_means_loopback_find_each_other(
     clean_lab: Lab, lab_corpus: Path, local_losses: LocalLosses, tmp_path: Path
 ) -> None:
@@ -66,6 +69,7 @@ GENERATIONS = [
 
 @pytest.mark.parametrize("launcher", GENERATIONS)
 def test_sections_on_two_hosts_write_the_text_of_one_process(clean_lab: Lab, tmp_path: Path, launcher: str) -> None:
+    clean_lab.name_hosts(loopback=launcher == "torchrun")
     model = write_model(tmp_path / "model")
     options = ["--prompt", "def main(", "--max-new-tokens", "24", "--seed", "5", "--json"]
     alone = run_ranks_to_end(model, *options)

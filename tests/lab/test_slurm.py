@@ -39,6 +39,7 @@ def test_the_batch_script_trains_over_two_hosts(
     assert losses(tmp_path, "run") == local_losses("pipe2")
 
 
+@pytest.mark.slow  # test_supervisor.py starts ranks by srun, and a test below runs the script until they start
 def test_the_supervised_batch_script_trains_over_two_hosts(
     clean_lab: Lab, lab_corpus: Path, local_losses: LocalLosses, tmp_path: Path
 ) -> None:

@@ -25,11 +25,12 @@ LocalLosses = Callable[[str], dict[int, float]]
 @pytest.mark.parametrize(
     "fault",
     [
-        "kill_rank_1",
-        # In `make test`, tests/launch/test_run.py and tests/cluster/test_placement.py check the same decisions.
+        "srun_kill_rank_1",
+        # In `make test`, tests/launch/test_run.py and tests/cluster/test_placement.py check the same decisions, and the
+        # test of secrets starts a run by ssh.
+        pytest.param("kill_rank_1", marks=pytest.mark.slow),
         pytest.param("power_off_spare", marks=pytest.mark.slow),
         pytest.param("sigkill_supervisor", marks=pytest.mark.slow),
-        pytest.param("srun_kill_rank_1", marks=pytest.mark.slow),
         pytest.param("srun_is_killed", marks=pytest.mark.slow),
     ],
 )

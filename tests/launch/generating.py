@@ -69,9 +69,9 @@ def generate(launcher: str, model: Path, *arguments: str, given: bytes = b"", ra
     )  # fmt: skip
 
 
-def start_ranks(folder: Path, model: Path, *arguments: str, ranks: int = 2) -> Forks:
+def start_ranks(folder: Path, model: Path, *arguments: str, given: bytes | Path = b"", ranks: int = 2) -> Forks:
     """Start a run on forked ranks."""
-    return Forks(folder, GENERATE, _arguments(model, *arguments), ranks=ranks, one_file=False)
+    return Forks(folder, GENERATE, _arguments(model, *arguments), ranks=ranks, one_file=False, given=given)
 
 
 def start_command(folder: Path, words: list[str]) -> Launch:

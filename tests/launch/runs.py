@@ -76,13 +76,15 @@ class Run(ABC):
         """The lines that say what went wrong."""
         return [line for line in self.text().splitlines() if line.startswith("error: ")]
 
-    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = GUARD_S) -> None:
+    def wait_until(
+        self, condition: Callable[[], bool], what: str, timeout_s: float = GUARD_S, poll_s: float = POLL_S
+    ) -> None:
         """Return when the condition holds; the command must run until then."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.poll() is None, f"ended before {what}:\n{self.text()}"
             assert time.monotonic() < deadline, f"no {what} in {timeout_s} s:\n{self.text()}"
-            time.sleep(POLL_S)
+            time.sleep(poll_s)
 
     def wait_for_step(self, metrics: Path, step: int) -> None:
         """Return when a training step has been logged."""
@@ -159,7 +161,7 @@ class Forks(Run):
 
     Args:
         ranks: number of ranks; None: one process without a launcher.
-        given: standard input.
+        given: standard input, or the file that it is, such as a named pipe.
         before: called in every process before the script runs, to plant a fault; a function of a module.
     """
 
@@ -171,12 +173,13 @@ class Forks(Run):
         *,
         ranks: int | None = 2,
         one_file: bool = True,
-        given: bytes = b"",
+        given: bytes | Path = b"",
         before: Callable[[], None] | None = None,
     ):
         super().__init__(folder, one_file=one_file)
-        words = self.out.with_name(self.out.name + ".given")
-        words.write_bytes(given)
+        words = given if isinstance(given, Path) else self.out.with_name(self.out.name + ".given")
+        if isinstance(given, bytes):
+            words.write_bytes(given)
         self._code: int | None = None
         self.processes = fork_script(Script(script, tuple(arguments), folder, self.out, self.err, words, before), ranks)
 

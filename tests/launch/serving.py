@@ -17,6 +17,8 @@ from tests.launch.runs import BIN, ROOT, Forks, Launch, Run, mpirun
 from tests.ranks import GUARD_S, POLL_S, free_port
 
 SERVE = ROOT / "launch" / "serve.py"
+HEALTH_POLL_S = 0.1
+"""Between requests for /health, which take processor time from the server that starts."""
 
 
 class Served:
@@ -38,7 +40,7 @@ class Served:
 
     def wait_ready(self) -> "Served":
         """Return when requests are served."""
-        self.run.wait_until(lambda: self.health() == 200, "a healthy server")
+        self.run.wait_until(lambda: self.health() == 200, "a healthy server", poll_s=HEALTH_POLL_S)
         return self
 
     def wait_health(self, status: int | None, limit_s: float = 60) -> float:
@@ -46,7 +48,7 @@ class Served:
         begin = time.monotonic()
         while (found := self.health()) != status:
             assert time.monotonic() < begin + limit_s, f"/health is {found}\n{self.run.text()}"
-            time.sleep(POLL_S)
+            time.sleep(HEALTH_POLL_S)
         return time.monotonic() - begin
 
     def stages(self) -> list[dict[str, Any]]:

@@ -72,6 +72,7 @@ def test_a_killed_rank_ends_the_other_with_stage_and_step(corpus: Path, tmp_path
         assert "Traceback" not in run.text(), run.text()
 
 
+@pytest.mark.slow  # the test above checks what the rank says, and its end
 def test_a_launcher_ends_the_other_ranks_of_one_that_is_killed(corpus: Path, tmp_path: Path) -> None:
     with endless_run(launch, corpus, tmp_path) as (run, (first, second)):
         second.kill()

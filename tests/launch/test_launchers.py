@@ -1,10 +1,11 @@
 """The entry points under every launcher of one machine; other tests of this folder use forked ranks."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.launch.runs import launch, losses, pretrain, tiny_config
+from tests.launch.runs import Run, launch, losses, pretrain, tiny_config
 
 pytestmark = pytest.mark.ranks
 
@@ -18,11 +19,11 @@ def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int
     return losses(folder, "run")
 
 
-# tests/lab/test_launchers.py trains over two hosts with torchrun and Open MPI.
-SLOW = [pytest.param(launcher, marks=pytest.mark.slow) for launcher in ("torchrun", "mpirun")]
+# tests/lab/test_launchers.py starts torchrun and Open MPI on two hosts, test_safety.py one process.
+SLOW = [pytest.param(launcher, marks=pytest.mark.slow) for launcher in ("python", "torchrun", "mpirun")]
 
 
-@pytest.mark.parametrize("launcher", ["python", "deepspeed", *SLOW])
+@pytest.mark.parametrize("launcher", ["deepspeed", *SLOW])
 def test_every_launcher_trains_to_the_same_losses(
     corpus: Path, expected: dict[int, float], tmp_path: Path, launcher: str
 ) -> None:
@@ -33,8 +34,11 @@ def test_every_launcher_trains_to_the_same_losses(
     assert losses(tmp_path, "run") == pytest.approx(expected, abs=1e-5)
 
 
-def test_an_error_of_the_user_is_one_line_and_exit_code_2(corpus: Path, tmp_path: Path) -> None:
-    run = launch(tmp_path, tiny_config(corpus, "bad"), "model.hiden_size=64", launcher="deepspeed")
+@pytest.mark.parametrize("start", [pretrain, pytest.param(launch, marks=pytest.mark.slow)])
+def test_an_error_of_the_user_is_one_line_and_exit_code_2(
+    corpus: Path, tmp_path: Path, start: Callable[..., Run]
+) -> None:
+    run = start(tmp_path, tiny_config(corpus, "bad"), "model.hiden_size=64")
     assert run.wait() == 2, run.text()
     assert len(run.errors()) == 1 and "model.hidden_size" in run.errors()[0] and "Traceback" not in run.text()
     assert not (tmp_path / "runs").exists()

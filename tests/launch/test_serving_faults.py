@@ -79,12 +79,19 @@ def test_a_stopped_http_process_holds_the_engine_up_for_a_limited_time(model: Pa
     assert all(request.ended(10).error for request in requests)
 
 
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ((1, signal.SIGKILL), (0, signal.SIGKILL)),
+        pytest.param(((0, signal.SIGSTOP),), marks=pytest.mark.slow),  # it is killed as well, after the time limit
+    ],
+)
 def test_under_a_supervisor_the_http_process_outlives_the_engine_and_ends_with_the_supervisor(
-    model: Path, tmp_path: Path
+    model: Path, tmp_path: Path, faults: tuple[tuple[int, signal.Signals], ...]
 ) -> None:
     served = serve_by("supervisor", tmp_path, model, "--timeout", str(TIMEOUT_S)).wait_ready()
     listening = served.http_process()
-    for victim, number in ((1, signal.SIGKILL), (0, signal.SIGKILL), (0, signal.SIGSTOP)):
+    for victim, number in faults:
         endless = Streaming(served, "abc", max_tokens=ENDLESS).wait_for_text()
         begin = time.monotonic()
         served.run.ranks()[victim].send_signal(number)

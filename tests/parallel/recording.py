@@ -126,6 +126,11 @@ class Recorder(TorchDispatchMode):
 
     # --- compute ------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No guard against compilation around each of 100,000 operations: nothing is compiled here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._quiet and (name := _operation(func)):
             if name == "_local_scalar_dense":

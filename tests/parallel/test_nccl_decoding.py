@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,11 @@ FEW_STAGES = (1, 2, 3, 4)
 MORE_STAGES = (5, 8)
 WORLD = 0
 """The communicator of all ranks."""
+
+
+def slow_but(every: Sequence[int], *usual: int) -> list[Any]:
+    """Parameters of a test, of which `make test` runs the usual ones; the others go through the same code."""
+    return [number if number in usual else pytest.param(number, marks=pytest.mark.slow) for number in every]
 
 
 def layouts(stages: int) -> list[Layout]:
@@ -68,19 +74,19 @@ def does_not_hang(layout: Layout) -> None:
     assert not Machine(ranks, buffered=False).play(), f"{layout}: attention over other keys is another kernel"
 
 
-@pytest.mark.parametrize("stages", FEW_STAGES)
+@pytest.mark.parametrize("stages", slow_but(FEW_STAGES, 1, 2, 3))
 def test_no_layout_hangs(stages: int) -> None:
     for layout in [*layouts(stages), *(MORE if stages == 2 else [])]:
         does_not_hang(layout)
 
 
-@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("stages", slow_but((2, 3), 2))
 def test_no_traced_layout_hangs(stages: int) -> None:
     for layout in layouts(stages):
         does_not_hang(replace(layout, traced=True))
 
 
-@pytest.mark.parametrize("stages", MORE_STAGES)
+@pytest.mark.parametrize("stages", slow_but(MORE_STAGES, 5))
 def test_no_layout_of_many_stages_hangs(stages: int) -> None:
     for layout in layouts(stages):
         ranks = programs(layout, dry=False)
@@ -91,7 +97,7 @@ def test_no_layout_of_many_stages_hangs(stages: int) -> None:
             assert not Machine(ranks, lazy=False, queue_of=round_robin(queues)).play(), f"{layout}: {queues} queues"
 
 
-@pytest.mark.parametrize("stages", [5, 6, 7, 8])
+@pytest.mark.parametrize("stages", slow_but((5, 6, 7, 8), 8))
 def test_no_sharded_head_of_many_stages_hangs(stages: int) -> None:
     does_not_hang(Layout(stages, 1, "sharded", combined=True))
 
@@ -99,7 +105,7 @@ def test_no_sharded_head_of_many_stages_hangs(stages: int) -> None:
 # --- hardware queues --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("stages", slow_but((2, 3, 4), 2, 3))
 def test_any_two_streams_may_share_a_hardware_queue_where_messages_have_room_in_buffers(stages: int) -> None:
     for layout in layouts(stages):
         ranks = programs(layout)
@@ -107,7 +113,7 @@ def test_any_two_streams_may_share_a_hardware_queue_where_messages_have_room_in_
             assert not Machine(ranks, queue_of=together(*pair)).play(), f"{layout}: {pair} share a queue"
 
 
-@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("stages", slow_but((2, 3, 4), 2, 3))
 def test_a_staggered_hand_off_without_room_in_buffers_must_not_share_a_hardware_queue(stages: int) -> None:
     """It completes in the next step, after all work of its rank in this step: hence 32 queues."""
     for layout in layouts(stages):

@@ -122,6 +122,7 @@ def test_with_a_key_but_no_network_the_run_is_offline_and_the_key_is_in_no_file(
     assert not [path for path in files if FAKE_KEY.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow  # the test above checks what follows where a run cannot start online
 def test_a_server_that_refuses_the_key_does_not_cost_the_run(tmp_path: Path) -> None:
     with _RefusingServer() as address:
         attempt = _attempt(tmp_path / "run", None, [1], {"WANDB_API_KEY": FAKE_KEY, "WANDB_BASE_URL": address})

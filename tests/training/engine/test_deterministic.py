@@ -37,7 +37,7 @@ def _losses(case: Case, world: World) -> list[float]:
     return [float(engine.train_batch(micro_batches(case, groups, *batch))) for batch in case.batches()[:2]]
 
 
-@pytest.mark.parametrize("grid", [(1, 1, 1), (3, 1, 2)])
+@pytest.mark.parametrize("grid", [(1, 1, 1), (1, 1, 2)])
 def test_every_model_trains_with_deterministic_kernels(grid: tuple[int, int, int]) -> None:
     cases = CASES if grid == (1, 1, 1) else [replace(CASES[-1], grid=grid)]
     payload = "tests.training.engine.test_deterministic:losses_twice"

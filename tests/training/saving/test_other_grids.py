@@ -28,6 +28,12 @@ OTHER_GRIDS = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (1, 2, 2)]
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 
 
+def others(case: Case) -> list[tuple[int, int, int]]:
+    """Grids on which a model continues: the first one on all, others where everything is joined and where every axis
+    changes. `make resume-matrix` runs the rest."""
+    return OTHER_GRIDS if case is MODELS[0] else [OTHER_GRIDS[0], OTHER_GRIDS[-1]]
+
+
 def saving(runs: Path, case: Case) -> Leg:
     """The leg that trains and saves on the case's grid."""
     return Leg(case, runs, f"{case.name} {label(case.grid)}".replace(" ", "-"), STEPS)
@@ -53,7 +59,7 @@ def saved(runs: Path) -> dict[str, list[LegReport]]:
 @cache
 def resumed(runs: Path) -> dict[str, list[LegReport]]:
     """Every model from the center to each other grid, and from there to the center; reports by journey."""
-    legs = [replace(saving(runs, case), case=replace(case, grid=grid)) for case in MODELS for grid in OTHER_GRIDS]
+    legs = [replace(saving(runs, case), case=replace(case, grid=grid)) for case in MODELS for grid in others(case)]
     legs += [replace(saving(runs, replace(MODELS[0], grid=grid)), case=MODELS[0]) for grid in OTHER_GRIDS]
     return _launched("resume_legs", legs)
 
@@ -73,7 +79,7 @@ def journey(leg: Leg) -> str:
     return f"{leg.name} on {label(leg.case.grid)}"
 
 
-JOURNEYS = [(case, CENTER, grid) for case in MODELS for grid in OTHER_GRIDS] + [
+JOURNEYS = [(case, CENTER, grid) for case in MODELS for grid in others(case)] + [
     (MODELS[0], grid, CENTER) for grid in OTHER_GRIDS
 ]
 
