@@ -228,14 +228,13 @@ class RequestOutput:
     error: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    times: RequestTimes | None = None
+    times: RequestTimes = RequestTimes(0.0)
 
     @property
     def time_to_first_token_s(self) -> float | None:
         """Seconds from the submission to the first token."""
-        if self.times is None or self.times.first_token_s is None:
-            return None
-        return self.times.first_token_s - self.times.submitted_s
+        first_s = self.times.first_token_s
+        return None if first_s is None else first_s - self.times.submitted_s
 
 
 def join_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:

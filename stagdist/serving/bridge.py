@@ -149,9 +149,7 @@ def _scored(entry: TokenLogprobs) -> ScoredToken:
     return entry.token_id, entry.logprob, list(entry.top)
 
 
-def _times(times: RequestTimes | None) -> Times:
-    if times is None:
-        return Times(admitted=None, first_token=None, finished=None)
+def _times(times: RequestTimes) -> Times:
     begin, moments = times.submitted_s, (times.admitted_s, times.first_token_s, times.finished_s)
     admitted, first_token, finished = (None if moment is None else moment - begin for moment in moments)
     return Times(admitted=admitted, first_token=first_token, finished=finished)
