@@ -107,8 +107,14 @@ class ServerMetrics:
         self.model = model
         # Looked up once, as each token is observed.
         self._observed = {name: histogram.labels(*self.labels) for name, histogram in self._histograms.items()}
-        for reason in ("stop", "length", "abort"):  # a rate needs the zero before the first
-            self._success.labels(*self.labels, reason)
+        reasons = {
+            self._success: ("stop", "length", "abort"),
+            self._rejected: ("queue_full", "too_large", "unauthorized"),
+            self._failed: ("engine", *FAILURES),
+        }
+        for counter, names in reasons.items():  # a rate needs the zero before the first
+            for reason in names:
+                counter.labels(*self.labels, reason)
 
     def observe(self, name: str, value: float) -> None:
         """Add a value to a histogram of the model."""
