@@ -19,8 +19,7 @@ GRIDS: list[tuple[int, int, HeadLayout]] = [
     (2, 1, "last"),
     (2, 1, "sharded"),
     (1, 2, "last"),
-    (2, 2, "last"),
-    (2, 2, "sharded"),
+    (2, 2, "last"),  # test_exactness.py decodes with a sharded head on this grid
 ]
 SINGLE = ("plain", "shared, stagger 2, window, combined")
 """Variants that are decoded in fp32 too."""

@@ -19,11 +19,11 @@ pytestmark = pytest.mark.ranks
 MODELS = VARIANTS | COMBINATIONS
 GRIDS = [
     (1, 1, "last"),
-    pytest.param((2, 1, "last"), marks=pytest.mark.slow),  # three stages have the same head
+    pytest.param((2, 1, "last"), marks=pytest.mark.slow),
     (2, 1, "sharded"),
     (1, 2, "last"),
     (3, 1, "last"),
-    (4, 1, "sharded"),
+    pytest.param((4, 1, "sharded"), marks=pytest.mark.slow),
 ]
 ON_SEVERAL_RANKS = {
     "four sections",

@@ -14,6 +14,8 @@ from tests.decode.schedule_checks import check
 from tests.decode.simulation import CHUNKS_OPEN, Mutation, Name, Pace, ScheduleError, program, run
 
 SHAPES = [(sections, stages) for sections in range(1, 9) for stages in range(1, sections + 1) if sections % stages == 0]
+SLOW = (5, 7)
+"""Numbers of sections that `make test` leaves out: their only divisors are one and themselves, as those of 3."""
 PROGRAMS: dict[str, str] = {
     "prompts": "e ~ c e ~ c c e ~ R",
     "prompts that follow each other": "c e c e e c c c e ~ R",
@@ -40,7 +42,9 @@ def topologies(sections: int, stages: int) -> Iterator[Topology]:
             yield Topology(sections, stages, False, 1, combined, head)
 
 
-@pytest.mark.parametrize(("sections", "stages"), SHAPES)
+@pytest.mark.parametrize(
+    ("sections", "stages"), [pytest.param(*shape, marks=[pytest.mark.slow] * (shape[0] in SLOW)) for shape in SHAPES]
+)
 def test_no_stage_waits_for_what_is_sent_later_and_every_token_is_computed_once(sections: int, stages: int) -> None:
     for topology, text in itertools.product(topologies(sections, stages), PROGRAMS.values()):
         check(topology, text)

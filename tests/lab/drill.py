@@ -14,7 +14,7 @@ from tests.lab.launching import GRIDS, run_config
 from tests.lab.supervised import HANG_TIMEOUT_S, Supervised
 from tests.launch.runs import PRETRAIN
 
-STEPS = 200
+STEPS = 120
 """Many more than FAULT_STEP: the run must still train when the fault comes, however late a busy machine plants it."""
 
 INTERVAL = 10

@@ -101,8 +101,9 @@ def test_a_signal_to_rank_0_shuts_all_down_cleanly(model: Path, tmp_path: Path, 
     ("launcher", "number"),
     [
         ("deepspeed", signal.SIGINT),
-        pytest.param("deepspeed", signal.SIGTERM, marks=pytest.mark.slow),  # the others check both halves
-        ("torchrun", signal.SIGTERM),
+        # The test above sends SIGTERM to a rank.
+        pytest.param("deepspeed", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("torchrun", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_to_the_command_leaves_no_rank_behind(model: Path, tmp_path: Path, launcher: str, number: int) -> None:
