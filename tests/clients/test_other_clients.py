@@ -44,7 +44,7 @@ def test_schemathesis_finds_no_failure_of_the_server(served: Served, client: Cli
         "schemathesis", "run", f"{served.url}/openapi.json", "--checks", "not_a_server_error",
         "--max-examples", "10", "--seed", "1", "--request-timeout", "120", "--generation-database", "none",
         "--workers", "4",
-        cwd=tmp_path,
+        cwd=tmp_path, timeout_s=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
     assert json.loads(served.get("health")) == {"status": "ok"}
