@@ -27,20 +27,20 @@ BUDGETS = {
     "stagdist/cluster": 3703,
     "stagdist/config": 977,
     "stagdist/data": 2857,
-    "stagdist/decode": 5934,
+    "stagdist/decode": 5929,
     "stagdist/evaluation": 469,
     "stagdist/hf": 655,
-    "stagdist/model": 692,
-    "stagdist/parallel": 1215,
+    "stagdist/model": 691,
+    "stagdist/parallel": 1223,
     "stagdist/planning": 753,
-    "stagdist/serving": 3548,
+    "stagdist/serving": 3609,
     "stagdist/telemetry": 1128,
     "stagdist/training": 3290,
-    "launch": 901,
-    "tools": 997,
-    "benchmarks": 4397,
+    "launch": 904,
+    "tools": 998,
+    "benchmarks": 4415,
 }
-MAX_LINES = {("stagdist", "launch", "tools"): 30_545, ("benchmarks",): 4_397}
+MAX_LINES = {("stagdist", "launch", "tools"): 30_612, ("benchmarks",): 4_415}
 """The sums may only fall, except for a new feature; the server added 5,580 lines of product."""
 
 
