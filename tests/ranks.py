@@ -17,12 +17,12 @@ it starts have no effect in `env`.
 import contextlib
 import ctypes
 import faulthandler
+import fcntl
 import importlib
 import io
 import multiprocessing
 import os
 import pickle
-import random
 import runpy
 import signal
 import socket
@@ -46,6 +46,7 @@ GUARD_S = 600.0
 """Limit of a wait that only guards against a hang. Long, because a busy machine is no failure."""
 LOG_CHARACTERS = 4000
 PR_SET_PDEATHSIG = 1
+_PORTS = range(20000, 30000)
 BARE = "STAGDIST_TEST_BARE_SERVER"
 """Variable with which the server imports no framework: for a test of the processes alone."""
 
@@ -163,15 +164,21 @@ def end_processes(processes: list[BaseProcess]) -> None:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nothing listens on.
+    """A port of 127.0.0.1 that nothing listens on, another one at each call in any process of this user.
 
     Taken below the range the kernel gives to outgoing connections, so none of those takes it before it is used.
     """
-    while True:
-        port = random.SystemRandom().randrange(20000, 30000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
+    with (Path(tempfile.gettempdir()) / f"stagdist-ports-{os.getuid()}").open("a+") as last:
+        fcntl.flock(last, fcntl.LOCK_EX)
+        last.seek(0)
+        port = int(last.read() or _PORTS[-1])
+        while True:
+            port = port + 1 if port + 1 in _PORTS else _PORTS[0]
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                last.truncate(0)
+                last.write(str(port))
+                return port
 
 
 # --- the parent -------------------------------------------------------------------------------------------------
