@@ -317,8 +317,8 @@ def converse(conversation: Conversation, terminal: bool) -> int:
                 if terminal:
                     print(figures, file=sys.stderr)
             except ChatError as error:
-                full = terminal and "context length" in str(error)
-                print(f"error: {error}{'; /reset forgets the conversation' * full}", file=sys.stderr)
+                remedy = "; /reset forgets the conversation" if terminal and "context length" in str(error) else ""
+                print(f"error: {error}{remedy}", file=sys.stderr)
                 failed = 0 if terminal else 1
 
 

@@ -11,8 +11,8 @@ from stagdist.errors import ConfigError
 MAX_LOGPROBS = 20
 """Log-probabilities of at most this many of the likeliest tokens are given."""
 
-MAX_SEED = 2**63 - 1
-"""Largest seed and largest count: seeds are int64 tensors on the device, and messages between ranks hold int64."""
+MAX_INT64 = 2**63 - 1
+"""Largest seed and count: tensors of seeds and messages between ranks hold int64."""
 
 MAX_BIAS = 100
 """Largest absolute value of a logit bias, as in OpenAI's API."""
@@ -77,15 +77,15 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         fewest = 1 if self.prompt_logprobs is None else 0
-        remedy = f"an integer, 1 (0, with prompt_logprobs, only scores the prompt) to {MAX_SEED}"
-        _check_int("max_new_tokens", self.max_new_tokens, fewest, MAX_SEED, remedy)
+        remedy = f"an integer, 1 (0, with prompt_logprobs, only scores the prompt) to {MAX_INT64}"
+        _check_int("max_new_tokens", self.max_new_tokens, fewest, MAX_INT64, remedy)
         remedy = f"an integer from 0 to max_new_tokens ({self.max_new_tokens})"
         _check_int("min_tokens", self.min_tokens, 0, self.max_new_tokens, remedy)
         if _number("temperature", self.temperature) != 0:
             remedy = f"0 for the likeliest token, or at least {SMALLEST_FACTOR}"
             _check("temperature", self.temperature, self.temperature >= SMALLEST_FACTOR, remedy)
         if self.top_k is not None:
-            _check_int("top_k", self.top_k, 1, MAX_SEED, "an integer, at least 1, or nothing for all")
+            _check_int("top_k", self.top_k, 1, MAX_INT64, "an integer, at least 1, or nothing for all")
         _check("top_p", self.top_p, 0 < _number("top_p", self.top_p) <= 1, "above 0 and at most 1 (1 keeps all tokens)")
         _check("min_p", self.min_p, 0 <= _number("min_p", self.min_p) <= 1, "0 (keeps all tokens) to 1")
         penalty = _number("repetition_penalty", self.repetition_penalty)
@@ -95,7 +95,7 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _check(name, value, -2 <= _number(name, value) <= 2, "-2 to 2; 0 changes nothing")
-        _check_int("seed", self.seed, 0, MAX_SEED, f"an integer from 0 to {MAX_SEED}")
+        _check_int("seed", self.seed, 0, MAX_INT64, f"an integer from 0 to {MAX_INT64}")
         for name in ("logprobs", "prompt_logprobs"):
             if (count := getattr(self, name)) is not None:
                 _check_int(name, count, 0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}, or nothing for none")

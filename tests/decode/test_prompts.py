@@ -18,7 +18,7 @@ from stagdist.decode.frontend.prompts import (
     prompts_from_jsonl,
     prompts_from_lines,
 )
-from stagdist.decode.request import MAX_SEED, SamplingParams
+from stagdist.decode.request import MAX_INT64, SamplingParams
 from stagdist.errors import ConfigError
 
 DEFAULTS = SamplingParams(max_new_tokens=7, temperature=0.5, seed=10)
@@ -125,8 +125,8 @@ def test_a_text_without_tokens_is_an_error_of_that_prompt() -> None:
 
 def test_a_seed_that_grows_past_the_largest_one_is_an_error_of_that_prompt() -> None:
     first, second = prompts_from_arguments(["a", "b"])
-    defaults = SamplingParams(seed=MAX_SEED)
-    assert make_request(first, defaults, byte_tokenizer()).params.seed == MAX_SEED
+    defaults = SamplingParams(seed=MAX_INT64)
+    assert make_request(first, defaults, byte_tokenizer()).params.seed == MAX_INT64
     assert "--prompt number 2: seed is" in error_of(second, defaults)
 
 

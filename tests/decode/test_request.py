@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from stagdist.decode.request import (
+    MAX_INT64,
     MAX_LOGPROBS,
-    MAX_SEED,
     FinishReason,
     Request,
     SamplingParams,
@@ -27,7 +27,7 @@ NAN, INF = float("nan"), float("inf")
         ("top_p", [0, -0.5, 1.01, NAN, INF, False, None]),
         ("min_p", [-0.1, 1.01, NAN, True, None]),
         ("repetition_penalty", [0, -1, NAN, INF, 1e-9, 1e9, True, None]),
-        ("seed", [-1, MAX_SEED + 1, 1.0, True, None]),
+        ("seed", [-1, MAX_INT64 + 1, 1.0, True, None]),
         ("stop", ["end", [""], [1], None, ["a", ""], [b"a"]]),
         ("stop_token_ids", [5, [-1], [True], [1.0], None, "12"]),
         ("ignore_end_of_document", [1, None, "yes"]),
@@ -54,13 +54,13 @@ def test_values_that_cannot_work_are_refused_by_name(name: str, values: list[Any
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("max_new_tokens", [1, MAX_SEED]),
+        ("max_new_tokens", [1, MAX_INT64]),
         ("temperature", [0, 0.0, 1e-6, 5]),
         ("top_k", [1, 10**6, None]),
         ("top_p", [1, 1e-9]),
         ("min_p", [0, 1]),
         ("repetition_penalty", [1e-6, 1, 1e6]),
-        ("seed", [0, MAX_SEED]),
+        ("seed", [0, MAX_INT64]),
         ("stop", [(), ("a", "b")]),
         ("stop_token_ids", [(), (0, 7)]),
         ("logprobs", [None, 0, MAX_LOGPROBS]),

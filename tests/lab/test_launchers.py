@@ -62,7 +62,7 @@ def test_hosts_whose_own_name_means_loopback_find_each_other(
 
 
 GENERATIONS = [
-    pytest.param("pdsh", marks=whole_matrix), pytest.param("openmpi", marks=whole_matrix),
+    pytest.param("pdsh", marks=whole_matrix), pytest.param("openmpi", marks=pytest.mark.slow),
     pytest.param("no_ssh", marks=whole_matrix), "torchrun",
 ]  # fmt: skip
 

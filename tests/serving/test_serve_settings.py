@@ -120,6 +120,6 @@ def test_a_temporary_folder_with_a_long_path_or_of_others_or_that_cannot_be_writ
     monkeypatch.setattr(settings_module.tempfile, "gettempdir", lambda: str(long))
     with pytest.raises(ConfigError, match="too long for a socket; set TMPDIR"):
         settings()
-    monkeypatch.setattr(settings_module.tempfile, "gettempdir", lambda: "/proc")  # nobody can make a folder there
+    monkeypatch.setattr(settings_module.tempfile, "gettempdir", lambda: "/proc")  # which holds no new folders
     with pytest.raises(ConfigError, match="no folder for a socket: .*'/proc/stagdist-.*set TMPDIR"):
         settings()

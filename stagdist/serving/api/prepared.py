@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
-from stagdist.decode.request import MAX_SEED, Request, SamplingParams, check_request
+from stagdist.decode.request import MAX_INT64, Request, SamplingParams, check_request
 from stagdist.errors import ConfigError
 from stagdist.serving.api.problems import ProblemError, problem_of_params
 from stagdist.serving.api.served_model import ModelView
@@ -116,7 +116,7 @@ def _refuse_constant(name: str) -> None:
 
 def draw_seed(fields: SamplingFields) -> int:
     """The seed of a request; one is drawn if it has none, so that requests differ."""
-    return fields.seed if fields.seed is not None else secrets.randbelow(MAX_SEED)
+    return fields.seed if fields.seed is not None else secrets.randbelow(MAX_INT64)
 
 
 def check_choices(count: int, limit: int) -> None:

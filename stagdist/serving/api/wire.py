@@ -4,7 +4,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
-from stagdist.decode.request import MAX_LOGPROBS, MAX_SEED, SamplingParams
+from stagdist.decode.request import MAX_INT64, MAX_LOGPROBS, SamplingParams
 from stagdist.errors import ConfigError
 from stagdist.serving.api.problems import SAMPLING_FIELDS, ProblemError, problem_of_fields, problem_of_params
 
@@ -137,7 +137,7 @@ class SamplingFields(WireModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[TokenKey, float], Field(max_length=MAX_LIST)] | None = None
-    seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
+    seed: Annotated[int, Field(ge=-MAX_INT64 - 1, le=MAX_INT64)] | None = None
     stop: Stops | None = None
     stop_token_ids: TokenList | None = None
     include_stop_str_in_output: bool | None = None
@@ -172,7 +172,7 @@ class SamplingFields(WireModel):
         same = SAMPLING_FIELDS & SamplingFields.model_fields.keys()
         given = {name: getattr(self, name) for name in same} | {
             "max_new_tokens": max_new_tokens,
-            "seed": seed % (MAX_SEED + 1),
+            "seed": seed % (MAX_INT64 + 1),
             "top_k": self.top_k if self.top_k is not None and self.top_k > 0 else None,
             "logit_bias": None if self.logit_bias is None else tuple(self.logit_bias.items()),
             "stop": None if self.stop is None else tuple(filter(None, self.stop)),  # some clients send an empty one
