@@ -77,7 +77,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         fewest = 1 if self.prompt_logprobs is None else 0
-        remedy = f"an integer, 1 (0, with prompt_logprobs, only scores the prompt) to {MAX_INT64}"
+        remedy = f"an integer from 1 to {MAX_INT64} (0 only scores the prompt and needs prompt_logprobs)"
         _check_int("max_new_tokens", self.max_new_tokens, fewest, MAX_INT64, remedy)
         remedy = f"an integer from 0 to max_new_tokens ({self.max_new_tokens})"
         _check_int("min_tokens", self.min_tokens, 0, self.max_new_tokens, remedy)

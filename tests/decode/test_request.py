@@ -90,7 +90,7 @@ def test_biases_may_be_an_object_of_json() -> None:
 
 def test_no_new_token_is_asked_for_only_to_score_a_prompt() -> None:
     assert SamplingParams(max_new_tokens=0, prompt_logprobs=0).max_new_tokens == 0
-    with pytest.raises(ConfigError, match="max_new_tokens is 0; give an integer, 1 .*prompt_logprobs"):
+    with pytest.raises(ConfigError, match="max_new_tokens is 0; give an integer from 1 .*prompt_logprobs"):
         SamplingParams(max_new_tokens=0)
     with pytest.raises(ConfigError, match="max_new_tokens is -1"):
         SamplingParams(max_new_tokens=-1, prompt_logprobs=0)
