@@ -26,6 +26,7 @@ HF_USERS = {"checkpoint", "training", "decode", "evaluation", "cluster"}
 FENCES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("stagdist/training/", "stagdist/checkpoint/", "launch/", "benchmarks/"),
     "megatron": ("stagdist/model/megatron.py", "stagdist/data/"),
+    "triton": ("stagdist/decode/kernels/",),
     "starlette": ("stagdist/serving/",),
     "uvicorn": ("stagdist/serving/",),
     "prometheus_client": ("stagdist/serving/",),
