@@ -18,7 +18,8 @@ from stagdist.decode.layers.weights import random_reader
 from stagdist.decode.operations import operate
 from stagdist.decode.request import Request, SamplingParams
 from stagdist.decode.runtime.build import EngineOptions, build_stage, plan_decoding
-from stagdist.decode.runtime.stage import Outcome, Stage
+from stagdist.decode.runtime.outcome import Outcome
+from stagdist.decode.runtime.stage import Stage
 from stagdist.parallel.device import on_cuda, synchronize
 from stagdist.telemetry.spans import SpanRecorder
 

@@ -13,7 +13,8 @@ from stagdist.decode.engine_stats import EngineStats, StageReport
 from stagdist.decode.operations import operate
 from stagdist.decode.request import FinishReason, Request, RequestOutput, check_request, join_outputs
 from stagdist.decode.request_state import RequestState
-from stagdist.decode.runtime.stage import Outcome, Stage
+from stagdist.decode.runtime.outcome import Outcome
+from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.sampling.sampler import Choice
 from stagdist.decode.scheduler import Scheduler
@@ -207,7 +208,7 @@ class Engine:
         return control
 
     def took(self, outcome: Outcome) -> None:
-        """Process the tokens of an operation.
+        """Process the tokens of an operation, which are in host memory.
 
         Text is decoded while later stages compute the next one; a first token does not wait for that.
         """
@@ -216,9 +217,8 @@ class Engine:
             self.steps += 1
             self._take(plan.rows, outcome.step)
         if outcome.scores is not None and plan.scored is not None:
-            scores = self._stage.on_host(outcome.scores).logprobs
-            assert scores is not None
-            plan.scored.take_prompt_scores(scores.tolist())
+            assert outcome.scores.logprobs is not None
+            plan.scored.take_prompt_scores(outcome.scores.logprobs.tolist())
         if outcome.first is not None and plan.first is not None:
             self._take({0: plan.first}, outcome.first)
         if outcome.first is not None or self._stage.topology.num_stages == 1:
@@ -314,7 +314,6 @@ class Engine:
         Args:
             rows: requests by their row in the choice.
         """
-        choice = self._stage.on_host(choice)
         tokens = choice.tokens.tolist()
         logprobs = None if choice.logprobs is None else choice.logprobs.tolist()
         margins = None if choice.margins is None else choice.margins.tolist()

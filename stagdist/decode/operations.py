@@ -1,18 +1,21 @@
 """The operation loop of every rank. Rank 0 decides each operation while the previous one runs.
 
 No rank waits for a decision, but an unforeseen end of a request takes effect late: one step after an end-of-document
-token or a stop id and, with several stages, two after a stop string, because text is decoded during the next step. The
+token or a stop id and, with several stages, two after a stop string, because text is decoded during the next step. On a
+GPU the host launches a step before it reads the tokens of the one before, and all of this is one step later. The
 additional tokens are dropped. Length limits are known in advance.
 """
 
 import gc
+from collections import deque
 from typing import Protocol
 
 import torch
 
 from stagdist.decode.control import Control, Operation
 from stagdist.decode.engine_stats import StageReport
-from stagdist.decode.runtime.stage import Outcome, Stage
+from stagdist.decode.runtime.outcome import HostCopy, Outcome
+from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
 from stagdist.telemetry.pulse import Phase
 
@@ -89,6 +92,12 @@ def operate(stage: Stage, transport: Transport | None, owner: Owner | None) -> N
 
 def _operate(channel: _ControlChannel, stage: Stage, owner: Owner | None) -> None:
     host_work = None if owner is None else owner.host_work
+    copies: deque[HostCopy] = deque()  # of outcomes that the owner has not seen
+
+    def take(unseen: int) -> None:
+        while owner is not None and len(copies) > unseen:
+            owner.took(stage.on_host(copies.popleft()))
+
     channel.post()
     while True:
         stage.pulse.beat(Phase.RECEIVE)
@@ -98,8 +107,10 @@ def _operate(channel: _ControlChannel, stage: Stage, owner: Owner | None) -> Non
             channel.post()
             outcome = stage.run(control.chunk, control.admission, step=control.step, host_work=host_work)
             if owner is not None:
-                owner.took(outcome)
+                copies.append(stage.to_host(outcome))
+                take(unseen=int(stage.runs_ahead))
             continue
+        take(unseen=0)
         if control.operation is Operation.REPORT:
             channel.post()
             _report(stage, owner)

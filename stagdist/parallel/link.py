@@ -14,8 +14,8 @@ receive is posted where it is waited for, or where the next one is announced. `t
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -105,13 +105,14 @@ class Inbox:
         self._expected: deque[tuple[Key, tuple[Tensor, ...]]] = deque()
         self._posted: dict[Key, tuple[list[dist.Work], tuple[Tensor, ...]]] = {}
 
-    def expect(self, key: Key, *buffers: Tensor) -> None:
+    def expect(self, key: Key, *buffers: Tensor, now: bool = False) -> None:
         """Announce the buffers of the next message. Messages arrive in the order of these calls.
 
         Args:
             key: the name to pass to `take`.
+            now: post it whatever the backend: all that the peer's send depends on has been launched.
         """
-        if self._rules.early_receives:
+        if self._rules.early_receives or now:
             self._expected.append((key, buffers))
             self._post_up_to(key)
             return
@@ -218,24 +219,37 @@ class DeviceWaits:
     ):
         self._rules, self._device, self._timeout_s, self._errors, self._peers = rules, device, timeout_s, errors, peers
         self._in_flight: deque[tuple[Sequence[dist.Work], Edge]] = deque()
+        self._captures = False
+
+    @contextmanager
+    def unnoted(self) -> Iterator[None]:
+        """Receives inside are captured into a graph: they run later, and their handles say nothing."""
+        self._captures = True
+        try:
+            yield
+        finally:
+            self._captures = False
 
     def note(self, works: Sequence[dist.Work], edge: Edge) -> None:
         """Record enqueued receives. The oldest one that has not completed explains a failed wait."""
-        if self._rules.wait_blocks:
+        if self._rules.wait_blocks or self._captures:
             return
-        while self._in_flight and all(work.is_completed() for work in self._in_flight[0][0]):
-            self._in_flight.popleft()  # a handle keeps the received tensors alive
+        self._forget_completed()
         self._in_flight.append((works, edge))
 
-    def wait(self, doing: str) -> None:
-        """Return when the device has finished everything enqueued on the current stream.
+    def mark(self) -> torch.cuda.Event | None:
+        """The point after everything enqueued so far on the current stream; None where there is nothing to wait for."""
+        return None if self._rules.wait_blocks else record_event(self._device)
+
+    def wait(self, doing: str, event: torch.cuda.Event | None = None) -> None:
+        """Return when the device has reached a mark, by default one that is set now.
 
         Raises:
             TransportError: a watched peer ended, or the time limit was reached.
         """
-        if self._rules.wait_blocks:
+        event = event or self.mark()
+        if event is None:
             return
-        event = record_event(self._device)
         deadline_s = time.monotonic() + self._timeout_s
         spin_until_s = time.monotonic() + _SPIN_S
         while not event.query():
@@ -244,7 +258,12 @@ class DeviceWaits:
             if lost is not None or now_s > deadline_s:
                 self._fail(doing, lost)
             time.sleep(0.0 if now_s < spin_until_s else _NAP_S)
-        self._in_flight.clear()
+        self._forget_completed()
+
+    def _forget_completed(self) -> None:
+        """A handle keeps the received tensors alive."""
+        while self._in_flight and all(work.is_completed() for work in self._in_flight[0][0]):
+            self._in_flight.popleft()
 
     def _fail(self, doing: str, lost: "tuple[int, str] | None") -> None:
         """Raise for the peer that ended, otherwise for the peer of the oldest message that has not arrived."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,9 +18,12 @@ from stagdist.decode.engine import Engine
 from stagdist.decode.operations import operate
 from stagdist.decode.request import Request, RequestOutput, join_outputs
 from stagdist.decode.runtime.build import DecodePlan, EngineOptions, build_stage, plan_decoding
+from stagdist.decode.runtime.graphs import CaptureProgress
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
+from stagdist.decode.sampling.sampler import Mode
 from stagdist.parallel.layout import ParameterSpec
+from tests.decode.fake_cuda import FakeCuda
 from tests.ranks import GUARD_S
 from tests.reference import stagformer as reference
 from tests.reference.variants import BASE
@@ -118,11 +122,11 @@ class World:
             self._transports[key] = Transport(plan.grid, "cpu", GUARD_S, combined=combined, hand_off_delay_s=delay_s)
         return self._transports[key]
 
-    def stage(self, case: Case) -> tuple[Stage, Transport | None]:
+    def stage(self, case: Case, progress: CaptureProgress | None = None) -> tuple[Stage, Transport | None]:
         """This rank's share of the model of a case."""
         plan = plan_decoding(ModelConfig(**config_of(case.keys)), case.options, self.size)
         transport = self.transport(plan)
-        return build_stage(plan, reader(case), "cpu", transport), transport
+        return build_stage(plan, reader(case), "cpu", transport, progress=progress), transport
 
 
 def engine_of(case: Case, stage: Stage, transport: Transport | None, heartbeat_s: float = 20.0) -> Engine:
@@ -138,6 +142,13 @@ def run_cases(cases: list[Case]) -> list[Ran]:
     return [run_one(*world.stage(case), case) for case in cases]
 
 
+def run_captured(cases: list[Case]) -> list[Ran]:
+    """As `run_cases`; steps are captured on each rank, and replays alone send and receive."""
+    with pytest.MonkeyPatch.context() as patch:
+        FakeCuda().install(patch)
+        return run_cases(cases)
+
+
 def run_one(stage: Stage, transport: Transport | None, case: Case) -> Ran:
     """Serve the requests of a case."""
     logits: list[tuple[list[int], list[int], Tensor]] = []
@@ -148,7 +159,16 @@ def run_one(stage: Stage, transport: Transport | None, case: Case) -> Ran:
         logits.append((list(slots), list(positions), stage.readout.logits.clone()))
         choose(slots, positions)
 
+    choose_in_graph = stage.readout.choose_in_graph
+
+    def recording_fixed(mode: Mode, positions: Tensor) -> None:
+        served = (positions > 0).nonzero()[:, 0]  # other rows have no request
+        assert stage.readout.logits is not None
+        logits.append((served.tolist(), positions[served].tolist(), stage.readout.logits[served]))
+        choose_in_graph(mode, positions)
+
     stage.readout.choose = recording  # type: ignore[method-assign]
+    stage.readout.choose_in_graph = recording_fixed  # type: ignore[method-assign]
     if transport is not None and transport.rank > 0:
         operate(stage, transport, None)
         return Ran([], logits, stage.weights.first_token, float("inf"), 0)

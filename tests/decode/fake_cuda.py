@@ -1,6 +1,7 @@
 """The CUDA graph interface of torch on a CPU: a capture records operations, a replay runs them on the same tensors.
 
 Whatever a capture takes from the host stays as it was, as on a GPU, so a step that depends on such a value goes wrong.
+Messages of a capture are sent and received by its replays alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stagdist.decode.runtime import graphs
+from stagdist.decode.runtime import graphs, stage
+from stagdist.parallel.link import ALL_GATHER
 
 
 class FakeStream:
@@ -65,6 +68,26 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+class CapturedWork:
+    """A handle of communication in a capture: it begins, and is waited for, in every replay."""
+
+    def __init__(self, begin: Callable[[], Any], operations: list[Callable[[], None]]):
+        self._begin, self._operations = begin, operations
+        self._work: Any = None
+        operations.append(self._run)
+
+    def _run(self) -> None:
+        self._work = self._begin()
+
+    def wait(self) -> None:
+        """Wait at this place of the graph."""
+        self._operations.append(lambda: self._work.wait())
+
+    def is_completed(self) -> bool:
+        """A handle of a capture has no answer."""
+        raise RuntimeError("a handle of captured communication was queried")
+
+
 class FakeGraph:
     """A `torch.cuda.CUDAGraph`."""
 
@@ -100,10 +123,14 @@ class FakeCuda:
     current: FakeStream = field(default_factory=FakeStream)
     capturing: bool = False
     streams: list[FakeStream] = field(default_factory=list)
+    operations: list[Callable[[], None]] = field(default_factory=list)  # of the present capture
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Stand in for `torch.cuda` wherever `stagdist.decode.runtime.graphs` uses it."""
-        monkeypatch.setattr(graphs, "on_cuda", lambda device: True)
+        """Stand in for `torch.cuda` wherever `stagdist.decode.runtime` uses it."""
+        for module in (graphs, stage):
+            monkeypatch.setattr(module, "on_cuda", lambda device: True)
+        for name in ("isend", "irecv", "all_reduce", "reduce", ALL_GATHER):
+            monkeypatch.setattr(dist, name, self._captured(getattr(dist, name)))
         for name, stand_in in {
             "Stream": self._new_stream,
             "CUDAGraph": lambda: FakeGraph(self),
@@ -120,6 +147,20 @@ class FakeCuda:
         self.streams.append(FakeStream(device))
         return self.streams[-1]
 
+    def _captured(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if not self.capturing:
+                return operation(*arguments, **options)
+            if operation.__name__ in ("irecv", ALL_GATHER):
+                arguments[0].zero_()  # here a capture computes, and must not take what memory happens to hold for a token
+            options |= {} if operation.__name__ in ("isend", "irecv") else {"async_op": True}
+            work = CapturedWork(lambda: operation(*arguments, **options), self.operations)
+            if "async_op" in options:
+                work.wait()
+            return work
+
+        return call
+
     def of(self, kind: str) -> list[tuple[Any, ...]]:
         """Events of one kind."""
         return [event for event in self.events if event[0] == kind]
@@ -131,10 +172,13 @@ class FakeCuda:
         self.current = before
 
     @contextmanager
-    def _graph(self, graph: FakeGraph, pool: object = None, stream: FakeStream | None = None) -> Iterator[None]:
-        assert stream is not None and not self.capturing
+    def _graph(
+        self, graph: FakeGraph, pool: object = None, stream: FakeStream | None = None, capture_error_mode: str = ""
+    ) -> Iterator[None]:
+        assert stream is not None and not self.capturing and capture_error_mode == "thread_local"
         self.events.append(("capture", graph, pool, stream))
         self.capturing = stream.captured = True
+        self.operations = graph.operations
         with self._stream(stream), _Recording(graph.operations):
             yield
         unjoined = [each for each in self.streams if each.captured and not each.joined and each is not stream]

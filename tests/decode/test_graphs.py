@@ -6,19 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
-import torch
 from torch import Tensor
 
-from stagdist.config.parts import ModelConfig
 from stagdist.decode.frontend.deployment import show_captures
-from stagdist.decode.layers.weights import Device
 from stagdist.decode.request import Request, RequestOutput, SamplingParams
 from stagdist.decode.runtime import graphs
-from stagdist.decode.runtime.build import EngineOptions, plan_decoding
-from stagdist.decode.runtime.graphs import StepGraphs, reach_buckets, row_buckets
-from stagdist.decode.topology import Limits
-from stagdist.errors import ConfigError
-from tests.decode.decoding import CONTEXT, Case, World, config_of, engine_of, prompt, run_cases, run_one
+from stagdist.decode.runtime.build import EngineOptions
+from stagdist.decode.runtime.graphs import row_buckets
+from stagdist.decode.sampling.sampler import Mode
+from tests.decode.decoding import Case, World, engine_of, prompt, run_cases, run_one
 from tests.decode.fake_cuda import FakeCuda
 from tests.reference.variants import VARIANTS
 
@@ -34,21 +30,15 @@ CAPTURED_VARIANTS = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def short_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests of these tests cross two reaches: 8, 16, 24."""
-    monkeypatch.setattr(graphs, "REACH", 8)
-
-
 @pytest.fixture
-def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[int, int]]]:
-    """Rows and reach of all fixed steps that were run."""
-    seen: set[tuple[int, int]] = set()
+def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
+    """Rows of all fixed steps that were run."""
+    seen: set[int] = set()
     step = graphs.FixedStep.__call__
 
-    def noting(self: graphs.FixedStep, positions: Tensor, reach: int) -> Tensor:
-        seen.add((len(positions), reach))
-        return step(self, positions, reach)
+    def noting(self: graphs.FixedStep, positions: Tensor, mode: Mode) -> None:
+        seen.add(len(positions))
+        step(self, positions, mode)
 
     monkeypatch.setattr(graphs.FixedStep, "__call__", noting)
     yield seen
@@ -99,22 +89,6 @@ def test_rows_are_captured_in_powers_of_two_up_to_the_slots() -> None:
     assert row_buckets(8) == [1, 2, 4, 8]
 
 
-def test_reaches_are_multiples_thinned_out_to_four_per_octave() -> None:
-    assert reach_buckets(24, 8) == [8, 16, 24]
-    assert reach_buckets(100, 256) == [100]
-    assert reach_buckets(1000, 256) == [256, 512, 768, 1000]
-    assert reach_buckets(4096, 256) == [256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096]
-    assert len(reach_buckets(131072, 256)) == 32
-
-
-@pytest.mark.parametrize("capacity", [1, 255, 256, 257, 2049, 32768, 131072])
-def test_every_position_has_a_reach_that_is_at_most_a_quarter_too_large(capacity: int) -> None:
-    buckets = reach_buckets(capacity, 256)
-    assert buckets == sorted(set(buckets)) and buckets[-1] == capacity
-    for shorter, longer in zip([0, *buckets], buckets, strict=False):
-        assert longer - shorter <= max(256, shorter / 4)
-
-
 # --- the same tokens --------------------------------------------------------------------------------------------
 
 
@@ -124,19 +98,18 @@ def test_a_step_of_fixed_shape_gives_the_same_tokens(variant: str) -> None:
     first, second = run_cases([plain, replace(plain, options=FIXED)])
     assert [each.token_ids for each in first.completions] == [each.token_ids for each in second.completions]
     for (_, positions, logits), (_, same_positions, same_logits) in zip(first.logits, second.logits, strict=True):
-        assert positions == same_positions
         served = [row for row, position in enumerate(positions) if position > 0]  # other rows have no request
-        assert (logits[served] - same_logits[served]).abs().max() < 1e-9
+        assert [positions[row] for row in served] == same_positions
+        assert (logits[served] - same_logits).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("variant", ["stagger 2", "window", "shared", "three sections with everything"])
-def test_rows_that_fill_a_bucket_change_nothing(variant: str, shapes: set[tuple[int, int]]) -> None:
+def test_rows_that_fill_a_bucket_change_nothing(variant: str, shapes: set[int]) -> None:
     case = Case(variant, VARIANTS[variant], REQUESTS, replace(PLAIN, num_slots=6))
     expected = serve_in_two_waves(case)
     assert expected == serve_in_two_waves(replace(case, options=replace(FIXED, num_slots=6)))
-    assert {reach for _, reach in shapes} == {8, 16, 24}
     # Five requests run in a bucket of six rows and three in one of four; later the slots are admitted to.
-    assert {rows for rows, _ in shapes} == {1, 2, 4, 6}
+    assert shapes == {1, 2, 4, 6}
 
 
 def test_recurrent_decoding_works_with_fixed_shapes() -> None:
@@ -144,11 +117,6 @@ def test_recurrent_decoding_works_with_fixed_shapes() -> None:
     plain = Case("recurrent", VARIANTS["shared"], REQUESTS, options)
     first, second = run_cases([plain, replace(plain, options=replace(options, graphs=True))])
     assert [each.token_ids for each in first.completions] == [each.token_ids for each in second.completions]
-
-
-def test_graphs_are_refused_where_a_step_spans_processes() -> None:
-    with pytest.raises(ConfigError, match="one process"):
-        plan_decoding(ModelConfig(**config_of({})), EngineOptions(graphs=True), 2)
 
 
 # --- captured ---------------------------------------------------------------------------------------------------
@@ -161,48 +129,41 @@ def test_replays_give_the_same_tokens_and_nothing_is_captured_after_the_start(va
     fixed = replace(plain, options=FIXED)
     stage, transport = World().stage(fixed)
     captured = len(cuda.of("capture"))
-    assert captured == len(row_buckets(3)) * len(reach_buckets(CONTEXT, 8))
+    assert captured == len(row_buckets(3)) * len(stage.readout.sampler.modes())
     found = run_one(stage, transport, fixed)
     assert [each.token_ids for each in found.completions] == [each.token_ids for each in expected.completions]
     assert len(cuda.of("capture")) == captured
     assert len(cuda.of("replay")) == captured + found.steps  # each graph ran once at the start
 
 
-@torch.inference_mode()  # as the engine's steps
-def test_all_captures_share_one_stream_and_one_pool_and_follow_warm_up_runs_on_that_stream(cuda: FakeCuda) -> None:
-    started = cuda.current
-    table = torch.arange(24.0)
+def test_all_captures_share_one_stream_and_one_pool_and_follow_warm_up_runs_on_that_stream(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, step = cuda.current, graphs.FixedStep.__call__
 
-    def step(positions: Tensor, reach: int) -> Tensor:
-        cuda.events.append(("step", len(positions), reach, cuda.current, cuda.capturing))
-        return table[positions, None] + reach
+    def noting(self: graphs.FixedStep, positions: Tensor, mode: Mode) -> None:
+        cuda.events.append(("step", len(positions), mode, cuda.current, cuda.capturing))
+        step(self, positions, mode)
 
-    step_graphs = StepGraphs(step, Device("cpu", torch.float32), Limits(3, 24, 8))
-    told: list[tuple[int, int]] = []
-    step_graphs.capture(lambda done, total: told.append((done, total)))
-    assert told == [(done, 9) for done in range(1, 10)]
-    captures = cuda.of("capture")
-    ((pool, stream),) = {(pool, stream) for _, _, pool, stream in captures}
+    monkeypatch.setattr(graphs.FixedStep, "__call__", noting)
+    shown: list[tuple[int, int]] = []
+    stage, _ = World().stage(Case("", {}, [], FIXED), progress=lambda done, total: shown.append((done, total)))
+    modes = stage.readout.sampler.modes()
+    shapes = [(rows, mode) for rows in (3, 2, 1) for mode in modes]  # the largest first
+    assert shown == [(done, len(shapes)) for done in range(1, len(shapes) + 1)]
+    ((pool, stream),) = {(pool, stream) for _, _, pool, stream in cuda.of("capture")}
     assert stream is not started and pool is not None
     assert started in stream.waited_for and stream in started.waited_for
     each = ["step"] * graphs.WARM_UP_RUNS + ["capture", "step", "replay"]
-    assert [event[0] for event in cuda.events] == each * 9
+    assert [event[0] for event in cuda.events] == each * len(shapes)
     steps = [event[1:] for event in cuda.events if event[0] == "step"]
-    largest_first = [(rows, reach) for rows in (3, 2, 1) for reach in (24, 16, 8)]
-    assert [(rows, reach) for rows, reach, _, _ in steps[:: graphs.WARM_UP_RUNS + 1]] == largest_first
+    assert [(rows, mode) for rows, mode, _, _ in steps[:: graphs.WARM_UP_RUNS + 1]] == shapes
     assert {on for _, _, on, _ in steps} == {stream}
-    assert [capturing for *_, capturing in steps] == [*[False] * graphs.WARM_UP_RUNS, True] * 9
+    assert [capturing for *_, capturing in steps] == [*[False] * graphs.WARM_UP_RUNS, True] * len(shapes)
 
     cuda.events.clear()
-    assert step_graphs.run([5, 17]).tolist() == [[5.0 + 24], [17.0 + 24]]
-    assert step_graphs.run([7]).tolist() == [[7.0 + 8]]
-    assert step_graphs.run([8]).tolist() == [[8.0 + 16]]
-    assert [event[0] for event in cuda.events] == ["replay"] * 3
-    cuda.events.clear()
-    step_graphs.close()
-    assert [event[0] for event in cuda.events] == ["synchronize"] + ["reset"] * 9
-    with pytest.raises(AssertionError, match="no graph of 1 rows and reach 8 was captured"):
-        step_graphs.run([1])
+    stage.close()
+    assert [event[0] for event in cuda.events] == ["synchronize"] + ["reset"] * len(shapes)
 
 
 def test_captures_are_shown_as_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

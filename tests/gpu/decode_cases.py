@@ -17,7 +17,8 @@ from stagdist.decode.engine import Engine
 from stagdist.decode.request import Request, SamplingParams
 from stagdist.decode.runtime import graphs
 from stagdist.decode.runtime.build import EngineOptions, build_stage, plan_decoding
-from stagdist.decode.runtime.stage import Outcome, Stage
+from stagdist.decode.runtime.outcome import Outcome
+from stagdist.decode.runtime.stage import Stage
 from stagdist.model.precision import DTYPES
 from stagdist.parallel.device import on_cuda
 from tests.decode.decoding import Case, config_of, parameters_of, prompt, reader

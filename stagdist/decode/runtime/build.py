@@ -53,7 +53,8 @@ class EngineOptions:
         timeout_s: limit of every wait between ranks.
         hand_off_delay_s: artificial delay of every hand-off, for measurements.
         want_margins: keep the smallest distance between best and second best token.
-        graphs: run steps as CUDA graphs; None: where one process holds the model on a GPU.
+        graphs: run every step as one CUDA graph on each rank, on a CPU as a step of the same fixed shape; None: on a
+            GPU.
     """
 
     tensor_parallel_size: int = 1
@@ -122,8 +123,6 @@ def plan_decoding(model: ModelConfig, options: EngineOptions, world_size: int) -
         )
     if problems := tensor_parallel_problems(model, tensor, "--tensor-parallel-size"):
         raise ConfigError("; ".join(problems))
-    if options.graphs and world_size > 1:
-        raise ConfigError("a graph holds a complete step, which needs all sections in one process; start one process")
     topology = topology_for(model, world_size // tensor, options.head, recurrent=options.recurrent)
     known = model.max_position_embeddings
     context = known if options.max_context is None else options.max_context
@@ -188,6 +187,9 @@ def build_stage(
     choose_attention(training=False)
     options = plan.options
     where = Device(device, DTYPES[options.precision or default_precision(device)])
+    graphs = options.graphs
+    if graphs is None:
+        graphs = on_cuda(device) and recorder is None and lap is None
     index, rank = (0, 0) if transport is None else (transport.stage, transport.tensor_rank)
     weights = WeightLoader(plan.model, read, Shard(rank, plan.grid.tensor), where).stage(plan.topology, index)
     setup = StageSetup(
@@ -199,11 +201,11 @@ def build_stage(
         transport,
         want_margins=options.want_margins,
         lap=lap,
+        fixed=graphs,
     )
     if transport is not None and not transport.rules.early_receives:
         alone = Unconnected(plan.grid, transport.stage, transport.tensor_rank)
         dry_pass(Stage(replace(setup, transport=alone, limits=dry_limits(plan.limits), lap=None)))
-    graphs = options.graphs
-    if graphs is None:
-        graphs = transport is None and on_cuda(device) and recorder is None and lap is None
-    return Stage(setup, recorder=recorder, pulse=pulse, graphs=graphs, progress=progress)
+    stage = Stage(setup, recorder=recorder, pulse=pulse)
+    stage.capture(progress)
+    return stage

@@ -91,8 +91,12 @@ class Executor:
                 else:
                     call = step if instruction.part is WorkPart.STEP else self.chunks[-instruction.number]
                     assert call is not None
-                    _METHODS[instruction.part][kind](self, call, instruction)
+                    self.perform(call, instruction)
             self.spent_s[CATEGORIES[kind]] += time.perf_counter() - began_s
+
+    def perform(self, call: Call, instruction: Instruction) -> None:
+        """Run one instruction other than host work."""
+        _METHODS[instruction.part][instruction.kind](self, call, instruction)
 
     def _instructions(self, program: Program, work: Work) -> tuple[Instruction, ...]:
         """Return instructions whose numbers are relative: to `_shifts` of their part.

@@ -43,8 +43,8 @@ class HandOffBuffers:
         return memory
 
 
-class LocalHandOff:
-    """Hand-off inside a process: a shift register [lag, slots, H] at a fixed address, for CUDA graphs."""
+class HandOffRegister:
+    """Hand-offs that arrive in the step that sends them: a shift register [lag, slots, H] at a fixed address."""
 
     def __init__(self, lag: int, num_slots: int, hidden_size: int, device: Device):
         self._register = torch.zeros(lag, num_slots, hidden_size, dtype=device.dtype, device=device.name)

@@ -11,7 +11,7 @@ from stagdist.decode.control import Admission
 from stagdist.decode.layers.batched import BatchedSections
 from stagdist.decode.layers.cells import Angles, Cells, ChunkCells, StepCells, step_cells
 from stagdist.decode.layers.runner import LayerMath, SectionCache, SectionRunner
-from stagdist.decode.runtime.hand_off import HandOffBuffers, LocalHandOff, PromptMemory
+from stagdist.decode.runtime.hand_off import HandOffBuffers, HandOffRegister, PromptMemory
 from stagdist.decode.runtime.setup import StageSetup
 
 
@@ -118,7 +118,8 @@ class StageSections:
         self.last = (first, *later)[-1]
         sizes = topology.lag, limits.num_slots, model.hidden_size, device
         self.received = HandOffBuffers(*sizes) if setup.index > 0 else None
-        self._local = {section: LocalHandOff(*sizes) for section in later if topology.lag}
+        registers = [first, *later] if setup.fixed and setup.index > 0 else later
+        self._registers = {section: HandOffRegister(*sizes) for section in registers if topology.lag}
 
     # --- steps --------------------------------------------------------------------------------------------------
 
@@ -131,9 +132,10 @@ class StageSections:
         call.null_rows = self._null_rows(positions)
         return call
 
-    def fixed_call(self, positions: Tensor, reach: int) -> Call:
+    def fixed_call(self, positions: Tensor) -> Call:
         """Create the call of a fixed-shape step, with positions as in `step_call`. Shapes: int64 [B], on the device."""
         call = Call(range(len(positions)), ())
+        reach = self.setup.limits.max_context
         call.cells = StepCells(self._angles, positions, reach)
         if self._batched is not None:
             call.wide = StepCells(self._angles, positions, reach, repeats=self._batched.count)
@@ -167,14 +169,15 @@ class StageSections:
             call.outputs[section] = self._runners[section].finish(call.begun, call.cells, previous, call.null_rows)
         else:
             assert call.wide is not None
-            memories = [hand_off.oldest(call.rows) for hand_off in self._local.values()]
+            memories = [hand_off.oldest(call.rows) for hand_off in self._registers.values()]
             call.outputs = self._batched.finish(call.begun, call.wide, call.cells, memories, call.null_rows)
 
-    def push_local(self, call: Call) -> None:
-        """Hand the outputs of a step to the next sections of this rank, after all have run."""
-        for section, hand_off in self._local.items():
-            source = section if self.topology.recurrent else section - 1
-            hand_off.push(call.outputs[source][:, 0])
+    def push(self, call: Call) -> None:
+        """Hand the outputs of a step to the sections that have registers, after all have run."""
+        for section, register in self._registers.items():
+            output = call.outputs.get(section if self.topology.recurrent else section - 1, call.carried)
+            assert output is not None
+            register.push(output[:, 0])
 
     # --- prompts ------------------------------------------------------------------------------------------------
 
@@ -216,8 +219,8 @@ class StageSections:
         if not self.topology.lag:
             return
         for section, memory in prompt.memories.items():
-            if section in self._local:
-                self._local[section].fill(prompt.slot, memory.tail)
+            if section in self._registers:
+                self._registers[section].fill(prompt.slot, memory.tail)
             elif self.received is not None:
                 self.received.fill(prompt.slot, first_step, memory.tail)
 
@@ -231,8 +234,8 @@ class StageSections:
         """Return the new memory of a section's rows in this step. Shapes: [B, 1, H]."""
         if section == 0 or not self.topology.staggered:
             return None
-        if section in self._local:
-            return self._local[section].oldest(call.rows)
+        if section in self._registers:
+            return self._registers[section].oldest(call.rows)
         if self.topology.lag == 0:
             return call.outputs.get(section - 1, call.carried)
         assert self.received is not None

@@ -1,6 +1,7 @@
 """From section outputs to the next token: combination, head, sampling, and publishing the token."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.runtime.transport import TOKEN
-from stagdist.decode.sampling.sampler import Choice, Sampler, merge_prompt_scores
+from stagdist.decode.sampling.sampler import Choice, Mode, Sampler, merge_prompt_scores
 
 SCORED_LOGITS = 1 << 22
 """Logits that exist at a time while prompts are scored, at most, or those of one position."""
@@ -26,7 +27,7 @@ class Readout:
         self._setup, self._weights = setup, setup.weights
         topology, weights = setup.topology, setup.weights
         self._sharded = topology.head == "sharded" and topology.num_stages > 1
-        shares = setup.tensor_size * (topology.num_stages if topology.head == "sharded" else 1)
+        shares = self._holders = setup.tensor_size * (topology.num_stages if topology.head == "sharded" else 1)
         self.sampler = Sampler(
             num_slots=setup.limits.num_slots,
             vocab_size=setup.model.vocab_size,
@@ -35,6 +36,7 @@ class Readout:
             slice_size=-(-setup.model.vocab_size // shares),
             device=setup.device,
             want_margins=setup.want_margins,
+            captured=setup.fixed,
         )
         self._hidden: Tensor | None = None
         self.logits: Tensor | None = None
@@ -100,6 +102,18 @@ class Readout:
         if self._setup.transport is not None:
             gathered = self._setup.transport.gather(candidates, everywhere=self._sharded)
         self._choice = self.sampler.choose(gathered, slots, places)
+
+    def choose_in_graph(self, mode: Mode, positions: Tensor) -> None:
+        """As `choose`, of rows 0 to B - 1, with nothing from the host.
+
+        Shapes: positions int64 [B], of the tokens being chosen; 0 for rows without a request.
+        """
+        assert self.logits is not None
+        logits, self.logits = self.logits, None
+        transport, gather = self._setup.transport, None
+        if transport is not None and self._holders > 1:
+            gather = partial(transport.gather, everywhere=self._sharded)
+        self._choice = Choice(self.sampler.choose_in_graph(mode, logits, positions, gather))
 
     def publish(self) -> None:
         """Send the choice of the last stage to all stages."""

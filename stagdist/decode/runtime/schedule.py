@@ -66,6 +66,8 @@ class Work:
         entered: whether a chunk entered in this operation, in the one before, and so on: one entry for each stage.
         ends: a token is chosen after the chunk that leaves the last stage.
         scored: the positions of that chunk are scored.
+        fixed: its step is one of fixed shape: hand-offs arrive in the operation that sends them, so nothing is in
+            flight between operations and every step is alike.
     """
 
     number: int
@@ -74,16 +76,20 @@ class Work:
     entered: tuple[bool, ...]
     ends: bool = False
     scored: bool = False
+    fixed: bool = False
 
 
 def operation(topology: Topology, stage: int, work: Work) -> tuple[Instruction, ...]:
     """Instructions of one stage up to the step's token on all stages; `ending` follows.
 
-    A stage that waits for the token runs its chunk before it waits. The others have the token published first.
+    A stage that waits for the token runs its chunk before it waits. The others have the token published first. A step
+    of fixed shape is one piece, and the chunk follows it.
     """
     before: list[Instruction] = []
     after: list[Instruction] = []
-    if work.step is not None:
+    if work.step is not None and work.fixed:
+        before = list(fixed_step(topology, stage, work.step))
+    elif work.step is not None:
         before = [*_asking(topology, stage, work.step, WorkPart.STEP), *_body(topology, stage, work.step, work.first)]
         after = list(_token(topology, stage, work.step, WorkPart.STEP))
     if stage == 0 and topology.num_stages > 1:
@@ -91,6 +97,28 @@ def operation(topology: Topology, stage: int, work: Work) -> tuple[Instruction, 
     waits = bool(after) and after[-1].kind is Kind.TOKEN
     before += after[:-1] if waits else after
     return (*before, *_chunk(topology, stage, work), *(after[-1:] if waits else ()))
+
+
+def fixed_step(topology: Topology, stage: int, step: int, *, chooses: bool = True) -> tuple[Instruction, ...]:
+    """Instructions of a step that is one graph.
+
+    The receive of a hand-off is posted after this stage has sent its own, and waited for last, so it runs beside the
+    head. All that it depends on was launched before.
+
+    Args:
+        chooses: with the token. Otherwise up to the logits, and `choosing` follows.
+    """
+    to_logits, to_token = _halves(topology, stage, step)
+    found = [*_body(topology, stage, step, step, fixed=True), *to_logits, *(to_token if chooses else ())]
+    if stage > 0 and topology.lag:
+        found.append(Instruction(Kind.WAIT, step, stage - 1))
+    return tuple(found)
+
+
+def choosing(topology: Topology, stage: int, work: Work) -> tuple[Instruction, ...]:
+    """Instructions after a `fixed_step` that does not choose: from the logits to the token on all stages."""
+    assert work.step is not None
+    return _halves(topology, stage, work.step)[1]
 
 
 def ending(topology: Topology, stage: int, work: Work) -> tuple[Instruction, ...]:
@@ -106,7 +134,7 @@ def ending(topology: Topology, stage: int, work: Work) -> tuple[Instruction, ...
 def rest(topology: Topology, stage: int, work: Work) -> tuple[Instruction, ...]:
     """Instructions in place of an operation that receive all outstanding hand-offs, so that none is in flight."""
     assert work.step is not None
-    if stage == 0:
+    if stage == 0 or work.fixed:
         return ()
     late = range(max(work.first, work.step - topology.lag), work.step) if topology.lag else ()
     waits = [Instruction(Kind.WAIT, step, stage - 1) for step in late]
@@ -115,7 +143,17 @@ def rest(topology: Topology, stage: int, work: Work) -> tuple[Instruction, ...]:
     return tuple(waits)
 
 
-def _body(topology: Topology, stage: int, step: int, first: int) -> Iterator[Instruction]:
+def _halves(topology: Topology, stage: int, step: int) -> tuple[tuple[Instruction, ...], tuple[Instruction, ...]]:
+    """What follows the sections of a step, cut after the logits."""
+    asking = tuple(_asking(topology, stage, step, WorkPart.STEP))
+    token = tuple(_token(topology, stage, step, WorkPart.STEP))
+    cut = sum(each.kind not in (Kind.CHOOSE, Kind.PUBLISH, Kind.TOKEN) for each in token)
+    if topology.head == "sharded":  # the published tensor is the last output
+        return (*asking, *token[:cut]), token[cut:]
+    return token[:cut], (*asking, *token[cut:])
+
+
+def _body(topology: Topology, stage: int, step: int, first: int, *, fixed: bool = False) -> Iterator[Instruction]:
     """The sections of a stage. The first one waits for its memory, or, in a sequential model, for its input."""
     sections = topology.sections(stage)
     if topology.recurrent:
@@ -123,7 +161,7 @@ def _body(topology: Topology, stage: int, step: int, first: int) -> Iterator[Ins
     elif topology.batched:
         sections = range(1)  # one pass does them all
     needed = step - topology.lag
-    if stage > 0:
+    if stage > 0 and not (fixed and topology.lag):
         yield Instruction(Kind.EXPECT, step, stage - 1)
     for section in sections:
         waits = stage > 0 and section == sections.start and needed >= first
@@ -135,6 +173,8 @@ def _body(topology: Topology, stage: int, step: int, first: int) -> Iterator[Ins
         yield Instruction(Kind.FINISH, step, section)
     if stage < topology.last_stage:
         yield Instruction(Kind.SEND, step, stage)
+    if stage > 0 and fixed and topology.lag:
+        yield Instruction(Kind.EXPECT, step, stage - 1)
 
 
 def _asking(topology: Topology, stage: int, number: int, part: WorkPart) -> Iterator[Instruction]:
@@ -150,17 +190,19 @@ def _asking(topology: Topology, stage: int, number: int, part: WorkPart) -> Iter
 
 def _chunk(topology: Topology, stage: int, work: Work) -> Iterator[Instruction]:
     """A stage's chunk, and the announcement of the next one, which the stage before runs in this operation."""
-    if stage > 0 and work.entered[stage - 1]:
-        yield Instruction(Kind.EXPECT, work.number - stage + 1, stage - 1, WorkPart.CHUNK)
-    if not work.entered[stage]:
-        return
-    entered = work.number - stage
-    if stage > 0:
-        yield Instruction(Kind.WAIT, entered, stage - 1, WorkPart.CHUNK)
-    for section in topology.sections(stage):
-        yield Instruction(Kind.FINISH, entered, section, WorkPart.CHUNK)
-    if stage < topology.last_stage:
-        yield Instruction(Kind.SEND, entered, stage, WorkPart.CHUNK)
+    entered, comes = work.number - stage, stage > 0 and work.entered[stage - 1]
+    if comes and not work.fixed:
+        yield Instruction(Kind.EXPECT, entered + 1, stage - 1, WorkPart.CHUNK)
+    if work.entered[stage]:
+        if stage > 0 and not work.fixed:
+            yield Instruction(Kind.WAIT, entered, stage - 1, WorkPart.CHUNK)
+        for section in topology.sections(stage):
+            yield Instruction(Kind.FINISH, entered, section, WorkPart.CHUNK)
+        if stage < topology.last_stage:
+            yield Instruction(Kind.SEND, entered, stage, WorkPart.CHUNK)
+    if comes and work.fixed:
+        yield Instruction(Kind.EXPECT, entered + 1, stage - 1, WorkPart.CHUNK)
+        yield Instruction(Kind.WAIT, entered + 1, stage - 1, WorkPart.CHUNK)
 
 
 def _token(topology: Topology, stage: int, number: int, part: WorkPart) -> Iterator[Instruction]:

@@ -1,7 +1,7 @@
 """One rank's part of the model: its operations, and the requests and prompts in its slots."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,29 +12,16 @@ from stagdist.decode.layers.runner import SectionCache
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.runtime import schedule
 from stagdist.decode.runtime.executor import Executor, HostWork
-from stagdist.decode.runtime.graphs import CaptureProgress, FixedStep, StepGraphs
+from stagdist.decode.runtime.graphs import CaptureProgress, StepGraphs
 from stagdist.decode.runtime.hosted_sections import Call, PrefillState, StageSections
+from stagdist.decode.runtime.outcome import HostCopy, Outcome
 from stagdist.decode.runtime.readout import Readout
 from stagdist.decode.runtime.schedule import Instruction, Kind, Work
 from stagdist.decode.runtime.setup import StageSetup
-from stagdist.decode.sampling.sampler import Choice
+from stagdist.decode.sampling.sampler import Choice, Mode
+from stagdist.parallel.device import on_cuda
 from stagdist.telemetry.pulse import Phase, Pulse
 from stagdist.telemetry.spans import SpanRecorder
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What an operation has chosen, the same on every rank.
-
-    Attributes:
-        step: tokens of the step, one row for each of rows 0 to the last slot that decodes; None without a step.
-        first: first token of the prompt whose last chunk left the last stage, one row; None without such a prompt.
-        scores: tokens that follow the positions of a chunk, and their log-probabilities, if its request asks for them.
-    """
-
-    step: Choice | None = None
-    first: Choice | None = None
-    scores: Choice | None = None
 
 
 class Stage:
@@ -43,8 +30,6 @@ class Stage:
     Args:
         recorder: records a span for every instruction.
         pulse: heartbeat for a supervisor.
-        graphs: run a step up to the logits as one graph (one process), not its instructions separately.
-        progress: called after each CUDA graph that is captured.
     """
 
     def __init__(
@@ -53,8 +38,6 @@ class Stage:
         *,
         recorder: SpanRecorder | None = None,
         pulse: Pulse | None = None,
-        graphs: bool = False,
-        progress: CaptureProgress | None = None,
     ):
         self.setup, self.readout, self._sections = setup, Readout(setup), StageSections(setup)
         self.model, self.topology, self.limits = setup.model, setup.topology, setup.limits
@@ -66,12 +49,19 @@ class Stage:
         self._prompts: dict[int, PrefillState] = {}  # by slot, until their tokens are decoded
         self._executor = Executor(setup, self._sections, self.readout, recorder, self.pulse)
         self._chunks = self._executor.chunks
-        self._graphs: StepGraphs | None = None
-        if graphs:
-            self._graphs = StepGraphs(FixedStep(self._sections, self.readout), setup.device, setup.limits)
-            self._graphs.capture(progress)
+        self._graphs = StepGraphs(self._executor) if setup.fixed else None
+        self._moved = True  # positions on the device are not those of `_next_positions`
 
     # --- operations, the same on every rank ---------------------------------------------------------------------
+
+    def capture(self, progress: CaptureProgress | None = None) -> None:
+        """Capture the CUDA graphs of all steps, before the first prefill; does nothing where there are none.
+
+        Args:
+            progress: called after each graph.
+        """
+        if self._graphs is not None:
+            self._graphs.capture(progress)
 
     def run(
         self,
@@ -141,23 +131,28 @@ class Stage:
         """Free slots. The caches stay; chunks of a prompt that are on their way still run."""
         for slot in slots:
             self._next_positions.pop(slot, None)
+            self._moved = True
             if slot in self._prompts:
                 self._prompts.pop(slot).dropped = True
             self.readout.sampler.retire(slot)
 
-    def on_host(self, choice: Choice) -> Choice:
-        """The choice in host memory. Here rank 0 waits for the device.
+    @property
+    def runs_ahead(self) -> bool:
+        """Operations are enqueued on a device, so the host can launch one before it has seen the tokens before it."""
+        return on_cuda(self.device.name) or (self._transport is not None and not self._transport.rules.wait_blocks)
+
+    def to_host(self, outcome: Outcome) -> HostCopy:
+        """Begin to copy an outcome to the host; later operations may overwrite it on the device."""
+        return HostCopy(outcome, self._transport)
+
+    def on_host(self, copy: HostCopy) -> Outcome:
+        """The outcome in host memory. Here rank 0 waits for the device.
 
         Raises:
             TransportError: a peer has ended or does not answer.
         """
         self.pulse.beat(Phase.RECEIVE)
-        copied = [None if each is None else _to_host(each) for each in (choice.tokens, choice.logprobs, choice.margins)]
-        if self._transport is not None:
-            self._transport.wait_for_device("while it waited for the token")
-        elif choice.tokens.is_cuda:
-            torch.cuda.current_stream().synchronize()
-        return Choice(*copied)  # type: ignore[arg-type]  # tokens are there
+        return copy.wait()
 
     def close(self) -> None:
         """Release the CUDA graphs; the stage cannot run afterwards."""
@@ -201,15 +196,15 @@ class Stage:
             call = self._sections.step_call(self._positions(), self.step_number)
         self._executor.run(schedule.operation, self._work(call is not None), call, host_work)
         if call is not None:
-            self._sections.push_local(call)
+            self._sections.push(call)
             choice = self.readout.choice
+            self._sections.tokens[: len(choice.tokens)] = choice.tokens
         if own := self._chunks[self.index]:
             own.carried = None
             used_later = self.topology.combined and (own.ends or own.targets is not None)
             if self.index < self.topology.last_stage and not used_later:
                 own.outputs = {}
         if choice is not None:
-            self._sections.tokens[: len(choice.tokens)] = choice.tokens
             self._next_positions = {slot: position + 1 for slot, position in self._next_positions.items()}
             self._executor.step_number += 1
         return choice
@@ -231,6 +226,7 @@ class Stage:
         self._sections.keep_tails(prompt, self.step_number)
         self._sections.tokens[slot] = self.readout.choice.tokens[0]
         self._next_positions[slot] = len(admission.prompt_ids)
+        self._moved = True
         return replace(outcome, first=self.readout.choice)
 
     def _positions(self) -> list[int]:
@@ -240,22 +236,22 @@ class Stage:
     def _work(self, step: bool) -> Work:
         """Describe the present operation."""
         entered = tuple(call is not None for call in self._chunks)
-        return Work(self._number, self.step_number if step else None, self._first_step, entered)
+        number = self.step_number if step else None
+        return Work(self._number, number, self._first_step, entered, fixed=self._graphs is not None)
 
     def _run_graph(self, graphs: StepGraphs) -> Choice:
-        """Run a step up to the logits as one graph, then choose tokens."""
+        """Run a step as one graph; log-probabilities and margins are computed after it."""
         positions = self._positions()
+        if self._moved:
+            graphs.place([self._next_positions.get(slot, -1) for slot in range(self.limits.num_slots)])
+            self._moved = False
         self.pulse.beat(Phase.FORWARD)
         call = Call(range(len(positions)), [position + 1 for position in positions])
+        mode = self.readout.sampler.mode(call.slots)
         with self._executor.span(Instruction(Kind.FINISH, 0)):
-            self.readout.logits = graphs.run(positions)
-        with self._executor.span(Instruction(Kind.CHOOSE, 0)):
-            self.readout.choose(call.slots, call.next_positions)
+            graphs.run(call.rows, mode)
+        if mode is not Mode.OTHER:
+            return Choice(self._sections.tokens[: call.rows])
+        self._executor.run(schedule.choosing, self._work(step=True), call)
+        self._sections.tokens[: call.rows] = self.readout.choice.tokens
         return self.readout.choice
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """Copy to pinned memory without waiting; a CPU tensor is returned unchanged."""
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

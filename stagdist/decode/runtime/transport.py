@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -147,13 +147,21 @@ class Transport:
         for outbox in self._tokens_out:
             outbox.send(tensor, in_flight=0)
 
-    def wait_for_device(self, doing: str) -> None:
-        """Wait until the device has completed all enqueued work; returns immediately on gloo.
+    def mark(self) -> torch.cuda.Event | None:
+        """The point after all work enqueued so far, for `wait_for_device`; None on gloo, where no work is enqueued."""
+        return self._waits.mark()
+
+    def wait_for_device(self, doing: str, event: torch.cuda.Event | None = None) -> None:
+        """Wait until the device has reached a mark, or completed all enqueued work; returns immediately on gloo.
 
         Args:
             doing: reason for error messages, "while ...".
         """
-        self._waits.wait(doing)
+        self._waits.wait(doing, event)
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """Communication inside is captured into a graph."""
+        return self._waits.unnoted()
 
     def gather(self, tensor: Tensor, *, everywhere: bool) -> Tensor:
         """Gather the tensors of all ranks that hold a part of the head.

@@ -38,7 +38,7 @@ class _NoPeer(Inbox, Outbox):
     def __init__(self) -> None:
         self._buffers: dict[Key, tuple[Tensor, ...]] = {}
 
-    def expect(self, key: Key, *buffers: Tensor) -> None:
+    def expect(self, key: Key, *buffers: Tensor, now: bool = False) -> None:
         self._buffers[key] = tuple(buffer.zero_() for buffer in buffers)
 
     def take(self, key: Key) -> tuple[Tensor, ...]:
@@ -57,7 +57,10 @@ class Unconnected(Transport):
         self.hand_offs_in = self.hand_offs_out = self.tokens_in = _NoPeer()
         self._tokens_out, self._outboxes = [], []
 
-    def wait_for_device(self, doing: str) -> None:
+    def mark(self) -> None:
+        """Nothing to wait for."""
+
+    def wait_for_device(self, doing: str, event: torch.cuda.Event | None = None) -> None:
         """Do nothing."""
 
     def sum_over_stages(self, tensor: Tensor, root: int | None) -> Tensor:

@@ -1,0 +1,90 @@
+"""Steps that are one graph on every rank give the tokens of plain steps in one process."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from stagdist.decode.request import Request, SamplingParams
+from stagdist.decode.runtime.build import EngineOptions
+from tests.decode.decoding import Case, prompt, run_cases
+from tests.ranks import run_ranks
+from tests.reference.variants import VARIANTS
+
+pytestmark = pytest.mark.ranks
+
+GRIDS = ((2, 1), (3, 1), (1, 2), (2, 2), (4, 1))
+"""(pipe, tensor) sizes."""
+USUAL = {
+    (2, 1): ("unequal sections", "stagger 0", "stagger 2", "window", "shared", "combined", "sequential"),
+    (3, 1): ("three sections", "three sections with everything"),
+    (2, 2): ("unequal sections",),
+}
+FOUR: dict[str, Any] = {"section_layers": [1, 1, 1, 1]}
+MODELS = VARIANTS | {
+    "four on two": FOUR | {"stagger": 2},
+    "four on two, sequential": FOUR | {"connection": "sequential"},
+}
+PARAMS = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
+    {"temperature": 0.0},
+    {"temperature": 0.7, "top_k": 5, "top_p": 0.9},
+    {"temperature": 0.0, "logprobs": 2},
+]
+"""Every way of choosing, alone and beside others."""
+REQUESTS = [
+    Request(str(length), prompt(length), SamplingParams(max_new_tokens=new, seed=length, **params))
+    for (length, new), params in zip(((1, 8), (2, 3), (4, 9), (6, 2), (13, 11), (20, 4)), PARAMS, strict=True)
+]
+OPTIONS = EngineOptions(precision="fp64", chunk_size=5, num_slots=3, graphs=True)
+
+
+def cases_of(pipe: int, tensor: int) -> list[Case]:
+    """Every model that fits on a grid, with each head."""
+    heads = ("last", "sharded") if pipe > 1 else ("last",)
+    return [
+        Case(name, keys, REQUESTS, replace(OPTIONS, head=head, tensor_parallel_size=tensor))  # type: ignore[arg-type]
+        for name, keys in MODELS.items()
+        if len(keys.get("section_layers", [1, 1])) % pipe == 0
+        for head in heads
+    ]
+
+
+def is_usual(pipe: int, tensor: int, case: Case) -> bool:
+    """Run by `make test`."""
+    return case.name in USUAL.get((pipe, tensor), ()) or (case.name.startswith("four on two") and pipe * tensor == 2)
+
+
+@cache
+def tokens(pipe: int, tensor: int, *, usual: bool) -> dict[tuple[str, str], list[tuple[int, ...]]]:
+    """Tokens of the requests by model and head, for all cases of a grid at once."""
+    cases = [case for case in cases_of(pipe, tensor) if is_usual(pipe, tensor, case) == usual]
+    ran = run_ranks("tests.decode.decoding:run_captured", pipe * tensor, cases)[0]
+    return {
+        (case.name, case.options.head): [each.token_ids for each in done.completions]
+        for case, done in zip(cases, ran, strict=True)
+    }
+
+
+@cache
+def expected(name: str) -> list[tuple[int, ...]]:
+    """Tokens of plain steps in one process."""
+    (ran,) = run_cases([Case(name, MODELS[name], REQUESTS, replace(OPTIONS, graphs=False))])
+    return [each.token_ids for each in ran.completions]
+
+
+def _named(grid: tuple[int, int], case: Case) -> Any:
+    marks = [] if is_usual(*grid, case) else [pytest.mark.slow]
+    return pytest.param(grid, case, id=f"{grid[0]}x{grid[1]}-{case.name}-{case.options.head}", marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("grid", "case"),
+    [_named(grid, case) for grid in ((2, 1), (3, 1), (1, 2), (2, 2), (4, 1)) for case in cases_of(*grid)],
+)
+def test_replays_on_every_rank_give_the_tokens_of_plain_steps(grid: tuple[int, int], case: Case) -> None:
+    found = tokens(*grid, usual=is_usual(*grid, case))[case.name, case.options.head]
+    assert found == expected(case.name)
