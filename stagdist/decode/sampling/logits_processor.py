@@ -19,21 +19,25 @@ _MINUS_INF = float("-inf")
 class LogitsProcessor:
     """The requests' state on one rank, which holds a slice of the vocabulary.
 
-    Tensors of all slots are made for the first request that needs them. A row may see what its slot's last request left
-    behind only where that changes nothing.
+    Tensors of all slots are made for the first request that needs them, or at once where steps are captured. A row may
+    see what its slot's last request left behind only where that changes nothing.
 
     Args:
         first_token: id of the first token of the slice.
         size: tokens of the slice, possibly 0.
+        captured: captured steps read the tensors, which therefore stay in place from the start.
     """
 
-    def __init__(self, num_slots: int, first_token: int, size: int, device: Device) -> None:
+    def __init__(self, num_slots: int, first_token: int, size: int, device: Device, captured: bool = False) -> None:
         self._num_slots, self._first, self._size, self._device = num_slots, first_token, size, device
         self._seen: Tensor | None = None  # bool: in the prompt or generated
-        self._counts: Tensor | None = None  # int64: how often it was generated
-        self._bias: Tensor | None = None  # float64; minus infinity where a token is not allowed
+        self._counts: Tensor | None = None  # int32: how often it was generated
+        self._bias: Tensor | None = None  # float32; minus infinity where a token is not allowed
         self._ends: Tensor | None = None  # bool: would end the output
         self._may_end = torch.zeros(num_slots, dtype=torch.int64, device=device.name)  # from this position on
+        if captured:
+            self._seen, self._counts = self._table(None, torch.bool), self._table(None, torch.int32)
+            self._bias, self._ends = self._table(None, torch.float32), self._table(None, torch.bool)
 
     def admit(self, slot: int, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
         """Prepare a slot for a request."""
@@ -41,10 +45,10 @@ class LogitsProcessor:
             self._seen = self._table(self._seen, torch.bool)
             self._set(self._seen[slot].zero_(), prompt_ids, True)
         if params.presence_penalty != 0 or params.frequency_penalty != 0:
-            self._counts = self._table(self._counts, torch.int64)
+            self._counts = self._table(self._counts, torch.int32)
             self._counts[slot].zero_()
         if is_biased(params):
-            self._bias = self._table(self._bias, torch.float64)
+            self._bias = self._table(self._bias, torch.float32)
             self._set_bias(self._bias[slot], params)
         elif self._bias is not None:
             self._bias[slot].zero_()
@@ -111,4 +115,4 @@ class LogitsProcessor:
         mine = {place: bias for place, bias in mine.items() if 0 <= place < self._size}
         if mine:
             places = self._device.upload(list(mine), torch.int64)
-            row.index_add_(0, places, self._device.upload(list(mine.values()), torch.float64))
+            row.index_add_(0, places, self._device.upload(list(mine.values()), torch.float32))

@@ -9,23 +9,26 @@ A step has two halves. `Sampler.candidates` turns a rank's slice of the logits i
 
 With log-probabilities, each rank adds the log-sum-exp and the best of its unchanged logits. Ties go to the lowest id.
 The host never waits for the device, except in the first step after an `admit` or `retire`.
+
+A captured step cannot depend on the host. `Sampler.choose_in_graph` does the same work in one of a few modes, with
+parameters that it reads from tables on the device, which `admit` and `retire` change between steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stagdist.decode.layers.weights import Device
 from stagdist.decode.request import SamplingParams
+from stagdist.decode.sampling.candidates import MINUS_INF, best_of, margins_of, merged, message, truncated
 from stagdist.decode.sampling.logits_processor import LogitsProcessor
 from stagdist.decode.sampling.noise import gumbel
-from stagdist.decode.sampling.sampling_plan import SamplingPlan, is_plain, plan_sampling
+from stagdist.decode.sampling.sampling_plan import Mode, SamplingPlan, is_plain, mode_of, plan_sampling
+from stagdist.decode.sampling.slot_tables import SlotTables
 
-_MINUS_INF = float("-inf")
-_NO_TOKEN = -1  # where a vocabulary has fewer tokens than log-probabilities were requested
+_NO_TOKEN = -1  # where a vocabulary has fewer tokens than log-probabilities were requested, or a row has no request
 
 
 @dataclass
@@ -57,6 +60,8 @@ class Sampler:
         slice_size: the largest `num_tokens` of any rank, the same number on all of them.
         device: where the logits are.
         want_margins: also give the distance between the best and the second best score.
+        captured: keep the tables that `choose_in_graph` reads.
+        kernels: `choose_in_graph` runs Triton kernels.
     """
 
     def __init__(
@@ -69,15 +74,20 @@ class Sampler:
         slice_size: int,
         device: Device,
         want_margins: bool = False,
+        captured: bool = False,
+        kernels: bool = False,
     ) -> None:
         self._vocab_size, self._slice_size = vocab_size, min(slice_size, vocab_size)
         self._first, self._size = first_token, max(0, min(num_tokens, vocab_size - first_token))
         self._device, self._want_margins = device, want_margins
+        self._is_complete = self._slice_size == vocab_size  # one rank holds the complete head
         self._params: list[SamplingParams | None] = [None] * num_slots
         self._num_special = 0  # requests that are not plain
         self._ids = torch.arange(first_token, first_token + self._size, device=device.name)
-        self._processor = LogitsProcessor(num_slots, first_token, self._size, device)
+        self._processor = LogitsProcessor(num_slots, first_token, self._size, device, captured)
+        self._tables = SlotTables(num_slots, vocab_size, device) if captured else None
         self._plans: dict[tuple[int, ...], SamplingPlan | None] = {}
+        self._modes: dict[tuple[int, ...], Mode] = {}
 
     def admit(self, slot: int, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
         """Assign a slot to a request, replacing its previous one.
@@ -85,16 +95,21 @@ class Sampler:
         Call it just before the request's first token is chosen: every row of its slot that is chosen afterwards counts
         as a token of the request.
         """
-        self.retire(slot)
-        self._params[slot] = params
-        self._num_special += not is_plain(params)
+        self._assign(slot, params)
         self._processor.admit(slot, params, prompt_ids)
 
     def retire(self, slot: int) -> None:
         """Free a slot; does nothing if it is free."""
-        params, self._params[slot] = self._params[slot], None
-        self._num_special -= params is not None and not is_plain(params)
+        self._assign(slot, None)
+
+    def _assign(self, slot: int, params: SamplingParams | None) -> None:
+        before, self._params[slot] = self._params[slot], params
+        self._num_special += params is not None and not is_plain(params)
+        self._num_special -= before is not None and not is_plain(before)
         self._plans.clear()
+        self._modes.clear()
+        if self._tables is not None and params is not before:
+            self._tables.set(slot, params)
 
     def num_logprobs(self, slots: Sequence[int]) -> int | None:
         """Return the most log-probabilities that a request in these slots asks for; None if no request does."""
@@ -121,17 +136,7 @@ class Sampler:
         Shapes: result float64 [B, width], the same width on all ranks: scores and ids of the candidates and, if
         log-probabilities are requested, their unchanged logits, the log-sum-exp, and the likeliest logits with ids.
         """
-        plan, raw = self._plan(slots), self._real(logits)
-        if plan is None:
-            values, index = _best(raw, 1)
-            return _message([(values, 1, _MINUS_INF), (self._ids_of(index), 1, 0)])
-        raw, count = raw.double(), plan.num_candidates
-        values, index = _best(self._score(raw, plan, positions), count)
-        columns = [(values, count, _MINUS_INF), (self._ids_of(index), count, 0)]
-        if plan.num_logprobs is not None:
-            columns += [(raw.gather(1, index), count, _MINUS_INF), (raw.logsumexp(-1, keepdim=True), 1, _MINUS_INF)]
-            columns += self._likeliest(raw, plan.num_likeliest, plan.num_likeliest)
-        return _message(columns)
+        return self._candidates(logits, self._plan(slots), positions)
 
     def choose(self, gathered: Tensor, slots: Sequence[int], positions: Tensor) -> Choice:
         """Choose tokens from the messages of all R ranks, in the order of their slices; penalties see them next.
@@ -139,22 +144,55 @@ class Sampler:
         Shapes: gathered float64 [R, B, width]; positions int64 [B].
         """
         plan = self._plan(slots)
-        if plan is None:
-            best = gathered[:, :, 0].argmax(0, keepdim=True)  # the first of equals: slices are in order
-            return Choice(gathered[:, :, 1].gather(0, best)[0].long())
-        count = plan.num_candidates
-        scores, ids = _merge(gathered[:, :, :count]), _merge(gathered[:, :, count : 2 * count]).long()
-        # Sorted only for truncation: log-probabilities look their token up by id, in any order.
-        kept, kept_ids = (scores, ids) if plan.truncated is None else _truncate(scores, ids, plan, positions)
-        best_score = kept.amax(-1, keepdim=True)
-        tokens = torch.where(kept == best_score, kept_ids, self._vocab_size).amin(-1)
-        tokens = tokens.clamp(max=self._vocab_size - 1)  # NaN logits must not give an id past the end
-        self._processor.take(tokens, plan)
-        return Choice(
-            tokens,
-            None if plan.num_logprobs is None else _logprobs(gathered, plan, plan.num_logprobs, ids, tokens),
-            _margins(kept) if self._want_margins else None,
-        )
+        choice = self._choose(gathered, plan, positions)
+        if plan is not None:
+            self._processor.take(choice.tokens, plan)
+        return choice
+
+    def modes(self) -> tuple[Mode, ...]:
+        """Return the modes of captured steps that choose tokens, the same on all ranks; none with margins."""
+        if self._want_margins:
+            return ()
+        return (Mode.GREEDY, Mode.SAMPLED, Mode.TRUNCATED)[: 3 if self._is_complete else 2]
+
+    def mode(self, slots: Sequence[int]) -> Mode:
+        """Return what a step of these slots needs."""
+        if self._num_special == 0 and not self._want_margins:
+            return Mode.GREEDY
+        key = tuple(slots)
+        if key not in self._modes:
+            params = [self._params[slot] for slot in key]
+            self._modes[key] = mode_of(params, is_complete=self._is_complete, want_margins=self._want_margins)
+        return self._modes[key]
+
+    def choose_in_graph(
+        self, mode: Mode, logits: Tensor, positions: Tensor, gather: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
+        """Choose the tokens of slots 0 to B - 1, all on the device, so that the work can be captured and repeated.
+
+        Args:
+            mode: one of `modes()`.
+            logits: of this rank's slice, any floating type [B, V], V at least its real tokens.
+            positions: of the tokens to be chosen; 0 or less for a slot without a request, whose token has no meaning.
+            gather: stacks the message of all R ranks that hold a part of the head, in the order of their slices:
+                float64 [B, width] -> [R, B, width]. None for one rank.
+
+        Shapes: positions int64 [B]; result int64 [B], the same on all ranks.
+        """
+        assert mode in self.modes(), f"{mode} is not for captured steps of this layout"
+        assert self._tables is not None, "the sampler was made without tables for captured steps"
+        plan = None
+        if mode is not Mode.GREEDY:
+            truncates = mode is Mode.TRUNCATED
+            plan = self._tables.plan(len(positions), self._slice_size if truncates else 1, truncates=truncates)
+        elif gather is None:
+            return self._real(logits).max(-1).indices
+        candidates = self._candidates(logits, plan, positions)
+        gathered = candidates[None] if gather is None else gather(candidates)
+        tokens = self._choose(gathered, plan, positions).tokens
+        if plan is not None:
+            self._processor.take(torch.where(positions > 0, tokens, _NO_TOKEN), plan)
+        return tokens
 
     def prompt_scores(self, logits: Tensor, targets: Tensor, count: int) -> Tensor:
         """Return this rank's message about tokens that are given: a block of rows of a prompt.
@@ -169,17 +207,47 @@ class Sampler:
         all ranks.
         """
         raw, local = self._real(logits).double(), (targets - self._first)[:, None]
-        columns = [(raw.logsumexp(-1, keepdim=True), 1, _MINUS_INF), *self._likeliest(raw, count, count)]
+        columns = [(raw.logsumexp(-1, keepdim=True), 1, MINUS_INF), *self._likeliest(raw, count, count)]
         if not self._size:
-            return _message([(raw, 1, _MINUS_INF), *columns])
+            return message([(raw, 1, MINUS_INF), *columns])
         of_target = raw.gather(1, local.clamp(0, self._size - 1))
         mine = (local >= 0) & (local < self._size)
-        return _message([(of_target.masked_fill(~mine, _MINUS_INF), 1, 0), *columns])
+        return message([(of_target.masked_fill(~mine, MINUS_INF), 1, 0), *columns])
+
+    def _candidates(self, logits: Tensor, plan: SamplingPlan | None, positions: Tensor) -> Tensor:
+        raw = self._real(logits)
+        if plan is None:
+            values, index = best_of(raw, 1)
+            return message([(values, 1, MINUS_INF), (self._ids_of(index), 1, 0)])
+        raw, count = raw.double(), plan.num_candidates
+        values, index = best_of(self._score(raw, plan, positions), count)
+        columns = [(values, count, MINUS_INF), (self._ids_of(index), count, 0)]
+        if plan.num_logprobs is not None:
+            columns += [(raw.gather(1, index), count, MINUS_INF), (raw.logsumexp(-1, keepdim=True), 1, MINUS_INF)]
+            columns += self._likeliest(raw, plan.num_likeliest, plan.num_likeliest)
+        return message(columns)
+
+    def _choose(self, gathered: Tensor, plan: SamplingPlan | None, positions: Tensor) -> Choice:
+        if plan is None:
+            best = gathered[:, :, 0].argmax(0, keepdim=True)  # the first of equals: slices are in order
+            return Choice(gathered[:, :, 1].gather(0, best)[0].long())
+        count = plan.num_candidates
+        scores, ids = merged(gathered[:, :, :count]), merged(gathered[:, :, count : 2 * count]).long()
+        # Sorted only for truncation: log-probabilities look their token up by id, in any order.
+        kept, kept_ids = (scores, ids) if plan.truncated is None else truncated(scores, ids, plan, positions)
+        best_score = kept.amax(-1, keepdim=True)
+        tokens = torch.where(kept == best_score, kept_ids, self._vocab_size).amin(-1)
+        tokens = tokens.clamp(max=self._vocab_size - 1)  # NaN logits must not give an id past the end
+        return Choice(
+            tokens,
+            None if plan.num_logprobs is None else _logprobs(gathered, plan, plan.num_logprobs, ids, tokens),
+            margins_of(kept) if self._want_margins else None,
+        )
 
     def _likeliest(self, raw: Tensor, count: int, width: int) -> list[tuple[Tensor, int, float]]:
         """Columns of a message: the largest logits of each row, and their ids."""
-        values, index = _best(raw, count) if count else (raw[:, :0], self._ids[:0].expand(len(raw), 0))
-        return [(values, width, _MINUS_INF), (self._ids_of(index), width, _NO_TOKEN)]
+        values, index = best_of(raw, count) if count else (raw[:, :0], self._ids[:0].expand(len(raw), 0))
+        return [(values, width, MINUS_INF), (self._ids_of(index), width, _NO_TOKEN)]
 
     def _plan(self, slots: Sequence[int]) -> SamplingPlan | None:
         """None: every row takes its likeliest token and asks for nothing else."""
@@ -215,69 +283,6 @@ class Sampler:
         return scores
 
 
-def _message(columns: Sequence[tuple[Tensor, int, float]]) -> Tensor:
-    """Columns side by side in float64, each (values [B, n], width, filler where n is smaller)."""
-    return torch.cat([_filled(values.double(), width, fill) for values, width, fill in columns], dim=1)
-
-
-def _filled(values: Tensor, width: int, fill: float) -> Tensor:
-    missing = width - values.shape[1]
-    return F.pad(values, (0, missing), value=fill) if missing else values
-
-
-def _merge(pieces: Tensor) -> Tensor:
-    """[R, B, C] to [B, R * C], slices in order."""
-    return pieces.transpose(0, 1).flatten(1)
-
-
-def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The best scores of each row, the lowest index first among equals, in the order of the index: [B, count].
-
-    `topk` alone takes any of the equals at the edge. Fewer where a row has fewer.
-    """
-    size = scores.shape[1]
-    if count >= size:
-        return scores, torch.arange(size, device=scores.device).expand_as(scores)
-    if count == 1:
-        return scores.max(-1, keepdim=True)
-    edge = scores.topk(count, sorted=False).values.amin(-1, keepdim=True)
-    above, level = scores > edge, scores == edge
-    room = count - above.sum(-1, keepdim=True)
-    kept = above | (level & (level.cumsum(-1) <= room))
-    # The kept ones are counted to their columns; all others meet in one more column, which is cut off.
-    column = torch.where(kept, kept.cumsum(-1) - 1, count)
-    index = torch.zeros(scores.shape[0], count + 1, dtype=torch.int64, device=scores.device)
-    index.scatter_(1, column, torch.arange(size, device=scores.device).expand_as(column))
-    index = index[:, :count]
-    return scores.gather(1, index), index
-
-
-def _truncate(scores: Tensor, ids: Tensor, plan: SamplingPlan, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores with noise of what top-k, top-p and min-p leave, minus infinity for the rest; rows without pass through.
-
-    Shapes: all [B, R * C]; ids ascending among equal scores.
-    """
-    assert plan.truncated is not None
-    scores, order = scores.sort(dim=-1, descending=True, stable=True)
-    ids = ids.gather(1, order)
-    rank = torch.arange(scores.shape[1], device=scores.device)
-    share = torch.where(rank < plan.top_k, (scores - scores[:, :1]).exp(), 0.0)
-    # One running sum serves as mass and as total, so that padding at the end cannot change what is kept.
-    mass = share.cumsum(-1)
-    before = F.pad(mass[:, :-1], (1, 0))
-    kept = (rank < plan.top_k) & (before < plan.top_p * mass[:, -1:]) & (share >= plan.min_p)
-    noisy = torch.where(kept, scores + gumbel(plan.seeds, positions, ids), _MINUS_INF)
-    return torch.where(plan.truncated, noisy, scores), ids
-
-
-def _margins(scores: Tensor) -> Tensor:
-    """Best minus second best of each row."""
-    if scores.shape[1] < 2:
-        return torch.full(scores.shape[:1], float("inf"), dtype=scores.dtype, device=scores.device)
-    best = scores.topk(2).values
-    return best[:, 0] - best[:, 1]
-
-
 def merge_prompt_scores(gathered: Tensor, count: int) -> Tensor:
     """Merge the messages of `Sampler.prompt_scores` of all R ranks, in the order of their slices.
 
@@ -291,7 +296,7 @@ def _logprobs(gathered: Tensor, plan: SamplingPlan, requested: int, ids: Tensor,
     """Log-probabilities of the chosen tokens."""
     count, sent = plan.num_candidates, plan.num_likeliest
     _, _, raw, total, likeliest, their_ids = gathered.split([count, count, count, 1, sent, sent], dim=2)
-    chosen = torch.where(ids == tokens.unsqueeze(-1), _merge(raw), _MINUS_INF).amax(-1, keepdim=True)
+    chosen = torch.where(ids == tokens.unsqueeze(-1), merged(raw), MINUS_INF).amax(-1, keepdim=True)
     return _relative(chosen, total.logsumexp(0), likeliest, their_ids, requested)
 
 
@@ -300,6 +305,6 @@ def _relative(own: Tensor, total: Tensor, likeliest: Tensor, ids: Tensor, reques
 
     Shapes: own and total [B, 1]; likeliest and ids [R, B, sent].
     """
-    best, order = _merge(likeliest).sort(dim=-1, descending=True, stable=True)
-    best, best_ids = best[:, :requested] - total, _merge(ids).gather(1, order)[:, :requested]
-    return _message([(own - total, 1, 0), (best_ids, requested, _NO_TOKEN), (best, requested, _MINUS_INF)])
+    best, order = merged(likeliest).sort(dim=-1, descending=True, stable=True)
+    best, best_ids = best[:, :requested] - total, merged(ids).gather(1, order)[:, :requested]
+    return message([(own - total, 1, 0), (best_ids, requested, _NO_TOKEN), (best, requested, MINUS_INF)])

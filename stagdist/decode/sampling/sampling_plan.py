@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -21,6 +22,62 @@ def is_plain(params: SamplingParams) -> bool:
 def is_biased(params: SamplingParams) -> bool:
     """Whether something is added to logits, minus infinity where tokens are not allowed."""
     return bool(params.logit_bias) or params.allowed_token_ids is not None
+
+
+class Mode(Enum):
+    """What a captured step does to choose tokens. Each mode also serves rows that need less.
+
+    Attributes:
+        GREEDY: takes the likeliest tokens.
+        SAMPLED: applies bias, penalties, `min_tokens`, temperature and noise.
+        TRUNCATED: applies top-k, top-p and min-p in addition, where one rank holds the complete head.
+        OTHER: ends with the logits; `Sampler.candidates` and `Sampler.choose` take tokens from them afterwards.
+    """
+
+    GREEDY = "greedy"
+    SAMPLED = "sampled"
+    TRUNCATED = "truncated"
+    OTHER = "other"
+
+
+def mode_of(row_params: Sequence[SamplingParams | None], *, is_complete: bool, want_margins: bool) -> Mode:
+    """The mode of a step.
+
+    Args:
+        row_params: one entry per row; None for a row without a request.
+        is_complete: one rank holds the complete head.
+    """
+    params = [each for each in row_params if each is not None]
+    if want_margins or any(each.logprobs is not None for each in params):
+        return Mode.OTHER
+    if any(map(_is_truncated, params)):
+        return Mode.TRUNCATED if is_complete else Mode.OTHER
+    return Mode.GREEDY if all(map(is_plain, params)) else Mode.SAMPLED
+
+
+INTEGERS = ("seed", "top_k")
+FLOATS = ("top_p", "min_p", "temperature", "repetition", "presence", "frequency", "noisy", "truncated")
+
+
+def row_integers(params: SamplingParams | None, vocab_size: int) -> tuple[int, int]:
+    """The numbers of a row named by `INTEGERS`."""
+    params = params or _GREEDY
+    return params.seed, params.top_k or vocab_size
+
+
+def row_floats(params: SamplingParams | None) -> tuple[float, ...]:
+    """The numbers of a row named by `FLOATS`. Those of an unused row change nothing."""
+    params = params or _GREEDY
+    return (
+        params.top_p if params.top_p < 1 else float("inf"),  # rounding must not remove tokens when all are kept
+        params.min_p,
+        params.temperature if _is_sampled(params) else 1.0,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+        float(_is_sampled(params) and not _is_truncated(params)),
+        float(_is_truncated(params)),
+    )
 
 
 def _counts(params: SamplingParams) -> bool:
@@ -85,20 +142,8 @@ def plan_sampling(
     # Truncation needs the k best tokens of every slice, or all of them.
     sizes = [each.top_k or slice_size for each in params if _is_truncated(each)]
     num_logprobs = max((each.logprobs for each in params if each.logprobs is not None), default=None)
-    integers = [(slot, each.seed, each.top_k or vocab_size) for slot, each in zip(slots, params, strict=True)]
-    floats = [
-        (
-            each.top_p if each.top_p < 1 else float("inf"),  # rounding must not remove tokens when all are kept
-            each.min_p,
-            each.temperature if _is_sampled(each) else 1.0,
-            each.repetition_penalty,
-            each.presence_penalty,
-            each.frequency_penalty,
-            float(_is_sampled(each) and not _is_truncated(each)),
-            float(_is_truncated(each)),
-        )
-        for each in params
-    ]
+    integers = [(slot, *row_integers(each, vocab_size)) for slot, each in zip(slots, params, strict=True)]
+    floats = [row_floats(each) for each in params]
     slot_index, seeds, top_k = device.upload(integers, torch.int64).unbind(1)
     columns = device.upload(floats, torch.float64).unsqueeze(-1).unbind(1)
     top_p, min_p, temperature, repetition, presence, frequency, noisy, truncated = columns
