@@ -21,7 +21,7 @@ from stagdist.decode.runtime.build import DecodePlan, EngineOptions, build_stage
 from stagdist.decode.runtime.graphs import CaptureProgress
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.transport import Transport
-from stagdist.decode.sampling.sampler import Mode
+from stagdist.decode.sampling.sampling_plan import Mode
 from stagdist.parallel.layout import ParameterSpec
 from tests.decode.fake_cuda import FakeCuda
 from tests.ranks import GUARD_S

@@ -46,6 +46,11 @@ class _Recording(TorchDispatchMode):
         super().__init__()
         self._operations = operations
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; the guard against it would import the compiler."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
@@ -99,7 +104,9 @@ class FakeGraph:
         """Run the recorded operations again."""
         assert self.operations, "a replay of a graph without a capture, or after its reset"
         self._cuda.events.append(("replay", self))
-        for operation in self.operations:
+        for number, operation in enumerate(self.operations):
+            if number == len(self.operations) // 2:
+                self._cuda.amid_replay()
             operation()
 
     def reset(self) -> None:
@@ -117,6 +124,7 @@ class FakeCuda:
             what tests add.
         current: stream of the work that is issued now.
         capturing: inside a capture.
+        amid_replay: called in the middle of every replay.
     """
 
     events: list[tuple[Any, ...]] = field(default_factory=list)
@@ -124,13 +132,14 @@ class FakeCuda:
     capturing: bool = False
     streams: list[FakeStream] = field(default_factory=list)
     operations: list[Callable[[], None]] = field(default_factory=list)  # of the present capture
+    amid_replay: Callable[[], None] = lambda: None
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Stand in for `torch.cuda` wherever `stagdist.decode.runtime` uses it."""
         for module in (graphs, stage):
             monkeypatch.setattr(module, "on_cuda", lambda device: True)
         for name in ("isend", "irecv", "all_reduce", "reduce", ALL_GATHER):
-            monkeypatch.setattr(dist, name, self._captured(getattr(dist, name)))
+            monkeypatch.setattr(dist, name, self._captured(name, getattr(dist, name)))
         for name, stand_in in {
             "Stream": self._new_stream,
             "CUDAGraph": lambda: FakeGraph(self),
@@ -147,13 +156,15 @@ class FakeCuda:
         self.streams.append(FakeStream(device))
         return self.streams[-1]
 
-    def _captured(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+    def _captured(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             if not self.capturing:
                 return operation(*arguments, **options)
-            if operation.__name__ in ("irecv", ALL_GATHER):
-                arguments[0].zero_()  # here a capture computes, and must not take what memory happens to hold for a token
-            options |= {} if operation.__name__ in ("isend", "irecv") else {"async_op": True}
+            if name in ("irecv", ALL_GATHER):
+                arguments[
+                    0
+                ].zero_()  # here a capture computes, and must not take what memory happens to hold for a token
+            options |= {} if name in ("isend", "irecv") else {"async_op": True}
             work = CapturedWork(lambda: operation(*arguments, **options), self.operations)
             if "async_op" in options:
                 work.wait()

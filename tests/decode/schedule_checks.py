@@ -44,6 +44,30 @@ def check(topology: Topology, text: str, mutate: Mutation | None = None) -> Run:
     return played
 
 
+def check_fixed(topology: Topology, text: str, mutate: Mutation | None = None) -> Run:
+    """What a schedule with steps of fixed shape promises: as `check`, and nothing is in flight between operations.
+
+    Raises:
+        ScheduleError: a promise that it breaks.
+    """
+    placed = program(topology, text, *([mutate] if mutate else []), fixed=True)
+    played = run(topology, placed)
+    run(topology, placed, Pace(rendezvous=True))
+    all_ = operations(topology, text)
+    for stage, own in enumerate(placed):
+        check_tokens(topology, played, all_, stage)
+        check_sections(topology, played, all_, stage)
+        for operation in all_:
+            mine = [each for each in own if each.operation.work.number == operation.work.number]
+            names = {kind: [each.name for each in mine if each.instruction.kind is kind] for kind in Kind}
+            demand(names[Kind.EXPECT] == names[Kind.WAIT], f"stage {stage} takes what it expects, in this operation")
+            demand(all(name[1] <= operation.work.number for name in names[Kind.WAIT]), "nothing of later operations")
+    for edge in played.edges:
+        demand([name for name, _ in edge.sent] == [name for name, _ in edge.posted], "one receive for each send")
+        demand(edge.waited == {name for name, _ in edge.sent}, "all that was sent is taken")
+    return played
+
+
 def demand(right: bool, promise: str) -> None:
     """Raise where a promise is broken."""
     if not right:

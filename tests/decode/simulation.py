@@ -10,7 +10,7 @@ a prompt whose positions are scored, `sc` and so on a step with a chunk, `.` an 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from stagdist.decode.runtime import schedule
 from stagdist.decode.runtime.schedule import Instruction, Kind, Work, WorkPart
@@ -97,11 +97,20 @@ Mutation = Callable[[int, list[Instruction]], list[Instruction]]
 
 
 def program(
-    topology: Topology, text: str, mutate: Mutation = lambda stage, instructions: instructions
+    topology: Topology,
+    text: str,
+    mutate: Mutation = lambda stage, instructions: instructions,
+    *,
+    fixed: bool = False,
 ) -> list[list[Placed]]:
-    """What every stage does, in order."""
+    """What every stage does, in order.
+
+    Args:
+        fixed: with steps of fixed shape.
+    """
     placed: list[list[Placed]] = [[] for _ in range(topology.num_stages)]
     for operation in operations(topology, text):
+        operation = replace(operation, work=replace(operation.work, fixed=fixed))
         for stage, own in enumerate(placed):
             if operation.text == "R":
                 instructions = schedule.rest(topology, stage, operation.work)

@@ -13,7 +13,7 @@ from stagdist.decode.request import Request, RequestOutput, SamplingParams
 from stagdist.decode.runtime import graphs
 from stagdist.decode.runtime.build import EngineOptions
 from stagdist.decode.runtime.graphs import row_buckets
-from stagdist.decode.sampling.sampler import Mode
+from stagdist.decode.sampling.sampling_plan import Mode
 from tests.decode.decoding import Case, World, engine_of, prompt, run_cases, run_one
 from tests.decode.fake_cuda import FakeCuda
 from tests.reference.variants import VARIANTS
@@ -129,7 +129,7 @@ def test_replays_give_the_same_tokens_and_nothing_is_captured_after_the_start(va
     fixed = replace(plain, options=FIXED)
     stage, transport = World().stage(fixed)
     captured = len(cuda.of("capture"))
-    assert captured == len(row_buckets(3)) * len(stage.readout.sampler.modes())
+    assert captured == len(row_buckets(3)) * (len(stage.readout.sampler.modes()) + 1)
     found = run_one(stage, transport, fixed)
     assert [each.token_ids for each in found.completions] == [each.token_ids for each in expected.completions]
     assert len(cuda.of("capture")) == captured
@@ -148,7 +148,7 @@ def test_all_captures_share_one_stream_and_one_pool_and_follow_warm_up_runs_on_t
     monkeypatch.setattr(graphs.FixedStep, "__call__", noting)
     shown: list[tuple[int, int]] = []
     stage, _ = World().stage(Case("", {}, [], FIXED), progress=lambda done, total: shown.append((done, total)))
-    modes = stage.readout.sampler.modes()
+    modes = (*stage.readout.sampler.modes(), Mode.OTHER)
     shapes = [(rows, mode) for rows in (3, 2, 1) for mode in modes]  # the largest first
     assert shown == [(done, len(shapes)) for done in range(1, len(shapes) + 1)]
     ((pool, stream),) = {(pool, stream) for _, _, pool, stream in cuda.of("capture")}

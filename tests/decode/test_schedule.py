@@ -10,7 +10,7 @@ from stagdist.decode.runtime import schedule
 from stagdist.decode.runtime.schedule import Instruction, Kind, Work, WorkPart
 from stagdist.decode.topology import HEAD_LAYOUTS, Topology
 from stagdist.errors import ConfigError
-from tests.decode.schedule_checks import check
+from tests.decode.schedule_checks import check, check_fixed
 from tests.decode.simulation import CHUNKS_OPEN, Mutation, Name, Pace, ScheduleError, program, run
 
 SHAPES = [(sections, stages) for sections in range(1, 9) for stages in range(1, sections + 1) if sections % stages == 0]
@@ -48,6 +48,14 @@ def topologies(sections: int, stages: int) -> Iterator[Topology]:
 def test_no_stage_waits_for_what_is_sent_later_and_every_token_is_computed_once(sections: int, stages: int) -> None:
     for topology, text in itertools.product(topologies(sections, stages), PROGRAMS.values()):
         check(topology, text)
+
+
+@pytest.mark.parametrize(
+    ("sections", "stages"), [pytest.param(*shape, marks=[pytest.mark.slow] * (shape[0] > 4)) for shape in SHAPES]
+)
+def test_steps_of_fixed_shape_leave_nothing_in_flight_between_operations(sections: int, stages: int) -> None:
+    for topology, text in itertools.product(topologies(sections, stages), PROGRAMS.values()):
+        check_fixed(topology, text)
 
 
 @pytest.mark.parametrize(("sections", "stages"), [shape for shape in SHAPES if shape[1] > 1])
@@ -283,6 +291,25 @@ def test_a_broken_schedule_is_noticed(name: str) -> None:
     check(topology, PROGRAMS["mixed"])
     with pytest.raises(ScheduleError, match=complaint):
         check(topology, PROGRAMS["mixed"], mutate)
+
+
+BROKEN_FIXED: dict[str, tuple[Topology, Mutation, str]] = {
+    "a hand-off left for the next step": (TWO, without(Kind.WAIT, 1), "without the hand-off"),
+    "no receive": (TWO, without(Kind.EXPECT, 1), "not expected"),
+    "the token before a hand-off that is waited for": (
+        Topology(2, 2, stagger=0),
+        moved(Kind.SEND, Kind.TOKEN, 0),
+        "at",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_FIXED)
+def test_a_broken_schedule_of_fixed_shape_is_noticed(name: str) -> None:
+    topology, mutate, complaint = BROKEN_FIXED[name]
+    check_fixed(topology, PROGRAMS["mixed"])
+    with pytest.raises(ScheduleError, match=complaint):
+        check_fixed(topology, PROGRAMS["mixed"], mutate)
 
 
 def test_a_rest_that_leaves_a_hand_off_behind_is_noticed() -> None:

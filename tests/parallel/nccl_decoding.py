@@ -1,6 +1,7 @@
 """Programs of decoding: the real engine, stages and transport of every rank, recorded one after the other."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -23,6 +24,7 @@ from stagdist.parallel.link import NCCL, Rules
 from stagdist.telemetry.clocks import EventClock
 from stagdist.telemetry.spans import SpanRecorder
 from tests.parallel.nccl_rules import Launch, Program
+from tests.parallel.recorded_graphs import recorded_graphs
 from tests.parallel.recording import KEYS, Mailbox, Recorder
 
 DryPass = Callable[[Recorder, Stage], None]
@@ -39,6 +41,7 @@ class Layout:
         traced: with a recorder of spans.
         chunk: positions of a prefill chunk.
         slots: requests decoded together.
+        captured: every step is a graph.
     """
 
     stages: int
@@ -50,10 +53,15 @@ class Layout:
     traced: bool = False
     chunk: int = 4
     slots: int = 3
+    captured: bool = False
 
     def __str__(self) -> str:
         kind = "sequential" if self.stagger is None else f"stagger {self.stagger}"
-        more = [word for word, holds in (("combined", self.combined), ("traced", self.traced)) if holds]
+        more = [
+            word
+            for word, holds in (("combined", self.combined), ("traced", self.traced), ("captured", self.captured))
+            if holds
+        ]
         return f"{self.stages}x{self.tensor} {kind} {self.head} {' '.join(more)}".strip()
 
     def plan(self) -> DecodePlan:
@@ -75,7 +83,7 @@ class Layout:
             head=self.head,
             num_slots=self.slots,
             chunk_size=self.chunk,
-            graphs=False,
+            graphs=self.captured,
         )
         return plan_decoding(ModelConfig(**keys), options, self.stages * self.tensor)
 
@@ -109,8 +117,10 @@ def recorded(layout: Layout, rules: Rules = NCCL, *, dry_pass: DryPass) -> list[
     recorders = [Recorder(rank, size, mailbox) for rank in range(size)]
     for recorder in recorders:
         patched = mock.patch("stagdist.decode.runtime.build.dry_pass", partial(dry_pass, recorder))
-        with patched, recorder.recording():
+        graphs = recorded_graphs(recorder) if layout.captured else nullcontext([])
+        with patched, recorder.recording(), graphs as made:
             _run(layout, plan, rules, recorder)
+        assert bool(made) == layout.captured == any(graph.replays > 1 for graph in made)
     return recorders
 
 

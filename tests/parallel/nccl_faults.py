@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
 
@@ -23,6 +24,7 @@ from stagdist.errors import TransportError
 from stagdist.parallel.link import GLOO, NCCL
 from stagdist.training.engine.section_engine import SectionEngine, build_engine
 from stagdist.training.lost_peers import naming_lost_peers
+from tests.decode.fake_cuda import FakeCuda
 from tests.parallel.nccl_decoding import Layout, read_constant, request
 from tests.parallel.nccl_double import like_nccl
 from tests.training.parity_cases import Case
@@ -43,9 +45,10 @@ DECODING = {
     "chunk": Layout(RANKS),
     "hand-off": Layout(RANKS),
     "sum": Layout(RANKS, head="sharded", combined=True),
+    "graph": Layout(RANKS, captured=True, slots=1),
 }
 """Where a fault occurs while decoding: after a chunk of the prompt, after the hand-off of a step is sent, before the
-outputs of sections are summed."""
+outputs of sections are summed, in the middle of a captured step."""
 TRAINING = {
     "forward": schedule.ForwardPass,
     "tied gradients": schedule.ReduceTiedGrads,
@@ -183,6 +186,9 @@ def _decode(fault: Fault) -> Callable[[], str]:
     dist.init_process_group("gloo", timeout=timedelta(seconds=START_S))
     plan = DECODING[fault.where].plan()
     combined, rules = plan.topology.combined, NCCL if fault.nccl else GLOO
+    cuda = FakeCuda()
+    if fault.where == "graph":
+        cuda.install(pytest.MonkeyPatch())  # for the life of this process
     transport = Transport(plan.grid, "cpu", fault.timeout_s, combined=combined, rules=rules)
     stage = build_stage(plan, read_constant, "cpu", transport)
 
@@ -190,7 +196,9 @@ def _decode(fault: Fault) -> Callable[[], str]:
         if transport.step == FAULTY_STEP:
             fault.strike()
 
-    if fault.where == "chunk":
+    if fault.where == "graph":
+        cuda.amid_replay = in_faulty_step
+    elif fault.where == "chunk":
         _after(stage._sections, "run_chunk", fault.strike)
     elif fault.where == "hand-off":
         if transport.stage < plan.topology.last_stage:

@@ -154,6 +154,25 @@ class Recorder(TorchDispatchMode):
             self.loaded.add(name)
             self.program.append(Launch(name))
 
+    @contextmanager
+    def cut(self) -> Iterator[tuple[list[Action], int]]:
+        """Everything inside is taken out of the program; gives the actions, once it has ended, and the number of their
+        first communication.
+        """
+        begin, first = len(self.program), self._communications
+        actions: list[Action] = []
+        yield actions, first
+        actions += self.program[begin:]
+        del self.program[begin:]
+        self._communications = first
+
+    def enqueue(self, actions: Sequence[Action]) -> None:
+        """Add actions, whose communications are counted from 0."""
+        first = self._communications
+        for action in actions:
+            self.program.append(StreamWait(first + action.number) if isinstance(action, StreamWait) else action)
+            self._communications += isinstance(action, Send | Receive | Collective)
+
     # --- torch.distributed --------------------------------------------------------------------------------------
 
     @contextmanager
@@ -273,5 +292,10 @@ class Recorder(TorchDispatchMode):
             self._communicate(Collective(group.number, group.ranks)).wait()
 
     def _event(self) -> Any:
-        self.program.append(HostWait())
-        return mock.Mock(query=lambda: True)
+        """The host waits when it asks, for all that is enqueued by then, which may be more than at the event."""
+
+        def query() -> bool:
+            self.program.append(HostWait())
+            return True
+
+        return mock.Mock(query=query)

@@ -80,6 +80,12 @@ def test_no_layout_hangs(stages: int) -> None:
         does_not_hang(layout)
 
 
+@pytest.mark.parametrize("stages", slow_but(FEW_STAGES, 1, 2))
+def test_no_layout_of_captured_steps_hangs(stages: int) -> None:
+    for layout in [*layouts(stages), *(MORE if stages == 2 else [])]:
+        does_not_hang(replace(layout, captured=True, slots=2))
+
+
 @pytest.mark.parametrize("stages", slow_but((2, 3), 2))
 def test_no_traced_layout_hangs(stages: int) -> None:
     for layout in layouts(stages):

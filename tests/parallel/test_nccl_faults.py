@@ -12,6 +12,8 @@ from tests.ranks import free_port, run_ranks
 TIMEOUT_S = {"none": 60.0, "killed": 20.0, "frozen": 2.0, "silent": 2.0}
 """A killed rank must be noticed without the time limit."""
 NOTICED_S = 8.0
+CAPTURED_S = 5.0
+"""Limit where a frozen rank is in a captured step: the ranks capture before, some later than others."""
 
 CASES = [
     ("chunk", "killed", 2),
@@ -19,6 +21,9 @@ CASES = [
     ("hand-off", "killed", 0),
     ("hand-off", "killed", 1),
     ("hand-off", "frozen", 1),
+    ("graph", "killed", 1),
+    ("graph", "killed", 2),
+    ("graph", "frozen", 1),
     ("sum", "killed", 1),
     ("sum", "frozen", 2),
     ("forward", "killed", 0),
@@ -29,7 +34,7 @@ CASES = [
     ("update", "killed", 1),
     ("update", "frozen", 2),
 ]
-ON_GLOO = [case for case in CASES if case[1:] == ("killed", 1)]
+ON_GLOO = [case for case in CASES if case[1:] == ("killed", 1) and case[0] != "graph"]
 DECODING_ERROR = re.compile(
     r"stage (\d) \(rank \1\) lost (its peers|stage (\d) \(rank \3\)) in step \d while .*: "
     r"(Connection|Read error|Write error|Timed out).*; "
@@ -47,18 +52,23 @@ Reports = dict[Fault, list[dict[str, Any]]]
 pytestmark = pytest.mark.ranks
 
 
+def limit_s(where: str, how: str) -> float:
+    """Time limit of the waits of a run with a fault."""
+    return CAPTURED_S if (where, how) == ("graph", "frozen") else TIMEOUT_S[how]
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     """What every rank reported for every fault, on both backends."""
     faults = [
         Fault("none", 0, where, nccl, free_port(), TIMEOUT_S["none"])
-        for where in ("hand-off", "sum", "forward")
+        for where in ("hand-off", "graph", "sum", "forward")
         for nccl in (False, True)
     ]
     # Two are run at once. Sorted, two that wait for their time limit are.
     faults += [
-        Fault(how, rank, where, nccl, free_port(), TIMEOUT_S[how])
-        for where, how, rank in sorted(CASES, key=lambda case: TIMEOUT_S[case[1]])
+        Fault(how, rank, where, nccl, free_port(), limit_s(where, how))
+        for where, how, rank in sorted(CASES, key=lambda case: limit_s(*case[:2]))
         for nccl in ((False, True) if (where, how, rank) in ON_GLOO else (True,))
     ]
     folder: Path = tmp_path_factory.mktemp("faults")
@@ -72,7 +82,7 @@ def of(reports: Reports, where: str, how: str, rank: int, *, nccl: bool) -> list
     return next(said for each, said in reports.items() if (each.where, each.how, each.rank, each.nccl) == wanted)
 
 
-@pytest.mark.parametrize("where", ["hand-off", "sum", "forward"])
+@pytest.mark.parametrize("where", ["hand-off", "graph", "sum", "forward"])
 def test_without_a_fault_both_backends_do_the_same(reports: Reports, where: str) -> None:
     gloo, nccl = (of(reports, where, "none", 0, nccl=which) for which in (False, True))
     assert [rank["says"] for rank in gloo] == [rank["says"] for rank in nccl]
@@ -101,5 +111,7 @@ def test_rank_0_names_a_lost_peer_while_decoding(reports: Reports, where: str, h
         assert f"lost stage {victim} (rank {victim})" in first["says"]
     else:
         # A control message over gloo may run into the same limit a moment earlier.
-        assert re.search(r"Timed out waiting 2( s for the device|000ms for send)", first["says"]), first["says"]
-        assert first["seconds"] >= TIMEOUT_S[how]
+        limit = limit_s(where, how)
+        pattern = rf"Timed out waiting {limit:g}( s for the device|000ms for send)"
+        assert re.search(pattern, first["says"]), first["says"]
+        assert first["seconds"] >= limit

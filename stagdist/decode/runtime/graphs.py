@@ -18,7 +18,7 @@ from stagdist.decode.runtime import schedule
 from stagdist.decode.runtime.executor import Executor
 from stagdist.decode.runtime.hosted_sections import Call
 from stagdist.decode.runtime.schedule import Instruction, Kind, WorkPart
-from stagdist.decode.sampling.sampler import Mode
+from stagdist.decode.sampling.sampling_plan import Mode
 from stagdist.parallel.device import on_cuda
 
 WARM_UP_RUNS = 2
@@ -126,7 +126,8 @@ class StepGraphs:
         """
         if not on_cuda(self._device.name):
             return
-        shapes = [(rows, mode) for rows in reversed(self._rows) for mode in self._readout.sampler.modes()]
+        modes = (*self._readout.sampler.modes(), Mode.OTHER)
+        shapes = [(rows, mode) for rows in reversed(self._rows) for mode in modes]
         with torch.cuda.device(self._device.name):
             stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
             stream.wait_stream(torch.cuda.current_stream())

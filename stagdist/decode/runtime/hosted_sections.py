@@ -141,7 +141,8 @@ class StageSections:
             call.wide = StepCells(self._angles, positions, reach, repeats=self._batched.count)
         if self.topology.staggered and self.topology.lag:
             call.null_rows = (positions < self.topology.lag)[:, None]
-        call.embedded = self._embed(self.tokens[: call.rows, None])
+        if self.weights.embedding is not None:
+            call.embedded = self._embed(self.tokens[: call.rows, None])
         return call
 
     def begin(self, call: Call, section: int) -> None:

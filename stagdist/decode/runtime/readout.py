@@ -9,7 +9,8 @@ from torch import Tensor
 
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.runtime.transport import TOKEN
-from stagdist.decode.sampling.sampler import Choice, Mode, Sampler, merge_prompt_scores
+from stagdist.decode.sampling.sampler import Choice, Sampler, merge_prompt_scores
+from stagdist.decode.sampling.sampling_plan import Mode
 
 SCORED_LOGITS = 1 << 22
 """Logits that exist at a time while prompts are scored, at most, or those of one position."""

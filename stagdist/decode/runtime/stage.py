@@ -18,7 +18,8 @@ from stagdist.decode.runtime.outcome import HostCopy, Outcome
 from stagdist.decode.runtime.readout import Readout
 from stagdist.decode.runtime.schedule import Instruction, Kind, Work
 from stagdist.decode.runtime.setup import StageSetup
-from stagdist.decode.sampling.sampler import Choice, Mode
+from stagdist.decode.sampling.sampler import Choice
+from stagdist.decode.sampling.sampling_plan import Mode
 from stagdist.parallel.device import on_cuda
 from stagdist.telemetry.pulse import Phase, Pulse
 from stagdist.telemetry.spans import SpanRecorder
