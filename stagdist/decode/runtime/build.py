@@ -1,5 +1,6 @@
 """Builds the stage of this rank from a model: checks, grid, weights."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -54,6 +55,8 @@ class EngineOptions:
         hand_off_delay_s: artificial delay of every hand-off, for measurements.
         want_margins: keep the smallest distance between best and second best token.
         graphs: run steps as CUDA graphs; None: where one process holds the model on a GPU.
+        kernels: run the layers of these steps as Triton kernels; None: on a GPU with graphs. On a CPU they run in
+            Triton's interpreter only, for tests.
     """
 
     tensor_parallel_size: int = 1
@@ -69,6 +72,7 @@ class EngineOptions:
     hand_off_delay_s: float = 0.0
     want_margins: bool = False
     graphs: bool | None = None
+    kernels: bool | None = None
 
     def __post_init__(self) -> None:
         counts = {
@@ -179,6 +183,9 @@ def build_stage(
 
     On NCCL a dry pass launches the kernels once before the ranks depend on each other.
 
+    Raises:
+        ConfigError: kernels are asked for where they cannot run.
+
     Args:
         recorder: records a span for every instruction; disables graphs by default.
         lap: called when a phase inside a section ends; disables graphs by default.
@@ -188,6 +195,10 @@ def build_stage(
     choose_attention(training=False)
     options = plan.options
     where = Device(device, DTYPES[options.precision or default_precision(device)])
+    graphs = options.graphs
+    if graphs is None:
+        graphs = transport is None and on_cuda(device) and recorder is None and lap is None
+    kernels = _use_kernels(options, device, graphs)
     index, rank = (0, 0) if transport is None else (transport.stage, transport.tensor_rank)
     weights = WeightLoader(plan.model, read, Shard(rank, plan.grid.tensor), where).stage(plan.topology, index)
     setup = StageSetup(
@@ -199,11 +210,22 @@ def build_stage(
         transport,
         want_margins=options.want_margins,
         lap=lap,
+        kernels=kernels,
     )
     if transport is not None and not transport.rules.early_receives:
         alone = Unconnected(plan.grid, transport.stage, transport.tensor_rank)
         dry_pass(Stage(replace(setup, transport=alone, limits=dry_limits(plan.limits), lap=None)))
-    graphs = options.graphs
-    if graphs is None:
-        graphs = transport is None and on_cuda(device) and recorder is None and lap is None
     return Stage(setup, recorder=recorder, pulse=pulse, graphs=graphs, progress=progress)
+
+
+def _use_kernels(options: EngineOptions, device: str, graphs: bool) -> bool:
+    """Return whether steps run Triton kernels."""
+    if options.kernels is None:
+        return graphs and on_cuda(device)
+    if options.kernels and not graphs:
+        raise ConfigError("kernels run in steps of fixed shape; give graphs=True as well, or kernels=None")
+    if options.kernels and not on_cuda(device) and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            f"kernels run on a GPU, not on {device!r}; give kernels=None, or set TRITON_INTERPRET=1 to test them"
+        )
+    return options.kernels

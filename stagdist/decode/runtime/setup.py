@@ -18,6 +18,7 @@ class StageSetup:
         transport: communicators; None in a world of one.
         want_margins: also compute the difference between the best and the second best score of every choice.
         lap: called with its name when a phase inside a section ends.
+        kernels: the layers of steps of fixed shape are Triton kernels.
     """
 
     model: ModelConfig
@@ -28,6 +29,7 @@ class StageSetup:
     transport: Transport | None = None
     want_margins: bool = False
     lap: Lap | None = None
+    kernels: bool = False
 
     @property
     def index(self) -> int:
