@@ -32,6 +32,7 @@ class Tile:
     block_n: int
     lanes: int
     num_warps: int
+    unroll: int
 
 
 def choose_tile(rows: int, columns: int, width: int, element_bytes: int, *, gated: bool = False) -> Tile:
@@ -43,7 +44,9 @@ def choose_tile(rows: int, columns: int, width: int, element_bytes: int, *, gate
     while block_n > 1 and columns >= ENOUGH_PROGRAMS > columns // block_n:
         block_n //= 2
     lanes = min(WARP * num_warps, triton.next_power_of_2(loads))
-    return Tile(block_n * (WARP * num_warps // lanes), lanes, num_warps)
+    trips = -(-loads // lanes)
+    unroll = next(factor for factor in (4, 3, 2, 1) if trips % factor == 0)
+    return Tile(block_n * (WARP * num_warps // lanes), lanes, num_warps, unroll)
 
 
 def sum_type(dtype: torch.dtype) -> tl.dtype:
@@ -64,7 +67,7 @@ def product_kernel(
     x, weight, gain, null, null_rows, residual, out,
     rows, columns, width, x_row, weight_row, weight_column, residual_row, out_row,
     EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    GATED: tl.constexpr, ACC: tl.constexpr,
+    UNROLL: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: all rows times `BLOCK_N` rows of the weight.
 
@@ -78,7 +81,7 @@ def product_kernel(
     sums = tl.zeros([ROWS, BLOCK_N, LANES], ACC)
     up_sums = tl.zeros([ROWS, BLOCK_N, LANES], ACC)
     squares = tl.zeros([ROWS, 1, LANES], ACC)
-    for start in range(0, width, LANES * VECTOR):
+    for start in tl.range(0, width, LANES * VECTOR, loop_unroll_factor=UNROLL):
         k = start + lanes
         place = n.to(tl.int64) * weight_row + k * weight_column
         mask = (n < columns) & (k < width)
@@ -129,7 +132,7 @@ def _product(
         rows, columns, width, x.stride(0), *weight.stride(), 0 if residual is None else residual.stride(0),
         out.stride(0),
         EPS=eps, ROWS=triton.next_power_of_2(rows), BLOCK_N=tile.block_n, LANES=tile.lanes, VECTOR=vector,
-        GATED=gated, ACC=sum_type(x.dtype), num_warps=tile.num_warps,
+        UNROLL=tile.unroll, GATED=gated, ACC=sum_type(x.dtype), num_warps=tile.num_warps,
     )  # fmt: skip
     return out
 
