@@ -1,9 +1,9 @@
-"""Decode steps on tensors without storage: which kernels they launch, and how these compile for a GPU that is not there."""
+"""Decode steps on tensors without storage: which kernels they launch, and how these compile without a GPU."""
 
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from stagdist.decode.topology import Limits, topology_for
 from stagdist.parallel.layout import ParameterSpec
 
 CONTEXT = 1024
-LAUNCHES_NOTHING = {"aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default", "aten.detach.default"}
+LAUNCHES_NOTHING = {"aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default"}
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
     torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
@@ -170,9 +170,3 @@ class EmptyModel:
         with recording() as recorded:
             self._step(positions, CONTEXT)
         return recorded
-
-
-def compiled(launches: list[Launch], capability: int) -> Iterator[tuple[Launch, dict[str, int]]]:
-    """Compile each different launch once."""
-    for launch in dict.fromkeys(launches):
-        yield launch, launch.resources(capability)
