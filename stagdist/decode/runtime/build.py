@@ -198,7 +198,7 @@ def build_stage(
     graphs = options.graphs
     if graphs is None:
         graphs = transport is None and on_cuda(device) and recorder is None and lap is None
-    kernels = _use_kernels(options, device, graphs)
+    kernels = use_kernels(options, device, graphs)
     index, rank = (0, 0) if transport is None else (transport.stage, transport.tensor_rank)
     weights = WeightLoader(plan.model, read, Shard(rank, plan.grid.tensor), where).stage(plan.topology, index)
     setup = StageSetup(
@@ -218,8 +218,15 @@ def build_stage(
     return Stage(setup, recorder=recorder, pulse=pulse, graphs=graphs, progress=progress)
 
 
-def _use_kernels(options: EngineOptions, device: str, graphs: bool) -> bool:
-    """Return whether steps run Triton kernels."""
+def use_kernels(options: EngineOptions, device: str, graphs: bool) -> bool:
+    """Whether steps run Triton kernels.
+
+    Args:
+        graphs: steps have a fixed shape.
+
+    Raises:
+        ConfigError: they are asked for where they cannot run.
+    """
     if options.kernels is None:
         return graphs and on_cuda(device)
     if options.kernels and not graphs:
