@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stagdist.decode.layers.cells import Cells
-from stagdist.decode.layers.runner import LayerMath, SectionCache
-from stagdist.decode.layers.weights import SectionWeights
+from stagdist.decode.layers.cells import AnyCells
+from stagdist.decode.layers.runner import SectionCache, SectionMath
+from stagdist.decode.layers.weights import LayerWeights, SectionWeights
 
 
 class BatchedSections:
@@ -16,7 +16,7 @@ class BatchedSections:
     Rows of one request lie together: row = slot * p + section. The sections' caches become views of one.
     """
 
-    def __init__(self, math: LayerMath, weights: dict[int, SectionWeights], caches: dict[int, SectionCache]):
+    def __init__(self, math: SectionMath, weights: dict[int, SectionWeights], caches: dict[int, SectionCache]):
         self._math, self._weights, self._caches = math, weights, caches
         self.count = len(weights)
         like = caches[0].self_kv
@@ -25,7 +25,7 @@ class BatchedSections:
         for section, cache in caches.items():
             cache.self_kv = self._self_kv[:, :, section :: self.count]
 
-    def begin(self, embedded: Tensor, wide: Cells) -> Tensor:
+    def begin(self, embedded: Tensor, wide: AnyCells) -> Tensor:
         """First self-attention of all sections.
 
         Shapes: embedded [B, 1, H] -> [B p, 1, H]; `wide` places B p rows.
@@ -34,7 +34,7 @@ class BatchedSections:
         return self._math.self_attention(self._weights[0].layers[0], hidden, wide, self._self_kv[0])
 
     def finish(
-        self, hidden: Tensor, wide: Cells, cells: Cells, previous: Sequence[Tensor], null_rows: Tensor | None
+        self, hidden: Tensor, wide: AnyCells, cells: AnyCells, previous: Sequence[Tensor], null_rows: Tensor | None
     ) -> dict[int, Tensor]:
         """Everything after `begin`.
 
@@ -48,19 +48,19 @@ class BatchedSections:
         for section, states in enumerate(previous, start=1):
             cache = self._caches[section].memory_kv
             assert cache is not None
-            new = self._math.project_memory(self._weights[section], states, null_rows, cells)
-            memories.append(cells.store_memory(cache, new))
+            memories.append(self._math.write_memory(self._weights[section], states, null_rows, cells, cache))
         for index, layer in enumerate(self._weights[0].layers):
             if index:
                 hidden = self._math.self_attention(layer, hidden, wide, self._self_kv[index])
-            hidden = self._cross(index, hidden, cells, [memory[index] for memory in memories])
+            for section, memory in enumerate(memories, start=1):
+                self._cross(self._weights[section].layers[index], hidden, cells, section, memory[index])
             hidden = self._math.mlp(layer, hidden)
         by_section = hidden.unflatten(0, (-1, self.count))
         return {section: by_section[:, section] for section in range(self.count)}
 
-    def _cross(self, index: int, hidden: Tensor, cells: Cells, memories: Sequence[Tensor]) -> Tensor:
-        by_section = list(hidden.unflatten(0, (-1, self.count)).unbind(1))  # p of [B, 1, H]
-        for section, memory in enumerate(memories, start=1):
-            layer = self._weights[section].layers[index]
-            by_section[section] = self._math.cross_attention(layer, by_section[section], cells, memory)
-        return torch.stack(by_section, dim=1).flatten(0, 1)
+    def _cross(self, layer: LayerWeights, hidden: Tensor, cells: AnyCells, section: int, memory: Tensor) -> None:
+        """Run the cross-attention of one section on its rows, in place. Shapes: hidden [B p, 1, H]."""
+        rows = hidden.unflatten(0, (-1, self.count))[:, section]
+        result = self._math.cross_attention(layer, rows, cells, memory)
+        if result is not rows:
+            rows.copy_(result)

@@ -142,7 +142,23 @@ class StepCells:
         return cache[:, :, : len(self.rows), :, :entries]
 
 
+class DeviceCells:
+    """One position of each of several requests, for kernels that find their entries on the device.
+
+    Attributes:
+        angles: cosines and sines of all positions, [positions, D].
+        positions: int64 [B], on the device; -1 for rows without a request. Read when the kernels run.
+        repeats: rows per request (sections as rows of one batch).
+    """
+
+    def __init__(self, angles: Angles, positions: Tensor, *, repeats: int = 1):
+        self.angles = angles.cos, angles.sin
+        self.positions, self.repeats = positions, repeats
+
+
 Cells = ChunkCells | StepCells
+AnyCells = Cells | DeviceCells
+"""`LayerMath` takes the first two kinds, kernels the third."""
 
 
 def step_cells(angles: Angles, positions: Sequence[int], device: Device, repeats: int = 1) -> Cells:

@@ -5,13 +5,14 @@ layers cost as much again in overhead where a product has one row. The mathemati
 """
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stagdist.config.parts import ModelConfig
-from stagdist.decode.layers.cells import Cells, rotate
+from stagdist.decode.layers.cells import AnyCells, Cells, rotate
 from stagdist.decode.layers.weights import Device, LayerWeights, SectionWeights
 from stagdist.decode.topology import Limits
 
@@ -20,6 +21,27 @@ Reduce = Callable[[Tensor], Tensor]
 
 Lap = Callable[[str], None]
 """Called with the name of a phase when it ends."""
+
+
+class SectionMath(Protocol):
+    """The parts of a layer, as a section calls them one after the other: in torch (`LayerMath`) or in kernels.
+
+    The cells are of a kind that the implementation takes. `cross_attention` and `mlp` may change `hidden` in place.
+    """
+
+    def self_attention(self, layer: LayerWeights, hidden: Tensor, cells: Any, cache: Tensor) -> Tensor:
+        """See `LayerMath.self_attention`."""
+
+    def cross_attention(self, layer: LayerWeights, hidden: Tensor, cells: Any, memory: Tensor) -> Tensor:
+        """See `LayerMath.cross_attention`."""
+
+    def mlp(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
+        """See `LayerMath.mlp`."""
+
+    def write_memory(
+        self, weights: SectionWeights, previous: Tensor, null_rows: Tensor | None, cells: Any, cache: Tensor
+    ) -> Tensor:
+        """See `LayerMath.write_memory`."""
 
 
 class LayerMath:
@@ -75,13 +97,18 @@ class LayerMath:
         self._lap("mlp")
         return hidden
 
-    def project_memory(
-        self, weights: SectionWeights, previous: Tensor, null_rows: Tensor | None, cells: Cells
+    def write_memory(
+        self,
+        weights: SectionWeights,
+        previous: Tensor,
+        null_rows: Tensor | None,
+        cells: Cells,
+        cache: Tensor,
     ) -> Tensor:
-        """Keys (rotated) and values of the memory for all layers at once.
+        """Write keys (rotated) and values of the memory for all layers at once and return the visible entries.
 
         Shapes: previous [B, S, H] is the earlier section's output already shifted, null_rows bool [B, S] where the
-        null vector stands instead -> [B, S, L, 2, C, D].
+        null vector stands instead, cache [L, 2, B, C, W + 1, D] -> [L, 2, B, C, entries, D].
         """
         assert weights.memory_norm is not None and weights.memory_kv is not None
         memory = self.norm(previous, weights.memory_norm)
@@ -92,7 +119,7 @@ class LayerMath:
         states = states.unflatten(-1, (len(weights.layers), 2, self.memory_heads, self.width))
         keys = states[:, :, :, 0]
         states[:, :, :, 0] = rotate(keys, cells.cos[..., None, :, :], cells.sin[..., None, :, :])
-        return states
+        return cells.store_memory(cache, states)
 
     def _attend(
         self, query: Tensor, keys: Tensor, values: Tensor, output: Tensor, mask: Tensor | None, causal: bool
@@ -155,14 +182,14 @@ class SectionCache:
 class SectionRunner:
     """One section on this rank."""
 
-    def __init__(self, math: LayerMath, weights: SectionWeights, cache: SectionCache):
+    def __init__(self, math: SectionMath, weights: SectionWeights, cache: SectionCache):
         self._math, self._weights, self._cache = math, weights, cache
 
-    def begin(self, hidden: Tensor, cells: Cells) -> Tensor:
+    def begin(self, hidden: Tensor, cells: AnyCells) -> Tensor:
         """The first self-attention: all that can be done before the memory is there. Shapes: [B, S, H]."""
         return self._math.self_attention(self._weights.layers[0], hidden, cells, self._cache.self_kv[0])
 
-    def finish(self, hidden: Tensor, cells: Cells, previous: Tensor | None, null_rows: Tensor | None) -> Tensor:
+    def finish(self, hidden: Tensor, cells: AnyCells, previous: Tensor | None, null_rows: Tensor | None) -> Tensor:
         """Everything after `begin`.
 
         Args:
@@ -176,8 +203,7 @@ class SectionRunner:
         memory: Tensor | None = None
         if previous is not None:
             assert self._cache.memory_kv is not None
-            new = math.project_memory(self._weights, previous, null_rows, cells)
-            memory = cells.store_memory(self._cache.memory_kv, new)
+            memory = math.write_memory(self._weights, previous, null_rows, cells, self._cache.memory_kv)
         for index, layer in enumerate(self._weights.layers):
             if index:
                 hidden = math.self_attention(layer, hidden, cells, self._cache.self_kv[index])

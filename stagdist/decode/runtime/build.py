@@ -1,5 +1,6 @@
 """Builds the stage of this rank from a model: checks, grid, weights."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -55,6 +56,8 @@ class EngineOptions:
         want_margins: keep the smallest distance between best and second best token.
         graphs: run every step as one CUDA graph on each rank, on a CPU as a step of the same fixed shape; None: on a
             GPU.
+        kernels: run the layers of these steps as Triton kernels; None: on a GPU with graphs. On a CPU they run in
+            Triton's interpreter only, for tests.
     """
 
     tensor_parallel_size: int = 1
@@ -70,6 +73,7 @@ class EngineOptions:
     hand_off_delay_s: float = 0.0
     want_margins: bool = False
     graphs: bool | None = None
+    kernels: bool | None = None
 
     def __post_init__(self) -> None:
         counts = {
@@ -178,6 +182,9 @@ def build_stage(
 
     On NCCL a dry pass launches the kernels once before the ranks depend on each other.
 
+    Raises:
+        ConfigError: kernels are asked for where they cannot run.
+
     Args:
         recorder: records a span for every instruction; disables graphs by default.
         lap: called when a phase inside a section ends; disables graphs by default.
@@ -190,6 +197,7 @@ def build_stage(
     graphs = options.graphs
     if graphs is None:
         graphs = on_cuda(device) and recorder is None and lap is None
+    kernels = use_kernels(options, device, graphs)
     index, rank = (0, 0) if transport is None else (transport.stage, transport.tensor_rank)
     weights = WeightLoader(plan.model, read, Shard(rank, plan.grid.tensor), where).stage(plan.topology, index)
     setup = StageSetup(
@@ -202,6 +210,7 @@ def build_stage(
         want_margins=options.want_margins,
         lap=lap,
         fixed=graphs,
+        kernels=kernels,
     )
     if transport is not None and not transport.rules.early_receives:
         alone = Unconnected(plan.grid, transport.stage, transport.tensor_rank)
@@ -209,3 +218,23 @@ def build_stage(
     stage = Stage(setup, recorder=recorder, pulse=pulse)
     stage.capture(progress)
     return stage
+
+
+def use_kernels(options: EngineOptions, device: str, graphs: bool) -> bool:
+    """Whether steps run Triton kernels.
+
+    Args:
+        graphs: steps have a fixed shape.
+
+    Raises:
+        ConfigError: they are asked for where they cannot run.
+    """
+    if options.kernels is None:
+        return graphs and on_cuda(device)
+    if options.kernels and not graphs:
+        raise ConfigError("kernels run in steps of fixed shape; give graphs=True as well, or kernels=None")
+    if options.kernels and not on_cuda(device) and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            f"kernels run on a GPU, not on {device!r}; give kernels=None, or set TRITON_INTERPRET=1 to test them"
+        )
+    return options.kernels

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from stagdist.decode.control import Admission
 from stagdist.decode.layers.batched import BatchedSections
-from stagdist.decode.layers.cells import Angles, Cells, ChunkCells, StepCells, step_cells
-from stagdist.decode.layers.runner import LayerMath, SectionCache, SectionRunner
+from stagdist.decode.layers.cells import Angles, AnyCells, ChunkCells, DeviceCells, StepCells, step_cells
+from stagdist.decode.layers.runner import LayerMath, SectionCache, SectionMath, SectionRunner
 from stagdist.decode.runtime.hand_off import HandOffBuffers, HandOffRegister, PromptMemory
 from stagdist.decode.runtime.setup import StageSetup
 
@@ -57,8 +57,8 @@ class Call:
     prompt: PrefillState | None = None
     start: int = 0
     ends: bool = False
-    cells: Cells | None = None
-    wide: Cells | None = None
+    cells: AnyCells | None = None
+    wide: AnyCells | None = None
     embedded: Tensor | None = None
     begun: Tensor | None = None
     carried: Tensor | None = None
@@ -109,11 +109,15 @@ class StageSections:
         self.tokens = torch.zeros(limits.num_slots, dtype=torch.int64, device=device.name)
         self._angles = Angles(model, device)
         reduce = None if setup.transport is None else setup.transport.tensor_sum()
-        math = LayerMath(model, setup.tensor_size, reduce, setup.lap)
+        math: SectionMath = LayerMath(model, setup.tensor_size, reduce, setup.lap)
         sections = setup.weights.sections
         self.caches = {each: SectionCache(model, each, limits, setup.tensor_size, device) for each in sections}
-        self._batched = BatchedSections(math, sections, self.caches) if topology.batched else None
-        self._runners = {each: SectionRunner(math, sections[each], self.caches[each]) for each in sections}
+        step_math = self._fused_math if setup.kernels else lambda: math
+        self._batched = BatchedSections(step_math(), sections, self.caches) if topology.batched else None
+        self._chunk_runners = {each: SectionRunner(math, sections[each], self.caches[each]) for each in sections}
+        self._runners = self._chunk_runners
+        if setup.kernels and self._batched is None:
+            self._runners = {each: SectionRunner(step_math(), sections[each], self.caches[each]) for each in sections}
         first, *later = topology.sections(setup.index)
         self.last = (first, *later)[-1]
         sizes = topology.lag, limits.num_slots, model.hidden_size, device
@@ -135,10 +139,9 @@ class StageSections:
     def fixed_call(self, positions: Tensor) -> Call:
         """Create the call of a fixed-shape step, with positions as in `step_call`. Shapes: int64 [B], on the device."""
         call = Call(range(len(positions)), ())
-        reach = self.setup.limits.max_context
-        call.cells = StepCells(self._angles, positions, reach)
+        call.cells = self._fixed_cells(positions, 1)
         if self._batched is not None:
-            call.wide = StepCells(self._angles, positions, reach, repeats=self._batched.count)
+            call.wide = self._fixed_cells(positions, self._batched.count)
         if self.topology.staggered and self.topology.lag:
             call.null_rows = (positions < self.topology.lag)[:, None]
         if self.weights.embedding is not None:
@@ -212,7 +215,7 @@ class StageSections:
             null_rows = None if null_rows is None else null_rows.T
         if before is None or self.topology.staggered:
             before = self._embed(prompt.input_ids[None, start : start + length])
-        runner = self._runners[section]
+        runner = self._chunk_runners[section]
         call.outputs[section] = runner.finish(runner.begin(before, cells), cells, previous, null_rows)
 
     def keep_tails(self, prompt: PrefillState, first_step: int) -> None:
@@ -226,6 +229,21 @@ class StageSections:
                 self.received.fill(prompt.slot, first_step, memory.tail)
 
     # --- inside -------------------------------------------------------------------------------------------------
+
+    def _fused_math(self) -> SectionMath:
+        """Return the kernels of a section, or of all sections if they are one batch."""
+        from stagdist.decode.kernels.fused_math import FusedMath  # triton comes with CUDA only
+
+        setup, repeats = self.setup, self.topology.num_sections if self.topology.batched else 1
+        reduce = None if setup.transport is None else setup.transport.tensor_sum()
+        return FusedMath(
+            setup.model, setup.tensor_size, reduce, setup.limits, setup.device, repeats=repeats, lap=setup.lap
+        )
+
+    def _fixed_cells(self, positions: Tensor, repeats: int) -> AnyCells:
+        if self.setup.kernels:
+            return DeviceCells(self._angles, positions, repeats=repeats)
+        return StepCells(self._angles, positions, self.setup.limits.max_context, repeats=repeats)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         assert self.weights.embedding is not None, "this stage has no embedding"

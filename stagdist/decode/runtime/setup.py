@@ -19,6 +19,7 @@ class StageSetup:
         want_margins: also compute the difference between the best and the second best score of every choice.
         lap: called with its name when a phase inside a section ends.
         fixed: steps have fixed shapes and addresses, so that they can be graphs.
+        kernels: the layers of steps of fixed shape are Triton kernels.
     """
 
     model: ModelConfig
@@ -30,6 +31,7 @@ class StageSetup:
     want_margins: bool = False
     lap: Lap | None = None
     fixed: bool = False
+    kernels: bool = False
 
     @property
     def index(self) -> int:

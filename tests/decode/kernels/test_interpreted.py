@@ -1,0 +1,78 @@
+"""Kernels give what plain torch gives: each part of a layer, and the tokens of complete requests."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from stagdist.decode.request import Request, SamplingParams
+from stagdist.decode.runtime.build import EngineOptions
+from tests.decode.decoding import Case, prompt
+from tests.decode.kernels.twins import Difference, Served, Shape
+from tests.ranks import run_ranks
+from tests.reference.variants import VARIANTS
+
+pytestmark = pytest.mark.ranks
+
+GROUPED = {"num_key_value_heads": 2, "head_dim": 6, "cross_attention_key_value_heads": 4, "cross_attention_window": 5}
+SHAPES = {
+    "grouped queries, heads of six, window, splits, an unused row": Shape(GROUPED, (-1, 0, 39)),
+    "rows of two sections, bf16": Shape(
+        {"num_attention_heads": 2, "cross_attention_window": 3}, (20, 2), "bf16", repeats=2
+    ),
+    "rows of three sections, an unused request": Shape({"num_attention_heads": 1}, (-1, 33), repeats=3),
+    "many rows": Shape({"num_attention_heads": 1}, (0, 1, 2, 3, 4, 5, 6, -1, 8), repeats=2),
+    "a sum over ranks, fp32": Shape({"num_attention_heads": 2, "num_key_value_heads": 1}, (7,), "fp32", doubled=True),
+}
+TOLERANCES = {"fp64": 1e-12, "fp32": 2e-6, "bf16": 0.03}
+PARTS = {"self", "input", "cross", "mlp", "cache", "memory", "unserved", "unserved cache"}
+OPTIONS = EngineOptions(precision="fp64", chunk_size=5, num_slots=2, graphs=False)
+
+
+def served_case(name: str, keys: dict[str, Any], new_tokens: tuple[int, int]) -> Case:
+    """Two requests, one of which ends before the other."""
+    requests = [
+        Request(str(length), prompt(length), SamplingParams(max_new_tokens=new, temperature=0.0))
+        for length, new in zip((1, 13), new_tokens, strict=True)
+    ]
+    return Case(name, keys, requests, OPTIONS)
+
+
+CASES = [
+    served_case("everything", VARIANTS["three sections with everything"], (2, 3)),
+    served_case("two sections, window", {"num_attention_heads": 2, "cross_attention_window": 3}, (2, 4)),
+]
+Found = tuple[dict[str, dict[str, Difference]], list[Served]]
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    """Everything the interpreter computes. It must be chosen before triton is imported, so in another process."""
+    (result,) = run_ranks("tests.decode.kernels.twins:perform", 1, (SHAPES, CASES), env={"TRITON_INTERPRET": "1"})
+    return result
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_each_part_of_a_layer_is_that_of_plain_torch(found: Found, name: str) -> None:
+    differences = found[0][name]
+    assert set(differences) == PARTS
+    for part, difference in differences.items():
+        assert difference.kernels < TOLERANCES[SHAPES[name].precision], part
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[case.name for case in CASES])
+def test_requests_get_the_same_tokens(found: Found, number: int) -> None:
+    served = found[1][number]
+    assert [len(tokens) for tokens in served.plain] == [each.params.max_new_tokens for each in CASES[number].requests]
+    assert served.kernels == served.plain
+    assert served.difference < 1e-12
+
+
+@pytest.mark.slow
+def test_every_variant_gets_the_same_tokens() -> None:
+    cases = [served_case(name, keys, (8, 11)) for name, keys in VARIANTS.items()]
+    cases.append(replace(cases[8], name="recurrent", options=replace(OPTIONS, recurrent=True)))
+    (result,) = run_ranks("tests.decode.kernels.twins:perform", 1, ({}, cases), env={"TRITON_INTERPRET": "1"})
+    for case, served in zip(cases, result[1], strict=True):
+        assert served.kernels == served.plain, case.name
+        assert served.difference < 1e-12, case.name

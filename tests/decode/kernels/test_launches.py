@@ -1,0 +1,123 @@
+"""How many kernels a step launches, and that they compile for GPUs without spilling registers."""
+
+import pytest
+
+from stagdist.config.loading import load_config
+from stagdist.config.parts import ModelConfig
+from stagdist.decode.kernels.products import choose_tile
+from stagdist.decode.kernels.split_attention import PROGRAMS, SMALLEST_SPLIT, num_splits
+from stagdist.decode.runtime.build import EngineOptions, use_kernels
+from stagdist.errors import ConfigError
+from tests.decode.kernels.recording import EmptyModel
+from tests.ranks import ROOT
+
+SEQUENTIAL, STAGGERED, SHARED = (
+    "paper-baseline-36l-2.8b", "paper-stagformer-2x18-2.9b", "paper-stagformer-shared-2x18"
+)  # fmt: skip
+
+
+def paper(name: str) -> ModelConfig:
+    """A model of the paper."""
+    return load_config(ROOT / "configs" / f"{name}.yaml").model
+
+
+def shortened(model: ModelConfig, layers: int) -> ModelConfig:
+    """The same with so many layers in each section."""
+    return model.model_copy(update={"section_layers": (layers,) * model.num_sections})
+
+
+# --- launches ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "rows", "each"), [
+    (SEQUENTIAL, 1, [5]), (STAGGERED, 1, [5, 8]), (SHARED, 2, [8]),
+    (SEQUENTIAL, 16, [8]), (STAGGERED, 16, [8, 12]),
+])  # fmt: skip
+def test_a_layer_is_few_kernels(name: str, rows: int, each: list[int]) -> None:
+    counts = [len(EmptyModel(shortened(paper(name), layers), rows, kernels=True).step(rows).names) for layers in (1, 3)]
+    layers_more = 2 * (paper(name).num_sections if name == SEQUENTIAL else 1)
+    assert counts[1] - counts[0] == layers_more * sum(each)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"), [(SEQUENTIAL, 657, 183), (STAGGERED, 852, 241), (SHARED, 554, 152)]
+)
+def test_a_step_of_the_paper_is_a_third_of_the_kernels(name: str, before: int, after: int) -> None:
+    counts = [len(EmptyModel(paper(name), 1, kernels=kernels).step(1).names) for kernels in (False, True)]
+    assert counts == [before, after]
+
+
+def test_each_weight_is_read_by_one_launch_for_all_rows() -> None:
+    recorded = EmptyModel(shortened(paper(SHARED), 2), 4, kernels=True).step(4)
+    products = [dict(launch.values) for launch in recorded.launches if launch.name == "product_kernel"]
+    shapes = [(each["rows"], each["columns"], each["width"]) for each in products]
+    per_layer = [(8, 4608, 1536), (8, 1536, 1536), (4, 1536, 1536), (4, 1536, 1536), (8, 12288, 1536), (8, 1536, 12288)]
+    assert sorted(shapes) == sorted([*per_layer * 2, (4, 2 * 2 * 1536, 1536)])
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize(("columns", "width"), [(1536, 1536), (1536, 12288), (4608, 1536), (37, 6), (4096, 14336)])
+def test_tiles_fit_registers_and_occupy_the_gpu(rows: int, columns: int, width: int) -> None:
+    tile = choose_tile(rows, columns, width, 2)
+    vector = 8
+    assert tile.lanes * vector <= 2 * width or tile.lanes == 1
+    threads = 32 * tile.num_warps
+    assert 8 <= tile.block_n * tile.lanes * 16 // threads <= 8 * 16
+    assert columns < 512 or columns // tile.block_n >= 512
+    assert -(-width // (tile.lanes * vector)) % tile.unroll == 0
+    gated = choose_tile(rows, columns, width, 2, gated=True)
+    assert gated.block_n <= tile.block_n
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 64, 500])
+@pytest.mark.parametrize("entries", [1, 64, 65, 4096, 131072])
+def test_splits_fill_the_gpu_and_have_enough_entries(rows: int, entries: int) -> None:
+    splits = num_splits(rows, 12, entries)
+    assert splits == 1 or (splits * rows * 12 <= PROGRAMS and (splits - 1) * SMALLEST_SPLIT < entries)
+
+
+# --- compiled without a GPU -------------------------------------------------------------------------------------
+
+
+def test_kernels_of_the_paper_compile_without_spilling() -> None:
+    recorded = EmptyModel(shortened(paper(SHARED), 1), 1, kernels=True).step(1)
+    first = {launch.name: launch for launch in reversed(recorded.launches)}
+    assert set(first) == {"product_kernel", "attention_kernel", "memory_store_kernel"}
+    for launch in first.values():
+        resources = launch.resources(90)
+        assert 0 < resources["REG"] <= 255
+        assert resources["LOCAL"] == resources["STACK"] == 0, (launch.name, resources)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+def test_all_kernels_of_the_paper_compile_without_spilling(rows: int, capability: int) -> None:
+    launches = [
+        launch
+        for name in (STAGGERED, SHARED)
+        for launch in EmptyModel(paper(name), rows, kernels=True).step(rows).launches
+    ]
+    for launch in dict.fromkeys(launches):
+        resources = launch.resources(capability)
+        assert resources["LOCAL"] == resources["STACK"] == 0, (launch.name, launch.values, resources)
+
+
+# --- where kernels are refused ----------------------------------------------------------------------------------
+
+
+def test_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    asked = EngineOptions(kernels=True)
+    with pytest.raises(ConfigError, match="kernels run on a GPU, not on 'cpu'; .* TRITON_INTERPRET=1"):
+        use_kernels(asked, "cpu", True)
+    with pytest.raises(ConfigError, match="give graphs=True as well"):
+        use_kernels(asked, "cuda:0", False)
+    assert not use_kernels(EngineOptions(), "cpu", True)
+    assert not use_kernels(EngineOptions(), "cuda:0", False)
+    assert use_kernels(EngineOptions(), "cuda:0", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert use_kernels(asked, "cpu", True)
