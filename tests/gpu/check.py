@@ -47,6 +47,7 @@ class Check:
         limit_s: seconds after which its processes are killed on a GPU; see `REHEARSAL_PATIENCE`.
         arguments: given to the function.
         ranks: processes that call it together.
+        interpreted: a rehearsal runs its Triton kernels, in Triton's interpreter.
     """
 
     name: str
@@ -54,27 +55,32 @@ class Check:
     limit_s: float
     arguments: dict[str, Any] = field(default_factory=dict)
     ranks: int = 1
+    interpreted: bool = False
 
 
 def _decode(name: str, **arguments: Any) -> Check:
-    return Check(f"two_ranks_{name}", "tests.gpu.checks.two_ranks:decode", 30, arguments, ranks=2)
+    return Check(f"two_ranks_{name}", "tests.gpu.checks.two_ranks:decode", 45, arguments, ranks=2)
 
 
 CHECKS = (
     Check("environment", "tests.gpu.checks.environment:environment", 60),
-    Check("decode_parity", "tests.gpu.checks.decode_parity:decode_parity", 90),
-    Check("decode_speed", "tests.gpu.checks.decode_speed:decode_speed", 75),
+    Check("decode_parity", "tests.gpu.checks.decode_parity:decode_parity", 150),
+    Check("decode_speed", "tests.gpu.checks.decode_speed:decode_speed", 120),
+    Check("host", "tests.gpu.checks.host:host", 40),
+    Check("kernels", "tests.gpu.checks.kernels:kernels", 60),
     _decode("last", head="last"),
     _decode("sharded", head="sharded"),
     _decode("combined", head="last", combined=True),
-    _decode("traced", head="last", traced=True),
+    Check("two_ranks_killed", "tests.gpu.checks.killed:killed", 50, ranks=2),
+    Check("products", "tests.gpu.checks.products:products", 90, interpreted=True),
+    _decode("eager", head="last", graphs=False),
+    _decode("traced", head="last", graphs=False, traced=True),
     Check("two_ranks_training", "tests.gpu.checks.two_ranks:training", 60, ranks=2),
     Check("training_parity", "tests.gpu.checks.training:training_parity", 60),
     Check("training_resume", "tests.gpu.checks.training:training_resume", 50),
     Check("training_speed", "tests.gpu.checks.training:training_speed", 75),
     Check("generate", "tests.gpu.checks.generate:generate", 60),
     Check("serve", "tests.gpu.checks.serve:serve", 60),
-    Check("kernels", "tests.gpu.checks.kernels:kernels", 50),
     Check("eager", "tests.gpu.checks.decode_speed:eager", 50),
     Check("sanitizer", "tests.gpu.checks.decode_parity:sanitizer", 40),
     Check("attention", "tests.gpu.checks.attention:attention", 40),
@@ -141,19 +147,19 @@ def run_checks(checks: Sequence[Check], setting: Setting, budget_s: float, nccl:
             continue
         limit_s = check.limit_s * (1 if setting.on_gpu else REHEARSAL_PATIENCE)
         with _preloaded(nccl if check.ranks > 1 else None):
-            record = perform_check(check, setting, min(limit_s, left), _variables(check.ranks, setting))
+            record = perform_check(check, setting, min(limit_s, left), _variables(check, setting))
         if record.ok is False and left < limit_s and record.seconds >= left:
             error = f"the budget of {budget_s:g} s ended while it ran: {record.error}"
             record = replace(record, ok=None, error=error)
         yield record
 
 
-def _variables(num_ranks: int, setting: Setting) -> dict[str, str]:
+def _variables(check: Check, setting: Setting) -> dict[str, str]:
     if not setting.on_gpu:
-        return {}
+        return {"TRITON_INTERPRET": "1"} if check.interpreted else {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(setting.gpus))))
-    ranks = {"NCCL_DEBUG": "WARN", **UNBUFFERED} if num_ranks > 1 else {}
-    shared = SHARED_GPU if num_ranks > setting.gpus else {}
+    ranks = {"NCCL_DEBUG": "WARN", **UNBUFFERED} if check.ranks > 1 else {}
+    shared = SHARED_GPU if check.ranks > setting.gpus else {}
     return {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": visible, **ranks, **shared}
 
 
@@ -251,7 +257,8 @@ def main(arguments: Sequence[str] | None = None, checks: Sequence[Check] = CHECK
             return 2
         setting = Setting(gpus=torch.cuda.device_count())
         # A CUDA context made here would stay beside all checks.
-        (device_name,) = run_ranks("torch.cuda:get_device_name", 1, None, NAME_S, _variables(1, setting))
+        asking = Check("name", "torch.cuda:get_device_name", NAME_S)
+        (device_name,) = run_ranks(asking.target, 1, None, asking.limit_s, _variables(asking, setting))
     configuration = {
         "rehearsal": options.rehearse,
         "only": options.only,

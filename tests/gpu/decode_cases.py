@@ -6,8 +6,10 @@ Every function takes `cpu` too, where graphs run without being captured and ther
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -15,18 +17,17 @@ from torch import Tensor
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.engine import Engine
 from stagdist.decode.request import Request, SamplingParams
-from stagdist.decode.runtime import graphs
 from stagdist.decode.runtime.build import EngineOptions, build_stage, plan_decoding
-from stagdist.decode.runtime.outcome import Outcome
 from stagdist.decode.runtime.stage import Stage
+from stagdist.decode.sampling.sampling_plan import Mode
 from stagdist.model.precision import DTYPES
 from stagdist.parallel.device import on_cuda
 from tests.decode.decoding import Case, config_of, parameters_of, prompt, reader
 from tests.reference import stagformer as reference
 from tests.reference.variants import VARIANTS
 
-CONTEXT = 320
-"""Positions of the wide models: one more reach than `graphs.REACH`."""
+CONTEXT = 1024
+"""Positions of the wide models: 16 times `split_attention.SMALLEST_SPLIT`."""
 _WIDE: dict[str, Any] = {
     "vocab_size": 1024,
     "hidden_size": 512,
@@ -61,8 +62,22 @@ def _request(length: int, new: int, temperature: float = 0.0) -> Request:
     return Request(str(length), prompt(length), params)
 
 
-WIDE_REQUESTS = [_request(250, 30), _request(120, 20), _request(5, 10)]
-"""The first crosses from reach 256 to 320; as the others end, the rows go from 3 to 1."""
+WAYS: dict[str, dict[str, bool | None]] = {
+    "eager": {"graphs": False},
+    "graphs": {"graphs": True, "kernels": False},
+    "kernels": {"graphs": True, "kernels": None},
+}
+"""How steps run: launched one by one, as graphs, and as graphs with Triton kernels, which are left out on a CPU."""
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 0.7},
+    "truncated": {"temperature": 0.7, "top_p": 0.9, "top_k": 5},
+    "other": {"temperature": 0.0, "logprobs": 2},
+}
+"""Parameters of requests for each `Mode`, by its value."""
+WIDE_REQUESTS = [_request(760, 20), _request(250, 30), _request(5, 10)]
+"""With 3 rows of 8 heads there are 11 splits of attention, which have 64 entries each, and 128 after 704 positions. The
+first request crosses from 6 to 7 splits, the second from 4 to 5; as the others end, the rows go from 3 to 2."""
 SMALL_REQUESTS = [
     _request(1, 8),
     _request(2, 3, 1.0),
@@ -74,32 +89,30 @@ SMALL_REQUESTS = [
 """More than there are slots, so that slots are used again."""
 
 
-def wide_case(model: str, precision: str = "bf16", *, use_graphs: bool = True) -> Case:
+def wide_case(model: str, precision: str = "bf16", way: str = "kernels") -> Case:
     """A model with real head sizes, all requests at once."""
-    options = EngineOptions(precision=precision, num_slots=len(WIDE_REQUESTS), chunk_size=128, graphs=use_graphs)
-    return Case(model, WIDE_MODELS[model], WIDE_REQUESTS, options)
+    options = EngineOptions(precision=precision, num_slots=len(WIDE_REQUESTS), chunk_size=128)
+    return Case(model, WIDE_MODELS[model], WIDE_REQUESTS, running(options, way))
 
 
-def small_case(variant: str, *, use_graphs: bool = True) -> Case:
+def small_case(variant: str, way: str = "kernels") -> Case:
     """One of all variants in fp64, where every device must give the same tokens."""
-    options = EngineOptions(precision="fp64", chunk_size=5, num_slots=3, graphs=use_graphs)
-    return Case(variant, VARIANTS[variant], SMALL_REQUESTS, options)
+    options = EngineOptions(precision="fp64", chunk_size=5, num_slots=3)
+    return Case(variant, VARIANTS[variant], SMALL_REQUESTS, running(options, way))
+
+
+def running(options: EngineOptions, way: str) -> EngineOptions:
+    """The options with steps that run in one of `WAYS`."""
+    return replace(options, **WAYS[way])  # type: ignore[arg-type]
 
 
 def build(case: Case, device: str) -> Stage:
     """The stage of a case, with all graphs captured."""
     plan = plan_decoding(ModelConfig(**config_of(case.keys)), case.options, 1)
-    return build_stage(plan, reader(case), device, None)
-
-
-@contextmanager
-def smallest_reach(entries: int) -> Iterator[None]:
-    """Stages built inside have graphs whose reach starts at so many entries."""
-    before, graphs.REACH = graphs.REACH, entries
-    try:
-        yield
-    finally:
-        graphs.REACH = before
+    stage = build_stage(plan, reader(case), device, None)
+    wanted = bool(case.options.graphs) and case.options.kernels is None and on_cuda(device)
+    assert stage.setup.kernels == wanted, f"{case.name}: Triton kernels {wanted} wanted"
+    return stage
 
 
 # --- tokens and logits ------------------------------------------------------------------------------------------
@@ -118,8 +131,22 @@ class Decoded:
     logits: list[Tensor]
 
 
+def tokens(case: Case, device: str) -> list[tuple[int, ...]]:
+    """Tokens of each request; those of captured steps are chosen inside the graph."""
+    stage = build(case, device)
+    done = [each.token_ids for each in Engine(stage).generate(case.requests)]
+    stage.close()
+    return done
+
+
+@cache
+def cpu_tokens(variant: str) -> list[tuple[int, ...]]:
+    """Tokens of a small case from plain steps on the CPU."""
+    return tokens(small_case(variant, "eager"), "cpu")
+
+
 def decode(case: Case, device: str) -> Decoded:
-    """Serve all requests. Their prompts must differ."""
+    """Serve all requests, with captured steps that end with the logits. Their prompts must differ."""
     stage = build(case, device)
     readout = stage.readout
     admit, choose = readout.sampler.admit, readout.choose
@@ -137,16 +164,17 @@ def decode(case: Case, device: str) -> Decoded:
         choose(slots, positions)
 
     readout.sampler.admit, readout.choose = noting_admission, noting_logits  # type: ignore[method-assign]
-    done = Engine(stage).generate(case.requests)
-    tokens = [each.token_ids for each in done]
+    with mock.patch.object(readout.sampler, "mode", return_value=Mode.OTHER):
+        done = Engine(stage).generate(case.requests)
+    found = [each.token_ids for each in done]
     # An ended request may have been in one step more.
     logits = [
         torch.stack(of_prompt[request.prompt_ids][: len(ids)]).float().cpu()
-        for request, ids in zip(case.requests, tokens, strict=True)
+        for request, ids in zip(case.requests, found, strict=True)
     ]
     readout.sampler.admit, readout.choose = admit, choose  # type: ignore[method-assign]
     stage.close()
-    return Decoded(tokens, logits)
+    return Decoded(found, logits)
 
 
 @dataclass(frozen=True)
@@ -178,8 +206,8 @@ def errors(case: Case, device: str) -> Errors:
     dtype = DTYPES[case.options.precision]
     parameters = {name: value.to(dtype).float() for name, value in parameters_of(case).items()}
     expected = []
-    for request, tokens in zip(case.requests, decoded.tokens, strict=True):
-        ids = torch.tensor([[*request.prompt_ids, *tokens[:-1]]])
+    for request, chosen in zip(case.requests, decoded.tokens, strict=True):
+        ids = torch.tensor([[*request.prompt_ids, *chosen[:-1]]])
         expected.append(reference.forward(parameters, config_of(case.keys), ids)[0, len(request.prompt_ids) - 1 :])
     right, found = torch.cat(expected), torch.cat(decoded.logits)
     difference = found - right
@@ -226,16 +254,11 @@ def engines_in_turn(cases: list[Case], device: str) -> list[Turn]:
     before = _allocated_bytes(device)
     for case in cases:
         stage = build(case, device)
-        tokens = [done.token_ids for done in Engine(stage).generate(case.requests)]
+        found = [done.token_ids for done in Engine(stage).generate(case.requests)]
         stage.close()
         del stage
-        turns.append(Turn(tokens, _allocated_bytes(device) - before))
+        turns.append(Turn(found, _allocated_bytes(device) - before))
     return turns
-
-
-def _tokens(outcome: Outcome) -> Tensor:
-    assert outcome.step is not None
-    return outcome.step.tokens
 
 
 def _allocated_bytes(device: str) -> int:
@@ -248,25 +271,38 @@ def _allocated_bytes(device: str) -> int:
     return torch.cuda.memory_allocated(device)
 
 
+@contextmanager
+def _no_waiting(device: str) -> Iterator[None]:
+    """Inside, torch raises if an operation makes the host wait for the GPU."""
+    if not on_cuda(device):
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @torch.inference_mode()
-def tokens_without_waiting(case: Case, device: str, steps: int = 8) -> list[list[int]]:
-    """Tokens of each step after the prefills, where torch raises if an operation makes the host wait for the GPU.
+def tokens_without_waiting(case: Case, device: str, steps: int = 6) -> dict[str, list[list[int]]]:
+    """Tokens of each step after the prefills, for each of `MODES`; only the last lines wait for the GPU.
 
     Raises:
-        RuntimeError: an operation waited.
+        RuntimeError: another operation waited.
     """
     stage = build(case, device)
-    chosen = []
-    if on_cuda(device):
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        for slot, request in enumerate(case.requests[: case.options.num_slots]):
-            stage.prefill(slot, request.prompt_ids, request.params)
-        for _ in range(steps):
-            chosen.append(_tokens(stage.run(step=True)).clone())
-    finally:
-        if on_cuda(device):
-            torch.cuda.set_sync_debug_mode("default")
-    tokens = [each.tolist() for each in chosen]
+    slots, found = range(case.options.num_slots), {}
+    for mode, params in MODES.items():
+        copies = []
+        with _no_waiting(device):
+            for slot, request in zip(slots, case.requests, strict=False):
+                stage.prefill(slot, request.prompt_ids, replace(SamplingParams(max_new_tokens=64), **params))
+            assert stage.readout.sampler.mode(slots) is Mode(mode)
+            for _ in range(steps):
+                copies.append(stage.to_host(stage.run(step=True)))
+            stage.retire(slots)
+        steps_taken = [copy.wait().step for copy in copies]
+        found[mode] = [step.tokens.tolist() for step in steps_taken if step is not None]
     stage.close()
-    return tokens
+    return found

@@ -183,14 +183,21 @@ def test_only_chooses_checks_by_the_beginning_of_their_names(tmp_path: Path) -> 
 
 
 def test_ranks_that_share_a_gpu_are_told_so_and_get_the_library() -> None:
-    assert check._variables(2, Setting()) == {}
-    assert check._variables(2, Setting(gpus=1))["NCCL_MULTI_RANK_GPU_ENABLE"] == "1"
-    assert "NCCL_MULTI_RANK_GPU_ENABLE" not in check._variables(2, Setting(gpus=2))
-    assert "NCCL_MULTI_RANK_GPU_ENABLE" not in check._variables(1, Setting(gpus=1))
+    both = replace(FINE, ranks=2)
+    assert check._variables(both, Setting()) == {}
+    assert check._variables(both, Setting(gpus=1))["NCCL_MULTI_RANK_GPU_ENABLE"] == "1"
+    assert "NCCL_MULTI_RANK_GPU_ENABLE" not in check._variables(both, Setting(gpus=2))
+    assert "NCCL_MULTI_RANK_GPU_ENABLE" not in check._variables(FINE, Setting(gpus=1))
     before = os.environ.get("LD_PRELOAD")
     with check._preloaded("/lib/some.so"):
         assert os.environ["LD_PRELOAD"].startswith("/lib/some.so")
     assert os.environ.get("LD_PRELOAD") == before
+
+
+def test_kernels_are_interpreted_in_a_rehearsal_alone() -> None:
+    interpreted = replace(FINE, interpreted=True)
+    assert check._variables(interpreted, Setting()) == {"TRITON_INTERPRET": "1"}
+    assert "TRITON_INTERPRET" not in check._variables(interpreted, Setting(gpus=1))
 
 
 def test_ranks_do_not_share_a_gpu_under_an_old_nccl(monkeypatch: pytest.MonkeyPatch) -> None:

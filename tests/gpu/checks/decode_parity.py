@@ -1,6 +1,6 @@
 """Whether the GPU decodes what the CPU decodes."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -14,10 +14,12 @@ from stagdist.decode.runtime.build import EngineOptions
 from tests.decode.decoding import Case, prompt
 from tests.gpu.checks.environment import ROOT
 from tests.gpu.checks.setting import NEEDS_GPU, Numbers, Setting
-from tests.gpu.decode_cases import build
+from tests.gpu.decode_cases import WAYS, build, running, tokens
 from tests.reference.variants import VARIANTS
 
 TESTS = "tests/gpu/test_decode_gpu.py"
+REFERENCE_THREADS = 8
+"""Of the CPU, for the reference of the logits."""
 
 
 @dataclass
@@ -41,9 +43,11 @@ class Outcomes:
 
 
 def decode_parity(setting: Setting) -> Numbers:
-    """Run the GPU tests of decoding: every variant, eager and graphs, in fp64 and in bf16 with real head sizes."""
-    numbers: Numbers = {"tokens_compared": _fixed_step_against_eager(setting)}
+    """Run the GPU tests of decoding: every variant in each of `WAYS`, in fp64 and in bf16 with real head sizes."""
+    numbers: Numbers = {"tokens_compared": _ways_compared(setting)}
     outcomes = Outcomes()
+    if setting.on_gpu:
+        torch.set_num_threads(REFERENCE_THREADS)
     code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(ROOT), str(ROOT / TESTS)], [outcomes])
     numbers |= vars(outcomes)
     bf16 = [found for name, found in outcomes.errors.items() if ", bf16, " in name]
@@ -62,7 +66,10 @@ def decode_parity(setting: Setting) -> Numbers:
 
 
 def sanitizer(setting: Setting) -> Numbers:
-    """Run the steps that graphs capture, but not captured, while torch looks for data races between their streams."""
+    """Run the steps that graphs capture, but not captured, while torch looks for data races between their streams.
+
+    It does not see what kernels of Triton read and write, so there are none.
+    """
     if setting.on_gpu:
         from torch.cuda import _sanitizer
 
@@ -71,36 +78,29 @@ def sanitizer(setting: Setting) -> Numbers:
         with torch.cuda.stream(torch.cuda.Stream()), pytest.raises(_sanitizer.CUDASanitizerErrors):
             values.add_(1.0)  # a race: without it the sanitizer would look at nothing
     compared = 0
-    for case in _fixed_step_cases():
+    for case in _cases("graphs"):
         with mock.patch.object(graphs.StepGraphs, "capture"):
             stage = build(case, setting.device)
-        with mock.patch.object(graphs, "on_cuda", return_value=False):
-            found = [completion.token_ids for completion in Engine(stage).generate(case.requests)]
-        expected = tokens_of_one_process(case, "cpu") if setting.on_gpu else found
+        found = [completion.token_ids for completion in Engine(stage).generate(case.requests)]
+        expected = tokens(case, "cpu") if setting.on_gpu else found
         assert found == expected, f"{case.name}: {found}, on the CPU {expected}"
         compared += sum(map(len, found))
     impossible = {} if setting.on_gpu else {"impossible": {"races": NEEDS_GPU}}
     return {"tokens": compared, **impossible}
 
 
-def _fixed_step_against_eager(setting: Setting) -> int:
-    """Tokens of two variants, with the fixed step that graphs capture and without; how many were compared."""
+def _ways_compared(setting: Setting) -> int:
+    """Tokens of two variants in each of `WAYS`; how many were compared."""
     compared = 0
-    for case in _fixed_step_cases():
-        eager = replace(case, options=replace(case.options, graphs=False))
-        tokens = [tokens_of_one_process(each, setting.device) for each in (eager, case)]
-        assert tokens[0] == tokens[1], f"{case.name}: eager {tokens[0]}, fixed step {tokens[1]}"
-        compared += sum(map(len, tokens[0]))
+    for cases in zip(*map(_cases, WAYS), strict=True):
+        found = {way: tokens(case, setting.device) for way, case in zip(WAYS, cases, strict=True)}
+        assert all(each == found["eager"] for each in found.values()), f"{cases[0].name}: {found}"
+        compared += sum(map(len, found["eager"]))
     return compared
 
 
-def _fixed_step_cases() -> list[Case]:
+def _cases(way: str) -> list[Case]:
     requests = [Request(str(size), prompt(size), SamplingParams(max_new_tokens=6, temperature=0.0)) for size in (1, 7)]
-    options = EngineOptions(precision="fp64", chunk_size=5, num_slots=2, graphs=True)
+    options = running(EngineOptions(precision="fp64", chunk_size=5, num_slots=2), way)
     names = ("default", "three sections with everything")
     return [Case(name, VARIANTS.get(name, {}), requests, options) for name in names]
-
-
-def tokens_of_one_process(case: Case, device: str) -> list[tuple[int, ...]]:
-    """Tokens of each request of a case, from an engine that holds the whole model."""
-    return [completion.token_ids for completion in Engine(build(case, device)).generate(case.requests)]

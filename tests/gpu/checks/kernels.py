@@ -1,43 +1,69 @@
-"""Which kernels a decode step runs, and how fast the products of one row are."""
+"""Which kernels a decode step runs, and how many for each layer, with Triton kernels and without."""
 
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from tests.gpu.checks.models import SHAPES, SHARED, Decoder, shape, watched_graphs
-from tests.gpu.checks.setting import NEEDS_GPU, Numbers, Setting
-from tests.gpu.checks.timing import device_ms, wait
+from stagdist.config.parts import ModelConfig
+from tests.gpu.checks.models import SHAPES, SHARED, WITH, WITHOUT, Decoder, kernel_ways, shape, watched_graphs
+from tests.gpu.checks.setting import NEEDS_GPU, Numbers, Setting, goal
+from tests.gpu.checks.timing import wait
 
 REPLAYS = 5
-SHOWN = 40
+SHOWN = 20
+LAYERS_GOAL = 8
+DEPTHS = (1, 3)
+"""Layers of a section in the two models whose difference gives the launches of a layer."""
 
 
 def kernels(setting: Setting) -> Numbers:
-    """Kernels of a step of each shape, by name, and the bandwidth of its matrix-vector products, by shape."""
-    numbers: Numbers = {}
-    prompt, new_tokens = (500, 8) if setting.on_gpu else (4, 2)
-    for name in SHAPES:
-        with watched_graphs() as graphs:
-            decoder = Decoder(setting, shape(setting, name), graphs=True)
-            decoder.run(prompt, new_tokens)
-            if graphs.last is None:
-                numbers[name] = _by_name(profiled(setting, partial(decoder.run, prompt, new_tokens)), 1)
-            else:
-                numbers[name] = _by_name(profiled(setting, graphs.last.replay, REPLAYS), REPLAYS)
-            graphs.last = None
-        # Sections that share their weights are rows of one product.
-        numbers[name]["products"] = _products(setting, decoder, rows=2 if name == SHARED else 1)
-        decoder.close()
-        setting.keep(numbers)
+    """Kernels of a step of each shape, by name, and launches per layer: kernels, copies and fills."""
+    names = tuple(SHAPES) if setting.on_gpu else (SHARED,)
+    numbers: Numbers = {name: {} for name in names}
+    for way, use_kernels in kernel_ways(setting).items():
+        for name in names:
+            model = shape(setting, name)
+            numbers[name][way] = _step(setting, model, use_kernels)[0]
+            numbers[name][way]["launches_per_layer"] = _per_layer(setting, model, use_kernels)
+            setting.keep(numbers)
+    judged = WITH if setting.on_gpu else WITHOUT
+    most = max(numbers[name][judged]["launches_per_layer"] for name in names)
+    numbers["goals"] = {"launches per layer, most of any shape": goal(setting, LAYERS_GOAL, most, most <= LAYERS_GOAL)}
     if not setting.on_gpu:
-        numbers["impossible"] = {"names of kernels": f"{NEEDS_GPU}; these are operators of a whole request"}
+        numbers["impossible"] = {"names of kernels": f"{NEEDS_GPU}; these are operators of a request"}
     return numbers
+
+
+def _per_layer(setting: Setting, model: ModelConfig, use_kernels: bool | None) -> float:
+    """Launches of a layer, those of cross-attention included; a layer of batched sections runs once for all of them."""
+    launches = []
+    for depth in DEPTHS:
+        layers = {"section_layers": (depth,) * model.num_sections}
+        numbers, passes = _step(setting, model.model_copy(update=layers), use_kernels)
+        launches.append(sum(numbers[f"{kind}_per_step"] for kind in ("kernels", "copies", "fills")))
+    return float((launches[1] - launches[0]) / (passes * (DEPTHS[1] - DEPTHS[0])))
+
+
+def _step(setting: Setting, model: ModelConfig, use_kernels: bool | None) -> tuple[Numbers, int]:
+    """Profile a step; also how many sections run one after the other."""
+    prompt, new_tokens = (500, 8) if setting.on_gpu else (4, 2)
+    with watched_graphs() as graphs:
+        decoder = Decoder(setting, model, kernels=use_kernels)
+        passes = 1 if decoder.stage.topology.batched else model.num_sections
+        decoder.run(prompt, new_tokens)
+        work: Callable[[], Any] = partial(decoder.run, prompt, new_tokens)
+        repeats = 1
+        if graphs.last is not None:
+            work, repeats = graphs.last.replay, REPLAYS
+        numbers = _by_name(profiled(setting, work, repeats), repeats)
+        del work
+        graphs.last = None
+    decoder.close()
+    return numbers, passes
 
 
 def profiled(setting: Setting, work: Callable[[], Any], repeats: int = 1) -> list[tuple[str, float]]:
@@ -71,36 +97,4 @@ def _by_name(events: list[tuple[str, float]], repeats: int) -> Numbers:
         "names": [
             {"name": name, "count": len(times[name]) / repeats, "us": sum(times[name]) / repeats} for name in most
         ],
-    }
-
-
-def _products(setting: Setting, decoder: Decoder, rows: int) -> Numbers:
-    """Microseconds and TB/s of x W^T for every shape of W, over all the weights of that shape in turn."""
-    weights: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
-    for weight in decoder.stage.weights.tensors():
-        if weight.ndim == 2:
-            weights[f"{rows} x {weight.shape[1]} x {weight.shape[0]}"][weight.data_ptr()] = weight
-    return {name: _product(setting, list(matrices.values()), rows) for name, matrices in weights.items()}
-
-
-def _product(setting: Setting, matrices: list[torch.Tensor], rows: int) -> Numbers:
-    row = torch.randn(rows, matrices[0].shape[1], device=setting.device, dtype=matrices[0].dtype)
-
-    def multiply() -> None:
-        for matrix in matrices:
-            F.linear(row, matrix)
-
-    work: Callable[[], Any] = multiply
-    if setting.on_gpu:  # as a graph: launches one by one take longer than the small products
-        multiply()
-        wait(setting.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            multiply()
-        work = graph.replay
-    milliseconds = device_ms(setting.device, work) / len(matrices)
-    return {
-        "matrices": len(matrices),
-        "us": 1e3 * milliseconds,
-        "tb_s": matrices[0].nbytes / milliseconds / 1e9,
     }

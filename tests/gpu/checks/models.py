@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -23,12 +24,14 @@ from tests.gpu.checks.environment import ROOT
 from tests.gpu.checks.setting import Numbers, Setting
 from tests.gpu.checks.timing import device_ms
 
-SEQUENTIAL, STAGGERED, SHARED = "36 layers", "2x18", "shared 2x18"
+SEQUENTIAL, STAGGERED, SHARED, HALF = "36 layers", "2x18", "shared 2x18", "18 layers"
 SHAPES = {
     SEQUENTIAL: "paper-baseline-36l-2.8b",
     STAGGERED: "paper-stagformer-2x18-2.9b",
     SHARED: "paper-stagformer-shared-2x18",
+    HALF: "paper-baseline-18l-1.6b",
 }
+WITH, WITHOUT = "with kernels", "without kernels"
 TINY = (
     "vocab_size=320",
     "hidden_size=32",
@@ -40,6 +43,11 @@ TINY = (
 COLD_TOKENS = 4
 """First tokens of a request whose gaps are not counted."""
 STALL_MS = 5.0
+
+
+def kernel_ways(setting: Setting) -> dict[str, bool | None]:
+    """Values of `EngineOptions.kernels` to compare, by name; a CPU has no kernels of Triton."""
+    return {WITH: None, WITHOUT: False} if setting.on_gpu else {WITHOUT: False}
 
 
 def shape(setting: Setting, name: str) -> ModelConfig:
@@ -82,19 +90,28 @@ class Decoder:
 
     Args:
         graphs: run steps as CUDA graphs; on a CPU the same fixed step runs without being captured.
+        kernels: as in `EngineOptions`.
         recorder: gets the spans of all instructions.
     """
 
-    def __init__(self, setting: Setting, model: ModelConfig, *, graphs: bool, recorder: SpanRecorder | None = None):
-        plan = plan_decoding(model, EngineOptions(precision="bf16", graphs=graphs), 1)
+    def __init__(
+        self,
+        setting: Setting,
+        model: ModelConfig,
+        *,
+        graphs: bool = True,
+        kernels: bool | None = None,
+        recorder: SpanRecorder | None = None,
+    ):
+        plan = plan_decoding(model, EngineOptions(precision="bf16", graphs=graphs, kernels=kernels), 1)
         device, self._vocab_size = setting.device, model.vocab_size
         self.stage = build_stage(plan, random_reader(0, device), device, None, recorder=recorder)
 
-    def run(self, prompt_length: int, new_tokens: int, temperature: float = 0.0) -> Decoded:
-        """Serve one request."""
+    def run(self, prompt_length: int, new_tokens: int, **params: Any) -> Decoded:
+        """Serve one request, greedy unless its sampling parameters say otherwise."""
         generator = torch.Generator().manual_seed(prompt_length)
         prompt = tuple(torch.randint(self._vocab_size, (prompt_length,), generator=generator).tolist())
-        params = SamplingParams(max_new_tokens=new_tokens, temperature=temperature, ignore_end_of_document=True)
+        params = {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_end_of_document": True} | params
         decoded, times = Decoded(), []
 
         def take(outputs: Sequence[RequestOutput]) -> None:
@@ -104,7 +121,7 @@ class Decoder:
             times.extend([time.perf_counter()] * bool(output.token_ids))
 
         engine = Engine(self.stage)
-        engine.submit(Request("0", prompt, params))
+        engine.submit(Request("0", prompt, SamplingParams(**params)))
         engine.close()
         engine.run(take)
         assert len(times) == len(decoded.tokens) == new_tokens, f"{len(times)} outputs, {len(decoded.tokens)} tokens"

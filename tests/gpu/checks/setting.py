@@ -57,6 +57,11 @@ class Setting:
             aside.rename(self.kept)
 
 
+def goal(setting: Setting, wanted: float, measured: float, met: bool) -> Numbers:
+    """A goal as numbers; in a rehearsal it is not judged."""
+    return {"goal": wanted, "measured": measured, "met": met if setting.on_gpu else None}
+
+
 def perform(payload: tuple[str, dict[str, Any], Setting]) -> dict[str, Any]:
     """Call a check, named as `module:function`, with its arguments; the target of `tests.ranks.run_ranks`.
 

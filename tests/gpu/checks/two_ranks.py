@@ -18,10 +18,10 @@ from stagdist.decode.topology import HeadLayout
 from stagdist.parallel.world import choose_device
 from stagdist.telemetry.spans import Span
 from tests.decode.decoding import Case, config_of, prompt, reader
-from tests.gpu.checks.decode_parity import tokens_of_one_process
 from tests.gpu.checks.environment import loaded_nccl
 from tests.gpu.checks.models import span_recorder
 from tests.gpu.checks.setting import ImpossibleError, Numbers, Setting
+from tests.gpu.decode_cases import tokens
 
 SHARED_GPU_NCCL = (2, 30)
 """First release of NCCL that lets two ranks share a GPU."""
@@ -36,16 +36,23 @@ LARGE = {
 """On a GPU: a hand-off of a chunk of a prompt has 128 KiB, more than NCCL buffers in these checks."""
 
 
-def decode(setting: Setting, head: HeadLayout, *, combined: bool = False, traced: bool = False) -> Numbers:
-    """Decode on two stages; the tokens must be those of one process on the CPU, in fp64."""
+def decode(
+    setting: Setting, head: HeadLayout, *, combined: bool = False, graphs: bool = True, traced: bool = False
+) -> Numbers:
+    """Decode on two stages; the tokens must be those of one process on the CPU, in fp64.
+
+    Args:
+        graphs: each rank runs a step as one graph, on a GPU with Triton kernels; on a CPU the step of fixed shape.
+    """
     check_ranks_can_meet(setting)
-    case = _case(setting, head, combined)
+    case = case_of(setting, head, combined=combined, graphs=graphs)
     plan = plan_decoding(ModelConfig(**config_of(case.keys)), case.options, 2)
     device = choose_device(setting.rank_device)
     with joined_world(plan, device) as transport:
         assert transport is not None
         recorder = span_recorder(device, transport.rank, transport.stage) if traced else None
         stage = build_stage(plan, reader(case), device, transport, recorder=recorder)
+        assert stage.setup.fixed == graphs and stage.setup.kernels == (graphs and setting.on_gpu)
         if transport.rank > 0:
             operate(stage, transport, None)
             return {}
@@ -58,7 +65,7 @@ def decode(setting: Setting, head: HeadLayout, *, combined: bool = False, traced
         numbers["span_ms"] = _span_ms(recorder.spans)
     setting.keep(numbers)
     found = [completion.token_ids for completion in completions]
-    expected = tokens_of_one_process(replace(case, options=replace(case.options, head="last")), "cpu")
+    expected = tokens(replace(case, options=replace(case.options, head="last", graphs=False)), "cpu")
     assert found == expected, f"two ranks gave {found}, one process gave {expected}"
     return numbers | {"tokens": sum(map(len, found))}
 
@@ -107,7 +114,8 @@ def check_ranks_can_meet(setting: Setting) -> None:
         )
 
 
-def _case(setting: Setting, head: HeadLayout, combined: bool) -> Case:
+def case_of(setting: Setting, head: HeadLayout, *, combined: bool, graphs: bool) -> Case:
+    """The model and the requests of a check, greedy and sampled ones."""
     keys: dict[str, Any] = (LARGE if setting.on_gpu else {}) | {"combine_sections": combined}
     lengths = (3, 150, 70, 1) if setting.on_gpu else (3, 13, 7, 1)
     requests = [
@@ -115,7 +123,9 @@ def _case(setting: Setting, head: HeadLayout, combined: bool) -> Case:
         for index, length in enumerate(lengths)
     ]
     chunk = 64 if setting.on_gpu else 5
-    options = EngineOptions(precision="fp64", head=head, num_slots=2, chunk_size=chunk, timeout_s=TIMEOUT_S)
+    options = EngineOptions(
+        precision="fp64", head=head, num_slots=2, chunk_size=chunk, timeout_s=TIMEOUT_S, graphs=graphs
+    )
     return Case("two ranks", keys, requests, options)
 
 
