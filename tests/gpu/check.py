@@ -59,30 +59,30 @@ class Check:
 
 
 def _decode(name: str, **arguments: Any) -> Check:
-    return Check(f"two_ranks_{name}", "tests.gpu.checks.two_ranks:decode", 45, arguments, ranks=2)
+    return Check(f"two_ranks_{name}", "tests.gpu.checks.two_ranks:decode", 60, arguments, ranks=2)
 
 
 CHECKS = (
     Check("environment", "tests.gpu.checks.environment:environment", 60),
-    Check("decode_parity", "tests.gpu.checks.decode_parity:decode_parity", 150),
+    Check("decode_parity", "tests.gpu.checks.decode_parity:decode_parity", 180),
     Check("decode_speed", "tests.gpu.checks.decode_speed:decode_speed", 120),
     Check("host", "tests.gpu.checks.host:host", 40),
     Check("kernels", "tests.gpu.checks.kernels:kernels", 60),
     _decode("last", head="last"),
     _decode("sharded", head="sharded"),
     _decode("combined", head="last", combined=True),
-    Check("two_ranks_killed", "tests.gpu.checks.killed:killed", 50, ranks=2),
+    Check("two_ranks_killed", "tests.gpu.checks.killed:killed", 60, ranks=2),
     Check("products", "tests.gpu.checks.products:products", 90, interpreted=True),
+    Check("generate", "tests.gpu.checks.generate:generate", 60),
+    Check("serve", "tests.gpu.checks.serve:serve", 60),
     _decode("eager", head="last", graphs=False),
     _decode("traced", head="last", graphs=False, traced=True),
     Check("two_ranks_training", "tests.gpu.checks.two_ranks:training", 60, ranks=2),
     Check("training_parity", "tests.gpu.checks.training:training_parity", 60),
     Check("training_resume", "tests.gpu.checks.training:training_resume", 50),
-    Check("training_speed", "tests.gpu.checks.training:training_speed", 75),
-    Check("generate", "tests.gpu.checks.generate:generate", 60),
-    Check("serve", "tests.gpu.checks.serve:serve", 60),
     Check("eager", "tests.gpu.checks.decode_speed:eager", 50),
     Check("sanitizer", "tests.gpu.checks.decode_parity:sanitizer", 40),
+    Check("training_speed", "tests.gpu.checks.training:training_speed", 75),
     Check("attention", "tests.gpu.checks.attention:attention", 40),
     Check("loading", "tests.gpu.checks.loading:loading", 40),
     Check("queues", "tests.gpu.checks.loading:queues", 40),

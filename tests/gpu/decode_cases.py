@@ -97,7 +97,7 @@ def wide_case(model: str, precision: str = "bf16", way: str = "kernels") -> Case
 
 def small_case(variant: str, way: str = "kernels") -> Case:
     """One of all variants in fp64, where every device must give the same tokens."""
-    options = EngineOptions(precision="fp64", chunk_size=5, num_slots=3)
+    options = EngineOptions(precision="fp64", chunk_size=5, num_slots=2)
     return Case(variant, VARIANTS[variant], SMALL_REQUESTS, running(options, way))
 
 

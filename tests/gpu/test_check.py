@@ -18,6 +18,7 @@ import torch
 from tests.gpu import check
 from tests.gpu.check import CHECKS, Check, main, table
 from tests.gpu.checks import environment, loading, timing, two_ranks
+from tests.gpu.checks.decode_speed import CHOICES
 from tests.gpu.checks.models import watched_graphs
 from tests.gpu.checks.setting import ImpossibleError, Numbers, Setting
 from tests.ranks import ROOT
@@ -93,14 +94,28 @@ def test_a_rehearsal_runs_every_check_or_says_why_not(
         assert (record["error"] is None) == (record["ok"] is True)
         assert record["ok"] is None or record["numbers"]
         assert all(record["numbers"].get("impossible", {"part": "reason"}).values())
-    speed = next(record for record in records if record["name"] == "training_speed")["numbers"]
-    assert all(None not in speed[name]["shares"].values() for name in RUNS), "operators of a part are named otherwise"
+    numbers = {record["name"]: record["numbers"] for record in records}
+    shares = [numbers["training_speed"][name]["shares"] for name in RUNS]
+    assert all(None not in each.values() for each in shares), "operators of a part are named otherwise"
+    check_decoding(numbers)
     shown = capsys.readouterr().out
     assert all(each.name in shown for each in CHECKS)
     document = json.loads((tmp_path / "results" / "check.json").read_text())
     assert document.keys() == {"commit", "hardware", "versions", "configuration", "records"}
     assert document["configuration"]["rehearsal"] is True
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def check_decoding(numbers: dict[str, Any]) -> None:
+    """What the rehearsed checks of decoding must have measured, by check."""
+    assert len(numbers["decode_speed"]["goals"]) == 6
+    assert all(goal["met"] is None for goal in numbers["decode_speed"]["goals"].values())
+    assert all(numbers["host"][choice]["steps"] > 5 for choice in CHOICES)
+    products = numbers["products"]
+    assert products["failed"] == {} and all(tile["gb_s"] > 0 for tile in products["gate_up"]["1"]["tiles"])
+    assert "lost stage 1 (rank 1) in step 3" in numbers["two_ranks_killed"]["says"]
+    one_process = numbers["two_ranks_eager"]["tokens"]
+    assert all(numbers[f"two_ranks_{name}"]["tokens"] == one_process for name in ("last", "sharded", "combined"))
 
 
 def test_without_a_gpu_the_command_says_so_and_does_nothing(

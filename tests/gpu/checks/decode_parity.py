@@ -1,5 +1,6 @@
 """Whether the GPU decodes what the CPU decodes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -18,49 +19,67 @@ from tests.gpu.decode_cases import WAYS, build, running, tokens
 from tests.reference.variants import VARIANTS
 
 TESTS = "tests/gpu/test_decode_gpu.py"
+REASON_CHARACTERS = 300
 REFERENCE_THREADS = 8
 """Of the CPU, for the reference of the logits."""
 
 
 @dataclass
 class Outcomes:
-    """A plugin of pytest that counts outcomes and keeps what tests record with `record_property`: errors of logits."""
+    """A plugin of pytest that counts outcomes and keeps what tests record with `record_property`: errors of logits.
 
+    Attributes:
+        failures: last line of the traceback, by test.
+        keep: called with all numbers after each test.
+    """
+
+    keep: Callable[[Numbers], None]
     passed: int = 0
     failed: int = 0
     skipped: int = 0
     errors: dict[str, Any] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def as_numbers(self) -> Numbers:
+        """What was counted and kept."""
+        return {name: value for name, value in vars(self).items() if name != "keep"}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Called by pytest for the setup, the call and the teardown of each test."""
         if report.failed:
             self.failed += 1
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.failures[report.nodeid] = str(report.longrepr if crash is None else crash.message)[:REASON_CHARACTERS]
         elif report.skipped:
             self.skipped += 1
         elif report.when == "call":
             self.passed += 1
         self.errors |= dict(report.user_properties)
+        if report.when == "teardown":
+            self.keep(self.as_numbers())
 
 
 def decode_parity(setting: Setting) -> Numbers:
     """Run the GPU tests of decoding: every variant in each of `WAYS`, in fp64 and in bf16 with real head sizes."""
     numbers: Numbers = {"tokens_compared": _ways_compared(setting)}
-    outcomes = Outcomes()
+    setting.keep(numbers)
+    outcomes = Outcomes(lambda found: setting.keep(numbers | found))
     if setting.on_gpu:
         torch.set_num_threads(REFERENCE_THREADS)
-    code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(ROOT), str(ROOT / TESTS)], [outcomes])
-    numbers |= vars(outcomes)
+    code = pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), str(ROOT / TESTS)], [outcomes])
+    numbers |= outcomes.as_numbers()
     bf16 = [found for name, found in outcomes.errors.items() if ", bf16, " in name]
     if bf16:
         numbers["bf16_max_abs"] = max(found["max_abs"] for found in bf16)
         numbers["bf16_top1"] = min(found["top1"] for found in bf16)
     setting.keep(numbers)
-    assert code == pytest.ExitCode.OK and outcomes.failed == 0, f"pytest {TESTS} ends with {code!r}: {outcomes}"
+    assert code == pytest.ExitCode.OK and not outcomes.failed, f"pytest {TESTS} ends with {code!r}: {outcomes.failures}"
+    counts = f"{outcomes.passed} passed, {outcomes.skipped} skipped"
     if setting.on_gpu:
-        assert outcomes.passed > 0 and outcomes.skipped == 0, f"tests were skipped although there is a GPU: {outcomes}"
+        assert outcomes.passed > 0 and outcomes.skipped == 0, f"tests were skipped although there is a GPU: {counts}"
         assert bf16, "the tests recorded no errors of bf16"
     else:
-        assert outcomes.skipped > 0 and outcomes.passed == 0, f"tests for a GPU ran without one: {outcomes}"
+        assert outcomes.skipped > 0 and outcomes.passed == 0, f"tests for a GPU ran without one: {counts}"
         numbers["impossible"] = {TESTS: NEEDS_GPU}
     return numbers
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -129,8 +130,13 @@ def _runtime_calls(setting: Setting, decoder: Decoder, tokens: int, params: dict
         decoder.run(8, tokens, **params)
         return []
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        event = torch.cuda.Event()
+        event.record()
+        event.synchronize()  # so that the profile shows at least one wait, if it shows any
         decoder.run(8, tokens, **params)
         wait(setting.device)
     events = [event for event in profiler.events() or [] if event.device_type == DeviceType.CPU]
     events.sort(key=lambda event: event.time_range.start)
-    return [event.name for event in events if event.name.startswith("cu")]
+    names = [event.name for event in events if event.name.startswith("cu")]
+    assert EVENT_WAIT in names, f"the profile does not show waits for events, but {sorted(set(names))}"
+    return names

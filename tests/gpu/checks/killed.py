@@ -22,7 +22,7 @@ from tests.gpu.checks.two_ranks import TIMEOUT_S, case_of, check_ranks_can_meet
 
 FAULTY_STEP = 3
 VICTIM = 1
-CHILD_S = 60.0
+CHILD_S = 50.0
 ERROR = re.compile(r"stage 0 \(rank 0\) lost (its peers|stage 1 \(rank 1\)) in step (\d+) while .*")
 
 

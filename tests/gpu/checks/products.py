@@ -94,7 +94,8 @@ class Sizes:
     repeats: int
 
 
-FULL = Sizes(PRODUCTS, (1, 2, 4, 8), (512, 4096, 32768), (1, 4, 8, 16, 22, 44, 64), HEADS, 1 << 30, 12, 10, 5)
+ROWS = (1, 2, 4, 8)
+FULL = Sizes(PRODUCTS, ROWS, (512, 4096, 32768), (1, 4, 8, 16, 22, 44, 64), HEADS, 1 << 30, 12, 10, 5)
 TINY = Sizes({"gate_up": Product(16, 16, gated=True)}, (1,), (70,), (2,), 1, 1, 1, 2, 1)
 
 
