@@ -26,7 +26,7 @@ MODELS = VARIANTS | {
     "four on two": FOUR | {"stagger": 2},
     "four on two, sequential": FOUR | {"connection": "sequential"},
 }
-PARAMS = [
+PARAMS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 1.0},
     {"temperature": 0.8, "repetition_penalty": 1.3, "frequency_penalty": 0.5},

@@ -144,7 +144,7 @@ class Stage:
 
     def to_host(self, outcome: Outcome) -> HostCopy:
         """Begin to copy an outcome to the host; later operations may overwrite it on the device."""
-        return HostCopy(outcome, self._transport)
+        return HostCopy(outcome, self._transport, self.device.name)
 
     def on_host(self, copy: HostCopy) -> Outcome:
         """The outcome in host memory. Here rank 0 waits for the device.
