@@ -26,6 +26,7 @@ from stagdist.decode.runtime.hosted_sections import StageSections
 from stagdist.decode.runtime.readout import Readout
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.topology import Limits, topology_for
+from stagdist.model.precision import DTYPES
 from stagdist.parallel.layout import ParameterSpec
 
 CONTEXT = 1024
@@ -148,10 +149,10 @@ def recording() -> Iterator[Recording]:
 
 
 class EmptyModel:
-    """A model on the `meta` device, in bf16, and its step of fixed shape."""
+    """A model on the `meta` device and its step of fixed shape."""
 
-    def __init__(self, model: ModelConfig, slots: int, *, kernels: bool, context: int = CONTEXT):
-        device, topology = Device("meta", torch.bfloat16), topology_for(model, 1)
+    def __init__(self, model: ModelConfig, slots: int, *, kernels: bool, precision: str = "bf16"):
+        device, topology = Device("meta", DTYPES[precision]), topology_for(model, 1)
 
         def read(spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
             shape = list(spec.shape)
@@ -159,7 +160,7 @@ class EmptyModel:
             return torch.empty(shape, device="meta")
 
         weights = WeightLoader(model, read, Shard(), device).stage(topology, 0)
-        limits = Limits(slots, context, 128)
+        limits = Limits(slots, min(CONTEXT, model.max_position_embeddings), 128)
         setup = StageSetup(model, topology, limits, device, weights, kernels=kernels)
         self.sections = StageSections(setup)
         self._step = FixedStep(self.sections, Readout(setup))

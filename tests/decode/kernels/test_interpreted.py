@@ -16,11 +16,11 @@ pytestmark = pytest.mark.ranks
 
 GROUPED = {"num_key_value_heads": 2, "head_dim": 6, "cross_attention_key_value_heads": 4, "cross_attention_window": 5}
 SHAPES = {
-    "grouped queries, heads of six, window, splits, an unused row": Shape(GROUPED, (-1, 0, 39)),
+    "grouped queries, heads of six, window, splits, an unused row": Shape(GROUPED, (-1, 0, 38)),
     "rows of two sections, bf16": Shape(
-        {"num_attention_heads": 2, "cross_attention_window": 3}, (20, 2), "bf16", repeats=2
+        {"num_attention_heads": 2, "cross_attention_window": 3}, (22, 2), "bf16", repeats=2
     ),
-    "rows of three sections, an unused request": Shape({"num_attention_heads": 1}, (-1, 33), repeats=3),
+    "rows of three sections, an unused request": Shape({"num_attention_heads": 1}, (33, -1), repeats=3),
     "many rows": Shape({"num_attention_heads": 1}, (0, 1, 2, 3, 4, 5, 6, -1, 8), repeats=2),
     "a sum over ranks, fp32": Shape({"num_attention_heads": 2, "num_key_value_heads": 1}, (7,), "fp32", doubled=True),
 }

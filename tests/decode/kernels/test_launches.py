@@ -10,6 +10,7 @@ from stagdist.decode.runtime.build import EngineOptions, use_kernels
 from stagdist.errors import ConfigError
 from tests.decode.kernels.recording import EmptyModel
 from tests.ranks import ROOT
+from tests.reference.variants import BASE, VARIANTS
 
 SEQUENTIAL, STAGGERED, SHARED = (
     "paper-baseline-36l-2.8b", "paper-stagformer-2x18-2.9b", "paper-stagformer-shared-2x18"
@@ -104,6 +105,15 @@ def test_all_kernels_of_the_paper_compile_without_spilling(rows: int, capability
     for launch in dict.fromkeys(launches):
         resources = launch.resources(capability)
         assert resources["LOCAL"] == resources["STACK"] == 0, (launch.name, launch.values, resources)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "fp16"])
+def test_kernels_compile_for_every_precision_and_any_size_of_heads(precision: str) -> None:
+    keys = BASE | VARIANTS["three sections with everything"] | VARIANTS["wide heads"]
+    recorded = EmptyModel(ModelConfig(**keys), 2, kernels=True, precision=precision).step(2)
+    for launch in dict.fromkeys(recorded.launches):
+        assert launch.resources(90)["REG"] > 0
 
 
 # --- where kernels are refused ----------------------------------------------------------------------------------
