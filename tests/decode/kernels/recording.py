@@ -22,9 +22,9 @@ from triton.runtime.jit import JITFunction
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.weights import Device, Shard, WeightLoader
 from stagdist.decode.runtime.graphs import FixedStep
-from stagdist.decode.runtime.hosted_sections import StageSections
-from stagdist.decode.runtime.readout import Readout
 from stagdist.decode.runtime.setup import StageSetup
+from stagdist.decode.runtime.stage import Stage
+from stagdist.decode.sampling.sampling_plan import Mode
 from stagdist.decode.topology import Limits, topology_for
 from stagdist.model.precision import DTYPES
 from stagdist.parallel.layout import ParameterSpec
@@ -161,13 +161,12 @@ class EmptyModel:
 
         weights = WeightLoader(model, read, Shard(), device).stage(topology, 0)
         limits = Limits(slots, min(CONTEXT, model.max_position_embeddings), 128)
-        setup = StageSetup(model, topology, limits, device, weights, kernels=kernels)
-        self.sections = StageSections(setup)
-        self._step = FixedStep(self.sections, Readout(setup))
+        stage = Stage(StageSetup(model, topology, limits, device, weights, fixed=True, kernels=kernels))
+        self._step = FixedStep(stage.executor)
 
-    def step(self, rows: int) -> Recording:
-        """Run a step up to the logits."""
+    def step(self, rows: int, mode: Mode = Mode.GREEDY) -> Recording:
+        """Run a step."""
         positions = torch.zeros(rows, dtype=torch.int64, device="meta")
         with recording() as recorded:
-            self._step(positions, CONTEXT)
+            self._step(positions, mode)
         return recorded
