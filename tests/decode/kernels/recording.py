@@ -164,7 +164,7 @@ class EmptyModel:
         stage = Stage(StageSetup(model, topology, limits, device, weights, fixed=True, kernels=kernels))
         self._step = FixedStep(stage.executor)
 
-    def step(self, rows: int, mode: Mode = Mode.GREEDY) -> Recording:
+    def step(self, rows: int, mode: Mode = Mode.OTHER) -> Recording:
         """Run a step."""
         positions = torch.zeros(rows, dtype=torch.int64, device="meta")
         with recording() as recorded:

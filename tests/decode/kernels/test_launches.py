@@ -7,6 +7,7 @@ from stagdist.config.parts import ModelConfig
 from stagdist.decode.kernels.products import choose_tile
 from stagdist.decode.kernels.split_attention import PROGRAMS, SMALLEST_SPLIT, num_splits
 from stagdist.decode.runtime.build import EngineOptions, use_kernels
+from stagdist.decode.sampling.sampling_plan import Mode
 from stagdist.errors import ConfigError
 from tests.decode.kernels.recording import EmptyModel
 from tests.ranks import ROOT
@@ -41,11 +42,17 @@ def test_a_layer_is_few_kernels(name: str, rows: int, each: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "before", "after"), [(SEQUENTIAL, 657, 183), (STAGGERED, 852, 241), (SHARED, 554, 152)]
+    ("name", "before", "after"), [(SEQUENTIAL, 662, 189), (STAGGERED, 857, 247), (SHARED, 559, 158)]
 )
-def test_a_step_of_the_paper_is_a_third_of_the_kernels(name: str, before: int, after: int) -> None:
-    counts = [len(EmptyModel(paper(name), 1, kernels=kernels).step(1).names) for kernels in (False, True)]
+def test_a_step_of_the_paper_is_less_than_a_third_of_the_kernels(name: str, before: int, after: int) -> None:
+    counts = [len(EmptyModel(paper(name), 1, kernels=kernels).step(1, Mode.GREEDY).names) for kernels in (False, True)]
     assert counts == [before, after]
+
+
+@pytest.mark.parametrize(("mode", "more"), [(Mode.SAMPLED, 0), (Mode.TRUNCATED, 11)])
+def test_sampling_adds_few_kernels_to_a_greedy_step(mode: Mode, more: int) -> None:
+    model = EmptyModel(shortened(paper(SHARED), 1), 1, kernels=True)
+    assert len(model.step(1, mode).names) == len(model.step(1, Mode.GREEDY).names) + more
 
 
 def test_each_weight_is_read_by_one_launch_for_all_rows() -> None:
