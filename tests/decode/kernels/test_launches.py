@@ -115,6 +115,20 @@ def test_all_kernels_of_the_paper_compile_without_spilling(rows: int, capability
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("key_heads", [32, 8, 4, 2])
+def test_grouped_queries_compile_without_spilling(key_heads: int, capability: int) -> None:
+    keys = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+    model = ModelConfig(**BASE | keys | {"num_key_value_heads": key_heads, "max_position_embeddings": 1024})
+    recorded = EmptyModel(model, 1, kernels=True).step(1)
+    launches = [launch for launch in dict.fromkeys(recorded.launches) if launch.name == "attention_kernel"]
+    assert len(launches) == 2
+    for launch in launches:
+        resources = launch.resources(capability)
+        assert resources["LOCAL"] == resources["STACK"] == 0, resources
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp64", "fp32", "fp16"])
 def test_kernels_compile_for_every_precision_and_any_size_of_heads(precision: str) -> None:
     keys = BASE | VARIANTS["three sections with everything"] | VARIANTS["wide heads"]
