@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stagdist.decode.request import SamplingParams
 from stagdist.decode.sampling.sampler import Sampler
-from stagdist.decode.sampling.sampling_plan import Mode
+from stagdist.decode.sampling.sampling_plan import Mode, mode_of
 from tests.decode.plain_sampler import CPU, PARAMS, VOCAB
 
 CAPTURED = {
@@ -18,6 +19,11 @@ CAPTURED = {
     "reward": replace(PARAMS["reward"], logprobs=None),
 }
 """Parameters that a captured step serves."""
+
+
+def needs(params: SamplingParams, is_complete: bool = True) -> Mode:
+    """The mode of a step with one request."""
+    return mode_of([params], is_complete=is_complete, want_margins=False)
 
 
 def captured_samplers(

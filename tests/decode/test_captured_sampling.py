@@ -3,14 +3,9 @@
 import pytest
 import torch
 
-from stagdist.decode.request import SamplingParams
-from stagdist.decode.sampling.sampling_plan import Mode, mode_of
-from tests.decode.captured_sampling import CAPTURED, captured_samplers, captured_step
+from stagdist.decode.sampling.sampling_plan import Mode
+from tests.decode.captured_sampling import CAPTURED, captured_samplers, captured_step, needs
 from tests.decode.plain_sampler import CUTS, make_logits, samplers, step
-
-
-def needs(params: SamplingParams, is_complete: bool = True) -> Mode:
-    return mode_of([params], is_complete=is_complete, want_margins=False)
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
