@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stagdist.decode.layers.weights import Device
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.sampling.sampler import Sampler
 from stagdist.decode.sampling.sampling_plan import Mode, mode_of
@@ -27,7 +28,7 @@ def needs(params: SamplingParams, is_complete: bool = True) -> Mode:
 
 
 def captured_samplers(
-    cut: Sequence[tuple[int, int]], vocab: int = VOCAB, slots: int = 32, **options: Any
+    cut: Sequence[tuple[int, int]], vocab: int = VOCAB, slots: int = 32, device: Device = CPU, **options: Any
 ) -> list[Sampler]:
     """A sampler with tables for each rank."""
     largest = max(size for _, size in cut)
@@ -38,7 +39,7 @@ def captured_samplers(
             first_token=first,
             num_tokens=count,
             slice_size=largest,
-            device=CPU,
+            device=device,
             captured=True,
             **options,
         )
