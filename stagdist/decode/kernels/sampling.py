@@ -24,7 +24,7 @@ EXACT = {"enable_fp_fusion": False, "num_warps": 8}
 
 
 @dataclass(frozen=True)
-class SlotState:
+class SamplingTables:
     """Memory of all slots, which stays in place.
 
     Attributes:
@@ -60,7 +60,7 @@ class SamplingKernels:
 
     def __init__(
         self,
-        state: SlotState,
+        state: SamplingTables,
         first_token: int,
         size: int,
         vocab_size: int,

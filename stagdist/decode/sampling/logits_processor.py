@@ -59,7 +59,7 @@ class LogitsProcessor:
             self._may_end[slot] = len(prompt_ids) + params.min_tokens
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of all slots by their names in `SlotState`, for kernels. They exist where captured."""
+        """Return the tensors of all slots by their names in `SamplingTables`; all exist where captured."""
         tables = {"ends": self._ends, "bias": self._bias, "seen": self._seen, "counts": self._counts}
         return {"may_end": self._may_end, **{name: table for name, table in tables.items() if table is not None}}
 

@@ -64,7 +64,7 @@ class Sampler:
         slice_size: the largest `num_tokens` of any rank, the same number on all of them.
         device: where the logits are.
         want_margins: also give the distance between the best and the second best score.
-        captured: keep the tables that `choose_in_graph` reads.
+        captured: keep the tables that `choose_in_graph` reads: for each slot, 10 bytes for each of the rank's tokens.
         kernels: `choose_in_graph` runs Triton kernels.
     """
 
@@ -276,10 +276,10 @@ class Sampler:
         return self._plans[key]
 
     def _load_kernels(self) -> "SamplingKernels":
-        from stagdist.decode.kernels.sampling import SamplingKernels, SlotState  # imports Triton
+        from stagdist.decode.kernels.sampling import SamplingKernels, SamplingTables  # imports Triton
 
         assert self._tables is not None
-        state = SlotState(self._tables.integers, **self._processor.tensors())
+        state = SamplingTables(self._tables.integers, **self._processor.tensors())
         return SamplingKernels(state, self._first, self._size, self._vocab_size)
 
     def _real(self, logits: Tensor) -> Tensor:
