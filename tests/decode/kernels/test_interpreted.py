@@ -24,7 +24,7 @@ SHAPES = {
     "many rows": Shape({"num_attention_heads": 1}, (0, 1, 2, 3, 4, 5, 6, -1, 8), repeats=2),
     "a sum over ranks, fp32": Shape({"num_attention_heads": 2, "num_key_value_heads": 1}, (7,), "fp32", doubled=True),
 }
-PARTS_OF_VARIANTS = 4
+PARTS_OF_VARIANTS = 7
 TOLERANCES = {"fp64": 1e-12, "fp32": 2e-6, "bf16": 0.03}
 PARTS = {"self", "input", "cross", "mlp", "cache", "memory", "unserved", "unserved cache"}
 OPTIONS = EngineOptions(precision="fp64", chunk_size=5, num_slots=2, graphs=False)
