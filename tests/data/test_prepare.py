@@ -85,15 +85,24 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path: Path) -> None:
     assert documents_of(tmp_path / "c", "int32") == [[65_999, 66_000]]
 
 
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        "bytes",
+        # Every rank loads it on its own, which takes 8 s; other tests prepare with one that was saved.
+        pytest.param("saved", marks=pytest.mark.slow),
+    ],
+)
 def test_the_files_are_the_same_for_any_number_of_workers_and_ranks(
-    run_tool: RunTool, bpe_directory: Path, tmp_path: Path
+    run_tool: RunTool, bpe_directory: Path, tmp_path: Path, tokenizer: str
 ) -> None:
     texts = [path.read_text(encoding="utf-8") for path in sorted((LIBRARY / "asyncio").glob("*.py"))]
     padding = "x" * (2 * PIECE_BYTES // len(texts))
     (tmp_path / "all.jsonl").write_text("\n".join(json.dumps({"text": text, "other": padding}) for text in texts))
     assert (tmp_path / "all.jsonl").stat().st_size > 2 * PIECE_BYTES, "the file is to be read in several pieces"
-    common = [tmp_path / "all.jsonl", LIBRARY / "json", "--tokenizer", bpe_directory]
-    launchers: dict[str, tuple[str, ...]] = {"one": (), "two": ()}
+    given = bpe_directory if tokenizer == "saved" else tokenizer
+    common = [tmp_path / "all.jsonl", LIBRARY / "json", "--tokenizer", given]
+    launchers: dict[str, tuple[str, ...] | None] = {"one": None, "two": None}
     mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if mpirun:
         root = ("--allow-run-as-root",) if os.geteuid() == 0 else ()
@@ -157,6 +166,8 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(tmp_path: P
         time.sleep(0.05)
     assert not _processes_with(marker), "workers outlive the process that started them"
     (out / "c.part00077.partial").write_bytes(b"of more ranks")
+    for path in given.iterdir():  # this run needs no time to be killed in
+        path.write_text('{"text": "one document"}\n')
     done = subprocess.run(command, env=tool_environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert listing(out) == ["c" + ending for ending in ENDINGS]
@@ -345,5 +356,5 @@ def test_the_tokenizer_tool_reads_an_even_sample_of_much_text(run_tool: RunTool,
 
 @pytest.mark.parametrize("name", ["prepare_data.py", "train_tokenizer.py"])
 def test_help_teaches_by_examples(run_tool: RunTool, name: str) -> None:
-    done = run_tool(name, "--help")
+    done = run_tool(name, "--help", launcher=())
     assert done.returncode == 0 and "examples:" in done.stdout and f"python tools/{name}" in done.stdout
