@@ -300,6 +300,7 @@ def start_prefixes_too_late() -> None:
     Scheduler._longest_prefix = wrong  # type: ignore[method-assign]
 
 
+@pytest.mark.slow  # says something about the test above only
 def test_the_comparison_notices_prefixes_that_start_one_position_too_late(tmp_path: Path) -> None:
     layout = MODELS["unequal sections"]
     _, served = served_model(tmp_path, layout, before=start_prefixes_too_late)
