@@ -24,6 +24,8 @@ from stagdist.errors import ConfigError, DataError
 from tests.data.conftest import LIBRARY, ROOT, RunTool, tool_environment
 
 ENDINGS = (".bin", ".idx", ".json")
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") or ""
+TWO_RANKS = (MPIRUN, "-n", "2", "--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else []))
 
 
 def documents_of(prefix: Path | str, dtype: str) -> list[list[int]]:
@@ -85,14 +87,8 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path: Path) -> None:
     assert documents_of(tmp_path / "c", "int32") == [[65_999, 66_000]]
 
 
-@pytest.mark.parametrize(
-    "tokenizer",
-    [
-        "bytes",
-        # Every rank loads it on its own, which takes 8 s; other tests prepare with one that was saved.
-        pytest.param("saved", marks=pytest.mark.slow),
-    ],
-)
+# Every rank would load a saved one on its own, which takes 8 s; other tests prepare with one.
+@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("saved", marks=pytest.mark.slow)])
 def test_the_files_are_the_same_for_any_number_of_workers_and_ranks(
     run_tool: RunTool, bpe_directory: Path, tmp_path: Path, tokenizer: str
 ) -> None:
@@ -102,11 +98,7 @@ def test_the_files_are_the_same_for_any_number_of_workers_and_ranks(
     assert (tmp_path / "all.jsonl").stat().st_size > 2 * PIECE_BYTES, "the file is to be read in several pieces"
     given = bpe_directory if tokenizer == "saved" else tokenizer
     common = [tmp_path / "all.jsonl", LIBRARY / "json", "--tokenizer", given]
-    launchers: dict[str, tuple[str, ...] | None] = {"one": None, "two": None}
-    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if mpirun:
-        root = ("--allow-run-as-root",) if os.geteuid() == 0 else ()
-        launchers["ranks"] = (mpirun, "-n", "2", "--oversubscribe", *root)
+    launchers = {"one": None, "two": None} | ({"ranks": TWO_RANKS} if MPIRUN else {})
     for name, launcher in launchers.items():
         workers = ["--workers", "2" if name == "two" else "1"]
         done = run_tool("prepare_data.py", *common, "--output", f"out/{name}", *workers, launcher=launcher)
@@ -117,20 +109,18 @@ def test_the_files_are_the_same_for_any_number_of_workers_and_ranks(
     for name in launchers:
         for ending in ENDINGS:
             assert (tmp_path / f"out/{name}{ending}").read_bytes() == (tmp_path / f"out/one{ending}").read_bytes()
-    if not mpirun:
+    if not MPIRUN:
         pytest.skip("mpirun is not installed; workers were compared, ranks were not")
 
 
 def test_a_failing_rank_ends_all_ranks_with_one_clear_line(run_tool: RunTool, tmp_path: Path) -> None:
-    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if not mpirun:
+    if not MPIRUN:
         pytest.skip("mpirun is not installed")
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 1000)
     (tmp_path / "b.jsonl").write_text('{"text": "fine"}\n' * 900 + "broken\n")
-    root = ("--allow-run-as-root",) if os.geteuid() == 0 else ()
     done = run_tool(
         "prepare_data.py", "a.jsonl", "b.jsonl", "--output", "out/c", "--tokenizer", "bytes", "--quiet",
-        launcher=(mpirun, "-n", "2", "--oversubscribe", *root),
+        launcher=TWO_RANKS,
     )  # fmt: skip
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if line.startswith("error: b.jsonl is not JSON at byte 15300")]
