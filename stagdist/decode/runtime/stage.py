@@ -199,6 +199,8 @@ class Stage:
         elif step:
             call = self._sections.step_call(self._positions(), self.step_number)
         self.executor.run(schedule.operation, self._work(call is not None), call, host_work)
+        if self._graphs is not None and self._transport is not None:
+            self._transport.finish_sends()  # of a chunk, before the next graph sends on the same communicator
         if call is not None:
             self._sections.push(call)
             choice = self.readout.choice
