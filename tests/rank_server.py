@@ -1,5 +1,6 @@
 """What the server imports of which ranks are forks (see `tests.ranks`): every framework, once, on the CPU."""
 
+import gc
 import importlib
 import os
 
@@ -9,6 +10,7 @@ MODULES = (
     "stagdist.training.pretrain",
     "stagdist.decode.frontend.generate",
     "torch._dynamo",  # any optimizer imports it
+    "megatron.core.datasets.blended_megatron_dataset_builder",  # any training run imports it
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "deepspeed.module_inject.auto_ep_layer",  # any engine imports it
@@ -17,6 +19,17 @@ MODULES = (
     "transformers.convert_slow_tokenizer",
 )
 
+
+def import_frameworks() -> None:
+    """Import the modules and have DeepSpeed probe the compiler, which it does once per process that trains."""
+    for module in MODULES:
+        importlib.import_module(module)
+    importlib.import_module("deepspeed").ops.__compatible_ops__  # noqa: B018
+
+
 end_with_parent()
-for module in () if BARE in os.environ else MODULES:
-    importlib.import_module(module)
+gc.disable()  # nothing that is imported becomes garbage
+if BARE not in os.environ:
+    import_frameworks()
+gc.enable()
+gc.freeze()  # no rank searches the modules for garbage

@@ -27,21 +27,22 @@ BUDGETS = {
     "stagdist/cluster": 3703,
     "stagdist/config": 977,
     "stagdist/data": 2857,
-    "stagdist/decode": 5929,
+    "stagdist/decode": 7592,
     "stagdist/evaluation": 469,
     "stagdist/hf": 655,
     "stagdist/model": 691,
-    "stagdist/parallel": 1223,
+    "stagdist/parallel": 1243,
     "stagdist/planning": 753,
     "stagdist/serving": 3609,
     "stagdist/telemetry": 1128,
     "stagdist/training": 3290,
     "launch": 904,
     "tools": 998,
-    "benchmarks": 4415,
+    "benchmarks": 4416,
 }
-MAX_LINES = {("stagdist", "launch", "tools"): 30_612, ("benchmarks",): 4_415}
-"""The sums may only fall, except for a new feature; the server added 5,580 lines of product."""
+MAX_LINES = {("stagdist", "launch", "tools"): 32_295, ("benchmarks",): 4_416}
+"""The sums may only fall, except for a new feature; the server added 5,580 lines of product, captured steps and kernels
+1,683."""
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)

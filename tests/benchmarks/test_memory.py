@@ -35,6 +35,7 @@ def arguments(*given: str) -> argparse.Namespace:
 
 
 @pytest.mark.ranks
+@pytest.mark.usefixtures("forked_workers")
 def test_real_ranks_have_the_planned_parameters_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, output = tmp_path / "tiny.yaml", tmp_path / "memory.json"
     config.write_text(TINY)

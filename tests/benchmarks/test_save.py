@@ -46,6 +46,7 @@ def arguments(*given: str) -> argparse.Namespace:
 
 
 @pytest.mark.ranks
+@pytest.mark.usefixtures("forked_workers")
 def test_real_ranks_save_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rest = "training: {steps: 50, global_batch_size: 2, micro_batch_size: 1}\n"
     model = "max_position_embeddings: 16\nsection_layers: [1, 1]\n"

@@ -1,5 +1,6 @@
 """`launch/doctor.py` as typed: exit codes, the report, the JSON, the written files."""
 
+import contextlib
 import json
 import os
 import stat
@@ -9,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import run_script
+
 ROOT = Path(__file__).resolve().parents[2]
-DOCTOR = str(ROOT / "launch" / "doctor.py")
+DOCTOR = ROOT / "launch" / "doctor.py"
 
 
 def doctor(folder: Path, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     shell = {**os.environ, "DS_ACCELERATOR": "cpu", **variables}
     return subprocess.run(
-        [sys.executable, DOCTOR, *words], cwd=folder, env=shell, capture_output=True, text=True, timeout=240
+        [sys.executable, str(DOCTOR), *words], cwd=folder, env=shell, capture_output=True, text=True, timeout=240
     )
 
 
@@ -60,7 +63,8 @@ def test_this_machine_alone_is_examined_and_everything_is_written(tmp_path: Path
 def test_what_cannot_start_ends_with_two_and_one_line(tmp_path: Path, words: list[str], complaint: str) -> None:
     (tmp_path / "hostfile").write_text("node1 slots=1\n")
     (tmp_path / "evil").write_text("node1 slots=1\n$(touch${IFS}owned) slots=1\n")
-    done = doctor(tmp_path, *words)
+    with contextlib.chdir(tmp_path):
+        done = run_script(DOCTOR, *words)
     assert done.returncode == 2 and complaint in done.stderr.splitlines()[-1], done.stderr
     assert done.stdout == "" and not (tmp_path / "owned").exists()
 

@@ -1,5 +1,6 @@
 """Real text for the data tests: the standard library's own source, and a tokenizer trained on it."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from stagdist.data.prepare.preparation import prepare
 from stagdist.data.tokenizer import Tokenizer, train_bpe
+from tests.ranks import run_script
 
 LIBRARY = Path(json.__file__).parent.parent
 ROOT = Path(__file__).parents[2]
@@ -50,13 +52,22 @@ def corpus(bpe: Tokenizer, library_files: list[Path], tmp_path_factory: pytest.T
 
 @pytest.fixture
 def run_tool(tmp_path: Path) -> RunTool:
-    """Run a tool as a user does: another working directory, its own process."""
+    """Run a tool as a user does: in another working directory, in a process of its own.
 
-    def run(name: str, *arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-        command = [*launcher, sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+    It is a fork that has imported `transformers`; with a launcher, which may be empty, it is a fresh process.
+    """
+
+    def run(
+        name: str, *arguments: object, launcher: tuple[str, ...] | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        tool, words = ROOT / "tools" / name, [str(each) for each in arguments]
+        if launcher is None:
+            with contextlib.chdir(tmp_path):
+                return run_script(tool, *words)
         return subprocess.run(
-            command, cwd=tmp_path, env=tool_environment(), capture_output=True, text=True, timeout=600
-        )
+            [*launcher, sys.executable, str(tool), *words], cwd=tmp_path, env=tool_environment(), capture_output=True,
+            text=True, timeout=600,
+        )  # fmt: skip
 
     return run
 

@@ -24,6 +24,8 @@ from stagdist.errors import ConfigError, DataError
 from tests.data.conftest import LIBRARY, ROOT, RunTool, tool_environment
 
 ENDINGS = (".bin", ".idx", ".json")
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") or ""
+TWO_RANKS = (MPIRUN, "-n", "2", "--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else []))
 
 
 def documents_of(prefix: Path | str, dtype: str) -> list[list[int]]:
@@ -85,19 +87,18 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path: Path) -> None:
     assert documents_of(tmp_path / "c", "int32") == [[65_999, 66_000]]
 
 
+# Every rank would load a saved one on its own, which takes 8 s; other tests prepare with one.
+@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("saved", marks=pytest.mark.slow)])
 def test_the_files_are_the_same_for_any_number_of_workers_and_ranks(
-    run_tool: RunTool, bpe_directory: Path, tmp_path: Path
+    run_tool: RunTool, bpe_directory: Path, tmp_path: Path, tokenizer: str
 ) -> None:
     texts = [path.read_text(encoding="utf-8") for path in sorted((LIBRARY / "asyncio").glob("*.py"))]
     padding = "x" * (2 * PIECE_BYTES // len(texts))
     (tmp_path / "all.jsonl").write_text("\n".join(json.dumps({"text": text, "other": padding}) for text in texts))
     assert (tmp_path / "all.jsonl").stat().st_size > 2 * PIECE_BYTES, "the file is to be read in several pieces"
-    common = [tmp_path / "all.jsonl", LIBRARY / "json", "--tokenizer", bpe_directory]
-    launchers: dict[str, tuple[str, ...]] = {"one": (), "two": ()}
-    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if mpirun:
-        root = ("--allow-run-as-root",) if os.geteuid() == 0 else ()
-        launchers["ranks"] = (mpirun, "-n", "2", "--oversubscribe", *root)
+    given = bpe_directory if tokenizer == "saved" else tokenizer
+    common = [tmp_path / "all.jsonl", LIBRARY / "json", "--tokenizer", given]
+    launchers = {"one": None, "two": None} | ({"ranks": TWO_RANKS} if MPIRUN else {})
     for name, launcher in launchers.items():
         workers = ["--workers", "2" if name == "two" else "1"]
         done = run_tool("prepare_data.py", *common, "--output", f"out/{name}", *workers, launcher=launcher)
@@ -108,20 +109,18 @@ def test_the_files_are_the_same_for_any_number_of_workers_and_ranks(
     for name in launchers:
         for ending in ENDINGS:
             assert (tmp_path / f"out/{name}{ending}").read_bytes() == (tmp_path / f"out/one{ending}").read_bytes()
-    if not mpirun:
+    if not MPIRUN:
         pytest.skip("mpirun is not installed; workers were compared, ranks were not")
 
 
 def test_a_failing_rank_ends_all_ranks_with_one_clear_line(run_tool: RunTool, tmp_path: Path) -> None:
-    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if not mpirun:
+    if not MPIRUN:
         pytest.skip("mpirun is not installed")
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 1000)
     (tmp_path / "b.jsonl").write_text('{"text": "fine"}\n' * 900 + "broken\n")
-    root = ("--allow-run-as-root",) if os.geteuid() == 0 else ()
     done = run_tool(
         "prepare_data.py", "a.jsonl", "b.jsonl", "--output", "out/c", "--tokenizer", "bytes", "--quiet",
-        launcher=(mpirun, "-n", "2", "--oversubscribe", *root),
+        launcher=TWO_RANKS,
     )  # fmt: skip
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if line.startswith("error: b.jsonl is not JSON at byte 15300")]
@@ -157,6 +156,8 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(tmp_path: P
         time.sleep(0.05)
     assert not _processes_with(marker), "workers outlive the process that started them"
     (out / "c.part00077.partial").write_bytes(b"of more ranks")
+    for path in given.iterdir():  # this run needs no time to be killed in
+        path.write_text('{"text": "one document"}\n')
     done = subprocess.run(command, env=tool_environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert listing(out) == ["c" + ending for ending in ENDINGS]
@@ -345,5 +346,5 @@ def test_the_tokenizer_tool_reads_an_even_sample_of_much_text(run_tool: RunTool,
 
 @pytest.mark.parametrize("name", ["prepare_data.py", "train_tokenizer.py"])
 def test_help_teaches_by_examples(run_tool: RunTool, name: str) -> None:
-    done = run_tool(name, "--help")
+    done = run_tool(name, "--help", launcher=())
     assert done.returncode == 0 and "examples:" in done.stdout and f"python tools/{name}" in done.stdout

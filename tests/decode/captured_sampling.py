@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stagdist.decode.layers.weights import Device
+from stagdist.decode.request import SamplingParams
 from stagdist.decode.sampling.sampler import Sampler
-from stagdist.decode.sampling.sampling_plan import Mode
+from stagdist.decode.sampling.sampling_plan import Mode, mode_of
 from tests.decode.plain_sampler import CPU, PARAMS, VOCAB
 
 CAPTURED = {
@@ -20,8 +22,13 @@ CAPTURED = {
 """Parameters that a captured step serves."""
 
 
+def needs(params: SamplingParams, is_complete: bool = True) -> Mode:
+    """The mode of a step with one request."""
+    return mode_of([params], is_complete=is_complete, want_margins=False)
+
+
 def captured_samplers(
-    cut: Sequence[tuple[int, int]], vocab: int = VOCAB, slots: int = 32, **options: Any
+    cut: Sequence[tuple[int, int]], vocab: int = VOCAB, slots: int = 32, device: Device = CPU, **options: Any
 ) -> list[Sampler]:
     """A sampler with tables for each rank."""
     largest = max(size for _, size in cut)
@@ -32,7 +39,7 @@ def captured_samplers(
             first_token=first,
             num_tokens=count,
             slice_size=largest,
-            device=CPU,
+            device=device,
             captured=True,
             **options,
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stagdist.decode.runtime import graphs, stage
+from stagdist.decode.runtime import graphs, outcome, stage
 from stagdist.parallel.link import ALL_GATHER
 
 
@@ -93,6 +93,18 @@ class CapturedWork:
         raise RuntimeError("a handle of captured communication was queried")
 
 
+class FakeEvent:
+    """An event behind everything that was issued before it."""
+
+    def __init__(self, cuda: "FakeCuda"):
+        self._cuda, self.number = cuda, len(cuda.of("record"))
+        cuda.events.append(("record", self.number))
+
+    def synchronize(self) -> None:
+        """Wait on the host."""
+        self._cuda.events.append(("wait", self.number))
+
+
 class FakeGraph:
     """A `torch.cuda.CUDAGraph`."""
 
@@ -120,8 +132,8 @@ class FakeCuda:
     """What `torch.cuda` was asked to do.
 
     Attributes:
-        events: ("capture", graph, pool, stream), ("replay", graph), ("reset", graph), ("synchronize",) in order, and
-            what tests add.
+        events: ("capture", graph, pool, stream), ("replay", graph), ("reset", graph), ("record", number of the event),
+            ("wait", number of the event), ("synchronize",) in order, and what tests add.
         current: stream of the work that is issued now.
         capturing: inside a capture.
         amid_replay: called in the middle of every replay.
@@ -136,8 +148,9 @@ class FakeCuda:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Stand in for `torch.cuda` wherever `stagdist.decode.runtime` uses it."""
-        for module in (graphs, stage):
+        for module in (graphs, stage, outcome):
             monkeypatch.setattr(module, "on_cuda", lambda device: True)
+        monkeypatch.setattr(outcome, "record_event", lambda device: FakeEvent(self))
         for name in ("isend", "irecv", "all_reduce", "reduce", ALL_GATHER):
             monkeypatch.setattr(dist, name, self._captured(name, getattr(dist, name)))
         for name, stand_in in {

@@ -26,7 +26,7 @@ MODELS = VARIANTS | {
     "four on two": FOUR | {"stagger": 2},
     "four on two, sequential": FOUR | {"connection": "sequential"},
 }
-PARAMS = [
+PARAMS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 1.0},
     {"temperature": 0.8, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
@@ -88,3 +88,39 @@ def _named(grid: tuple[int, int], case: Case) -> Any:
 def test_replays_on_every_rank_give_the_tokens_of_plain_steps(grid: tuple[int, int], case: Case) -> None:
     found = tokens(*grid, usual=is_usual(*grid, case))[case.name, case.options.head]
     assert found == expected(case.name)
+
+
+FEW = [replace(each, params=replace(each.params, max_new_tokens=3)) for each in REQUESTS[1:3]]
+INTERPRETED = (2, 1), "stagger 2", "sharded"
+"""What `make test` runs of the kernels on several ranks: Triton's interpreter takes long."""
+
+
+def is_interpreted(pipe: int, tensor: int, case: Case) -> bool:
+    """Run by `make test`."""
+    return ((pipe, tensor), case.name, case.options.head) == INTERPRETED
+
+
+@cache
+def interpreted(pipe: int, tensor: int, *, usual: bool) -> dict[tuple[str, str], list[tuple[int, ...]]]:
+    """As `tokens`, with Triton kernels in the interpreter; nothing is captured."""
+    cases = [case for case in cases_of(pipe, tensor) if is_interpreted(pipe, tensor, case) == usual]
+    with_kernels = [replace(case, requests=FEW, options=replace(case.options, kernels=True)) for case in cases]
+    environment = {"TRITON_INTERPRET": "1"}
+    ran = run_ranks("tests.decode.decoding:run_cases", pipe * tensor, with_kernels, env=environment)[0]
+    return {
+        (case.name, case.options.head): [each.token_ids for each in done.completions]
+        for case, done in zip(cases, ran, strict=True)
+    }
+
+
+def _interpreted(grid: tuple[int, int], case: Case) -> Any:
+    marks = [] if is_interpreted(*grid, case) else [pytest.mark.slow]
+    return pytest.param(grid, case, id=f"{grid[0]}x{grid[1]}-{case.name}-{case.options.head}", marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("grid", "case"), [_interpreted(grid, case) for grid in ((2, 1), (1, 2)) for case in cases_of(*grid)]
+)
+def test_kernels_on_every_rank_give_the_tokens_of_plain_steps(grid: tuple[int, int], case: Case) -> None:
+    found = interpreted(*grid, usual=is_interpreted(*grid, case))[case.name, case.options.head]
+    assert found == [tokens[:3] for tokens in expected(case.name)[1:3]]

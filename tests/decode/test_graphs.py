@@ -1,12 +1,16 @@
 """Steps of fixed shape give the tokens of plain steps, here without a GPU; what graphs are captured, where and when."""
 
 import gc
+import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stagdist.decode.frontend.deployment import show_captures
 from stagdist.decode.request import Request, RequestOutput, SamplingParams
@@ -164,6 +168,53 @@ def test_all_captures_share_one_stream_and_one_pool_and_follow_warm_up_runs_on_t
     cuda.events.clear()
     stage.close()
     assert [event[0] for event in cuda.events] == ["synchronize"] + ["reset"] * len(shapes)
+
+
+class HostReads(TorchDispatchMode):
+    """Notes operations after which the host has a value of a tensor, for which it would wait for a GPU."""
+
+    def __init__(self, cuda: FakeCuda):
+        super().__init__()
+        self._cuda = cuda
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"):
+            self._cuda.events.append(("read", func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"temperature": 1.0, "seed": 1}, {"temperature": 0.7, "seed": 2, "top_k": 5, "repetition_penalty": 1.2}],
+    ids=["greedy", "sampled", "truncated"],
+)
+def test_a_step_is_launched_before_the_host_waits_for_the_tokens_of_the_one_before(
+    params: dict[str, Any], cuda: FakeCuda
+) -> None:
+    new = 12
+    sampling = SamplingParams(**{"temperature": 0.0, "max_new_tokens": new} | params)
+    late = Request("late", prompt(9), SamplingParams(max_new_tokens=2))  # admitted and retired while others decode
+    requests = [*(Request(str(slot), prompt(3 + slot), sampling) for slot in range(2)), late]
+    case = Case("", {}, requests, FIXED)
+    stage, transport = World().stage(case)
+    engine = engine_of(case, stage, transport)
+    cuda.events.clear()
+    with HostReads(cuda):
+        done = engine.generate(case.requests)
+    assert [len(each.token_ids) for each in done] == [new, new, 2]
+    assert cuda.of("read") == cuda.of("synchronize") == []
+    places = [place for place, event in enumerate(cuda.events) if event[0] == "replay"]
+    assert len(places) > new - 2
+    for place, following in itertools.pairwise(places[3:-3]):
+        _, (recorded, number), (waited, earlier) = cuda.events[place:following]
+        assert (recorded, waited, earlier) == ("record", "wait", number - 1)
+
+
+def test_a_value_that_the_host_reads_is_noticed() -> None:
+    cuda = FakeCuda()
+    with HostReads(cuda):
+        assert torch.ones(1).item() == 1.0
+    assert len(cuda.of("read")) == 1
 
 
 def test_captures_are_shown_as_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 from stagdist.hf.configuration_stagformer import StagFormerConfig
@@ -16,6 +17,9 @@ from tests.reference.variants import BASE, LLAMA3, VARIANTS
 
 HARD = ["stagger 0", "stagger 2", "window", "three sections with everything", "four combined sections"]
 """Variants that treat memory, cache or head in different ways."""
+PACKED = ["one section", "tied", *HARD, *DEEP]
+COMPILED = ["three sections with everything", "four combined sections"]
+"""Those of `PACKED` that `make test` compiles, in seconds each; it packs all without."""
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -83,22 +87,36 @@ def test_a_right_padded_row_equals_the_row_alone() -> None:
         torch.testing.assert_close(model(batch, attention_mask=mask).logits[:1, :4], model(row).logits)
 
 
-@pytest.mark.parametrize("variant", ["one section", "tied", *HARD, *DEEP])
-def test_packed_texts_equal_each_text_alone(variant: str) -> None:
-    model, _ = build(variant, torch.float64)
+def check_packed(model: Any, run: Any, error: type[Exception]) -> Tensor:
+    """Rows of several texts give the logits of each text alone, and need a run without cache; returns the rows."""
     texts = [tokens(2, length, seed=length) for length in (1, 5, 3, 2)]
     packed = torch.cat(texts, dim=1)
     position_ids = torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+    expected = torch.cat([model(text).logits for text in texts], dim=1)
+    with pytest.raises(error, match=r"packs several texts into a row; that needs use_cache=False"):
+        run(packed, position_ids=position_ids)
+    logits = run(packed, position_ids=position_ids, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, atol=1e-12, rtol=0)
+    return packed
+
+
+@pytest.mark.parametrize("variant", PACKED)
+@torch.no_grad()
+def test_packed_texts_equal_each_text_alone(variant: str) -> None:
+    model, _ = build(variant, torch.float64)
+    packed = check_packed(model, model, ValueError)
+    shifted = model(packed, position_ids=torch.arange(11)[None] + 3).logits
+    torch.testing.assert_close(shifted, model(packed).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=() if name in COMPILED else pytest.mark.slow) for name in PACKED]
+)
+@torch.no_grad()
+def test_packed_texts_equal_each_text_alone_in_one_compiled_graph(variant: str) -> None:
+    model, _ = build(variant, torch.float64)
     torch.compiler.reset()  # the limit of compilations is that of the process
-    with torch.no_grad():
-        expected = torch.cat([model(text).logits for text in texts], dim=1)
-        for run, error in ((model, ValueError), (torch.compile(model, backend="eager", fullgraph=True), RuntimeError)):
-            with pytest.raises(error, match=r"packs several texts into a row; that needs use_cache=False"):
-                run(packed, position_ids=position_ids)
-            logits = run(packed, position_ids=position_ids, use_cache=False).logits
-            torch.testing.assert_close(logits, expected, atol=1e-12, rtol=0)
-        shifted = model(packed, position_ids=torch.arange(11)[None] + 3).logits
-        torch.testing.assert_close(shifted, model(packed).logits, atol=1e-5, rtol=0)
+    check_packed(model, torch.compile(model, backend="eager", fullgraph=True), RuntimeError)
 
 
 def test_a_padded_batch_may_be_compiled_as_one_graph() -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,13 @@ def comparable(found: list[dict[str, Any]]) -> list[Any]:
     return list(json.loads(text, parse_float=lambda number: round(float(number), 3)))
 
 
-def test_launchers_give_the_answers_of_one_process_and_bad_prompts_harm_no_other(
-    model: Path, prompts: Path, tmp_path: Path
+# test_generation_faults.py generates by DeepSpeed's command, tests/lab/test_launchers.py by torchrun.
+DEEPSPEED = pytest.param(partial(generate, "deepspeed"), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("start", [partial(run_ranks_to_end, ranks=2), DEEPSPEED], ids=["forks", "deepspeed"])
+def test_two_ranks_give_the_answers_of_one_process_and_bad_prompts_harm_no_other(
+    model: Path, prompts: Path, tmp_path: Path, start: Callable[..., Done]
 ) -> None:
     arguments = ["--prompts-file", str(prompts), "--json", "--max-new-tokens", "24", "--ignore-eos"]
     plain = run_ranks_to_end(model, *arguments)
@@ -94,7 +100,7 @@ def test_launchers_give_the_answers_of_one_process_and_bad_prompts_harm_no_other
     assert len(served[3]["logprobs"]) == 24 and len(served[3]["logprobs"][0]["top"]) == 3
 
     trace = tmp_path / "trace.json"
-    pair = generate("deepspeed", model, *arguments, "--batch-size", "3", "--head", "sharded", "--trace", str(trace))
+    pair = start(model, *arguments, "--batch-size", "3", "--head", "sharded", "--trace", str(trace))
     assert pair.returncode == 1 and comparable(answers(pair)) == comparable(found), pair.stderr.decode()
     assert len(error_lines(pair.stderr.decode())) == len(BAD)
     assert "pipe 2 x tensor 1, 2 sections, sharded head" in pair.stderr.decode()

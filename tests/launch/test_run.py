@@ -15,6 +15,7 @@ import pytest
 
 from stagdist.cluster.hosts.leftovers import JOB_VARIABLE
 from tests.launch.runs import UNDER_WAY
+from tests.ranks import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "launch" / "run.py"
@@ -316,7 +317,8 @@ def test_a_signal_before_the_script_can_hear_it_is_an_end_in_order_and_a_second_
 def test_a_wrong_command_is_refused_before_anything_starts(tmp_path: Path, words: list[str], complaint: str) -> None:
     (tmp_path / "hosts").write_text("$(touch hit) slots=2\n")
     words = [str(tmp_path / word) if word == "hosts" else word for word in words]
-    done = subprocess.run([sys.executable, str(RUN), *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    with contextlib.chdir(ROOT):
+        done = run_script(RUN, *words)
     assert done.returncode == 2 and complaint in done.stderr.splitlines()[-1], done.stderr
     assert not (ROOT / "hit").exists()
 

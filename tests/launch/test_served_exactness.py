@@ -93,8 +93,8 @@ LAYOUTS = {
         VARIANTS["tied"], 2, server=("--prefill-chunk", "48", "--inter-token-target-ms", "4")
     ),
 }
-QUICK = ("four shared, combined", "window", "stagger 2", "sequential")
-"""What `make test` serves."""
+QUICK = ("four shared, combined", "window")
+"""What `make test` serves; tests/decode/test_prefix_reuse.py and test_random_traffic.py decode all of `MODELS`."""
 SYSTEM = tuple(b"You are a function that returns at once. ")
 """The beginning of most prompts: several chunks."""
 
@@ -300,6 +300,7 @@ def start_prefixes_too_late() -> None:
     Scheduler._longest_prefix = wrong  # type: ignore[method-assign]
 
 
+@pytest.mark.slow  # says something about the test above only
 def test_the_comparison_notices_prefixes_that_start_one_position_too_late(tmp_path: Path) -> None:
     layout = MODELS["unequal sections"]
     _, served = served_model(tmp_path, layout, before=start_prefixes_too_late)

@@ -1,7 +1,7 @@
 """Programs of decoding: the real engine, stages and transport of every rank, recorded one after the other."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -24,7 +24,7 @@ from stagdist.parallel.link import NCCL, Rules
 from stagdist.telemetry.clocks import EventClock
 from stagdist.telemetry.spans import SpanRecorder
 from tests.parallel.nccl_rules import Launch, Program
-from tests.parallel.recorded_graphs import recorded_graphs
+from tests.parallel.recorded_graphs import RecordedGraph, recorded_graphs
 from tests.parallel.recording import KEYS, Mailbox, Recorder
 
 DryPass = Callable[[Recorder, Stage], None]
@@ -117,7 +117,9 @@ def recorded(layout: Layout, rules: Rules = NCCL, *, dry_pass: DryPass) -> list[
     recorders = [Recorder(rank, size, mailbox) for rank in range(size)]
     for recorder in recorders:
         patched = mock.patch("stagdist.decode.runtime.build.dry_pass", partial(dry_pass, recorder))
-        graphs = recorded_graphs(recorder) if layout.captured else nullcontext([])
+        graphs: AbstractContextManager[list[RecordedGraph]] = nullcontext([])
+        if layout.captured:
+            graphs = recorded_graphs(recorder)
         with patched, recorder.recording(), graphs as made:
             _run(layout, plan, rules, recorder)
         assert bool(made) == layout.captured == any(graph.replays > 1 for graph in made)

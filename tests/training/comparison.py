@@ -55,18 +55,19 @@ BF16 = Tolerance(loss=1e-2, norm=1e-2, gradient=0.1, weight=1e-2, update=None)
 def reports(case: Case) -> list[RankReport]:
     """The reports of a case, by rank.
 
-    All cases of a world size and device share one launch, which the first of them starts.
+    All cases of a world size and device share one launch, which the first of them starts; nightly ones have another.
     """
-    launched = _launch(case.world_size, case.device)
+    launched = _launch(case.world_size, case.device, case.nightly)
     if isinstance(launched, RankError):
         raise launched
     return [rank[case.name] for rank in launched]
 
 
 @cache
-def _launch(world_size: int, device: str) -> list[dict[str, RankReport]] | RankError:
+def _launch(world_size: int, device: str, nightly: bool) -> list[dict[str, RankReport]] | RankError:
     every_case = CASES + BF16_CASES + FAULTY_CASES + BAD_STEP_CASES + GPU_CASES
-    cases = [case for case in every_case if (case.world_size, case.device) == (world_size, device)]
+    wanted = (world_size, device, nightly)
+    cases = [case for case in every_case if (case.world_size, case.device, case.nightly) == wanted]
     try:
         return run_ranks(WORKER, world_size, cases, timeout_s=2 * GUARD_S, env=on_device(device))
     except RankError as error:  # cached, so that not every case repeats a failed launch

@@ -29,6 +29,7 @@ class Case:
         fault: name of a planted fault; see `tests.training.faults`.
         device: `cpu` or `cuda`.
         deterministic: train with deterministic kernels only; all cases of one world must agree.
+        nightly: `make test-all` alone runs it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Case:
     device: str = "cpu"
     sequence_length: int = SEQUENCE
     deterministic: bool = False
+    nightly: bool = False
 
     @property
     def world_size(self) -> int:
@@ -90,6 +92,12 @@ class Case:
         return self.batches()[0][0][:1, : self.sequence_length - 3]
 
 
+ON_TENSOR_RANKS = {
+    "shared", "combined", "grouped queries", "whole vocabulary", "sequential, tied", "one section, tied",
+    "three sections with everything", "four combined sections",
+}  # fmt: skip
+"""Variants that `make test` trains on two tensor ranks of each stage. tests/model/test_model.py has all of them on two
+tensor ranks, logits and gradients in fp64; stages of one rank train all of them."""
 SHARED_AND_TIED = VARIANTS["shared"] | {"tie_word_embeddings": True}
 
 
@@ -109,7 +117,8 @@ def _variants() -> list[Case]:
     for name, model in VARIANTS.items():
         sections = len(model.get("section_layers", BASE["section_layers"]))
         for grid in dict.fromkeys([(1, 1, 1), (sections, 1, 1), (sections, 1, 2)]):
-            cases.append(Case(f"{name} on {label(grid)}", model, grid))
+            nightly = grid[2] == 2 and name not in ON_TENSOR_RANKS
+            cases.append(Case(f"{name} on {label(grid)}", model, grid, nightly=nightly))
     return cases
 
 

@@ -15,17 +15,24 @@ ALONE = {str(case.model): case for case in CASES if case.world_size == 1}
 SPREAD = [case for case in CASES if case.world_size > 1 and str(case.model) in ALONE]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def for_each(cases: list[Case]) -> pytest.MarkDecorator:
+    """Run a test with each of these cases, with the nightly ones in `make test-all` alone."""
+    return pytest.mark.parametrize(
+        "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * case.nightly) for case in cases]
+    )
+
+
+@for_each(CASES)
 def test_losses_gradients_norms_and_weights_equal_the_reference(case: Case) -> None:
     assert mismatches(case) == []
 
 
-@pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.name)
+@for_each(BF16_CASES)
 def test_bf16_stays_near_the_reference(case: Case) -> None:
     assert mismatches(case) == []
 
 
-@pytest.mark.parametrize("case", CASES + BF16_CASES, ids=lambda case: case.name)
+@for_each(CASES + BF16_CASES)
 def test_the_trained_engine_gives_the_logits_of_the_reference_on_its_weights(case: Case) -> None:
     ranks = reports(case)
     weights = full_tensors([(rank.place, rank.weights) for rank in ranks], case.model_keys["vocab_size"])
@@ -34,7 +41,7 @@ def test_the_trained_engine_gives_the_logits_of_the_reference_on_its_weights(cas
     assert relative_difference(expected, ranks[0].logits) <= (1e-6 if case.precision == "fp32" else 0.02)
 
 
-@pytest.mark.parametrize("case", SPREAD, ids=lambda case: case.name)
+@for_each(SPREAD)
 def test_initial_values_do_not_depend_on_the_grid(case: Case) -> None:
     alone, spread = (
         full_tensors([(rank.place, rank.initial) for rank in reports(run)], run.model_keys["vocab_size"])

@@ -34,7 +34,10 @@ def row_buckets(num_slots: int) -> list[int]:
 
 
 class FixedStep:
-    """A step of fixed shape. On a GPU, each section runs on a separate stream, if they do not wait for each other."""
+    """A step of fixed shape. On a GPU, each section runs on a separate stream, if they do not wait for each other.
+
+    With tensor parallelism they would: they share a communicator.
+    """
 
     def __init__(self, executor: Executor):
         self._executor, self._sections, self._readout = executor, executor.sections, executor.readout
@@ -46,7 +49,7 @@ class FixedStep:
         self._arrivals = torch.zeros(slots, 1, size, dtype=device.dtype, device=device.name)
         begun = [each.index for each in self._programs[True] if each.kind is Kind.BEGIN]
         self._streams: dict[int, torch.cuda.Stream] = {}
-        if on_cuda(device.name) and len(begun) > 1 and setup.topology.lag:
+        if on_cuda(device.name) and len(begun) > 1 and setup.topology.lag and setup.tensor_size == 1:
             self._streams = {section: torch.cuda.Stream(device.name) for section in begun}
 
     def __call__(self, positions: Tensor, mode: Mode) -> None:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.sampling.sampler import Choice
+from stagdist.parallel.device import on_cuda
+from stagdist.parallel.link import record_event
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,14 @@ class Outcome:
 class HostCopy:
     """An outcome on its way to pinned memory of the host, with an event behind it. On a CPU it is there already."""
 
-    def __init__(self, outcome: Outcome, transport: Transport | None):
+    def __init__(self, outcome: Outcome, transport: Transport | None, device: str):
         self._transport = transport
         self._outcome = Outcome(*(_copied(choice) for choice in (outcome.step, outcome.first, outcome.scores)))
         self._event: torch.cuda.Event | None = None
         if transport is not None:
             self._event = transport.mark()
-        elif any(choice is not None and choice.tokens.is_cuda for choice in vars(outcome).values()):
-            self._event = torch.cuda.Event()
-            self._event.record()
+        elif on_cuda(device):
+            self._event = record_event(device)
 
     def wait(self) -> Outcome:
         """Wait until it is there.

@@ -38,6 +38,7 @@ class Readout:
             device=setup.device,
             want_margins=setup.want_margins,
             captured=setup.fixed,
+            kernels=setup.kernels,
         )
         self._hidden: Tensor | None = None
         self.logits: Tensor | None = None

@@ -31,6 +31,9 @@ class Stage:
     Args:
         recorder: records a span for every instruction.
         pulse: heartbeat for a supervisor.
+
+    Attributes:
+        executor: runs the instructions.
     """
 
     def __init__(
@@ -48,9 +51,9 @@ class Stage:
         self.pulse = pulse or Pulse()
         self._first_step = self._number = 0
         self._prompts: dict[int, PrefillState] = {}  # by slot, until their tokens are decoded
-        self._executor = Executor(setup, self._sections, self.readout, recorder, self.pulse)
-        self._chunks = self._executor.chunks
-        self._graphs = StepGraphs(self._executor) if setup.fixed else None
+        self.executor = Executor(setup, self._sections, self.readout, recorder, self.pulse)
+        self._chunks = self.executor.chunks
+        self._graphs = StepGraphs(self.executor) if setup.fixed else None
         self._moved = True  # positions on the device are not those of `_next_positions`
 
     # --- operations, the same on every rank ---------------------------------------------------------------------
@@ -121,7 +124,7 @@ class Stage:
         Raises:
             TransportError: a rank has ended or does not answer.
         """
-        spent = self._executor.spent_s
+        spent = self.executor.spent_s
         compute = sum(spent[category] for category in ("compute", "head", "sampling"))
         for_token = sum(spent[category] for category in ("wait for token", "wait for last section", "combine"))
         own = torch.tensor([self.index, compute, spent["wait for memory"], for_token, spent["send"]]).double()
@@ -144,7 +147,7 @@ class Stage:
 
     def to_host(self, outcome: Outcome) -> HostCopy:
         """Begin to copy an outcome to the host; later operations may overwrite it on the device."""
-        return HostCopy(outcome, self._transport)
+        return HostCopy(outcome, self._transport, self.device.name)
 
     def on_host(self, copy: HostCopy) -> Outcome:
         """The outcome in host memory. Here rank 0 waits for the device.
@@ -163,7 +166,7 @@ class Stage:
     @property
     def step_number(self) -> int:
         """Number of the next step."""
-        return self._executor.step_number
+        return self.executor.step_number
 
     @property
     def caches(self) -> dict[int, SectionCache]:
@@ -195,7 +198,9 @@ class Stage:
             choice = self._run_graph(self._graphs)
         elif step:
             call = self._sections.step_call(self._positions(), self.step_number)
-        self._executor.run(schedule.operation, self._work(call is not None), call, host_work)
+        self.executor.run(schedule.operation, self._work(call is not None), call, host_work)
+        if self._graphs is not None and self._transport is not None:
+            self._transport.finish_sends()  # of a chunk, before the next graph sends on the same communicator
         if call is not None:
             self._sections.push(call)
             choice = self.readout.choice
@@ -207,7 +212,7 @@ class Stage:
                 own.outputs = {}
         if choice is not None:
             self._next_positions = {slot: position + 1 for slot, position in self._next_positions.items()}
-            self._executor.step_number += 1
+            self.executor.step_number += 1
         return choice
 
     def _end(self, leaving: Call, outcome: Outcome) -> Outcome:
@@ -218,7 +223,7 @@ class Stage:
         if leaving.ends:
             self.readout.sampler.admit(slot, admission.params, admission.prompt_ids)
         work = replace(self._work(step=False), ends=leaving.ends, scored=scored)
-        self._executor.run(schedule.ending, work)
+        self.executor.run(schedule.ending, work)
         if scored:
             outcome = replace(outcome, scores=self.readout.scores)
         if not leaving.ends:
@@ -249,10 +254,10 @@ class Stage:
         self.pulse.beat(Phase.FORWARD)
         call = Call(range(len(positions)), [position + 1 for position in positions])
         mode = self.readout.sampler.mode(call.slots)
-        with self._executor.span(Instruction(Kind.FINISH, 0)):
+        with self.executor.span(Instruction(Kind.FINISH, 0)):
             graphs.run(call.rows, mode)
         if mode is not Mode.OTHER:
             return Choice(self._sections.tokens[: call.rows])
-        self._executor.run(schedule.choosing, self._work(step=True), call)
+        self.executor.run(schedule.choosing, self._work(step=True), call)
         self._sections.tokens[: call.rows] = self.readout.choice.tokens
         return self.readout.choice

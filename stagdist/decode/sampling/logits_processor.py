@@ -58,6 +58,11 @@ class LogitsProcessor:
         if self._ends is not None:
             self._may_end[slot] = len(prompt_ids) + params.min_tokens
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of all slots by their names in `SamplingTables`; all exist where captured."""
+        tables = {"ends": self._ends, "bias": self._bias, "seen": self._seen, "counts": self._counts}
+        return {"may_end": self._may_end, **{name: table for name, table in tables.items() if table is not None}}
+
     def apply(self, raw: Tensor, plan: SamplingPlan, positions: Tensor) -> Tensor:
         """The changed logits of a step's rows.
 

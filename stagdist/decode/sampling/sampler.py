@@ -16,6 +16,7 @@ parameters that it reads from tables on the device, which `admit` and `retire` c
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from stagdist.decode.sampling.logits_processor import LogitsProcessor
 from stagdist.decode.sampling.noise import gumbel
 from stagdist.decode.sampling.sampling_plan import Mode, SamplingPlan, is_plain, mode_of, plan_sampling
 from stagdist.decode.sampling.slot_tables import SlotTables
+
+if TYPE_CHECKING:
+    from stagdist.decode.kernels.sampling import SamplingKernels
 
 _NO_TOKEN = -1  # where a vocabulary has fewer tokens than log-probabilities were requested, or a row has no request
 
@@ -60,7 +64,7 @@ class Sampler:
         slice_size: the largest `num_tokens` of any rank, the same number on all of them.
         device: where the logits are.
         want_margins: also give the distance between the best and the second best score.
-        captured: keep the tables that `choose_in_graph` reads.
+        captured: keep the tables that `choose_in_graph` reads: for each slot, 10 bytes for each of the rank's tokens.
         kernels: `choose_in_graph` runs Triton kernels.
     """
 
@@ -86,6 +90,7 @@ class Sampler:
         self._ids = torch.arange(first_token, first_token + self._size, device=device.name)
         self._processor = LogitsProcessor(num_slots, first_token, self._size, device, captured)
         self._tables = SlotTables(num_slots, vocab_size, device) if captured else None
+        self._kernels = self._load_kernels() if kernels and captured else None
         self._plans: dict[tuple[int, ...], SamplingPlan | None] = {}
         self._modes: dict[tuple[int, ...], Mode] = {}
 
@@ -182,6 +187,11 @@ class Sampler:
         assert mode in self.modes(), f"{mode} is not for captured steps of this layout"
         assert self._tables is not None, "the sampler was made without tables for captured steps"
         plan = None
+        if self._kernels is not None:
+            if mode is Mode.GREEDY:
+                return self._kernels.greedy(logits, gather)
+            choose = self._kernels.sampled if mode is Mode.SAMPLED else self._kernels.truncated
+            return choose(logits, positions, gather)
         if mode is not Mode.GREEDY:
             truncates = mode is Mode.TRUNCATED
             plan = self._tables.plan(len(positions), self._slice_size if truncates else 1, truncates=truncates)
@@ -264,6 +274,13 @@ class Sampler:
                 want_margins=self._want_margins,
             )
         return self._plans[key]
+
+    def _load_kernels(self) -> "SamplingKernels":
+        from stagdist.decode.kernels.sampling import SamplingKernels, SamplingTables  # imports Triton
+
+        assert self._tables is not None
+        state = SamplingTables(self._tables.integers, **self._processor.tensors())
+        return SamplingKernels(state, self._first, self._size, self._vocab_size)
 
     def _real(self, logits: Tensor) -> Tensor:
         """The logits without padding."""

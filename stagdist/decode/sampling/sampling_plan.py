@@ -55,12 +55,11 @@ def mode_of(row_params: Sequence[SamplingParams | None], *, is_complete: bool, w
     return Mode.GREEDY if all(map(is_plain, params)) else Mode.SAMPLED
 
 
-INTEGERS = ("seed", "top_k")
 FLOATS = ("top_p", "min_p", "temperature", "repetition", "presence", "frequency", "noisy", "truncated")
 
 
 def row_integers(params: SamplingParams | None, vocab_size: int) -> tuple[int, int]:
-    """The numbers of a row named by `INTEGERS`."""
+    """Seed and top-k of a row."""
     params = params or _GREEDY
     return params.seed, params.top_k or vocab_size
 

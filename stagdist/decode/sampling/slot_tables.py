@@ -6,15 +6,16 @@ import torch
 
 from stagdist.decode.layers.weights import Device
 from stagdist.decode.request import SamplingParams
-from stagdist.decode.sampling.sampling_plan import FLOATS, INTEGERS, SamplingPlan, row_floats, row_integers
+from stagdist.decode.sampling.sampling_plan import FLOATS, SamplingPlan, is_biased, row_floats, row_integers
 from stagdist.parallel.device import on_cuda
 
+INTEGERS = ("seed", "top_k", "is_biased")
 _FORMAT = f"{len(INTEGERS)}q{len(FLOATS)}d"
 _COLUMNS = len(INTEGERS) + len(FLOATS)
 
 
 class SlotTables:
-    """A row of numbers for each slot; those of a free slot change nothing.
+    """A row of numbers for each slot; those of a free slot change nothing. Kernels read them, too (`kernels.scores`).
 
     Attributes:
         integers: columns `INTEGERS`, then unused ones.
@@ -36,7 +37,7 @@ class SlotTables:
 
     def plan(self, rows: int, num_candidates: int, *, truncates: bool) -> SamplingPlan:
         """A plan of slots 0 to `rows` - 1 that applies every parameter and reads the tables when it is carried out."""
-        seeds, top_k = self.integers[:rows, : len(INTEGERS)].unbind(1)
+        seeds, top_k, _ = self.integers[:rows, : len(INTEGERS)].unbind(1)
         columns = self.floats[:rows, len(INTEGERS) :].unsqueeze(-1).unbind(1)
         top_p, min_p, temperature, repetition, presence, frequency, noisy, truncated = columns
         return SamplingPlan(
@@ -60,5 +61,6 @@ class SlotTables:
 
     def _packed(self, params: SamplingParams | None) -> tuple[int, ...]:
         """A row's numbers, as the integers with their bits."""
-        numbers = *row_integers(params, self._vocab_size), *row_floats(params)
+        biased = params is not None and is_biased(params)
+        numbers = *row_integers(params, self._vocab_size), biased, *row_floats(params)
         return struct.unpack(f"{_COLUMNS}q", struct.pack(_FORMAT, *numbers))

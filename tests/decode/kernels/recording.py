@@ -22,10 +22,11 @@ from triton.runtime.jit import JITFunction
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.weights import Device, Shard, WeightLoader
 from stagdist.decode.runtime.graphs import FixedStep
-from stagdist.decode.runtime.hosted_sections import StageSections
-from stagdist.decode.runtime.readout import Readout
 from stagdist.decode.runtime.setup import StageSetup
+from stagdist.decode.runtime.stage import Stage
+from stagdist.decode.sampling.sampling_plan import Mode
 from stagdist.decode.topology import Limits, topology_for
+from stagdist.model.precision import DTYPES
 from stagdist.parallel.layout import ParameterSpec
 
 CONTEXT = 1024
@@ -148,10 +149,10 @@ def recording() -> Iterator[Recording]:
 
 
 class EmptyModel:
-    """A model on the `meta` device, in bf16, and its step of fixed shape."""
+    """A model on the `meta` device and its step of fixed shape."""
 
-    def __init__(self, model: ModelConfig, slots: int, *, kernels: bool, context: int = CONTEXT):
-        device, topology = Device("meta", torch.bfloat16), topology_for(model, 1)
+    def __init__(self, model: ModelConfig, slots: int, *, kernels: bool, precision: str = "bf16"):
+        device, topology = Device("meta", DTYPES[precision]), topology_for(model, 1)
 
         def read(spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
             shape = list(spec.shape)
@@ -159,14 +160,13 @@ class EmptyModel:
             return torch.empty(shape, device="meta")
 
         weights = WeightLoader(model, read, Shard(), device).stage(topology, 0)
-        limits = Limits(slots, context, 128)
-        setup = StageSetup(model, topology, limits, device, weights, kernels=kernels)
-        self.sections = StageSections(setup)
-        self._step = FixedStep(self.sections, Readout(setup))
+        limits = Limits(slots, min(CONTEXT, model.max_position_embeddings), 128)
+        stage = Stage(StageSetup(model, topology, limits, device, weights, fixed=True, kernels=kernels))
+        self._step = FixedStep(stage.executor)
 
-    def step(self, rows: int) -> Recording:
-        """Run a step up to the logits."""
+    def step(self, rows: int, mode: Mode = Mode.OTHER) -> Recording:
+        """Run a step."""
         positions = torch.zeros(rows, dtype=torch.int64, device="meta")
         with recording() as recorded:
-            self._step(positions, CONTEXT)
+            self._step(positions, mode)
         return recorded

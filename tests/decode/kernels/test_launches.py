@@ -7,9 +7,11 @@ from stagdist.config.parts import ModelConfig
 from stagdist.decode.kernels.products import choose_tile
 from stagdist.decode.kernels.split_attention import PROGRAMS, SMALLEST_SPLIT, num_splits
 from stagdist.decode.runtime.build import EngineOptions, use_kernels
+from stagdist.decode.sampling.sampling_plan import Mode
 from stagdist.errors import ConfigError
 from tests.decode.kernels.recording import EmptyModel
 from tests.ranks import ROOT
+from tests.reference.variants import BASE, VARIANTS
 
 SEQUENTIAL, STAGGERED, SHARED = (
     "paper-baseline-36l-2.8b", "paper-stagformer-2x18-2.9b", "paper-stagformer-shared-2x18"
@@ -40,11 +42,17 @@ def test_a_layer_is_few_kernels(name: str, rows: int, each: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "before", "after"), [(SEQUENTIAL, 657, 183), (STAGGERED, 852, 241), (SHARED, 554, 152)]
+    ("name", "before", "after"), [(SEQUENTIAL, 662, 189), (STAGGERED, 857, 247), (SHARED, 559, 158)]
 )
-def test_a_step_of_the_paper_is_a_third_of_the_kernels(name: str, before: int, after: int) -> None:
-    counts = [len(EmptyModel(paper(name), 1, kernels=kernels).step(1).names) for kernels in (False, True)]
+def test_a_step_of_the_paper_is_less_than_a_third_of_the_kernels(name: str, before: int, after: int) -> None:
+    counts = [len(EmptyModel(paper(name), 1, kernels=kernels).step(1, Mode.GREEDY).names) for kernels in (False, True)]
     assert counts == [before, after]
+
+
+@pytest.mark.parametrize(("mode", "more"), [(Mode.SAMPLED, 0), (Mode.TRUNCATED, 11)])
+def test_sampling_adds_few_kernels_to_a_greedy_step(mode: Mode, more: int) -> None:
+    model = EmptyModel(shortened(paper(SHARED), 1), 1, kernels=True)
+    assert len(model.step(1, mode).names) == len(model.step(1, Mode.GREEDY).names) + more
 
 
 def test_each_weight_is_read_by_one_launch_for_all_rows() -> None:
@@ -104,6 +112,29 @@ def test_all_kernels_of_the_paper_compile_without_spilling(rows: int, capability
     for launch in dict.fromkeys(launches):
         resources = launch.resources(capability)
         assert resources["LOCAL"] == resources["STACK"] == 0, (launch.name, launch.values, resources)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("key_heads", [32, 8, 4, 2])
+def test_grouped_queries_compile_without_spilling(key_heads: int, capability: int) -> None:
+    keys = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+    model = ModelConfig(**BASE | keys | {"num_key_value_heads": key_heads, "max_position_embeddings": 1024})
+    recorded = EmptyModel(model, 1, kernels=True).step(1)
+    launches = [launch for launch in dict.fromkeys(recorded.launches) if launch.name == "attention_kernel"]
+    assert len(launches) == 2
+    for launch in launches:
+        resources = launch.resources(capability)
+        assert resources["LOCAL"] == resources["STACK"] == 0, resources
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "fp16"])
+def test_kernels_compile_for_every_precision_and_any_size_of_heads(precision: str) -> None:
+    keys = BASE | VARIANTS["three sections with everything"] | VARIANTS["wide heads"]
+    recorded = EmptyModel(ModelConfig(**keys), 2, kernels=True, precision=precision).step(2)
+    for launch in dict.fromkeys(recorded.launches):
+        assert launch.resources(90)["REG"] > 0
 
 
 # --- where kernels are refused ----------------------------------------------------------------------------------
