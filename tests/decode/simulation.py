@@ -115,7 +115,11 @@ def program(
             if operation.text == "R":
                 instructions = schedule.rest(topology, stage, operation.work)
             else:
-                instructions = schedule.operation(topology, stage, operation.work)
+                work, instructions = operation.work, ()
+                if fixed and work.step is not None:
+                    instructions = schedule.fixed_step(topology, stage, work.step)
+                    work = replace(work, step=None)
+                instructions += schedule.operation(topology, stage, work)
                 instructions += schedule.ending(topology, stage, operation.work)
             own += [Placed(operation, each) for each in mutate(stage, list(instructions))]
     return placed

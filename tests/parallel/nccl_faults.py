@@ -213,6 +213,7 @@ def _decode(fault: Fault) -> Callable[[], str]:
         else:
             says = str([each.token_ids for each in Engine(stage, transport).generate([REQUEST])])
         transport.close()
+        assert len(cuda.of("reset")) == len(cuda.of("capture")), "a communicator ends before graphs that use it"
         return says
 
     return run

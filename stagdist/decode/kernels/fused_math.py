@@ -13,7 +13,7 @@ from stagdist.decode.kernels.memory_store import store_memory
 from stagdist.decode.kernels.products import FEW_ROWS, add_linear, norm_linear, norm_swiglu, swiglu
 from stagdist.decode.kernels.split_attention import Partials, attend, num_splits
 from stagdist.decode.layers.cells import DeviceCells
-from stagdist.decode.layers.runner import Lap, Reduce
+from stagdist.decode.layers.runner import Reduce
 from stagdist.decode.layers.weights import Device, LayerWeights, SectionWeights
 from stagdist.decode.topology import Limits
 
@@ -28,7 +28,6 @@ class FusedMath:
         reduce: None without tensor parallelism.
         limits: their `num_slots` times `repeats` are the rows, at most; their `max_context` bounds every cache.
         repeats: rows of a request.
-        lap: called at the end of every phase: `self_attention`, `cross_attention` and `mlp`.
     """
 
     def __init__(
@@ -40,11 +39,9 @@ class FusedMath:
         device: Device,
         *,
         repeats: int = 1,
-        lap: Lap | None = None,
     ):
         self._heads = model.num_attention_heads // tensor_size
         self._eps, self._reduce = model.rms_norm_eps, reduce
-        self._lap: Lap = lap or (lambda phase: None)
         rows, entries = limits.num_slots * repeats, limits.max_context
         key_heads = {heads // tensor_size for heads in (model.key_value_heads, model.cross_key_value_heads)}
         splits = max(count * num_splits(count, heads, entries) for heads in key_heads for count in range(1, rows + 1))
@@ -62,9 +59,7 @@ class FusedMath:
             states, cells.positions, cells.angles, cache, self._heads, self._partials, stores=True,
             repeats=cells.repeats,
         )  # fmt: skip
-        hidden = self._add_linear(rows, mixed, layer.o, None)[:, None]
-        self._lap("self_attention")
-        return hidden
+        return self._add_linear(rows, mixed, layer.o, None)[:, None]
 
     def cross_attention(self, layer: LayerWeights, hidden: Tensor, cells: DeviceCells, memory: Tensor) -> Tensor:
         """Residual stream after cross-attention, in place.
@@ -76,7 +71,6 @@ class FusedMath:
         query = self._norm_linear(rows, layer.cross_attention_norm, layer.cross_q)
         mixed = attend(query, cells.positions, cells.angles, memory, self._heads, self._partials, stores=False)
         self._add_linear(rows, mixed, layer.cross_o, rows)
-        self._lap("cross_attention")
         return hidden
 
     def mlp(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
@@ -87,7 +81,6 @@ class FusedMath:
         else:
             inner = swiglu(self._norm_linear(rows, layer.mlp_norm, layer.gate_up))
         self._add_linear(rows, inner, layer.down, rows)
-        self._lap("mlp")
         return hidden
 
     def write_memory(

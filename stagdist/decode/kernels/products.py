@@ -27,6 +27,7 @@ class Tile:
         block_n: rows of the weight, a power of two.
         lanes: loads of `LOAD_BYTES` next to each other in each of these rows, a power of two.
         num_warps: warps of a program.
+        unroll: iterations over the weight's columns that are written out, so that their loads are under way together.
     """
 
     block_n: int

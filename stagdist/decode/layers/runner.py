@@ -169,9 +169,11 @@ class SectionCache:
         """Exchange the first positions of two slots; all entries of a ring buffer that was overwritten."""
         for cache in (self.self_kv, self.memory_kv):
             if cache is not None:
-                both = [one, other], [other, one]
                 kept = min(count, cache.shape[4] - 1)
-                cache[:, :, both[0], :, :kept] = cache[:, :, both[1], :, :kept]  # an indexed read is a copy
+                first, second = cache[:, :, one, :, :kept], cache[:, :, other, :, :kept]
+                before = first.clone()
+                first.copy_(second)
+                second.copy_(before)
 
     @property
     def kv_bytes(self) -> int:

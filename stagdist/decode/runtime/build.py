@@ -55,9 +55,9 @@ class EngineOptions:
         hand_off_delay_s: artificial delay of every hand-off, for measurements.
         want_margins: keep the smallest distance between best and second best token.
         graphs: run every step as one CUDA graph on each rank, on a CPU as a step of the same fixed shape; None: on a
-            GPU.
-        kernels: run the layers of these steps as Triton kernels; None: on a GPU with graphs. On a CPU they run in
-            Triton's interpreter only, for tests.
+            GPU, unless hand-offs are delayed: a graph cannot delay them.
+        kernels: run the layers of these steps, and the choice of tokens, as Triton kernels; None: on a GPU with graphs.
+            On a CPU they run in Triton's interpreter only, for tests.
     """
 
     tensor_parallel_size: int = 1
@@ -93,6 +93,8 @@ class EngineOptions:
             raise ConfigError(
                 f"timeout_s (--timeout) is {self.timeout_s}; give seconds above 0, at most {LONGEST_TIMEOUT_S:.0f}"
             )
+        if self.graphs and self.hand_off_delay_s > 0:
+            raise ConfigError("a graph cannot delay hand-offs; give graphs=False, or no hand_off_delay_s")
         if self.precision is not None and self.precision not in DTYPES:
             raise ConfigError(f"precision is {self.precision!r}; give one of {', '.join(DTYPES)}")
 
@@ -196,7 +198,7 @@ def build_stage(
     where = Device(device, DTYPES[options.precision or default_precision(device)])
     graphs = options.graphs
     if graphs is None:
-        graphs = on_cuda(device) and recorder is None and lap is None
+        graphs = on_cuda(device) and recorder is None and lap is None and options.hand_off_delay_s == 0
     kernels = use_kernels(options, device, graphs)
     index, rank = (0, 0) if transport is None else (transport.stage, transport.tensor_rank)
     weights = WeightLoader(plan.model, read, Shard(rank, plan.grid.tensor), where).stage(plan.topology, index)

@@ -115,6 +115,8 @@ class StepGraphs:
         self._positions = torch.full((setup.limits.num_slots,), -1, dtype=torch.int64, device=setup.device.name)
         self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
         self._logits: Tensor | None = None  # [slots, V], of all graphs: each would keep its own otherwise
+        if setup.transport is not None:
+            setup.transport.close_first(self)
 
     @torch.inference_mode()
     def capture(self, progress: CaptureProgress | None = None) -> None:

@@ -99,7 +99,7 @@ class StageSections:
 
     Attributes:
         tokens: int64 [slots], the token that each slot feeds next; read at every step.
-        received: hand-offs from the stage before.
+        received: hand-offs from the stage before, where they arrive in later steps.
         last: the last section of the stage.
     """
 
@@ -121,7 +121,7 @@ class StageSections:
         first, *later = topology.sections(setup.index)
         self.last = (first, *later)[-1]
         sizes = topology.lag, limits.num_slots, model.hidden_size, device
-        self.received = HandOffBuffers(*sizes) if setup.index > 0 else None
+        self.received = HandOffBuffers(*sizes) if setup.index > 0 and not setup.fixed else None
         registers = [first, *later] if setup.fixed and setup.index > 0 else later
         self._registers = {section: HandOffRegister(*sizes) for section in registers if topology.lag}
 
@@ -228,6 +228,14 @@ class StageSections:
             elif self.received is not None:
                 self.received.fill(prompt.slot, first_step, memory.tail)
 
+    def memory_of_prompt(self, step: int) -> Tensor:
+        """The memory of the first section in the first step after a prefill into slot 0. Shapes: [1, 1, H]."""
+        first = self.topology.sections(self.setup.index).start
+        if first in self._registers:
+            return self._registers[first].oldest(1)
+        assert self.received is not None, "the first stage has no memory"
+        return self.received.oldest(1, step)
+
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _fused_math(self) -> SectionMath:
@@ -236,9 +244,7 @@ class StageSections:
 
         setup, repeats = self.setup, self.topology.num_sections if self.topology.batched else 1
         reduce = None if setup.transport is None else setup.transport.tensor_sum()
-        return FusedMath(
-            setup.model, setup.tensor_size, reduce, setup.limits, setup.device, repeats=repeats, lap=setup.lap
-        )
+        return FusedMath(setup.model, setup.tensor_size, reduce, setup.limits, setup.device, repeats=repeats)
 
     def _fixed_cells(self, positions: Tensor, repeats: int) -> AnyCells:
         if self.setup.kernels:

@@ -1,5 +1,6 @@
 """What an operation has chosen, on the device and on its way to the host."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,9 @@ from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.sampling.sampler import Choice
 from stagdist.parallel.device import on_cuda
 from stagdist.parallel.link import record_event
+
+IN_FLIGHT = 3
+"""Outcomes whose copies exist at a time: one that is read, and those of operations launched since."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +30,19 @@ class Outcome:
     scores: Choice | None = None
 
 
+@dataclass(frozen=True)
 class HostCopy:
-    """An outcome on its way to pinned memory of the host, with an event behind it. On a CPU it is there already."""
+    """An outcome on its way to the host.
 
-    def __init__(self, outcome: Outcome, transport: Transport | None, device: str):
-        self._transport = transport
-        self._outcome = Outcome(*(_copied(choice) for choice in (outcome.step, outcome.first, outcome.scores)))
-        self._event: torch.cuda.Event | None = None
-        if transport is not None:
-            self._event = transport.mark()
-        elif on_cuda(device):
-            self._event = record_event(device)
+    Attributes:
+        event: behind the copy; None where it is there already.
+        step: its step, for error messages.
+    """
+
+    outcome: Outcome
+    event: torch.cuda.Event | None
+    step: int
+    transport: Transport | None
 
     def wait(self) -> Outcome:
         """Wait until it is there.
@@ -44,26 +50,45 @@ class HostCopy:
         Raises:
             TransportError: a peer has ended or does not answer.
         """
-        if self._event is not None:
-            if self._transport is not None:
-                self._transport.wait_for_device("while it waited for the token", self._event)
-            else:
-                self._event.synchronize()
-        return self._outcome
+        if self.event is not None and self.transport is not None:
+            self.transport.wait_for_device(f"while it waited for the token of step {self.step}", self.event)
+        elif self.event is not None:
+            self.event.synchronize()
+        return self.outcome
 
 
-def _copied(choice: Choice | None) -> Choice | None:
-    if choice is None:
-        return None
-    tokens = _to_host(choice.tokens)
-    assert tokens is not None
-    return Choice(tokens, _to_host(choice.logprobs), _to_host(choice.margins))
+class HostBuffers:
+    """A ring of buffers for tokens in memory of the host, pinned where they come from a GPU."""
+
+    def __init__(self, num_slots: int, device: str, transport: Transport | None):
+        self._device, self._transport = device, transport
+        pinned = on_cuda(device)
+        buffers = [torch.empty(num_slots, dtype=torch.int64, pin_memory=pinned) for _ in range(2 * IN_FLIGHT)]
+        self._ring = itertools.cycle(buffers)  # two for each outcome: `step` and `first`
+
+    def copy(self, outcome: Outcome, step: int) -> HostCopy:
+        """Begin to copy an outcome. The host does not wait, and later operations may overwrite the original."""
+        copied = Outcome(self._choice(outcome.step), self._choice(outcome.first), _scores(outcome.scores))
+        event = None
+        if self._transport is not None:
+            event = self._transport.mark()
+        elif on_cuda(self._device):
+            event = record_event(self._device)
+        return HostCopy(copied, event, step, self._transport)
+
+    def _choice(self, choice: Choice | None) -> Choice | None:
+        if choice is None:
+            return None
+        tokens = next(self._ring)[: len(choice.tokens)].copy_(choice.tokens, non_blocking=True)
+        return Choice(tokens, _to_host(choice.logprobs), _to_host(choice.margins))
+
+
+def _scores(scores: Choice | None) -> Choice | None:
+    return None if scores is None else Choice(scores.tokens, _to_host(scores.logprobs))
 
 
 def _to_host(tensor: Tensor | None) -> Tensor | None:
-    """Copy to pinned memory without waiting. The next step may overwrite the original."""
-    if tensor is None:
-        return None
-    if not tensor.is_cuda:
-        return tensor.clone()
+    """Copy to pinned memory without waiting; nothing overwrites the original, so a CPU tensor is returned unchanged."""
+    if tensor is None or not tensor.is_cuda:
+        return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

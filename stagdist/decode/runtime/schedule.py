@@ -83,13 +83,11 @@ def operation(topology: Topology, stage: int, work: Work) -> tuple[Instruction, 
     """Instructions of one stage up to the step's token on all stages; `ending` follows.
 
     A stage that waits for the token runs its chunk before it waits. The others have the token published first. A step
-    of fixed shape is one piece, and the chunk follows it.
+    of fixed shape is not in here: it is one piece, and runs before (`fixed_step`).
     """
     before: list[Instruction] = []
     after: list[Instruction] = []
-    if work.step is not None and work.fixed:
-        before = list(fixed_step(topology, stage, work.step))
-    elif work.step is not None:
+    if work.step is not None:
         before = [*_asking(topology, stage, work.step, WorkPart.STEP), *_body(topology, stage, work.step, work.first)]
         after = list(_token(topology, stage, work.step, WorkPart.STEP))
     if stage == 0 and topology.num_stages > 1:

@@ -14,7 +14,7 @@ from stagdist.decode.runtime import schedule
 from stagdist.decode.runtime.executor import Executor, HostWork
 from stagdist.decode.runtime.graphs import CaptureProgress, StepGraphs
 from stagdist.decode.runtime.hosted_sections import Call, PrefillState, StageSections
-from stagdist.decode.runtime.outcome import HostCopy, Outcome
+from stagdist.decode.runtime.outcome import HostBuffers, HostCopy, Outcome
 from stagdist.decode.runtime.readout import Readout
 from stagdist.decode.runtime.schedule import Instruction, Kind, Work
 from stagdist.decode.runtime.setup import StageSetup
@@ -54,6 +54,7 @@ class Stage:
         self.executor = Executor(setup, self._sections, self.readout, recorder, self.pulse)
         self._chunks = self.executor.chunks
         self._graphs = StepGraphs(self.executor) if setup.fixed else None
+        self._host = HostBuffers(setup.limits.num_slots, setup.device.name, setup.transport)
         self._moved = True  # positions on the device are not those of `_next_positions`
 
     # --- operations, the same on every rank ---------------------------------------------------------------------
@@ -90,6 +91,8 @@ class Stage:
         leaving = self._chunks[-1]
         if leaving is not None and not leaving.is_dropped:
             outcome = self._end(leaving, outcome)
+        if self._graphs is not None and self._transport is not None:
+            self._transport.finish_sends()  # before the next graph sends on the same communicators
         self._number += 1
         return outcome
 
@@ -146,8 +149,11 @@ class Stage:
         return on_cuda(self.device.name) or (self._transport is not None and not self._transport.rules.wait_blocks)
 
     def to_host(self, outcome: Outcome) -> HostCopy:
-        """Begin to copy an outcome to the host; later operations may overwrite it on the device."""
-        return HostCopy(outcome, self._transport, self.device.name)
+        """Begin to copy an outcome to the host; later operations may overwrite it on the device.
+
+        The copies of at most `outcome.IN_FLIGHT` outcomes may be used at a time.
+        """
+        return self._host.copy(outcome, self.step_number - (outcome.step is not None))
 
     def on_host(self, copy: HostCopy) -> Outcome:
         """The outcome in host memory. Here rank 0 waits for the device.
@@ -180,8 +186,7 @@ class Stage:
 
     def prompt_memory(self) -> Tensor:
         """Return the memory of this stage's first section in the first step after a prefill into slot 0: [1, 1, H]."""
-        assert self._sections.received is not None, "the first stage has no memory"
-        return self._sections.received.oldest(1, self.step_number)
+        return self._sections.memory_of_prompt(self.step_number)
 
     # --- execution ----------------------------------------------------------------------------------------------
 
@@ -199,8 +204,6 @@ class Stage:
         elif step:
             call = self._sections.step_call(self._positions(), self.step_number)
         self.executor.run(schedule.operation, self._work(call is not None), call, host_work)
-        if self._graphs is not None and self._transport is not None:
-            self._transport.finish_sends()  # of a chunk, before the next graph sends on the same communicator
         if call is not None:
             self._sections.push(call)
             choice = self.readout.choice

@@ -15,13 +15,14 @@ On NCCL the operations of a communicator run in order, so tokens and sums use se
 
 import itertools
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,13 @@ from stagdist.parallel.lost_peer_phrases import short_reason
 
 TOKEN: Key = ("token", 0)
 """Key of all published messages: at most one is in flight."""
+
+
+class Closable(Protocol):
+    """What a transport closes before it ends."""
+
+    def close(self) -> None:
+        """Release what was captured."""
 
 
 class _DelayedOutbox(Outbox):
@@ -113,6 +121,7 @@ class Transport:
         self._lane: dist.ProcessGroup | None = None
         self._tensor: dist.ProcessGroup | None = None
         self._control: deque[tuple[int, list[Any], list[Tensor]]] = deque()
+        self._captured: weakref.WeakSet[Closable] = weakref.WeakSet()
         with self._errors("while the communicators were created"):
             self._watch = None
             if not self.rules.wait_blocks:
@@ -162,6 +171,10 @@ class Transport:
     def capturing(self) -> AbstractContextManager[None]:
         """Communication inside is captured into a graph."""
         return self._waits.unnoted()
+
+    def close_first(self, captured: Closable) -> None:
+        """`close` closes this before: NCCL waits for graphs to be released before it ends a communicator of theirs."""
+        self._captured.add(captured)
 
     def gather(self, tensor: Tensor, *, everywhere: bool) -> Tensor:
         """Gather the tensors of all ranks that hold a part of the head.
@@ -238,7 +251,9 @@ class Transport:
     # --- set-up -------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop watching the peers; all ranks call this."""
+        """Release graphs and stop watching the peers; all ranks call this, after a rest."""
+        for captured in list(self._captured):
+            captured.close()
         if self._watch is not None:
             self._watch.close(self._timeout_s)
 

@@ -2,6 +2,9 @@
 
 CUDA loads a kernel at its first launch, after all enqueued work. Loading a kernel behind a receive could deadlock.
 
+Steps that are captured run before their capture, with all ranks: what they load then waits for nothing that a peer has
+not launched, because a receive in them is posted behind all that its sender may wait for.
+
 A matrix product with another number of rows (the last chunk of a prompt) or attention over another number of keys may
 load a kernel later. Loading then waits until the peers have received what this rank sent. They can, because everything
 after a hand-off in its step (head, choice of tokens) is launched here for every number of rows.
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.runtime.stage import Stage
-from stagdist.decode.runtime.transport import Transport
+from stagdist.decode.runtime.transport import Closable, Transport
 from stagdist.decode.topology import Limits
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.link import GLOO, Inbox, Key, Outbox
@@ -59,6 +62,9 @@ class Unconnected(Transport):
 
     def mark(self) -> None:
         """Nothing to wait for."""
+
+    def close_first(self, captured: Closable) -> None:
+        """Nothing is captured."""
 
     def wait_for_device(self, doing: str, event: torch.cuda.Event | None = None) -> None:
         """Do nothing."""
