@@ -32,6 +32,10 @@ class Device:
             return torch.empty(columns, rows, dtype=self.dtype).t()
         return torch.empty(rows, columns, dtype=self.dtype, device=self.name)
 
+    def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Empty memory of the host for values from the device, pinned if that is a GPU."""
+        return torch.empty(shape, dtype=dtype, pin_memory=on_cuda(self.name))
+
     def upload(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
         """Copy values (nested for several dimensions) to the device; the host does not wait.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stagdist.decode.layers.weights import Device
 from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.sampling.sampler import Choice
 from stagdist.parallel.device import on_cuda
@@ -60,35 +61,30 @@ class HostCopy:
 class HostBuffers:
     """A ring of buffers for tokens in memory of the host, pinned where they come from a GPU."""
 
-    def __init__(self, num_slots: int, device: str, transport: Transport | None):
+    def __init__(self, num_slots: int, device: Device, transport: Transport | None):
         self._device, self._transport = device, transport
-        pinned = on_cuda(device)
-        buffers = [torch.empty(num_slots, dtype=torch.int64, pin_memory=pinned) for _ in range(2 * IN_FLIGHT)]
+        buffers = [device.host_buffer([num_slots], torch.int64) for _ in range(2 * IN_FLIGHT)]
         self._ring = itertools.cycle(buffers)  # two for each outcome: `step` and `first`
 
     def copy(self, outcome: Outcome, step: int) -> HostCopy:
         """Begin to copy an outcome. The host does not wait, and later operations may overwrite the original."""
-        copied = Outcome(self._choice(outcome.step), self._choice(outcome.first), _scores(outcome.scores))
+        scores = outcome.scores and Choice(outcome.scores.tokens, self._to_host(outcome.scores.logprobs))
+        copied = Outcome(self._choice(outcome.step), self._choice(outcome.first), scores)
         event = None
         if self._transport is not None:
             event = self._transport.mark()
-        elif on_cuda(self._device):
-            event = record_event(self._device)
+        elif on_cuda(self._device.name):
+            event = record_event(self._device.name)
         return HostCopy(copied, event, step, self._transport)
 
     def _choice(self, choice: Choice | None) -> Choice | None:
         if choice is None:
             return None
         tokens = next(self._ring)[: len(choice.tokens)].copy_(choice.tokens, non_blocking=True)
-        return Choice(tokens, _to_host(choice.logprobs), _to_host(choice.margins))
+        return Choice(tokens, self._to_host(choice.logprobs), self._to_host(choice.margins))
 
-
-def _scores(scores: Choice | None) -> Choice | None:
-    return None if scores is None else Choice(scores.tokens, _to_host(scores.logprobs))
-
-
-def _to_host(tensor: Tensor | None) -> Tensor | None:
-    """Copy to pinned memory without waiting; nothing overwrites the original, so a CPU tensor is returned unchanged."""
-    if tensor is None or not tensor.is_cuda:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    def _to_host(self, tensor: Tensor | None) -> Tensor | None:
+        """Copy what no later operation overwrites; a CPU tensor is returned unchanged."""
+        if tensor is None or not tensor.is_cuda:
+            return tensor
+        return self._device.host_buffer(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)

@@ -54,7 +54,7 @@ class Stage:
         self.executor = Executor(setup, self._sections, self.readout, recorder, self.pulse)
         self._chunks = self.executor.chunks
         self._graphs = StepGraphs(self.executor) if setup.fixed else None
-        self._host = HostBuffers(setup.limits.num_slots, setup.device.name, setup.transport)
+        self._host = HostBuffers(setup.limits.num_slots, setup.device, setup.transport)
         self._moved = True  # positions on the device are not those of `_next_positions`
 
     # --- operations, the same on every rank ---------------------------------------------------------------------
