@@ -42,7 +42,7 @@ BUDGETS = {
 }
 MAX_LINES = {("stagdist", "launch", "tools"): 32_353, ("benchmarks",): 4_416}
 """The sums may only fall, except for a new feature; the server added 5,580 lines of product, captured steps and kernels
-1,683."""
+1,741."""
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)

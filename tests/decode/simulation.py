@@ -96,18 +96,13 @@ Mutation = Callable[[int, list[Instruction]], list[Instruction]]
 """(stage, instructions of one operation) -> what the stage does instead."""
 
 
-def program(
-    topology: Topology,
-    text: str,
-    mutate: Mutation = lambda stage, instructions: instructions,
-    *,
-    fixed: bool = False,
-) -> list[list[Placed]]:
-    """What every stage does, in order.
+def unchanged(stage: int, instructions: list[Instruction]) -> list[Instruction]:
+    """No mutation."""
+    return instructions
 
-    Args:
-        fixed: with steps of fixed shape.
-    """
+
+def program(topology: Topology, text: str, mutate: Mutation = unchanged, *, fixed: bool = False) -> list[list[Placed]]:
+    """What every stage does, in order; `fixed`: with steps of fixed shape."""
     placed: list[list[Placed]] = [[] for _ in range(topology.num_stages)]
     for operation in operations(topology, text):
         operation = replace(operation, work=replace(operation.work, fixed=fixed))
