@@ -1,6 +1,7 @@
 """Builds the stage of this rank from a model: checks, grid, weights."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -229,14 +230,19 @@ def use_kernels(options: EngineOptions, device: str, graphs: bool) -> bool:
         graphs: steps have a fixed shape.
 
     Raises:
-        ConfigError: they are asked for where they cannot run.
+        ConfigError: they are asked for where they cannot run, or Triton has no compiler.
     """
-    if options.kernels is None:
-        return graphs and on_cuda(device)
+    on_gpu = on_cuda(device)
+    kernels = graphs and on_gpu if options.kernels is None else options.kernels
+    if kernels and on_gpu and not any((os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang"))):
+        raise ConfigError(
+            "Triton compiles the kernels of decoding and finds no C compiler; install gcc or set CC, or give "
+            "kernels=False"
+        )
     if options.kernels and not graphs:
         raise ConfigError("kernels run in steps of fixed shape; give graphs=True as well, or kernels=None")
-    if options.kernels and not on_cuda(device) and os.environ.get("TRITON_INTERPRET") != "1":
+    if options.kernels and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(
             f"kernels run on a GPU, not on {device!r}; give kernels=None, or set TRITON_INTERPRET=1 to test them"
         )
-    return options.kernels
+    return kernels

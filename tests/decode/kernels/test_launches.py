@@ -150,5 +150,12 @@ def test_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPat
     assert not use_kernels(EngineOptions(), "cpu", True)
     assert not use_kernels(EngineOptions(), "cuda:0", False)
     assert use_kernels(EngineOptions(), "cuda:0", True)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        patch.delenv("CC", raising=False)
+        with pytest.raises(ConfigError, match="no C compiler; install gcc or set CC"):
+            use_kernels(EngineOptions(), "cuda:0", True)
+        patch.setenv("CC", "/opt/bin/cc")
+        assert use_kernels(EngineOptions(), "cuda:0", True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert use_kernels(asked, "cpu", True)
