@@ -80,8 +80,24 @@ def test_no_layout_hangs(stages: int) -> None:
         does_not_hang(layout)
 
 
-@pytest.mark.parametrize("stages", slow_but(FEW_STAGES, 1, 2))
-def test_no_layout_of_captured_steps_hangs(stages: int) -> None:
+CAPTURED = [
+    Layout(2, 0),
+    Layout(2, 1),
+    Layout(2, 2, "sharded"),
+    Layout(2, 1, "sharded", combined=True),
+    Layout(2, None),
+]
+"""What `make test` runs of captured steps."""
+
+
+@pytest.mark.parametrize("layout", CAPTURED, ids=str)
+def test_no_layout_of_captured_steps_hangs(layout: Layout) -> None:
+    does_not_hang(replace(layout, captured=True, slots=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", FEW_STAGES)
+def test_no_layout_of_captured_steps_on_any_number_of_stages_hangs(stages: int) -> None:
     for layout in [*layouts(stages), *(MORE if stages == 2 else [])]:
         does_not_hang(replace(layout, captured=True, slots=2))
 

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from stagdist.decode.runtime import stage
 from stagdist.decode.runtime.graphs import StepGraphs
-from stagdist.decode.runtime.outcome import HostCopy, Outcome
+from stagdist.decode.runtime.outcome import HostBuffers, HostCopy, Outcome
 from tests.gpu.checks.decode_speed import CHOICES, PARAMS
 from tests.gpu.checks.models import COLD_TOKENS, SHARED, Decoder, shape
 from tests.gpu.checks.setting import NEEDS_GPU, Numbers, Setting
@@ -99,26 +99,27 @@ def _watched_steps() -> Iterator[list[tuple[str, int]]]:
     """Note every launch of a step and every wait for its tokens inside."""
     found: list[tuple[str, int]] = []
     launched, copied = itertools.count(), itertools.count()
-    run, begin, wait_for = StepGraphs.run, HostCopy.__init__, HostCopy.wait
-    of_step: dict[HostCopy, int] = {}
+    run, begin, wait_for = StepGraphs.run, HostBuffers.copy, HostCopy.wait
+    of_step: dict[int, int] = {}  # by identity of the copy
 
     def noted_run(graphs: StepGraphs, *arguments: Any) -> None:
         found.append(("launch", next(launched)))
         run(graphs, *arguments)
 
-    def noted_copy(copy: HostCopy, outcome: Outcome, *arguments: Any) -> None:
+    def noted_copy(buffers: HostBuffers, outcome: Outcome, step: int) -> HostCopy:
+        made = begin(buffers, outcome, step)
         if outcome.step is not None:
-            of_step[copy] = next(copied)
-        begin(copy, outcome, *arguments)
+            of_step[id(made)] = next(copied)
+        return made
 
     def noted_wait(copy: HostCopy) -> Outcome:
-        if copy in of_step:
-            found.append(("wait", of_step[copy]))
+        if id(copy) in of_step:
+            found.append(("wait", of_step.pop(id(copy))))
         return wait_for(copy)
 
     with (
         mock.patch.object(StepGraphs, "run", noted_run),
-        mock.patch.object(HostCopy, "__init__", noted_copy),
+        mock.patch.object(HostBuffers, "copy", noted_copy),
         mock.patch.object(HostCopy, "wait", noted_wait),
     ):
         yield found
