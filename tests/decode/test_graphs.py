@@ -18,6 +18,7 @@ from stagdist.decode.runtime import graphs
 from stagdist.decode.runtime.build import EngineOptions
 from stagdist.decode.runtime.graphs import row_buckets
 from stagdist.decode.sampling.sampling_plan import Mode
+from stagdist.errors import ConfigError
 from tests.decode.decoding import Case, World, engine_of, prompt, run_cases, run_one
 from tests.decode.fake_cuda import FakeCuda
 from tests.reference.variants import VARIANTS
@@ -121,6 +122,11 @@ def test_recurrent_decoding_works_with_fixed_shapes() -> None:
     plain = Case("recurrent", VARIANTS["shared"], REQUESTS, options)
     first, second = run_cases([plain, replace(plain, options=replace(options, graphs=True))])
     assert [each.token_ids for each in first.completions] == [each.token_ids for each in second.completions]
+
+
+def test_a_graph_that_would_have_to_delay_hand_offs_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a graph cannot delay hand-offs; give graphs=False"):
+        EngineOptions(graphs=True, hand_off_delay_s=0.01)
 
 
 # --- captured ---------------------------------------------------------------------------------------------------
