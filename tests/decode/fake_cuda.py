@@ -133,7 +133,7 @@ class FakeCuda:
 
     Attributes:
         events: ("capture", graph, pool, stream), ("replay", graph), ("reset", graph), ("record", number of the event),
-            ("wait", number of the event), ("synchronize",) in order, and what tests add.
+            ("wait", number of the event), ("synchronize",) and what tests add, by time.
         current: stream of the work that is issued now.
         capturing: inside a capture.
         amid_replay: called in the middle of every replay.

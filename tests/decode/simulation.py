@@ -102,7 +102,7 @@ def unchanged(stage: int, instructions: list[Instruction]) -> list[Instruction]:
 
 
 def program(topology: Topology, text: str, mutate: Mutation = unchanged, *, fixed: bool = False) -> list[list[Placed]]:
-    """What every stage does, in order; `fixed`: with steps of fixed shape."""
+    """What every stage does; `fixed`: with steps of fixed shape."""
     placed: list[list[Placed]] = [[] for _ in range(topology.num_stages)]
     for operation in operations(topology, text):
         operation = replace(operation, work=replace(operation.work, fixed=fixed))

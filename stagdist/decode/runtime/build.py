@@ -185,14 +185,14 @@ def build_stage(
 
     On NCCL a dry pass launches the kernels once before the ranks depend on each other.
 
-    Raises:
-        ConfigError: kernels are asked for where they cannot run.
-
     Args:
         recorder: records a span for every instruction; disables graphs by default.
         lap: called when a phase inside a section ends; disables graphs by default.
         pulse: heartbeat for a supervisor.
         progress: called after each CUDA graph that is captured.
+
+    Raises:
+        ConfigError: kernels are asked for where they cannot run.
     """
     choose_attention(training=False)
     options = plan.options

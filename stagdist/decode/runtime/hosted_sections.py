@@ -112,12 +112,10 @@ class StageSections:
         math: SectionMath = LayerMath(model, setup.tensor_size, reduce, setup.lap)
         sections = setup.weights.sections
         self.caches = {each: SectionCache(model, each, limits, setup.tensor_size, device) for each in sections}
-        step_math = self._fused_math if setup.kernels else lambda: math
-        self._batched = BatchedSections(step_math(), sections, self.caches) if topology.batched else None
+        step_math = {each: self._fused_math() if setup.kernels else math for each in sections}
+        self._batched = BatchedSections(step_math[0], sections, self.caches) if topology.batched else None
         self._chunk_runners = {each: SectionRunner(math, sections[each], self.caches[each]) for each in sections}
-        self._runners = self._chunk_runners
-        if setup.kernels and self._batched is None:
-            self._runners = {each: SectionRunner(step_math(), sections[each], self.caches[each]) for each in sections}
+        self._runners = {each: SectionRunner(step_math[each], sections[each], self.caches[each]) for each in sections}
         first, *later = topology.sections(setup.index)
         self.last = (first, *later)[-1]
         sizes = topology.lag, limits.num_slots, model.hidden_size, device

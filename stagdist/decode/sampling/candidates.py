@@ -23,7 +23,7 @@ def _filled(values: Tensor, width: int, fill: float) -> Tensor:
 
 
 def merged(pieces: Tensor) -> Tensor:
-    """[R, B, C] to [B, R * C], slices in order."""
+    """[R, B, C] to [B, R * C], the slices by rank."""
     return pieces.transpose(0, 1).flatten(1)
 
 

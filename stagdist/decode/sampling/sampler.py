@@ -239,7 +239,7 @@ class Sampler:
 
     def _choose(self, gathered: Tensor, plan: SamplingPlan | None, positions: Tensor) -> Choice:
         if plan is None:
-            best = gathered[:, :, 0].argmax(0, keepdim=True)  # the first of equals: slices are in order
+            best = gathered[:, :, 0].argmax(0, keepdim=True)  # the first of equals has the lowest id
             return Choice(gathered[:, :, 1].gather(0, best)[0].long())
         count = plan.num_candidates
         scores, ids = merged(gathered[:, :, :count]), merged(gathered[:, :, count : 2 * count]).long()

@@ -92,7 +92,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 @dataclass
 class Recording:
-    """What ran, in order: names of torch's operators and kernels of Triton.
+    """What ran, one after the other: names of torch's operators and kernels of Triton.
 
     Attributes:
         launches: those of Triton alone.
