@@ -8,12 +8,13 @@ import resource
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
 def slow_disk() -> None:
-    """Make every write of a checkpoint's files take long."""
-    _slow_down(lambda descriptor: None)
+    """Let no save complete its files before training reaches the next save."""
+    _slow_down(lambda path: None)
 
 
 def slow_disk_that_breaks() -> None:
@@ -55,18 +56,28 @@ def one_bit_of_rank_1() -> None:
     SectionEngine.train_batch = train_batch  # type: ignore[assignment]
 
 
-def _slow_down(fault: Callable[[int], None]) -> None:
-    original = os.fsync
+def _slow_down(fault: Callable[[Path], None]) -> None:
+    from stagdist.training.saving import background_write
+    from stagdist.training.saving.save import Saver
 
-    def slow(descriptor: int) -> None:
-        if threading.current_thread().name == "checkpoint-writer":
-            time.sleep(0.7)
-            fault(descriptor)
-        original(descriptor)
+    write, wait_for_earlier, next_save = background_write.write_fragments, Saver._wait_for_earlier, threading.Event()
 
-    os.fsync = slow  # type: ignore[assignment]  # it is called with descriptors only
+    def slow(path: Path, fragments: Any, given_up: threading.Event) -> Any:
+        record = write(path, fragments, given_up)
+        while not next_save.is_set() and not given_up.wait(0.01):
+            pass
+        fault(path)
+        return record
+
+    def begin_next(saver: Saver, step: int) -> None:
+        next_save.set()
+        wait_for_earlier(saver, step)
+        next_save.clear()
+
+    background_write.write_fragments = slow
+    Saver._wait_for_earlier = begin_next  # type: ignore[method-assign]
 
 
-def _break(descriptor: int) -> None:
-    if os.environ["RANK"] == "1" and "step_00000010" in os.readlink(f"/proc/self/fd/{descriptor}"):
+def _break(path: Path) -> None:
+    if os.environ["RANK"] == "1" and path.parent.name == "step_00000010":
         raise ZeroDivisionError

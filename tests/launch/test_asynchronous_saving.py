@@ -66,4 +66,4 @@ def test_a_writer_that_breaks_ends_the_run_in_one_line_and_keeps_the_previous(co
     assert "Traceback" not in run.text(), run.text()
     assert "Traceback" in (tmp_path / "runs/run/logs/rank_00001.log").read_text()
     assert [path.name for path in (tmp_path / "runs/run/checkpoints").iterdir()] == ["step_00000005"]
-    assert max(losses(tmp_path, "run")) >= 10
+    assert max(losses(tmp_path, "run")) == 15  # the next save waits for the writer and reports its failure
