@@ -22,6 +22,8 @@ from launch import chat
 from tests.launch.runs import ROOT
 
 CHAT = [sys.executable, str(ROOT / "launch" / "chat.py")]
+LIMIT_S = 60.0
+"""For everything that is waited for; the machine may be busy."""
 Piece = str | dict[str, Any] | None
 
 
@@ -140,7 +142,7 @@ class Terminal:
 
     def until(self, expected: str) -> str:
         """What is printed up to and including a text, since the last call."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + LIMIT_S
         while expected not in self.text:
             assert time.monotonic() < deadline, f"no {expected!r} in {self.text!r}"
             if select.select([self.master], [], [], 0.1)[0]:
@@ -156,7 +158,7 @@ class Terminal:
 
     def end(self) -> int:
         try:
-            return self.process.wait(10)
+            return self.process.wait(LIMIT_S)
         finally:
             self.process.kill()
             os.close(self.master)
@@ -166,7 +168,7 @@ def pipe(server: Scripted, text: str, *arguments: str, **environment: str) -> su
     """chat.py with a pipe as its input."""
     command = [*CHAT, "--url", server.url, *arguments]
     return subprocess.run(
-        command, input=text, capture_output=True, text=True, timeout=30, env=os.environ | environment, check=False
+        command, input=text, capture_output=True, text=True, timeout=LIMIT_S, env=os.environ | environment, check=False
     )
 
 
@@ -211,7 +213,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_arrived(server: Scripted) -> None
     terminal.until("Once")
     os.killpg(terminal.process.pid, signal.SIGINT)
     terminal.until("[stopped]")
-    assert server.gone.wait(10)
+    assert server.gone.wait(LIMIT_S)
     terminal.until("> ")
     terminal.type("And?\n")
     terminal.until("Done")
