@@ -208,7 +208,7 @@ class Engine:
         return control
 
     def took(self, outcome: Outcome) -> None:
-        """Process the tokens of an operation, which are in host memory.
+        """Process the tokens of an operation, which are in host memory, and log-probabilities of a prompt.
 
         Text is decoded while later stages compute the next one; a first token does not wait for that.
         """

@@ -7,8 +7,8 @@ On gloo a receive is posted as soon as it is certain that the message will be se
 receive delays its sender by milliseconds. On NCCL a posted receive is a kernel that spins on the device until the peer
 sends. Everything enqueued behind it on the same communicator or hardware queue waits, and so does loading a kernel.
 Therefore **nothing is enqueued on NCCL whose completion depends on work that this rank has not launched yet**: a
-receive is posted where it is waited for, or where the next one is announced. In a captured step the receive of a
-hand-off follows the rank's own sends of that step, which is all that its sender may wait for.
+receive is posted where it is waited for, or where the next one is announced. In a captured step with a
+lag, the receive of a hand-off follows the rank's own sends of that step, which is all that its sender may wait for.
 `tests/parallel/test_nccl_decoding.py` and `test_nccl_training.py` simulate decoding and training under these rules.
 """
 
@@ -111,7 +111,7 @@ class Inbox:
 
         Args:
             key: the name to pass to `take`.
-            now: post it whatever the backend: all that the peer's send depends on has been launched.
+            now: post it now on any backend: all that the peer's send depends on has been launched.
         """
         if self._rules.early_receives or now:
             self._expected.append((key, buffers))
@@ -224,7 +224,7 @@ class DeviceWaits:
 
     @contextmanager
     def unnoted(self) -> Iterator[None]:
-        """Receives inside are captured into a graph: they run later, and their handles say nothing."""
+        """Receives inside are captured into a graph: they run later, and their handles never complete."""
         self._captures = True
         try:
             yield

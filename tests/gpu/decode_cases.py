@@ -4,6 +4,7 @@ Every function takes `cpu` too, where graphs run without being captured and ther
 """
 
 import gc
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from stagdist.config.parts import ModelConfig
 from stagdist.decode.engine import Engine
 from stagdist.decode.request import Request, SamplingParams
 from stagdist.decode.runtime.build import EngineOptions, build_stage, plan_decoding
+from stagdist.decode.runtime.outcome import IN_FLIGHT, HostCopy
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.sampling.sampling_plan import Mode
 from stagdist.model.precision import DTYPES
@@ -284,25 +286,33 @@ def _no_waiting(device: str) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def _tokens(copy: HostCopy) -> list[int]:
+    step = copy.wait().step
+    assert step is not None
+    return step.tokens.tolist()
+
+
 @torch.inference_mode()
 def tokens_without_waiting(case: Case, device: str, steps: int = 6) -> dict[str, list[list[int]]]:
-    """Tokens of each step after the prefills, for each of `MODES`; only the last lines wait for the GPU.
+    """Tokens of each step after the prefills, for each of `MODES`; each is read after the next step was launched.
 
     Raises:
-        RuntimeError: another operation waited.
+        RuntimeError: an operation waited for the GPU.
     """
     stage = build(case, device)
-    slots, found = range(case.options.num_slots), {}
+    slots = range(case.options.num_slots)
+    found: dict[str, list[list[int]]] = {}
     for mode, params in MODES.items():
-        copies = []
+        copies, found[mode] = deque[HostCopy](), []
         with _no_waiting(device):
             for slot, request in zip(slots, case.requests, strict=False):
                 stage.prefill(slot, request.prompt_ids, replace(SamplingParams(max_new_tokens=64), **params))
             assert stage.readout.sampler.mode(slots) is Mode(mode)
             for _ in range(steps):
                 copies.append(stage.to_host(stage.run(step=True)))
+                if len(copies) == IN_FLIGHT:
+                    found[mode].append(_tokens(copies.popleft()))
             stage.retire(slots)
-        steps_taken = [copy.wait().step for copy in copies]
-        found[mode] = [step.tokens.tolist() for step in steps_taken if step is not None]
+        found[mode] += [_tokens(copy) for copy in copies]
     stage.close()
     return found

@@ -74,8 +74,8 @@ def _slow_down(fault: Callable[[Path], None]) -> None:
         wait_for_earlier(saver, step)
         next_save.clear()
 
-    background_write.write_fragments = slow
-    Saver._wait_for_earlier = begin_next  # type: ignore[method-assign]
+    background_write.write_fragments = slow  # type: ignore[assignment]
+    Saver._wait_for_earlier = begin_next  # type: ignore[assignment, method-assign]
 
 
 def _break(path: Path) -> None:

@@ -128,15 +128,19 @@ def server() -> Iterator[Scripted]:
         thread.join()
 
 
+def _heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell starts background jobs, such as tests, with SIGINT ignored
+
+
 class Terminal:
     """chat.py in a pseudo-terminal; what it prints is in `text`."""
 
     def __init__(self, arguments: list[str]) -> None:
         self.master, slave = pty.openpty()
-        environment = os.environ | {"TERM": "dumb"}
         self.process = subprocess.Popen(
-            [*CHAT, *arguments], stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
-        )
+            [*CHAT, *arguments], stdin=slave, stdout=slave, stderr=slave, env=os.environ | {"TERM": "dumb"},
+            start_new_session=True, preexec_fn=_heed_ctrl_c,
+        )  # fmt: skip
         os.close(slave)
         self.text = ""
 

@@ -47,7 +47,7 @@ class SamplingTables:
 class SamplingKernels:
     """Chooses tokens of slots 0 to B - 1 from a slice of the logits.
 
-    Every method launches the same kernels whatever the values on the device. Messages are float64 [number, B, 2], a
+    Every method launches the same kernels for any values on the device. Messages are float64 [number, B, 2], a
     score and an id; `gather` stacks those of all ranks, [B, 2] -> [R, B, 2], and is None for one rank. With it, one
     kernel more merges the messages of the ranks.
 

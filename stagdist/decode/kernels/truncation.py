@@ -42,7 +42,7 @@ _TOP_P = tl.constexpr(2)
 
 @triton.jit
 def _pivots(low, high, IN_KEYS: tl.constexpr):
-    """Numbers from low to high, evenly spaced: in value, or in keys, which ends after 16 passes whatever the scores."""
+    """Numbers from low to high, evenly spaced: in value, or in keys, which ends after 16 passes for any scores."""
     index = tl.arange(0, PIVOTS)
     if IN_KEYS:
         step = tl.maximum((key_of(high) >> 4) - (key_of(low) >> 4), 1)
@@ -68,7 +68,7 @@ def _tally(scores, start, stop, low, high, best, IN_KEYS: tl.constexpr, CHUNK: t
         values, at = following, at + CHUNK
         following = tl.load(scores + at, mask=at < stop, other=float("nan"))  # comes while these are compared
         inside = (values >= low) & (values <= high)
-        if tl.max(inside.to(tl.int32), 0) > 0:  # seldom after the first passes
+        if tl.max(inside.to(tl.int32), 0) > 0:  # rarely after the first passes
             share = tl.where(inside, tl.exp(values - best), 0.0)[:, None]
             value = tl.where(inside, values, float("nan"))[:, None]
             reach = value >= pivots

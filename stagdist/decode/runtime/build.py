@@ -192,7 +192,7 @@ def build_stage(
         progress: called after each CUDA graph that is captured.
 
     Raises:
-        ConfigError: kernels are asked for where they cannot run.
+        ConfigError: kernels are requested where they cannot run.
     """
     choose_attention(training=False)
     options = plan.options
@@ -230,7 +230,7 @@ def use_kernels(options: EngineOptions, device: str, graphs: bool) -> bool:
         graphs: steps have a fixed shape.
 
     Raises:
-        ConfigError: they are asked for where they cannot run, or Triton has no compiler.
+        ConfigError: they are requested where they cannot run, or Triton has no compiler.
     """
     on_gpu = on_cuda(device)
     kernels = graphs and on_gpu if options.kernels is None else options.kernels

@@ -1,9 +1,9 @@
 """A decode step as one CUDA graph on every rank: the host issues one launch instead of hundreds.
 
-The graph holds the sections of the rank, the hand-offs, the head, the choice and the token's way. Tokens and positions
-stay on the device, so a step is launched before the host has seen the token before it. There is one graph for each
-number of rows, rounded up to a bucket, and each way of choosing. All are captured before the first prefill, by all
-ranks in the same order. On a CPU the same step of fixed shape runs without being captured.
+The graph holds the sections of the rank, the hand-offs, the head, the choice and the transfer of the token. Tokens and
+positions stay on the device, so a step is launched before the host has read the token of the previous one. There is
+one graph for each number of rows, rounded up to a bucket, and each way of choosing. All are captured before the first
+prefill, by all ranks in the same order. On a CPU the same step of fixed shape runs without being captured.
 """
 
 from bisect import bisect_left
@@ -53,7 +53,7 @@ class FixedStep:
             self._streams = {section: torch.cuda.Stream(device.name) for section in begun}
 
     def __call__(self, positions: Tensor, mode: Mode) -> None:
-        """Run the step of rows 0 to B - 1 and move every position on.
+        """Run the step of rows 0 to B - 1 and advance every position.
 
         The tokens are then in `StageSections.tokens`; with `Mode.OTHER` the logits are in `Readout.logits` instead.
 
@@ -113,10 +113,10 @@ class StepGraphs:
         self._transport = setup.transport
         self._rows = row_buckets(setup.limits.num_slots)
         self._positions = torch.full((setup.limits.num_slots,), -1, dtype=torch.int64, device=setup.device.name)
-        self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] | None = (
+            None  # None: steps run without being captured
+        )
         self._logits: Tensor | None = None  # [slots, V], of all graphs: each would keep its own otherwise
-        if setup.transport is not None:
-            setup.transport.close_first(self)
 
     @torch.inference_mode()
     def capture(self, progress: CaptureProgress | None = None) -> None:
@@ -131,6 +131,9 @@ class StepGraphs:
         """
         if not on_cuda(self._device.name):
             return
+        if self._transport is not None:
+            self._transport.close_first(self)
+        self._graphs = {}
         modes = (*self._readout.sampler.modes(), Mode.OTHER)
         shapes = [(rows, mode) for rows in reversed(self._rows) for mode in modes]
         with torch.cuda.device(self._device.name):
@@ -143,13 +146,13 @@ class StepGraphs:
             torch.cuda.current_stream().wait_stream(stream)
 
     def place(self, positions: Sequence[int]) -> None:
-        """Set the positions of all slots, -1 where there is no request. Steps move them on by themselves."""
+        """Set the positions of all slots, -1 where there is no request. Steps advance them."""
         self._positions.copy_(self._device.upload(positions, torch.int64))
 
     def run(self, count: int, mode: Mode) -> None:
         """Run a step of rows 0 to `count` - 1. Rows above, up to the bucket, have no request."""
         rows = self._rows[bisect_left(self._rows, count)]
-        if self._graphs:
+        if self._graphs is not None:
             self._graphs[rows, mode].replay()
         else:
             self._step(self._positions[:rows], mode)
@@ -160,9 +163,9 @@ class StepGraphs:
         """Release the graphs and their memory; the step cannot run afterwards."""
         if self._graphs:
             torch.cuda.synchronize(self._device.name)
-        for graph in self._graphs.values():
-            graph.reset()
-        self._graphs.clear()
+            for graph in self._graphs.values():
+                graph.reset()
+            self._graphs.clear()
         self._logits = None
 
     def _keep_logits(self, rows: int, mode: Mode) -> None:
@@ -180,9 +183,11 @@ class StepGraphs:
             for _ in range(WARM_UP_RUNS):
                 self._step(positions, mode)
                 self._keep_logits(rows, mode)
+            if self._transport is not None:  # `torch.cuda.graph` waits for the device, too, but without a time limit
+                self._transport.wait_for_device("while its steps were captured")
         graph = torch.cuda.CUDAGraph()
         communication = nullcontext() if self._transport is None else self._transport.capturing()
-        # The thread that watches over NCCL may call CUDA meanwhile.
+        # NCCL's watchdog thread may call CUDA during a capture.
         with communication, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._step(positions, mode)
             self._keep_logits(rows, mode)

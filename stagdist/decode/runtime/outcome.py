@@ -12,8 +12,8 @@ from stagdist.decode.sampling.sampler import Choice
 from stagdist.parallel.device import on_cuda
 from stagdist.parallel.link import record_event
 
-IN_FLIGHT = 3
-"""Outcomes whose copies exist at a time: one that is read, and those of operations launched since."""
+IN_FLIGHT = 2
+"""Outcomes whose copies exist at a time: one that is read, and that of the operation launched since."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Outcome:
     """What an operation has chosen, the same on every rank.
 
     Attributes:
-        step: tokens of the step, one row for each of rows 0 to the last slot that decodes; None without a step.
+        step: tokens of the step, one row for each of rows 0 to the last slot that decodes; None without a step. Rows of
+            other slots have no meaning. Valid until the next operation.
         first: first token of the prompt whose last chunk left the last stage, one row; None without such a prompt.
         scores: tokens that follow the positions of a chunk, and their log-probabilities, if its request asks for them.
     """
@@ -36,7 +37,7 @@ class HostCopy:
     """An outcome on its way to the host.
 
     Attributes:
-        event: behind the copy; None where it is there already.
+        event: behind the copy; None if the copy is complete.
         step: its step, for error messages.
     """
 
@@ -46,7 +47,7 @@ class HostCopy:
     transport: Transport | None
 
     def wait(self) -> Outcome:
-        """Wait until it is there.
+        """Wait for the copy.
 
         Raises:
             TransportError: a peer has ended or does not answer.

@@ -67,7 +67,7 @@ class Work:
         ends: a token is chosen after the chunk that leaves the last stage.
         scored: the positions of that chunk are scored.
         fixed: its step is one of fixed shape: hand-offs arrive in the operation that sends them, so nothing is in
-            flight between operations and every step is alike.
+            flight between operations and all steps have the same instructions.
     """
 
     number: int
@@ -83,7 +83,7 @@ def operation(topology: Topology, stage: int, work: Work) -> tuple[Instruction, 
     """Instructions of one stage up to the step's token on all stages; `ending` follows.
 
     A stage that waits for the token runs its chunk before it waits. The others have the token published first. A step
-    of fixed shape is not in here: it is one piece, and runs before (`fixed_step`).
+    of fixed shape is not included: it runs first, as `fixed_step`.
     """
     before: list[Instruction] = []
     after: list[Instruction] = []
@@ -100,8 +100,9 @@ def operation(topology: Topology, stage: int, work: Work) -> tuple[Instruction, 
 def fixed_step(topology: Topology, stage: int, step: int, *, chooses: bool = True) -> tuple[Instruction, ...]:
     """Instructions of a step that is one graph.
 
-    The receive of a hand-off is posted after this stage has sent its own, and waited for last, so it runs beside the
-    head. All that it depends on was launched before.
+    With a lag, the receive of a hand-off is posted after this stage has sent its own, and waited for last, so it
+    overlaps with the head: all that it depends on was launched before. Without one, the receive comes first: its sender
+    waits for nothing that this stage does in the step.
 
     Args:
         chooses: with the token. Otherwise up to the logits, and `choosing` follows.

@@ -19,7 +19,7 @@ class StageSetup:
         want_margins: also compute the difference between the best and the second best score of every choice.
         lap: called with its name when a phase inside a section ends.
         fixed: steps have fixed shapes and addresses, so that they can be graphs.
-        kernels: the layers of steps of fixed shape are Triton kernels.
+        kernels: the layers of steps of fixed shape, and the choice of their tokens, are Triton kernels.
     """
 
     model: ModelConfig

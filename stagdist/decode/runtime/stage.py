@@ -145,7 +145,7 @@ class Stage:
 
     @property
     def runs_ahead(self) -> bool:
-        """Operations are enqueued on a device, so the host can launch one before it has seen the tokens before it."""
+        """The host can launch an operation before it has read the tokens of the previous one: a device queues them."""
         return on_cuda(self.device.name) or (self._transport is not None and not self._transport.rules.wait_blocks)
 
     def to_host(self, outcome: Outcome) -> HostCopy:
@@ -257,7 +257,7 @@ class Stage:
         self.pulse.beat(Phase.FORWARD)
         call = Call(range(len(positions)), [position + 1 for position in positions])
         mode = self.readout.sampler.mode(call.slots)
-        with self.executor.span(Instruction(Kind.FINISH, 0)):
+        with self.executor.timed(Instruction(Kind.FINISH, 0)):
             graphs.run(call.rows, mode)
         if mode is not Mode.OTHER:
             return Choice(self._sections.tokens[: call.rows])

@@ -173,7 +173,7 @@ class Transport:
         return self._waits.unnoted()
 
     def close_first(self, captured: Closable) -> None:
-        """`close` closes this before: NCCL waits for graphs to be released before it ends a communicator of theirs."""
+        """Register graphs that `close` must release first: NCCL does not destroy a communicator while graphs use it."""
         self._captured.add(captured)
 
     def gather(self, tensor: Tensor, *, everywhere: bool) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.runtime.stage import Stage
-from stagdist.decode.runtime.transport import Closable, Transport
+from stagdist.decode.runtime.transport import Transport
 from stagdist.decode.topology import Limits
 from stagdist.parallel.grid import Grid
 from stagdist.parallel.link import GLOO, Inbox, Key, Outbox
@@ -59,12 +59,6 @@ class Unconnected(Transport):
         self.rules = GLOO  # no peer can keep this rank waiting
         self.hand_offs_in = self.hand_offs_out = self.tokens_in = _NoPeer()
         self._tokens_out, self._outboxes = [], []
-
-    def mark(self) -> None:
-        """Nothing to wait for."""
-
-    def close_first(self, captured: Closable) -> None:
-        """Nothing is captured."""
 
     def wait_for_device(self, doing: str, event: torch.cuda.Event | None = None) -> None:
         """Do nothing."""

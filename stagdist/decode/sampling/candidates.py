@@ -41,7 +41,7 @@ def best_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     above, level = scores > edge, scores == edge
     room = count - above.sum(-1, keepdim=True)
     kept = above | (level & (level.cumsum(-1) <= room))
-    # The kept ones are counted to their columns; all others meet in one more column, which is cut off.
+    # The kept ones are counted to their columns; all others go to an extra column, which is cut off.
     column = torch.where(kept, kept.cumsum(-1) - 1, count)
     index = torch.zeros(scores.shape[0], count + 1, dtype=torch.int64, device=scores.device)
     index.scatter_(1, column, torch.arange(size, device=scores.device).expand_as(column))

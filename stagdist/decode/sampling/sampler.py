@@ -8,7 +8,7 @@ A step has two halves. `Sampler.candidates` turns a rank's slice of the logits i
 - top-k: the k best of each rank; top-p and min-p without top-k: the complete slice.
 
 With log-probabilities, each rank adds the log-sum-exp and the best of its unchanged logits. Ties go to the lowest id.
-The host never waits for the device, except in the first step after an `admit` or `retire`.
+The host never waits for the device.
 
 A captured step cannot depend on the host. `Sampler.choose_in_graph` does the same work in one of a few modes, with
 parameters that it reads from tables on the device, which `admit` and `retire` change between steps.

@@ -7,7 +7,6 @@ import torch
 from stagdist.decode.layers.weights import Device
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.sampling.sampling_plan import FLOATS, SamplingPlan, is_biased, row_floats, row_integers
-from stagdist.parallel.device import on_cuda
 
 INTEGERS = ("seed", "top_k", "is_biased")
 _FORMAT = f"{len(INTEGERS)}q{len(FLOATS)}d"
@@ -31,12 +30,11 @@ class SlotTables:
         self._slots = torch.arange(num_slots, device=device.name)
 
     def set(self, slot: int, params: SamplingParams | None) -> None:
-        """Assign the parameters of a slot, between steps. One copy, which the host does not wait for."""
-        row = torch.tensor(self._packed(params), dtype=torch.int64, pin_memory=on_cuda(self._device.name))
-        self.integers[slot].copy_(row, non_blocking=True)
+        """Assign the parameters of a slot, between steps. The host does not wait for the copy."""
+        self.integers[slot].copy_(self._device.upload(self._packed(params), torch.int64))
 
     def plan(self, rows: int, num_candidates: int, *, truncates: bool) -> SamplingPlan:
-        """A plan of slots 0 to `rows` - 1 that applies every parameter and reads the tables when it is carried out."""
+        """A plan of slots 0 to `rows` - 1 that applies every parameter and reads the tables when it is executed."""
         seeds, top_k, _ = self.integers[:rows, : len(INTEGERS)].unbind(1)
         columns = self.floats[:rows, len(INTEGERS) :].unsqueeze(-1).unbind(1)
         top_p, min_p, temperature, repetition, presence, frequency, noisy, truncated = columns
