@@ -110,11 +110,11 @@ def _operate(channel: _ControlChannel, stage: Stage, owner: Owner | None) -> Non
                 copies.append(stage.to_host(outcome))
                 take(unseen=int(stage.runs_ahead))
             continue
-        take(unseen=0)
         if control.operation is Operation.REPORT:
             channel.post()
             _report(stage, owner)
             continue
+        take(unseen=0)
         stage.rest()
         if control.operation is Operation.STOP:
             return

@@ -174,9 +174,8 @@ class FakeCuda:
             if not self.capturing:
                 return operation(*arguments, **options)
             if name in ("irecv", ALL_GATHER):
-                arguments[
-                    0
-                ].zero_()  # here a capture computes, and must not take what memory happens to hold for a token
+                # Here a capture computes, and must not take what memory happens to hold for a token.
+                arguments[0].zero_()
             options |= {} if name in ("isend", "irecv") else {"async_op": True}
             work = CapturedWork(lambda: operation(*arguments, **options), self.operations)
             if "async_op" in options:

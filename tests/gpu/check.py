@@ -64,7 +64,7 @@ def _decode(name: str, **arguments: Any) -> Check:
 
 CHECKS = (
     Check("environment", "tests.gpu.checks.environment:environment", 60),
-    Check("decode_parity", "tests.gpu.checks.decode_parity:decode_parity", 180),
+    Check("decode_parity", "tests.gpu.checks.decode_parity:decode_parity", 240),
     Check("decode_speed", "tests.gpu.checks.decode_speed:decode_speed", 120),
     Check("host", "tests.gpu.checks.host:host", 40),
     Check("kernels", "tests.gpu.checks.kernels:kernels", 60),

@@ -97,6 +97,13 @@ def wide_case(model: str, precision: str = "bf16", way: str = "kernels") -> Case
     return Case(model, WIDE_MODELS[model], WIDE_REQUESTS, running(options, way))
 
 
+def many_case(model: str) -> Case:
+    """A model with more than 8 rows in a product, those of its sections included: it is cuBLAS's then."""
+    rows = 5 if WIDE_MODELS[model].get("share_section_weights") else 9
+    requests = [_request(3 + length, 12) for length in range(rows)]
+    return Case(model, WIDE_MODELS[model], requests, EngineOptions(precision="bf16", num_slots=len(requests)))
+
+
 def small_case(variant: str, way: str = "kernels") -> Case:
     """One of all variants in fp64, where every device must give the same tokens."""
     options = EngineOptions(precision="fp64", chunk_size=5, num_slots=2)

@@ -14,6 +14,7 @@ from tests.gpu.decode_cases import (
     engines_in_turn,
     errors,
     kernels,
+    many_case,
     small_case,
     tokens,
     tokens_without_waiting,
@@ -56,6 +57,15 @@ def test_logits_are_within_the_rounding_of_their_precision(
     found = errors(wide_case(model, precision, way), "cuda")
     record_property(f"{model}, {precision}, {way}", asdict(found))
     assert found.max_abs < MAX_ABS[precision] and found.rms < RMS[precision] and found.top1 >= TOP1[precision], found
+
+
+@pytest.mark.parametrize("model", ["head size 64", "shared"])
+def test_logits_of_many_rows_are_within_the_rounding_of_bf16(
+    model: str, record_property: Callable[[str, object], None]
+) -> None:
+    found = errors(many_case(model), "cuda")
+    record_property(f"{model}, bf16, many rows", asdict(found))
+    assert found.max_abs < MAX_ABS["bf16"] and found.rms < RMS["bf16"] and found.top1 >= TOP1["bf16"], found
 
 
 @EVERY_WAY

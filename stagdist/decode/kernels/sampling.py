@@ -86,8 +86,8 @@ class SamplingKernels:
         """Tokens by temperature, noise, penalties and bias: 2 kernels. Shapes: as `greedy`; positions int64 [B]."""
         return self._merge(self._score(logits, positions, None), positions, gather)
 
-    def truncated(self, logits: Tensor, positions: Tensor, gather: Gather | None) -> Tensor:
-        """The same with top-k, top-p and min-p: 3 kernels and one for each pass. Shapes: as `sampled`."""
+    def truncated(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """The same with top-k, top-p and min-p, of all tokens on one rank: 3 kernels and one for each pass."""
         rows, device = len(logits), logits.device
         scores = torch.empty(rows, self._size, dtype=torch.float64, device=device)
         score_messages = self._score(logits, positions, scores)
@@ -113,7 +113,7 @@ class SamplingKernels:
             scores, self._state.table, positions, score_messages, states[last], partials[last], messages,
             number, self._size, self._first, rows, self._vocab_size, blocks, **sizes, **EXACT,
         )  # fmt: skip
-        return self._merge(messages, positions, gather)
+        return self._merge(messages, positions, None)
 
     def _messages(self, logits: Tensor, block: int) -> Tensor:
         """Memory for a message of each block. A slice without tokens has one, too."""

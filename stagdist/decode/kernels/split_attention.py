@@ -222,7 +222,7 @@ def attend(
         entries, states.stride(0), *cache.stride()[:4],
         SCALE=width**-0.5, REPEATS=repeats, KEY_HEADS=key_heads, GROUP=group, WIDTH=width,
         SPLITS=splits, SMALLEST=SMALLEST_SPLIT, BLOCK_G=block_g,
-        BLOCK_E=max(8, min(SMALLEST_SPLIT, TILE_ELEMENTS // (block_g * block_d))),
+        BLOCK_E=max(1, min(SMALLEST_SPLIT, TILE_ELEMENTS // (block_g * block_d))),
         BLOCK_D=block_d, CHUNK=max(1, min(triton.next_power_of_2(splits), 4096 // (block_g * block_d))),
         STORES=stores, ACC=sum_type(states.dtype), num_warps=4 if block_g * block_d <= 1024 else 8,
     )  # fmt: skip

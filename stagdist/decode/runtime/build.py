@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -183,7 +185,8 @@ def build_stage(
 ) -> Stage:
     """This rank's stage with its slices of the weights.
 
-    On NCCL a dry pass launches the kernels once before the ranks depend on each other.
+    On NCCL a dry pass launches the kernels once before the ranks depend on each other. Those of captured steps whose
+    shape follows from the context are compiled in the capture.
 
     Args:
         recorder: records a span for every instruction; disables graphs by default.
@@ -234,13 +237,17 @@ def use_kernels(options: EngineOptions, device: str, graphs: bool) -> bool:
     """
     on_gpu = on_cuda(device)
     kernels = graphs and on_gpu if options.kernels is None else options.kernels
-    if kernels and on_gpu and not any((os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang"))):
-        raise ConfigError(
-            "Triton compiles the kernels of decoding and finds no C compiler; install gcc or set CC, or give "
-            "kernels=False"
-        )
     if options.kernels and not graphs:
         raise ConfigError("kernels run in steps of fixed shape; give graphs=True as well, or kernels=None")
+    compiler = any((os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")))
+    headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    if kernels and on_gpu and not (compiler and headers):
+        missing = (
+            "Python.h of this Python; install its headers (python3-dev)"
+            if compiler
+            else "C compiler; install gcc or set CC"
+        )
+        raise ConfigError(f"Triton compiles the kernels of decoding and finds no {missing}, or give kernels=False")
     if options.kernels and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(
             f"kernels run on a GPU, not on {device!r}; give kernels=None, or set TRITON_INTERPRET=1 to test them"

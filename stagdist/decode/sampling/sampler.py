@@ -90,7 +90,7 @@ class Sampler:
         self._ids = torch.arange(first_token, first_token + self._size, device=device.name)
         self._processor = LogitsProcessor(num_slots, first_token, self._size, device, captured)
         self._tables = SlotTables(num_slots, vocab_size, device) if captured else None
-        self._kernels = self._load_kernels() if kernels and captured else None
+        self._kernels = self._load_kernels() if kernels else None
         self._plans: dict[tuple[int, ...], SamplingPlan | None] = {}
         self._modes: dict[tuple[int, ...], Mode] = {}
 
@@ -190,8 +190,9 @@ class Sampler:
         if self._kernels is not None:
             if mode is Mode.GREEDY:
                 return self._kernels.greedy(logits, gather)
-            choose = self._kernels.sampled if mode is Mode.SAMPLED else self._kernels.truncated
-            return choose(logits, positions, gather)
+            if mode is Mode.SAMPLED:
+                return self._kernels.sampled(logits, positions, gather)
+            return self._kernels.truncated(logits, positions)
         if mode is not Mode.GREEDY:
             truncates = mode is Mode.TRUNCATED
             plan = self._tables.plan(len(positions), self._slice_size if truncates else 1, truncates=truncates)

@@ -33,7 +33,7 @@ CONTEXT = 1024
 LAUNCHES_NOTHING = {"aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default"}
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
-    torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
+    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1",
 }  # fmt: skip
 
 
@@ -43,13 +43,13 @@ class Launch:
 
     Attributes:
         values: of all parameters by name; types of tensors.
-        num_warps: warps of a program.
+        options: of the compiler, such as the number of warps.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     values: tuple[tuple[str, Any], ...]
-    num_warps: int
+    options: tuple[tuple[str, Any], ...]
 
     @property
     def name(self) -> str:
@@ -76,7 +76,7 @@ class Launch:
                 signature[name], constants[name] = "constexpr", value
         source = ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         target = GPUTarget("cuda", capability, 32)
-        compiled = triton.compile(source, target=target, options={"num_warps": self.num_warps})
+        compiled = triton.compile(source, target=target, options=dict(self.options))
         return _resources(compiled.asm["cubin"])
 
 
@@ -126,11 +126,12 @@ def recording() -> Iterator[Recording]:
     """
     recorded = Recording()
 
-    def launch(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, num_warps: int = 4, **kwargs: Any) -> None:
-        named = zip([parameter.name for parameter in kernel.params], args, strict=False)
-        values = {**dict(named), **kwargs}
+    def launch(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        names = [parameter.name for parameter in kernel.params]
+        options = tuple((name, kwargs.pop(name)) for name in list(kwargs) if name not in names)
+        values = {**dict(zip(names, args, strict=False)), **kwargs}
         plain = ((name, value.dtype if isinstance(value, Tensor) else value) for name, value in values.items())
-        recorded.launches.append(Launch(kernel, tuple(grid), tuple(plain), num_warps))
+        recorded.launches.append(Launch(kernel, tuple(grid), tuple(plain), options))
         recorded.names.append(recorded.launches[-1].name)
 
     def norm(hidden: Tensor, *args: Any) -> Tensor:

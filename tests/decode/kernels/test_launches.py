@@ -116,7 +116,7 @@ def test_all_kernels_of_the_paper_compile_without_spilling(rows: int, capability
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("key_heads", [32, 8, 4, 2])
+@pytest.mark.parametrize("key_heads", [32, 8, 4, 2, 1])
 def test_grouped_queries_compile_without_spilling(key_heads: int, capability: int) -> None:
     keys = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
     model = ModelConfig(**BASE | keys | {"num_key_value_heads": key_heads, "max_position_embeddings": 1024})
@@ -142,6 +142,8 @@ def test_kernels_compile_for_every_precision_and_any_size_of_heads(precision: st
 
 def test_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("CC", "/opt/bin/cc")
+    monkeypatch.setattr("pathlib.Path.is_file", lambda _: True)  # Python.h
     asked = EngineOptions(kernels=True)
     with pytest.raises(ConfigError, match="kernels run on a GPU, not on 'cpu'; .* TRITON_INTERPRET=1"):
         use_kernels(asked, "cpu", True)
@@ -157,5 +159,8 @@ def test_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPat
             use_kernels(EngineOptions(), "cuda:0", True)
         patch.setenv("CC", "/opt/bin/cc")
         assert use_kernels(EngineOptions(), "cuda:0", True)
+        patch.setattr("pathlib.Path.is_file", lambda _: False)
+        with pytest.raises(ConfigError, match=r"no Python.h of this Python; install its headers \(python3-dev\)"):
+            use_kernels(EngineOptions(), "cuda:0", True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert use_kernels(asked, "cpu", True)

@@ -18,7 +18,10 @@ from tests.gpu.checks.setting import NEEDS_GPU, Numbers, Setting
 from tests.gpu.decode_cases import WAYS, build, running, tokens
 from tests.reference.variants import VARIANTS
 
-TESTS = "tests/gpu/test_decode_gpu.py"
+TESTS = tuple(
+    f"tests/{name}.py"
+    for name in ("decode/test_sampling_kernels", "decode/test_sampler", "decode/test_noise", "gpu/test_decode_gpu")
+)
 REASON_CHARACTERS = 300
 REFERENCE_THREADS = 8
 """Of the CPU, for the reference of the logits."""
@@ -60,27 +63,28 @@ class Outcomes:
 
 
 def decode_parity(setting: Setting) -> Numbers:
-    """Run the GPU tests of decoding: every variant in each of `WAYS`, in fp64 and in bf16 with real head sizes."""
+    """Run the GPU tests of decoding: sampling; every variant in each of `WAYS`; real head sizes in bf16 and fp32."""
     numbers: Numbers = {"tokens_compared": _ways_compared(setting)}
     setting.keep(numbers)
     outcomes = Outcomes(lambda found: setting.keep(numbers | found))
     if setting.on_gpu:
         torch.set_num_threads(REFERENCE_THREADS)
-    code = pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), str(ROOT / TESTS)], [outcomes])
+    files = [str(ROOT / name) for name in TESTS]
+    code = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files], [outcomes])
     numbers |= outcomes.as_numbers()
     bf16 = [found for name, found in outcomes.errors.items() if ", bf16, " in name]
     if bf16:
         numbers["bf16_max_abs"] = max(found["max_abs"] for found in bf16)
         numbers["bf16_top1"] = min(found["top1"] for found in bf16)
     setting.keep(numbers)
-    assert code == pytest.ExitCode.OK and not outcomes.failed, f"pytest {TESTS} ends with {code!r}: {outcomes.failures}"
+    assert code == pytest.ExitCode.OK and not outcomes.failed, f"pytest ends with {code!r}: {outcomes.failures}"
     counts = f"{outcomes.passed} passed, {outcomes.skipped} skipped"
     if setting.on_gpu:
         assert outcomes.passed > 0 and outcomes.skipped == 0, f"tests were skipped although there is a GPU: {counts}"
         assert bf16, "the tests recorded no errors of bf16"
     else:
         assert outcomes.skipped > 0 and outcomes.passed == 0, f"tests for a GPU ran without one: {counts}"
-        numbers["impossible"] = {TESTS: NEEDS_GPU}
+        numbers["impossible"] = dict.fromkeys(TESTS, NEEDS_GPU)
     return numbers
 
 

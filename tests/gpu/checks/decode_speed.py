@@ -136,7 +136,8 @@ def _with_graphs(setting: Setting, name: str, kernels: bool | None, read_tb_s: f
             decoded = decoder.run(context - short // 2, short, **params)
             numbers[choice] = decoded.as_numbers()
             # Without the engine: the next request gets caches and positions of its own.
-            numbers[choice]["replay_ms"] = graphs.replay_ms(setting.device)
+            with decoder.sampling(**params):
+                numbers[choice]["replay_ms"] = graphs.replay_ms(setting.device)
             if choice == GREEDY:
                 numbers["share_of_bandwidth"] = _share(read_bytes, decoded.median_ms, read_tb_s)
             if choice == GREEDY and graphs.last is not None:

@@ -128,6 +128,15 @@ class Decoder:
         decoded.gaps_ms = [1e3 * (end - begin) for begin, end in itertools.pairwise(times)][COLD_TOKENS:]
         return decoded
 
+    @contextmanager
+    def sampling(self, **params: Any) -> Iterator[None]:
+        """Inside, slot 0 has these sampling parameters, although no request is served."""
+        self.stage.readout.sampler.admit(0, SamplingParams(**{"temperature": 0.0} | params), ())
+        try:
+            yield
+        finally:
+            self.stage.readout.sampler.retire(0)
+
     def close(self) -> None:
         """Free the graphs, the weights and the caches."""
         self.stage.close()
