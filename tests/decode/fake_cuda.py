@@ -4,7 +4,7 @@ Whatever a capture takes from the host stays as it was, as on a GPU, so a step t
 Messages of a capture are sent and received by its replays alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stagdist.decode.layers.weights import Device
 from stagdist.decode.runtime import graphs, outcome, stage
 from stagdist.parallel.link import ALL_GATHER
 
@@ -137,6 +138,7 @@ class FakeCuda:
         current: stream of the work that is issued now.
         capturing: inside a capture.
         amid_replay: called in the middle of every replay.
+        buffers: in host memory, for values from the device.
     """
 
     events: list[tuple[Any, ...]] = field(default_factory=list)
@@ -145,6 +147,7 @@ class FakeCuda:
     streams: list[FakeStream] = field(default_factory=list)
     operations: list[Callable[[], None]] = field(default_factory=list)  # of the present capture
     amid_replay: Callable[[], None] = lambda: None
+    buffers: list[Tensor] = field(default_factory=list)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Stand in for `torch.cuda` wherever `stagdist.decode.runtime` uses it."""
@@ -164,6 +167,17 @@ class FakeCuda:
             "synchronize": lambda device=None: self.events.append(("synchronize",)),
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
+        host_buffer = Device.host_buffer
+
+        def noting_buffer(device: Device, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+            self.buffers.append(host_buffer(device, shape, dtype))
+            return self.buffers[-1]
+
+        monkeypatch.setattr(Device, "host_buffer", noting_buffer)
+
+    def is_on_host(self, tensor: Tensor) -> bool:
+        """Whether it would be in host memory: it belongs to a buffer of `Device.host_buffer`."""
+        return _address(tensor) in map(_address, self.buffers)
 
     def _new_stream(self, device: object = None) -> FakeStream:
         self.streams.append(FakeStream(device))

@@ -3,21 +3,28 @@
 import gc
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stagdist.decode.control import Control
+from stagdist.decode.engine_stats import StageReport
 from stagdist.decode.frontend.deployment import show_captures
+from stagdist.decode.layers.weights import Device
 from stagdist.decode.request import Request, RequestOutput, SamplingParams
 from stagdist.decode.runtime import graphs
 from stagdist.decode.runtime.build import EngineOptions
 from stagdist.decode.runtime.graphs import row_buckets
+from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.sampling.sampling_plan import Mode
+from stagdist.decode.scheduler import Scheduler
 from stagdist.errors import ConfigError
 from tests.decode.decoding import Case, World, engine_of, prompt, run_cases, run_one
 from tests.decode.fake_cuda import FakeCuda
@@ -176,17 +183,62 @@ def test_all_captures_share_one_stream_and_one_pool_and_follow_warm_up_runs_on_t
     assert [event[0] for event in cuda.events] == ["synchronize"] + ["reset"] * len(shapes)
 
 
-class HostReads(TorchDispatchMode):
-    """Notes operations after which the host has a value of a tensor, for which it would wait for a GPU."""
+class _Operators(TorchDispatchMode):
+    """Notes operators whose result has a size or value that the host must know, also inside others."""
 
     def __init__(self, cuda: FakeCuda):
         super().__init__()
         self._cuda = cuda
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"):
+        name = func.overloadpacket.__name__
+        has_mask = name in ("index", "index_put_") and any(
+            getattr(each, "dtype", None) == torch.bool for each in args[1]
+        )
+        if has_mask or name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"):
             self._cuda.events.append(("read", func))
         return func(*args, **(kwargs or {}))
+
+
+class _Methods(TorchFunctionMode):
+    """Notes methods that bring a tensor to the host, unless it is a buffer there. A CPU has no operators for them."""
+
+    def __init__(self, cuda: FakeCuda):
+        super().__init__()
+        self._cuda = cuda
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.tolist, Tensor.cpu, Tensor.numpy) and not self._cuda.is_on_host(args[0]):
+            self._cuda.events.append(("read", func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def host_reads(cuda: FakeCuda) -> Iterator[None]:
+    """Note everything for which the host would wait for a GPU, as events `read`."""
+    with _Operators(cuda), _Methods(cuda):
+        yield
+
+
+def _unwatched(reports: Callable[[Stage], tuple[StageReport, ...]]) -> Callable[[Stage], tuple[StageReport, ...]]:
+    """The same without notes: its tensors are in host memory."""
+
+    def unwatched(stage: Stage) -> tuple[StageReport, ...]:
+        with torch._C.DisableTorchFunction():
+            return reports(stage)
+
+    return unwatched
+
+
+def _with_reports(decide: Callable[..., Control]) -> Callable[..., Control]:
+    """The same with a report after every other operation."""
+    turns = itertools.cycle([float("inf"), float("-inf")])
+
+    def decide_or_report(scheduler: Scheduler, **arguments: bool) -> Control:
+        scheduler._reported_s = next(turns)
+        return decide(scheduler, **arguments)
+
+    return decide_or_report
 
 
 @pytest.mark.parametrize(
@@ -194,9 +246,13 @@ class HostReads(TorchDispatchMode):
     [{}, {"temperature": 1.0, "seed": 1}, {"temperature": 0.7, "seed": 2, "top_k": 5, "repetition_penalty": 1.2}],
     ids=["greedy", "sampled", "truncated"],
 )
+@pytest.mark.parametrize("reports", [False, True])
 def test_a_step_is_launched_before_the_host_waits_for_the_tokens_of_the_one_before(
-    params: dict[str, Any], cuda: FakeCuda
+    params: dict[str, Any], reports: bool, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Stage, "reports", _unwatched(Stage.reports))
+    if reports:
+        monkeypatch.setattr(Scheduler, "decide", _with_reports(Scheduler.decide))
     new = 12
     sampling = SamplingParams(**{"temperature": 0.0, "max_new_tokens": new} | params)
     late = Request("late", prompt(9), SamplingParams(max_new_tokens=2))  # admitted and retired while others decode
@@ -205,7 +261,7 @@ def test_a_step_is_launched_before_the_host_waits_for_the_tokens_of_the_one_befo
     stage, transport = World().stage(case)
     engine = engine_of(case, stage, transport)
     cuda.events.clear()
-    with HostReads(cuda):
+    with host_reads(cuda):
         done = engine.generate(case.requests)
     assert [len(each.token_ids) for each in done] == [new, new, 2]
     assert cuda.of("read") == cuda.of("synchronize") == []
@@ -216,10 +272,16 @@ def test_a_step_is_launched_before_the_host_waits_for_the_tokens_of_the_one_befo
         assert (recorded, waited, earlier) == ("record", "wait", number - 1)
 
 
-def test_a_value_that_the_host_reads_is_noticed() -> None:
-    cuda = FakeCuda()
-    with HostReads(cuda):
-        assert torch.ones(1).item() == 1.0
+@pytest.mark.parametrize(
+    "read", [Tensor.item, Tensor.tolist, Tensor.cpu, Tensor.numpy, bool, lambda values: values[values > 0]]
+)
+def test_a_value_that_the_host_reads_is_noticed(read: Callable[[Tensor], object], cuda: FakeCuda) -> None:
+    with host_reads(cuda):
+        read(torch.ones(1))
+    assert len(cuda.of("read")) == 1
+    buffer = Device("cpu", torch.float32).host_buffer([1], torch.float32)
+    with host_reads(cuda):
+        assert buffer.tolist()
     assert len(cuda.of("read")) == 1
 
 

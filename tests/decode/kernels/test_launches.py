@@ -31,12 +31,14 @@ def shortened(model: ModelConfig, layers: int) -> ModelConfig:
 # --- launches ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "rows", "each"), [
-    (SEQUENTIAL, 1, [5]), (STAGGERED, 1, [5, 8]), (SHARED, 2, [8]),
-    (SEQUENTIAL, 16, [8]), (STAGGERED, 16, [8, 12]),
+@pytest.mark.parametrize(("name", "kernels", "rows", "each"), [
+    (SEQUENTIAL, True, 1, [5]), (STAGGERED, True, 1, [5, 8]), (SHARED, True, 2, [8]),
+    (SEQUENTIAL, True, 16, [8]), (STAGGERED, True, 16, [8, 12]),
+    (SEQUENTIAL, False, 1, [18]), (STAGGERED, False, 1, [18, 28]), (SHARED, False, 1, [29]),
 ])  # fmt: skip
-def test_a_layer_is_few_kernels(name: str, rows: int, each: list[int]) -> None:
-    counts = [len(EmptyModel(shortened(paper(name), layers), rows, kernels=True).step(rows).names) for layers in (1, 3)]
+def test_a_layer_is_few_kernels(name: str, kernels: bool, rows: int, each: list[int]) -> None:
+    models = [EmptyModel(shortened(paper(name), layers), rows, kernels=kernels) for layers in (1, 3)]
+    counts = [len(model.step(rows).names) for model in models]
     layers_more = 2 * (paper(name).num_sections if name == SEQUENTIAL else 1)
     assert counts[1] - counts[0] == layers_more * sum(each)
 
@@ -49,9 +51,12 @@ def test_a_step_of_the_paper_is_less_than_a_third_of_the_kernels(name: str, befo
     assert counts == [before, after]
 
 
-@pytest.mark.parametrize(("mode", "more"), [(Mode.SAMPLED, 0), (Mode.TRUNCATED, 11)])
-def test_sampling_adds_few_kernels_to_a_greedy_step(mode: Mode, more: int) -> None:
-    model = EmptyModel(shortened(paper(SHARED), 1), 1, kernels=True)
+@pytest.mark.parametrize(
+    ("kernels", "mode", "more"),
+    [(True, Mode.SAMPLED, 0), (True, Mode.TRUNCATED, 11), (False, Mode.SAMPLED, 87), (False, Mode.TRUNCATED, 152)],
+)
+def test_sampling_adds_few_kernels_to_a_greedy_step(kernels: bool, mode: Mode, more: int) -> None:
+    model = EmptyModel(shortened(paper(SHARED), 1), 1, kernels=kernels)
     assert len(model.step(1, mode).names) == len(model.step(1, Mode.GREEDY).names) + more
 
 
