@@ -46,9 +46,10 @@ DECODING = {
     "hand-off": Layout(RANKS),
     "sum": Layout(RANKS, head="sharded", combined=True),
     "graph": Layout(RANKS, captured=True, slots=1),
+    "capture": Layout(RANKS, captured=True, slots=1),
 }
 """Where a fault occurs while decoding: after a chunk of the prompt, after the hand-off of a step is sent, before the
-outputs of sections are summed, in the middle of a captured step."""
+outputs of sections are summed, in the middle of a captured step, after the first graph was captured."""
 TRAINING = {
     "forward": schedule.ForwardPass,
     "tied gradients": schedule.ReduceTiedGrads,
@@ -187,9 +188,11 @@ def _decode(fault: Fault) -> Callable[[], str]:
     plan = DECODING[fault.where].plan()
     combined, rules = plan.topology.combined, NCCL if fault.nccl else GLOO
     cuda = FakeCuda()
-    if fault.where == "graph":
+    if plan.options.graphs:
         cuda.install(pytest.MonkeyPatch())  # for the life of this process
     transport = Transport(plan.grid, "cpu", fault.timeout_s, combined=combined, rules=rules)
+    if fault.where == "capture":
+        return lambda: str(build_stage(plan, read_constant, "cpu", transport, progress=lambda *_: fault.strike()))
     stage = build_stage(plan, read_constant, "cpu", transport)
 
     def in_faulty_step() -> None:

@@ -24,6 +24,7 @@ CASES = [
     ("graph", "killed", 1),
     ("graph", "killed", 2),
     ("graph", "frozen", 1),
+    ("capture", "killed", 1),
     ("sum", "killed", 1),
     ("sum", "frozen", 2),
     ("forward", "killed", 0),
@@ -34,7 +35,7 @@ CASES = [
     ("update", "killed", 1),
     ("update", "frozen", 2),
 ]
-ON_GLOO = [case for case in CASES if case[1:] == ("killed", 1) and case[0] != "graph"]
+ON_GLOO = [case for case in CASES if case[1:] == ("killed", 1) and case[0] not in ("graph", "capture")]
 DECODING_ERROR = re.compile(
     r"stage (\d) \(rank \1\) lost (its peers|stage (\d) \(rank \3\)) in step \d while .*: "
     r"(Connection|Read error|Write error|Timed out).*; "
