@@ -56,6 +56,13 @@ def one_bit_of_rank_1() -> None:
     SectionEngine.train_batch = train_batch  # type: ignore[assignment]
 
 
+def short_patience() -> None:
+    """Wait only some seconds for an HTTP process that takes no message."""
+    from stagdist.serving import http_child
+
+    http_child.SEND_S = 3.0
+
+
 def _slow_down(fault: Callable[[Path], None]) -> None:
     from stagdist.training.saving import background_write
     from stagdist.training.saving.save import Saver
