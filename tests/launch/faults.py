@@ -69,16 +69,16 @@ def _slow_down(fault: Callable[[Path], None]) -> None:
 
     write, wait_for_earlier, next_save = background_write.write_fragments, Saver._wait_for_earlier, threading.Event()
 
-    def slow(path: Path, fragments: Any, given_up: threading.Event) -> Any:
+    def slow(path: Path, fragments: Any, given_up: Any = None) -> Any:
         record = write(path, fragments, given_up)
         while not next_save.is_set() and not given_up.wait(0.01):
             pass
         fault(path)
         return record
 
-    def begin_next(saver: Saver, step: int) -> None:
+    def begin_next(self: Saver, step: int) -> None:
         next_save.set()
-        wait_for_earlier(saver, step)
+        wait_for_earlier(self, step)
         next_save.clear()
 
     background_write.write_fragments = slow
