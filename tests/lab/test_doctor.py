@@ -56,12 +56,34 @@ def test_a_host_without_power_is_a_finding_within_seconds(clean_lab: Lab, tmp_pa
     assert list(body["facts"]) == ["node1"]
 
 
-def test_names_that_mean_loopback_are_found_and_mended_by_the_written_file(clean_lab: Lab, tmp_path: Path) -> None:
+def test_every_planted_problem_is_found_and_shell_characters_run_nothing(clean_lab: Lab, tmp_path: Path) -> None:
+    for line in ("$(touch${IFS}owned) slots=1", "-oProxyCommand=touch slots=1"):
+        code, text, _ = doctor(clean_lab, tmp_path, hostfile=f"node1 slots=1\n{line}\n")
+        assert code == 2 and "refused" in text, text
     clean_lab.name_hosts(loopback=True)
-    code, text, body = doctor(clean_lab, tmp_path)
-    assert code == 1 and problems(body, "interface") == [["node1"], ["node2"]], text
+    (tmp_path / ".deepspeed_env").write_text("HF_HOME=$(touch owned)\nTZ=`touch owned`\n")
+    harmful = {"NCCL_DEBUG_FILE": "$(touch owned)", "UCX_TLS": "tcp;touch owned"}
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    assert clean_lab.run("node2", ["mount", "-t", "tmpfs", "tmpfs", str(kept)])[0] == 0
+    try:
+        code, text, body = doctor(clean_lab, tmp_path, variables=harmful)
+        assert clean_lab.run("node2", ["ls", "-A", str(kept)]) == (0, "")
+    finally:
+        clean_lab.run("node2", ["umount", str(kept)])
+    assert code == 1 and problems(body, "shared") == [["node2"]], text
+    assert body["facts"]["node2"]["storage"]["kind"] == "tmpfs" and list(kept.iterdir()) == []
+    assert problems(body, "interface") == [["node1"], ["node2"]], text
     assert "GLOO_SOCKET_IFNAME=eth0" in text and len(body["links"]["links"]) == 2
+    assert len(problems(body, "environment")) == 2, text
+    for place in (tmp_path, ROOT, clean_lab.folder / "home"):
+        assert not (place / "owned").exists()
 
+
+def test_the_written_file_mends_names_that_mean_loopback_and_a_slow_network_is_noted(
+    clean_lab: Lab, tmp_path: Path
+) -> None:
+    clean_lab.name_hosts(loopback=True)
     secret = {"WANDB_API_KEY": "hunter2", "GREETING": "$(touch owned)", "HF_HOME": "$(touch owned)"}
     code, text, body = doctor(clean_lab, tmp_path, "--write-env", variables=secret)
     assert code == 0 and "hunter2" not in text, text
@@ -69,48 +91,17 @@ def test_names_that_mean_loopback_are_found_and_mended_by_the_written_file(clean
     assert {"GLOO_SOCKET_IFNAME=eth0", "NCCL_SOCKET_IFNAME=eth0", "MASTER_ADDR=10.77.0.1"} <= set(lines)
     assert not any("owned" in line or "hunter2" in line for line in lines)
 
-    code, text, body = doctor(clean_lab, tmp_path)  # in a shell without them, reading the file
-    assert (code, body["interface"]) == (0, "eth0"), text
-    assert not list(tmp_path.rglob("owned"))
-
-
-def test_checkpoints_that_are_not_shared_are_found(clean_lab: Lab, tmp_path: Path) -> None:
-    kept = tmp_path / "kept"
-    kept.mkdir()
-    assert clean_lab.run("node2", ["mount", "-t", "tmpfs", "tmpfs", str(kept)])[0] == 0
+    slowed = clean_lab.run("node2", "tc qdisc add dev eth0 root tbf rate 20mbit burst 32kbit latency 400ms")[0] == 0
     try:
-        code, text, body = doctor(clean_lab, tmp_path)
-        assert code == 1 and problems(body, "shared") == [["node2"]], text
-        assert body["facts"]["node2"]["storage"]["kind"] == "tmpfs" and body["links"] is not None
-        assert clean_lab.run("node2", ["ls", "-A", str(kept)]) == (0, "")
-    finally:
-        clean_lab.run("node2", ["umount", str(kept)])
-    assert list(kept.iterdir()) == []
-
-
-def test_a_slow_network_is_noted_and_measured_in_time(clean_lab: Lab, tmp_path: Path) -> None:
-    slow = "tc qdisc add dev eth0 root tbf rate 20mbit burst 32kbit latency 400ms"
-    if clean_lab.run("node2", slow)[0]:
-        pytest.skip("this kernel cannot slow a network down: no tbf")
-    try:
-        code, text, body = doctor(clean_lab, tmp_path)
+        code, text, body = doctor(clean_lab, tmp_path)  # in a shell without them, reading the file
     finally:
         clean_lab.run("node2", "tc qdisc del dev eth0 root")
-    assert code == 0 and "1 stage boundaries are slower than gigabit Ethernet" in text, text
+    assert (code, body["interface"]) == (0, "eth0"), text
+    assert not list(tmp_path.rglob("owned"))
+    if not slowed:
+        pytest.skip("this kernel cannot slow a network down: no tbf")
+    assert "1 stage boundaries are slower than gigabit Ethernet" in text, text
     assert [(one["axis"], one["bytes_s"] < 3e6) for one in body["links"]["links"]] == [("pipe", True), ("all", True)]
-
-
-def test_shell_characters_in_hostfile_and_variables_run_nothing(clean_lab: Lab, tmp_path: Path) -> None:
-    for line in ("$(touch${IFS}owned) slots=1", "node2;touch${IFS}owned slots=1", "-oProxyCommand=touch slots=1"):
-        code, text, _ = doctor(clean_lab, tmp_path, hostfile=f"node1 slots=1\n{line}\n")
-        assert code == 2 and "refused" in text, text
-    (tmp_path / ".deepspeed_env").write_text("HF_HOME=$(touch owned)\nTZ=`touch owned`\n")
-    harmful = {"NCCL_DEBUG_FILE": "$(touch owned)", "UCX_TLS": "tcp;touch owned"}
-    code, text, body = doctor(clean_lab, tmp_path, variables=harmful)
-    assert code == 1 and len(problems(body, "environment")) == 2, text
-    assert body["links"] is not None
-    for place in (tmp_path, ROOT, clean_lab.folder / "home"):
-        assert not (place / "owned").exists()
 
 
 def test_a_working_folder_that_a_host_lacks_is_a_problem(clean_lab: Lab, tmp_path: Path) -> None:

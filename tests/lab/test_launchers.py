@@ -15,9 +15,13 @@ from tests.ranks import GUARD_S
 
 pytestmark = pytest.mark.lab
 
-# A launch takes 10 to 20 seconds: usually each launcher once, torchrun for text where host names mean loopback.
-USUAL = {("pdsh", "pipe2"), ("openmpi", "pipe2")}
-SLOW = {("no_ssh", "pipe2"): [pytest.mark.slow]}  # torchrun is started on every host like this as well
+# A launch takes 10 to 20 seconds: usually pdsh once, and torchrun for text where host names mean loopback.
+USUAL = {("pdsh", "pipe2")}
+SLOW = {
+    ("no_ssh", "pipe2"): [pytest.mark.slow],  # torchrun is started on every host like this as well
+    # pdsh hands the same variables on, and tests/parallel/test_world.py reads those of Open MPI.
+    ("openmpi", "pipe2"): [pytest.mark.slow],
+}
 MATRIX = [
     pytest.param(launcher, grid, marks=[] if (launcher, grid) in USUAL else SLOW.get((launcher, grid), [whole_matrix]))
     for launcher in LAUNCHERS

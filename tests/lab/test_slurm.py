@@ -1,11 +1,15 @@
 """The scripts for Slurm, run with stand-ins for srun and scontrol that start real ranks on the hosts of the lab."""
 
+import contextlib
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.lab.hosts import Lab
+from tests.lab.inside import HostProcess
 from tests.lab.launching import VARIABLES, finish, run_config
 from tests.lab.slurm import allocation
 from tests.lab.test_launchers import LocalLosses, watch_ranks
@@ -22,6 +26,7 @@ def slurm_folder(folder: Path) -> None:
     (folder / "node1").touch()  # what an unquoted node[1-2] would become
 
 
+@pytest.mark.slow  # the next test runs the script until its ranks read the configuration
 def test_the_batch_script_trains_over_two_hosts(
     clean_lab: Lab, lab_corpus: Path, local_losses: LocalLosses, tmp_path: Path
 ) -> None:
@@ -37,6 +42,36 @@ def test_the_batch_script_trains_over_two_hosts(
     assert clean_lab.ranks()[1].environment["MASTER_PORT"] == "20071"
     finish([call])
     assert losses(tmp_path, "run") == local_losses("pipe2")
+
+
+def holds_open(process: HostProcess, path: Path) -> bool:
+    """Whether a process has opened a file."""
+    for descriptor in Path(f"/proc/{process.identity.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it is closed by now, or no file
+            if descriptor.samefile(path):
+                return True
+    return False
+
+
+def test_the_batch_script_starts_a_rank_on_every_host(clean_lab: Lab, tmp_path: Path) -> None:
+    slurm_folder(tmp_path)
+    config = tmp_path / "empty.yaml"
+    os.mkfifo(config)  # ranks wait here until they have been looked at
+    batch = allocation(tmp_path, "/usr/bin:/bin") | {"STAGDIST_VENV": sys.prefix}
+    words = ["bash", "launch/slurm/pretrain.sbatch", str(config)]
+    call = clean_lab.popen("node1", words, env={**VARIABLES, **batch}, cwd=tmp_path)
+    assert watch_ranks(clean_lab, 2) == {0: ("node1", VARIABLES), 1: ("node2", VARIABLES)}
+    for rank in clean_lab.ranks().values():
+        assert rank.environment["MASTER_PORT"] == "20071"
+        assert list(rank.command)[-3:] == ["launch/pretrain.py", "--config", str(config)]
+    with config.open("w"):
+        while not all(holds_open(rank, config) for rank in clean_lab.ranks().values()):
+            assert call.poll() is None, call.text()
+            time.sleep(0.05)
+        (tmp_path / "other").touch()
+        (tmp_path / "other").replace(config)
+    assert call.wait(120) == 2, call.text()
+    assert f"error: {config} must hold keys" in call.text()
 
 
 @pytest.mark.slow  # test_supervisor.py starts ranks by srun, and a test below runs the script until they start

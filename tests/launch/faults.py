@@ -56,22 +56,29 @@ def one_bit_of_rank_1() -> None:
     SectionEngine.train_batch = train_batch  # type: ignore[assignment]
 
 
+def short_patience() -> None:
+    """Wait only some seconds for an HTTP process that takes no message."""
+    from stagdist.serving import http_child
+
+    http_child.SEND_S = 3.0
+
+
 def _slow_down(fault: Callable[[Path], None]) -> None:
     from stagdist.training.saving import background_write
     from stagdist.training.saving.save import Saver
 
     write, wait_for_earlier, next_save = background_write.write_fragments, Saver._wait_for_earlier, threading.Event()
 
-    def slow(path: Path, fragments: Any, given_up: threading.Event) -> Any:
+    def slow(path: Path, fragments: Any, given_up: Any = None) -> Any:
         record = write(path, fragments, given_up)
         while not next_save.is_set() and not given_up.wait(0.01):
             pass
         fault(path)
         return record
 
-    def begin_next(saver: Saver, step: int) -> None:
+    def begin_next(self: Saver, step: int) -> None:
         next_save.set()
-        wait_for_earlier(saver, step)
+        wait_for_earlier(self, step)
         next_save.clear()
 
     background_write.write_fragments = slow  # type: ignore[assignment]

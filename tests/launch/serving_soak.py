@@ -105,7 +105,7 @@ class Soak:
             busy = stats["running"] + stats["waiting"] + stats["waiting_tokens"]
             if not busy and all(process.num_fds() <= files[name] for name, process in self.processes.items()):
                 return True
-            time.sleep(0.5)
+            time.sleep(0.05)
         return False
 
 

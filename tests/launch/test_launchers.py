@@ -19,11 +19,10 @@ def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int
     return losses(folder, "run")
 
 
-# tests/lab/test_launchers.py starts torchrun and Open MPI on two hosts, test_safety.py one process.
-SLOW = [pytest.param(launcher, marks=pytest.mark.slow) for launcher in ("python", "torchrun", "mpirun")]
-
-
-@pytest.mark.parametrize("launcher", ["deepspeed", *SLOW])
+# tests/lab/test_launchers.py starts deepspeed and torchrun on two hosts, test_safety.py one process, and
+# test_generation_faults.py deepspeed on this machine.
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "python", "torchrun", "mpirun"])
 def test_every_launcher_trains_to_the_same_losses(
     corpus: Path, expected: dict[int, float], tmp_path: Path, launcher: str
 ) -> None:

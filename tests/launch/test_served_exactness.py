@@ -93,7 +93,7 @@ LAYOUTS = {
         VARIANTS["tied"], 2, server=("--prefill-chunk", "48", "--inter-token-target-ms", "4")
     ),
 }
-QUICK = ("four shared, combined", "window")
+QUICK = ("four shared, combined",)
 """What `make test` serves; tests/decode/test_prefix_reuse.py and test_random_traffic.py decode all of `MODELS`."""
 SYSTEM = tuple(b"You are a function that returns at once. ")
 """The beginning of most prompts: several chunks."""

@@ -19,7 +19,7 @@ from tests.reference.variants import BASE
 
 pytestmark = pytest.mark.ranks
 
-CONTEXT = 1024
+CONTEXT = 512
 CHUNK = 48
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "two sections, head sharded": ({}, "sharded"),

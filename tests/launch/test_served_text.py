@@ -19,7 +19,7 @@ from tests.ranks import ROOT
 pytestmark = pytest.mark.ranks
 
 BROKEN = "\ufffd"
-STOPS = 6
+STOPS = 4
 """Sets of stop strings for each answer."""
 LETTERS = tuple(b"ab ")
 PARTS = {

@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.launch.faults import short_patience
 from tests.launch.generating import write_model
 from tests.launch.runs import is_alive
 from tests.launch.serving import Streaming, serve, serve_by
@@ -24,30 +25,28 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "long", max_position_embeddings=CONTEXT)
 
 
-@pytest.mark.parametrize("idle", [False, True], ids=["at work", "idle"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_rank_ends_the_server_with_an_error_for_every_request(
-    model: Path, tmp_path: Path, number: int, idle: bool
-) -> None:
-    served = serve(tmp_path, model, "--batch-size", "1", "--timeout", str(TIMEOUT_S)).wait_ready()
-    requests = []
-    if not idle:
-        requests = [Streaming(served, "abc", max_tokens=ENDLESS).wait_for_text()]
-        requests.append(Streaming(served, "queued", max_tokens=3).wait_accepted())
-    rank_0, rank_1 = served.run.ranks()
+def test_a_lost_rank_ends_the_server_with_an_error_for_every_request(model: Path, tmp_path: Path, number: int) -> None:
+    started = [serve(tmp_path, model, "--batch-size", "1", "--timeout", str(TIMEOUT_S)) for _ in range(2)]
+    idle, at_work = (served.wait_ready() for served in started)
+    requests = [Streaming(at_work, "abc", max_tokens=ENDLESS).wait_for_text()]
+    requests.append(Streaming(at_work, "queued", max_tokens=3).wait_accepted())
+    ranks = {served: served.run.ranks() for served in (at_work, idle)}
     begin = time.monotonic()
-    rank_1.send_signal(number)
+    for _, rank_1 in ranks.values():
+        rank_1.send_signal(number)
     for request in requests:
         request.ended(TIMEOUT_S + 5)
         assert request.error and request.finish != "length", request.error
-    psutil.wait_procs([rank_0], timeout=3 * TIMEOUT_S)
+    psutil.wait_procs([rank_0 for rank_0, _ in ranks.values()], timeout=3 * TIMEOUT_S)
     waited_s = time.monotonic() - begin
     assert waited_s < 2 * TIMEOUT_S + 3, f"noticed after {waited_s:.1f} s"
-    if number == signal.SIGSTOP:
-        rank_1.kill()
-    assert served.run.wait() != 0
-    assert any("stage 0 (rank 0) lost" in line for line in served.run.errors()), served.run.text()
-    assert served.wait_health(None, 10) < 10
+    for served, (_, rank_1) in ranks.items():
+        if number == signal.SIGSTOP:
+            rank_1.kill()
+        assert served.run.wait() != 0
+        assert any("stage 0 (rank 0) lost" in line for line in served.run.errors()), served.run.text()
+        assert served.wait_health(None, 10) < 10
 
 
 def test_a_frozen_rank_0_makes_health_answer_503_until_it_is_back(model: Path, tmp_path: Path) -> None:
@@ -70,7 +69,7 @@ def test_without_the_http_process_the_engine_ends_with_an_error(model: Path, tmp
 
 
 def test_a_stopped_http_process_holds_the_engine_up_for_a_limited_time(model: Path, tmp_path: Path) -> None:
-    served = serve(tmp_path, model).wait_ready()
+    served = serve(tmp_path, model, before=short_patience).wait_ready()
     requests = [Streaming(served, "abc", max_tokens=ENDLESS, logprobs=5).wait_for_text() for _ in range(4)]
     stopped = served.http_process()
     stopped.send_signal(signal.SIGSTOP)

@@ -38,7 +38,7 @@ REQUEST = request("0", 7, 8)
 END_S = 12.0
 START_S = 120.0
 RANKS = 3
-AT_ONCE = 2
+AT_ONCE = 4
 """Faults that are run concurrently: most of their time is waiting."""
 
 DECODING = {

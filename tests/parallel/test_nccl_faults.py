@@ -9,7 +9,7 @@ import pytest
 from tests.parallel.nccl_faults import DECODING, RANKS, TRAINING, Fault
 from tests.ranks import free_port, run_ranks
 
-TIMEOUT_S = {"none": 60.0, "killed": 20.0, "frozen": 2.0, "silent": 2.0}
+TIMEOUT_S = {"none": 60.0, "killed": 20.0, "frozen": 3.0, "silent": 3.0}
 """A killed rank must be noticed without the time limit."""
 NOTICED_S = 8.0
 CAPTURED_S = 5.0
@@ -66,7 +66,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
         for where in ("hand-off", "graph", "sum", "forward")
         for nccl in (False, True)
     ]
-    # Two are run at once. Sorted, two that wait for their time limit are.
+    # Several are run at once. Sorted, those that wait for their time limit are.
     faults += [
         Fault(how, rank, where, nccl, free_port(), limit_s(where, how))
         for where, how, rank in sorted(CASES, key=lambda case: limit_s(*case[:2]))

@@ -106,7 +106,7 @@ def waited_for_at_once(program: Program) -> list[bool]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("grid", [(2, 1, 1), (4, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("grid", [pytest.param((2, 1, 1), marks=pytest.mark.slow), (4, 1, 1), (2, 2, 2)])
 def test_real_ranks_do_not_hang_and_post_as_the_stand_in_does(grid: tuple[int, int, int]) -> None:
     sections = {"section_layers": [1] * grid[0]}
     case = Case("real", sections, grid)
