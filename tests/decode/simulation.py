@@ -220,10 +220,9 @@ class Run:
         now = self._clocks[stage]
         kind, index = placed.instruction.kind, placed.instruction.index
         if kind is Kind.WAIT:
-            place = self.edges[index].places.get(placed.name)
-            if place is None or placed.name in self.edges[index].waited:
+            if (place := (edge := self.edges[index]).places.get(placed.name)) is None or placed.name in edge.waited:
                 raise ScheduleError(f"stage {stage}: {placed}, which is not expected")
-            arrival = self.edges[index].arrival(place, self._pace.hand_off_s)
+            arrival = edge.arrival(place, self._pace.hand_off_s)
             return None if arrival is None else max(now, arrival)
         if kind is Kind.SEND:
             oldest = len(self.edges[index].sent) - 2 - self.topology.lag
