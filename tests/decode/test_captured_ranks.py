@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ranks
 
 GRIDS = ((2, 1), (3, 1), (1, 2), (2, 2), (4, 1))
 """(pipe, tensor) sizes."""
-USUAL = {
+USUAL: dict[tuple[int, int], dict[str, tuple[str, ...]]] = {
     (2, 1): {"unequal sections": ("last", "sharded"), "stagger 0": ("sharded",), "combined": ("sharded",),
              "sequential": ("last",), "four on two": ("last",)},
     (3, 1): {"three sections with everything": ("last", "sharded")},
