@@ -99,7 +99,7 @@ test-all: ruff clients ## The same with the slow tests, for every night
 fuzz: export MUTATIONS := 2000
 fuzz: export OMP_NUM_THREADS := 1
 fuzz: export HF_HUB_OFFLINE := 1
-fuzz: $(STAMP) ## Give every reader 2,000 damaged or foreign files (`make test` runs 30 of each)
+fuzz: $(STAMP) ## Give every reader 2,000 damaged or foreign files (`make test` runs 20 of each)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
 
 resume-matrix: export OMP_NUM_THREADS := 1

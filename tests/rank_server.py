@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+from types import SimpleNamespace
 
 from tests.ranks import BARE, end_with_parent
 
@@ -17,6 +18,7 @@ MODULES = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "transformers.models.auto.tokenization_auto",  # the tokenizer of any model directory
     "transformers.convert_slow_tokenizer",
+    "stagdist.serving.http_process",
 )
 
 
@@ -27,9 +29,16 @@ def import_frameworks() -> None:
     importlib.import_module("deepspeed").ops.__compatible_ops__  # noqa: B018
 
 
+def keep_frozen() -> None:
+    """Leave frozen what an engine would give back at its end: its rank would search, and so copy, all modules."""
+    stand_in = SimpleNamespace(freeze=lambda: None, unfreeze=lambda: None)
+    vars(importlib.import_module("stagdist.decode.operations"))["gc"] = stand_in
+
+
 end_with_parent()
 gc.disable()  # nothing that is imported becomes garbage
 if BARE not in os.environ:
     import_frameworks()
+    keep_frozen()
 gc.enable()
 gc.freeze()  # no rank searches the modules for garbage

@@ -1,10 +1,10 @@
 """A server of two ranks for all tests of this folder, and the Python that has the clients."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,12 +14,10 @@ from typing import Any
 import pytest
 
 from tests.launch.generating import write_model
-from tests.launch.runs import BIN, ROOT, environment
+from tests.launch.runs import ROOT, Forks
 from tests.ranks import free_port
 
 CLIENTS = ROOT / ".venv-clients" / "bin"
-START_S = 120
-END_S = 60
 
 
 @dataclass(frozen=True)
@@ -48,45 +46,23 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     model = write_model(folder / "tiny", max_position_embeddings=256)
     port = free_port()
-    words = [
-        *(str(BIN / "deepspeed"), "--quiet", "--num_accelerators", "2", "--master_port", str(free_port())),
-        *(str(ROOT / "launch" / "serve.py"), "--model", str(model), "--port", str(port), "--device", "cpu"),
-        *("--batch-size", "4", "--chat-template", "plain"),
-    ]
-    log = folder / "log.txt"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            words, stdout=output, stderr=output, env=environment(), cwd=folder, start_new_session=True
-        )
-        try:
-            server = Served(f"http://127.0.0.1:{port}", model)
-            _wait_until_ready(server, process, log)
-            yield server
-            process.send_signal(signal.SIGTERM)
-            _wait_for_end(log)  # the launcher ends before its ranks
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    words = ["--model", str(model), "--port", str(port), "--device", "cpu", "--batch-size", "4"]
+    run = Forks(folder, ROOT / "launch" / "serve.py", [*words, "--chat-template", "plain"])
+    try:
+        server = Served(f"http://127.0.0.1:{port}", model)
+        run.wait_until(lambda: _is_healthy(server), "a healthy server", poll_s=0.1)
+        yield server
+        for rank in run.ranks():
+            rank.send_signal(signal.SIGTERM)
+        assert run.wait() == 0, run.text()
+    finally:
+        run.end()
 
 
-def _wait_until_ready(server: Served, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while True:
-        try:
-            server.get("health")
-            return
-        except OSError:
-            alive = process.poll() is None and time.monotonic() < deadline
-            assert alive, f"the server did not start:\n{log.read_text()[-3000:]}"
-            time.sleep(0.2)
-
-
-def _wait_for_end(log: Path) -> None:
-    deadline = time.monotonic() + END_S
-    while "shut down after" not in log.read_text():
-        assert time.monotonic() < deadline, f"the server did not end:\n{log.read_text()[-3000:]}"
-        time.sleep(0.1)
+def _is_healthy(server: Served) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(server.get("health"))
+    return False
 
 
 @pytest.fixture(scope="package")

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from stagdist.data.indexed import read_description
@@ -22,6 +23,7 @@ from stagdist.data.prepare.sources import PIECE_BYTES, ReadOptions, plan_pieces
 from stagdist.data.tokenizer import Tokenizer, byte_tokenizer
 from stagdist.errors import ConfigError, DataError
 from tests.data.conftest import LIBRARY, ROOT, RunTool, tool_environment
+from tests.ranks import Script, fork_script
 
 ENDINGS = (".bin", ".idx", ".json")
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") or ""
@@ -132,33 +134,33 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(tmp_path: P
     given.mkdir()
     for number in range(4):
         (given / f"{number}.jsonl").write_text('{"text": "one of many documents"}\n' * 60_000)
-    command = [
-        sys.executable, str(ROOT / "tools" / "prepare_data.py"), str(given),
-        "--tokenizer", "bytes", "--workers", "2", "--quiet", "--output", str(out / "c"),
-    ]  # fmt: skip
-    marker = f"KILLED_RUN_{os.getpid()}"
+    tool = ROOT / "tools" / "prepare_data.py"
+    words = (str(given), "--tokenizer", "bytes", "--workers", "2", "--quiet", "--output", str(out / "c"))
+    script = Script(tool, words, tmp_path, tmp_path / "printed", tmp_path / "errors")
     part, tokens = "c.*.part00000.partial", "c.*.bin.partial"
     endings = (part, signal.SIGTERM), (part, signal.SIGHUP), (part, signal.SIGKILL), (tokens, signal.SIGKILL)
+    started: list[psutil.Process] = []
     for wait_for, ending in endings:
-        process = subprocess.Popen(
-            command, env={**tool_environment(), marker: "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        (process,) = fork_script(script, None)
+        assert process.pid is not None
         deadline = time.monotonic() + 60
-        while not list(out.glob(wait_for)) and process.poll() is None and time.monotonic() < deadline:
+        while not list(out.glob(wait_for)) and process.exitcode is None and time.monotonic() < deadline:
             time.sleep(0.001)
-        process.send_signal(ending)
+        assert process.exitcode is None, "the run was over before it could be killed"
+        started += psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, ending)
+        process.join(60)
         killed = ending == signal.SIGKILL
-        assert process.wait() == (-ending if killed else 130), "the run was over before it could be killed"
+        assert process.exitcode == (-ending if killed else 130), "the run was over before it could be killed"
         left = listing(out)
         assert bool(list(out.glob(wait_for))) == killed and all(name.endswith(".partial") for name in left)
-    deadline = time.monotonic() + 20
-    while _processes_with(marker) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _processes_with(marker), "workers outlive the process that started them"
+    assert len(started) >= 6, "the workers of three runs"
+    _, outliving = psutil.wait_procs(started, timeout=20)
+    assert not outliving, "workers outlive the process that started them"
     (out / "c.part00077.partial").write_bytes(b"of more ranks")
     for path in given.iterdir():  # this run needs no time to be killed in
         path.write_text('{"text": "one document"}\n')
-    done = subprocess.run(command, env=tool_environment(), capture_output=True, text=True, timeout=600)
+    done = run_tool(tool.name, *words)
     assert done.returncode == 0, done.stderr
     assert listing(out) == ["c" + ending for ending in ENDINGS]
 
@@ -204,18 +206,6 @@ def test_the_index_is_renamed_last_also_over_an_old_corpus(tmp_path: Path, renam
     prepare([str(tmp_path / "a.txt")], str(tmp_path / "out" / "c"), byte_tokenizer())
     assert documents_of(tmp_path / "out" / "c", "uint16") == [[*b"the new text, which is longer", 256]]
     assert listing(tmp_path / "out") == ["c" + ending for ending in ENDINGS]
-
-
-def _processes_with(marker: str) -> list[str]:
-    """Live processes whose environment holds a variable."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if marker.encode() in (process / "environ").read_bytes():
-                found.append(process.name)
-        except OSError:
-            continue
-    return found
 
 
 def test_a_killed_worker_ends_the_run_with_the_remedy(tmp_path: Path) -> None:

@@ -104,9 +104,11 @@ def check_sections(topology: Topology, played: Run, all_: list[Operation], stage
 def check_hand_offs(topology: Topology, all_: list[Operation], stage: int, own: list[Placed]) -> None:
     """One send for each output, at once; no rank waits for a hand-off before its time."""
     counts: dict[int, Counter[Kind]] = {operation.work.number: Counter() for operation in all_}
+    of_operation: dict[int, list[Placed]] = {operation.work.number: [] for operation in all_}
     for placed, following in itertools.zip_longest(own, own[1:]):
         instruction, work = placed.instruction, placed.operation.work
         counts[work.number][instruction.kind] += 1
+        of_operation[work.number].append(placed)
         if placed.operation.text == "R":
             demand(instruction.kind is Kind.WAIT, "a rest only receives")
         elif instruction.kind is Kind.WAIT and instruction.part is WorkPart.STEP:
@@ -131,7 +133,7 @@ def check_hand_offs(topology: Topology, all_: list[Operation], stage: int, own: 
             "one receive for each send",
         )
         if steps:
-            check_order(topology, stage, [each for each in own if each.operation == operation])
+            check_order(topology, stage, of_operation[work.number])
 
 
 def check_order(topology: Topology, stage: int, own: list[Placed]) -> None:

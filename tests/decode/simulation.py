@@ -146,6 +146,7 @@ class Edge:
     sent: list[tuple[Name, float]] = field(default_factory=list)
     posted: list[tuple[Name, float]] = field(default_factory=list)
     waited: set[Name] = field(default_factory=set)
+    places: dict[Name, int] = field(default_factory=dict)  # of the first receive of each name in `posted`
 
     def arrival(self, number: int, delay_s: float) -> float | None:
         """When the hand-off `number` is in its buffer; None while a side is missing."""
@@ -219,10 +220,9 @@ class Run:
         now = self._clocks[stage]
         kind, index = placed.instruction.kind, placed.instruction.index
         if kind is Kind.WAIT:
-            names = [name for name, _ in self.edges[index].posted]
-            if placed.name not in names or placed.name in self.edges[index].waited:
+            if (place := (edge := self.edges[index]).places.get(placed.name)) is None or placed.name in edge.waited:
                 raise ScheduleError(f"stage {stage}: {placed}, which is not expected")
-            arrival = self.edges[index].arrival(names.index(placed.name), self._pace.hand_off_s)
+            arrival = edge.arrival(place, self._pace.hand_off_s)
             return None if arrival is None else max(now, arrival)
         if kind is Kind.SEND:
             oldest = len(self.edges[index].sent) - 2 - self.topology.lag
@@ -264,6 +264,7 @@ class Run:
                 _need(own.asked == own.answered, stage, placed, "the answer to what it asked for already")
                 own.asked.add(name)
             case Kind.EXPECT:
+                self.edges[index].places.setdefault(name, len(self.edges[index].posted))
                 self.edges[index].posted.append((name, now))
             case Kind.WAIT:
                 self.edges[index].waited.add(name)

@@ -15,14 +15,16 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 
-GRIDS: list[tuple[int, int, HeadLayout]] = [
-    (2, 1, "last"),
-    (2, 1, "sharded"),
-    (1, 2, "last"),
-    (2, 2, "last"),  # test_exactness.py decodes with a sharded head on this grid
-]
+OnRanks = tuple[int, int, HeadLayout]
 SINGLE = ("plain", "shared, stagger 2, window, combined")
 """Variants that are decoded in fp32 too."""
+USUAL: dict[OnRanks, tuple[str, ...]] = {
+    (2, 1, "last"): tuple(VARIANTS),
+    (2, 1, "sharded"): ("combined", "sequential", *SINGLE),
+    (1, 2, "last"): ("sequential", *SINGLE),
+    (2, 2, "last"): SINGLE,  # test_exactness.py decodes with a sharded head on this grid
+}
+"""Variants of each grid that `make test` runs: two stages run all, and other grids change none of their math."""
 Alone = dict[str, dict[str, RequestOutput]]
 """By variant and request."""
 
@@ -39,12 +41,15 @@ def alone() -> Alone:
     return result
 
 
-def grid_cases(pipe: int, tensor: int, head: HeadLayout) -> list[Case]:
-    """All variants in fp64; on the 2x2 grid two also in fp32, where clear margins make tokens comparable."""
-    single = SINGLE if (pipe, tensor, head) == (2, 2, "last") else ()
+def grid_cases(grid: OnRanks, *, usual: bool) -> list[Case]:
+    """The usual variants or the others in fp64; on the 2x2 grid two also in fp32, where clear margins make tokens
+    comparable."""
+    _, tensor, head = grid
+    chosen = [variant for variant in VARIANTS if (variant in USUAL[grid]) == usual]
+    single = SINGLE if usual and grid == (2, 2, "last") else ()
     return [
         arrangement(variant, REQUESTS, 3, tensor=tensor, head=head, precision=precision)
-        for precision, variants in (("fp64", VARIANTS), ("fp32", single))
+        for precision, variants in (("fp64", chosen), ("fp32", single))
         for variant in variants
     ]
 
@@ -53,17 +58,17 @@ class Runs:
     """The batches of every grid; one launch for each number of ranks, by the first test that asks."""
 
     def __init__(self) -> None:
-        self._ran: dict[int, dict[tuple[int, int, HeadLayout], list[Ran]]] = {}
+        self._ran: dict[tuple[int, bool], dict[OnRanks, list[tuple[Case, Ran]]]] = {}
 
-    def of(self, grid: tuple[int, int, HeadLayout]) -> list[Ran]:
-        """What rank 0 did in each case of `grid_cases`."""
-        world = grid[0] * grid[1]
-        if world not in self._ran:
-            grids = [other for other in GRIDS if other[0] * other[1] == world]
-            cases = [case for each in grids for case in grid_cases(*each)]
+    def of(self, grid: OnRanks, variant: str) -> list[tuple[Case, Ran]]:
+        """The cases of a variant, and what rank 0 did in each."""
+        key = world, usual = grid[0] * grid[1], variant in USUAL[grid]
+        if key not in self._ran:
+            cases_of = {each: grid_cases(each, usual=usual) for each in USUAL if each[0] * each[1] == world}
+            cases = [case for cases in cases_of.values() for case in cases]
             done = iter(run_ranks("tests.decode.decoding:run_cases", world, cases)[0])
-            self._ran[world] = {each: [next(done) for _ in grid_cases(*each)] for each in grids}
-        return self._ran[world][grid]
+            self._ran[key] = {each: [(case, next(done)) for case in cases] for each, cases in cases_of.items()}
+        return [(case, done) for case, done in self._ran[key][grid] if case.name == variant]
 
 
 @pytest.fixture(scope="module")
@@ -152,29 +157,32 @@ def _with_seed(seed: int) -> list[Request]:
 # --- in company -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_slots", [1, 2, 3, len(REQUESTS), 15])
+@pytest.mark.parametrize(
+    "num_slots", [1, 3, 15, *(pytest.param(count, marks=pytest.mark.slow) for count in (2, len(REQUESTS)))]
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_neighbours_that_come_and_go_change_nothing(alone: Alone, variant: str, num_slots: int) -> None:
-    orders = [REQUESTS, REQUESTS[::-1], REQUESTS[3:] + REQUESTS[:3]]
+    """In several orders where the order decides who meets whom; 15 slots hold all requests from the first step on."""
+    orders = [REQUESTS[3:] + REQUESTS[:3], REQUESTS, REQUESTS[::-1]][: 1 if num_slots in (1, 15) else 3]
     cases = [arrangement(variant, order, num_slots) for order in orders]
     for case, ran in zip(cases, run_cases(cases), strict=True):
         same(by_name(case, ran.completions), alone[variant])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_every_grid_gives_the_same_tokens(
-    alone: Alone, runs: Runs, grid: tuple[int, int, HeadLayout], variant: str
-) -> None:
-    cases, ran = grid_cases(*grid), runs.of(grid)
-    for case, done in zip(cases, ran, strict=True):
-        if case.name == variant:
-            single = case.options.precision == "fp32"
-            if single:
-                assert CLEAR_MARGIN < done.smallest_margin < math.inf, (
-                    "choose other seeds: the margin rule says nothing"
-                )
-            same(by_name(case, done.completions), alone[variant], tolerance=1e-4 if single else 1e-9)
+@pytest.mark.parametrize(
+    ("grid", "variant"),
+    [
+        pytest.param(grid, variant, id=f"{grid}-{variant}", marks=[pytest.mark.slow] * (variant not in usual))
+        for grid, usual in USUAL.items()
+        for variant in VARIANTS
+    ],
+)
+def test_every_grid_gives_the_same_tokens(alone: Alone, runs: Runs, grid: OnRanks, variant: str) -> None:
+    for case, done in runs.of(grid, variant):
+        single = case.options.precision == "fp32"
+        if single:
+            assert CLEAR_MARGIN < done.smallest_margin < math.inf, "choose other seeds: the margin rule says nothing"
+        same(by_name(case, done.completions), alone[variant], tolerance=1e-4 if single else 1e-9)
 
 
 @pytest.mark.parametrize("variant", SINGLE)

@@ -11,7 +11,7 @@ from stagdist.decode.operations import operate
 from stagdist.decode.request import RequestOutput
 from tests.decode.batches import arrangement
 from tests.decode.decoding import Case, World, engine_of, prompt
-from tests.decode.test_prefix_reuse import MODELS, ON_SEVERAL_RANKS, asked, same
+from tests.decode.test_prefix_reuse import MODELS, ON_STAGES, asked, same
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -92,6 +92,5 @@ def test_conversations_that_move_between_slots_equal_complete_computation(monkey
 
 
 def test_conversations_move_between_slots_on_all_stages() -> None:
-    names = [name for name in sorted(ON_SEVERAL_RANKS) if len(MODELS[name].get("section_layers", [1, 1])) % 2 == 0]
-    cases = cases_of(names)
+    cases = cases_of(sorted(ON_STAGES))
     check(cases, run_ranks("tests.decode.test_conversations:converse", 2, cases)[0])

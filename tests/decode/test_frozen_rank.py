@@ -46,7 +46,7 @@ def freeze(busy: bool) -> tuple[float, str, str | None]:
     frozen_s: list[float] = []
 
     def strike() -> None:
-        time.sleep(1.0)
+        time.sleep(0.3)
         assert pids[1] is not None
         frozen_s.append(time.monotonic())
         os.kill(pids[1], signal.SIGSTOP)

@@ -1,11 +1,11 @@
 """A slow link makes steps longer, never wrong: hand-offs that come several steps late are waited for."""
 
-import time
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from stagdist.decode.request import Request, SamplingParams
 from stagdist.decode.runtime.build import EngineOptions
@@ -68,15 +68,17 @@ def test_a_delay_is_shared_by_the_steps_of_the_lag(ran: list[list[Ran]], number:
 def send_to_a_silent_rank(timeout_s: float) -> str:
     """What rank 0 hears of a delayed hand-off that rank 1 never asks for."""
     dist.init_process_group("gloo")
-    transport = Transport(Grid(2, 1, 1), "cpu", timeout_s, hand_off_delay_s=0.05)
+    transport, store = Transport(Grid(2, 1, 1), "cpu", timeout_s, hand_off_delay_s=0.05), _get_default_store()
     if transport.rank:
-        time.sleep(4 * timeout_s)  # there, but silent
+        store.wait(["heard"])  # there, but silent
         return ""
     transport.hand_offs_out.send(torch.zeros(1, 1, 8), in_flight=0)
     try:
         transport.finish_sends()
     except TransportError as error:
         return str(error)
+    finally:
+        store.set("heard", "")
     return "the hand-off left"
 
 

@@ -17,24 +17,25 @@ from tests.reference.variants import VARIANTS
 pytestmark = pytest.mark.ranks
 
 MODELS = VARIANTS | COMBINATIONS
-GRIDS = [
-    (1, 1, "last"),
-    pytest.param((2, 1, "last"), marks=pytest.mark.slow),
-    (2, 1, "sharded"),
-    (1, 2, "last"),
-    (3, 1, "last"),
-    pytest.param((4, 1, "sharded"), marks=pytest.mark.slow),
-]
-ON_SEVERAL_RANKS = {
-    "four sections",
-    "three sections with everything",
-    "stagger 0",
-    "sequential",
-    "combined",
-    *COMBINATIONS,
-}
-ON_TENSOR_RANKS = {"three sections with everything", "sequential", "combined", "shared, stagger 2, window"}
+Models = frozenset[str]
+OnRanks = tuple[int, int, HeadLayout]
+ON_STAGES: Models = frozenset({"four sections", "stagger 0", "sequential", "combined", "shared, stagger 2, window"})
+ON_SEVERAL_RANKS: Models = ON_STAGES | {"three sections with everything"} | COMBINATIONS.keys()
+ON_TENSOR_RANKS: Models = frozenset({"sequential", "shared, stagger 2, window"})
 """Which positions are reused does not depend on tensor ranks, whose sums make a step ten times slower."""
+ALL: Models = frozenset(MODELS)
+RUNS: list[tuple[OnRanks, Models, bool]] = [
+    ((1, 1, "last"), ON_SEVERAL_RANKS, False),
+    ((1, 1, "last"), ALL - ON_SEVERAL_RANKS, True),  # test_conversations.py reuses positions of all models
+    ((2, 1, "last"), ON_SEVERAL_RANKS, True),
+    ((2, 1, "sharded"), ON_STAGES, False),
+    ((2, 1, "sharded"), ON_SEVERAL_RANKS - ON_STAGES, True),
+    ((1, 2, "last"), ON_TENSOR_RANKS, False),
+    ((1, 2, "last"), frozenset({"three sections with everything", "combined"}), True),
+    ((3, 1, "last"), ON_SEVERAL_RANKS, False),
+    ((4, 1, "sharded"), ON_SEVERAL_RANKS, True),
+]
+"""Grid, models, and whether `make test-all` alone runs them."""
 SLOTS = 1, 4
 SYSTEM = prompt(11, seed=5)
 """The beginning of most prompts."""
@@ -59,12 +60,12 @@ SIMILAR = [
 ]
 
 
-def cases_of(pipe: int, tensor: int, head: HeadLayout) -> list[Case]:
-    """Every model that fits on a grid: without reuse, then with it. In one process all models, and several slots."""
-    cases = []
-    chosen = set(MODELS) if pipe * tensor == 1 else ON_SEVERAL_RANKS if tensor == 1 else ON_TENSOR_RANKS
-    for name, keys in MODELS.items():
-        if len(keys.get("section_layers", [1, 1])) % pipe == 0 and name in chosen:
+def cases_of(grid: OnRanks, models: Models) -> list[Case]:
+    """Every model that fits on a grid: without reuse, then with it. In one process also with one slot."""
+    cases, (pipe, tensor, head) = [], grid
+    for name in sorted(models):
+        keys = MODELS[name]
+        if len(keys.get("section_layers", [1, 1])) % pipe == 0:
             plain = arrangement("plain", SIMILAR, 1, tensor=tensor, head=head)
             plain = replace(plain, name=name, keys=keys, options=replace(plain.options, prefix_caching=False))
             cases.append(plain)
@@ -83,9 +84,16 @@ def same(found: list[RequestOutput], expected: list[RequestOutput], what: str) -
             assert entry.logprob == pytest.approx(like.logprob, abs=1e-9), where
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_reused_positions_change_nothing(grid: tuple[int, int, HeadLayout]) -> None:
-    cases, size = cases_of(*grid), grid[0] * grid[1]
+@pytest.mark.parametrize(
+    ("grid", "models"),
+    [
+        pytest.param(grid, models, id=f"{grid}-{len(models)}", marks=[pytest.mark.slow] * slow)
+        for grid, models, slow in RUNS
+    ],
+)
+def test_reused_positions_change_nothing(grid: OnRanks, models: Models) -> None:
+    cases, size = cases_of(grid, models), grid[0] * grid[1]
+    assert cases
     ran: list[Ran] = run_cases(cases) if size == 1 else run_ranks("tests.decode.decoding:run_cases", size, cases)[0]
     completions = [one.completions for one in ran]
     each = 1 + (len(SLOTS) if size == 1 else 1)

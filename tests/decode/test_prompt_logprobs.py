@@ -15,7 +15,18 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 
-GRIDS: list[tuple[int, int, HeadLayout]] = [(1, 1, "last"), (2, 1, "last"), (2, 1, "sharded"), (2, 2, "sharded")]
+OnRanks = tuple[int, int, HeadLayout]
+ON_RANKS = ("plain", "combined", "sequential")
+OTHERS = tuple(variant for variant in VARIANTS if variant not in ON_RANKS)
+RUNS: list[tuple[OnRanks, tuple[str, ...], bool]] = [
+    ((1, 1, "last"), tuple(VARIANTS), False),
+    ((2, 1, "last"), ON_RANKS, False),
+    ((2, 1, "last"), OTHERS, True),
+    ((2, 1, "sharded"), tuple(VARIANTS), True),
+    ((2, 2, "sharded"), ON_RANKS[:2], False),
+    ((2, 2, "sharded"), (*ON_RANKS[2:], *OTHERS), True),
+]
+"""Grid, variants, and whether `make test-all` alone runs them."""
 
 
 def asked(length: int, count: int, new_tokens: int) -> Request:
@@ -30,17 +41,25 @@ def asked(length: int, count: int, new_tokens: int) -> Request:
 SCORED = [asked(11, 2, 3), asked(1, 1, 2), asked(13, 0, 0), asked(2, 5, 1)]
 
 
-def cases_of(tensor: int, head: HeadLayout) -> list[Case]:
-    """All variants; requests with and without scores take turns."""
+def cases_of(variants: tuple[str, ...], tensor: int, head: HeadLayout) -> list[Case]:
+    """Requests with and without scores take turns."""
     mixed = [each for pair in zip(SCORED, REQUESTS, strict=False) for each in pair]
-    return [arrangement(variant, mixed, 2, tensor=tensor, head=head) for variant in VARIANTS]
+    return [arrangement(variant, mixed, 2, tensor=tensor, head=head) for variant in variants]
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_scores_are_those_of_the_reference(grid: tuple[int, int, HeadLayout], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("grid", "variants"),
+    [
+        pytest.param(grid, variants, id=f"{grid}-{len(variants)}", marks=[pytest.mark.slow] * slow)
+        for grid, variants, slow in RUNS
+    ],
+)
+def test_scores_are_those_of_the_reference(
+    grid: OnRanks, variants: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(readout, "SCORED_LOGITS", 100)  # in this process: blocks of two positions
     pipe, tensor, head = grid
-    cases = cases_of(tensor, head)
+    cases = cases_of(variants, tensor, head)
     target = "tests.decode.decoding:run_cases"
     ran = run_cases(cases) if pipe * tensor == 1 else run_ranks(target, pipe * tensor, cases)[0]
     for case, each in zip(cases, ran, strict=True):

@@ -68,7 +68,7 @@ def case_of(keys: dict[str, Any], num_slots: int, *, recurrent: bool = True, pre
     return Case("recurrent", keys, requests, options)
 
 
-@pytest.mark.parametrize("num_slots", [1, 2, 5])
+@pytest.mark.parametrize("num_slots", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 5))])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tokens_are_those_of_the_plain_loop(name: str, num_slots: int) -> None:
     case = case_of(VARIANTS[name], num_slots)

@@ -24,9 +24,15 @@ from tests.decode.plain_sampler import (
 )
 
 
-@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
-@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS.keys())
-@pytest.mark.parametrize("together", [True, False], ids=["one batch", "one by one"])
+@pytest.mark.parametrize(
+    ("cut", "together", "ties"),
+    [
+        pytest.param(CUTS[cut], together, ties, id=f"{cut}-{together}-{ties}", marks=[pytest.mark.slow] * slow)
+        for cut in CUTS
+        for together, ties, slow in [(True, False, False), (True, True, False), (False, True, cut != "two"),
+                                     (False, False, True)]
+    ],
+)  # fmt: skip
 def test_tokens_and_logprobs_are_those_of_a_plain_implementation(
     cut: list[tuple[int, int]], together: bool, ties: bool
 ) -> None:

@@ -14,8 +14,8 @@ from tests.decode.schedule_checks import check, check_fixed
 from tests.decode.simulation import CHUNKS_OPEN, Mutation, Name, Pace, ScheduleError, program, run
 
 SHAPES = [(sections, stages) for sections in range(1, 9) for stages in range(1, sections + 1) if sections % stages == 0]
-SLOW = (5, 7)
-"""Numbers of sections that `make test` leaves out: their only divisors are one and themselves, as those of 3."""
+SLOW = ((5, 1), (5, 5), (6, 1), (6, 2), (6, 6), (7, 1), (7, 7), (8, 8))
+"""Shapes that `make test` leaves out: as many or as few stages, and sections on each, as others with fewer sections."""
 PROGRAMS: dict[str, str] = {
     "prompts": "e ~ c e ~ c c e ~ R",
     "prompts that follow each other": "c e c e e c c c e ~ R",
@@ -43,7 +43,7 @@ def topologies(sections: int, stages: int) -> Iterator[Topology]:
 
 
 @pytest.mark.parametrize(
-    ("sections", "stages"), [pytest.param(*shape, marks=[pytest.mark.slow] * (shape[0] in SLOW)) for shape in SHAPES]
+    ("sections", "stages"), [pytest.param(*shape, marks=[pytest.mark.slow] * (shape in SLOW)) for shape in SHAPES]
 )
 def test_no_stage_waits_for_what_is_sent_later_and_every_token_is_computed_once(sections: int, stages: int) -> None:
     for topology, text in itertools.product(topologies(sections, stages), PROGRAMS.values()):
@@ -68,7 +68,7 @@ def test_what_was_sent_before_a_rest_is_taken_by_it(sections: int, stages: int) 
         assert {len(edge.posted) - len(edge.waited) for edge in short.edges} == {0}
 
 
-@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("stages", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_when_a_stage_dies_the_others_come_to_a_halt_with_few_hand_offs_open(stages: int) -> None:
     text = "c e ~ s s sc se s s s s"
     for topology in topologies(stages, stages):
@@ -179,7 +179,7 @@ def bound(topology: Topology, finish: list[float], delay: float) -> float:
     return max(circles)
 
 
-@pytest.mark.parametrize("finish", SPLITS)
+@pytest.mark.parametrize("finish", [*SPLITS[:-1], pytest.param(SPLITS[-1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stagger", [1, 2])
 def test_step_time_is_flat_while_the_hand_off_hides_and_then_grows_linearly(finish: list[float], stagger: int) -> None:
     topology = Topology(len(finish), len(finish), stagger=stagger)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from unittest import mock
 
-COUNT = int(os.environ.get("MUTATIONS", "30"))
+COUNT = int(os.environ.get("MUTATIONS", "20"))
 """Mutated inputs of each reader; `make fuzz` sets 2,000."""
 
 

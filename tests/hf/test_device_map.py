@@ -11,6 +11,16 @@ from stagdist.hf.modeling_stagformer import StagFormerForCausalLM
 from tests.hf.models import DEEP, STAGGERED, build, generated, tokens
 from tests.hf.placement import FIRST, SECOND, Devices, offload, spread
 
+USUAL = {"one section", "stagger 0", "window", "tied", "three sections with everything", "four combined sections"}
+"""Variants that `make test` runs here beside the deep ones: others change sizes of tensors, not where they are used."""
+
+
+def every(variants: list[str]) -> pytest.MarkDecorator:
+    """Run a test with each variant, with most of them in `make test-all` alone."""
+    usual = USUAL | DEEP.keys()
+    marked = [pytest.param(name, marks=[pytest.mark.slow] * (name not in usual)) for name in variants]
+    return pytest.mark.parametrize("variant", marked)
+
 
 def batch() -> dict[str, Tensor]:
     """Two rows, the second one padded on the left."""
@@ -37,7 +47,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
     assert [one.equal(other) for one, other in zip(found, expected, strict=True)] == [True] * len(expected)
 
 
-@pytest.mark.parametrize("variant", STAGGERED)
+@every(STAGGERED)
 def test_weights_that_are_there_only_while_their_module_runs_suffice(variant: str) -> None:
     model, _ = build(variant)
     expected = results(model)
@@ -62,7 +72,7 @@ def by_layer(model: Any) -> dict[str, torch.device]:
 
 
 @pytest.mark.parametrize(("divide", "begin", "end"), [(by_section, FIRST, SECOND), (by_layer, SECOND, FIRST)])
-@pytest.mark.parametrize("variant", STAGGERED + list(DEEP))
+@every(STAGGERED + list(DEEP))
 def test_no_operation_meets_tensors_of_two_devices(
     variant: str, divide: Any, begin: torch.device, end: torch.device
 ) -> None:
@@ -84,7 +94,7 @@ def test_the_stand_in_for_two_devices_notices_a_tensor_of_the_other() -> None:
 
 
 @pytest.mark.parametrize("place", ["auto", "layers", "disk"])
-@pytest.mark.parametrize("variant", STAGGERED + list(DEEP))
+@every(STAGGERED + list(DEEP))
 def test_a_device_map_with_weights_on_disk_changes_nothing(tmp_path: Path, variant: str, place: str) -> None:
     pytest.importorskip("accelerate", reason="needs the extra `eval`")
     model, _ = build(variant)

@@ -18,7 +18,7 @@ from tests.reference.variants import BASE, LLAMA3, VARIANTS
 HARD = ["stagger 0", "stagger 2", "window", "three sections with everything", "four combined sections"]
 """Variants that treat memory, cache or head in different ways."""
 PACKED = ["one section", "tied", *HARD, *DEEP]
-COMPILED = ["three sections with everything", "four combined sections"]
+COMPILED = ["three sections with everything"]
 """Those of `PACKED` that `make test` compiles, in seconds each; it packs all without."""
 
 

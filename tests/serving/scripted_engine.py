@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import socket
 import subprocess
 import sys
@@ -20,8 +19,9 @@ import httpx
 from stagdist.data.tokenizer import byte_tokenizer
 from stagdist.serving.protocol import pack, receive
 from stagdist.serving.settings import ServerSettings
+from tests.ranks import ROOT, Script, end_processes, fork_script
 
-ROOT = Path(__file__).resolve().parents[2]
+MODULE = ROOT / "stagdist" / "serving" / "http_process.py"
 LIMIT_S = 30
 CONTEXT, SLOTS, VOCABULARY = 200, 2, 257
 LETTERS = b"abcdefghij"
@@ -200,14 +200,48 @@ def connected(path: str) -> socket.socket:
             time.sleep(0.02)
 
 
+class Fork:
+    """A script in a fork of the server of `tests.ranks`, which has imported what takes long; as `subprocess.Popen`."""
+
+    def __init__(self, path: Path, given: Path, log: Path):
+        (self._process,) = fork_script(Script(path, (), ROOT, log, log, given), None)
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Exit code; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout_s: float) -> int:
+        """Exit code of a process that ends in this time."""
+        self._process.join(timeout_s)
+        assert self._process.exitcode is not None, f"process {self.pid} still runs"
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """End it."""
+        end_processes([self._process])
+
+
 class HttpServer:
     """A real HTTP process; `engine` is the scripted one.
 
     Args:
+        fresh: start a new interpreter, where memory or the command line of the process matter; else a fork.
         settings: of the process, except its port and socket.
     """
 
-    def __init__(self, folder: Path, *, first: dict[str, Any] | None = None, connect: bool = True, **settings: Any):
+    process: "Fork | subprocess.Popen[bytes]"
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        first: dict[str, Any] | None = None,
+        connect: bool = True,
+        fresh: bool = False,
+        **settings: Any,
+    ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -217,17 +251,16 @@ class HttpServer:
         self.settings = ServerSettings(port=port, engine_socket=path, **settings)
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / f"http-{port}.log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "stagdist.serving.http_process"],
-                stdin=subprocess.PIPE,
-                stderr=log,
-                cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-            )
-        assert self.process.stdin is not None
-        self.process.stdin.write(self.settings.model_dump_json().encode())
-        self.process.stdin.close()
+        given = Path(self._folder.name) / "settings"
+        given.write_text(self.settings.model_dump_json())
+        if fresh:
+            with self.log.open("wb") as log, given.open("rb") as stream:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "stagdist.serving.http_process"],
+                    stdin=stream, stderr=log, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                )  # fmt: skip
+        else:
+            self.process = Fork(MODULE, given, self.log)
         if connect:
             self.engine = ScriptedEngine(path, first)
             self.wait_for("ok")
@@ -265,14 +298,14 @@ class HttpServer:
         if hasattr(self, "engine"):
             self.engine.close()
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGKILL)
+            self.process.kill()
         self.process.wait(LIMIT_S)
         self._folder.cleanup()
 
 
 @contextlib.contextmanager
 def serving(folder: Path, **settings: Any) -> Iterator[HttpServer]:
-    """A server with a scripted engine."""
+    """A server with a scripted engine; arguments of `HttpServer`."""
     server = HttpServer(folder, **settings)
     try:
         yield server

@@ -42,6 +42,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
         max_body_bytes=65536,
         body_timeout_s=0.3,
         keep_alive_s=1,
+        fresh=True,
     ) as server:
         yield server
 

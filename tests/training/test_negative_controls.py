@@ -5,6 +5,7 @@ import pytest
 from tests.reference.training import train
 from tests.training.comparison import mismatches, reports, weight_mismatches
 from tests.training.parity_cases import BAD_STEP, BAD_STEP_CASES, FAULTY_CASES, LEARNING_RATES, Case
+from tests.training.test_parity import for_each
 
 pytestmark = pytest.mark.ranks
 
@@ -19,13 +20,13 @@ SYMPTOMS = {
 """Text that the comparison must report about each fault, possibly among others."""
 
 
-@pytest.mark.parametrize("case", FAULTY_CASES, ids=lambda case: case.name)
+@for_each(FAULTY_CASES)
 def test_a_planted_fault_is_noticed(case: Case) -> None:
     problems = mismatches(case)
     assert any(SYMPTOMS[str(case.fault)] in problem for problem in problems), problems
 
 
-@pytest.mark.parametrize("case", FAULTY_CASES[:3], ids=lambda case: case.name)
+@for_each(FAULTY_CASES[:3])
 def test_the_audit_notices_copies_that_are_trained_apart(case: Case) -> None:
     assert case.fault == "tied gradients stay apart"
     for rank in reports(case):
@@ -37,14 +38,14 @@ def test_half_the_clipping_norm_shows_in_nothing_but_the_weights_of_the_first_st
     assert not any("step 0" in problem for problem in mismatches(case))
 
 
-@pytest.mark.parametrize("case", BAD_STEP_CASES, ids=lambda case: case.name)
+@for_each(BAD_STEP_CASES)
 def test_an_infinite_gradient_is_reported_to_the_gate(case: Case) -> None:
     for step in range(len(LEARNING_RATES)):
         finite = [rank.finite[step] for rank in reports(case)]
         assert all(finite) == (step != BAD_STEP), finite
 
 
-@pytest.mark.parametrize("case", BAD_STEP_CASES, ids=lambda case: case.name)
+@for_each(BAD_STEP_CASES)
 def test_a_bad_step_leaves_no_trace_in_weights_or_optimizer(case: Case) -> None:
     good = [step for step in range(len(LEARNING_RATES)) if step != BAD_STEP]
     record = train(

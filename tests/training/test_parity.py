@@ -1,5 +1,7 @@
 """Distributed runs through the real engine equal the independent reference, step by step and tensor by tensor."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -15,10 +17,10 @@ ALONE = {str(case.model): case for case in CASES if case.world_size == 1}
 SPREAD = [case for case in CASES if case.world_size > 1 and str(case.model) in ALONE]
 
 
-def for_each(cases: list[Case]) -> pytest.MarkDecorator:
+def for_each(cases: list[Case], is_nightly: Callable[[Case], bool] = lambda case: case.nightly) -> pytest.MarkDecorator:
     """Run a test with each of these cases, with the nightly ones in `make test-all` alone."""
     return pytest.mark.parametrize(
-        "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * case.nightly) for case in cases]
+        "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * is_nightly(case)) for case in cases]
     )
 
 
@@ -41,7 +43,7 @@ def test_the_trained_engine_gives_the_logits_of_the_reference_on_its_weights(cas
     assert relative_difference(expected, ranks[0].logits) <= (1e-6 if case.precision == "fp32" else 0.02)
 
 
-@for_each(SPREAD)
+@for_each(SPREAD, lambda case: case.nightly or ALONE[str(case.model)].nightly)
 def test_initial_values_do_not_depend_on_the_grid(case: Case) -> None:
     alone, spread = (
         full_tensors([(rank.place, rank.initial) for rank in reports(run)], run.model_keys["vocab_size"])

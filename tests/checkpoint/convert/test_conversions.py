@@ -56,8 +56,15 @@ MODELS: list[dict[str, Any]] = [
 OPTIONS = ConversionOptions()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("model", MODELS, ids=str)
+@pytest.mark.parametrize(
+    ("model", "precision"),
+    [
+        pytest.param(model, precision, marks=[pytest.mark.slow] * (number > 1 and precision != "bf16"))
+        for number, model in enumerate(MODELS)
+        for precision in ("fp32", "bf16", "fp16")
+    ],
+    ids=str,
+)
 def test_checkpoints_of_every_grid_export_as_the_same_files(
     tmp_path: Path, model: dict[str, Any], precision: str
 ) -> None:

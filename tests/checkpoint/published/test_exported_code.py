@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,12 @@ from stagdist.parallel.layout import model_parameters
 from tests.reference import stagformer as reference
 from tests.reference.variants import BASE, VARIANTS
 
-EXPORTED = list(VARIANTS)
+USUAL = (
+    "one section, tied", "stagger 2", "window", "shared", "whole vocabulary", "sequential", "llama3 scaling",
+    "three sections with everything",
+)  # fmt: skip
+"""Variants whose exported code `make test` runs in another process; tests/hf runs the code with all of them."""
+EXPORTED = [pytest.param(name, marks=[pytest.mark.slow] * (name not in USUAL)) for name in VARIANTS]
 TEXTS = ["To be, or not", "or"]
 
 STRANGER = """
@@ -69,17 +76,34 @@ def shape(variant: str) -> ModelConfig:
     return ModelConfig(**BASE | VARIANTS[variant] | {"vocab_size": 257, "max_position_embeddings": 64})
 
 
+Strangers = Callable[[str], tuple[Path, dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def strangers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """Folder of the directories, and what a process without stagdist found in each, by variant."""
-    folder = tmp_path_factory.mktemp("exported")
-    for number, variant in enumerate(EXPORTED):
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> Strangers:
+    """The directory of a variant, and what a process without stagdist found in it."""
+    groups = {True: USUAL, False: tuple(name for name in VARIANTS if name not in USUAL)}
+
+    @cache
+    def found(usual: bool) -> tuple[Path, dict[str, dict[str, Any]]]:
+        return exported(tmp_path_factory.mktemp("exported"), groups[usual])
+
+    def of(variant: str) -> tuple[Path, dict[str, Any]]:
+        folder, results = found(variant in USUAL)
+        return folder / variant.replace(" ", "-"), results[variant]
+
+    return of
+
+
+def exported(folder: Path, variants: Sequence[str]) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """Folder of the directories, and what one process found in all of them, by variant."""
+    for number, variant in enumerate(variants):
         with pytest.MonkeyPatch.context() as patch:
             if number % 2:
                 patch.setattr(model_directory, "MAX_SHARD_BYTES", 20_000)
             write(folder / variant.replace(" ", "-"), shape(variant))
         assert (folder / variant.replace(" ", "-") / "model.safetensors").is_file() == (number % 2 == 0)
-    directories = [str(folder / variant.replace(" ", "-")) for variant in EXPORTED]
+    directories = [str(folder / variant.replace(" ", "-")) for variant in variants]
     environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-I", "-c", STRANGER, str(folder / "found.pt"), *directories],
@@ -87,14 +111,12 @@ def strangers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(folder / "found.pt", weights_only=True)
-    return folder, {variant: found[directory] for variant, directory in zip(EXPORTED, directories, strict=True)}
+    return folder, {variant: found[directory] for variant, directory in zip(variants, directories, strict=True)}
 
 
 @pytest.mark.parametrize("variant", EXPORTED)
-def test_transformers_loads_it_without_stagdist(
-    strangers: tuple[Path, dict[str, dict[str, Any]]], variant: str
-) -> None:
-    folder, found = strangers[0] / variant.replace(" ", "-"), strangers[1][variant]
+def test_transformers_loads_it_without_stagdist(strangers: Strangers, variant: str) -> None:
+    folder, found = strangers(variant)
     model = shape(variant)
     parameters = reference.random_parameters(model, seed=3, perturb=True)
     assert found["class"] == ("StagFormerForCausalLM" if model.staggered else "LlamaForCausalLM")
@@ -109,10 +131,8 @@ def test_transformers_loads_it_without_stagdist(
 
 
 @pytest.mark.parametrize("variant", EXPORTED)
-def test_a_padded_batch_is_continued_as_the_reference_would(
-    strangers: tuple[Path, dict[str, dict[str, Any]]], variant: str
-) -> None:
-    model, found = shape(variant), strangers[1][variant]
+def test_a_padded_batch_is_continued_as_the_reference_would(strangers: Strangers, variant: str) -> None:
+    model, (_, found) = shape(variant), strangers(variant)
     parameters = reference.random_parameters(model, seed=3, perturb=True)
     end = byte_tokenizer().end_of_document
     for text, row in zip(TEXTS, found["texts"], strict=True):
@@ -127,20 +147,19 @@ def test_a_padded_batch_is_continued_as_the_reference_would(
 
 
 @pytest.mark.parametrize("variant", EXPORTED)
-def test_a_directory_that_transformers_saved_again_reads_as_the_same_model(
-    strangers: tuple[Path, dict[str, dict[str, Any]]], variant: str
-) -> None:
-    again = strangers[0] / (variant.replace(" ", "-") + "-saved")
+def test_a_directory_that_transformers_saved_again_reads_as_the_same_model(strangers: Strangers, variant: str) -> None:
+    folder, found = strangers(variant)
+    again = folder.with_name(folder.name + "-saved")
     model, read = shape(variant), ModelReader(again).model
     resolved = {"head_dim": model.head_width, "num_key_value_heads": model.key_value_heads}
     if model.staggered:
         resolved["cross_attention_key_value_heads"] = model.cross_key_value_heads
     assert read == model.model_copy(update=resolved)
     assert {path.name for path in again.iterdir()} >= (set(CODE_FILES) if model.staggered else set())
-    ids = strangers[1][variant]["ids"]
+    ids = found["ids"]
     with single_process() as groups, torch.no_grad():
         logits = load_model(again, TensorParallel(groups.tensor))(ids)[..., : model.vocab_size]
-    torch.testing.assert_close(logits, strangers[1][variant]["logits"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits, found["logits"], atol=1e-5, rtol=0)
 
 
 def test_only_a_staggered_model_carries_code(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class Planted:
 
 def grid(pipe: int, data: int, tensor: int, precision: str = "fp32", **model: object) -> Case:
     name = f"{precision} on {pipe}x{data}x{tensor}"
-    return Case(name, model, (pipe, data, tensor), precision=precision, micro_batch_size=1)
+    return Case(name, model, (pipe, data, tensor), precision=precision, micro_batch_size=2)
 
 
 PLANTED = [

@@ -16,8 +16,10 @@ from tests.training.worlds import World
 pytestmark = pytest.mark.ranks
 
 EVERYTHING = VARIANTS["three sections with everything"]
+USUAL = {"stagger 0", "window", "shared", "grouped queries", "sequential, tied", "llama3 scaling"}
+"""Variants that `make test` trains; the case in bf16 has everything."""
 CASES = [
-    *(Case(name, model, (1, 1, 1)) for name, model in VARIANTS.items()),
+    *(Case(name, model, (1, 1, 1), nightly=name not in USUAL) for name, model in VARIANTS.items()),
     Case("bf16, checkpointing", EVERYTHING, (1, 1, 1), precision="bf16", checkpointing="layer"),
 ]
 
@@ -37,9 +39,18 @@ def _losses(case: Case, world: World) -> list[float]:
     return [float(engine.train_batch(micro_batches(case, groups, *batch))) for batch in case.batches()[:2]]
 
 
-@pytest.mark.parametrize("grid", [(1, 1, 1), (1, 1, 2)])
-def test_every_model_trains_with_deterministic_kernels(grid: tuple[int, int, int]) -> None:
-    cases = CASES if grid == (1, 1, 1) else [replace(CASES[-1], grid=grid)]
+NIGHTLY = [case for case in CASES if case.nightly]
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param([case for case in CASES if not case.nightly], id="usual"),
+        pytest.param(NIGHTLY, id="others", marks=pytest.mark.slow),
+        pytest.param([replace(CASES[-1], grid=(1, 1, 2))], id="tensor ranks"),
+    ],
+)
+def test_every_model_trains_with_deterministic_kernels(cases: list[Case]) -> None:
     payload = "tests.training.engine.test_deterministic:losses_twice"
     for found in run_ranks(payload, cases[0].world_size, cases):
         assert found.keys() == {case.name for case in cases}

@@ -21,7 +21,7 @@ from stagdist.files import FileRecord
 from stagdist.parallel.groups import Groups
 from stagdist.training.engine.agreement import Writing
 from stagdist.training.engine.section_engine import SectionEngine, build_engine
-from stagdist.training.saving import background_write
+from stagdist.training.saving import background_write, save
 from stagdist.training.saving.host_copies import HostCopies
 from stagdist.training.saving.save import Saver, save_checkpoint
 from tests.training.parity_cases import LEARNING_RATES, Case
@@ -107,9 +107,10 @@ def run_scenarios(payload: tuple[list[Case], Path]) -> dict[str, SavingReport]:
     for case in cases:
         groups = world.groups(case.grid)
         engine = build_engine(case.config(), groups)
-        for name, scenario in SCENARIOS.items():
+        for number, (name, scenario) in enumerate(SCENARIOS.items()):
             rank = Rank(case, groups, engine, folder / case.name.replace(" ", "-") / name.replace(" ", "-"))
-            rank.train()
+            if not number:
+                rank.train()  # the moments are not zero; all scenarios have one engine
             with _logged(rank.report.log):
                 scenario(rank)
             reports[f"{case.name}: {name}"] = rank.look()
@@ -194,7 +195,8 @@ def not_shared(rank: Rank) -> None:
         own = rank.config.model_copy(update={"runs_directory": f"{rank.config.runs_directory}-of-its-own"})
         rank.saver = Saver(rank.engine, rank.groups, own)
     (Path(rank.config.folder) / "checkpoints").mkdir(parents=True, exist_ok=True)
-    rank.failing(lambda: rank.saver.save(rank.state(1)))
+    with patch.object(save, "VISIBLE_S", 0.5):  # it never becomes visible
+        rank.failing(lambda: rank.saver.save(rank.state(1)))
 
 
 def replaced_folder(rank: Rank) -> None:
