@@ -30,7 +30,7 @@ def import_frameworks() -> None:
 
 
 def keep_frozen() -> None:
-    """Leave frozen what an engine would give back at its end: its rank would search, and so copy, all modules."""
+    """Keep engines from unfreezing: the garbage collector of a rank would search, and so copy, all modules."""
     stand_in = SimpleNamespace(freeze=lambda: None, unfreeze=lambda: None)
     vars(importlib.import_module("stagdist.decode.operations"))["gc"] = stand_in
 

@@ -24,7 +24,7 @@ USUAL: dict[OnRanks, tuple[str, ...]] = {
     (1, 2, "last"): ("sequential", *SINGLE),
     (2, 2, "last"): SINGLE,  # test_exactness.py decodes with a sharded head on this grid
 }
-"""Variants of each grid that `make test` runs: two stages run all, and other grids change none of their math."""
+"""Variants of each grid that `make test` runs: two stages run all of them."""
 Alone = dict[str, dict[str, RequestOutput]]
 """By variant and request."""
 

@@ -11,7 +11,7 @@ from stagdist.decode.operations import operate
 from stagdist.decode.request import RequestOutput
 from tests.decode.batches import arrangement
 from tests.decode.decoding import Case, World, engine_of, prompt
-from tests.decode.test_prefix_reuse import MODELS, ON_STAGES, asked, same
+from tests.decode.test_prefix_reuse import MODELS, ON_SEVERAL_RANKS, ON_STAGES, asked, same
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -91,6 +91,9 @@ def test_conversations_that_move_between_slots_equal_complete_computation(monkey
     assert len(exchanged) > len(MODELS)
 
 
-def test_conversations_move_between_slots_on_all_stages() -> None:
-    cases = cases_of(sorted(ON_STAGES))
+@pytest.mark.parametrize(
+    "names", [ON_STAGES, pytest.param(ON_SEVERAL_RANKS - ON_STAGES, marks=pytest.mark.slow)], ids=["usual", "others"]
+)
+def test_conversations_move_between_slots_on_all_stages(names: set[str]) -> None:
+    cases = cases_of(sorted(name for name in names if len(MODELS[name].get("section_layers", "12")) % 2 == 0))
     check(cases, run_ranks("tests.decode.test_conversations:converse", 2, cases)[0])

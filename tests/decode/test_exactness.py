@@ -92,9 +92,8 @@ def cases_of(pipe: int, tensor: int) -> list[Case]:
 def is_nightly(grid: tuple[int, int], case: Case) -> bool:
     """What `make test` leaves out.
 
-    On tensor ranks combinations, which run on stages, and variants that others stand for; on the largest grid one head,
-    and variants that two tensor ranks of one stage run. On two stages a sharded head with variants whose last outputs
-    are those of another one.
+    On two tensor ranks: combinations, which run on stages, and `ALIKE_ON_TENSOR_RANKS`. On the largest grid: the
+    sharded head, and all but `ON_LARGEST`. On two stages: the sharded head with all but `SHARDED`.
     """
     name, sharded = case.name, case.options.head == "sharded"
     if grid == (2, 1):

@@ -220,10 +220,14 @@ def host_reads(cuda: FakeCuda) -> Iterator[None]:
         yield
 
 
-def _unwatched(reports: Callable[[Stage], tuple[StageReport, ...]]) -> Callable[[Stage], tuple[StageReport, ...]]:
-    """The same without notes: its tensors are in host memory."""
+Reports = Callable[[Stage], tuple[StageReport, ...]]
+
+
+def _unwatched(reports: Reports, made: list[Stage]) -> Reports:
+    """The same without notes of reads, since its tensors are in host memory; calls are added to `made`."""
 
     def unwatched(stage: Stage) -> tuple[StageReport, ...]:
+        made.append(stage)
         with torch._C.DisableTorchFunction():
             return reports(stage)
 
@@ -250,7 +254,8 @@ def _with_reports(decide: Callable[..., Control]) -> Callable[..., Control]:
 def test_a_step_is_launched_before_the_host_waits_for_the_tokens_of_the_one_before(
     params: dict[str, Any], reports: bool, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Stage, "reports", _unwatched(Stage.reports))
+    made: list[Stage] = []
+    monkeypatch.setattr(Stage, "reports", _unwatched(Stage.reports, made))
     if reports:
         monkeypatch.setattr(Scheduler, "decide", _with_reports(Scheduler.decide))
     new = 12
@@ -265,6 +270,7 @@ def test_a_step_is_launched_before_the_host_waits_for_the_tokens_of_the_one_befo
         done = engine.generate(case.requests)
     assert [len(each.token_ids) for each in done] == [new, new, 2]
     assert cuda.of("read") == cuda.of("synchronize") == []
+    assert (len(made) > new) == reports
     places = [place for place, event in enumerate(cuda.events) if event[0] == "replay"]
     assert len(places) > new - 2
     for place, following in itertools.pairwise(places[3:-3]):

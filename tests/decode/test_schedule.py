@@ -15,7 +15,7 @@ from tests.decode.simulation import CHUNKS_OPEN, Mutation, Name, Pace, ScheduleE
 
 SHAPES = [(sections, stages) for sections in range(1, 9) for stages in range(1, sections + 1) if sections % stages == 0]
 SLOW = ((5, 1), (5, 5), (6, 1), (6, 2), (6, 6), (7, 1), (7, 7), (8, 8))
-"""Shapes that `make test` leaves out: as many or as few stages, and sections on each, as others with fewer sections."""
+"""Shapes that `make test` leaves out: others with fewer sections have stages of the same kinds."""
 PROGRAMS: dict[str, str] = {
     "prompts": "e ~ c e ~ c c e ~ R",
     "prompts that follow each other": "c e c e e c c c e ~ R",

@@ -80,7 +80,7 @@ def test_every_planted_problem_is_found_and_shell_characters_run_nothing(clean_l
         assert not (place / "owned").exists()
 
 
-def test_the_written_file_mends_names_that_mean_loopback_and_a_slow_network_is_noted(
+def test_the_written_file_corrects_names_that_mean_loopback_and_a_slow_network_is_noted(
     clean_lab: Lab, tmp_path: Path
 ) -> None:
     clean_lab.name_hosts(loopback=True)

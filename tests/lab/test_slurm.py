@@ -46,17 +46,21 @@ def test_the_batch_script_trains_over_two_hosts(
 
 def holds_open(process: HostProcess, path: Path) -> bool:
     """Whether a process has opened a file."""
-    for descriptor in Path(f"/proc/{process.identity.pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # it is closed by now, or no file
-            if descriptor.samefile(path):
-                return True
+    with contextlib.suppress(FileNotFoundError):  # the process has ended
+        for descriptor in Path(f"/proc/{process.identity.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it is closed by now, or no file
+                if descriptor.samefile(path):
+                    return True
     return False
 
 
 def test_the_batch_script_starts_a_rank_on_every_host(clean_lab: Lab, tmp_path: Path) -> None:
     slurm_folder(tmp_path)
     config = tmp_path / "empty.yaml"
-    os.mkfifo(config)  # ranks wait here until they have been looked at
+    os.mkfifo(config)
+    writing = os.open(
+        config, os.O_RDWR
+    )  # ranks wait for text until it is closed; to open only for writing would wait too
     batch = allocation(tmp_path, "/usr/bin:/bin") | {"STAGDIST_VENV": sys.prefix}
     words = ["bash", "launch/slurm/pretrain.sbatch", str(config)]
     call = clean_lab.popen("node1", words, env={**VARIABLES, **batch}, cwd=tmp_path)
@@ -64,12 +68,12 @@ def test_the_batch_script_starts_a_rank_on_every_host(clean_lab: Lab, tmp_path: 
     for rank in clean_lab.ranks().values():
         assert rank.environment["MASTER_PORT"] == "20071"
         assert list(rank.command)[-3:] == ["launch/pretrain.py", "--config", str(config)]
-    with config.open("w"):
-        while not all(holds_open(rank, config) for rank in clean_lab.ranks().values()):
-            assert call.poll() is None, call.text()
-            time.sleep(0.05)
-        (tmp_path / "other").touch()
-        (tmp_path / "other").replace(config)
+    while not all(holds_open(rank, config) for rank in clean_lab.ranks().values()):
+        assert call.poll() is None, call.text()
+        time.sleep(0.05)
+    (tmp_path / "other").touch()
+    (tmp_path / "other").replace(config)
+    os.close(writing)
     assert call.wait(120) == 2, call.text()
     assert f"error: {config} must hold keys" in call.text()
 

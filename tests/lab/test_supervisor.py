@@ -61,7 +61,7 @@ def test_secrets_are_seen_nowhere_sockets_listen_where_they_must_and_a_killed_ra
     assert not Path("/var/tmp/stagdist-hit").exists()
     readable = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     assert readable == [], "what held it is gone"
-    assert SECRET not in run.call.text() and run.orphans() == []
+    assert SECRET not in run.call.text() and run.orphans(2.0) == []
 
 
 def kill_and_wait(run: Supervised) -> None:
@@ -107,7 +107,7 @@ def test_ranks_that_srun_has_started_are_started_again(clean_lab: Lab, lab_corpu
     assert run.call.wait(120) == 0, run.call.text()
     (fault,) = run.events("fault")
     assert (fault["kind"], fault["rank"]) == ("exit", 1) and fault["noticed"] - planted < 5, fault
-    assert len(run.events("resume")) == 2 and run.orphans() == []
+    assert len(run.events("resume")) == 2 and run.orphans(2.0) == []
 
 
 def listening(lab: Lab, host: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:

@@ -13,8 +13,8 @@ from typing import Any
 
 
 def slow_disk() -> None:
-    """Let no save complete its files before training reaches the next save."""
-    _slow_down(lambda path: None)
+    """Let no save complete its files before training reaches the next save, and that of step 10 never."""
+    _slow_down(_hang)
 
 
 def slow_disk_that_breaks() -> None:
@@ -63,17 +63,17 @@ def short_patience() -> None:
     http_child.SEND_S = 3.0
 
 
-def _slow_down(fault: Callable[[Path], None]) -> None:
+def _slow_down(fault: Callable[[Path, threading.Event], None]) -> None:
     from stagdist.training.saving import background_write
     from stagdist.training.saving.save import Saver
 
     write, wait_for_earlier, next_save = background_write.write_fragments, Saver._wait_for_earlier, threading.Event()
 
-    def slow(path: Path, fragments: Any, given_up: Any = None) -> Any:
+    def slow(path: Path, fragments: Any, given_up: threading.Event) -> Any:
         record = write(path, fragments, given_up)
         while not next_save.is_set() and not given_up.wait(0.01):
             pass
-        fault(path)
+        fault(path, given_up)
         return record
 
     def begin_next(self: Saver, step: int) -> None:
@@ -85,6 +85,11 @@ def _slow_down(fault: Callable[[Path], None]) -> None:
     Saver._wait_for_earlier = begin_next  # type: ignore[assignment, method-assign]
 
 
-def _break(path: Path) -> None:
+def _hang(path: Path, given_up: threading.Event) -> None:
+    if path.parent.name == "step_00000010":
+        given_up.wait()
+
+
+def _break(path: Path, given_up: threading.Event) -> None:
     if os.environ["RANK"] == "1" and path.parent.name == "step_00000010":
         raise ZeroDivisionError

@@ -22,8 +22,7 @@ from launch import chat
 from tests.launch.runs import ROOT
 
 CHAT = [sys.executable, str(ROOT / "launch" / "chat.py")]
-LIMIT_S = 60.0
-"""For everything that is waited for; the machine may be busy."""
+LIMIT_S = 60.0  # of every wait; the machine may be busy
 Piece = str | dict[str, Any] | None
 
 
@@ -128,10 +127,6 @@ def server() -> Iterator[Scripted]:
         thread.join()
 
 
-def _heed_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell starts background jobs, such as tests, with SIGINT ignored
-
-
 class Terminal:
     """chat.py in a pseudo-terminal; what it prints is in `text`."""
 
@@ -139,7 +134,8 @@ class Terminal:
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
             [*CHAT, *arguments], stdin=slave, stdout=slave, stderr=slave, env=os.environ | {"TERM": "dumb"},
-            start_new_session=True, preexec_fn=_heed_ctrl_c,
+            # Shells start background jobs, such as these tests, with SIGINT ignored.
+            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         os.close(slave)
         self.text = ""

@@ -94,7 +94,7 @@ LAYOUTS = {
     ),
 }
 QUICK = ("four shared, combined",)
-"""What `make test` serves; tests/decode/test_prefix_reuse.py and test_random_traffic.py decode all of `MODELS`."""
+"""What `make test` serves; tests/decode/test_conversations.py decodes all of `MODELS`."""
 SYSTEM = tuple(b"You are a function that returns at once. ")
 """The beginning of most prompts: several chunks."""
 

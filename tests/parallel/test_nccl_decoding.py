@@ -117,7 +117,7 @@ def test_no_traced_layout_hangs(stages: int) -> None:
         does_not_hang(replace(layout, traced=True))
 
 
-@pytest.mark.slow  # three stages have all kinds, and the next test has eight
+@pytest.mark.slow  # stages beyond three are of no other kind, and the next test has eight
 @pytest.mark.parametrize("stages", MORE_STAGES)
 def test_no_layout_of_many_stages_hangs(stages: int) -> None:
     for layout in layouts(stages):

@@ -110,7 +110,7 @@ NIGHTLY = {
     "a gradient is infinite on 2x1x1, fp32",
     "a gradient is infinite on 1x2x1, bf16",
 }
-"""Other cases that `make test` leaves out because some of the same world size shows as much."""
+"""Other cases that `make test` leaves out: the cases that the comments name check the same."""
 SHARED_AND_TIED = VARIANTS["shared"] | {"tie_word_embeddings": True}
 
 
@@ -125,14 +125,16 @@ def label(grid: tuple[int, int, int]) -> str:
 
 
 def _variants() -> list[Case]:
-    """Every variant in one process, on a stage per section, and the latter with two tensor ranks; two micro-batches."""
+    """Every variant in one process, on a stage per section, and the latter with two tensor ranks."""
     cases = []
     for name, model in VARIANTS.items():
         sections = len(model.get("section_layers", BASE["section_layers"]))
         for grid in dict.fromkeys([(1, 1, 1), (sections, 1, 1), (sections, 1, 2)]):
             usual = ON_TENSOR_RANKS if grid[2] == 2 else IN_ONE_PROCESS if grid == (1, 1, 1) else VARIANTS
-            name_of_case = f"{name} on {label(grid)}"
-            cases.append(Case(name_of_case, model, grid, micro_batch_size=4, nightly=name not in usual))
+            size = 2 if (name, grid) == ("four combined sections", (4, 1, 1)) else 4  # as many micro-batches as stages
+            cases.append(
+                Case(f"{name} on {label(grid)}", model, grid, micro_batch_size=size, nightly=name not in usual)
+            )
     return cases
 
 

@@ -59,7 +59,7 @@ class LayerMath:
         self.key_heads = model.key_value_heads // tensor_size
         self.memory_heads = model.cross_key_value_heads // tensor_size
         self.eps = model.rms_norm_eps
-        self._reduce = reduce
+        self.reduce = reduce
         self._lap: Lap = lap or (lambda phase: None)
 
     def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class LayerMath:
         return self._summed(F.linear(mixed.transpose(1, 2).flatten(2), output))
 
     def _summed(self, partial: Tensor) -> Tensor:
-        return partial if self._reduce is None else self._reduce(partial)
+        return partial if self.reduce is None else self.reduce(partial)
 
 
 class SectionCache:

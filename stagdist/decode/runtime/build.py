@@ -239,14 +239,12 @@ def use_kernels(options: EngineOptions, device: str, graphs: bool) -> bool:
     kernels = graphs and on_gpu if options.kernels is None else options.kernels
     if options.kernels and not graphs:
         raise ConfigError("kernels run in steps of fixed shape; give graphs=True as well, or kernels=None")
-    compiler = any((os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")))
-    headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
-    if kernels and on_gpu and not (compiler and headers):
-        missing = (
-            "Python.h of this Python; install its headers (python3-dev)"
-            if compiler
-            else "C compiler; install gcc or set CC"
-        )
+    missing = None
+    if not any((os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang"))):
+        missing = "C compiler; install gcc or set CC"
+    elif not Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").is_file():
+        missing = "Python.h; install python3-dev"
+    if kernels and on_gpu and missing:
         raise ConfigError(f"Triton compiles the kernels of decoding and finds no {missing}, or give kernels=False")
     if options.kernels and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(

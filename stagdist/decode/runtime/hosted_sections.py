@@ -1,6 +1,6 @@
 """Runs this rank's sections: their rows, positions and memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -109,14 +109,13 @@ class StageSections:
         self.tokens = torch.zeros(limits.num_slots, dtype=torch.int64, device=device.name)
         self._angles = Angles(model, device)
         reduce = None if setup.transport is None else setup.transport.tensor_sum()
-        math: SectionMath = LayerMath(model, setup.tensor_size, reduce, setup.lap)
+        math = LayerMath(model, setup.tensor_size, reduce, setup.lap)
         sections = setup.weights.sections
         self.caches = {each: SectionCache(model, each, limits, setup.tensor_size, device) for each in sections}
-        step_math = self._fused_math if setup.kernels else lambda _: math
-        self._batched = BatchedSections(step_math(reduce), sections, self.caches) if topology.batched else None
+        self._batched = BatchedSections(self._step_math(math), sections, self.caches) if topology.batched else None
         self._chunk_runners = {each: SectionRunner(math, sections[each], self.caches[each]) for each in sections}
         alone = {} if topology.batched else sections
-        self._runners = {each: SectionRunner(step_math(reduce), alone[each], self.caches[each]) for each in alone}
+        self._runners = {each: SectionRunner(self._step_math(math), alone[each], self.caches[each]) for each in alone}
         first, *later = topology.sections(setup.index)
         self.last = (first, *later)[-1]
         sizes = topology.lag, limits.num_slots, model.hidden_size, device
@@ -237,12 +236,14 @@ class StageSections:
 
     # --- inside -------------------------------------------------------------------------------------------------
 
-    def _fused_math(self, reduce: Callable[[Tensor], Tensor] | None) -> SectionMath:
-        """Return the kernels of a section, or of all sections if they are one batch."""
+    def _step_math(self, math: LayerMath) -> SectionMath:
+        """Return the math of a section's steps, or of all sections if they are one batch: with kernels, if they run."""
+        if not self.setup.kernels:
+            return math
         from stagdist.decode.kernels.fused_math import FusedMath  # imports triton
 
         setup, repeats = self.setup, self.topology.num_sections if self.topology.batched else 1
-        return FusedMath(setup.model, setup.tensor_size, reduce, setup.limits, setup.device, repeats=repeats)
+        return FusedMath(setup.model, setup.tensor_size, math.reduce, setup.limits, setup.device, repeats=repeats)
 
     def _fixed_cells(self, positions: Tensor, repeats: int) -> AnyCells:
         if self.setup.kernels:

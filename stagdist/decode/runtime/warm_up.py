@@ -32,6 +32,7 @@ _EVERYTHING = SamplingParams(
     stop_token_ids=(0,), allowed_token_ids=(0, 1),
 )  # fmt: skip
 _NOISE = SamplingParams(temperature=0.7)
+_TRUNCATED = SamplingParams(temperature=0.7, top_k=4, top_p=0.9)
 _PARAMS = (_PLAIN, _NOISE, _EVERYTHING)
 
 
@@ -92,7 +93,7 @@ def dry_pass(stage: Stage) -> None:
     """
     limits = stage.limits
     longest = max(1, dry_limits(limits).max_context - 4)
-    for params in _PARAMS:
+    for params in (*_PARAMS, _TRUNCATED):
         for length in dict.fromkeys((longest, min(limits.chunk_size, longest), 1)):
             stage.prefill(0, [0] * length, params)
             if length < limits.max_context:

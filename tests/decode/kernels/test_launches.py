@@ -165,7 +165,7 @@ def test_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPat
         patch.setenv("CC", "/opt/bin/cc")
         assert use_kernels(EngineOptions(), "cuda:0", True)
         patch.setattr("pathlib.Path.is_file", lambda _: False)
-        with pytest.raises(ConfigError, match=r"no Python.h of this Python; install its headers \(python3-dev\)"):
+        with pytest.raises(ConfigError, match="no Python.h; install python3-dev"):
             use_kernels(EngineOptions(), "cuda:0", True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert use_kernels(asked, "cpu", True)
