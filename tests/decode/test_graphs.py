@@ -131,6 +131,15 @@ def test_recurrent_decoding_works_with_fixed_shapes() -> None:
     assert [each.token_ids for each in first.completions] == [each.token_ids for each in second.completions]
 
 
+@torch.inference_mode()
+def test_the_time_of_a_fixed_step_is_in_the_times_of_the_rank() -> None:
+    stage, _ = World().stage(Case("", {}, [], FIXED))
+    stage.prefill(0, prompt(3), SamplingParams(max_new_tokens=2))
+    before = stage.executor.spent_s["compute"]
+    stage.run(step=True)
+    assert stage.executor.spent_s["compute"] > before
+
+
 def test_a_graph_that_would_have_to_delay_hand_offs_is_refused() -> None:
     with pytest.raises(ConfigError, match="a graph cannot delay hand-offs; give graphs=False"):
         EngineOptions(graphs=True, hand_off_delay_s=0.01)

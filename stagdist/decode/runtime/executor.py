@@ -2,8 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -83,7 +83,8 @@ class Executor:
         for instruction in self._instructions(program, work):
             kind = instruction.kind
             self._pulse.beat(Phase.RECEIVE if kind in _WAITS else Phase.FORWARD)
-            with self.timed(instruction):
+            began_s = time.perf_counter()
+            with self.span(instruction):
                 if kind is Kind.HOST:
                     if host_work is not None:
                         host_work()
@@ -91,6 +92,7 @@ class Executor:
                     call = step if instruction.part is WorkPart.STEP else self.chunks[-instruction.number]
                     assert call is not None
                     self.perform(call, instruction)
+            self.spent_s[CATEGORIES[kind]] += time.perf_counter() - began_s
 
     def perform(self, call: Call, instruction: Instruction) -> None:
         """Run one instruction other than host work."""
@@ -109,19 +111,14 @@ class Executor:
             self._programs[key] = program(self.topology, self.setup.index, relative)
         return self._programs[key]
 
-    @contextmanager
-    def timed(self, instruction: Instruction) -> Iterator[None]:
-        """Add the time of an instruction to `spent_s`, and record its span if there is a recorder."""
-        category, began_s = CATEGORIES[instruction.kind], time.perf_counter()
-        with _NO_SPAN if self._recorder is None else self._span(self._recorder, instruction):
-            yield
-        self.spent_s[category] += time.perf_counter() - began_s
-
-    def _span(self, recorder: SpanRecorder, instruction: Instruction) -> AbstractContextManager[None]:
+    def span(self, instruction: Instruction) -> AbstractContextManager[None]:
+        """Record a span of an instruction, if there is a recorder."""
+        if self._recorder is None:
+            return _NO_SPAN
         name = instruction.kind.value
         if instruction.kind in (Kind.BEGIN, Kind.FINISH):
             name = f"{name} {instruction.index + 1}"
-        return recorder.span(name, CATEGORIES[instruction.kind], step=self.step_number)
+        return self._recorder.span(name, CATEGORIES[instruction.kind], step=self.step_number)
 
     def _number_of(self, instruction: Instruction) -> int:
         return instruction.number + self._shifts[instruction.part]

@@ -1,5 +1,6 @@
 """One rank's part of the model: its operations, and the requests and prompts in its slots."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from stagdist.decode.engine_stats import StageReport
 from stagdist.decode.layers.runner import SectionCache
 from stagdist.decode.request import SamplingParams
 from stagdist.decode.runtime import schedule
-from stagdist.decode.runtime.executor import Executor, HostWork
+from stagdist.decode.runtime.executor import CATEGORIES, Executor, HostWork
 from stagdist.decode.runtime.graphs import CaptureProgress, StepGraphs
 from stagdist.decode.runtime.hosted_sections import Call, PrefillState, StageSections
 from stagdist.decode.runtime.outcome import HostBuffers, HostCopy, Outcome
@@ -257,8 +258,10 @@ class Stage:
         self.pulse.beat(Phase.FORWARD)
         call = Call(range(len(positions)), [position + 1 for position in positions])
         mode = self.readout.sampler.mode(call.slots)
-        with self.executor.timed(Instruction(Kind.FINISH, 0)):
+        began_s = time.perf_counter()
+        with self.executor.span(Instruction(Kind.FINISH, 0)):
             graphs.run(call.rows, mode)
+        self.executor.spent_s[CATEGORIES[Kind.FINISH]] += time.perf_counter() - began_s
         if mode is not Mode.OTHER:
             return Choice(self._sections.tokens[: call.rows])
         self.executor.run(schedule.choosing, self._work(step=True), call)
