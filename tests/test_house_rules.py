@@ -27,7 +27,7 @@ BUDGETS = {
     "stagdist/cluster": 3703,
     "stagdist/config": 977,
     "stagdist/data": 2857,
-    "stagdist/decode": 7662,
+    "stagdist/decode": 7661,
     "stagdist/evaluation": 469,
     "stagdist/hf": 655,
     "stagdist/model": 691,
@@ -40,9 +40,9 @@ BUDGETS = {
     "tools": 998,
     "benchmarks": 4416,
 }
-MAX_LINES = {("stagdist", "launch", "tools"): 32_365, ("benchmarks",): 4_416}
+MAX_LINES = {("stagdist", "launch", "tools"): 32_364, ("benchmarks",): 4_416}
 """The sums may only fall, except for a new feature; the server added 5,580 lines of product, captured steps and kernels
-1,753."""
+1,752."""
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)

@@ -7,8 +7,8 @@ On gloo a receive is posted as soon as it is certain that the message will be se
 receive delays its sender by milliseconds. On NCCL a posted receive is a kernel that spins on the device until the peer
 sends. Everything enqueued behind it on the same communicator or hardware queue waits, and so does loading a kernel.
 Therefore **nothing is enqueued on NCCL whose completion depends on work that this rank has not launched yet**: a
-receive is posted where it is waited for, or where the next one is announced. In a captured step with a
-lag, the receive of a hand-off follows the rank's own sends of that step, which is all that its sender may wait for.
+receive is posted where it is waited for, or where the next one is announced. In a captured step with a lag, the receive
+of a hand-off follows the rank's own sends of that step, which is all that its sender may wait for.
 `tests/parallel/test_nccl_decoding.py` and `test_nccl_training.py` simulate decoding and training under these rules.
 """
 

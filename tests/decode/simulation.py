@@ -217,12 +217,12 @@ class Run:
 
     def _ready(self, stage: int, placed: Placed) -> float | None:
         """When an instruction's waiting ends; None while it lasts."""
-        now = self._clocks[stage]
-        kind, index = placed.instruction.kind, placed.instruction.index
+        now, kind, index = self._clocks[stage], placed.instruction.kind, placed.instruction.index
         if kind is Kind.WAIT:
-            if (place := (edge := self.edges[index]).places.get(placed.name)) is None or placed.name in edge.waited:
+            edge = self.edges[index]
+            if placed.name not in edge.places or placed.name in edge.waited:
                 raise ScheduleError(f"stage {stage}: {placed}, which is not expected")
-            arrival = edge.arrival(place, self._pace.hand_off_s)
+            arrival = edge.arrival(edge.places[placed.name], self._pace.hand_off_s)
             return None if arrival is None else max(now, arrival)
         if kind is Kind.SEND:
             oldest = len(self.edges[index].sent) - 2 - self.topology.lag

@@ -42,8 +42,7 @@ def alone() -> Alone:
 
 
 def grid_cases(grid: OnRanks, *, usual: bool) -> list[Case]:
-    """The usual variants or the others in fp64; on the 2x2 grid two also in fp32, where clear margins make tokens
-    comparable."""
+    """The usual variants, or the others, in fp64; on the 2x2 grid two also in fp32, whose margins are clear."""
     _, tensor, head = grid
     chosen = [variant for variant in VARIANTS if (variant in USUAL[grid]) == usual]
     single = SINGLE if usual and grid == (2, 2, "last") else ()

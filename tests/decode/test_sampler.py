@@ -27,7 +27,10 @@ from tests.decode.plain_sampler import (
 @pytest.mark.parametrize(
     ("cut", "together", "ties"),
     [
-        pytest.param(CUTS[cut], together, ties, id=f"{cut}-{together}-{ties}", marks=[pytest.mark.slow] * slow)
+        pytest.param(
+            CUTS[cut], together, ties, marks=[pytest.mark.slow] * slow,
+            id=f"{'one batch' if together else 'one by one'}-{cut}-{'ties' if ties else 'distinct'}",
+        )
         for cut in CUTS
         for together, ties, slow in [(True, False, False), (True, True, False), (False, True, cut != "two"),
                                      (False, False, True)]

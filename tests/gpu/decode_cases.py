@@ -98,7 +98,7 @@ def wide_case(model: str, precision: str = "bf16", way: str = "kernels") -> Case
 
 
 def many_case(model: str) -> Case:
-    """A model with more than 8 rows in a product, those of its sections included: it is cuBLAS's then."""
+    """A model whose products have more than 8 rows, those of all its sections together: cuBLAS computes them."""
     rows = 5 if WIDE_MODELS[model].get("share_section_weights") else 9
     requests = [_request(3 + length, 12) for length in range(rows)]
     return Case(model, WIDE_MODELS[model], requests, EngineOptions(precision="bf16", num_slots=len(requests)))

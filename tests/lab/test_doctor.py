@@ -57,7 +57,7 @@ def test_a_host_without_power_is_a_finding_within_seconds(clean_lab: Lab, tmp_pa
 
 
 def test_every_planted_problem_is_found_and_shell_characters_run_nothing(clean_lab: Lab, tmp_path: Path) -> None:
-    for line in ("$(touch${IFS}owned) slots=1", "-oProxyCommand=touch slots=1"):
+    for line in ("$(touch${IFS}owned) slots=1", "node2;touch${IFS}owned slots=1", "-oProxyCommand=touch slots=1"):
         code, text, _ = doctor(clean_lab, tmp_path, hostfile=f"node1 slots=1\n{line}\n")
         assert code == 2 and "refused" in text, text
     clean_lab.name_hosts(loopback=True)

@@ -58,9 +58,7 @@ def test_the_batch_script_starts_a_rank_on_every_host(clean_lab: Lab, tmp_path: 
     slurm_folder(tmp_path)
     config = tmp_path / "empty.yaml"
     os.mkfifo(config)
-    writing = os.open(
-        config, os.O_RDWR
-    )  # ranks wait for text until it is closed; to open only for writing would wait too
+    writing = os.open(config, os.O_RDWR)  # ranks wait for text until it is closed; opening does not block
     batch = allocation(tmp_path, "/usr/bin:/bin") | {"STAGDIST_VENV": sys.prefix}
     words = ["bash", "launch/slurm/pretrain.sbatch", str(config)]
     call = clean_lab.popen("node1", words, env={**VARIABLES, **batch}, cwd=tmp_path)

@@ -1,8 +1,10 @@
 """The distributed runs that are compared with the reference, as data."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -239,3 +241,10 @@ GPU_CASES = [
     if case.world_size == 1
 ]
 """The runs of one process again, on a CUDA device."""
+
+
+def for_each(cases: list[Case], is_nightly: Callable[[Case], bool] = lambda case: case.nightly) -> pytest.MarkDecorator:
+    """Run a test with each of these cases, with the nightly ones in `make test-all` alone."""
+    return pytest.mark.parametrize(
+        "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * is_nightly(case)) for case in cases]
+    )

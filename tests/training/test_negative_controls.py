@@ -4,8 +4,7 @@ import pytest
 
 from tests.reference.training import train
 from tests.training.comparison import mismatches, reports, weight_mismatches
-from tests.training.parity_cases import BAD_STEP, BAD_STEP_CASES, FAULTY_CASES, LEARNING_RATES, Case
-from tests.training.test_parity import for_each
+from tests.training.parity_cases import BAD_STEP, BAD_STEP_CASES, FAULTY_CASES, LEARNING_RATES, Case, for_each
 
 pytestmark = pytest.mark.ranks
 

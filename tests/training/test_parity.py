@@ -1,27 +1,18 @@
 """Distributed runs through the real engine equal the independent reference, step by step and tensor by tensor."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
 from stagdist.training.publish import relative_difference
 from tests.reference.stagformer import forward
 from tests.training.comparison import full_tensors, mismatches, reports
-from tests.training.parity_cases import BF16_CASES, CASES, Case, label
+from tests.training.parity_cases import BF16_CASES, CASES, Case, for_each, label
 
 pytestmark = pytest.mark.ranks
 
 ALONE = {str(case.model): case for case in CASES if case.world_size == 1}
 """The run of a model in one process."""
 SPREAD = [case for case in CASES if case.world_size > 1 and str(case.model) in ALONE]
-
-
-def for_each(cases: list[Case], is_nightly: Callable[[Case], bool] = lambda case: case.nightly) -> pytest.MarkDecorator:
-    """Run a test with each of these cases, with the nightly ones in `make test-all` alone."""
-    return pytest.mark.parametrize(
-        "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * is_nightly(case)) for case in cases]
-    )
 
 
 @for_each(CASES)

@@ -233,19 +233,18 @@ def use_kernels(options: EngineOptions, device: str, graphs: bool) -> bool:
         graphs: steps have a fixed shape.
 
     Raises:
-        ConfigError: they are requested where they cannot run, or Triton has no compiler.
+        ConfigError: they are requested where they cannot run, or Triton has no compiler or no headers of Python.
     """
     on_gpu = on_cuda(device)
     kernels = graphs and on_gpu if options.kernels is None else options.kernels
     if options.kernels and not graphs:
         raise ConfigError("kernels run in steps of fixed shape; give graphs=True as well, or kernels=None")
-    missing = None
-    if not any((os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang"))):
-        missing = "C compiler; install gcc or set CC"
-    elif not Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").is_file():
-        missing = "Python.h; install python3-dev"
-    if kernels and on_gpu and missing:
-        raise ConfigError(f"Triton compiles the kernels of decoding and finds no {missing}, or give kernels=False")
+    if kernels and on_gpu:
+        found = "Triton compiles the kernels of decoding and finds no"
+        if not any((os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang"))):
+            raise ConfigError(f"{found} C compiler; install gcc or set CC, or give kernels=False")
+        if not Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").is_file():
+            raise ConfigError(f"{found} Python.h; install python3-dev, or give kernels=False")
     if options.kernels and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(
             f"kernels run on a GPU, not on {device!r}; give kernels=None, or set TRITON_INTERPRET=1 to test them"

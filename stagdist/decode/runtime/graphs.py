@@ -113,7 +113,7 @@ class StepGraphs:
         self._transport = setup.transport
         self._rows = row_buckets(setup.limits.num_slots)
         self._positions = torch.full((setup.limits.num_slots,), -1, dtype=torch.int64, device=setup.device.name)
-        self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] | None = None  # without it, steps are not captured
+        self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] | None = None  # None until `capture`, on a GPU
         self._logits: Tensor | None = None  # [slots, V], of all graphs: each would keep its own otherwise
 
     @torch.inference_mode()

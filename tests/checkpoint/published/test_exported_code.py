@@ -76,11 +76,11 @@ def shape(variant: str) -> ModelConfig:
     return ModelConfig(**BASE | VARIANTS[variant] | {"vocab_size": 257, "max_position_embeddings": 64})
 
 
-Strangers = Callable[[str], tuple[Path, dict[str, Any]]]
+Loaded = Callable[[str], tuple[Path, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def strangers(tmp_path_factory: pytest.TempPathFactory) -> Strangers:
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     """The directory of a variant, and what a process without stagdist found in it."""
     groups = {True: USUAL, False: tuple(name for name in VARIANTS if name not in USUAL)}
 
@@ -115,8 +115,8 @@ def exported(folder: Path, variants: Sequence[str]) -> tuple[Path, dict[str, dic
 
 
 @pytest.mark.parametrize("variant", EXPORTED)
-def test_transformers_loads_it_without_stagdist(strangers: Strangers, variant: str) -> None:
-    folder, found = strangers(variant)
+def test_transformers_loads_it_without_stagdist(loaded: Loaded, variant: str) -> None:
+    folder, found = loaded(variant)
     model = shape(variant)
     parameters = reference.random_parameters(model, seed=3, perturb=True)
     assert found["class"] == ("StagFormerForCausalLM" if model.staggered else "LlamaForCausalLM")
@@ -131,8 +131,8 @@ def test_transformers_loads_it_without_stagdist(strangers: Strangers, variant: s
 
 
 @pytest.mark.parametrize("variant", EXPORTED)
-def test_a_padded_batch_is_continued_as_the_reference_would(strangers: Strangers, variant: str) -> None:
-    model, (_, found) = shape(variant), strangers(variant)
+def test_a_padded_batch_is_continued_as_the_reference_would(loaded: Loaded, variant: str) -> None:
+    model, (_, found) = shape(variant), loaded(variant)
     parameters = reference.random_parameters(model, seed=3, perturb=True)
     end = byte_tokenizer().end_of_document
     for text, row in zip(TEXTS, found["texts"], strict=True):
@@ -147,8 +147,8 @@ def test_a_padded_batch_is_continued_as_the_reference_would(strangers: Strangers
 
 
 @pytest.mark.parametrize("variant", EXPORTED)
-def test_a_directory_that_transformers_saved_again_reads_as_the_same_model(strangers: Strangers, variant: str) -> None:
-    folder, found = strangers(variant)
+def test_a_directory_that_transformers_saved_again_reads_as_the_same_model(loaded: Loaded, variant: str) -> None:
+    folder, found = loaded(variant)
     again = folder.with_name(folder.name + "-saved")
     model, read = shape(variant), ModelReader(again).model
     resolved = {"head_dim": model.head_width, "num_key_value_heads": model.key_value_heads}

@@ -40,7 +40,7 @@ def kernels(setting: Setting) -> Numbers:
             model = shape(setting, name)
             numbers[name][way] = _step(setting, model, use_kernels)[0]
             numbers[name][way]["launches_per_layer"] = _per_layer(setting, model, use_kernels)
-            if name == STAGGERED and SEQUENTIAL in names:  # the mean of a layer of each section, one as in SEQUENTIAL
+            if name == STAGGERED and SEQUENTIAL in names:  # a mean of both sections; the first is SEQUENTIAL
                 mean, first = (numbers[each][way]["launches_per_layer"] for each in (STAGGERED, SEQUENTIAL))
                 numbers[name][way]["launches_per_layer"] = 2 * mean - first
             setting.keep(numbers)

@@ -111,7 +111,7 @@ class Job:
 def products(setting: Setting) -> Numbers:
     """GB/s of each product by rows and tile, and microseconds of attention by entries and splits.
 
-    Only a tile that `choose_tile` gives must run.
+    The check fails only if a tile of `choose_tile` does not run.
     """
     sizes = FULL if setting.on_gpu else TINY
     jobs = [
