@@ -72,7 +72,7 @@ def test_the_batch_script_starts_a_rank_on_every_host(clean_lab: Lab, tmp_path: 
     (tmp_path / "other").touch()
     (tmp_path / "other").replace(config)
     os.close(writing)
-    assert call.wait(120) == 2, call.text()
+    assert call.wait(120) in (2, 255), call.text()  # srun gives the largest code: 255 is that of a task which it ended
     assert f"error: {config} must hold keys" in call.text()
 
 
