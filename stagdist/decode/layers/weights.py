@@ -17,18 +17,23 @@ from stagdist.parallel.layout import ParameterSpec, model_parameters
 
 @dataclass(frozen=True)
 class Device:
-    """Where and in which precision a rank computes."""
+    """Where and in which precision a rank computes.
+
+    Attributes:
+        by_rows: weights lie by rows in memory, as compiled layers read them.
+    """
 
     name: str
     dtype: torch.dtype
+    by_rows: bool = False
 
     def matrix(self, rows: int, columns: int) -> Tensor:
         """An empty weight [rows, columns] for `F.linear`.
 
-        On CPUs its columns are contiguous: products with one row then run half as fast again (measured with
-        `benchmarks/decode.py`), products with many rows the same.
+        On CPUs its columns are contiguous where torch computes the steps: its products with one row then run half as
+        fast again (measured with `benchmarks/decode.py`), products with many rows the same.
         """
-        if self.name == "cpu":
+        if self.name == "cpu" and not self.by_rows:
             return torch.empty(columns, rows, dtype=self.dtype).t()
         return torch.empty(rows, columns, dtype=self.dtype, device=self.name)
 

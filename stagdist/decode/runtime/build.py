@@ -1,5 +1,6 @@
 """Builds the stage of this rank from a model: checks, grid, weights."""
 
+import logging
 import os
 import shutil
 import sysconfig
@@ -16,6 +17,7 @@ from stagdist.config.cross_checks import tensor_parallel_problems
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.runner import Lap
 from stagdist.decode.layers.weights import Device, Shard, WeightLoader
+from stagdist.decode.native.library import PRECISIONS, library
 from stagdist.decode.runtime.graphs import CaptureProgress
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.runtime.stage import Stage
@@ -31,6 +33,8 @@ from stagdist.telemetry.pulse import Pulse
 from stagdist.telemetry.spans import SpanRecorder
 
 DEFAULT_CHUNK = 128
+
+_log = logging.getLogger(__name__)
 
 LONGEST_TIMEOUT_S = 30 * 24 * 3600.0
 """Largest accepted timeout, well within the range of clocks and sockets."""
@@ -59,8 +63,9 @@ class EngineOptions:
         want_margins: keep the smallest distance between best and second best token.
         graphs: run every step as one CUDA graph on each rank, on a CPU as a step of the same fixed shape; None: on a
             GPU, unless hand-offs are delayed: a graph cannot delay them.
-        kernels: run the layers of these steps, and the choice of tokens, as Triton kernels; None: on a GPU with graphs.
-            On a CPU they run in Triton's interpreter only, for tests.
+        kernels: on a GPU, run the layers of these steps, and the choice of tokens, as Triton kernels; None: with graphs.
+            On a CPU, run the layers of steps as compiled C++; None: if there is a compiler. With TRITON_INTERPRET=1,
+            graphs and True, Triton kernels run on a CPU, for tests.
     """
 
     tensor_parallel_size: int = 1
@@ -199,11 +204,12 @@ def build_stage(
     """
     choose_attention(training=False)
     options = plan.options
-    where = Device(device, DTYPES[options.precision or default_precision(device)])
     graphs = options.graphs
     if graphs is None:
         graphs = on_cuda(device) and recorder is None and lap is None and options.hand_off_delay_s == 0
     kernels = use_kernels(options, device, graphs)
+    native = not kernels and use_native(options, device)
+    where = Device(device, DTYPES[options.precision or default_precision(device)], by_rows=native)
     index, rank = (0, 0) if transport is None else (transport.stage, transport.tensor_rank)
     weights = WeightLoader(plan.model, read, Shard(rank, plan.grid.tensor), where).stage(plan.topology, index)
     setup = StageSetup(
@@ -217,6 +223,7 @@ def build_stage(
         lap=lap,
         fixed=graphs,
         kernels=kernels,
+        native=native,
     )
     if transport is not None and not transport.rules.early_receives:
         alone = Unconnected(plan.grid, transport.stage, transport.tensor_rank)
@@ -245,8 +252,25 @@ def use_kernels(options: EngineOptions, device: str, graphs: bool) -> bool:
             raise ConfigError(f"{found} C compiler; install gcc or set CC, or give kernels=False")
         if not Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").is_file():
             raise ConfigError(f"{found} Python.h; install python3-dev, or give kernels=False")
-    if options.kernels and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(
-            f"kernels run on a GPU, not on {device!r}; give kernels=None, or set TRITON_INTERPRET=1 to test them"
-        )
-    return kernels
+    return kernels and (on_gpu or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def use_native(options: EngineOptions, device: str) -> bool:
+    """Whether steps on a CPU run compiled C++ layers. Says so if they could and there is no compiler.
+
+    Raises:
+        ConfigError: they are requested where they cannot run.
+    """
+    if on_cuda(device) or options.kernels is False:
+        return False
+    precision = options.precision or default_precision(device)
+    try:
+        if precision not in PRECISIONS:
+            raise ConfigError(f"compiled layers have no {precision}; give one of {', '.join(PRECISIONS)}")
+        library()
+    except ConfigError as error:
+        if options.kernels:
+            raise
+        _log.warning("the layers of steps run in plain torch, which takes longer: %s", error)
+        return False
+    return True

@@ -11,6 +11,7 @@ from stagdist.decode.control import Admission
 from stagdist.decode.layers.batched import BatchedSections
 from stagdist.decode.layers.cells import Angles, AnyCells, ChunkCells, DeviceCells, StepCells, step_cells
 from stagdist.decode.layers.runner import LayerMath, SectionCache, SectionMath, SectionRunner
+from stagdist.decode.native.layer_math import NativeMath
 from stagdist.decode.runtime.hand_off import HandOffBuffers, HandOffRegister, PromptMemory
 from stagdist.decode.runtime.setup import StageSetup
 
@@ -128,9 +129,14 @@ class StageSections:
     def step_call(self, positions: Sequence[int], step: int) -> Call:
         """Create the call of a step of rows 0 to len(positions) - 1; rows without a request have position -1."""
         call = Call(range(len(positions)), [position + 1 for position in positions], step)
-        call.cells = step_cells(self._angles, positions, self.device)
-        if self._batched is not None:
-            call.wide = step_cells(self._angles, positions, self.device, self._batched.count)
+        if self.setup.native:
+            placed = torch.tensor(positions)
+            call.cells, repeats = DeviceCells(self._angles, placed), 1 if self._batched is None else self._batched.count
+            call.wide = DeviceCells(self._angles, placed, repeats=repeats)
+        else:
+            call.cells = step_cells(self._angles, positions, self.device)
+            if self._batched is not None:
+                call.wide = step_cells(self._angles, positions, self.device, self._batched.count)
         call.null_rows = self._null_rows(positions)
         return call
 
@@ -237,7 +243,9 @@ class StageSections:
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _step_math(self, math: LayerMath) -> SectionMath:
-        """Return the math of a section's steps, or of all sections if they are one batch: with kernels, if they run."""
+        """Return the math of a section's steps, or of all sections if they are one batch: compiled, if it can be."""
+        if self.setup.native:
+            return NativeMath(self.setup.model, self.setup.tensor_size, math.reduce, self.device.dtype, self.setup.lap)
         if not self.setup.kernels:
             return math
         from stagdist.decode.kernels.fused_math import FusedMath  # imports triton
@@ -246,7 +254,7 @@ class StageSections:
         return FusedMath(setup.model, setup.tensor_size, math.reduce, setup.limits, setup.device, repeats=repeats)
 
     def _fixed_cells(self, positions: Tensor, repeats: int) -> AnyCells:
-        if self.setup.kernels:
+        if self.setup.kernels or self.setup.native:
             return DeviceCells(self._angles, positions, repeats=repeats)
         return StepCells(self._angles, positions, self.setup.limits.max_context, repeats=repeats)
 

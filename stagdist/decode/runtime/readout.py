@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stagdist.decode.native.layer_math import FEW_ROWS, NativeMath
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.runtime.transport import TOKEN
 from stagdist.decode.sampling.sampler import Choice, Sampler, merge_prompt_scores
@@ -40,6 +41,9 @@ class Readout:
             captured=setup.fixed,
             kernels=setup.kernels,
         )
+        self._native: NativeMath | None = None
+        if setup.native:
+            self._native = NativeMath(setup.model, setup.tensor_size, None, setup.device.dtype)
         self._hidden: Tensor | None = None
         self.logits: Tensor | None = None
         self._choice: Choice | None = None
@@ -195,6 +199,8 @@ class Readout:
         """Logits of this rank's slice. Shapes: [B, H] -> [B, slice]."""
         weights, eps = self._weights, self._setup.model.rms_norm_eps
         assert weights.head is not None and weights.output_norm is not None
+        if self._native is not None and len(hidden) <= FEW_ROWS:
+            return self._native.norm_linear(hidden, weights.output_norm, weights.head)
         return F.linear(F.rms_norm(hidden, weights.output_norm.shape, weights.output_norm, eps), weights.head)
 
     def _choice_width(self, slots: Sequence[int]) -> int:

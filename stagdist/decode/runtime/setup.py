@@ -20,6 +20,7 @@ class StageSetup:
         lap: called with its name when a phase inside a section ends.
         fixed: steps have fixed shapes and addresses, so that they can be graphs.
         kernels: the layers of steps of fixed shape, and the choice of their tokens, are Triton kernels.
+        native: the layers of steps are compiled C++, on a CPU.
     """
 
     model: ModelConfig
@@ -32,6 +33,7 @@ class StageSetup:
     lap: Lap | None = None
     fixed: bool = False
     kernels: bool = False
+    native: bool = False
 
     @property
     def index(self) -> int:

@@ -1,0 +1,178 @@
+"""The layers of a decode step in C++, for CPUs: one call for self-attention, cross-attention and MLP each.
+
+`LayerMath` is the same mathematics in plain torch. It starts about 18 operations for a layer; a step of a small model
+spends a quarter of its time between them.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from stagdist.config.parts import ModelConfig
+from stagdist.decode.layers.cells import DeviceCells
+from stagdist.decode.layers.runner import Lap, Reduce
+from stagdist.decode.layers.weights import LayerWeights, SectionWeights
+from stagdist.decode.native.library import library
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}
+"""Types that the functions are compiled for."""
+
+FEW_ROWS = 64
+"""Most rows of a product that is faster here than in torch."""
+
+_ADDRESS, _COUNT = ctypes.c_void_p, ctypes.c_int64
+
+
+class LayerPart(ctypes.Structure):
+    """`Part` of `layers.cpp`, which explains the fields."""
+
+    _fields_ = [
+        *((name, _ADDRESS) for name in ("rows",)),
+        *((name, _COUNT) for name in ("row_stride", "count")),
+        ("out", _ADDRESS),
+        *((name, _COUNT) for name in ("out_stride", "adds")),
+        ("gain", _ADDRESS),
+        ("eps", ctypes.c_double),
+        *((name, _ADDRESS) for name in ("first_values", "first_scales")),
+        *((name, _COUNT) for name in ("first_rows", "first_columns")),
+        *((name, _ADDRESS) for name in ("second_values", "second_scales")),
+        *((name, _COUNT) for name in ("second_rows", "second_columns")),
+        *((name, _COUNT) for name in ("heads", "threads")),
+        *((name, _ADDRESS) for name in ("positions", "cos", "sin")),
+        *((name, _COUNT) for name in ("repeats", "width")),
+        ("cache", _ADDRESS),
+        *((name, _COUNT) for name in ("cache_heads", "entries", "kind_stride", "slot_stride")),
+        *((name, _ADDRESS) for name in ("null", "null_rows")),
+        *((name, _COUNT) for name in ("layers", "layer_stride")),
+    ]
+
+
+class NativeMath:
+    """The parts of a layer for steps: one position of each row, placed by `DeviceCells`.
+
+    Args:
+        tensor_size: ranks that share the heads.
+        reduce: None without tensor parallelism.
+        lap: called at the end of every phase: `self_attention`, `cross_attention` and `mlp`.
+
+    Raises:
+        ConfigError: see `library`.
+    """
+
+    def __init__(
+        self, model: ModelConfig, tensor_size: int, reduce: Reduce | None, dtype: torch.dtype, lap: Lap | None = None
+    ):
+        self._heads, self._eps, self._reduce = model.num_attention_heads // tensor_size, model.rms_norm_eps, reduce
+        self._lap: Lap = lap or (lambda phase: None)
+        # The owner is kept, so that its id stays its own.
+        self._parts: dict[tuple[str, int], tuple[object, LayerPart]] = {}
+        functions = library()
+        self._self_attention, self._cross_attention, self._mlp, self._write_memory, self._norm_linear = (
+            getattr(functions, f"{name}_{NAMES[dtype]}")
+            for name in ("self_attention", "cross_attention", "mlp", "write_memory", "norm_linear")
+        )
+
+    def self_attention(self, layer: LayerWeights, hidden: Tensor, cells: DeviceCells, cache: Tensor) -> Tensor:
+        """Residual stream after self-attention, a new tensor; writes the keys and values of the rows to the cache.
+
+        Shapes: hidden [B, 1, H], cache of one layer [2, B, K, S + 1, D].
+        """
+        part = self._part("self", layer, layer.self_attention_norm, layer.qkv, layer.o)
+        _place(part, cells, cache, cells.repeats)
+        out = self._run(self._self_attention, part, hidden, torch.empty_like(hidden))
+        self._lap("self_attention")
+        return out
+
+    def cross_attention(self, layer: LayerWeights, hidden: Tensor, cells: DeviceCells, memory: Tensor) -> Tensor:
+        """Residual stream after cross-attention, in place.
+
+        Shapes: hidden [B, 1, H] with any stride of rows, memory of one layer [2, B, C, W + 1, D].
+        """
+        assert layer.cross_attention_norm is not None and layer.cross_q is not None and layer.cross_o is not None
+        part = self._part("cross", layer, layer.cross_attention_norm, layer.cross_q, layer.cross_o)
+        _place(part, cells, memory, 1)
+        out = self._run(self._cross_attention, part, hidden, hidden)
+        self._lap("cross_attention")
+        return out
+
+    def mlp(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
+        """Residual stream after SwiGLU, in place. Shapes: [B, 1, H]."""
+        part = self._part("mlp", layer, layer.mlp_norm, layer.gate_up, layer.down)
+        out = self._run(self._mlp, part, hidden, hidden)
+        self._lap("mlp")
+        return out
+
+    def write_memory(
+        self,
+        weights: SectionWeights,
+        previous: Tensor,
+        null_rows: Tensor | None,
+        cells: DeviceCells,
+        cache: Tensor,
+    ) -> Tensor:
+        """As `LayerMath.write_memory`; returns the cache of all layers."""
+        assert weights.memory_norm is not None and weights.memory_kv is not None
+        part = self._part("memory", weights, weights.memory_norm, weights.memory_kv)
+        _place(part, cells, cache[0], 1)
+        part.layers, part.layer_stride = len(cache), cache.stride(0)
+        part.null = None if weights.null_memory is None else weights.null_memory.data_ptr()
+        part.null_rows = None if null_rows is None else null_rows.data_ptr()
+        _call(self._write_memory, part, previous, previous)
+        return cache
+
+    def norm_linear(self, rows: Tensor, gain: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm and product, for the head. Shapes: [B, H], weight [N, H] -> [B, N]."""
+        part = self._part("head", weight, gain, weight)
+        out = rows.new_empty(len(rows), len(weight))
+        _call(self._norm_linear, part, rows, out)
+        return out
+
+    def _part(self, kind: str, owner: object, gain: Tensor, first: Tensor, second: Tensor | None = None) -> LayerPart:
+        """Return the part of an owner with its weights in place, made at first use."""
+        key = kind, id(owner)
+        if key in self._parts:
+            return self._parts[key][1]
+        part = LayerPart(gain=gain.data_ptr(), eps=self._eps, heads=self._heads, threads=torch.get_num_threads())
+        for name, weight in (("first", first), ("second", second)):
+            if weight is not None:
+                _set_weight(part, name, weight)
+        self._parts[key] = owner, part
+        return part
+
+    def _run(self, function: object, part: LayerPart, hidden: Tensor, out: Tensor) -> Tensor:
+        """Run a part that ends with the residual. Shapes: hidden and out [B, 1, H]."""
+        part.adds = self._reduce is None
+        if self._reduce is None:
+            return _call(function, part, hidden, out)
+        partial = _call(function, part, hidden, torch.empty_like(hidden, memory_format=torch.contiguous_format))
+        return torch.add(hidden, self._reduce(partial), out=out)
+
+
+def _set_weight(part: LayerPart, name: str, weight: Tensor) -> None:
+    assert weight.stride(1) == 1 and weight.stride(0) == weight.shape[1], "weights lie by rows"
+    fields = {"values": weight.data_ptr(), "rows": weight.shape[0], "columns": weight.shape[1]}
+    for field, value in fields.items():
+        setattr(part, f"{name}_{field}", value)
+
+
+def _place(part: LayerPart, cells: DeviceCells, cache: Tensor, repeats: int) -> None:
+    """Set positions and the cache of one layer. Shapes: cache [2, B, heads, entries + 1, D]."""
+    part.positions, part.cos, part.sin = (
+        cells.positions.data_ptr(),
+        cells.angles[0].data_ptr(),
+        cells.angles[1].data_ptr(),
+    )
+    part.repeats, part.cache = repeats, cache.data_ptr()
+    _, _, part.cache_heads, entries, part.width = cache.shape
+    part.entries = entries - 1
+    part.kind_stride, part.slot_stride = cache.stride(0), cache.stride(1)
+
+
+def _call(function, part: LayerPart, rows: Tensor, out: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    """Shapes: rows and out [B, ..., width], with any stride of B."""
+    assert rows.stride(-1) == out.stride(-1) == 1
+    part.rows, part.row_stride, part.count = rows.data_ptr(), rows.stride(0), len(rows)
+    part.out, part.out_stride = out.data_ptr(), out.stride(0)
+    function(ctypes.addressof(part))
+    return out

@@ -1,0 +1,78 @@
+"""Compiles `layers.cpp` for this processor, once for each version of the source and the compiler."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from stagdist.errors import ConfigError
+from stagdist.files import replacing
+
+SOURCE = Path(__file__).with_name("layers.cpp")
+COMPILERS = ("g++", "clang++", "c++")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+FUNCTIONS = ("self_attention", "cross_attention", "mlp", "write_memory", "norm_linear")
+PRECISIONS = ("fp32", "bf16", "fp64")
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled functions; each takes the address of one `LayerPart`.
+
+    The first call on a machine compiles, which takes about ten seconds, and keeps the result in `~/.cache/stagdist`
+    (`XDG_CACHE_HOME`).
+
+    Raises:
+        ConfigError: there is no C++ compiler, or it fails.
+    """
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
+    if compiler is None:
+        raise ConfigError(f"there is no C++ compiler; install one of {', '.join(COMPILERS)}, or set CXX")
+    path = _folder() / f"layers-{_key(compiler)}.so"
+    if not path.exists():
+        with replacing(path) as partial:
+            _run(compiler, *FLAGS, str(SOURCE), "-o", str(partial))
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ConfigError(f"the compiled layers cannot be loaded: {error}; delete the file, or set CXX") from error
+    for name in (f"{function}_{precision}" for function in FUNCTIONS for precision in PRECISIONS):
+        getattr(loaded, name).argtypes = (ctypes.c_void_p,)
+        getattr(loaded, name).restype = None
+    return loaded
+
+
+def _folder() -> Path:
+    """Where compiled files are kept; a new temporary folder if the home folder cannot be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stagdist"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="stagdist-"))
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="stagdist-"))
+
+
+def _key(compiler: str) -> str:
+    """What the result depends on: hosts with different processors may share a home folder."""
+    target = _run(compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull)
+    return hashlib.sha256("\0".join((target, *FLAGS, SOURCE.read_text(encoding="utf-8"))).encode()).hexdigest()[:20]
+
+
+def _run(*command: str) -> str:
+    """Run a compiler and return what it reports.
+
+    Raises:
+        ConfigError: it cannot be started or fails.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=600)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(f"the C++ compiler cannot be run: {error}; set CXX to another one") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
+        raise ConfigError(f"{command[0]} fails on {SOURCE.name}: {' '.join(lines[:1])}; set CXX to another compiler")
+    return done.stderr
