@@ -145,39 +145,31 @@ template <int R, int M, class W, class A> INLINE void block(const W *w, const A 
         }
 }
 
-// Rows `first` to `stop` of the weight; `put(row of x, row of the weight, sum)` takes each sum.
-template <int R, class W, class A, class Put>
-INLINE void products(const W *w, const A *x, long rows, long columns, long first, long stop, Put put) {
-    for (long n = first; n < stop; n += R) {
-        const W *own = w + n * columns;
-        long m = 0;
-        for (; m + 4 <= rows; m += 4) {
-            A sums[R][4];
-            block<R, 4>(own, x + m * columns, columns, sums);
-            for (int r = 0; r < R; r++)
-                for (int i = 0; i < 4; i++) put(m + i, n + r, sums[r][i]);
-        }
-        for (; m < rows; m++) {
-            A sums[R][1];
-            block<R, 1>(own, x + m * columns, columns, sums);
-            for (int r = 0; r < R; r++) put(m, n + r, sums[r][0]);
-        }
+// Rows `first` to `stop` of the weight, R at a time; `put(row of x, row of the weight, sum)` takes each sum.
+template <int R, int M, class W, class A, class Put>
+INLINE void blocks(const W *w, const A *x, long row, long columns, long first, long stop, Put put) {
+    for (long n = first; n + R <= stop; n += R) {
+        A sums[R][M];
+        block<R, M>(w + n * columns, x + row * columns, columns, sums);
+        for (int r = 0; r < R; r++)
+            for (int m = 0; m < M; m++) put(row + m, n + r, sums[r][m]);
     }
 }
 
+// Part by part of the weight, which stays in a cache while the rows of x pass, four at a time.
 template <class W, class A, class Put>
 void product(const W *w, const A *scales, const A *x, long rows, long out, long columns, int threads, Put put) {
     auto scaled = [&](long m, long n, A sum) { put(m, n, scales ? sum * scales[n] : sum); };
-    const long each = rows < 4 ? 16 : 64, parts = (out + each - 1) / each;
+    constexpr long EACH = 24;
 #pragma omp parallel for if (threads > 1) num_threads(threads) schedule(static)
-    for (long part = 0; part < parts; part++) {
-        long first = part * each, stop = first + each < out ? first + each : out;
-        if (rows < 4) products<1>(w, x, rows, columns, first, stop, scaled);
-        else {
-            long even = first + (stop - first) / 2 * 2;
-            products<2>(w, x, rows, columns, first, even, scaled);
-            products<1>(w, x, rows, columns, even, stop, scaled);
+    for (long part = 0; part < (out + EACH - 1) / EACH; part++) {
+        const long first = part * EACH, stop = first + EACH < out ? first + EACH : out, even = stop - (stop - first) % 3;
+        long m = 0;
+        for (; m + 4 <= rows; m += 4) {
+            blocks<3, 4>(w, x, m, columns, first, even, scaled);
+            blocks<1, 4>(w, x, m, columns, even, stop, scaled);
         }
+        for (; m < rows; m++) blocks<1, 1>(w, x, m, columns, first, stop, scaled);
     }
 }
 
