@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.cells import Angles
+from stagdist.decode.layers.matrix import Matrix, linear
 from stagdist.decode.layers.weights import Device, LayerWeights, SectionWeights
 from stagdist.decode.runtime.stage import Stage
 from stagdist.parallel.device import on_cuda
@@ -74,8 +75,8 @@ def plain_steps(stage: Stage, edges: Edges, first: Tensor, position: int, steps:
             if cache.memory_kv is not None:
                 hidden = _cross_attention(model, layer, hidden, cos, sin, cache.memory_kv[index, :, :, :, :entries])
             normed = F.rms_norm(hidden, layer.mlp_norm.shape, layer.mlp_norm, model.rms_norm_eps)
-            gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
+            gate, up = linear(normed, layer.gate_up).chunk(2, dim=-1)
+            hidden = hidden + linear(F.silu(gate) * up, layer.down)
         if rank < last:
             _wait(sending)
             sent = hidden  # must live until it has left
@@ -122,7 +123,7 @@ def _self_attention(
 ) -> Tensor:
     heads, turning = model.num_attention_heads, model.num_attention_heads + model.key_value_heads
     normed = F.rms_norm(hidden, layer.self_attention_norm.shape, layer.self_attention_norm, model.rms_norm_eps)
-    states = F.linear(normed, layer.qkv).view(turning + model.key_value_heads, model.head_width)
+    states = linear(normed, layer.qkv).view(turning + model.key_value_heads, model.head_width)
     turned = _rotate(states[:turning], cos, sin)
     cache[0, 0, :, here], cache[1, 0, :, here] = turned[heads:], states[turning:]
     return hidden + _attend(turned[:heads], cache[0, :, :, : here + 1], cache[1, :, :, : here + 1], layer.o)
@@ -134,7 +135,7 @@ def _store_memory(
     """Keys and values of the memory, for all layers; how many entries may be seen."""
     assert section.memory_norm is not None and section.memory_kv is not None
     memory = F.rms_norm(previous, section.memory_norm.shape, section.memory_norm, model.rms_norm_eps)
-    states = F.linear(memory, section.memory_kv).view(len(section.layers), 2, -1, model.head_width)
+    states = linear(memory, section.memory_kv).view(len(section.layers), 2, -1, model.head_width)
     window = cache.shape[4] - 1
     cache[:, 0, 0, :, here % window] = _rotate(states[:, 0], cos, sin)
     cache[:, 1, 0, :, here % window] = states[:, 1]
@@ -146,14 +147,14 @@ def _cross_attention(
 ) -> Tensor:
     assert layer.cross_attention_norm is not None and layer.cross_q is not None and layer.cross_o is not None
     normed = F.rms_norm(hidden, layer.cross_attention_norm.shape, layer.cross_attention_norm, model.rms_norm_eps)
-    query = F.linear(normed, layer.cross_q).view(model.num_attention_heads, model.head_width)
+    query = linear(normed, layer.cross_q).view(model.num_attention_heads, model.head_width)
     return hidden + _attend(_rotate(query, cos, sin), memory[0], memory[1], layer.cross_o)
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> Tensor:
+def _attend(query: Tensor, keys: Tensor, values: Tensor, output: Matrix) -> Tensor:
     grouped = query.shape[0] != keys.shape[1]
     mixed = F.scaled_dot_product_attention(query[None, :, None], keys, values, enable_gqa=grouped)
-    return F.linear(mixed.reshape(1, 1, -1), output)
+    return linear(mixed.reshape(1, 1, -1), output)
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ def _likeliest(stage: Stage, hidden: Tensor) -> tuple[Tensor, Tensor]:
     weights = stage.weights
     assert weights.head is not None and weights.output_norm is not None
     normed = F.rms_norm(hidden[0], weights.output_norm.shape, weights.output_norm, stage.model.rms_norm_eps)
-    logit, token = F.linear(normed, weights.head).max(-1)
+    logit, token = linear(normed, weights.head).max(-1)
     return logit, token
 
 

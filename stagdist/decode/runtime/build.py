@@ -15,7 +15,7 @@ from stagdist.checkpoint.published.model_reader import ReadSlice
 from stagdist.config.cross_checks import tensor_parallel_problems
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.runner import Lap
-from stagdist.decode.layers.weights import Device, Shard, WeightLoader
+from stagdist.decode.layers.weights import WEIGHT_FORMATS, Device, Shard, WeightFormat, WeightLoader
 from stagdist.decode.runtime.graphs import CaptureProgress
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.runtime.stage import Stage
@@ -52,6 +52,8 @@ class EngineOptions:
         inter_token_target_ms: chunks are so small that a step with a chunk takes no longer, if possible; None: all
             chunks have `chunk_size` positions.
         precision: `fp32`, `bf16`, `fp16` or `fp64`; None: see `default_precision`.
+        weights: `int8`: matrices are rounded to int8, with one scale per output channel, all but the embedding; None:
+            they have the precision above.
         prefix_caching: a prompt reuses the caches of a slot that holds its beginning.
         recurrent: skip section 1 while decoding.
         timeout_s: limit of every wait between ranks.
@@ -69,6 +71,7 @@ class EngineOptions:
     max_context: int | None = None
     chunk_size: int = DEFAULT_CHUNK
     precision: str | None = None
+    weights: WeightFormat | None = None
     inter_token_target_ms: float | None = None
     prefix_caching: bool = True
     recurrent: bool = False
@@ -100,6 +103,14 @@ class EngineOptions:
             raise ConfigError("a graph cannot delay hand-offs; give graphs=False, or no hand_off_delay_s")
         if self.precision is not None and self.precision not in DTYPES:
             raise ConfigError(f"precision is {self.precision!r}; give one of {', '.join(DTYPES)}")
+        if self.weights is not None and self.weights not in WEIGHT_FORMATS:
+            raise ConfigError(
+                f"weights (--weights) is {self.weights!r}; give {' or '.join(WEIGHT_FORMATS)}, or None for the precision"
+            )
+        if self.weights == "int8" and self.precision == "fp16":
+            raise ConfigError(
+                "sums of int8 values exceed the range of fp16; give --precision bf16 or fp32 with --weights int8"
+            )
 
 
 def default_precision(device: str) -> str:
@@ -205,7 +216,9 @@ def build_stage(
         graphs = on_cuda(device) and recorder is None and lap is None and options.hand_off_delay_s == 0
     kernels = use_kernels(options, device, graphs)
     index, rank = (0, 0) if transport is None else (transport.stage, transport.tensor_rank)
-    weights = WeightLoader(plan.model, read, Shard(rank, plan.grid.tensor), where).stage(plan.topology, index)
+    weights = WeightLoader(plan.model, read, Shard(rank, plan.grid.tensor), where, options.weights).stage(
+        plan.topology, index
+    )
     setup = StageSetup(
         plan.model,
         plan.topology,

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stagdist.decode.layers.matrix import linear
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.runtime.transport import TOKEN
 from stagdist.decode.sampling.sampler import Choice, Sampler, merge_prompt_scores
@@ -195,7 +196,7 @@ class Readout:
         """Logits of this rank's slice. Shapes: [B, H] -> [B, slice]."""
         weights, eps = self._weights, self._setup.model.rms_norm_eps
         assert weights.head is not None and weights.output_norm is not None
-        return F.linear(F.rms_norm(hidden, weights.output_norm.shape, weights.output_norm, eps), weights.head)
+        return linear(F.rms_norm(hidden, weights.output_norm.shape, weights.output_norm, eps), weights.head)
 
     def _choice_width(self, slots: Sequence[int]) -> int:
         """Columns of a published choice: the token, its margin and log-probabilities, if these are computed."""
