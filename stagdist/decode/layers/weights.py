@@ -148,7 +148,8 @@ class WeightLoader:
     def stage(self, topology: Topology, stage: int) -> StageWeights:
         """Weights of a stage, its share of the head among them."""
         sharded, tied, shard = topology.head == "sharded", self._model.tie_word_embeddings, self._shard
-        embedding = head = norm = None
+        embedding = norm = None
+        head: Matrix | None = None
         if self._model.staggered or stage == 0:
             embedding = self._embedding()
         if sharded:

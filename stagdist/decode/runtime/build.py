@@ -104,9 +104,8 @@ class EngineOptions:
         if self.precision is not None and self.precision not in DTYPES:
             raise ConfigError(f"precision is {self.precision!r}; give one of {', '.join(DTYPES)}")
         if self.weights is not None and self.weights not in WEIGHT_FORMATS:
-            raise ConfigError(
-                f"weights (--weights) is {self.weights!r}; give {' or '.join(WEIGHT_FORMATS)}, or None for the precision"
-            )
+            names = " or ".join(WEIGHT_FORMATS)
+            raise ConfigError(f"weights (--weights) is {self.weights!r}; give {names}, or None for the precision above")
         if self.weights == "int8" and self.precision == "fp16":
             raise ConfigError(
                 "sums of int8 values exceed the range of fp16; give --precision bf16 or fp32 with --weights int8"
@@ -216,15 +215,13 @@ def build_stage(
         graphs = on_cuda(device) and recorder is None and lap is None and options.hand_off_delay_s == 0
     kernels = use_kernels(options, device, graphs)
     index, rank = (0, 0) if transport is None else (transport.stage, transport.tensor_rank)
-    weights = WeightLoader(plan.model, read, Shard(rank, plan.grid.tensor), where, options.weights).stage(
-        plan.topology, index
-    )
+    loader = WeightLoader(plan.model, read, Shard(rank, plan.grid.tensor), where, options.weights)
     setup = StageSetup(
         plan.model,
         plan.topology,
         plan.limits,
         where,
-        weights,
+        loader.stage(plan.topology, index),
         transport,
         want_margins=options.want_margins,
         lap=lap,

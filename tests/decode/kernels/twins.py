@@ -10,8 +10,9 @@ from stagdist.config.parts import ModelConfig
 from stagdist.decode.kernels import split_attention
 from stagdist.decode.kernels.fused_math import FusedMath
 from stagdist.decode.layers.cells import Angles, DeviceCells, StepCells
+from stagdist.decode.layers.matrix import Int8Matrix, Matrix, quantize
 from stagdist.decode.layers.runner import LayerMath, SectionCache
-from stagdist.decode.layers.weights import Device, LayerWeights, SectionWeights
+from stagdist.decode.layers.weights import Device, LayerWeights, SectionWeights, WeightFormat
 from stagdist.decode.topology import Limits
 from stagdist.model.precision import DTYPES
 from tests.decode.decoding import Case, run_cases
@@ -30,6 +31,7 @@ class Shape:
         repeats: rows per request. Cross-attention is that of the last of them, whose rows are then strided.
         smallest_split: entries, so that few of them are split.
         doubled: a sum over tensor ranks, of two that have the same, follows the products.
+        weights: format of the matrices.
     """
 
     keys: dict[str, Any]
@@ -38,6 +40,7 @@ class Shape:
     repeats: int = 1
     smallest_split: int = 16
     doubled: bool = False
+    weights: WeightFormat | None = None
 
 
 class Layers:
@@ -51,17 +54,17 @@ class Layers:
         self.device = Device("cpu", DTYPES[precision])
         self.limits = Limits(len(shape.positions), CONTEXT, 8)
         self._random = torch.Generator().manual_seed(5)
-        model, values = self.model, self._values
+        model, values, matrix = self.model, self._values, self._matrix
         hidden, inner, width = model.hidden_size, model.intermediate_size, model.head_width
         query, key, memory = (
             heads * width for heads in (model.num_attention_heads, model.key_value_heads, model.cross_key_value_heads)
         )
         self.layer = LayerWeights(
-            values(hidden), values(query + 2 * key, hidden), values(hidden, query), values(hidden),
-            values(2 * inner, hidden), values(hidden, inner), values(hidden), values(query, hidden),
-            values(hidden, query),
+            values(hidden), matrix(query + 2 * key, hidden), matrix(hidden, query), values(hidden),
+            matrix(2 * inner, hidden), matrix(hidden, inner), values(hidden), matrix(query, hidden),
+            matrix(hidden, query),
         )  # fmt: skip
-        self.section = SectionWeights((self.layer,) * 2, values(hidden), values(hidden), values(4 * memory, hidden))
+        self.section = SectionWeights((self.layer,) * 2, values(hidden), values(hidden), matrix(4 * memory, hidden))
         rows = len(shape.positions) * shape.repeats
         self.hidden, self.previous = values(rows, 1, hidden), values(len(shape.positions), 2, hidden)[:, 1:]
         wide = replace(self.limits, num_slots=rows)
@@ -77,6 +80,13 @@ class Layers:
         values = torch.randn(size, generator=self._random, dtype=torch.float64) / size[-1] ** 0.5
         values = values.to(DTYPES[self.shape.precision]).to(self.device.dtype)
         return values.t().contiguous().t() if values.dim() == 2 else values
+
+    def _matrix(self, *size: int) -> Matrix:
+        values = self._values(*size)
+        if self.shape.weights is None:
+            return values
+        found = quantize(values)
+        return Int8Matrix(found.values, found.scales.to(torch.promote_types(self.device.dtype, torch.float32)))
 
     def _filled(self, cache: Tensor) -> Tensor:
         return cache.copy_(self._values(*cache.shape) * cache.shape[-1] ** 0.5)
