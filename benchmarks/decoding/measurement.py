@@ -22,6 +22,7 @@ from benchmarks.decoding.plain_step import rank_edges
 from benchmarks.decoding.shapes import Split, baseline, changed, split_name
 from benchmarks.decoding.site import DecodeSite
 from stagdist.config.parts import ModelConfig
+from stagdist.decode.layers.matrix import parts_of
 from stagdist.decode.runtime.build import EngineOptions, plan_decoding
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.topology import HeadLayout
@@ -46,7 +47,7 @@ def step_bytes(stage: Stage, context: int, batch: int) -> dict[str, int]:
     for section in weights.sections.values():
         for part in (*section.layers, section):
             values = [value for name, value in vars(part).items() if name != "layers" and value is not None]
-            tensors |= {tensor.data_ptr(): tensor for tensor in values}
+            tensors |= {tensor.data_ptr(): tensor for value in values for tensor in parts_of(value)}
     head = () if weights.head is None or weights.output_norm is None else (weights.head, weights.output_norm)
     for of_section in stage.caches.values():
         window = min(context, model.cross_attention_window or context)

@@ -1,7 +1,7 @@
-"""The staggered step as plain functional torch code: what an engine without an engine would do, to price the engine.
+"""The staggered step as a plain loop: what an engine without an engine would do, to price the engine.
 
-One request, stagger 1, one section per rank. No classes, no schedule, no control messages; the weights are the fused
-ones of a stage and the messages are the same, so the tokens must be the engine's too.
+One request, stagger 1, one section per rank. No schedule, no requests, no control messages; sections and messages are
+those of the engine, so the tokens must be the same.
 """
 
 import time
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from stagdist.config.parts import ModelConfig
-from stagdist.decode.layers.cells import Angles
-from stagdist.decode.layers.weights import Device, LayerWeights, SectionWeights
+from stagdist.decode.layers.cells import Angles, AnyCells, ChunkCells, DeviceCells
+from stagdist.decode.layers.runner import LayerMath, SectionMath, SectionRunner
+from stagdist.decode.native.layer_math import NativeMath
 from stagdist.decode.runtime.stage import Stage
 from stagdist.parallel.device import on_cuda
 
@@ -39,11 +39,13 @@ def plain_steps(stage: Stage, edges: Edges, first: Tensor, position: int, steps:
 
     Returns: tokens and the time (`time.perf_counter`) at which each was known; on rank 0, empty on the others.
     """
-    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    native, rank, last = stage.setup.native, dist.get_rank(), dist.get_world_size() - 1
     model, weights, (section,) = stage.model, stage.weights, stage.weights.sections.values()
     (cache,) = stage.caches.values()
     sharded = stage.topology.head == "sharded"
-    angles = Angles(model, Device(stage.device.name, stage.device.dtype))
+    angles = Angles(model, stage.device)
+    math: SectionMath = NativeMath(model, 1, None, stage.device.dtype) if native else LayerMath(model, 1, None)
+    runner = SectionRunner(math, section, cache)
     shape, options = (1, 1, model.hidden_size), {"dtype": stage.device.dtype, "device": stage.device.name}
     buffers = [torch.empty(shape, **options), torch.empty(shape, **options)]  # type: ignore[call-overload]
     previous = stage.prompt_memory() if rank else None
@@ -53,29 +55,20 @@ def plain_steps(stage: Stage, edges: Edges, first: Tensor, position: int, steps:
     assert weights.embedding is not None and section.layers
     for step in range(steps):
         here = position + step
-        cos, sin = angles.cos[here], angles.sin[here]
+        cells: AnyCells = ChunkCells(angles, 0, here, 1)
+        if native:
+            cells = DeviceCells(angles, torch.tensor([here]))
         due = torch.empty(shape, **options) if sharded else torch.empty_like(first)  # type: ignore[call-overload]
         published_token = _receive(stage, due, last, edges) if rank < last else None
         if rank:
             expected = _receive(stage, buffers[step % 2], rank - 1, edges)
-        hidden = F.embedding(token[None], weights.embedding)
-        hidden = _self_attention(model, section.layers[0], hidden, cos, sin, cache.self_kv[0], here)
-        entries = 0
+        hidden = runner.begin(F.embedding(token[None], weights.embedding), cells)
         if rank:
             if arriving is not None:
                 arriving()
                 previous = buffers[(step + 1) % 2]
             arriving = expected
-            assert previous is not None and cache.memory_kv is not None
-            entries = _store_memory(model, section, previous, cos, sin, cache.memory_kv, here)
-        for index, layer in enumerate(section.layers):
-            if index:
-                hidden = _self_attention(model, layer, hidden, cos, sin, cache.self_kv[index], here)
-            if cache.memory_kv is not None:
-                hidden = _cross_attention(model, layer, hidden, cos, sin, cache.memory_kv[index, :, :, :, :entries])
-            normed = F.rms_norm(hidden, layer.mlp_norm.shape, layer.mlp_norm, model.rms_norm_eps)
-            gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
+        hidden = runner.finish(hidden, cells, previous, None)
         if rank < last:
             _wait(sending)
             sent = hidden  # must live until it has left
@@ -117,55 +110,9 @@ def _receive(stage: Stage, tensor: Tensor, peer: int, edges: Edges) -> Callable[
     return (lambda: post().wait()) if on_cuda(stage.device.name) else post().wait
 
 
-def _self_attention(
-    model: ModelConfig, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, here: int
-) -> Tensor:
-    heads, turning = model.num_attention_heads, model.num_attention_heads + model.key_value_heads
-    normed = F.rms_norm(hidden, layer.self_attention_norm.shape, layer.self_attention_norm, model.rms_norm_eps)
-    states = F.linear(normed, layer.qkv).view(turning + model.key_value_heads, model.head_width)
-    turned = _rotate(states[:turning], cos, sin)
-    cache[0, 0, :, here], cache[1, 0, :, here] = turned[heads:], states[turning:]
-    return hidden + _attend(turned[:heads], cache[0, :, :, : here + 1], cache[1, :, :, : here + 1], layer.o)
-
-
-def _store_memory(
-    model: ModelConfig, section: SectionWeights, previous: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, here: int
-) -> int:
-    """Keys and values of the memory, for all layers; how many entries may be seen."""
-    assert section.memory_norm is not None and section.memory_kv is not None
-    memory = F.rms_norm(previous, section.memory_norm.shape, section.memory_norm, model.rms_norm_eps)
-    states = F.linear(memory, section.memory_kv).view(len(section.layers), 2, -1, model.head_width)
-    window = cache.shape[4] - 1
-    cache[:, 0, 0, :, here % window] = _rotate(states[:, 0], cos, sin)
-    cache[:, 1, 0, :, here % window] = states[:, 1]
-    return min(here + 1, window)
-
-
-def _cross_attention(
-    model: ModelConfig, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor, memory: Tensor
-) -> Tensor:
-    assert layer.cross_attention_norm is not None and layer.cross_q is not None and layer.cross_o is not None
-    normed = F.rms_norm(hidden, layer.cross_attention_norm.shape, layer.cross_attention_norm, model.rms_norm_eps)
-    query = F.linear(normed, layer.cross_q).view(model.num_attention_heads, model.head_width)
-    return hidden + _attend(_rotate(query, cos, sin), memory[0], memory[1], layer.cross_o)
-
-
-def _attend(query: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> Tensor:
-    grouped = query.shape[0] != keys.shape[1]
-    mixed = F.scaled_dot_product_attention(query[None, :, None], keys, values, enable_gqa=grouped)
-    return F.linear(mixed.reshape(1, 1, -1), output)
-
-
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
-
-
 def _likeliest(stage: Stage, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Best logit of this rank's slice of the vocabulary and its place there."""
-    weights = stage.weights
-    assert weights.head is not None and weights.output_norm is not None
-    normed = F.rms_norm(hidden[0], weights.output_norm.shape, weights.output_norm, stage.model.rms_norm_eps)
-    logit, token = F.linear(normed, weights.head).max(-1)
+    logit, token = stage.readout.project(hidden[0]).max(-1)
     return logit, token
 
 

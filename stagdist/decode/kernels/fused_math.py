@@ -13,6 +13,7 @@ from stagdist.decode.kernels.memory_store import store_memory
 from stagdist.decode.kernels.products import FEW_ROWS, add_linear, norm_linear, norm_swiglu, swiglu
 from stagdist.decode.kernels.split_attention import Partials, attend, num_splits
 from stagdist.decode.layers.cells import DeviceCells
+from stagdist.decode.layers.matrix import Int8Matrix, Matrix, linear
 from stagdist.decode.layers.runner import Reduce
 from stagdist.decode.layers.weights import Device, LayerWeights, SectionWeights
 from stagdist.decode.topology import Limits
@@ -104,21 +105,23 @@ class FusedMath:
             if null_rows is not None:
                 assert null is not None
                 memory = torch.where(null_rows[:, None], null, memory)
-            states = F.linear(memory, weights.memory_kv)
+            states = linear(memory, weights.memory_kv)
         store_memory(states, cells.positions, cells.angles, cache)
         return cache
 
-    def _norm_linear(self, rows: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
+    def _norm_linear(self, rows: Tensor, norm: Tensor, weight: Matrix) -> Tensor:
         """Normalize and multiply. Shapes: [B, H] -> [B, N]."""
         if len(rows) <= FEW_ROWS:
             return norm_linear(rows, norm, self._eps, weight)
-        return F.linear(F.rms_norm(rows, norm.shape, norm, self._eps), weight)
+        return linear(F.rms_norm(rows, norm.shape, norm, self._eps), weight)
 
-    def _add_linear(self, residual: Tensor, rows: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+    def _add_linear(self, residual: Tensor, rows: Tensor, weight: Matrix, out: Tensor | None) -> Tensor:
         """Add a product, summed over the tensor ranks, to the residual. Shapes: [B, H], rows [B, N]."""
         if self._reduce is not None:
-            partial = add_linear(None, rows, weight) if len(rows) <= FEW_ROWS else F.linear(rows, weight)
+            partial = add_linear(None, rows, weight) if len(rows) <= FEW_ROWS else linear(rows, weight)
             return torch.add(residual, self._reduce(partial), out=out)
         if len(rows) <= FEW_ROWS:
             return add_linear(residual, rows, weight, out)
+        if isinstance(weight, Int8Matrix):
+            return torch.add(residual, linear(rows, weight), out=out)
         return torch.addmm(residual, rows, weight.t(), out=out)

@@ -1,6 +1,7 @@
 """Products of a few rows with a weight, fused with what surrounds them: RMSNorm before, SwiGLU or the residual after.
 
-A weight is read once for all rows. Sums are in fp32, of fp64 tensors in fp64.
+A weight is read once for all rows. Sums are in fp32, of fp64 tensors in fp64. The values of an int8 weight are
+converted where they are read, and the sums are scaled.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from stagdist.decode.layers.matrix import Int8Matrix, Matrix
 
 FEW_ROWS = 8
 """Most rows of a product. With more, a matrix product on tensor cores is faster."""
@@ -65,7 +68,7 @@ def _epilogue(y, residual, out, mask, m, n, residual_row, out_row):
 
 @triton.jit
 def product_kernel(
-    x, weight, gain, null, null_rows, residual, out,
+    x, weight, scales, gain, null, null_rows, residual, out,
     rows, columns, width, x_row, weight_row, weight_column, residual_row, out_row,
     EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
     UNROLL: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr,
@@ -73,7 +76,7 @@ def product_kernel(
     """One program: all rows times `BLOCK_N` rows of the weight.
 
     `gain` is the weight of an RMSNorm of `x`, whose factor is applied to the sums; where `null_rows`, the vector `null`
-    takes the place of the normalized row. All of them, and `residual`, may be None.
+    takes the place of the normalized row. All of them, `residual`, and the `scales` of the weight may be None.
     """
     first = tl.program_id(0) * BLOCK_N
     m = tl.arange(0, ROWS)[:, None, None, None]
@@ -105,14 +108,19 @@ def product_kernel(
     if null_rows is not None:
         factor = tl.where(tl.load(null_rows + m, mask=m < rows, other=0) != 0, 1.0, factor)
     y = tl.sum(sums, 2) * factor
+    if scales is not None:
+        y *= tl.load(scales + n, mask=n < columns, other=0.0).to(ACC)
     if GATED:
-        y = y / (1.0 + tl.exp(-y)) * (tl.sum(up_sums, 2) * factor)
+        up_y = tl.sum(up_sums, 2) * factor
+        if scales is not None:
+            up_y *= tl.load(scales + columns + n, mask=n < columns, other=0.0).to(ACC)
+        y = y / (1.0 + tl.exp(-y)) * up_y
     _epilogue(y, residual, out, (m < rows) & (n < columns), m, n, residual_row, out_row)
 
 
 def _product(
     x: Tensor,
-    weight: Tensor,
+    weight: Matrix,
     out: Tensor,
     *,
     gain: Tensor | None = None,
@@ -126,11 +134,12 @@ def _product(
     """Launch the kernel. Shapes: x [M, K], weight [N, K], or [2 N, K] if `gated`, out and residual [M, N]."""
     (rows, width), columns = x.shape, out.shape[1]
     assert rows <= FEW_ROWS and x.stride(1) == out.stride(1) == 1 and weight.shape[1] == width
-    tile = tile or choose_tile(rows, columns, width, x.element_size(), gated=gated)
-    vector = LOAD_BYTES // x.element_size()
+    values, scales = (weight.values, weight.scales) if isinstance(weight, Int8Matrix) else (weight, None)
+    tile = tile or choose_tile(rows, columns, width, values.element_size(), gated=gated)
+    vector = LOAD_BYTES // values.element_size()
     product_kernel[(triton.cdiv(columns, tile.block_n),)](
-        x, weight, gain, null, null_rows, residual, out,
-        rows, columns, width, x.stride(0), *weight.stride(), 0 if residual is None else residual.stride(0),
+        x, values, scales, gain, null, null_rows, residual, out,
+        rows, columns, width, x.stride(0), *values.stride(), 0 if residual is None else residual.stride(0),
         out.stride(0),
         EPS=eps, ROWS=triton.next_power_of_2(rows), BLOCK_N=tile.block_n, LANES=tile.lanes, VECTOR=vector,
         UNROLL=tile.unroll, GATED=gated, ACC=sum_type(x.dtype), num_warps=tile.num_warps,
@@ -142,7 +151,7 @@ def norm_linear(
     x: Tensor,
     gain: Tensor,
     eps: float,
-    weight: Tensor,
+    weight: Matrix,
     *,
     null: Tensor | None = None,
     null_rows: Tensor | None = None,
@@ -160,14 +169,14 @@ def norm_linear(
     return _product(x, weight, out, gain=gain, eps=eps, null=null, null_rows=null_rows, tile=tile)
 
 
-def norm_swiglu(x: Tensor, gain: Tensor, eps: float, gate_up: Tensor, *, tile: Tile | None = None) -> Tensor:
+def norm_swiglu(x: Tensor, gain: Tensor, eps: float, gate_up: Matrix, *, tile: Tile | None = None) -> Tensor:
     """RMSNorm, product and SwiGLU. Shapes: x [M, K], M <= FEW_ROWS, gate_up [2 I, K] -> [M, I]."""
     out = x.new_empty(len(x), len(gate_up) // 2)
     return _product(x, gate_up, out, gain=gain, eps=eps, gated=True, tile=tile)
 
 
 def add_linear(
-    residual: Tensor | None, x: Tensor, weight: Tensor, out: Tensor | None = None, *, tile: Tile | None = None
+    residual: Tensor | None, x: Tensor, weight: Matrix, out: Tensor | None = None, *, tile: Tile | None = None
 ) -> Tensor:
     """Product and residual: residual + x W^T.
 

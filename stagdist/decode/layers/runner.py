@@ -1,6 +1,6 @@
 """The layers of a section over new positions only; earlier ones come from the caches.
 
-`F.linear` on this rank's shard and one sum over the tensor ranks after each product that needs it: megatron-core's
+Products on this rank's shard and one sum over the tensor ranks after each product that needs it: megatron-core's
 layers cost as much again in overhead where a product has one row. The mathematics is that of `stagdist/model/`.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.cells import AnyCells, Cells, rotate
+from stagdist.decode.layers.matrix import Matrix, linear
 from stagdist.decode.layers.weights import Device, LayerWeights, SectionWeights
 from stagdist.decode.topology import Limits
 
@@ -68,7 +69,7 @@ class LayerMath:
 
     def self_attention(self, layer: LayerWeights, hidden: Tensor, cells: Cells, cache: Tensor) -> Tensor:
         """Residual stream after self-attention. Shapes: hidden [B, S, H], cache of one layer [2, B, K, S, D]."""
-        states = F.linear(self.norm(hidden, layer.self_attention_norm), layer.qkv)
+        states = linear(self.norm(hidden, layer.self_attention_norm), layer.qkv)
         states = states.unflatten(-1, (self.heads + 2 * self.key_heads, self.width))
         turning = self.heads + self.key_heads
         turned = rotate(states[:, :, :turning], cells.cos, cells.sin)
@@ -83,7 +84,7 @@ class LayerMath:
     def cross_attention(self, layer: LayerWeights, hidden: Tensor, cells: Cells, memory: Tensor) -> Tensor:
         """Residual stream after cross-attention. Shapes: hidden [B, S, H], memory [2, B, C, entries, D]."""
         assert layer.cross_attention_norm is not None and layer.cross_q is not None and layer.cross_o is not None
-        states = F.linear(self.norm(hidden, layer.cross_attention_norm), layer.cross_q)
+        states = linear(self.norm(hidden, layer.cross_attention_norm), layer.cross_q)
         query = rotate(states.unflatten(-1, (self.heads, self.width)), cells.cos, cells.sin).transpose(1, 2)
         masks = cells.memory_mask, cells.memory_causal
         hidden = hidden + self._attend(query, memory[0], memory[1], layer.cross_o, *masks)
@@ -92,8 +93,8 @@ class LayerMath:
 
     def mlp(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
         """Residual stream after SwiGLU. Shapes: [B, S, H]."""
-        gate, up = F.linear(self.norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-        hidden = hidden + self._summed(F.linear(F.silu(gate) * up, layer.down))
+        gate, up = linear(self.norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
+        hidden = hidden + self._summed(linear(F.silu(gate) * up, layer.down))
         self._lap("mlp")
         return hidden
 
@@ -115,19 +116,19 @@ class LayerMath:
         if null_rows is not None:
             assert weights.null_memory is not None
             memory = torch.where(null_rows[..., None], weights.null_memory, memory)
-        states = F.linear(memory, weights.memory_kv)
+        states = linear(memory, weights.memory_kv)
         states = states.unflatten(-1, (len(weights.layers), 2, self.memory_heads, self.width))
         keys = states[:, :, :, 0]
         states[:, :, :, 0] = rotate(keys, cells.cos[..., None, :, :], cells.sin[..., None, :, :])
         return cells.store_memory(cache, states)
 
     def _attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, output: Tensor, mask: Tensor | None, causal: bool
+        self, query: Tensor, keys: Tensor, values: Tensor, output: Matrix, mask: Tensor | None, causal: bool
     ) -> Tensor:
         mixed = F.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=query.shape[1] != keys.shape[1]
         )
-        return self._summed(F.linear(mixed.transpose(1, 2).flatten(2), output))
+        return self._summed(linear(mixed.transpose(1, 2).flatten(2), output))
 
     def _summed(self, partial: Tensor) -> Tensor:
         return partial if self.reduce is None else self.reduce(partial)

@@ -1,8 +1,8 @@
 """Weights of one rank, fused for decoding: few large products instead of many small ones."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 from zlib import crc32
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stagdist.checkpoint.published.model_reader import ReadSlice
 from stagdist.config.parts import ModelConfig
+from stagdist.decode.layers.matrix import Int8Matrix, Matrix, parts_of, quantize
 from stagdist.decode.topology import Topology
 from stagdist.parallel.device import on_cuda
 from stagdist.parallel.layout import ParameterSpec, model_parameters
@@ -71,14 +72,14 @@ class LayerWeights:
     """
 
     self_attention_norm: Tensor
-    qkv: Tensor
-    o: Tensor
+    qkv: Matrix
+    o: Matrix
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
     cross_attention_norm: Tensor | None = None
-    cross_q: Tensor | None = None
-    cross_o: Tensor | None = None
+    cross_q: Matrix | None = None
+    cross_o: Matrix | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class SectionWeights:
     layers: tuple[LayerWeights, ...]
     memory_norm: Tensor | None = None
     null_memory: Tensor | None = None
-    memory_kv: Tensor | None = None
+    memory_kv: Matrix | None = None
     mix: Tensor | None = None
 
 
@@ -111,15 +112,25 @@ class StageWeights:
     embedding: Tensor | None
     sections: dict[int, SectionWeights]
     output_norm: Tensor | None
-    head: Tensor | None
+    head: Matrix | None
     first_token: int
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor once, tied ones too."""
+        """Every tensor once, tied ones too; two of each matrix in int8."""
         sections = self.sections.values()
         parts = [self, *sections, *(layer for section in sections for layer in section.layers)]
-        found = [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
+        held = [value for part in parts for value in vars(part).values()]
+        found = [tensor for value in held if isinstance(value, Matrix) for tensor in parts_of(value)]
         return list({(tensor.data_ptr(), tensor.numel()): tensor for tensor in found}.values())
+
+
+Rows = Sequence[tuple[ParameterSpec, int, int]]
+"""Parameters, and the first row and the end of what is used of each."""
+
+WeightFormat = Literal["int8"]
+"""How matrices are held, where not in the precision of the computation."""
+
+WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 
 
 class WeightLoader:
@@ -128,28 +139,33 @@ class WeightLoader:
     Args:
         read: gives slices of parameters.
         shard: position on the tensor axis.
+        weights: `int8`: quantize every matrix but the embedding; None: all weights have the dtype of `device`.
     """
 
-    def __init__(self, model: ModelConfig, read: ReadSlice, shard: Shard, device: Device):
+    def __init__(
+        self, model: ModelConfig, read: ReadSlice, shard: Shard, device: Device, weights: WeightFormat | None = None
+    ):
         self._model, self._read, self._shard, self._device = model, read, shard, device
+        self._int8 = weights == "int8"
         self._specs = {spec.name: spec for spec in model_parameters(model)}
         self._cores: dict[str, LayerWeights] = {}  # by the prefix of their names; sections may share them
 
     def stage(self, topology: Topology, stage: int) -> StageWeights:
         """Weights of a stage, its share of the head among them."""
         sharded, tied, shard = topology.head == "sharded", self._model.tie_word_embeddings, self._shard
-        embedding = head = norm = None
+        embedding = norm = None
+        head: Matrix | None = None
         if self._model.staggered or stage == 0:
-            embedding = self._vocabulary("embedding.weight", Shard())
+            embedding = self._embedding()
         if sharded:
             shard = Shard(stage * shard.size + shard.rank, topology.num_stages * shard.size)
         first, stop = shard.bounds(self._model.vocab_size)
         if sharded or stage == topology.last_stage:
             norm = self._vector("output_norm.weight")
-            if tied and embedding is not None:
+            if tied and embedding is not None and not self._int8:
                 head = embedding[first:stop]
             else:
-                head = self._vocabulary("embedding.weight" if tied else "head.weight", shard)
+                head = self._rows([(self._specs["embedding.weight" if tied else "head.weight"], first, stop)])
         sections = {section: self.section(section) for section in topology.sections(stage)}
         return StageWeights(embedding, sections, norm, head, first)
 
@@ -198,31 +214,54 @@ class WeightLoader:
         spec = self._specs[name]
         return self._read(spec, 0, 0, spec.shape[0]).to(self._device.name, self._device.dtype, copy=True)
 
-    def _vocabulary(self, name: str, shard: Shard) -> Tensor:
-        spec = self._specs[name]
-        first, stop = shard.bounds(spec.shape[0])
-        weight = self._device.matrix(stop - first, spec.shape[1])
-        # In pieces, so that no second copy of a large table exists.
-        rows = max(1, (1 << 26) // max(1, spec.shape[1] * 4))
-        for begin in range(0, stop - first, rows):
-            end = min(begin + rows, stop - first)
-            weight[begin:end].copy_(self._read(spec, 0, first + begin, first + end))
-        return weight
+    def _embedding(self) -> Tensor:
+        spec = self._specs["embedding.weight"]
+        return self._copied([(spec, 0, spec.shape[0])])
 
-    def _stacked(self, names: list[str]) -> Tensor:
+    def _stacked(self, names: list[str]) -> Matrix:
         """Matrices of one width below each other, each cut to this rank's part."""
         specs = [self._specs[name] for name in names]
-        if specs[0].shard_dim == 1:
-            start, stop = self._shard.bounds(specs[0].shape[1])
-            weight = self._device.matrix(specs[0].shape[0], stop - start)
-            return weight.copy_(self._read(specs[0], 1, start, stop))
-        bounds = [self._shard.bounds(spec.shape[0]) for spec in specs]
-        weight = self._device.matrix(sum(stop - start for start, stop in bounds), specs[0].shape[1])
-        row = 0
-        for spec, (start, stop) in zip(specs, bounds, strict=True):
-            weight[row : row + stop - start].copy_(self._read(spec, 0, start, stop))
-            row += stop - start
+        if specs[0].shard_dim == 0:
+            return self._rows([(spec, *self._shard.bounds(spec.shape[0])) for spec in specs])
+        (spec,) = specs
+        start, stop = self._shard.bounds(spec.shape[1])
+        if self._int8:
+            return self._quantized([(spec, 0, spec.shape[0])], (start, stop))
+        return self._device.matrix(spec.shape[0], stop - start).copy_(self._read(spec, 1, start, stop))
+
+    def _rows(self, parts: Rows) -> Matrix:
+        return self._quantized(parts, (0, parts[0][0].shape[1])) if self._int8 else self._copied(parts)
+
+    def _copied(self, parts: Rows) -> Tensor:
+        weight = self._device.matrix(sum(stop - start for _, start, stop in parts), parts[0][0].shape[1])
+        for row, rows in self._pieces(parts):
+            weight[row : row + len(rows)].copy_(rows)
         return weight
+
+    def _quantized(self, parts: Rows, columns: tuple[int, int]) -> Int8Matrix:
+        """Rows in int8, cut to some columns. Scales are those of complete rows, so they are the same on every grid."""
+        count, device = sum(stop - start for _, start, stop in parts), self._device
+        values = torch.empty(count, columns[1] - columns[0], dtype=torch.int8, device=device.name)
+        exact = torch.float64 if device.dtype == torch.float64 else torch.float32
+        scales = torch.empty(count, dtype=exact, device=device.name)
+        for row, rows in self._pieces(parts):
+            piece = quantize(rows.to(device.name))
+            values[row : row + len(rows)] = piece.values[:, slice(*columns)]
+            scales[row : row + len(rows)] = piece.scales
+        return Int8Matrix(values, scales)
+
+    def _pieces(self, parts: Rows) -> Iterator[tuple[int, Tensor]]:
+        """Rows of several parameters below each other, with the index of the first one of each piece.
+
+        In pieces, so that no second copy of a large table exists.
+        """
+        row = 0
+        for spec, start, stop in parts:
+            size = max(1, (1 << 26) // max(1, spec.shape[1] * 4))
+            for begin in range(start, stop, size):
+                end = min(begin + size, stop)
+                yield row, self._read(spec, 0, begin, end)
+                row += end - begin
 
 
 def random_reader(specs_seed: int, device: str = "cpu") -> ReadSlice:

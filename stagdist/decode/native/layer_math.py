@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.cells import DeviceCells
+from stagdist.decode.layers.matrix import Int8Matrix, Matrix
 from stagdist.decode.layers.runner import Lap, Reduce
 from stagdist.decode.layers.weights import LayerWeights, SectionWeights
 from stagdist.decode.native.library import library
@@ -121,14 +122,14 @@ class NativeMath:
         _call(self._write_memory, part, previous, previous)
         return cache
 
-    def norm_linear(self, rows: Tensor, gain: Tensor, weight: Tensor) -> Tensor:
+    def norm_linear(self, rows: Tensor, gain: Tensor, weight: Matrix) -> Tensor:
         """RMSNorm and product, for the head. Shapes: [B, H], weight [N, H] -> [B, N]."""
         part = self._part("head", weight, gain, weight)
         out = rows.new_empty(len(rows), len(weight))
         _call(self._norm_linear, part, rows, out)
         return out
 
-    def _part(self, kind: str, owner: object, gain: Tensor, first: Tensor, second: Tensor | None = None) -> LayerPart:
+    def _part(self, kind: str, owner: object, gain: Tensor, first: Matrix, second: Matrix | None = None) -> LayerPart:
         """Return the part of an owner with its weights in place, made at first use."""
         key = kind, id(owner)
         if key in self._parts:
@@ -149,11 +150,15 @@ class NativeMath:
         return torch.add(hidden, self._reduce(partial), out=out)
 
 
-def _set_weight(part: LayerPart, name: str, weight: Tensor) -> None:
-    assert weight.stride(1) == 1 and weight.stride(0) == weight.shape[1], "weights lie by rows"
-    fields = {"values": weight.data_ptr(), "rows": weight.shape[0], "columns": weight.shape[1]}
-    for field, value in fields.items():
-        setattr(part, f"{name}_{field}", value)
+def _set_weight(part: LayerPart, name: str, weight: Matrix) -> None:
+    values, scales = weight, None
+    if isinstance(weight, Int8Matrix):
+        values, scales = weight.values, weight.scales
+    assert isinstance(values, Tensor) and values.is_contiguous(), "weights lie by rows"
+    setattr(part, f"{name}_values", values.data_ptr())
+    setattr(part, f"{name}_scales", None if scales is None else scales.data_ptr())
+    setattr(part, f"{name}_rows", values.shape[0])
+    setattr(part, f"{name}_columns", values.shape[1])
 
 
 def _place(part: LayerPart, cells: DeviceCells, cache: Tensor, repeats: int) -> None:

@@ -302,10 +302,11 @@ void attend_rows(const A *queries, long stride, long rows, long heads, const Cel
 template <class T, class A>
 void store_row(const A *fresh, const Cells<T> &cells, const Cache<T> &cache, long row) {
     const long position = cells.positions[row / cells.repeats], width = cells.width;
-    const long entry = position < 0 ? cache.entries : position % cache.entries;
+    if (position < 0) return;
+    const long entry = position % cache.entries;
     A *turned = scratch<A>(3, width);
     for (long head = 0; head < cache.heads; head++) {
-        rotate(fresh + head * width, cells, position < 0 ? 0 : position, turned);
+        rotate(fresh + head * width, cells, position, turned);
         store_entry(turned, cache.head(0, row, head, width) + entry * width, width);
         store_entry(fresh + (cache.heads + head) * width, cache.head(1, row, head, width) + entry * width, width);
     }

@@ -16,7 +16,7 @@ from stagdist.checkpoint.published.model_reader import ReadSlice
 from stagdist.config.cross_checks import tensor_parallel_problems
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.runner import Lap
-from stagdist.decode.layers.weights import Device, Shard, WeightLoader
+from stagdist.decode.layers.weights import WEIGHT_FORMATS, Device, Shard, WeightFormat, WeightLoader
 from stagdist.decode.native.library import PRECISIONS, library
 from stagdist.decode.runtime.graphs import CaptureProgress
 from stagdist.decode.runtime.setup import StageSetup
@@ -56,6 +56,8 @@ class EngineOptions:
         inter_token_target_ms: chunks are so small that a step with a chunk takes no longer, if possible; None: all
             chunks have `chunk_size` positions.
         precision: `fp32`, `bf16`, `fp16` or `fp64`; None: see `default_precision`.
+        weights: `int8`: matrices are rounded to int8, with one scale per output channel, all but the embedding; None:
+            they have the precision above.
         prefix_caching: a prompt reuses the caches of a slot that holds its beginning.
         recurrent: skip section 1 while decoding.
         timeout_s: limit of every wait between ranks.
@@ -63,9 +65,9 @@ class EngineOptions:
         want_margins: keep the smallest distance between best and second best token.
         graphs: run every step as one CUDA graph on each rank, on a CPU as a step of the same fixed shape; None: on a
             GPU, unless hand-offs are delayed: a graph cannot delay them.
-        kernels: on a GPU, run the layers of these steps, and the choice of tokens, as Triton kernels; None: with graphs.
-            On a CPU, run the layers of steps as compiled C++; None: if there is a compiler. With TRITON_INTERPRET=1,
-            graphs and True, Triton kernels run on a CPU, for tests.
+        kernels: on a GPU, run the layers of these steps, and the choice of tokens, as Triton kernels; None: if there are
+            graphs. On a CPU, run the layers of steps as compiled C++; None: if there is a compiler. True, with graphs
+            and TRITON_INTERPRET=1, runs Triton kernels on a CPU, for tests.
     """
 
     tensor_parallel_size: int = 1
@@ -74,6 +76,7 @@ class EngineOptions:
     max_context: int | None = None
     chunk_size: int = DEFAULT_CHUNK
     precision: str | None = None
+    weights: WeightFormat | None = None
     inter_token_target_ms: float | None = None
     prefix_caching: bool = True
     recurrent: bool = False
@@ -105,6 +108,13 @@ class EngineOptions:
             raise ConfigError("a graph cannot delay hand-offs; give graphs=False, or no hand_off_delay_s")
         if self.precision is not None and self.precision not in DTYPES:
             raise ConfigError(f"precision is {self.precision!r}; give one of {', '.join(DTYPES)}")
+        if self.weights is not None and self.weights not in WEIGHT_FORMATS:
+            names = " or ".join(WEIGHT_FORMATS)
+            raise ConfigError(f"weights (--weights) is {self.weights!r}; give {names}, or None for the precision above")
+        if self.weights == "int8" and self.precision == "fp16":
+            raise ConfigError(
+                "sums of int8 values exceed the range of fp16; give --precision bf16 or fp32 with --weights int8"
+            )
 
 
 def default_precision(device: str) -> str:
@@ -211,13 +221,13 @@ def build_stage(
     native = not kernels and use_native(options, device)
     where = Device(device, DTYPES[options.precision or default_precision(device)], by_rows=native)
     index, rank = (0, 0) if transport is None else (transport.stage, transport.tensor_rank)
-    weights = WeightLoader(plan.model, read, Shard(rank, plan.grid.tensor), where).stage(plan.topology, index)
+    loader = WeightLoader(plan.model, read, Shard(rank, plan.grid.tensor), where, options.weights)
     setup = StageSetup(
         plan.model,
         plan.topology,
         plan.limits,
         where,
-        weights,
+        loader.stage(plan.topology, index),
         transport,
         want_margins=options.want_margins,
         lap=lap,
@@ -243,6 +253,8 @@ def use_kernels(options: EngineOptions, device: str, graphs: bool) -> bool:
         ConfigError: they are requested where they cannot run, or Triton has no compiler or no headers of Python.
     """
     on_gpu = on_cuda(device)
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
     kernels = graphs and on_gpu if options.kernels is None else options.kernels
     if options.kernels and not graphs:
         raise ConfigError("kernels run in steps of fixed shape; give graphs=True as well, or kernels=None")
@@ -252,7 +264,7 @@ def use_kernels(options: EngineOptions, device: str, graphs: bool) -> bool:
             raise ConfigError(f"{found} C compiler; install gcc or set CC, or give kernels=False")
         if not Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").is_file():
             raise ConfigError(f"{found} Python.h; install python3-dev, or give kernels=False")
-    return kernels and (on_gpu or os.environ.get("TRITON_INTERPRET") == "1")
+    return kernels
 
 
 def use_native(options: EngineOptions, device: str) -> bool:

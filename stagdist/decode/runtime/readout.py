@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stagdist.decode.layers.matrix import linear
 from stagdist.decode.native.layer_math import FEW_ROWS, NativeMath
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.runtime.transport import TOKEN
@@ -89,7 +90,15 @@ class Readout:
         hidden = last_output if self._hidden is None else self._hidden
         self._hidden = None
         assert hidden is not None
-        self.logits = self._logits(hidden[:, 0])
+        self.logits = self.project(hidden[:, 0])
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits of this rank's slice. Shapes: [B, H] -> [B, slice]."""
+        weights, eps = self._weights, self._setup.model.rms_norm_eps
+        assert weights.head is not None and weights.output_norm is not None
+        if self._native is not None and len(hidden) <= FEW_ROWS:
+            return self._native.norm_linear(hidden, weights.output_norm, weights.head)
+        return linear(F.rms_norm(hidden, weights.output_norm.shape, weights.output_norm, eps), weights.head)
 
     def choose(self, slots: Sequence[int], positions: Sequence[int]) -> None:
         """Choose a token for each row, together with all ranks that hold a part of the head.
@@ -176,7 +185,7 @@ class Readout:
         parts, rows = [], max(1, SCORED_LOGITS // self._setup.model.vocab_size)
         for start in range(0, len(targets), rows):
             block = targets[start : start + rows]
-            message = self.sampler.prompt_scores(self._logits(hidden[0, start : start + len(block)]), block, count)
+            message = self.sampler.prompt_scores(self.project(hidden[0, start : start + len(block)]), block, count)
             gathered = message[None]
             if self._setup.transport is not None:
                 gathered = self._setup.transport.gather(message, everywhere=self._sharded)
@@ -194,14 +203,6 @@ class Readout:
         self._scores = Choice(targets, message)
 
     # --- inside -------------------------------------------------------------------------------------------------
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """Logits of this rank's slice. Shapes: [B, H] -> [B, slice]."""
-        weights, eps = self._weights, self._setup.model.rms_norm_eps
-        assert weights.head is not None and weights.output_norm is not None
-        if self._native is not None and len(hidden) <= FEW_ROWS:
-            return self._native.norm_linear(hidden, weights.output_norm, weights.head)
-        return F.linear(F.rms_norm(hidden, weights.output_norm.shape, weights.output_norm, eps), weights.head)
 
     def _choice_width(self, slots: Sequence[int]) -> int:
         """Columns of a published choice: the token, its margin and log-probabilities, if these are computed."""

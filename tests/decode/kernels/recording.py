@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from stagdist.config.parts import ModelConfig
-from stagdist.decode.layers.weights import Device, Shard, WeightLoader
+from stagdist.decode.layers.weights import Device, Shard, WeightFormat, WeightLoader
 from stagdist.decode.runtime.graphs import FixedStep
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.runtime.stage import Stage
@@ -33,7 +33,7 @@ CONTEXT = 1024
 LAUNCHES_NOTHING = {"aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default"}
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
-    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1",
+    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.int8: "*i8", torch.bool: "*i1",
 }  # fmt: skip
 
 
@@ -152,7 +152,15 @@ def recording() -> Iterator[Recording]:
 class EmptyModel:
     """A model on the `meta` device and its step of fixed shape."""
 
-    def __init__(self, model: ModelConfig, slots: int, *, kernels: bool, precision: str = "bf16"):
+    def __init__(
+        self,
+        model: ModelConfig,
+        slots: int,
+        *,
+        kernels: bool,
+        precision: str = "bf16",
+        weights: WeightFormat | None = None,
+    ):
         device, topology = Device("meta", DTYPES[precision]), topology_for(model, 1)
 
         def read(spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
@@ -160,9 +168,9 @@ class EmptyModel:
             shape[dim] = stop - start
             return torch.empty(shape, device="meta")
 
-        weights = WeightLoader(model, read, Shard(), device).stage(topology, 0)
+        held = WeightLoader(model, read, Shard(), device, weights).stage(topology, 0)
         limits = Limits(slots, min(CONTEXT, model.max_position_embeddings), 128)
-        stage = Stage(StageSetup(model, topology, limits, device, weights, fixed=True, kernels=kernels))
+        stage = Stage(StageSetup(model, topology, limits, device, held, fixed=True, kernels=kernels))
         self._step = FixedStep(stage.executor)
 
     def step(self, rows: int, mode: Mode = Mode.OTHER) -> Recording:

@@ -1,6 +1,7 @@
 """The parts of a layer in kernels and in plain torch, on the same random inputs; called where Triton interprets."""
 
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -10,14 +11,24 @@ from stagdist.config.parts import ModelConfig
 from stagdist.decode.kernels import split_attention
 from stagdist.decode.kernels.fused_math import FusedMath
 from stagdist.decode.layers.cells import Angles, DeviceCells, StepCells
+from stagdist.decode.layers.matrix import Int8Matrix, Matrix, quantize
 from stagdist.decode.layers.runner import LayerMath, SectionCache
-from stagdist.decode.layers.weights import Device, LayerWeights, SectionWeights
+from stagdist.decode.layers.weights import Device, LayerWeights, SectionWeights, WeightFormat
+from stagdist.decode.native.layer_math import NativeMath
 from stagdist.decode.topology import Limits
 from stagdist.model.precision import DTYPES
 from tests.decode.decoding import Case, run_cases
 from tests.reference.variants import BASE
 
 CONTEXT = 40
+
+
+class MathKind(Enum):
+    """Which implementation computes the parts of a layer."""
+
+    TORCH = "torch"
+    TRITON = "triton"
+    NATIVE = "native"
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,7 @@ class Shape:
         repeats: rows per request. Cross-attention is that of the last of them, whose rows are then strided.
         smallest_split: entries, so that few of them are split.
         doubled: a sum over tensor ranks, of two that have the same, follows the products.
+        weights: format of the matrices.
     """
 
     keys: dict[str, Any]
@@ -38,30 +50,31 @@ class Shape:
     repeats: int = 1
     smallest_split: int = 16
     doubled: bool = False
+    weights: WeightFormat | None = None
 
 
 class Layers:
     """Random weights of one layer and a memory of two, filled caches, and states; the same for each precision."""
 
-    def __init__(self, shape: Shape, precision: str):
+    def __init__(self, shape: Shape, precision: str, *, by_rows: bool = False):
         self.shape, self.model = (
             shape,
             ModelConfig(**BASE | {"max_position_embeddings": CONTEXT, "section_layers": [2, 2]} | shape.keys),
         )
-        self.device = Device("cpu", DTYPES[precision])
+        self.device = Device("cpu", DTYPES[precision], by_rows)
         self.limits = Limits(len(shape.positions), CONTEXT, 8)
         self._random = torch.Generator().manual_seed(5)
-        model, values = self.model, self._values
+        model, values, matrix = self.model, self._values, self._matrix
         hidden, inner, width = model.hidden_size, model.intermediate_size, model.head_width
         query, key, memory = (
             heads * width for heads in (model.num_attention_heads, model.key_value_heads, model.cross_key_value_heads)
         )
         self.layer = LayerWeights(
-            values(hidden), values(query + 2 * key, hidden), values(hidden, query), values(hidden),
-            values(2 * inner, hidden), values(hidden, inner), values(hidden), values(query, hidden),
-            values(hidden, query),
+            values(hidden), matrix(query + 2 * key, hidden), matrix(hidden, query), values(hidden),
+            matrix(2 * inner, hidden), matrix(hidden, inner), values(hidden), matrix(query, hidden),
+            matrix(hidden, query),
         )  # fmt: skip
-        self.section = SectionWeights((self.layer,) * 2, values(hidden), values(hidden), values(4 * memory, hidden))
+        self.section = SectionWeights((self.layer,) * 2, values(hidden), values(hidden), matrix(4 * memory, hidden))
         rows = len(shape.positions) * shape.repeats
         self.hidden, self.previous = values(rows, 1, hidden), values(len(shape.positions), 2, hidden)[:, 1:]
         wide = replace(self.limits, num_slots=rows)
@@ -76,20 +89,31 @@ class Layers:
         """Random values that the precision of the shape has. Weights have the layout of a CPU."""
         values = torch.randn(size, generator=self._random, dtype=torch.float64) / size[-1] ** 0.5
         values = values.to(DTYPES[self.shape.precision]).to(self.device.dtype)
-        return values.t().contiguous().t() if values.dim() == 2 else values
+        return values.t().contiguous().t() if values.dim() == 2 and not self.device.by_rows else values
+
+    def _matrix(self, *size: int) -> Matrix:
+        values = self._values(*size)
+        if self.shape.weights is None:
+            return values
+        found = quantize(values)
+        return Int8Matrix(found.values, found.scales.to(torch.promote_types(self.device.dtype, torch.float32)))
 
     def _filled(self, cache: Tensor) -> Tensor:
         return cache.copy_(self._values(*cache.shape) * cache.shape[-1] ** 0.5)
 
-    def run(self, *, kernels: bool) -> dict[str, Tensor]:
+    def run(self, kind: MathKind) -> dict[str, Tensor]:
         """The results of every part, each from the same states; rows without a request are left out."""
         positions = torch.tensor(self.shape.positions)
         repeats, rows, reduce = self.shape.repeats, self.hidden.clone(), _doubled if self.shape.doubled else None
         math: Any
         cells: Any
         wide: Any
-        if kernels:
-            math = FusedMath(self.model, 1, reduce, self.limits, self.device, repeats=repeats)
+        if kind is not MathKind.TORCH:
+            math = (
+                FusedMath(self.model, 1, reduce, self.limits, self.device, repeats=repeats)
+                if kind is MathKind.TRITON
+                else NativeMath(self.model, 1, reduce, self.device.dtype)
+            )
             cells, wide = (DeviceCells(self.angles, positions, repeats=count) for count in (1, repeats))
         else:
             math = LayerMath(self.model, 1, reduce)
@@ -108,7 +132,7 @@ class Layers:
         kept = {name: value[served if name == "cross" else wide_served].clone() for name, value in results.items()}
         kept["cache"] = self.self_kv[:, wide_served, :, :-1]
         kept["memory"] = self.memory_kv[:, :, served, :, :-1]
-        if kernels:  # plain torch computes something for these rows, and no one reads it
+        if kind is not MathKind.TORCH:  # plain torch computes something for these rows, and no one reads it
             kept |= {"unserved": results["self"][~wide_served], "unserved cache": self.self_kv[:, ~wide_served]}
         return kept
 
@@ -145,16 +169,17 @@ def _doubled(partial: Tensor) -> Tensor:
     return partial * 2
 
 
-def differences(shapes: dict[str, Shape]) -> dict[str, dict[str, float]]:
+def differences(shapes: dict[str, Shape], kind: MathKind = MathKind.TRITON) -> dict[str, dict[str, float]]:
     """Largest distance of the results of kernels from those of plain torch in fp64, by shape and part."""
     found: dict[str, dict[str, float]] = {}
     for name, shape in shapes.items():
-        split_attention.SMALLEST_SPLIT = shape.smallest_split
+        if kind is MathKind.TRITON:
+            split_attention.SMALLEST_SPLIT = shape.smallest_split
         exact = Layers(shape, "fp64")
         unserved = torch.tensor([position < 0 for position in shape.positions for _ in range(shape.repeats)])
         unchanged = {"unserved": exact.hidden[unserved], "unserved cache": exact.self_kv[:, unserved].clone()}
-        expected = exact.run(kernels=False) | unchanged
-        kernels = Layers(shape, shape.precision).run(kernels=True)
+        expected = exact.run(MathKind.TORCH) | unchanged
+        kernels = Layers(shape, shape.precision, by_rows=kind is MathKind.NATIVE).run(kind)
         found[name] = {part: _distance(kernels[part], right) for part, right in expected.items()}
     return found
 

@@ -1,0 +1,89 @@
+"""Matrices of weights, in the precision of the computation or in int8, and their products."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LARGEST = 127
+"""Largest magnitude of a value; -128 is not used."""
+
+_PIECE_BYTES = {"cpu": 1 << 21}
+"""Converted values that exist at a time, by kind of device: on a CPU they stay in its caches."""
+_LARGE_PIECE_BYTES = 1 << 26  # on other devices
+_PACKED_ROWS = 8
+_PACKED_WIDTH = 32  # torch's packed product reads beyond the rows of other widths
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Matrix:
+    """A weight [N, K] in int8, symmetric per output channel: row n is `values[n] * scales[n]`.
+
+    Shapes: values int8 [N, K], contiguous; scales [N], fp32, or fp64 where the computation is in fp64.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[N, K]."""
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of values and scales."""
+        return self.values.nbytes + self.scales.nbytes
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight that it stands for. Shapes: [N, K]."""
+        return (self.values * self.scales[:, None]).to(dtype)
+
+
+Matrix = Tensor | Int8Matrix
+
+
+def parts_of(matrix: Matrix) -> tuple[Tensor, ...]:
+    """The tensors that hold a matrix."""
+    return (matrix.values, matrix.scales) if isinstance(matrix, Int8Matrix) else (matrix,)
+
+
+def quantize(weight: Tensor) -> Int8Matrix:
+    """Round each row to 255 equidistant values, half to even, of which the largest has the row's largest magnitude.
+
+    Computed in fp32 for every dtype, so a model has the same int8 weights in every precision.
+
+    Shapes: [N, K] -> values [N, K], scales fp32 [N]; the scale of a row of zeros is 1.
+    """
+    weight = weight.float()
+    scales = weight.abs().amax(1) / LARGEST
+    scales = torch.where(scales > 0, scales, 1.0)
+    values = (weight / scales[:, None]).round_().clamp_(-LARGEST, LARGEST)
+    return Int8Matrix(values.to(torch.int8), scales)
+
+
+def linear(x: Tensor, matrix: Matrix) -> Tensor:
+    """`F.linear` without bias. Shapes: x [..., K], matrix [N, K] -> [..., N].
+
+    The values of an int8 matrix are converted to the dtype of `x`, which is exact, and the sums are scaled.
+    """
+    if isinstance(matrix, Tensor):
+        return F.linear(x, matrix)
+    return _sums(x, matrix.values).mul_(matrix.scales)
+
+
+def _sums(x: Tensor, values: Tensor) -> Tensor:
+    """Product with the values, not scaled yet. Shapes: x [..., K], values [N, K] -> [..., N]."""
+    width = values.shape[1]
+    few = x.numel() <= _PACKED_ROWS * width
+    if few and x.device.type == "cpu" and x.dtype == torch.bfloat16 and width % _PACKED_WIDTH == 0:
+        # torch has this product for fp32 as well, without vector instructions: ten times slower than conversion.
+        ones = x.new_ones(len(values))
+        return torch._weight_int8pack_mm(x.reshape(-1, width), values, ones).view(*x.shape[:-1], -1)
+    rows = max(1, _PIECE_BYTES.get(x.device.type, _LARGE_PIECE_BYTES) // (width * x.element_size()))
+    parts = [F.linear(x, piece.to(x.dtype)) for piece in values.split(rows)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
