@@ -65,7 +65,7 @@ class EngineOptions:
         want_margins: keep the smallest distance between best and second best token.
         graphs: run every step as one CUDA graph on each rank, on a CPU as a step of the same fixed shape; None: on a
             GPU, unless hand-offs are delayed: a graph cannot delay them.
-        kernels: on a GPU, run the layers of these steps, and the choice of tokens, as Triton kernels; None: if there are
+        kernels: on a GPU, run the layers of these steps and the choice of tokens as Triton kernels; None: if there are
             graphs. On a CPU, run the layers of steps as compiled C++; None: if there is a compiler. True, with graphs
             and TRITON_INTERPRET=1, runs Triton kernels on a CPU, for tests.
     """
