@@ -149,11 +149,13 @@ class DeviceCells:
         angles: cosines and sines of all positions, [positions, D].
         positions: int64 [B], on the device; -1 for rows without a request. Read when the kernels run.
         repeats: rows per request (sections as rows of one batch).
+        addresses: of positions, cosines and sines.
     """
 
     def __init__(self, angles: Angles, positions: Tensor, *, repeats: int = 1):
         self.angles = angles.cos, angles.sin
         self.positions, self.repeats = positions, repeats
+        self.addresses = positions.data_ptr(), angles.cos.data_ptr(), angles.sin.data_ptr()
 
 
 Cells = ChunkCells | StepCells

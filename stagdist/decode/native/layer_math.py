@@ -66,8 +66,8 @@ class NativeMath:
     ):
         self._heads, self._eps, self._reduce = model.num_attention_heads // tensor_size, model.rms_norm_eps, reduce
         self._lap: Lap = lap or (lambda phase: None)
-        # The owner is kept, so that its id stays its own.
-        self._parts: dict[tuple[str, int], tuple[object, LayerPart]] = {}
+        # By what they are for, owner and address of the cache. The owner is kept, so that its id stays its own.
+        self._parts: dict[tuple[str, int, int], tuple[object, LayerPart]] = {}
         functions = library()
         self._self_attention, self._cross_attention, self._mlp, self._write_memory, self._norm_linear = (
             getattr(functions, f"{name}_{NAMES[dtype]}")
@@ -79,8 +79,9 @@ class NativeMath:
 
         Shapes: hidden [B, 1, H], cache of one layer [2, B, K, S + 1, D].
         """
-        part = self._part("self", layer, layer.self_attention_norm, layer.qkv, layer.o)
-        _place(part, cells, cache, cells.repeats)
+        part = self._part("self", layer, layer.self_attention_norm, layer.qkv, layer.o, cache=cache)
+        part.repeats = cells.repeats
+        part.positions, part.cos, part.sin = cells.addresses
         out = self._run(self._self_attention, part, hidden, torch.empty_like(hidden))
         self._lap("self_attention")
         return out
@@ -91,8 +92,8 @@ class NativeMath:
         Shapes: hidden [B, 1, H] with any stride of rows, memory of one layer [2, B, C, W + 1, D].
         """
         assert layer.cross_attention_norm is not None and layer.cross_q is not None and layer.cross_o is not None
-        part = self._part("cross", layer, layer.cross_attention_norm, layer.cross_q, layer.cross_o)
-        _place(part, cells, memory, 1)
+        part = self._part("cross", layer, layer.cross_attention_norm, layer.cross_q, layer.cross_o, cache=memory)
+        part.positions, part.cos, part.sin = cells.addresses
         out = self._run(self._cross_attention, part, hidden, hidden)
         self._lap("cross_attention")
         return out
@@ -114,8 +115,8 @@ class NativeMath:
     ) -> Tensor:
         """As `LayerMath.write_memory`; returns the cache of all layers."""
         assert weights.memory_norm is not None and weights.memory_kv is not None
-        part = self._part("memory", weights, weights.memory_norm, weights.memory_kv)
-        _place(part, cells, cache[0], 1)
+        part = self._part("memory", weights, weights.memory_norm, weights.memory_kv, cache=cache[0])
+        part.positions, part.cos, part.sin = cells.addresses
         part.layers, part.layer_stride = len(cache), cache.stride(0)
         part.null = None if weights.null_memory is None else weights.null_memory.data_ptr()
         part.null_rows = None if null_rows is None else null_rows.data_ptr()
@@ -129,12 +130,25 @@ class NativeMath:
         _call(self._norm_linear, part, rows, out)
         return out
 
-    def _part(self, kind: str, owner: object, gain: Tensor, first: Matrix, second: Matrix | None = None) -> LayerPart:
-        """Return the part of an owner with its weights in place, made at first use."""
-        key = kind, id(owner)
+    def _part(
+        self,
+        kind: str,
+        owner: object,
+        gain: Tensor,
+        first: Matrix,
+        second: Matrix | None = None,
+        *,
+        cache: Tensor | None = None,
+    ) -> LayerPart:
+        """Return the part of an owner with its weights and cache in place, made at first use."""
+        key = kind, id(owner), 0 if cache is None else cache.data_ptr()
         if key in self._parts:
             return self._parts[key][1]
-        part = LayerPart(gain=gain.data_ptr(), eps=self._eps, heads=self._heads, threads=torch.get_num_threads())
+        part = LayerPart(
+            gain=gain.data_ptr(), eps=self._eps, heads=self._heads, threads=torch.get_num_threads(), repeats=1
+        )
+        if cache is not None:
+            _set_cache(part, cache)
         for name, weight in (("first", first), ("second", second)):
             if weight is not None:
                 _set_weight(part, name, weight)
@@ -161,17 +175,11 @@ def _set_weight(part: LayerPart, name: str, weight: Matrix) -> None:
     setattr(part, f"{name}_columns", values.shape[1])
 
 
-def _place(part: LayerPart, cells: DeviceCells, cache: Tensor, repeats: int) -> None:
-    """Set positions and the cache of one layer. Shapes: cache [2, B, heads, entries + 1, D]."""
-    part.positions, part.cos, part.sin = (
-        cells.positions.data_ptr(),
-        cells.angles[0].data_ptr(),
-        cells.angles[1].data_ptr(),
-    )
-    part.repeats, part.cache = repeats, cache.data_ptr()
+def _set_cache(part: LayerPart, cache: Tensor) -> None:
+    """Set the cache of one layer. Shapes: [2, B, heads, entries + 1, D]."""
+    part.cache, part.kind_stride, part.slot_stride = cache.data_ptr(), cache.stride(0), cache.stride(1)
     _, _, part.cache_heads, entries, part.width = cache.shape
     part.entries = entries - 1
-    part.kind_stride, part.slot_stride = cache.stride(0), cache.stride(1)
 
 
 def _call(function, part: LayerPart, rows: Tensor, out: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

@@ -69,7 +69,7 @@ def _run(*command: str) -> str:
         ConfigError: it cannot be started or fails.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=600)
+        done = subprocess.run(command, cwd=SOURCE.parent, capture_output=True, text=True, errors="replace", timeout=600)
     except (OSError, subprocess.SubprocessError) as error:
         raise ConfigError(f"the C++ compiler cannot be run: {error}; set CXX to another one") from error
     if done.returncode:
