@@ -10,12 +10,13 @@ import tempfile
 from pathlib import Path
 
 from stagdist.errors import ConfigError
-from stagdist.files import replacing
+from stagdist.files import locked, replacing
 
 SOURCE = Path(__file__).with_name("layers.cpp")
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 FUNCTIONS = ("self_attention", "cross_attention", "mlp", "write_memory", "norm_linear")
+COMPILE_S = 600.0
 PRECISIONS = ("fp32", "bf16", "fp64")
 
 
@@ -33,12 +34,14 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         raise ConfigError(f"there is no C++ compiler; install one of {', '.join(COMPILERS)}, or set CXX")
     path = _folder() / f"layers-{_key(compiler)}.so"
-    if not path.exists():
-        with replacing(path) as partial:
-            _run(compiler, *FLAGS, str(SOURCE), "-o", str(partial))
     try:
+        if not path.exists():
+            with locked(path.with_suffix(".lock"), COMPILE_S):  # one rank of a host compiles
+                if not path.exists():
+                    with replacing(path) as partial:
+                        _run(compiler, *FLAGS, str(SOURCE), "-o", str(partial))
         loaded = ctypes.CDLL(str(path))
-    except OSError as error:
+    except OSError as error:  # TimeoutError among them
         raise ConfigError(f"the compiled layers cannot be loaded: {error}; delete the file, or set CXX") from error
     for name in (f"{function}_{precision}" for function in FUNCTIONS for precision in PRECISIONS):
         getattr(loaded, name).argtypes = (ctypes.c_void_p,)
