@@ -50,13 +50,14 @@ def library() -> ctypes.CDLL:
 
 
 def _folder() -> Path:
-    """Where compiled files are kept; a new temporary folder if the home folder cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stagdist"
+    """Where compiled files are kept; a new temporary folder if there is no home folder that can be written."""
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stagdist"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="stagdist-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="stagdist-"))
+        usable = os.access(folder, os.W_OK)
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
+        usable = False
+    return folder if usable else Path(tempfile.mkdtemp(prefix="stagdist-"))
 
 
 def _key(compiler: str) -> str:
