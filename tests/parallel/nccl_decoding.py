@@ -84,6 +84,7 @@ class Layout:
             num_slots=self.slots,
             chunk_size=self.chunk,
             graphs=self.captured,
+            kernels=False,  # each operation of torch stands for a kernel
         )
         return plan_decoding(ModelConfig(**keys), options, self.stages * self.tensor)
 

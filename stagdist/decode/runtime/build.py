@@ -66,8 +66,8 @@ class EngineOptions:
         graphs: run every step as one CUDA graph on each rank, on a CPU as a step of the same fixed shape; None: on a
             GPU, unless hand-offs are delayed: a graph cannot delay them.
         kernels: on a GPU, run the layers of these steps and the choice of tokens as Triton kernels; None: if there are
-            graphs. On a CPU, run the layers of steps as compiled C++; None: if there is a compiler. True, with graphs
-            and TRITON_INTERPRET=1, runs Triton kernels on a CPU, for tests.
+            graphs. On a CPU without graphs, run the layers of steps as compiled C++; None: if there is a compiler. With
+            graphs, True and TRITON_INTERPRET=1, run Triton kernels on a CPU, for tests.
     """
 
     tensor_parallel_size: int = 1
@@ -218,7 +218,7 @@ def build_stage(
     if graphs is None:
         graphs = on_cuda(device) and recorder is None and lap is None and options.hand_off_delay_s == 0
     kernels = use_kernels(options, device, graphs)
-    native = not kernels and use_native(options, device)
+    native = not graphs and use_native(options, device)
     where = Device(device, DTYPES[options.precision or default_precision(device)], by_rows=native)
     index, rank = (0, 0) if transport is None else (transport.stage, transport.tensor_rank)
     loader = WeightLoader(plan.model, read, Shard(rank, plan.grid.tensor), where, options.weights)

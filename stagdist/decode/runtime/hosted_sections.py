@@ -254,7 +254,7 @@ class StageSections:
         return FusedMath(setup.model, setup.tensor_size, math.reduce, setup.limits, setup.device, repeats=repeats)
 
     def _fixed_cells(self, positions: Tensor, repeats: int) -> AnyCells:
-        if self.setup.kernels or self.setup.native:
+        if self.setup.kernels:
             return DeviceCells(self._angles, positions, repeats=repeats)
         return StepCells(self._angles, positions, self.setup.limits.max_context, repeats=repeats)
 
