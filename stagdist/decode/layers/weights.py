@@ -12,6 +12,7 @@ from stagdist.checkpoint.published.model_reader import ReadSlice
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.matrix import Int8Matrix, Matrix, parts_of, quantize
 from stagdist.decode.topology import Topology
+from stagdist.errors import ConfigError
 from stagdist.parallel.device import on_cuda
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
@@ -126,6 +127,18 @@ WeightFormat = Literal["int8"]
 """How matrices are held, where not in the precision of the computation."""
 
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
+
+
+def check_weight_format(weights: str | None, dtype: torch.dtype | None) -> None:
+    """Check that there is such a format of weights, and that it works in a dtype, if one is given.
+
+    Raises:
+        ConfigError: it does not; with the remedy.
+    """
+    if weights is not None and weights not in WEIGHT_FORMATS:
+        raise ConfigError(f"weights (--weights) is {weights!r}; give {' or '.join(WEIGHT_FORMATS)}, or None for floats")
+    if weights == "int8" and dtype == torch.float16:
+        raise ConfigError("weights in int8 do not work in fp16, whose range sums of them exceed; choose bf16 or fp32")
 
 
 class WeightLoader:
