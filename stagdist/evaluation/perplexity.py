@@ -96,9 +96,10 @@ def score_file(
         raise DataError(f"{text} has {len(ids)} tokens; the first is not scored, give at least two")
     with world_groups(scoring.tensor_parallel_size, device, scoring.timeout_s) as groups:
         dtype = source.dtype if scoring.dtype is None else STORED_DTYPES[scoring.dtype]
-        nats_of = _trained(source, device, dtype, groups) if open_nats is None else open_nats(
-            source, device, dtype, window
-        )  # fmt: skip
+        if open_nats is None:
+            nats_of = _trained(source, device, dtype, groups)
+        else:
+            nats_of = open_nats(source, device, dtype, window)
         source.check()
         part = (groups.place.data, groups.grid.data)
         windows = len(range(part[0], count_windows(len(ids), window, stride), part[1]))
