@@ -120,6 +120,9 @@ class StageWeights:
         return list({(tensor.data_ptr(), tensor.numel()): tensor for tensor in found}.values())
 
 
+READ_BYTES = 1 << 26
+"""Rows that are read at a time, as fp32."""
+
 Rows = Sequence[tuple[ParameterSpec, int, int]]
 """Parameters, and the first row and the end of what is used of each."""
 
@@ -265,7 +268,7 @@ class WeightLoader:
         """
         row = 0
         for spec, start, stop in parts:
-            size = max(1, (1 << 26) // max(1, spec.shape[1] * 4))
+            size = max(1, READ_BYTES // max(1, spec.shape[1] * 4))
             for begin in range(start, stop, size):
                 end = min(begin + size, stop)
                 yield row, self._read(spec, 0, begin, end)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stagdist.decode.layers.matrix import linear
+from stagdist.decode.layers.matrix import Int8Matrix, linear
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.runtime.transport import TOKEN
 from stagdist.decode.sampling.sampler import Choice, Sampler, merge_prompt_scores
@@ -86,7 +86,14 @@ class Readout:
         hidden = last_output if self._hidden is None else self._hidden
         self._hidden = None
         assert hidden is not None
-        self.logits = self._logits(hidden[:, 0])
+        weights, rows = self._weights, hidden[:, 0]
+        if self._setup.kernels and isinstance(weights.head, Int8Matrix):
+            from stagdist.decode.kernels.fused_math import normed_product  # imports triton
+
+            assert weights.output_norm is not None
+            self.logits = normed_product(rows, weights.output_norm, self._setup.model.rms_norm_eps, weights.head)
+        else:
+            self.logits = self._logits(rows)
 
     def choose(self, slots: Sequence[int], positions: Sequence[int]) -> None:
         """Choose a token for each row, together with all ranks that hold a part of the head.
