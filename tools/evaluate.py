@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,11 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that split every matrix; groups of this size divide the text (default: 1)",
     )
+    parser.add_argument(
+        "--weights",
+        choices=("int8",),
+        help="round matrices as --weights of launch/generate.py does, and score by the decoding engine's layers",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_common(parser)
 
@@ -101,8 +107,15 @@ def perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
         **{key: getattr(arguments, key) for key in ("window", "stride", "batch_size", "dtype", "device", "tokenizer")},
         tensor_parallel_size=arguments.tensor_parallel_size,
     )
+    open_nats = None
+    if arguments.weights is not None:
+        if arguments.tensor_parallel_size > 1:
+            raise ConfigError("--weights scores complete models; leave out --tensor-parallel-size")
+        from stagdist.decode.prompt_nats import PromptNats
+
+        open_nats = partial(PromptNats, weights=arguments.weights)
     started = time.monotonic()
-    scored = score_file(arguments.model, arguments.text, scoring, _progress(arguments.quiet or _rank() > 0))
+    scored = score_file(arguments.model, arguments.text, scoring, _progress(arguments.quiet or _rank() > 0), open_nats)
     score = scored.score
     result = {
         "bits_per_byte": score.bits_per_byte,
@@ -115,7 +128,7 @@ def perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model,
         "text": arguments.text,
         "seconds": time.monotonic() - started,
-        "settings": asdict(scoring),
+        "settings": asdict(scoring) | {"weights": arguments.weights},
     }
     if _rank() == 0:
         print(

@@ -9,15 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from stagdist.checkpoint.convert.find import open_weights, source_tokenizer
 from stagdist.checkpoint.published.load_model import build_model
+from stagdist.checkpoint.weight_source import WeightSource
 from stagdist.config.cross_checks import tensor_parallel_problems
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import ConfigError, DataError
-from stagdist.evaluation.bits_per_byte import count_windows, read_text, score_text
+from stagdist.evaluation.bits_per_byte import TokenNats, count_windows, read_text, score_text
 from stagdist.model.cross_entropy import token_nats
 from stagdist.model.megatron import TensorParallel
 from stagdist.model.precision import STORED_DTYPES
@@ -60,8 +62,16 @@ class Scored:
     stride: int
 
 
+OpenNats = Callable[[WeightSource, str, torch.dtype, int], TokenNats]
+"""Loads a complete model: (source, device, dtype, window) -> loss of every label, on that device."""
+
+
 def score_file(
-    model: str | Path, text: str | Path, scoring: Scoring, report: Callable[[int, int], None] = lambda done, total: None
+    model: str | Path,
+    text: str | Path,
+    scoring: Scoring,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    open_nats: OpenNats | None = None,
 ) -> Scored:
     """Score a UTF-8 text as one document. Called on every rank of the world in the environment (RANK, WORLD_SIZE).
 
@@ -69,6 +79,7 @@ def score_file(
         model: model directory, training checkpoint, or the folder of a run for its newest complete checkpoint.
         text: file to read.
         report: called with the number of windows that this rank has scored, and their total.
+        open_nats: None for the model as training computes it. Others do not split matrices.
 
     Raises:
         ConfigError: a setting does not fit the model or the world.
@@ -85,8 +96,10 @@ def score_file(
         raise DataError(f"{text} has {len(ids)} tokens; the first is not scored, give at least two")
     with world_groups(scoring.tensor_parallel_size, device, scoring.timeout_s) as groups:
         dtype = source.dtype if scoring.dtype is None else STORED_DTYPES[scoring.dtype]
-        parallel = TensorParallel(groups.tensor, dtype)
-        runner = build_model(source, parallel).to(device)
+        if open_nats is None:
+            nats_of = _trained(source, device, dtype, groups)
+        else:
+            nats_of = open_nats(source, device, dtype, window)
         source.check()
         part = (groups.place.data, groups.grid.data)
         windows = len(range(part[0], count_windows(len(ids), window, stride), part[1]))
@@ -94,7 +107,7 @@ def score_file(
 
         def nats(input_ids: Tensor, labels: Tensor) -> Tensor:
             nonlocal done
-            losses = token_nats(runner(input_ids.to(device)), labels.to(device), parallel)
+            losses = nats_of(input_ids.to(device), labels.to(device))
             done += len(input_ids)
             report(done, windows)
             return losses
@@ -104,6 +117,13 @@ def score_file(
             batch_size=scoring.batch_size, part=part,
         )  # fmt: skip
         return Scored(_sum(score, groups), window, stride)
+
+
+def _trained(source: WeightSource, device: str, dtype: torch.dtype, groups: Groups) -> TokenNats:
+    """The model as training computes it."""
+    parallel = TensorParallel(groups.tensor, dtype)
+    runner = build_model(source, parallel).to(device)
+    return lambda input_ids, labels: token_nats(runner(input_ids), labels, parallel)
 
 
 def _checked(scoring: Scoring, model: ModelConfig) -> tuple[int, int]:

@@ -36,6 +36,7 @@ class ServedModel(TypedDict):
     slots: int
     parameters: int
     precision: str
+    weights: str
     version: str
     connection: str
     stagger: int

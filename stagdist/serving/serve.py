@@ -125,6 +125,7 @@ class Server:
             slots=plan.limits.num_slots,
             parameters=sum(prod(spec.shape) for spec in model_parameters(model)),
             precision=str(plan.options.precision),
+            weights=plan.options.weights or str(plan.options.precision),
             version=__version__,
             connection=model.connection,
             stagger=model.stagger,

@@ -38,9 +38,35 @@ def reference_logits(
 ) -> Tensor:
     """Logits from which each token of a completion should have been chosen. Shapes: [tokens, V]."""
     ids = [*request.prompt_ids, *completion.token_ids][:CONTEXT]
-    logits = reference.forward(parameters_of(case), config or config_of(case.keys), torch.tensor([ids]))[0]
+    parameters, config = _held(case, config or config_of(case.keys))
+    logits = reference.forward(parameters, config, torch.tensor([ids]))[0]
     first = len(request.prompt_ids) - 1
     return logits[first : first + len(completion.token_ids)]
+
+
+def _held(case: Case, config: dict[str, Any]) -> tuple[reference.Parameters, dict[str, Any]]:
+    """The model that an engine holds: with weights in int8, every matrix but the embedding is rounded row by row.
+
+    A tied head is rounded, too; so it is a parameter of its own.
+    """
+    parameters = parameters_of(case)
+    if case.options.weights is None:
+        return parameters, config
+    if config.get("tie_word_embeddings"):
+        parameters["head.weight"] = parameters["embedding.weight"]
+    rounded = {
+        name: rounded_rows(value) if value.dim() == 2 and name != "embedding.weight" else value
+        for name, value in parameters.items()
+    }
+    return rounded, config | {"tie_word_embeddings": False}
+
+
+def rounded_rows(weight: Tensor) -> Tensor:
+    """The formula of weights in int8, in fp32: each row's values are multiples of its largest magnitude over 127."""
+    rows = [(row.float(), row.float().abs().max() / 127) for row in weight]
+    return torch.stack(
+        [torch.round(row / step).double() * step.double() if step else row.double() for row, step in rows]
+    )
 
 
 def compare(case: Case, ranks: list[Ran], config: dict[str, Any] | None = None, margin: float = 0.0) -> Compared:

@@ -1,5 +1,6 @@
 """Staggered decoding gives what full recomputation with the reference gives, on every grid and for every variant."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,9 +42,11 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "window of the whole context": {"cross_attention_window": CONTEXT},
     "combined, tied, stagger 0": {"combine_sections": True, "tie_word_embeddings": True, "stagger": 0},
 }
+INT8 = ("tied", "sequential", "grouped queries", "shared")
+"""Variants that also run with weights in int8, in fp64."""
 SHARDED = {
     "four sections", "unequal sections", "stagger 0", "combined", "tied", "sequential", "whole vocabulary",
-    "shared, stagger 2, window", "combined, tied, stagger 0",
+    "shared, stagger 2, window", "combined, tied, stagger 0", "tied, int8",
 }  # fmt: skip
 """Cases that two stages run with a sharded head in `make test`."""
 ALIKE_ON_TENSOR_RANKS = {
@@ -51,7 +54,7 @@ ALIKE_ON_TENSOR_RANKS = {
     "llama3 scaling", "four combined sections",
 }  # fmt: skip
 """Cases that split over tensor ranks as others do."""
-ON_LARGEST = {"unequal sections", "grouped queries", "combined", "tied", "sequential"}
+ON_LARGEST = {"unequal sections", "grouped queries", "combined", "tied", "sequential", "tied, int8"}
 LENGTHS = (1, 2, CHUNK - 1, CHUNK + 1, 13, CONTEXT)
 TO_THE_END = {13: 100}
 """Lengths whose requests go on until the context is full, and the tokens they ask for."""
@@ -80,12 +83,17 @@ def cases_of(pipe: int, tensor: int) -> list[Case]:
     if tensor > 1:
         short = tuple(length for length in LENGTHS if length not in TO_THE_END)
         served = {"fp64": requests(short, 3), "fp32": requests((2, CHUNK + 1, CONTEXT), 2)}
-    return [
+    named = VARIANTS | COMBINATIONS
+    fitting = {name: keys for name, keys in named.items() if len(keys.get("section_layers", [1, 1])) % pipe == 0}
+    cases = [
         Case(name, keys, served[precision], EngineOptions(tensor, head, chunk_size=CHUNK, precision=precision))
-        for name, keys in (VARIANTS | COMBINATIONS).items()
-        if len(keys.get("section_layers", [1, 1])) % pipe == 0
+        for name, keys in fitting.items()
         for head in heads
         for precision in (("fp64", "fp32") if (pipe, tensor, head) == (2, 2, "last") else ("fp64",))
+    ]
+    rounded = [case for case in cases if case.name in INT8 and case.options.precision == "fp64"]
+    return cases + [
+        replace(case, name=f"{case.name}, int8", options=replace(case.options, weights="int8")) for case in rounded
     ]
 
 
@@ -157,6 +165,13 @@ def test_the_comparison_notices_another_stagger() -> None:
     assert compare(case, ranks).difference < 1e-9
     other = compare(case, ranks, config_of(case.keys | {"stagger": 2}))
     assert other.difference > 1e-2 and other.wrong_tokens > 0
+
+
+def test_the_comparison_notices_weights_that_are_not_rounded() -> None:
+    case, ranks = case_named("tied, int8")
+    assert compare(case, ranks).difference < 1e-9
+    exact = replace(case, options=replace(case.options, weights=None))
+    assert compare(exact, ranks).difference > 1e-3
 
 
 def test_the_comparison_notices_another_window() -> None:

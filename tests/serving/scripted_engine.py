@@ -47,6 +47,7 @@ def hello(**tokenizer: Any) -> dict[str, Any]:
         "slots": SLOTS,
         "parameters": 1234,
         "precision": "fp32",
+        "weights": "fp32",
         "version": "0.1.0",
         "connection": "staggered",
         "stagger": 1,

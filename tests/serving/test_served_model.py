@@ -36,7 +36,14 @@ def sentencepiece() -> Tokenizer:
 
 
 def test_the_fingerprint_is_that_of_everything_that_changes_tokens() -> None:
-    shapes: list[dict[str, Any]] = [{}, {"recurrent": True}, {"precision": "fp64"}, {"stages": 1}, {"tensor": 2}]
+    shapes: list[dict[str, Any]] = [
+        {},
+        {"recurrent": True},
+        {"precision": "fp64"},
+        {"weights": "int8"},
+        {"stages": 1},
+        {"tensor": 2},
+    ]
     greeting: Any = hello()
     found = [
         ModelView(greeting | {"model": greeting["model"] | shape}, ServerSettings(engine_socket="s"))

@@ -54,6 +54,8 @@ def add_running_options(parser: RanksParser, *, slots: int, timeout_s: float, wh
     add("--max-context", type=int, metavar="N", help="positions of prompt and answer (default: the model's)")
     add("--prefill-chunk", type=int, default=128, metavar="N", help="prompt positions at a time (default 128)")
     add("--precision", choices=["fp32", "bf16", "fp16", "fp64"], help="of weights and sums (bf16 on a GPU, else fp32)")
+    rounded = "round all matrices but the embedding to 8 bits (default: weights have the precision)"
+    add("--weights", choices=["int8"], help=rounded)
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, or cuda:N for all ranks (auto)")
     add("--recurrent", action="store_true", help="skip section 1 while decoding (two sections with shared weights)")
     limit = f"limit in seconds for waiting on a rank (default {timeout_s:g})"

@@ -82,7 +82,8 @@ class Deployment:
         layout = "1 process" if grid.world_size == 1 else f"pipe {grid.pipe} x tensor {grid.tensor}"
         head = f", {options.head} head" if grid.pipe > 1 else ""
         device = self.device.partition(":")[0]
-        return f"{layout}, {self.plan.model.num_sections} sections{head}, {options.precision} on {device}"
+        weights = "" if options.weights is None else f" with {options.weights} weights"
+        return f"{layout}, {self.plan.model.num_sections} sections{head}, {options.precision}{weights} on {device}"
 
 
 def deploy(model: Path, options: EngineOptions, world: World, device: str) -> Deployment:

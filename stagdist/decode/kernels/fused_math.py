@@ -19,6 +19,13 @@ from stagdist.decode.layers.weights import Device, LayerWeights, SectionWeights
 from stagdist.decode.topology import Limits
 
 
+def normed_product(rows: Tensor, norm: Tensor, eps: float, weight: Matrix) -> Tensor:
+    """RMSNorm and product of any number of rows. Shapes: rows [B, H], norm [H], weight [N, H] -> [B, N]."""
+    if len(rows) <= FEW_ROWS:
+        return norm_linear(rows, norm, eps, weight)
+    return linear(F.rms_norm(rows, norm.shape, norm, eps), weight)
+
+
 class FusedMath:
     """The parts of a layer for steps: one position of each row, placed by `DeviceCells`.
 
@@ -55,7 +62,7 @@ class FusedMath:
         Shapes: hidden [B, 1, H], cache of one layer [2, B, K, S + 1, D].
         """
         rows = hidden[:, 0]
-        states = self._norm_linear(rows, layer.self_attention_norm, layer.qkv)
+        states = normed_product(rows, layer.self_attention_norm, self._eps, layer.qkv)
         mixed = attend(
             states, cells.positions, cells.angles, cache, self._heads, self._partials, stores=True,
             repeats=cells.repeats,
@@ -69,7 +76,7 @@ class FusedMath:
         """
         assert layer.cross_attention_norm is not None and layer.cross_q is not None and layer.cross_o is not None
         rows = hidden[:, 0]
-        query = self._norm_linear(rows, layer.cross_attention_norm, layer.cross_q)
+        query = normed_product(rows, layer.cross_attention_norm, self._eps, layer.cross_q)
         mixed = attend(query, cells.positions, cells.angles, memory, self._heads, self._partials, stores=False)
         self._add_linear(rows, mixed, layer.cross_o, rows)
         return hidden
@@ -80,7 +87,7 @@ class FusedMath:
         if len(rows) <= FEW_ROWS:
             inner = norm_swiglu(rows, layer.mlp_norm, self._eps, layer.gate_up)
         else:
-            inner = swiglu(self._norm_linear(rows, layer.mlp_norm, layer.gate_up))
+            inner = swiglu(normed_product(rows, layer.mlp_norm, self._eps, layer.gate_up))
         self._add_linear(rows, inner, layer.down, rows)
         return hidden
 
@@ -108,12 +115,6 @@ class FusedMath:
             states = linear(memory, weights.memory_kv)
         store_memory(states, cells.positions, cells.angles, cache)
         return cache
-
-    def _norm_linear(self, rows: Tensor, norm: Tensor, weight: Matrix) -> Tensor:
-        """Normalize and multiply. Shapes: [B, H] -> [B, N]."""
-        if len(rows) <= FEW_ROWS:
-            return norm_linear(rows, norm, self._eps, weight)
-        return linear(F.rms_norm(rows, norm.shape, norm, self._eps), weight)
 
     def _add_linear(self, residual: Tensor, rows: Tensor, weight: Matrix, out: Tensor | None) -> Tensor:
         """Add a product, summed over the tensor ranks, to the residual. Shapes: [B, H], rows [B, N]."""

@@ -39,10 +39,6 @@ class Int8Matrix:
         """Memory of values and scales."""
         return self.values.nbytes + self.scales.nbytes
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight that it stands for. Shapes: [N, K]."""
-        return (self.values * self.scales[:, None]).to(dtype)
-
 
 Matrix = Tensor | Int8Matrix
 

@@ -12,6 +12,7 @@ from stagdist.checkpoint.published.model_reader import ReadSlice
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.matrix import Int8Matrix, Matrix, parts_of, quantize
 from stagdist.decode.topology import Topology
+from stagdist.errors import ConfigError
 from stagdist.parallel.device import on_cuda
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
@@ -124,6 +125,9 @@ class StageWeights:
         return list({(tensor.data_ptr(), tensor.numel()): tensor for tensor in found}.values())
 
 
+READ_BYTES = 1 << 26
+"""Rows that are read at a time, as fp32."""
+
 Rows = Sequence[tuple[ParameterSpec, int, int]]
 """Parameters, and the first row and the end of what is used of each."""
 
@@ -131,6 +135,18 @@ WeightFormat = Literal["int8"]
 """How matrices are held, where not in the precision of the computation."""
 
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
+
+
+def check_weight_format(weights: str | None, dtype: torch.dtype | None) -> None:
+    """Check that there is such a format of weights, and that it works in a dtype, if one is given.
+
+    Raises:
+        ConfigError: it does not; with the remedy.
+    """
+    if weights is not None and weights not in WEIGHT_FORMATS:
+        raise ConfigError(f"weights (--weights) is {weights!r}; give {' or '.join(WEIGHT_FORMATS)}, or None for floats")
+    if weights == "int8" and dtype == torch.float16:
+        raise ConfigError("weights in int8 do not work in fp16, whose range sums of them exceed; choose bf16 or fp32")
 
 
 class WeightLoader:
@@ -257,7 +273,7 @@ class WeightLoader:
         """
         row = 0
         for spec, start, stop in parts:
-            size = max(1, (1 << 26) // max(1, spec.shape[1] * 4))
+            size = max(1, READ_BYTES // max(1, spec.shape[1] * 4))
             for begin in range(start, stop, size):
                 end = min(begin + size, stop)
                 yield row, self._read(spec, 0, begin, end)

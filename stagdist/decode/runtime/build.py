@@ -16,7 +16,7 @@ from stagdist.checkpoint.published.model_reader import ReadSlice
 from stagdist.config.cross_checks import tensor_parallel_problems
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.runner import Lap
-from stagdist.decode.layers.weights import WEIGHT_FORMATS, Device, Shard, WeightFormat, WeightLoader
+from stagdist.decode.layers.weights import Device, Shard, WeightFormat, WeightLoader, check_weight_format
 from stagdist.decode.native.library import PRECISIONS, library
 from stagdist.decode.runtime.graphs import CaptureProgress
 from stagdist.decode.runtime.setup import StageSetup
@@ -108,13 +108,7 @@ class EngineOptions:
             raise ConfigError("a graph cannot delay hand-offs; give graphs=False, or no hand_off_delay_s")
         if self.precision is not None and self.precision not in DTYPES:
             raise ConfigError(f"precision is {self.precision!r}; give one of {', '.join(DTYPES)}")
-        if self.weights is not None and self.weights not in WEIGHT_FORMATS:
-            names = " or ".join(WEIGHT_FORMATS)
-            raise ConfigError(f"weights (--weights) is {self.weights!r}; give {names}, or None for the precision above")
-        if self.weights == "int8" and self.precision == "fp16":
-            raise ConfigError(
-                "sums of int8 values exceed the range of fp16; give --precision bf16 or fp32 with --weights int8"
-            )
+        check_weight_format(self.weights, None if self.precision is None else DTYPES[self.precision])
 
 
 def default_precision(device: str) -> str:

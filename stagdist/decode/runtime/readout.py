@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stagdist.decode.layers.matrix import linear
+from stagdist.decode.layers.matrix import Int8Matrix, linear
 from stagdist.decode.native.layer_math import FEW_ROWS, NativeMath
 from stagdist.decode.runtime.setup import StageSetup
 from stagdist.decode.runtime.transport import TOKEN
@@ -98,6 +98,10 @@ class Readout:
         assert weights.head is not None and weights.output_norm is not None
         if self._native is not None and len(hidden) <= FEW_ROWS:
             return self._native.norm_linear(hidden, weights.output_norm, weights.head)
+        if self._setup.kernels and isinstance(weights.head, Int8Matrix):
+            from stagdist.decode.kernels.fused_math import normed_product  # imports triton
+
+            return normed_product(hidden, weights.output_norm, eps, weights.head)
         return linear(F.rms_norm(hidden, weights.output_norm.shape, weights.output_norm, eps), weights.head)
 
     def choose(self, slots: Sequence[int], positions: Sequence[int]) -> None:

@@ -44,7 +44,7 @@ class ModelView:
     def fingerprint(self) -> str:
         """`system_fingerprint`: equal seeds give equal answers only under an equal one."""
         model = self.model
-        keys = ("path", "created", "stages", "tensor", "precision", "version", "connection", "recurrent")
+        keys = ("path", "created", "stages", "tensor", "precision", "weights", "version", "connection", "recurrent")
         shape = [model[key] for key in keys]  # type: ignore[literal-required]
         return "fp_" + hashlib.sha256(repr(shape).encode()).hexdigest()[:12]
 
@@ -70,6 +70,7 @@ class ModelView:
             "vocab_size",
             "parameters",
             "precision",
+            "weights",
             "connection",
             "stagger",
         )

@@ -196,7 +196,7 @@ class _EngineNumbers(Collector):
         yield self._family(GaugeMetricFamily, "engine_healthy", "1 while requests are served.", self._metrics.healthy)
         if model is None:
             return
-        keys = ("sections", "stages", "tensor", "slots", "max_context", "precision", "version", "connection")
+        keys = ("sections", "stages", "tensor", "slots", "max_context", "precision", "weights", "version", "connection")
         content: Any = model
         yield self._info("model_info", "What is served.", {key: content[key] for key in keys})
         positions = model["slots"] * model["max_context"]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from stagdist.decode.layers.weights import WeightFormat
 from stagdist.decode.request import Request, SamplingParams
 from stagdist.decode.runtime.build import EngineOptions
 from tests.decode.decoding import Case, prompt
@@ -33,18 +34,22 @@ PARTS = {"self", "input", "cross", "mlp", "cache", "memory", "unserved", "unserv
 OPTIONS = EngineOptions(precision="fp64", chunk_size=5, num_slots=2, graphs=False)
 
 
-def served_case(name: str, keys: dict[str, Any], new_tokens: tuple[int, int]) -> Case:
+def served_case(
+    name: str, keys: dict[str, Any], new_tokens: tuple[int, int], weights: WeightFormat | None = None
+) -> Case:
     """Two requests, one of which ends before the other."""
     requests = [
         Request(str(length), prompt(length), SamplingParams(max_new_tokens=new, temperature=0.0))
         for length, new in zip((1, 13), new_tokens, strict=True)
     ]
-    return Case(name, keys, requests, OPTIONS)
+    return Case(name, keys, requests, replace(OPTIONS, weights=weights))
 
 
 CASES = [
     served_case("everything", VARIANTS["three sections with everything"], (2, 3)),
-    served_case("two sections, window", {"num_attention_heads": 2, "cross_attention_window": 3}, (2, 4)),
+    served_case(
+        "two sections, window, int8", {"num_attention_heads": 2, "cross_attention_window": 3}, (2, 4), weights="int8"
+    ),
 ]
 Found = tuple[dict[str, dict[str, float]], list[Served]]
 
@@ -78,6 +83,7 @@ def test_every_variant_gets_the_same_tokens(part: int) -> None:
     cases = [served_case(name, keys, (3, 5)) for name, keys in VARIANTS.items()]
     shared = next(case for case in cases if case.name == "shared")
     cases.append(replace(shared, name="recurrent", options=replace(OPTIONS, recurrent=True)))
+    cases.append(replace(shared, name="int8", options=replace(OPTIONS, weights="int8")))
     cases = cases[part::PARTS_OF_VARIANTS]
     (result,) = run_ranks("tests.decode.kernels.twins:perform", 1, ({}, cases), env={"TRITON_INTERPRET": "1"})
     for case, served in zip(cases, result[1], strict=True):

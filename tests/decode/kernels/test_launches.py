@@ -1,11 +1,13 @@
 """How many kernels a step launches, and that they compile for GPUs without spilling registers."""
 
 import pytest
+import torch
 
 from stagdist.config.loading import load_config
 from stagdist.config.parts import ModelConfig
-from stagdist.decode.kernels.products import choose_tile
+from stagdist.decode.kernels.products import FEW_ROWS, choose_tile
 from stagdist.decode.kernels.split_attention import PROGRAMS, SMALLEST_SPLIT, num_splits
+from stagdist.decode.layers.weights import WeightFormat
 from stagdist.decode.runtime.build import EngineOptions, use_kernels
 from stagdist.decode.sampling.sampling_plan import Mode
 from stagdist.errors import ConfigError
@@ -39,6 +41,10 @@ def shortened(model: ModelConfig, layers: int) -> ModelConfig:
 def test_a_layer_is_few_kernels(name: str, kernels: bool, rows: int, each: list[int]) -> None:
     models = [EmptyModel(shortened(paper(name), layers), rows, kernels=kernels) for layers in (1, 3)]
     counts = [len(model.step(rows).names) for model in models]
+    rounded = [EmptyModel(shortened(paper(name), n), rows, kernels=kernels, weights="int8") for n in (1, 3)]
+    if kernels and rows <= FEW_ROWS:
+        # The head in int8 is one kernel with its norm.
+        assert [len(model.step(rows).names) for model in rounded] == [count - 1 for count in counts]
     layers_more = 2 * (paper(name).num_sections if name == SEQUENTIAL else 1)
     assert counts[1] - counts[0] == layers_more * sum(each)
 
@@ -105,14 +111,30 @@ def test_kernels_of_the_paper_compile_without_spilling() -> None:
         assert resources["LOCAL"] == resources["STACK"] == 0, (launch.name, resources)
 
 
+def test_products_with_int8_weights_compile_without_spilling() -> None:
+    recorded = EmptyModel(shortened(paper(SHARED), 1), 1, kernels=True, weights="int8").step(1)
+    products = [launch for launch in dict.fromkeys(recorded.launches) if launch.name == "product_kernel"]
+    by_shape = {dict(launch.values)["GATED"]: launch for launch in products}
+    assert set(by_shape) == {False, True}
+    for launch in by_shape.values():
+        values = dict(launch.values)
+        assert (values["weight"], values["scales"], values["VECTOR"]) == (torch.int8, torch.float32, 16)
+        resources = launch.resources(90)
+        assert 0 < resources["REG"] <= 255
+        assert resources["LOCAL"] == resources["STACK"] == 0, (launch.values, resources)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("weights", [None, "int8"])
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
-def test_all_kernels_of_the_paper_compile_without_spilling(rows: int, capability: int) -> None:
+def test_all_kernels_of_the_paper_compile_without_spilling(
+    rows: int, capability: int, weights: WeightFormat | None
+) -> None:
     launches = [
         launch
         for name in (STAGGERED, SHARED)
-        for launch in EmptyModel(paper(name), rows, kernels=True).step(rows).launches
+        for launch in EmptyModel(paper(name), rows, kernels=True, weights=weights).step(rows).launches
     ]
     for launch in dict.fromkeys(launches):
         resources = launch.resources(capability)
@@ -134,10 +156,14 @@ def test_grouped_queries_compile_without_spilling(key_heads: int, capability: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp64", "fp32", "fp16"])
-def test_kernels_compile_for_every_precision_and_any_size_of_heads(precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "weights"), [("fp64", None), ("fp32", None), ("fp16", None), ("fp64", "int8"), ("fp32", "int8")]
+)
+def test_kernels_compile_for_every_precision_and_any_size_of_heads(
+    precision: str, weights: WeightFormat | None
+) -> None:
     keys = BASE | VARIANTS["three sections with everything"] | VARIANTS["wide heads"]
-    recorded = EmptyModel(ModelConfig(**keys), 2, kernels=True, precision=precision).step(2)
+    recorded = EmptyModel(ModelConfig(**keys), 2, kernels=True, precision=precision, weights=weights).step(2)
     for launch in dict.fromkeys(recorded.launches):
         assert launch.resources(90)["REG"] > 0
 
