@@ -53,19 +53,23 @@ class BoundedHost:
         pipe = subprocess.PIPE
         self._neighbor = subprocess.Popen(command, env=variables, stdin=pipe, stdout=pipe, text=True)
         assert self._neighbor.stdout is not None
-        with self._neighbor.stdout as line:
-            if line.readline().strip() != READY:
+        with self._neighbor.stdout as lines:
+            if lines.readline().strip() != READY:
+                self._end()
                 raise StagdistError(f"no process could be started that reads beside core {self.core}")
         return self
 
     def __exit__(self, *error: object) -> None:
         code = self._neighbor.poll()
+        self._end()
+        if code is not None and error[0] is None:
+            raise StagdistError(f"the process that reads beside core {self.core} ended too early, with code {code}")
+
+    def _end(self) -> None:
         assert self._neighbor.stdin is not None
         self._neighbor.stdin.close()
         self._neighbor.wait()
         os.sched_setaffinity(0, self._cores)
-        if code is not None and error[0] is None:
-            raise StagdistError(f"the process that reads beside core {self.core} ended too early, with code {code}")
 
     def neighbor_s(self) -> float:
         """Core seconds that the neighbor has read."""

@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Decoding on hosts with a memory bus each: one host alone, and two together.
 
-Where all processes share a machine, a host is a core with its share of the machine's bus: the core is bound to one
-process, and every core has a neighbor that reads memory whenever the core has nothing else to do
-(`benchmarks/decoding/bounded_host.py`). Where every process has a machine of its own, nothing is bound. Weights are
+Where all processes share a machine, a host is a core with its share of the machine's bus (see
+`benchmarks/decoding/bounded_host.py`). Where every process has a machine of its own, nothing is bound. Weights are
 random; contestants alternate within every round, and every ratio is taken between runs of one round.
 
 examples:
@@ -37,6 +36,9 @@ from benchmarks.common.results import check_outputs, write_results
 from benchmarks.decoding.bounded_host import BoundedHost
 from benchmarks.decoding.contestants import EngineContestant, Load, Served, alternate
 from benchmarks.decoding.measurement import FEWER_STEPS, bound_s, row, step_bytes
+from benchmarks.decoding.rivals.baseline_llama import Baseline
+from benchmarks.decoding.rivals.lineup import RIVALS, Choice
+from benchmarks.decoding.rivals.rival import RivalContestant
 from benchmarks.decoding.shapes import baseline, changed, parse_split
 from benchmarks.decoding.site import DecodeSite
 from stagdist.config.loading import load_config
@@ -50,6 +52,7 @@ PIPELINE = "sequential pipeline, all hosts"
 TENSOR = "sequential tensor parallel, all hosts"
 ENGINE = "sequential engine, one host"
 RIVAL = "llama.cpp, one host"
+BANDWIDTHS = ("all_ranks_reading", "one_rank_reading")
 TIMEOUT_S = 600.0
 
 
@@ -65,18 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure; rank 0 prints and writes.
-
-    Raises:
-        ConfigError: the request cannot be served.
-        StagdistError: a neighbor has ended.
-    """
+    """Measure; rank 0 prints and writes."""
     check_outputs(arguments)
+    if arguments.llama_cpp:
+        Choice.parse("llama.cpp", "fp32")  # refuses where it is not installed
     world, split = join_launcher(), parse_split(arguments.split)
-    if world.size < 2 or len(split) != world.size:
-        raise ConfigError(
-            f"--split {arguments.split} is for {len(split)} processes, at least two; {world.size} started"
-        )
+    if not 1 < world.size == len(split):
+        raise ConfigError(f"--split {arguments.split} needs a process for each section, at least two; start them")
     model = changed(load_config(arguments.config, arguments.set).model, {"section_layers": split})
     if not model.staggered:
         raise ConfigError("model.connection is sequential; give a staggered shape, its baseline is derived from it")
@@ -85,20 +83,18 @@ def run(arguments: argparse.Namespace) -> int:
     host = BoundedHost(world.local_rank, world.local_size) if world.local_size > 1 else None
     with joined_world(plan_decoding(model, EngineOptions(max_context=load.length), world.size), "cpu") as transport:
         site = DecodeSite(transport, "cpu", arguments.threads, TIMEOUT_S)
-        unbounded = site.read_bandwidths()
+        without_neighbors = site.read_bandwidths()
         with host or nullcontext():
             site.barrier()
-            measurement = SeparateMemories(site, model, load, host)
-            results = measurement.measure(arguments.rounds, llama_cpp=arguments.llama_cpp)
+            results = SeparateMemories(site, model, load, host).measure(arguments.rounds, arguments.llama_cpp)
         site.close()
     if site.rank == 0:
         print(table(results))
+        facts = {"benchmark": "separate_memories", "hosts_are_cores": host is not None}
+        facts["without_neighbors_bytes_per_s"] = dict(zip(BANDWIDTHS, without_neighbors, strict=True))
+        settings = {"split": arguments.split, "load": asdict(load), "model": model.model_dump(mode="json")}
         if arguments.json:
-            before = dict(zip(("all_ranks_reading", "one_rank_reading"), unbounded, strict=True))
-            settings = {"split": arguments.split, "load": asdict(load), "model": model.model_dump(mode="json")}
-            written = conditions(None, 0) | {"benchmark": "separate_memories", "hosts_are_cores": host is not None}
-            written |= {"unbounded_bytes_per_s": before, **results, "settings": settings}
-            write_results(arguments.json, written)
+            write_results(arguments.json, {**conditions(None, 0), **facts, **results, "settings": settings})
     return 0
 
 
@@ -116,7 +112,7 @@ class SeparateMemories:
         beside: Callable[[], float] = (lambda: 0.0) if host is None else host.neighbor_s
         self._others = OtherPrograms(lambda seconds: sum(site.gather(seconds + beside())))
 
-    def measure(self, rounds: int, *, llama_cpp: bool) -> dict[str, Any]:
+    def measure(self, rounds: int, llama_cpp: bool) -> dict[str, Any]:
         """Rounds of all contestants; the results are complete on rank 0 only."""
         site, load, plain = self._site, self._load, baseline(self._model, self._site.size)
         few = replace(load, steps=max(2, load.steps // FEWER_STEPS))
@@ -135,12 +131,13 @@ class SeparateMemories:
         if site.rank:
             return {}
         medians = {name: [statistics.median(each.step_s) for each in readings[name]] for name in runs}
-        tokens = {name: readings[name][0].token_ids for name in runs if name != STAGGERED}
+        tokens = {name: readings[name][0].token_ids for name in (PIPELINE, ENGINE, RIVAL) if name in runs}
+        others = [name for name in runs if name != STAGGERED]
         return {
-            "share_bytes_per_s": {"all_ranks_reading": self._together, "one_rank_reading": self._alone},
+            "share_bytes_per_s": dict(zip(BANDWIDTHS, (self._together, self._alone), strict=True)),
             "contestants": [row(name, readings[name], load.batch, self._facts[name]) for name in runs],
-            "speedup_of_staggered": {name: spread(paired_ratios(medians[name], medians[STAGGERED])) for name in tokens},
-            "same_tokens": {name: found == tokens[ENGINE][: len(found)] for name, found in tokens.items()},
+            "speedup_of_staggered": {name: spread(paired_ratios(medians[name], medians[STAGGERED])) for name in others},
+            "same_tokens": len(set(tokens.values())) == 1,
         }
 
     def _together_on(self, name: str, model: ModelConfig, load: Load, tensor: int = 1) -> Callable[[], Served]:
@@ -153,8 +150,7 @@ class SeparateMemories:
 
     def _on_one(self, model: ModelConfig) -> Callable[[], Served]:
         """The engine on the first host."""
-        site, load = self._site, self._load
-        engine = None
+        site, load, engine = self._site, self._load, None
         if site.rank == 0:
             single = DecodeSite(None, "cpu", site.threads, TIMEOUT_S)
             engine = EngineContestant(single, model, EngineOptions(max_context=load.length))
@@ -173,7 +169,7 @@ class SeparateMemories:
         site, load, rival, read = self._site, self._load, None, None
         if site.rank == 0:
             weights = Baseline(model, "cpu", folder)
-            rival = LlamaCpp(weights, "fp32", load, site.threads)
+            rival = RIVALS["llama.cpp"](weights, "fp32", load, site.threads)
             read = {"weights_bytes": 4 * weights.read_values, "cache_bytes": 4 * weights.cache_values(load)}
         self._note(RIVAL, [site.from_first(read)])
         return partial(RivalContestant(site, rival, model.vocab_size, site.threads), load)
