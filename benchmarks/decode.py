@@ -8,6 +8,14 @@ are random: the time of a step does not depend on them.
 examples:
   deepspeed --num_accelerators 2 benchmarks/decode.py --json benchmarks/results/decode.json --timeline runs/decode.png
   deepspeed --num_accelerators 2 benchmarks/decode.py --sweep contexts=64,256,1024 delays_ms=0,2,5,10
+  deepspeed --num_accelerators 2 benchmarks/decode.py --rivals all --rounds 16 --json benchmarks/results/rivals.json
+  deepspeed --num_accelerators 2 benchmarks/decode.py --rivals llama.cpp,openvino --rival-precisions fp32,int8
+  deepspeed --num_accelerators 2 benchmarks/decode.py --rivals llama.cpp,openvino,ctranslate2 --rival-precisions fp32 \
+      --set model.max_position_embeddings=16384 --sweep contexts=256,8192 batches=1,4,16,64
+
+Rivals (`pip install -e .[rivals]`) decode the weights of the sequential baseline on rank 0, with as many threads as all
+processes of its host have together, in the rounds of our own contestants. Their first tokens are compared with those of
+the baseline in fp32; a rival in fp32 that chooses others is refused, unless the two best are closer than 1e-3.
 """
 
 import argparse
@@ -32,6 +40,7 @@ from benchmarks.common.conditions import ROOT, conditions, usable_cores
 from benchmarks.common.results import check_outputs, write_results
 from benchmarks.decoding.contestants import DROPPED_STEPS, Load
 from benchmarks.decoding.measurement import SEQUENTIAL, Measurement, Settings
+from benchmarks.decoding.rivals.lineup import PRECISIONS, RIVALS, Choice
 from benchmarks.decoding.shapes import baseline, changed, default_splits, parse_split
 from benchmarks.decoding.site import DecodeSite
 from benchmarks.decoding.spans import Instrumented, instrument, phases, with_phases, write_traces
@@ -68,6 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill", type=int, default=1024, metavar="N", help="prompt of the prefill test, 0: none")
     parser.add_argument("--precision", default="fp32", help="fp32, bf16, fp16 or fp64 (default: fp32)")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="limit of waits between ranks")
+    rivals = f"rivals beside us: all, or some of {','.join(RIVALS)}"
+    parser.add_argument("--rivals", nargs="?", const="all", metavar="NAMES", help=rivals)
+    precisions = f"of rivals that have them (default: {','.join(PRECISIONS)})"
+    parser.add_argument("--rival-precisions", default=",".join(PRECISIONS), metavar="NAMES", help=precisions)
     axes = (f"{name}={','.join(map(str, values)).replace('None', 'none')}" for name, values in DEFAULT_AXES.items())
     sweep = f"also vary one thing at a time; without values: {' '.join(axes)}"
     parser.add_argument("--sweep", nargs="*", metavar="AXIS=A,B", help=sweep)
@@ -82,13 +95,14 @@ def run(arguments: argparse.Namespace) -> int:
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     settings, axes = settings_from(arguments, processes)
+    choice = Choice.parse(arguments.rivals, arguments.rival_precisions) if arguments.rivals else None
     device = choose_device(arguments.device, int(os.environ.get("LOCAL_RANK", "0")))
     torch.set_num_threads(arguments.threads)
     options = settings.options_for(settings.load, settings.heads[0])
     start = plan_decoding(settings.staggered(settings.splits[0]), options, processes)
     with joined_world(start, device) as transport:
         site = DecodeSite(transport, device, arguments.threads, arguments.timeout)
-        results = measure(site, settings, axes, trace=arguments.trace, timeline=arguments.timeline)
+        results = measure(site, settings, axes, choice, trace=arguments.trace, timeline=arguments.timeline)
         site.close()
     if site.rank == 0:
         print(table(results))
@@ -139,11 +153,12 @@ def settings_from(arguments: argparse.Namespace, processes: int) -> tuple[Settin
 
 
 def measure(
-    site: DecodeSite, settings: Settings, axes: dict[str, Any], *, trace: str | None = None, timeline: str | None = None
-) -> dict[str, Any]:
+    site: DecodeSite, settings: Settings, axes: dict[str, Any], choice: Choice | None = None, *,
+    trace: str | None = None, timeline: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """All rounds, then the instrumented runs and the sweeps; the results, complete on rank 0 only."""
     tell: Callable[[str], None] = lambda text: None if site.rank else print(text, file=sys.stderr, flush=True)  # noqa: E731
-    measurement = Measurement(site, settings, tell)
+    measurement = Measurement(site, settings, tell, choice)
     split_rows = measurement.select()
     ratios, rows = measurement.compare()
     tell("instrumented runs")
@@ -153,6 +168,8 @@ def measure(
     if axes:
         tell("sweeps " + describe(axes, measurement.best[0]))
         sweeps = Sweeps(measurement, max(2, settings.rounds // 2)).run(axes, tell)
+    if measurement.rivals is not None:
+        measurement.rivals.close()
     if site.rank:
         return {}
     found, breakdown = looked_into

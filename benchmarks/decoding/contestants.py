@@ -2,11 +2,12 @@
 
 import itertools
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from benchmarks.common.conditions import DISTURBED
 from benchmarks.decoding.plain_step import Edges, plain_steps
@@ -29,7 +30,7 @@ PATIENCE = 2
 DROPPED_STEPS = 4
 """First steps of a request that do not count: caches and branch predictors are still cold."""
 LLAMA_KEYS = "vocab_size hidden_size intermediate_size num_attention_heads max_position_embeddings rms_norm_eps"
-LLAMA_KEYS += " tie_word_embeddings"
+LLAMA_KEYS += " rope_theta tie_word_embeddings"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class EngineContestant:
         engine = _TimedEngine(self.stage, self.transport, load.batch)
         prompts = [load.prompt(self.model.vocab_size, SEED + row) for row in range(load.batch)]
         done = engine.generate([Request(str(row), prompt, params) for row, prompt in enumerate(prompts)])
-        return Served(_between(engine.times), done[0].token_ids)
+        return Served(between(engine.times), done[0].token_ids)
 
     def warm_up(self, load: Load) -> None:
         """Serve once, untimed, and note how much this process has grown since the contestant was begun."""
@@ -143,7 +144,7 @@ class PlainContestant:
             first = stage.prefill(0, prompt, SamplingParams(temperature=0.0)).tokens
             tokens, times = plain_steps(stage, self._edges, first, len(prompt), load.new_tokens - 1)
             stage.retire([0])
-        return Served() if site.rank else Served(_between(times), (int(first), *tokens))
+        return Served() if site.rank else Served(between(times), (int(first), *tokens))
 
 
 class GenerateContestant:
@@ -167,26 +168,32 @@ class GenerateContestant:
         return served
 
     def _generate(self, load: Load) -> Served:
-        from transformers import GenerationConfig, LogitsProcessorList
+        prompts = [load.prompt(self._vocab_size, SEED + row) for row in range(load.batch)]
+        times, tokens = generate_greedily(self._llama, prompts, load.new_tokens)
+        return Served(between(times), tuple(tokens[0].tolist()))
 
-        times: list[float] = []
 
-        def clock(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            synchronize(self._site.device)
-            times.append(time.perf_counter())
-            return scores
+def generate_greedily(llama: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[float], Tensor]:
+    """`generate()` of a model of transformers: when each step was done, and the new tokens [B, new_tokens]."""
+    from transformers import GenerationConfig, LogitsProcessorList
 
-        config = GenerationConfig(
-            max_new_tokens=load.new_tokens, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0
-        )
-        rows = [load.prompt(self._vocab_size, SEED + row) for row in range(load.batch)]
-        prompts = torch.tensor(rows, device=self._site.device)
-        with torch.inference_mode():
-            tokens = self._llama.generate(  # type: ignore[union-attr]
-                prompts, attention_mask=torch.ones_like(prompts), generation_config=config,
-                logits_processor=LogitsProcessorList([clock]),  # type: ignore[list-item]
-            )  # fmt: skip
-        return Served(_between(times), tuple(tokens[0, load.prompt_length :].tolist()))
+    times: list[float] = []
+
+    def clock(input_ids: Tensor, scores: Tensor) -> Tensor:
+        synchronize(str(scores.device))
+        times.append(time.perf_counter())
+        return scores
+
+    config = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0
+    )
+    rows = torch.tensor([list(prompt) for prompt in prompts], device=llama.device)
+    with torch.inference_mode():
+        tokens = llama.generate(
+            rows, attention_mask=torch.ones_like(rows), generation_config=config,
+            logits_processor=LogitsProcessorList([clock]),  # type: ignore[list-item]
+        )  # fmt: skip
+    return times, tokens[:, rows.shape[1] :]
 
 
 class PrefillContestant:
@@ -281,6 +288,6 @@ def alternate(
     return readings
 
 
-def _between(times: list[float]) -> tuple[float, ...]:
+def between(times: Sequence[float]) -> tuple[float, ...]:
     """Times between tokens, without those of the first steps."""
     return tuple(later - earlier for earlier, later in itertools.pairwise(times))[DROPPED_STEPS:]

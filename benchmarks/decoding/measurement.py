@@ -19,6 +19,8 @@ from benchmarks.decoding.contestants import (
     alternate,
 )
 from benchmarks.decoding.plain_step import rank_edges
+from benchmarks.decoding.rivals.lineup import Choice, Lineup, speedups
+from benchmarks.decoding.rivals.rival import RivalContestant
 from benchmarks.decoding.shapes import Split, baseline, changed, split_name
 from benchmarks.decoding.site import DecodeSite
 from stagdist.config.parts import ModelConfig
@@ -136,15 +138,18 @@ class Measurement:
 
     Args:
         tell: gets a line about the progress.
+        choice: rivals that are not ours; None: only `generate()` of transformers.
 
     Attributes:
+        rivals: after `compare`, if there was a choice.
         best: split and head layout with the shortest step, after `select`.
         left_out: contestants that do not fit, with the reason.
         others_shares: share of the machine that other programs used in each round, repeated ones too.
     """
 
-    def __init__(self, site: DecodeSite, settings: Settings, tell: Callable[[str], None]):
-        self.site, self.settings, self._tell = site, settings, tell
+    def __init__(self, site: DecodeSite, settings: Settings, tell: Callable[[str], None], choice: Choice | None = None):
+        self.site, self.settings, self._tell, self._choice = site, settings, tell, choice
+        self.rivals: Lineup | None = None
         self.together, self.alone = site.read_bandwidths()
         self.left_out: dict[str, str] = {}
         self.others_shares: dict[str, list[float]] = {}
@@ -192,11 +197,25 @@ class Measurement:
         if self._has_plain_step():
             runs["plain"] = partial(PlainContestant(engines["staggered"], rank_edges(self.site.size)), load)
         dtype, threads = engines[SEQUENTIAL].stage.device.dtype, self.site.size * self.site.threads
-        runs["generate"] = partial(GenerateContestant(self.site, plain, dtype, threads), load)
+        contestants = self._build_rivals(plain, load)
+        runs |= {name: partial(contestant, load) for name, contestant in contestants.items()}
+        same = f"transformers {settings.options.precision}"
+        if same not in runs:
+            runs["generate"] = partial(GenerateContestant(self.site, plain, dtype, threads), load)
         chunks = self._add_prefill(runs)
         readings = self._alternate(runs, f"{split_name(split)} {head} against its rivals")
         rows = [self.row(name, engine, readings[name], load) for name, engine in engines.items()]
         rows += [row(name, readings[name], load.batch) for name in ("plain", "generate") if name in readings]
+        if contestants:
+            reference = self._reference(plain, load, readings[SEQUENTIAL])
+            ours = {"staggered_speedup": "staggered", "sequential_speedup": SEQUENTIAL}
+            rows += [
+                self.rival_row(name, readings[name], load, reference) | speedups(readings, name, ours)
+                for name in contestants
+            ]
+        for contestant in contestants.values():
+            contestant.close()
+        readings.setdefault("generate", readings.get(same, []))
         if self.site.rank:
             return {}, rows
         check_same_tokens(readings)
@@ -223,6 +242,28 @@ class Measurement:
             "memory": list(memory),
         }
         return row(name, served, load.batch, facts)
+
+    def _build_rivals(self, plain: ModelConfig, load: Load) -> dict[str, RivalContestant]:
+        if self._choice is None:
+            return {}
+        self._tell("rivals: exported and loaded")
+        self.rivals = Lineup(self.site, plain, self._choice)
+        self.left_out |= self.rivals.left_out
+        return self.rivals.build(load)
+
+    def _reference(self, plain: ModelConfig, load: Load, served: Sequence[Served]) -> tuple[int, ...]:
+        """Tokens of the sequential baseline in fp32 with its weights as they are."""
+        options = self.settings.options_for(load)
+        exact = replace(options, precision="fp32")
+        return (served[0] if options == exact else EngineContestant(self.site, plain, exact)(load)).token_ids
+
+    def rival_row(
+        self, name: str, served: Sequence[Served], load: Load, reference: tuple[int, ...] | None
+    ) -> dict[str, Any]:
+        """Results of a rival, with its bytes and bounds; tokens are compared where there is a reference."""
+        assert self.rivals is not None
+        found = row(name, served, load.batch, self.rivals.facts(name, load, self.together))
+        return found if reference is None else found | self.rivals.same_tokens(name, load, served[0], reference)
 
     def _alternate(self, runs: dict[str, Callable[[], Any]], what: str) -> dict[str, list[Any]]:
         """One round to warm up, then those that count."""

@@ -9,13 +9,14 @@ from typing import Any
 
 from benchmarks.decoding.contestants import EngineContestant, Load, alternate
 from benchmarks.decoding.measurement import Measurement
+from benchmarks.decoding.rivals.rival import RivalContestant
 from benchmarks.decoding.shapes import Split, balanced_split, baseline, even_split, split_name
 from benchmarks.decoding.spans import instrument
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import ConfigError
 
 SLACK_RUNS = 3
-KEPT = ("name", "split", "ms_per_token", "ms_per_token_p90", "tokens_per_s", "bound_ms", "efficiency")
+KEPT = ("name", "split", "ms_per_token", "ms_per_token_p90", "tokens_per_s", "bound_ms", "efficiency", "tokens_equal")
 """What the row of a sweep reports of a contestant."""
 AXES = ("contexts", "batches", "windows", "stagger", "sections", "delays_ms")
 DEFAULT_AXES: Mapping[str, tuple[float | None, ...]] = {
@@ -92,12 +93,33 @@ class Sweeps:
             if axis in ("contexts", "batches", "sections"):
                 plain = baseline(self._settings.model, len(model.section_layers))
                 engines[value, "sequential"] = (self._measurement.engine(plain, load), load)
-        readings = self._alternate(engines)
+        rivals = self._rivals(axis, values)
+        readings = self._alternate(engines | rivals)
         rows = []
         for (value, kind), (engine, load) in engines.items():
             row = self._measurement.row(kind, engine, readings[value, kind], load)
-            rows.append({axis: value} | {key: row[key] for key in KEPT if key in row})
+            rows.append({axis: value} | _kept(row))
+        for (value, name), (rival, load) in rivals.items():
+            # Without a reference tokens are not compared: those of engines that round are others.
+            exact = self._settings.options == replace(self._settings.options, precision="fp32")
+            reference = readings[value, "sequential"][0].token_ids if exact else None
+            rows.append(
+                {axis: value} | _kept(self._measurement.rival_row(name, readings[value, name], load, reference))
+            )
+            rival.close()
         return [] if self._measurement.site.rank else rows
+
+    def _rivals(self, axis: str, values: Sequence[Any]) -> dict[tuple[Any, str], tuple[RivalContestant, Load]]:
+        """Every rival for every value, where the value is one of the load alone."""
+        lineup = self._measurement.rivals
+        if lineup is None or axis not in ("contexts", "batches"):
+            return {}
+        loads = {value: self._changed(axis, value)[0] for value in values}
+        return {
+            (value, name): (rival, loads[value])
+            for value in values
+            for name, rival in lineup.build(loads[value]).items()
+        }
 
     def _changed(self, axis: str, value: Any) -> tuple[Load, ModelConfig]:
         """Load and model with one thing changed."""
@@ -155,10 +177,16 @@ class Sweeps:
             for delay_ms in delays_ms
         ]
 
-    def _alternate(self, engines: Mapping[Any, tuple[EngineContestant, Load]]) -> dict[Any, list[Any]]:
+    def _alternate(self, engines: Mapping[Any, tuple[Callable[[Load], Any], Load]]) -> dict[Any, list[Any]]:
         runs = {key: partial(engine, load) for key, (engine, load) in engines.items()}
         alternate(runs, 1)
         return alternate(runs, self._rounds)
+
+
+def _kept(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What is reported of a contestant, with the bytes of keys and values that all ranks read in a step."""
+    read = row.get("read_per_step", ())
+    return {key: row[key] for key in KEPT if key in row} | {"cache_bytes": sum(rank["cache_bytes"] for rank in read)}
 
 
 def check_axes(axes: Mapping[str, Sequence[Any]], processes: int, num_layers: int) -> None:

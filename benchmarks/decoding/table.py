@@ -29,6 +29,8 @@ SWEEP_COLUMNS = (
     "slack_run_ms",
     "bound_ms",
     "efficiency",
+    "cache_bytes",
+    "tokens_equal",
 )
 
 
@@ -36,6 +38,7 @@ def table(results: Mapping[str, Any]) -> str:
     """One block per subject."""
     blocks = [_contestants(results["splits"], "splits and head layouts")]
     blocks.append(_contestants(results["contestants"], "the best split and its rivals"))
+    blocks.append(_rivals([row for row in results["contestants"] if "timed_by" in row]))
     blocks += [_breakdown(name, rows) for name, rows in results["breakdown"].items()]
     blocks += [_sweep(axis, rows) for axis, rows in results.get("sweeps", {}).items()]
     blocks.append("\n".join(f"left out: {name}: {why}" for name, why in results["left_out"].items()))
@@ -64,6 +67,19 @@ def _contestant(row: Mapping[str, Any]) -> str:
     )
 
 
+def _rivals(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What only rivals have; speedups are the rival's time over ours."""
+    if not rows:
+        return ""
+    shape = "{:<27} {:>8} {:>13} {:>16} {:>17}  {}"
+    lines = [shape.format("rivals", "threads", "equal tokens", "staggered is", "sequential is", "times are from")]
+    for row in rows:
+        faster = (f"{row[key]:.2f} x as fast" for key in ("staggered_speedup", "sequential_speedup"))
+        equal = f"{row['tokens_equal']} of {row['tokens_compared']}"
+        lines.append(shape.format(row["name"], row["threads"], equal, *faster, row["timed_by"]))
+    return "\n".join(lines)
+
+
 def _breakdown(name: str, stages: Sequence[Mapping[str, float]]) -> str:
     """One column per stage, milliseconds per step."""
     lines = [f"{name}, ms per step".ljust(38) + "".join(f"{'stage ' + str(i + 1):>10}" for i in range(len(stages)))]
@@ -77,9 +93,9 @@ def _breakdown(name: str, stages: Sequence[Mapping[str, float]]) -> str:
 
 
 def _sweep(axis: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = [axis, *(column for column in SWEEP_COLUMNS if column != axis and column in rows[0])]
-    lines = ["".join(f"{column:>15}" for column in columns)]
-    lines += ["".join(f"{_shown(row[column]):>15}" for column in columns) for row in rows]
+    columns = [axis, *(column for column in SWEEP_COLUMNS if column != axis and any(column in row for row in rows))]
+    lines = ["".join(f"{column:>20}" for column in columns)]
+    lines += ["".join(f"{_shown(row.get(column, '')):>20}" for column in columns) for row in rows]
     return "\n".join([f"sweep over {axis}", *lines])
 
 

@@ -1,4 +1,4 @@
-"""How long operations take, and the chunk that still fits into one."""
+"""The sizes of chunks: of a prompt alone on several stages, and beside steps, where the time of operations decides."""
 
 import time
 
@@ -7,8 +7,28 @@ from stagdist.decode.topology import Limits
 SMALLEST_CHUNK = 16
 """Positions; chunks are multiples of it."""
 
+_FIRST_PART = 64
+_SHARE = 8
+"""A tapering chunk has so many positions and one in so many of those that remain."""
+_SMALLEST_END = 32  # positions; fewer join the chunk before
+
 _MARGIN = 0.9  # share of the target that is aimed at
 _SMOOTHING = 0.1  # weight of the newest step in the mean
+
+
+def tapering_chunk(remaining: int, most: int) -> int:
+    """Positions of the next chunk of a prompt that has several stages to itself.
+
+    Such a prompt takes as long as the first stage takes for all chunks and the later stages for the last one. A large
+    chunk costs less per position, a small last one ends sooner. So chunks become smaller towards the end, slowly enough
+    for a stage that is a little faster than the one before it to be ready when the next chunk arrives.
+
+    Args:
+        remaining: positions of the prompt that have not entered.
+        most: positions of a chunk, at most.
+    """
+    size = (_FIRST_PART + remaining // _SHARE) // SMALLEST_CHUNK * SMALLEST_CHUNK
+    return min(most, remaining if remaining - size < _SMALLEST_END else size)
 
 
 class ChunkSizer:

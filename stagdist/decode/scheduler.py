@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stagdist.config.parts import ModelConfig
-from stagdist.decode.chunk_sizer import ChunkSizer
+from stagdist.decode.chunk_sizer import ChunkSizer, tapering_chunk
 from stagdist.decode.control import Admission, Chunk, Control, Operation
 from stagdist.decode.engine_stats import SlotState, StageReport
 from stagdist.decode.request import FinishReason, Request, allowed_new_tokens
@@ -212,11 +212,18 @@ class Scheduler(Generic[Entry]):
     def _chunk_of(self, slot: int) -> Chunk:
         entry = self.running[slot]
         start, length = entry.entered, len(entry.request.prompt_ids)
-        decoding = any(each.decodes for each in self.running.values())
-        entry.entered = min(start + (self._sizer.chunk if decoding else self._limits.chunk_size), length)
+        entry.entered = min(start + self._chunk_size(length - start), length)
         if entry.entered < length:
             self._turns.append(slot)
         return Chunk(slot, start, entry.entered, entry.entered == length)
+
+    def _chunk_size(self, remaining: int) -> int:
+        """Positions of the next chunk of a prompt, at most."""
+        if any(each.decodes for each in self.running.values()):
+            return self._sizer.chunk
+        most = self._limits.chunk_size
+        followed = self._turns or self.waiting  # another prompt fills the first stages
+        return most if followed or self._topology.num_stages == 1 else tapering_chunk(remaining, most)
 
     # --- slots --------------------------------------------------------------------------------------------------
 

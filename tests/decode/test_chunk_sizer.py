@@ -1,11 +1,11 @@
-"""The size of chunks beside steps follows what operations took."""
+"""Chunks taper where a prompt is alone; beside steps their size follows what operations took."""
 
 from collections.abc import Callable
 
 import pytest
 
 from stagdist.decode import chunk_sizer
-from stagdist.decode.chunk_sizer import ChunkSizer
+from stagdist.decode.chunk_sizer import ChunkSizer, tapering_chunk
 from stagdist.decode.runtime.build import EngineOptions
 from stagdist.decode.topology import Limits
 from stagdist.errors import ConfigError
@@ -91,3 +91,36 @@ def test_pauses_are_no_steps(clock: list[float]) -> None:
 def test_a_target_that_makes_no_sense_is_refused(target_ms: float) -> None:
     with pytest.raises(ConfigError, match="--inter-token-target-ms"):
         EngineOptions(inter_token_target_ms=target_ms)
+
+
+def cut(length: int, most: int) -> list[int]:
+    """Sizes of the chunks of a prompt that has the stages to itself."""
+    sizes: list[int] = []
+    while remaining := length - sum(sizes):
+        sizes.append(tapering_chunk(remaining, most))
+    return sizes
+
+
+@pytest.mark.parametrize("most", [5, 48, 128, 256, 512])
+@pytest.mark.parametrize("length", [1, 5, 47, 64, 100, 257, 1024, 1500])
+def test_chunks_of_a_prompt_alone_become_smaller_and_none_is_tiny(length: int, most: int) -> None:
+    sizes = cut(length, most)
+    assert sum(sizes) == length and max(sizes) <= most
+    assert all(size == most or size % 16 == 0 for size in sizes[:-1])
+    assert sizes[:-1] == sorted(sizes[:-1], reverse=True)
+    assert all(size >= min(most, 32) for size in sizes[:-1]) and (
+        sizes[-1] >= min(most, 32) or most <= 64 or length < 32
+    )
+
+
+def test_the_last_stage_has_little_to_do_after_the_first_one_and_is_never_behind() -> None:
+    """Stages of the time `24 + positions`, the second one a little faster."""
+
+    def time_of(sizes: list[int]) -> float:
+        first = second = 0.0
+        for size in sizes:
+            first += 24 + size
+            second = max(first, second) + 0.88 * (24 + size)
+        return second
+
+    assert time_of(cut(1024, 256)) < 0.98 * min(time_of([size] * (1024 // size)) for size in (64, 128, 256, 512))

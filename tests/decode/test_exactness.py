@@ -191,3 +191,15 @@ def test_the_comparison_notices_a_memory_that_is_not_normalised(monkeypatch: pyt
     monkeypatch.setattr(reference, "memory", memory)
     other = compare(case, ranks)
     assert other.difference > 1e-2 and other.wrong_tokens > 0
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_chunks_of_other_sizes_on_two_stages_change_nothing(lag: int) -> None:
+    params = SamplingParams(max_new_tokens=4, temperature=0.0)
+    keys = {"max_position_embeddings": 256, "section_layers": [2, 1], "stagger": lag}
+    requests = [Request(str(length), prompt(length), params) for length in (67, 230)]
+    case = Case("tapering", keys, requests, EngineOptions(precision="fp64", chunk_size=256))
+    ((one,), (_, (last,))) = run_cases([case]), run_ranks("tests.decode.decoding:run_cases", 2, [case])
+    assert [at for *at, _ in last.logits] == [at for *at, _ in one.logits] and len(one.logits) == 8
+    for (*_, mine), (*_, theirs) in zip(one.logits, last.logits, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)

@@ -24,9 +24,8 @@ class Driver:
     def __init__(self, stages: int = 1, slots: int = 2, **limits: Any):
         keys = {"section_layers": [1] * max(2, stages), **limits.pop("keys", {})}
         model = ModelConfig(**config_of(keys | {"max_position_embeddings": 256}))
-        self.scheduler: Scheduler[ScheduledRequest] = Scheduler(
-            model, topology_for(model, stages), Limits(slots, 256, CHUNK, **limits)
-        )
+        sizes = Limits(slots, 256, limits.pop("chunk_size", CHUNK), **limits)
+        self.scheduler: Scheduler[ScheduledRequest] = Scheduler(model, topology_for(model, stages), sizes)
         self.requests: dict[str, ScheduledRequest] = {}
         self.controls: list[Control] = []
 
@@ -78,6 +77,26 @@ def test_a_long_prompt_gets_every_second_chunk_however_many_short_ones_come() ->
         driver.add(str(number), [201 + number % 50], 1)
         driver.run()
     assert driver.requests["long"].decodes
+
+
+def test_chunks_become_smaller_where_a_prompt_has_several_stages_to_itself() -> None:
+    def sizes(controls: list[Control]) -> list[int]:
+        return [stop - start for _, start, stop in chunks(controls)]
+
+    prompt = list(range(250))
+    one, two = (Driver(stages, slots=3, chunk_size=128, prefix_caching=False) for stages in (1, 2))
+    for driver in (one, two):
+        driver.add("alone", prompt, 200)
+        driver.run(5)
+    assert sizes(one.controls) == [128, 122] and sizes(two.controls) == [80, 80, 90]
+    two.add("beside steps", prompt, 1)
+    assert sizes(two.run(3)) == [128, 122]
+    pair = Driver(2, slots=2, chunk_size=128, prefix_caching=False)
+    for name in ("one", "other"):
+        pair.add(name, prompt, 1)
+    assert chunks(pair.run(8))[:4] == [(0, 0, 128), (0, 128, 250), (1, 0, 80), (1, 80, 160)], (
+        "the second one fills the stages"
+    )
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4])

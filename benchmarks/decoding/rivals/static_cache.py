@@ -1,0 +1,132 @@
+"""Rivals that torch runs: `generate()` of transformers, and its Llama over a static cache, compiled or as a graph."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+from benchmarks.decoding.contestants import Load, generate_greedily
+from benchmarks.decoding.rivals.baseline_llama import Baseline
+from benchmarks.decoding.rivals.rival import Decoded, Prompts
+from stagdist.parallel.device import on_cuda, synchronize
+
+
+class Transformers:
+    """`generate()` with its default cache, which grows by a copy in every step."""
+
+    title, kinds = "transformers", ("cpu", "cuda")
+    packages: ClassVar[tuple[str, ...]] = ()
+    weight_bytes = cache_bytes = {"fp32": 4.0, "bf16": 2.0}
+    timed_by = "callback of each step"
+
+    def __init__(self, baseline: Baseline, precision: str, load: Load, threads: int):
+        self._llama: Any = baseline.llama(precision)
+
+    @staticmethod
+    def obstacle(precision: str) -> str | None:
+        """Runs everywhere."""
+        return None
+
+    def decode(self, prompts: Prompts, new_tokens: int) -> Decoded:
+        """One call."""
+        times, tokens = generate_greedily(self._llama, prompts, new_tokens)
+        return Decoded(tuple(times), tuple(map(tuple, tokens.tolist())))
+
+    def close(self) -> None:
+        """Free the model."""
+        self._llama = None
+
+
+class CompiledStaticCache:
+    """A step of the Llama over `StaticCache`, through `torch.compile`."""
+
+    title, kinds = "torch.compile", ("cpu", "cuda")
+    packages: ClassVar[tuple[str, ...]] = ()
+    weight_bytes = cache_bytes = {"fp32": 4.0, "bf16": 2.0}
+    timed_by = "clock after each step"
+
+    def __init__(self, baseline: Baseline, precision: str, load: Load, threads: int):
+        from transformers import StaticCache
+
+        self._device, self._llama = baseline.device, baseline.llama(precision)
+        self._cache = StaticCache(config=self._llama.config, max_cache_len=load.length)
+        self._token = torch.zeros(load.batch, 1, dtype=torch.long, device=self._device)
+        self._position = torch.zeros(1, dtype=torch.long, device=self._device)
+        self._all = torch.arange(load.length, device=self._device)
+        self._run: Callable[[], None] | None = None
+
+    @staticmethod
+    def obstacle(precision: str) -> str | None:
+        """It needs a compiler of C++ for CPUs."""
+        found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+        return None if found else "torch.compile finds no compiler of C++"
+
+    def decode(self, prompts: Prompts, new_tokens: int) -> Decoded:
+        """The prompts without compilation, then the same step again and again."""
+        with torch.inference_mode():
+            tokens = torch.tensor([list(prompt) for prompt in prompts], device=self._device)
+            self._prefill(tokens)
+            if self._run is None:
+                self._run = self._made()
+                self._prefill(tokens)
+            times, steps = [], []
+            for step in range(new_tokens):
+                if step:
+                    self._run()
+                steps.append(self._token[:, 0].tolist())  # waits for a GPU
+                times.append(time.perf_counter())
+        return Decoded(tuple(times), tuple(zip(*steps, strict=True)))
+
+    def _prefill(self, tokens: torch.Tensor) -> None:
+        self._cache.reset()
+        logits = self._llama(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
+        self._token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        self._position.fill_(tokens.shape[1])
+
+    def _advance(self) -> None:
+        """One step; token, position and caches keep their places in memory."""
+        seen = (self._all <= self._position)[None, None, None]
+        logits = self._llama(
+            self._token, attention_mask=seen, position_ids=self._position[None], past_key_values=self._cache,
+            use_cache=True,
+        ).logits  # fmt: skip
+        self._token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        self._position.add_(1)
+
+    def _made(self) -> Callable[[], None]:
+        """The step, ready to be timed. It has run: the caches are used up."""
+        step = torch.compile(self._advance, dynamic=False, mode="reduce-overhead" if on_cuda(self._device) else None)
+        for _ in range(3):
+            step()
+        return step
+
+    def close(self) -> None:
+        """Free the model."""
+        self._run = self._llama = self._cache = None
+
+
+class GraphStaticCache(CompiledStaticCache):
+    """The same step without a compiler, captured as one CUDA graph."""
+
+    title, kinds = "CUDA graph", ("cuda",)
+
+    @staticmethod
+    def obstacle(precision: str) -> str | None:
+        """Runs on every GPU."""
+        return None
+
+    def _made(self) -> Callable[[], None]:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries set themselves up outside of the capture
+            for _ in range(3):
+                self._advance()
+        torch.cuda.current_stream().wait_stream(aside)
+        synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._advance()
+        return graph.replay
