@@ -48,12 +48,12 @@ class LlamaCpp:
         words: list[list[str]] = [[] for _ in prompts]
         errors: list[Any] = []
 
-        def took(chunk: dict[str, Any]) -> bool:
-            for choice in chunk.get("choices", ()):
+        def took(chunk: dict[str, Any] | None) -> bool:
+            for choice in (chunk or {}).get("choices", ()):
                 if choice["text"]:
                     times[choice["index"]].append(time.perf_counter())
                     words[choice["index"]].append(choice["text"])
-            errors.extend([chunk] if "choices" not in chunk else ())
+            errors.extend([chunk] if chunk and "choices" not in chunk else ())
             return False
 
         request = {"prompt": [list(prompt) for prompt in prompts], "n_predict": new_tokens, "stream": True}
