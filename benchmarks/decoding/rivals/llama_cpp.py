@@ -6,13 +6,13 @@ from typing import Any
 from benchmarks.decoding.contestants import Load
 from benchmarks.decoding.rivals.baseline_llama import Baseline
 from benchmarks.decoding.rivals.gguf_file import WORD, write_gguf
-from benchmarks.decoding.rivals.rival import Decoded, Prompts
+from benchmarks.decoding.rivals.rival import Decoded, Prompts, Rival
 from stagdist.errors import StagdistError
 
 SPARE_POSITIONS = 8
 
 
-class LlamaCpp:
+class LlamaCpp(Rival):
     """llama.cpp. Its caches are fp32 beside fp32 weights, else fp16, its default."""
 
     title, packages, kinds = "llama.cpp", ("xllamacpp", "gguf"), ("cpu",)
@@ -36,11 +36,6 @@ class LlamaCpp:
         params.fit_params = params.warmup = params.cache_prompt = params.cache_idle_slots = False
         params.cache_ram_mib = params.n_ctx_checkpoints = 0  # every run computes its prompt again
         self._server: Any = xllamacpp.Server(params)
-
-    @staticmethod
-    def obstacle(precision: str) -> str | None:
-        """Runs on every CPU."""
-        return None
 
     def decode(self, prompts: Prompts, new_tokens: int) -> Decoded:
         """The steps counted lie between the first token of the last request and the last token of the first."""
