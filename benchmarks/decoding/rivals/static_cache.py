@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -38,8 +38,8 @@ class Transformers(Rival):
 class CompiledStaticCache(Rival):
     """A step of the Llama over `StaticCache`, through `torch.compile`."""
 
-    title, kinds = "torch.compile", ("cpu", "cuda")
-    packages = ()
+    title, packages = "torch.compile", ()
+    kinds: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     weight_bytes = cache_bytes = {"fp32": 4.0, "bf16": 2.0}
     timed_by = "clock after each step"
 
@@ -122,6 +122,6 @@ class GraphStaticCache(CompiledStaticCache):
         torch.cuda.current_stream().wait_stream(aside)
         synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             self._advance()
         return graph.replay
