@@ -94,7 +94,7 @@ class Sweeps:
                 plain = baseline(self._settings.model, len(model.section_layers))
                 engines[value, "sequential"] = (self._measurement.engine(plain, load), load)
         rivals = self._rivals(axis, values)
-        readings = self._alternate(engines | rivals)
+        readings = self._alternate({**engines, **rivals})
         rows = []
         for (value, kind), (engine, load) in engines.items():
             row = self._measurement.row(kind, engine, readings[value, kind], load)
@@ -107,7 +107,7 @@ class Sweeps:
                 {axis: value} | _kept(self._measurement.rival_row(name, readings[value, name], load, reference))
             )
             rival.close()
-        return [] if self._measurement.site.rank else rows
+        return [] if self._measurement.site.rank else sorted(rows, key=lambda row: values.index(row[axis]))
 
     def _rivals(self, axis: str, values: Sequence[Any]) -> dict[tuple[Any, str], tuple[RivalContestant, Load]]:
         """Every rival for every value, where the value is one of the load alone."""

@@ -98,7 +98,8 @@ class Lineup:
         """All rivals by name, ready for this load."""
         built = {}
         for name, (title, precision) in self._chosen.items():
-            rival = self._baseline and RIVALS[title](self._baseline, precision, load, self.threads)
+            baseline = self._baseline
+            rival = None if baseline is None else RIVALS[title](baseline, precision, load, self.threads)
             built[name] = RivalContestant(self._site, rival, self._model.vocab_size, self.threads)
         return built
 
@@ -134,7 +135,7 @@ class Lineup:
             return {}
         pairs = enumerate(zip(found.token_ids, reference, strict=True))
         equal = next((place for place, (ours, theirs) in pairs if ours != theirs), len(reference))
-        result = {"tokens_equal": equal, "tokens_compared": len(reference)}
+        result: dict[str, Any] = {"tokens_equal": equal, "tokens_compared": len(reference)}
         if equal < len(reference) and self._chosen[name][1] == "fp32":
             margin = self._baseline.margin(load, reference[:equal])
             if margin >= CLOSE_MARGIN:

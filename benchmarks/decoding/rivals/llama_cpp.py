@@ -6,13 +6,13 @@ from typing import Any
 from benchmarks.decoding.contestants import Load
 from benchmarks.decoding.rivals.baseline_llama import Baseline
 from benchmarks.decoding.rivals.gguf_file import WORD, write_gguf
-from benchmarks.decoding.rivals.rival import Decoded, Prompts
+from benchmarks.decoding.rivals.rival import Decoded, Prompts, Rival
 from stagdist.errors import StagdistError
 
 SPARE_POSITIONS = 8
 
 
-class LlamaCpp:
+class LlamaCpp(Rival):
     """llama.cpp. Its caches are fp32 beside fp32 weights, else fp16, its default."""
 
     title, packages, kinds = "llama.cpp", ("xllamacpp", "gguf"), ("cpu",)
@@ -37,23 +37,18 @@ class LlamaCpp:
         params.cache_ram_mib = params.n_ctx_checkpoints = 0  # every run computes its prompt again
         self._server: Any = xllamacpp.Server(params)
 
-    @staticmethod
-    def obstacle(precision: str) -> str | None:
-        """Runs on every CPU."""
-        return None
-
     def decode(self, prompts: Prompts, new_tokens: int) -> Decoded:
         """The steps counted lie between the first token of the last request and the last token of the first."""
         times: list[list[float]] = [[] for _ in prompts]
         words: list[list[str]] = [[] for _ in prompts]
         errors: list[Any] = []
 
-        def took(chunk: dict[str, Any]) -> bool:
-            for choice in chunk.get("choices", ()):
+        def took(chunk: dict[str, Any] | None) -> bool:
+            for choice in (chunk or {}).get("choices", ()):
                 if choice["text"]:
                     times[choice["index"]].append(time.perf_counter())
                     words[choice["index"]].append(choice["text"])
-            errors.extend([chunk] if "choices" not in chunk else ())
+            errors.extend([chunk] if chunk and "choices" not in chunk else ())
             return False
 
         request = {"prompt": [list(prompt) for prompt in prompts], "n_predict": new_tokens, "stream": True}

@@ -1,9 +1,10 @@
 """What a rival is, and how it takes part in the rounds."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 
@@ -25,7 +26,7 @@ class Decoded:
     token_ids: tuple[tuple[int, ...], ...]
 
 
-class Rival(Protocol):
+class Rival(ABC):
     """Decodes greedily. Built for one load: `Rival(baseline, precision, load, threads)`.
 
     Attributes:
@@ -44,17 +45,21 @@ class Rival(Protocol):
     cache_bytes: ClassVar[Mapping[str, float]]
     timed_by: ClassVar[str]
 
+    @abstractmethod
     def __init__(self, baseline: Baseline, precision: str, load: Load, threads: int): ...
 
     @staticmethod
     def obstacle(precision: str) -> str | None:
         """Why this machine cannot run it in this precision; None if it can."""
+        return None
 
+    @abstractmethod
     def decode(self, prompts: Prompts, new_tokens: int) -> Decoded:
         """Consume the prompts, then decode as many tokens of each."""
 
+    @abstractmethod
     def close(self) -> None:
-        """End its threads."""
+        """End its threads and free the model."""
 
 
 class RivalContestant:

@@ -10,25 +10,20 @@ import torch
 
 from benchmarks.decoding.contestants import Load, generate_greedily
 from benchmarks.decoding.rivals.baseline_llama import Baseline
-from benchmarks.decoding.rivals.rival import Decoded, Prompts
+from benchmarks.decoding.rivals.rival import Decoded, Prompts, Rival
 from stagdist.parallel.device import on_cuda, synchronize
 
 
-class Transformers:
+class Transformers(Rival):
     """`generate()` with its default cache, which grows by a copy in every step."""
 
     title, kinds = "transformers", ("cpu", "cuda")
-    packages: ClassVar[tuple[str, ...]] = ()
+    packages = ()
     weight_bytes = cache_bytes = {"fp32": 4.0, "bf16": 2.0}
     timed_by = "callback of each step"
 
     def __init__(self, baseline: Baseline, precision: str, load: Load, threads: int):
         self._llama: Any = baseline.llama(precision)
-
-    @staticmethod
-    def obstacle(precision: str) -> str | None:
-        """Runs everywhere."""
-        return None
 
     def decode(self, prompts: Prompts, new_tokens: int) -> Decoded:
         """One call."""
@@ -40,11 +35,11 @@ class Transformers:
         self._llama = None
 
 
-class CompiledStaticCache:
+class CompiledStaticCache(Rival):
     """A step of the Llama over `StaticCache`, through `torch.compile`."""
 
-    title, kinds = "torch.compile", ("cpu", "cuda")
-    packages: ClassVar[tuple[str, ...]] = ()
+    title, packages = "torch.compile", ()
+    kinds: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     weight_bytes = cache_bytes = {"fp32": 4.0, "bf16": 2.0}
     timed_by = "clock after each step"
 
@@ -127,6 +122,6 @@ class GraphStaticCache(CompiledStaticCache):
         torch.cuda.current_stream().wait_stream(aside)
         synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             self._advance()
         return graph.replay

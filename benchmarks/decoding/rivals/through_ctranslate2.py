@@ -10,13 +10,13 @@ from torch import Tensor, cat
 
 from benchmarks.decoding.contestants import Load
 from benchmarks.decoding.rivals.baseline_llama import Baseline
-from benchmarks.decoding.rivals.rival import Decoded, Prompts
+from benchmarks.decoding.rivals.rival import Decoded, Prompts, Rival
 from stagdist.config.parts import ModelConfig
 
 COMPUTE_TYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8_float32"}
 
 
-class Ctranslate2:
+class Ctranslate2(Rival):
     """CTranslate2. int8 has one scale for each row of a matrix and computes in integers; caches are fp32 then."""
 
     title, packages, kinds = "ctranslate2", ("ctranslate2",), ("cpu",)

@@ -8,12 +8,12 @@ import numpy as np
 from benchmarks.decoding.contestants import Load
 from benchmarks.decoding.rivals.baseline_llama import Baseline
 from benchmarks.decoding.rivals.openvino_graph import openvino_graph
-from benchmarks.decoding.rivals.rival import Decoded, Prompts
+from benchmarks.decoding.rivals.rival import Decoded, Prompts, Rival
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 
 
-class OpenVino:
+class OpenVino(Rival):
     """OpenVINO's runtime. On CPUs with bf16 it would round silently, so the precision of products is forced."""
 
     title, packages, kinds = "openvino", ("openvino",), ("cpu",)
