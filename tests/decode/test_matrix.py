@@ -83,10 +83,26 @@ def test_a_product_is_that_of_the_weight_it_stands_for(dtype: torch.dtype, rows:
 
 
 def test_a_product_in_pieces_is_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    held, x = quantize(random_weight(33, 16)), torch.randn(3, 16)
+    held, x = quantize(random_weight(33, 16)), torch.randn(3, 16, dtype=torch.float64)
     expected = linear(x, held)
-    monkeypatch.setitem(matrix._PIECE_BYTES, "cpu", 10 * 16 * 4)
-    torch.testing.assert_close(linear(x, held), expected, rtol=1e-6, atol=0)
+    monkeypatch.setitem(matrix._PIECE_BYTES, "cpu", 10 * 16 * 8)
+    torch.testing.assert_close(linear(x, held), expected)
+
+
+@pytest.mark.parametrize("has_instructions", [False, True])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_many_rows_in_bf16_are_the_product(
+    monkeypatch: pytest.MonkeyPatch, has_instructions: bool, rounded: bool
+) -> None:
+    monkeypatch.setattr(matrix, "_computes_bf16", lambda: has_instructions)
+    held = quantize(random_weight(70, 40))
+    weight: Matrix = held if rounded else exact(held).to(torch.bfloat16)
+    x = torch.randn(2, 9, 40, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    dense = exact(held) if rounded else exact(held).to(torch.bfloat16).double()
+    expected = x.double() @ dense.T
+    found = linear(x, weight)
+    assert found.dtype == torch.bfloat16
+    assert float(((found.double() - expected).abs() / expected.abs().amax((0, 1))).max()) < 8e-3
 
 
 def test_a_product_with_a_strided_row_is_the_product() -> None:
