@@ -19,7 +19,7 @@ from benchmarks.decoding.contestants import (
     alternate,
 )
 from benchmarks.decoding.plain_step import rank_edges
-from benchmarks.decoding.rivals.lineup import Choice, Lineup, speedups
+from benchmarks.decoding.rivals.lineup import Choice, Lineup, speedup
 from benchmarks.decoding.rivals.rival import RivalContestant
 from benchmarks.decoding.shapes import Split, baseline, changed, split_name
 from benchmarks.decoding.site import DecodeSite
@@ -33,6 +33,8 @@ from stagdist.errors import ConfigError, StagdistError
 CHUNKS = (64, 128, 256, 512)
 SEQUENTIAL = "sequential pipeline"
 """The baseline; in one process its sections take turns."""
+OWN_KINDS = {"fp32": {"precision": "fp32"}, "bf16": {"precision": "bf16"}, "int8": {"weights": "int8"}}
+"""Options of our engine beside rivals of a precision."""
 WARM_UP_STEPS = 4
 FEWER_STEPS = 4
 """Tensor parallelism over gloo is slow: it decodes this many times fewer steps."""
@@ -149,6 +151,7 @@ class Measurement:
 
     def __init__(self, site: DecodeSite, settings: Settings, tell: Callable[[str], None], choice: Choice | None = None):
         self.site, self.settings, self._tell, self._choice = site, settings, tell, choice
+        self._precision = settings.options.weights or settings.options.precision
         self.rivals: Lineup | None = None
         self.together, self.alone = site.read_bandwidths()
         self.left_out: dict[str, str] = {}
@@ -156,10 +159,11 @@ class Measurement:
         self.best: tuple[Split, HeadLayout] = (settings.splits[0], settings.heads[0])
 
     def engine(
-        self, model: ModelConfig, load: Load, head: HeadLayout = "last", tensor: int = 1, **keys: Any
+        self, model: ModelConfig, load: Load, head: HeadLayout = "last", tensor: int = 1, kind: str = "", **keys: Any
     ) -> EngineContestant:
-        """An engine contestant that fits a load."""
-        engine = EngineContestant(self.site, model, self.settings.options_for(load, head, tensor), **keys)
+        """An engine contestant that fits a load; in the precision of the settings, or a kind of `OWN_KINDS`."""
+        options = replace(self.settings.options_for(load, head, tensor), **OWN_KINDS.get(kind, {}))
+        engine = EngineContestant(self.site, model, options, **keys)
         engine.warm_up(replace(load, steps=WARM_UP_STEPS))
         return engine
 
@@ -188,6 +192,10 @@ class Measurement:
             SEQUENTIAL: self.engine(plain, load),
             "staggered": self.engine(settings.staggered(split), load, head),
         }
+        others = () if self._choice is None else [each for each in self._choice.precisions if each != self._precision]
+        engines |= {
+            f"staggered {kind}": self.engine(settings.staggered(split), load, head, kind=kind) for kind in others
+        }
         if self._fits_tensor_parallelism(plain, few):
             engines["sequential tensor parallel"] = self.engine(plain, few, tensor=self.site.size)
         runs: dict[str, Callable[[], Any]] = {
@@ -208,11 +216,11 @@ class Measurement:
         rows += [row(name, readings[name], load.batch) for name in ("plain", "generate") if name in readings]
         if contestants:
             reference = self._reference(plain, load, readings[SEQUENTIAL])
-            ours = {"staggered_speedup": "staggered", "sequential_speedup": SEQUENTIAL}
-            rows += [
-                self.rival_row(name, readings[name], load, reference) | speedups(readings, name, ours)
-                for name in contestants
-            ]
+            for name in contestants:
+                kind = name.rsplit(" ", 1)[1]
+                ours = "staggered" if kind == self._precision else f"staggered {kind}"
+                found = self.rival_row(name, readings[name], load, reference)
+                rows.append(found | speedup(readings[name], readings[ours]))
         for contestant in contestants.values():
             contestant.close()
         readings.setdefault("generate", readings.get(same, []))

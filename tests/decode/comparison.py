@@ -38,22 +38,23 @@ def reference_logits(
 ) -> Tensor:
     """Logits from which each token of a completion should have been chosen. Shapes: [tokens, V]."""
     ids = [*request.prompt_ids, *completion.token_ids][:CONTEXT]
-    parameters, config = _held(case, config or config_of(case.keys))
+    parameters, config = parameters_of(case), config or config_of(case.keys)
+    if case.options.weights is not None:
+        parameters, config = rounded_model(parameters, config)
     logits = reference.forward(parameters, config, torch.tensor([ids]))[0]
     first = len(request.prompt_ids) - 1
     return logits[first : first + len(completion.token_ids)]
 
 
-def _held(case: Case, config: dict[str, Any]) -> tuple[reference.Parameters, dict[str, Any]]:
-    """The model that an engine holds: with weights in int8, every matrix but the embedding is rounded row by row.
+def rounded_model(
+    parameters: reference.Parameters, config: dict[str, Any]
+) -> tuple[reference.Parameters, dict[str, Any]]:
+    """The model that an engine with weights in int8 holds: every matrix but the embedding is rounded row by row.
 
     A tied head is rounded, too; so it is a parameter of its own.
     """
-    parameters = parameters_of(case)
-    if case.options.weights is None:
-        return parameters, config
     if config.get("tie_word_embeddings"):
-        parameters["head.weight"] = parameters["embedding.weight"]
+        parameters = parameters | {"head.weight": parameters["embedding.weight"]}
     rounded = {
         name: rounded_rows(value) if value.dim() == 2 and name != "embedding.weight" else value
         for name, value in parameters.items()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from stagdist.config.parts import ModelConfig
-from stagdist.decode.frontend.command_line import add_running_options, model_parser
+from stagdist.decode.frontend.command_line import add_running_options, from_options, model_parser
 from stagdist.decode.layers import matrix, weights
 from stagdist.decode.layers.matrix import Int8Matrix, Matrix, linear, quantize
 from stagdist.decode.layers.weights import Device, Shard, StageWeights, WeightLoader
@@ -201,6 +201,7 @@ def test_formats_that_do_not_exist_or_do_not_work_are_refused() -> None:
         EngineOptions(weights="int8", precision="fp16")
     parser = model_parser("generate.py", None, "")
     add_running_options(parser, slots=1, timeout_s=60, what="prompts")
-    assert parser.parse_args(["--model", "m", "--weights", "int8"]).weights == "int8"
+    arguments = parser.parse_args(["--model", "m", "--weights", "int8"])
+    assert from_options(EngineOptions, arguments).weights == "int8"
     with pytest.raises(ConfigError, match="--weights: invalid choice: 'int4'"):
         parser.parse_args(["--model", "m", "--weights", "int4"])

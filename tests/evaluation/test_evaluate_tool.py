@@ -23,6 +23,7 @@ from stagdist.evaluation import harness
 from stagdist.evaluation.perplexity import Scoring, score_file
 from stagdist.parallel.layout import model_parameters
 from tests.checkpoint.synthetic import model_directory, training_checkpoint
+from tests.decode.comparison import rounded_model
 from tests.ranks import GUARD_S, ROOT, Script, end_processes, fork_script, free_port, run_ranks
 from tests.reference import stagformer as reference
 from tests.reference.variants import BASE, VARIANTS
@@ -43,12 +44,12 @@ def write(directory: Path, **change: Any) -> dict[str, torch.Tensor]:
     return parameters
 
 
-def nats_by_definition(parameters: dict[str, torch.Tensor], window: int, stride: int) -> float:
+def nats_by_definition(parameters: dict[str, torch.Tensor], window: int, stride: int, model: Any = MODEL) -> float:
     """Every token but the first, each in the window that scores it."""
     ids, total = torch.tensor([list(TEXT.encode())]), 0.0
     for position in range(1, ids.shape[1]):
         start = max(0, math.ceil((position - window) / stride)) * stride
-        logits = reference.forward(parameters, MODEL, ids[:, start:position])[0, -1]
+        logits = reference.forward(parameters, model, ids[:, start:position])[0, -1]
         total -= float(torch.log_softmax(logits.double(), -1)[ids[0, position]])
     return total
 
@@ -96,6 +97,23 @@ def test_the_score_equals_the_definition(
     assert json.loads((place / "score.json").read_text())["perplexity"] == result["perplexity"]
 
 
+@pytest.mark.parametrize("change", [{}, {"combine_sections": True, "tie_word_embeddings": True}], ids=["plain", "tied"])
+def test_with_int8_weights_the_score_is_that_of_the_rounded_model(
+    place: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    written = write(place / "rounded", **change)
+    parameters, held = rounded_model({name: value.double() for name, value in written.items()}, MODEL | change)
+    common = ("--model", "rounded", "--text", "text.txt", "--json", "score.json", "--quiet", "--device", "cpu")
+    chosen = ("--weights", "int8", "--window", "8", "--stride", "3")
+    assert evaluate(monkeypatch, "perplexity", *common, *chosen) == 0
+    result = json.loads((place / "score.json").read_text())
+    nats = nats_by_definition(parameters, 8, 3, held) / result["tokens"]
+    assert result["nats_per_token"] == pytest.approx(nats, rel=3e-7)
+    assert evaluate(monkeypatch, "perplexity", *common, *chosen[2:]) == 0
+    exact = json.loads((place / "score.json").read_text())["nats_per_token"]
+    assert abs(exact - nats) > 1e-6 * nats, "the comparison would not notice floats"
+
+
 def score_on_ranks(payload: tuple[str, str, Scoring]) -> tuple[float, int, int]:
     """Run on every rank: nats, tokens and bytes."""
     score = score_file(*payload).score
@@ -136,6 +154,8 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], complaint: str) -> None:
         (("--json", "model"), "--json model is a folder"),
         (("--model", "absent"), "absent is no directory"),
         (("--model", "."), "neither checkpoints nor a model directory"),
+        (("--weights", "int8", "--tensor-parallel-size", "2"), "leave out --tensor-parallel-size"),
+        (("--weights", "int4"), "--weights: invalid choice: 'int4'"),
         (("--window", "17"), "--window is 17; the model supports 1 to 16"),
         (("--window", "8", "--stride", "9"), "--stride is 9; it must be between 1 and the window, 8"),
         (("--batch-size", "0"), "--batch-size is 0"),

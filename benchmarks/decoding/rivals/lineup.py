@@ -152,15 +152,10 @@ class Lineup:
             self._folder.cleanup()
 
 
-def speedups(readings: Mapping[str, Sequence[Served]], name: str, ours: Mapping[str, str]) -> dict[str, Any]:
-    """A rival's time over ours within rounds, above 1 where we are faster, on rank 0.
-
-    Args:
-        ours: name of the contestant by the name of the result.
-    """
-    medians = {
-        each: [statistics.median(served.step_s) for served in readings[each] if served.step_s]
-        for each in (name, *ours.values())
-    }
-    found = {key: spread(paired_ratios(medians[name], medians[each])) for key, each in ours.items() if medians[each]}
-    return {key: each["median"] for key, each in found.items()} | {f"{key}_spread": each for key, each in found.items()}
+def speedup(rival: Sequence[Served], ours: Sequence[Served]) -> dict[str, Any]:
+    """A rival's time over ours in the same precision within rounds, above 1 where we are faster; on rank 0."""
+    times = [[statistics.median(served.step_s) for served in each if served.step_s] for each in (rival, ours)]
+    if not all(times):
+        return {}
+    found = spread(paired_ratios(*times))
+    return {"staggered_speedup": found["median"], "staggered_speedup_spread": found}

@@ -59,6 +59,14 @@ def sum_type(dtype: torch.dtype) -> tl.dtype:
 
 
 @triton.jit
+def _scaled(y, scales, n, mask):
+    """Multiply by the scales of the rows of an int8 weight; without scales, return `y`."""
+    if scales is not None:
+        y *= tl.load(scales + n, mask=mask, other=0.0).to(y.dtype)
+    return y
+
+
+@triton.jit
 def _epilogue(y, residual, out, mask, m, n, residual_row, out_row):
     """Add the residual, if there is one, and store."""
     if residual is not None:
@@ -107,14 +115,9 @@ def product_kernel(
         factor = tl.rsqrt(tl.sum(squares, 2) / width + EPS)
     if null_rows is not None:
         factor = tl.where(tl.load(null_rows + m, mask=m < rows, other=0) != 0, 1.0, factor)
-    y = tl.sum(sums, 2) * factor
-    if scales is not None:
-        y *= tl.load(scales + n, mask=n < columns, other=0.0).to(ACC)
+    y = _scaled(tl.sum(sums, 2) * factor, scales, n, n < columns)
     if GATED:
-        up_y = tl.sum(up_sums, 2) * factor
-        if scales is not None:
-            up_y *= tl.load(scales + columns + n, mask=n < columns, other=0.0).to(ACC)
-        y = y / (1.0 + tl.exp(-y)) * up_y
+        y = y / (1.0 + tl.exp(-y)) * _scaled(tl.sum(up_sums, 2) * factor, scales, columns + n, n < columns)
     _epilogue(y, residual, out, (m < rows) & (n < columns), m, n, residual_row, out_row)
 
 

@@ -1,7 +1,7 @@
 """Whether the GPU decodes what the CPU decodes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -126,4 +126,5 @@ def _cases(way: str) -> list[Case]:
     requests = [Request(str(size), prompt(size), SamplingParams(max_new_tokens=6, temperature=0.0)) for size in (1, 7)]
     options = running(EngineOptions(precision="fp64", chunk_size=5, num_slots=2), way)
     names = ("default", "three sections with everything")
-    return [Case(name, VARIANTS.get(name, {}), requests, options) for name in names]
+    cases = [Case(name, VARIANTS.get(name, {}), requests, options) for name in names]
+    return [*cases, replace(cases[0], name="int8", options=replace(options, weights="int8"))]
