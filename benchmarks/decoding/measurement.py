@@ -1,14 +1,13 @@
 """The rounds of the decode benchmark: first all splits and head layouts, then the best one against every rival."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from benchmarks.common.figures import paired_ratios, percentile, spread
+from benchmarks.decoding.bounds import bound_s, step_bytes
 from benchmarks.decoding.contestants import (
     EngineContestant,
     GenerateContestant,
@@ -24,50 +23,22 @@ from benchmarks.decoding.rivals.rival import RivalContestant
 from benchmarks.decoding.shapes import Split, baseline, changed, split_name
 from benchmarks.decoding.site import DecodeSite
 from stagdist.config.parts import ModelConfig
-from stagdist.decode.layers.matrix import parts_of
 from stagdist.decode.runtime.build import EngineOptions, plan_decoding
-from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.topology import HeadLayout
 from stagdist.errors import ConfigError, StagdistError
 
 CHUNKS = (64, 128, 256, 512)
 SEQUENTIAL = "sequential pipeline"
 """The baseline; in one process its sections take turns."""
-OWN_KINDS = {"fp32": {"precision": "fp32"}, "bf16": {"precision": "bf16"}, "int8": {"weights": "int8"}}
+OWN_KINDS: Mapping[str, dict[str, Any]] = {
+    "fp32": {"precision": "fp32"},
+    "bf16": {"precision": "bf16"},
+    "int8": {"weights": "int8"},
+}
 """Options of our engine beside rivals of a precision."""
 WARM_UP_STEPS = 4
 FEWER_STEPS = 4
 """Tensor parallelism over gloo is slow: it decodes this many times fewer steps."""
-
-
-def step_bytes(stage: Stage, context: int, batch: int) -> dict[str, int]:
-    """What this rank reads in a step at position `context`: every weight once, and the caches of every request.
-
-    Of the embedding only the rows that are looked up are read; they do not count.
-    """
-    model, weights = stage.model, stage.weights
-    tensors: dict[int, Tensor] = {}
-    cache = 0
-    for section in weights.sections.values():
-        for part in (*section.layers, section):
-            values = [value for name, value in vars(part).items() if name != "layers" and value is not None]
-            tensors |= {tensor.data_ptr(): tensor for value in values for tensor in parts_of(value)}
-    head = () if weights.head is None or weights.output_norm is None else (weights.head, weights.output_norm)
-    for of_section in stage.caches.values():
-        window = min(context, model.cross_attention_window or context)
-        for kept, seen in ((of_section.self_kv, context), (of_section.memory_kv, window)):
-            if kept is not None:  # [L, 2, B, heads, entries + 1, width]
-                cache += kept.nbytes // kept.shape[4] * min(seen, kept.shape[4] - 1) * batch // kept.shape[2]
-    return {"weights_bytes": sum(tensor.nbytes for tensor in (*tensors.values(), *head)), "cache_bytes": cache}
-
-
-def bound_s(read: Sequence[int], bandwidths: Sequence[float], *, sequential: bool, stages: int) -> float:
-    """Shortest step: the slowest rank's bytes over its bandwidth; where stages take turns, the sum over the stages."""
-    times = [each / bandwidth for each, bandwidth in zip(read, bandwidths, strict=True)]
-    if not sequential:
-        return max(times)
-    width = len(times) // stages
-    return sum(max(times[stage * width : (stage + 1) * width]) for stage in range(stages))
 
 
 @dataclass(frozen=True)
