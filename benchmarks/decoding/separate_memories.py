@@ -34,8 +34,9 @@ from benchmarks.common.conditions import ROOT, OtherPrograms, conditions
 from benchmarks.common.figures import paired_ratios, spread
 from benchmarks.common.results import check_outputs, write_results
 from benchmarks.decoding.bounded_host import BoundedHost
+from benchmarks.decoding.bounds import bound_s, step_bytes
 from benchmarks.decoding.contestants import EngineContestant, Load, Served, alternate
-from benchmarks.decoding.measurement import FEWER_STEPS, bound_s, row, step_bytes
+from benchmarks.decoding.measurement import FEWER_STEPS, row
 from benchmarks.decoding.rivals.baseline_llama import Baseline
 from benchmarks.decoding.rivals.lineup import RIVALS, Choice
 from benchmarks.decoding.rivals.rival import RivalContestant

@@ -13,8 +13,9 @@ import torch
 from benchmarks.common.command import main
 from benchmarks.common.conditions import OtherPrograms
 from benchmarks.decode import DEFAULT_CONFIG, add_arguments, run, settings_from
+from benchmarks.decoding.bounds import bound_s, step_bytes
 from benchmarks.decoding.contestants import DROPPED_STEPS, EngineContestant, Load, Served, alternate
-from benchmarks.decoding.measurement import bound_s, check_same_tokens, ratios, step_bytes
+from benchmarks.decoding.measurement import check_same_tokens, ratios
 from benchmarks.decoding.plain_step import _receive
 from benchmarks.decoding.shapes import balanced_split, default_splits, even_split, parse_split
 from benchmarks.decoding.site import DecodeSite

@@ -15,7 +15,7 @@ from benchmarks.decoding.measurement import row
 from benchmarks.decoding.rivals import lineup
 from benchmarks.decoding.rivals.baseline_llama import Baseline
 from benchmarks.decoding.rivals.gguf_file import gguf_name, rotary_pairs
-from benchmarks.decoding.rivals.lineup import RIVALS, Choice, Lineup
+from benchmarks.decoding.rivals.lineup import RIVALS, Choice, Lineup, speedup
 from benchmarks.decoding.rivals.rival import Decoded, wait_for_rest
 from benchmarks.decoding.shapes import baseline
 from benchmarks.decoding.site import DecodeSite

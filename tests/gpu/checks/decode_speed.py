@@ -4,7 +4,7 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from benchmarks.decoding.measurement import step_bytes
+from benchmarks.decoding.bounds import step_bytes
 from stagdist.parallel.device import choose_attention
 from tests.gpu.checks.models import (
     COLD_TOKENS,
