@@ -89,7 +89,7 @@ class EngineContestant:
 
     Args:
         options: grid, head layout, slots.
-        delay_s: artificial delay of hand-offs.
+        delay_s: artificial one-way latency between ranks.
         recorder: gets the spans of all runs.
         lap: called at the end of each phase. Steps then run eagerly, because a graph calls it only at its capture.
     """

@@ -44,7 +44,7 @@ class DecodeSite:
         """Communicators of the grid with this tensor axis; made once, by all ranks together.
 
         Args:
-            delay_s: artificial delay of hand-offs.
+            delay_s: artificial one-way latency between ranks.
             combined: section outputs are summed over the stages.
         """
         if self.size == 1:
@@ -52,7 +52,7 @@ class DecodeSite:
         key = (tensor, delay_s, combined)
         if key not in self._transports:
             grid = Grid(self.size // tensor, 1, tensor)
-            made = Transport(grid, self.device, self._timeout_s, combined=combined, hand_off_delay_s=delay_s)
+            made = Transport(grid, self.device, self._timeout_s, combined=combined, link_delay_s=delay_s)
             self._transports[key] = made
         return self._transports[key]
 

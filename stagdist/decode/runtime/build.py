@@ -55,10 +55,11 @@ class EngineOptions:
         prefix_caching: a prompt reuses the caches of a slot that holds its beginning.
         recurrent: skip section 1 while decoding.
         timeout_s: limit of every wait between ranks.
-        hand_off_delay_s: artificial delay of every hand-off, for measurements.
+        link_delay_s: artificial one-way latency of every message between ranks, for measurements: hand-offs, tokens
+            and control; each collective takes one latency longer.
         want_margins: keep the smallest distance between best and second best token.
         graphs: run every step as one CUDA graph on each rank, on a CPU as a step of the same fixed shape; None: on a
-            GPU, unless hand-offs are delayed: a graph cannot delay them.
+            GPU, unless messages are delayed: a graph cannot delay them.
         kernels: run the layers of these steps, and the choice of tokens, as Triton kernels; None: on a GPU with graphs.
             On a CPU they run in Triton's interpreter only, for tests.
     """
@@ -73,7 +74,7 @@ class EngineOptions:
     prefix_caching: bool = True
     recurrent: bool = False
     timeout_s: float = 600.0
-    hand_off_delay_s: float = 0.0
+    link_delay_s: float = 0.0
     want_margins: bool = False
     graphs: bool | None = None
     kernels: bool | None = None
@@ -96,8 +97,10 @@ class EngineOptions:
             raise ConfigError(
                 f"timeout_s (--timeout) is {self.timeout_s}; give seconds above 0, at most {LONGEST_TIMEOUT_S:.0f}"
             )
-        if self.graphs and self.hand_off_delay_s > 0:
-            raise ConfigError("a graph cannot delay hand-offs; give graphs=False, or no hand_off_delay_s")
+        if not 0 <= self.link_delay_s < self.timeout_s:
+            raise ConfigError(f"link_delay_s is {self.link_delay_s}; give seconds from 0 to below --timeout")
+        if self.graphs and self.link_delay_s > 0:
+            raise ConfigError("a graph cannot delay messages; give graphs=False, or no link_delay_s")
         if self.precision is not None and self.precision not in DTYPES:
             raise ConfigError(f"precision is {self.precision!r}; give one of {', '.join(DTYPES)}")
 
@@ -164,7 +167,7 @@ def joined_world(plan: DecodePlan, device: str) -> Iterator[Transport | None]:
         device,
         options.timeout_s,
         combined=plan.topology.combined,
-        hand_off_delay_s=options.hand_off_delay_s,
+        link_delay_s=options.link_delay_s,
     )
     yield transport
     transport.close()
@@ -202,7 +205,7 @@ def build_stage(
     where = Device(device, DTYPES[options.precision or default_precision(device)])
     graphs = options.graphs
     if graphs is None:
-        graphs = on_cuda(device) and recorder is None and lap is None and options.hand_off_delay_s == 0
+        graphs = on_cuda(device) and recorder is None and lap is None and options.link_delay_s == 0
     kernels = use_kernels(options, device, graphs)
     index, rank = (0, 0) if transport is None else (transport.stage, transport.tensor_rank)
     weights = WeightLoader(plan.model, read, Shard(rank, plan.grid.tensor), where).stage(plan.topology, index)
