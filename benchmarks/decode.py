@@ -7,7 +7,7 @@ are random: the time of a step does not depend on them.
 
 examples:
   deepspeed --num_accelerators 2 benchmarks/decode.py --json benchmarks/results/decode.json --timeline runs/decode.png
-  deepspeed --num_accelerators 2 benchmarks/decode.py --sweep contexts=64,256,1024 delays_ms=0,2,5,10
+  deepspeed --num_accelerators 2 benchmarks/decode.py --sweep contexts=64,256,1024 stagger=0,1,2
 """
 
 import argparse

@@ -88,7 +88,7 @@ class Transport:
     ):
         if dist.get_world_size() != grid.world_size or grid.data != 1:
             raise ConfigError(f"the grid {grid} needs {grid.world_size} ranks, {dist.get_world_size()} were started")
-        self.grid, self._device, self._timeout_s, self._delay_s = grid, device, timeout_s, link_delay_s
+        self.grid, self._device, self._timeout_s = grid, device, timeout_s
         self.rules = rules_of(device) if rules is None else rules
         self.rank, self.combined = dist.get_rank(), combined
         place = grid.coordinate(self.rank)
@@ -98,8 +98,8 @@ class Transport:
         self.hand_offs_in: Inbox
         self.hand_offs_out: Outbox
         self.tokens_in: Inbox
-        self._tokens_out: list[Outbox] = []
-        self._control_out: list[Outbox] = []
+        self._token_ends: list[Edge] = []
+        self._hand_off_ends: list[Edge] = []  # one, but none on the last stage
         self._outboxes: list[Outbox] = []
         self._lane: dist.ProcessGroup | None = None
         self._tensor: dist.ProcessGroup | None = None
@@ -112,6 +112,32 @@ class Transport:
                 self._watch = PeerWatch(range(1, grid.world_size) if self.rank == 0 else [0], timeout_s)
             self._waits = DeviceWaits(self.rules, device, timeout_s, self._errors, self._watch)
             self._make_groups(combined)
+            self.delay_links(link_delay_s)
+
+    def delay_links(self, latency_s: float) -> None:
+        """Let everything between ranks take this much longer, one way, from now on.
+
+        All ranks call it while nothing is in flight, as after a rest. With 0 messages take their plain way.
+        """
+        self.finish_sends()
+        self._delay_s = latency_s
+        self._tokens_out = [self._outbox(end) for end in self._token_ends]
+        self._control_out: list[Outbox] = []
+        if self.rank == 0 and latency_s > 0:
+            peers = range(1, self.grid.world_size)
+            self._control_out = [self._outbox(Edge("control", self._host, peer, self._errors)) for peer in peers]
+        hand_offs_out = [self._outbox(end) for end in self._hand_off_ends]
+        if hand_offs_out:
+            (self.hand_offs_out,) = hand_offs_out
+        self._outboxes = [*self._tokens_out, *hand_offs_out, *self._control_out]
+
+    def _outbox(self, end: Edge) -> Outbox:
+        return DelayedOutbox(end, self._delay_s) if self._delay_s > 0 else Outbox(end)
+
+    def _cross(self) -> None:
+        """Spend the latency of a collective."""
+        if self._delay_s > 0:
+            wait_until(time.perf_counter() + self._delay_s)
 
     def finish_sends(self) -> None:
         """Wait until all hand-offs and tokens, and delayed control messages, are sent; raise their errors."""
@@ -276,10 +302,6 @@ class Transport:
         if self._lane is not None:
             dist.reduce(probe, self._lane_ranks[-1], group=self._lane)
         dist.all_reduce(torch.zeros(1), group=self._host)
-        if self.rank == 0 and self._delay_s > 0:
-            peers = range(1, self.grid.world_size)
-            self._control_out = [self._outbox(Edge("control", self._host, peer, self._errors)) for peer in peers]
-            self._outboxes += self._control_out
         if own is not None:
             self._open_edges(*own, probe)
 
@@ -287,9 +309,8 @@ class Transport:
         """Open the edges of this rank, one stage after the other."""
         *others, last = self._lane_ranks
         if self.rank == last:
-            ends = [Edge("the token", tokens, peer, self._errors) for peer in others]
-            self._tokens_out = [self._outbox(end) for end in ends]
-            for end in ends:
+            self._token_ends = [Edge("the token", tokens, peer, self._errors) for peer in others]
+            for end in self._token_ends:
                 end.warm_up(probe, sends=True)
         else:
             end = Edge("the token", tokens, last, self._errors)
@@ -301,17 +322,8 @@ class Transport:
             end.warm_up(probe, sends=False)
         if self.rank != last:
             end = Edge("a hand-off", edges[self.stage], self._lane_ranks[self.stage + 1], self._errors)
-            self.hand_offs_out = self._outbox(end)
+            self._hand_off_ends = [end]
             end.warm_up(probe, sends=True)
-        self._outboxes += [*self._tokens_out, *([self.hand_offs_out] if self.rank != last else [])]
-
-    def _outbox(self, end: Edge) -> Outbox:
-        return DelayedOutbox(end, self._delay_s) if self._delay_s > 0 else Outbox(end)
-
-    def _cross(self) -> None:
-        """Spend the latency of a collective."""
-        if self._delay_s > 0:
-            wait_until(time.perf_counter() + self._delay_s)
 
     @contextmanager
     def _errors(self, when: str, peer: int | None = None) -> Iterator[None]:
