@@ -7,7 +7,7 @@ are random: the time of a step does not depend on them.
 
 examples:
   deepspeed --num_accelerators 2 benchmarks/decode.py --json benchmarks/results/decode.json --timeline runs/decode.png
-  deepspeed --num_accelerators 2 benchmarks/decode.py --sweep contexts=64,256,1024 delays_ms=0,2,5,10
+  deepspeed --num_accelerators 2 benchmarks/decode.py --sweep contexts=64,256,1024 stagger=0,1,2
   deepspeed --num_accelerators 2 benchmarks/decode.py --rivals all --rounds 16 --json benchmarks/results/rivals.json
   deepspeed --num_accelerators 2 benchmarks/decode.py --rivals llama.cpp,openvino --rival-precisions fp32,int8
   deepspeed --num_accelerators 2 benchmarks/decode.py --rivals llama.cpp,openvino,ctranslate2 --rival-precisions fp32 \

@@ -90,13 +90,12 @@ class EngineContestant:
 
     Args:
         options: grid, head layout, slots.
-        delay_s: artificial delay of hand-offs.
         recorder: gets the spans of all runs.
         lap: called at the end of each phase. Steps then run eagerly, because a graph calls it only at its capture.
     """
 
     def __init__(
-        self, site: DecodeSite, model: ModelConfig, options: EngineOptions, *, delay_s: float = 0.0,
+        self, site: DecodeSite, model: ModelConfig, options: EngineOptions, *,
         recorder: SpanRecorder | None = None, lap: Lap | None = None,
     ):  # fmt: skip
         self._before, self.grown_bytes = site.held_bytes(), 0
@@ -106,7 +105,7 @@ class EngineContestant:
             options = replace(options, graphs=True)  # as without a recorder
         self.site, self.model, self.options = site, model, options
         self.plan = plan_decoding(model, options, site.size)
-        self.transport = site.transport(options.tensor_parallel_size, delay_s, combined=model.combine_sections)
+        self.transport = site.transport(options.tensor_parallel_size, combined=model.combine_sections)
         self.stage = build_stage(
             self.plan, random_reader(SEED, site.device), site.device, self.transport, recorder=recorder, lap=lap
         )

@@ -35,25 +35,23 @@ class DecodeSite:
         self.device, self.threads, self._timeout_s, self._host = device, threads, timeout_s, None
         self.rank, self.size = (0, 1) if transport is None else (transport.rank, transport.grid.world_size)
         self.stage = 0 if transport is None else transport.stage
-        self._transports = {} if transport is None else {(1, 0.0, transport.combined): transport}
+        self._transports = {} if transport is None else {(1, transport.combined): transport}
         if transport is not None:
             self._host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._others = OtherPrograms(lambda seconds: sum(self.gather(seconds)))
 
-    def transport(self, tensor: int = 1, delay_s: float = 0.0, *, combined: bool = False) -> Transport | None:
+    def transport(self, tensor: int = 1, *, combined: bool = False) -> Transport | None:
         """Communicators of the grid with this tensor axis; made once, by all ranks together.
 
         Args:
-            delay_s: artificial delay of hand-offs.
             combined: section outputs are summed over the stages.
         """
         if self.size == 1:
             return None
-        key = (tensor, delay_s, combined)
+        key = (tensor, combined)
         if key not in self._transports:
             grid = Grid(self.size // tensor, 1, tensor)
-            made = Transport(grid, self.device, self._timeout_s, combined=combined, hand_off_delay_s=delay_s)
-            self._transports[key] = made
+            self._transports[key] = Transport(grid, self.device, self._timeout_s, combined=combined)
         return self._transports[key]
 
     def close(self) -> None:

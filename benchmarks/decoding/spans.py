@@ -1,6 +1,5 @@
 """Where the time of a step goes, stage by stage: sums over the spans of runs with a recorder."""
 
-import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -114,18 +113,6 @@ def milliseconds_per_step(stretch: Stretch) -> dict[str, float]:
     return {"step": step_ms, **sums, "between_instructions": step_ms - covered_ns(inside) / 1e6 / stretch.steps}
 
 
-def hand_off_slack_s(sender: Stretch, receiver: Stretch, lag: int) -> float:
-    """Median time between a hand-off's departure and the moment when its receiver would wait for it.
-
-    Args:
-        sender: of the previous stage; the clocks of both agree.
-        lag: steps between sending and needing.
-    """
-    left = {span.step: span.begin_ns for span in sender.spans if span.name == "send hand-off"}
-    needed = {span.step: span.begin_ns for span in receiver.spans if span.name == "wait for memory"}
-    return statistics.median((needed[step + lag] - begin) / 1e9 for step, begin in left.items() if step + lag in needed)
-
-
 @dataclass(frozen=True)
 class Instrumented:
     """Recorded steps of one contestant.
@@ -145,10 +132,6 @@ class Instrumented:
     trace: list[str]
     layers: tuple[int, ...]
     lag: int
-
-    def slacks_s(self) -> list[float]:
-        """How late a hand-off may arrive without a wait, of each edge from the first stage on."""
-        return [hand_off_slack_s(above, below, self.lag) for above, below in itertools.pairwise(self.stretches)]
 
 
 def instrument(site: DecodeSite, build: Callable[..., EngineContestant], load: Load, repeats: int) -> Instrumented:

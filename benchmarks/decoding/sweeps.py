@@ -1,7 +1,5 @@
-"""One thing changed at a time around the best split: context, batch, window, lag, sections, hand-off delay."""
+"""One thing changed at a time around the best split: context, batch, window, lag, sections."""
 
-import itertools
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,25 +8,22 @@ from typing import Any
 from benchmarks.decoding.contestants import EngineContestant, Load, alternate
 from benchmarks.decoding.measurement import Measurement
 from benchmarks.decoding.rivals.rival import RivalContestant
-from benchmarks.decoding.shapes import Split, balanced_split, baseline, even_split, split_name
-from benchmarks.decoding.spans import instrument
+from benchmarks.decoding.shapes import balanced_split, baseline, split_name
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import ConfigError
 
-SLACK_RUNS = 3
 KEPT = ("name", "split", "ms_per_token", "ms_per_token_p90", "tokens_per_s", "bound_ms", "efficiency", "tokens_equal")
 """What the row of a sweep reports of a contestant."""
-AXES = ("contexts", "batches", "windows", "stagger", "sections", "delays_ms")
-DEFAULT_AXES: Mapping[str, tuple[float | None, ...]] = {
+AXES = ("contexts", "batches", "windows", "stagger", "sections")
+DEFAULT_AXES: Mapping[str, tuple[int | None, ...]] = {
     "contexts": (64, 256, 1024),
     "batches": (1, 4),
     "windows": (None, 128),
     "stagger": (0, 1, 2),
-    "delays_ms": (0, 2, 5, 10, 20),
 }
 
 
-def parse_axis(text: str) -> tuple[str, tuple[float | None, ...]]:
+def parse_axis(text: str) -> tuple[str, tuple[int | None, ...]]:
     """`contexts=64,256` as its name and values; `none` is None.
 
     Raises:
@@ -40,32 +35,16 @@ def parse_axis(text: str) -> tuple[str, tuple[float | None, ...]]:
     try:
         return name, tuple(_value(name, each) for each in values.split(","))
     except ValueError:
-        kind = "numbers" if name == "delays_ms" else "integers"
-        raise ConfigError(f"--sweep {text!r}: give {kind} separated by commas, such as {name}=1,2") from None
+        raise ConfigError(f"--sweep {text!r}: give integers separated by commas, such as {name}=1,2") from None
 
 
-def _value(axis: str, text: str) -> float | None:
+def _value(axis: str, text: str) -> int | None:
     if axis == "windows" and text == "none":
         return None
-    value = float(text) if axis == "delays_ms" else int(text)
-    if value < (0 if axis in ("delays_ms", "stagger") else 1):
+    value = int(text)
+    if value < (0 if axis == "stagger" else 1):
         raise ValueError(f"{value} is too small")
     return value
-
-
-def predicted_step_s(step_s: float, slacks_s: Sequence[float], delay_s: float, lag: int) -> float:
-    """Mean step if every hand-off is delayed: constant until the slack is used up.
-
-    What is sent in step i delays step i + lag; over k edges down to the last stage, whose token begins step
-    i + k lag + 1. So k lag + 1 steps share what is late on k edges, and the slowest such way sets the pace.
-
-    Args:
-        step_s: without delay.
-        slacks_s: of the hand-off of each edge, first to last stage, without delay. A negative one counts as none: the
-            prediction is then too slow where it is the stage before that sets the pace, not the wait.
-    """
-    late_s = list(itertools.accumulate(delay_s - max(0.0, slack_s) for slack_s in reversed(slacks_s)))
-    return step_s + max(0.0, *(late / (edges * lag + 1) for edges, late in enumerate(late_s, start=1)))
 
 
 class Sweeps:
@@ -81,7 +60,7 @@ class Sweeps:
         results: dict[str, list[dict[str, Any]]] = {}
         for axis, values in axes.items():
             tell(f"sweep over {axis}")
-            results[axis] = self._delays(values) if axis == "delays_ms" else self._axis(axis, values)
+            results[axis] = self._axis(axis, values)
         return results
 
     def _axis(self, axis: str, values: Sequence[Any]) -> list[dict[str, Any]]:
@@ -132,51 +111,6 @@ class Sweeps:
         load = replace(self._load, **({loads[axis]: value} if axis in loads else {}))
         return load, model
 
-    def _delays(self, delays_ms: Sequence[float]) -> list[dict[str, Any]]:
-        """Step time over the delay of hand-offs, and what the slack predicts.
-
-        With lag 1 and 2; of the best split, and of the even one, whose last stage leaves hand-offs more slack.
-        The slack is of recorded runs before the timed ones: `slack_run_ms` is the length of their steps. Where that
-        or the undelayed `ms_per_token` is off, so is the prediction; with lag L the slack includes L complete steps.
-        """
-        splits = dict.fromkeys((self._split, even_split(sum(self._split), len(self._split))))
-        rows = []
-        for split in [next(iter(splits))] if self._settings.model.share_section_weights else splits:
-            for lag in (1, 2):
-                rows += self._delays_of(split, lag, tuple(dict.fromkeys((0.0, *delays_ms))))
-        return rows
-
-    def _delays_of(self, split: Split, lag: int, delays_ms: Sequence[float]) -> list[dict[str, Any]]:
-        site, load = self._measurement.site, self._load
-        model = self._settings.staggered(split, stagger=lag)
-        engines = {
-            delay_ms: (self._measurement.engine(model, load, self._head, delay_s=delay_ms / 1e3), load)
-            for delay_ms in delays_ms
-        }
-        build = partial(self._measurement.engine, model, load, self._head)
-        recorded = instrument(site, build, load, SLACK_RUNS)
-        slacks_s = recorded.slacks_s()
-        readings = self._alternate(engines)
-        if site.rank:
-            return []
-        # Means: where hand-offs are late, steps that wait and steps that do not take turns.
-        step_s = {
-            delay_ms: statistics.median(statistics.fmean(served.step_s) for served in of_rounds)
-            for delay_ms, of_rounds in readings.items()
-        }
-        return [
-            {
-                "delays_ms": delay_ms,
-                "stagger": lag,
-                "split": split_name(split),
-                "ms_per_token": 1e3 * step_s[delay_ms],
-                "predicted_ms": 1e3 * predicted_step_s(step_s[0.0], slacks_s, delay_ms / 1e3, lag),
-                "slack_ms": 1e3 * min(slacks_s),
-                "slack_run_ms": 1e3 * recorded.stretches[0].step_s,
-            }
-            for delay_ms in delays_ms
-        ]
-
     def _alternate(self, engines: Mapping[Any, tuple[Callable[[Load], Any], Load]]) -> dict[Any, list[Any]]:
         runs = {key: partial(engine, load) for key, (engine, load) in engines.items()}
         alternate(runs, 1)
@@ -195,8 +129,6 @@ def check_axes(axes: Mapping[str, Sequence[Any]], processes: int, num_layers: in
     Raises:
         ConfigError: which one, and why.
     """
-    if "delays_ms" in axes and processes == 1:
-        raise ConfigError("--sweep delays_ms needs hand-offs between processes; start at least two")
     for sections in axes.get("sections", ()):
         if sections % processes or sections > num_layers:
             raise ConfigError(

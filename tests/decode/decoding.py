@@ -116,10 +116,10 @@ class World:
         """Communicators of a case; None in a world of one."""
         if self.size == 1:
             return None
-        key = plan.grid.tensor, plan.topology.combined, plan.options.hand_off_delay_s
+        key = plan.grid.tensor, plan.topology.combined, plan.options.link_delay_s
         if key not in self._transports:
             _, combined, delay_s = key
-            self._transports[key] = Transport(plan.grid, "cpu", GUARD_S, combined=combined, hand_off_delay_s=delay_s)
+            self._transports[key] = Transport(plan.grid, "cpu", GUARD_S, combined=combined, link_delay_s=delay_s)
         return self._transports[key]
 
     def stage(self, case: Case, progress: CaptureProgress | None = None) -> tuple[Stage, Transport | None]:

@@ -140,9 +140,9 @@ def test_the_time_of_a_fixed_step_is_in_the_times_of_the_rank() -> None:
     assert stage.executor.spent_s["compute"] > before
 
 
-def test_a_graph_that_would_have_to_delay_hand_offs_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a graph cannot delay hand-offs; give graphs=False"):
-        EngineOptions(graphs=True, hand_off_delay_s=0.01)
+def test_a_graph_that_would_have_to_delay_messages_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a graph cannot delay messages; give graphs=False"):
+        EngineOptions(graphs=True, link_delay_s=0.01)
 
 
 # --- captured ---------------------------------------------------------------------------------------------------

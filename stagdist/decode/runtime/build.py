@@ -61,10 +61,11 @@ class EngineOptions:
         prefix_caching: a prompt reuses the caches of a slot that holds its beginning.
         recurrent: skip section 1 while decoding.
         timeout_s: limit of every wait between ranks.
-        hand_off_delay_s: artificial delay of every hand-off, for measurements.
+        link_delay_s: artificial one-way latency of every message between ranks, for measurements: hand-offs, tokens
+            and control; each collective takes one latency longer.
         want_margins: keep the smallest distance between best and second best token.
         graphs: run every step as one CUDA graph on each rank, on a CPU as a step of the same fixed shape; None: on a
-            GPU, unless hand-offs are delayed: a graph cannot delay them.
+            GPU, unless messages are delayed: a graph cannot delay them.
         kernels: on a GPU, run the layers of these steps and the choice of tokens as Triton kernels; None: if there are
             graphs. On a CPU without graphs, run the layers of steps as compiled C++; None: if there is a compiler. With
             graphs, True and TRITON_INTERPRET=1, run Triton kernels on a CPU, for tests.
@@ -81,7 +82,7 @@ class EngineOptions:
     prefix_caching: bool = True
     recurrent: bool = False
     timeout_s: float = 600.0
-    hand_off_delay_s: float = 0.0
+    link_delay_s: float = 0.0
     want_margins: bool = False
     graphs: bool | None = None
     kernels: bool | None = None
@@ -104,8 +105,10 @@ class EngineOptions:
             raise ConfigError(
                 f"timeout_s (--timeout) is {self.timeout_s}; give seconds above 0, at most {LONGEST_TIMEOUT_S:.0f}"
             )
-        if self.graphs and self.hand_off_delay_s > 0:
-            raise ConfigError("a graph cannot delay hand-offs; give graphs=False, or no hand_off_delay_s")
+        if not 0 <= self.link_delay_s < self.timeout_s:
+            raise ConfigError(f"link_delay_s is {self.link_delay_s}; give seconds from 0 to below --timeout")
+        if self.graphs and self.link_delay_s > 0:
+            raise ConfigError("a graph cannot delay messages; give graphs=False, or no link_delay_s")
         if self.precision is not None and self.precision not in DTYPES:
             raise ConfigError(f"precision is {self.precision!r}; give one of {', '.join(DTYPES)}")
         check_weight_format(self.weights, None if self.precision is None else DTYPES[self.precision])
@@ -173,7 +176,7 @@ def joined_world(plan: DecodePlan, device: str) -> Iterator[Transport | None]:
         device,
         options.timeout_s,
         combined=plan.topology.combined,
-        hand_off_delay_s=options.hand_off_delay_s,
+        link_delay_s=options.link_delay_s,
     )
     yield transport
     transport.close()
@@ -210,7 +213,7 @@ def build_stage(
     options = plan.options
     graphs = options.graphs
     if graphs is None:
-        graphs = on_cuda(device) and recorder is None and lap is None and options.hand_off_delay_s == 0
+        graphs = on_cuda(device) and recorder is None and lap is None and options.link_delay_s == 0
     kernels = use_kernels(options, device, graphs)
     native = not graphs and use_native(options, device)
     where = Device(device, DTYPES[options.precision or default_precision(device)], by_rows=native)

@@ -18,10 +18,8 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +41,7 @@ from stagdist.parallel.link import (
     rules_of,
 )
 from stagdist.parallel.lost_peer_phrases import short_reason
+from stagdist.parallel.slow_link import DelayedOutbox, wait_until
 
 TOKEN: Key = ("token", 0)
 """Key of all published messages: at most one is in flight."""
@@ -55,23 +54,6 @@ class Closable(Protocol):
         """Release what was captured."""
 
 
-class _DelayedOutbox(Outbox):
-    """Sends from a separate thread after a delay, to measure how much of a slow link is hidden."""
-
-    def __init__(self, edge: Edge, delay_s: float):
-        super().__init__(edge)
-        self._delay_s = delay_s
-        self._sender = ThreadPoolExecutor(1, "delayed hand-offs")
-
-    def _start(self, tensor: Tensor) -> Any:
-        sent = self._sender.submit(self._send_at, time.perf_counter() + self._delay_s, tensor)
-        return SimpleNamespace(wait=sent.result)
-
-    def _send_at(self, due_s: float, tensor: Tensor) -> None:
-        time.sleep(max(0.0, due_s - time.perf_counter()))
-        dist.send(tensor, self._edge.peer, group=self._edge.group)
-
-
 class Transport:
     """All communicators of this rank.
 
@@ -80,7 +62,7 @@ class Transport:
         device: device of the tensors.
         timeout_s: limit of every wait.
         combined: section outputs are summed over the stages.
-        hand_off_delay_s: artificial delay of every hand-off of a step.
+        link_delay_s: artificial one-way latency of every message between ranks; a collective takes one longer.
         rules: of the backend; None selects those of the device's backend.
 
     Attributes:
@@ -101,7 +83,7 @@ class Transport:
         timeout_s: float,
         *,
         combined: bool = False,
-        hand_off_delay_s: float = 0.0,
+        link_delay_s: float = 0.0,
         rules: Rules | None = None,
     ):
         if dist.get_world_size() != grid.world_size or grid.data != 1:
@@ -116,7 +98,8 @@ class Transport:
         self.hand_offs_in: Inbox
         self.hand_offs_out: Outbox
         self.tokens_in: Inbox
-        self._tokens_out: list[Outbox] = []
+        self._token_ends: list[Edge] = []
+        self._hand_off_ends: list[Edge] = []  # one, but none on the last stage
         self._outboxes: list[Outbox] = []
         self._lane: dist.ProcessGroup | None = None
         self._tensor: dist.ProcessGroup | None = None
@@ -128,10 +111,36 @@ class Transport:
                 # Rank 0 waits for the device; the others wait for its control messages.
                 self._watch = PeerWatch(range(1, grid.world_size) if self.rank == 0 else [0], timeout_s)
             self._waits = DeviceWaits(self.rules, device, timeout_s, self._errors, self._watch)
-            self._make_groups(combined, hand_off_delay_s)
+            self._make_groups(combined)
+            self.delay_links(link_delay_s)
+
+    def delay_links(self, latency_s: float) -> None:
+        """Let everything between ranks take this much longer, one way, from now on.
+
+        All ranks call it while nothing is in flight, as after a rest. With 0 messages take their plain way.
+        """
+        self.finish_sends()
+        self._delay_s = latency_s
+        self._tokens_out = [self._outbox(end) for end in self._token_ends]
+        self._control_out: list[Outbox] = []
+        if self.rank == 0 and latency_s > 0:
+            peers = range(1, self.grid.world_size)
+            self._control_out = [self._outbox(Edge("control", self._host, peer, self._errors)) for peer in peers]
+        hand_offs_out = [self._outbox(end) for end in self._hand_off_ends]
+        if hand_offs_out:
+            (self.hand_offs_out,) = hand_offs_out
+        self._outboxes = [*self._tokens_out, *hand_offs_out, *self._control_out]
+
+    def _outbox(self, end: Edge) -> Outbox:
+        return DelayedOutbox(end, self._delay_s) if self._delay_s > 0 else Outbox(end)
+
+    def _cross(self) -> None:
+        """Spend the latency of a collective."""
+        if self._delay_s > 0:
+            wait_until(time.perf_counter() + self._delay_s)
 
     def finish_sends(self) -> None:
-        """Wait until all hand-offs and tokens are sent; raise their errors."""
+        """Wait until all hand-offs and tokens, and delayed control messages, are sent; raise their errors."""
         for outbox in self._outboxes:
             outbox.finish()
 
@@ -142,6 +151,7 @@ class Transport:
         assert self._lane is not None, "the transport was created with combined=False"
         tensor = tensor.contiguous()
         with self._errors("while section outputs were combined"):
+            self._cross()
             if root is None:
                 dist.all_reduce(tensor, group=self._lane)
             else:
@@ -189,6 +199,7 @@ class Transport:
             return tensor[None]
         gathered = tensor.new_empty(size * len(tensor), *tensor.shape[1:])
         with self._errors("while candidates were gathered"):
+            self._cross()
             getattr(dist, ALL_GATHER)(gathered, tensor.contiguous(), group=group)
         return gathered.unflatten(0, (size, -1))
 
@@ -199,6 +210,7 @@ class Transport:
 
         def reduce(partial: Tensor) -> Tensor:
             with self._errors("while tensor ranks added their parts"):
+                self._cross()
                 dist.all_reduce(partial, group=self._tensor)
             return partial
 
@@ -215,6 +227,11 @@ class Transport:
         parts = [message]
         if payload:
             parts.append(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        for outbox in self._control_out:
+            outbox.send(*parts, in_flight=0)
+        if self._control_out:
+            self._control.append((0, [], parts))  # what is on a slow link is not waited for
+            return
         peers = range(1, self.grid.world_size) if self.rank == 0 else [0]
         transfer = dist.isend if self.rank == 0 else dist.irecv
         for peer in peers:
@@ -236,6 +253,7 @@ class Transport:
         """Give all ranks the tensors of all ranks, in host memory. Shapes: [n] -> [ranks, n]."""
         gathered = own.new_empty(self.grid.world_size * len(own))
         with self._errors("while all ranks reported"):
+            self._cross()
             getattr(dist, ALL_GATHER)(gathered, own, group=self._host)
         return gathered.unflatten(0, (self.grid.world_size, -1))
 
@@ -257,7 +275,7 @@ class Transport:
         if self._watch is not None:
             self._watch.close(self._timeout_s)
 
-    def _make_groups(self, combined: bool, delay_s: float) -> None:
+    def _make_groups(self, combined: bool) -> None:
         """Create every communicator, then use each: the first use connects and blocks."""
         probe = torch.zeros(1, device=self._device)
         collectives: list[dist.ProcessGroup | None] = [dist.group.WORLD]
@@ -285,17 +303,14 @@ class Transport:
             dist.reduce(probe, self._lane_ranks[-1], group=self._lane)
         dist.all_reduce(torch.zeros(1), group=self._host)
         if own is not None:
-            self._open_edges(*own, delay_s, probe)
+            self._open_edges(*own, probe)
 
-    def _open_edges(
-        self, tokens: dist.ProcessGroup, edges: list[dist.ProcessGroup], delay_s: float, probe: Tensor
-    ) -> None:
+    def _open_edges(self, tokens: dist.ProcessGroup, edges: list[dist.ProcessGroup], probe: Tensor) -> None:
         """Open the edges of this rank, one stage after the other."""
         *others, last = self._lane_ranks
         if self.rank == last:
-            ends = [Edge("the token", tokens, peer, self._errors) for peer in others]
-            self._tokens_out = [Outbox(end) for end in ends]
-            for end in ends:
+            self._token_ends = [Edge("the token", tokens, peer, self._errors) for peer in others]
+            for end in self._token_ends:
                 end.warm_up(probe, sends=True)
         else:
             end = Edge("the token", tokens, last, self._errors)
@@ -307,9 +322,8 @@ class Transport:
             end.warm_up(probe, sends=False)
         if self.rank != last:
             end = Edge("a hand-off", edges[self.stage], self._lane_ranks[self.stage + 1], self._errors)
-            self.hand_offs_out = _DelayedOutbox(end, delay_s) if delay_s > 0 else Outbox(end)
+            self._hand_off_ends = [end]
             end.warm_up(probe, sends=True)
-        self._outboxes = [*self._tokens_out, *([self.hand_offs_out] if self.rank != last else [])]
 
     @contextmanager
     def _errors(self, when: str, peer: int | None = None) -> Iterator[None]:

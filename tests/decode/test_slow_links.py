@@ -1,4 +1,4 @@
-"""A slow link makes steps longer, never wrong: hand-offs that come several steps late are waited for."""
+"""A slow link makes steps longer, never wrong: messages that come several steps late are waited for."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def cases() -> list[Case]:
         Request(str(length), prompt(length), SamplingParams(max_new_tokens=9, temperature=0.0)) for length in (1, 11)
     ]
     return [
-        Case(name, keys, requests, EngineOptions(precision="fp64", chunk_size=5, hand_off_delay_s=delay_s))
+        Case(name, keys, requests, EngineOptions(precision="fp64", chunk_size=5, link_delay_s=delay_s))
         for name, keys in VARIANTS.items()
         for delay_s in (0.0, DELAY_S)
     ]
@@ -47,28 +47,28 @@ def ran() -> list[list[Ran]]:
 
 
 @pytest.mark.parametrize(("number", "case"), list(enumerate(cases())))
-def test_tokens_stay_exact_however_late_the_hand_offs_are(ran: list[list[Ran]], number: int, case: Case) -> None:
+def test_tokens_stay_exact_however_late_the_messages_are(ran: list[list[Ran]], number: int, case: Case) -> None:
     compared = compare(case, [results[number] for results in ran])
     assert compared.wrong_tokens == 0 and compared.difference < 1e-9 and compared.tokens == 18
 
 
 @pytest.mark.parametrize(("number", "case"), list(enumerate(cases())))
-def test_a_delay_is_shared_by_the_steps_of_the_lag(ran: list[list[Ran]], number: int, case: Case) -> None:
-    """A token comes back to stage 0 once in every lag + 1 steps; less time than that cannot pass."""
+def test_a_latency_is_shared_by_the_steps_of_the_lag(ran: list[list[Ran]], number: int, case: Case) -> None:
+    """A hand-off goes and its token comes back once in every lag + 1 steps; less time than that cannot pass."""
     lag = case.keys.get("stagger", 1) if case.keys.get("connection") is None else 0
     done = ran[0][number]
     # Each request ends with a partial round at most, and its first `lag` steps need no hand-off of a step.
     rounds = 2 * ((8 - lag) // (lag + 1))
     assert done.steps == 16
-    assert done.seconds >= rounds * case.options.hand_off_delay_s
-    if case.options.hand_off_delay_s == 0:
+    assert done.seconds >= rounds * 2 * case.options.link_delay_s
+    if case.options.link_delay_s == 0:
         assert done.seconds < 16 * DELAY_S, "steps are so slow here that the delay says nothing"
 
 
 def send_to_a_silent_rank(timeout_s: float) -> str:
     """What rank 0 hears of a delayed hand-off that rank 1 never asks for."""
     dist.init_process_group("gloo")
-    transport, store = Transport(Grid(2, 1, 1), "cpu", timeout_s, hand_off_delay_s=0.05), _get_default_store()
+    transport, store = Transport(Grid(2, 1, 1), "cpu", timeout_s, link_delay_s=0.05), _get_default_store()
     if transport.rank:
         store.wait(["heard"])  # there, but silent
         return ""
@@ -83,5 +83,5 @@ def send_to_a_silent_rank(timeout_s: float) -> str:
 
 
 def test_a_delayed_hand_off_that_cannot_leave_is_an_error_and_no_endless_wait() -> None:
-    heard = run_ranks("tests.decode.test_hand_off_delay:send_to_a_silent_rank", 2, 1.0)[0]
+    heard = run_ranks("tests.decode.test_slow_links:send_to_a_silent_rank", 2, 1.0)[0]
     assert heard.startswith("stage 0 (rank 0) lost stage 1 (rank 1) in step 0 while a hand-off was in flight"), heard
