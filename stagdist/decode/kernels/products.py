@@ -19,7 +19,7 @@ ENOUGH_PROGRAMS = 512
 """About four for each multiprocessor of a large GPU: with fewer, too few bytes are on their way."""
 WARP = 32
 LOAD_BYTES = 16
-"""Bytes that one thread loads at a time."""
+"""Bytes that one thread loads at a time, at most."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Tile:
 
     Attributes:
         block_n: rows of the weight, a power of two.
-        lanes: loads of `LOAD_BYTES` next to each other in each of these rows, a power of two.
+        lanes: loads next to each other in each of these rows, a power of two.
         num_warps: warps of a program.
         unroll: iterations over the weight's columns that are written out, so that their loads are under way together.
     """
@@ -39,9 +39,14 @@ class Tile:
     unroll: int
 
 
+def vector_size(rows: int, element_bytes: int) -> int:
+    """Return how many values of a weight one thread loads at a time. With many rows, 16 need too many registers."""
+    return LOAD_BYTES // max(element_bytes, 1 if rows <= FEW_ROWS // 2 else 2)
+
+
 def choose_tile(rows: int, columns: int, width: int, element_bytes: int, *, gated: bool = False) -> Tile:
     """Return the tile for `rows` rows and a weight [columns, width], or two of them if `gated`."""
-    loads = -(-width // (LOAD_BYTES // element_bytes))  # of one row of the weight
+    loads = -(-width // vector_size(rows, element_bytes))  # of one row of the weight
     num_warps = next((warps for warps in (4, 2) if loads % (warps * WARP) == 0), 4)
     block_n = 16 // num_warps if rows <= FEW_ROWS // 2 else 8 // num_warps  # more rows need more registers
     block_n //= 1 + gated
@@ -139,7 +144,7 @@ def _product(
     assert rows <= FEW_ROWS and x.stride(1) == out.stride(1) == 1 and weight.shape[1] == width
     values, scales = (weight.values, weight.scales) if isinstance(weight, Int8Matrix) else (weight, None)
     tile = tile or choose_tile(rows, columns, width, values.element_size(), gated=gated)
-    vector = LOAD_BYTES // values.element_size()
+    vector = vector_size(rows, values.element_size())
     product_kernel[(triton.cdiv(columns, tile.block_n),)](
         x, values, scales, gain, null, null_rows, residual, out,
         rows, columns, width, x.stride(0), *values.stride(), 0 if residual is None else residual.stride(0),

@@ -25,6 +25,7 @@ SHAPES = {
     "many rows": Shape({"num_attention_heads": 1}, (0, 1, 2, 3, 4, 5, 6, -1, 8), repeats=2),
     "a sum over ranks, fp32": Shape({"num_attention_heads": 2, "num_key_value_heads": 1}, (7,), "fp32", doubled=True),
     "int8, grouped queries, window": Shape(GROUPED, (0, 38), weights="int8"),
+    "int8, rows of two sections": Shape({"num_attention_heads": 1}, (22, -1, 3), repeats=2, weights="int8"),
     "int8, bf16, a sum over ranks": Shape({"num_attention_heads": 2}, (7,), "bf16", doubled=True, weights="int8"),
     "int8, many rows": Shape({"num_attention_heads": 1}, (1, 2, 3, 4, 5, 6, 7, -1, 8), "fp32", weights="int8"),
 }
