@@ -7,7 +7,7 @@ from stagdist.decode.topology import Limits
 SMALLEST_CHUNK = 16
 """Positions; chunks are multiples of it."""
 
-_FIRST_PART = 64
+_FIRST_PART = 96
 _SHARE = 8
 """A tapering chunk has so many positions and one in so many of those that remain."""
 _SMALLEST_END = 32  # positions; fewer join the chunk before
@@ -28,7 +28,7 @@ def tapering_chunk(remaining: int, most: int) -> int:
         most: positions of a chunk, at most.
     """
     size = (_FIRST_PART + remaining // _SHARE) // SMALLEST_CHUNK * SMALLEST_CHUNK
-    return min(most, remaining if remaining - size < _SMALLEST_END else size)
+    return remaining if remaining <= most and remaining - size < _SMALLEST_END else min(most, size)
 
 
 class ChunkSizer:

@@ -108,9 +108,8 @@ def test_chunks_of_a_prompt_alone_become_smaller_and_none_is_tiny(length: int, m
     assert sum(sizes) == length and max(sizes) <= most
     assert all(size == most or size % 16 == 0 for size in sizes[:-1])
     assert sizes[:-1] == sorted(sizes[:-1], reverse=True)
-    assert all(size >= min(most, 32) for size in sizes[:-1]) and (
-        sizes[-1] >= min(most, 32) or most <= 64 or length < 32
-    )
+    assert min(sizes[:-1], default=most) >= min(most, 96)
+    assert sizes[-1] >= 16 or most < 128 or length < 16
 
 
 def test_the_last_stage_has_little_to_do_after_the_first_one_and_is_never_behind() -> None:

@@ -88,13 +88,13 @@ def test_chunks_become_smaller_where_a_prompt_has_several_stages_to_itself() -> 
     for driver in (one, two):
         driver.add("alone", prompt, 200)
         driver.run(5)
-    assert sizes(one.controls) == [128, 122] and sizes(two.controls) == [80, 80, 90]
+    assert sizes(one.controls) == [128, 122] and sizes(two.controls) == [112, 112, 26]
     two.add("beside steps", prompt, 1)
     assert sizes(two.run(3)) == [128, 122]
     pair = Driver(2, slots=2, chunk_size=128, prefix_caching=False)
     for name in ("one", "other"):
         pair.add(name, prompt, 1)
-    assert chunks(pair.run(8))[:4] == [(0, 0, 128), (0, 128, 250), (1, 0, 80), (1, 80, 160)], (
+    assert chunks(pair.run(8))[:4] == [(0, 0, 128), (0, 128, 250), (1, 0, 112), (1, 112, 224)], (
         "the second one fills the stages"
     )
 
