@@ -15,8 +15,7 @@ examples:
 
 Rivals (`pip install -e .[rivals]`) decode the weights of the sequential baseline on rank 0, with as many threads as all
 processes of its host have together, in the rounds of our own contestants. Their first tokens are compared with those of
-the baseline in fp32; a rival in fp32 that chooses others is refused, unless the two best logits are closer than 1e-3
-(beyond 256 positions in proportion more).
+the baseline in fp32; a rival in fp32 that chooses others is refused, unless the two best are closer than 1e-3.
 """
 
 import argparse
