@@ -237,12 +237,12 @@ class Measurement:
         return (served[0] if options == exact else EngineContestant(self.site, plain, exact)(load)).token_ids
 
     def rival_row(
-        self, name: str, served: Sequence[Served], load: Load, reference: tuple[int, ...] | None
+        self, name: str, served: Sequence[Served], load: Load, reference: tuple[int, ...] | None, **keys: bool
     ) -> dict[str, Any]:
         """Results of a rival, with its bytes and bounds; tokens are compared where there is a reference."""
         assert self.rivals is not None
         found = row(name, served, load.batch, self.rivals.facts(name, load, self.together))
-        return found if reference is None else found | self.rivals.same_tokens(name, load, served[0], reference)
+        return found if reference is None else found | self.rivals.same_tokens(name, load, served[0], reference, **keys)
 
     def _alternate(self, runs: dict[str, Callable[[], Any]], what: str) -> dict[str, list[Any]]:
         """One round to warm up, then those that count."""

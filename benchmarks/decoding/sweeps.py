@@ -12,7 +12,17 @@ from benchmarks.decoding.shapes import balanced_split, baseline, split_name
 from stagdist.config.parts import ModelConfig
 from stagdist.errors import ConfigError
 
-KEPT = ("name", "split", "ms_per_token", "ms_per_token_p90", "tokens_per_s", "bound_ms", "efficiency", "tokens_equal")
+KEPT = (
+    "name",
+    "split",
+    "ms_per_token",
+    "ms_per_token_p90",
+    "tokens_per_s",
+    "bound_ms",
+    "efficiency",
+    "tokens_equal",
+    "margin_at_first_difference",
+)
 """What the row of a sweep reports of a contestant."""
 AXES = ("contexts", "batches", "windows", "stagger", "sections")
 DEFAULT_AXES: Mapping[str, tuple[int | None, ...]] = {
@@ -79,12 +89,12 @@ class Sweeps:
             row = self._measurement.row(kind, engine, readings[value, kind], load)
             rows.append({axis: value} | _kept(row))
         for (value, name), (rival, load) in rivals.items():
-            # Without a reference tokens are not compared: those of engines that round are others.
+            # Without a reference tokens are not compared: those of engines that round are others. A long sweep is not
+            # lost for a token, either: the distance of the two best logits is in its row.
             exact = self._settings.options == replace(self._settings.options, precision="fp32")
             reference = readings[value, "sequential"][0].token_ids if exact else None
-            rows.append(
-                {axis: value} | _kept(self._measurement.rival_row(name, readings[value, name], load, reference))
-            )
+            row = self._measurement.rival_row(name, readings[value, name], load, reference, refuse=False)
+            rows.append({axis: value} | _kept(row))
             rival.close()
         return [] if self._measurement.site.rank else sorted(rows, key=lambda row: values.index(row[axis]))
 

@@ -231,6 +231,8 @@ def test_a_rival_in_fp32_must_choose_our_tokens_unless_two_are_close(
     assert chosen.same_tokens("transformers bf16", LOAD, wrong, reference)["tokens_equal"] == 3
     with pytest.raises(StagdistError, match=f"token 3 is {reference[3] + 1} and not {reference[3]}, although"):
         chosen.same_tokens("transformers fp32", LOAD, wrong, reference)
+    found = chosen.same_tokens("transformers fp32", LOAD, wrong, reference, refuse=False)
+    assert found["tokens_equal"] == 3 and found["margin_at_first_difference"] >= lineup.CLOSE_MARGIN
     monkeypatch.setattr(lineup, "CLOSE_MARGIN", 1e9)
     assert chosen.same_tokens("transformers fp32", LOAD, wrong, reference)["margin_at_first_difference"] > 0
     chosen.close()

@@ -13,7 +13,7 @@ SPARE_POSITIONS = 8
 
 
 class LlamaCpp(Rival):
-    """llama.cpp. Its caches are fp32 beside fp32 weights, else fp16, its default."""
+    """llama.cpp. In fp32 caches and attention are fp32 too; else caches are fp16 and attention is its own choice."""
 
     title, packages, kinds = "llama.cpp", ("xllamacpp", "gguf"), ("cpu",)
     weight_bytes = {"fp32": 4.0, "bf16": 2.0, "int8": 34 / 32}
@@ -32,6 +32,8 @@ class LlamaCpp(Rival):
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         kind = xllamacpp.ggml_type
         params.cache_type_k = params.cache_type_v = kind.GGML_TYPE_F32 if precision == "fp32" else kind.GGML_TYPE_F16
+        if precision == "fp32":  # its flash attention rounds: tokens then differ at 2,048 positions
+            params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.n_gpu_layers, params.verbosity = 0, -1
         params.fit_params = params.warmup = params.cache_prompt = params.cache_idle_slots = False
         params.cache_ram_mib = params.n_ctx_checkpoints = 0  # every run computes its prompt again
