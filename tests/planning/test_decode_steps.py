@@ -2,11 +2,12 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from stagdist.config.parts import ModelConfig
-from stagdist.decode.runtime.schedule import Kind
+from stagdist.decode.runtime.schedule import Instruction, Kind
 from stagdist.decode.topology import topology_for
 from stagdist.errors import ConfigError
 from stagdist.planning.decode_steps import (
@@ -96,11 +97,7 @@ def test_without_the_control_message_it_is_the_time_of_the_engines_schedule(coun
         stages = [StageTimes(each.begin_s, each.rest_s) for each in random_stages(count, generator)]
         stages[-1] = replace(stages[-1], after_s=latency_s)
         took = {Kind.BEGIN: [s.begin_s for s in stages], Kind.FINISH: [s.rest_s for s in stages]}
-        took |= {Kind.HEAD: [2.0] * count}
-        pace = Pace(
-            lambda stage, instruction, took=took: took[instruction.kind][stage] if instruction.kind in took else 0.0,
-            hand_off_s=latency_s, token_s=latency_s,
-        )  # fmt: skip
+        pace = Pace(partial(_duration, took | {Kind.HEAD: [2.0] * count}), hand_off_s=latency_s, token_s=latency_s)
         played = run(topology, program(topology, "e ~ " + "s " * 150), pace)
         moments = sorted(played.token_s[0].values())
         cycles = [
@@ -109,6 +106,10 @@ def test_without_the_control_message_it_is_the_time_of_the_engines_schedule(coun
         ]  # fmt: skip
         found, _ = pipeline_step_s(cycles, latency_s)
         assert found == pytest.approx((moments[-1] - moments[-61]) / 60, rel=0.02)
+
+
+def _duration(took: dict[Kind, list[float]], stage: int, instruction: Instruction) -> float:
+    return took[instruction.kind][stage] if instruction.kind in took else 0.0
 
 
 def _pairs(events: tuple[tuple[str, int], ...]) -> list[tuple[tuple[str, int], tuple[str, int]]]:
