@@ -24,8 +24,9 @@ def draw_links(results: Mapping[str, Any], png: str | Path, packets: Mapping[str
     axes = figure.add_subplot()
     names = [curve["name"] for curve in results["curves"]]
     colors = dict(zip(names, COLORS, strict=False))
-    for run, style, note in ((results, "-", ""), (packets, ":", ", delayed packets")):
-        for curve in run["curves"] if run else ():
+    runs = [(results, "-", ""), *([(packets, ":", ", delayed packets")] if packets else [])]
+    for run, style, note in runs:
+        for curve in run["curves"]:
             color, delays = colors[curve["name"]], run["delays_ms"]
             axes.plot(delays, curve["ms_per_token"], style, color=color, marker="o", markersize=4, linewidth=2,
                       label=curve["name"] + note)  # fmt: skip
@@ -38,7 +39,7 @@ def draw_links(results: Mapping[str, Any], png: str | Path, packets: Mapping[str
     axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set(xlabel="one-way latency of the link, milliseconds", ylabel="milliseconds per token")
-    highest = max(max(curve["ms_per_token"]) for run in (results, packets) if run for curve in run["curves"])
+    highest = max(max(curve["ms_per_token"]) for run, _, _ in runs for curve in run["curves"])
     axes.set(xlim=(0, None), ylim=(0.8 * lowest, 1.2 * highest))
     axes.grid(color="#dddddd", linewidth=0.6)
     for side in ("top", "right"):

@@ -11,6 +11,7 @@ example:
 """
 
 import argparse
+import itertools
 import json
 import os
 import struct
@@ -134,7 +135,8 @@ def parse_delays(text: str) -> tuple[float, ...]:
         delays = tuple(float(each) for each in text.split(","))
     except ValueError:
         delays = ()
-    if len(delays) < 2 or delays[0] != 0 or list(delays) != sorted(set(delays)) or delays[-1] == float("inf"):
+    rises = all(before < after for before, after in itertools.pairwise(delays))
+    if len(delays) < 2 or delays[0] != 0 or not rises or delays[-1] == float("inf"):
         raise ConfigError(f"--delays-ms {text!r}: give rising milliseconds from 0 on, such as {DEFAULT_DELAYS}")
     return delays
 

@@ -42,7 +42,7 @@ class DelayedOutbox(Outbox):
         Raises:
             TransportError: the peer of an older send ended or does not respond.
         """
-        on_link = sum(not all(work.done() for work in works) for works, _ in self._pending)
+        on_link = sum(not all(work.is_completed() for work in works) for works, _ in self._pending)
         super().send(*tensors, in_flight=max(in_flight, on_link))
 
     def _start(self, tensor: Tensor) -> Any:
@@ -57,4 +57,4 @@ class _Sent:
     """The handle of a delayed send, with the parts of `dist.Work` that an outbox uses."""
 
     def __init__(self, future: "Future[None]"):
-        self.wait, self.done = future.result, future.done
+        self.wait, self.is_completed = future.result, future.done

@@ -1,5 +1,6 @@
 """A slow link makes steps longer, never wrong: messages that come several steps late are waited for."""
 
+import time
 from typing import Any
 
 import pytest
@@ -7,17 +8,20 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from stagdist.config.parts import ModelConfig
 from stagdist.decode.request import Request, SamplingParams
 from stagdist.decode.runtime.build import EngineOptions
 from stagdist.decode.runtime.transport import Transport
-from stagdist.errors import TransportError
+from stagdist.errors import ConfigError, TransportError
 from stagdist.parallel.grid import Grid
+from stagdist.parallel.slow_link import wait_until
 from tests.decode.comparison import compare
-from tests.decode.decoding import Case, Ran, prompt
+from tests.decode.decoding import Case, Ran, config_of, prompt
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 
+COLLECTIVE_S = 0.01
 DELAY_S = 0.03
 """Many steps of so small a model."""
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -41,9 +45,16 @@ def cases() -> list[Case]:
     ]
 
 
+def tensor_parallel_case() -> Case:
+    """Both ranks share every matrix, and every collective takes a latency longer."""
+    options = EngineOptions(precision="fp64", tensor_parallel_size=2, link_delay_s=COLLECTIVE_S)
+    request = Request("0", prompt(3), SamplingParams(max_new_tokens=5, temperature=0.0))
+    return Case("tensor parallel", {"connection": "sequential"}, [request], options)
+
+
 @pytest.fixture(scope="module")
 def ran() -> list[list[Ran]]:
-    return run_ranks("tests.decode.decoding:run_cases", 2, cases())
+    return run_ranks("tests.decode.decoding:run_cases", 2, [*cases(), tensor_parallel_case()])
 
 
 @pytest.mark.parametrize(("number", "case"), list(enumerate(cases())))
@@ -63,6 +74,33 @@ def test_a_latency_is_shared_by_the_steps_of_the_lag(ran: list[list[Ran]], numbe
     assert done.seconds >= rounds * 2 * case.options.link_delay_s
     if case.options.link_delay_s == 0:
         assert done.seconds < 16 * DELAY_S, "steps are so slow here that the delay says nothing"
+
+
+def test_a_step_with_stagger_waits_for_fewer_latencies_than_one_without(ran: list[list[Ran]]) -> None:
+    late = [done.seconds for done, case in zip(ran[0], cases(), strict=False) if case.options.link_delay_s]
+    of = dict(zip(VARIANTS, late, strict=True))
+    assert of["stagger 1"] < 0.75 * of["stagger 0"] and of["stagger 2"] < 0.75 * of["sequential"]
+
+
+def test_every_collective_of_tensor_parallelism_takes_a_latency(ran: list[list[Ran]]) -> None:
+    case = tensor_parallel_case()
+    compared = compare(case, [results[-1] for results in ran])
+    assert compared.wrong_tokens == 0 and compared.difference < 1e-9
+    layers = ModelConfig(**config_of(case.keys)).num_layers
+    assert ran[0][-1].seconds >= 4 * (2 * layers + 1) * COLLECTIVE_S
+
+
+def test_a_wait_ends_on_time() -> None:
+    for wait_s in (0.0, 0.00005, 0.003):
+        due_s = time.perf_counter() + wait_s
+        wait_until(due_s)
+        assert due_s <= time.perf_counter() < due_s + 1.0
+
+
+def test_links_are_delayed_by_less_than_the_limit_of_waits() -> None:
+    for delay_s in (-0.1, float("nan"), 600.0):
+        with pytest.raises(ConfigError, match="link_delay_s is .*; give seconds from 0"):
+            EngineOptions(link_delay_s=delay_s)
 
 
 def send_to_a_silent_rank(timeout_s: float) -> str:
