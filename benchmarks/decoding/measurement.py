@@ -159,16 +159,7 @@ class Measurement:
         settings, load, (split, head) = self.settings, self.settings.load, self.best
         plain = baseline(settings.model, len(split))
         few = replace(load, steps=max(2, load.steps // FEWER_STEPS))
-        engines = {
-            SEQUENTIAL: self.engine(plain, load),
-            "staggered": self.engine(settings.staggered(split), load, head),
-        }
-        others = () if self._choice is None else [each for each in self._choice.precisions if each != self._precision]
-        engines |= {
-            f"staggered {kind}": self.engine(settings.staggered(split), load, head, kind=kind) for kind in others
-        }
-        if self._fits_tensor_parallelism(plain, few):
-            engines["sequential tensor parallel"] = self.engine(plain, few, tensor=self.site.size)
+        engines = self._engines(plain, few)
         runs: dict[str, Callable[[], Any]] = {
             name: partial(engine, few if engine.options.tensor_parallel_size > 1 else load)
             for name, engine in engines.items()
@@ -199,6 +190,22 @@ class Measurement:
             return {}, rows
         check_same_tokens(readings)
         return ratios(readings) | {"prefill": chunks, "best_split": split_name(split), "best_head": head}, rows
+
+    def _engines(self, plain: ModelConfig, few: Load) -> dict[str, EngineContestant]:
+        """Our own contestants: the best split, also in the precisions of rivals, and the baseline in two ways.
+
+        Args:
+            few: load of tensor parallelism.
+        """
+        load, (split, head) = self.settings.load, self.best
+        model = self.settings.staggered(split)
+        engines = {SEQUENTIAL: self.engine(plain, load), "staggered": self.engine(model, load, head)}
+        for kind in () if self._choice is None else self._choice.precisions:
+            if kind != self._precision:
+                engines[f"staggered {kind}"] = self.engine(model, load, head, kind=kind)
+        if self._fits_tensor_parallelism(plain, few):
+            engines["sequential tensor parallel"] = self.engine(plain, few, tensor=self.site.size)
+        return engines
 
     def row(self, name: str, engine: EngineContestant, served: list[Served], load: Load) -> dict[str, Any]:
         """Results of an engine, with its bytes and bounds. All ranks call it."""
@@ -233,7 +240,7 @@ class Measurement:
     def _reference(self, plain: ModelConfig, load: Load, served: Sequence[Served]) -> tuple[int, ...]:
         """Tokens of the sequential baseline in fp32 with its weights as they are."""
         options = self.settings.options_for(load)
-        exact = replace(options, precision="fp32")
+        exact = replace(options, precision="fp32", weights=None)
         return (served[0] if options == exact else EngineContestant(self.site, plain, exact)(load)).token_ids
 
     def rival_row(

@@ -91,7 +91,7 @@ class Sweeps:
         for (value, name), (rival, load) in rivals.items():
             # Without a reference tokens are not compared: those of engines that round are others. A long sweep is not
             # lost for a token, either: the distance of the two best logits is in its row.
-            exact = self._settings.options == replace(self._settings.options, precision="fp32")
+            exact = self._settings.options == replace(self._settings.options, precision="fp32", weights=None)
             reference = readings[value, "sequential"][0].token_ids if exact else None
             row = self._measurement.rival_row(name, readings[value, name], load, reference, refuse=False)
             rows.append({axis: value} | _kept(row))
