@@ -7,7 +7,7 @@ one latency longer. With --wire the link itself is slow: see `python -m tests.la
 but the steps without latency. Weights are random.
 
 example:
-  deepspeed --num_accelerators 2 benchmarks/slow_links/links.py --json benchmarks/results/links.json --png docs/links.png
+  deepspeed --num_accelerators 2 benchmarks/slow_links/links.py --json links.json --png links.png
 """
 
 import argparse
