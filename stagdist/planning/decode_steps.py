@@ -20,7 +20,7 @@ Event = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class StageTimes:
+class StageWork:
     """Work of one stage in a step, in seconds.
 
     Attributes:
@@ -70,7 +70,7 @@ def section_s(read_bytes: float, bandwidth: float, launches_s: float = 0.0) -> f
 
 
 def pipeline_cycles(
-    stages: Sequence[StageTimes], end_s: float, stagger: int, *, sequential: bool = False
+    stages: Sequence[StageWork], end_s: float, stagger: int, *, sequential: bool = False
 ) -> tuple[Cycle, ...]:
     """All cycles of a pipeline that decodes, with the head on its last stage.
 
@@ -107,7 +107,7 @@ def tensor_parallel_step_s(step_s: float, collectives: int, latency_s: float) ->
     return step_s + collectives * latency_s
 
 
-def _arcs(stages: Sequence[StageTimes], end_s: float, stagger: int, sequential: bool) -> Iterator[_Arc]:
+def _arcs(stages: Sequence[StageWork], end_s: float, stagger: int, sequential: bool) -> Iterator[_Arc]:
     last = len(stages) - 1
     yield _Arc(("output", last), ("token", last), end_s, 0, 0)
     for stage, times in enumerate(stages):

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from benchmarks.decoding.contestants import DROPPED_STEPS
-from benchmarks.decoding.link_curves import Curve, crossing, crossings, flat_until
-from benchmarks.decoding.link_picture import draw_links
-from benchmarks.decoding.links import add_arguments, parse_delays, run, settings_from
 from benchmarks.decoding.spans import Stretch, counted_steps
-from benchmarks.decoding.stage_times import median_times, recorded_times
+from benchmarks.slow_links.link_curves import Curve, crossing, crossings, flat_until
+from benchmarks.slow_links.link_picture import draw_links
+from benchmarks.slow_links.links import add_arguments, parse_delays, run, settings_from
+from benchmarks.slow_links.stage_times import median_times, recorded_times
 from stagdist.errors import ConfigError
 from stagdist.telemetry.spans import Span
 from tests.benchmarks.tiny import write_tiny

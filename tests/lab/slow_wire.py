@@ -2,7 +2,7 @@
 
 Two network namespaces are joined by a pair of TUN devices. This process carries the packets of each to the other, one
 latency late, in order: what `tc netem delay` does, also on kernels without it. The benchmark writes the latency into a
-file that both sides share. The rest of the options are those of `benchmarks/decoding/links.py`.
+file that both sides share. The rest of the options are those of `benchmarks/slow_links/links.py`.
 """
 
 import fcntl
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str]) -> int:
         print("error: network namespaces need root", file=sys.stderr)
         return 2
     with wire() as (made, path):
-        script = str(ROOT / "benchmarks" / "decoding" / "links.py")
+        script = str(ROOT / "benchmarks" / "slow_links" / "links.py")
         ranks = [start_rank(made, rank, [sys.executable, script, "--wire", str(path), *arguments]) for rank in (0, 1)]
         try:
             return max(abs(rank.wait()) for rank in ranks)

@@ -11,7 +11,7 @@ from stagdist.decode.runtime.schedule import Instruction, Kind
 from stagdist.decode.topology import topology_for
 from stagdist.errors import ConfigError
 from stagdist.planning.decode_steps import (
-    StageTimes,
+    StageWork,
     flat_until_s,
     pipeline_cycles,
     pipeline_step_s,
@@ -23,7 +23,7 @@ from tests.decode.simulation import Pace, program, run
 STEPS = 400
 
 
-def play(stages: list[StageTimes], end_s: float, stagger: int, latency_s: float, *, sequential: bool = False) -> float:
+def play(stages: list[StageWork], end_s: float, stagger: int, latency_s: float, *, sequential: bool = False) -> float:
     """Mean time of late steps, with every stage's clock moved on as its instructions say."""
     last = len(stages) - 1
     free = [0.0 for _ in stages]  # when a stage can take up its next step
@@ -52,9 +52,9 @@ def play(stages: list[StageTimes], end_s: float, stagger: int, latency_s: float,
     return (tokens[-1] - tokens[-1 - spanned]) / spanned
 
 
-def random_stages(count: int, generator: random.Random) -> list[StageTimes]:
+def random_stages(count: int, generator: random.Random) -> list[StageWork]:
     return [
-        StageTimes(generator.uniform(0.0, 2.0), generator.uniform(1.0, 9.0), generator.choice([0.0, 0.5]))
+        StageWork(generator.uniform(0.0, 2.0), generator.uniform(1.0, 9.0), generator.choice([0.0, 0.5]))
         for _ in range(count)
     ]
 
@@ -94,7 +94,7 @@ def test_without_the_control_message_it_is_the_time_of_the_engines_schedule(coun
     )  # fmt: skip
     topology = topology_for(model, count, "last")
     for latency_s in (0.0, 4.0, 11.0, 30.0):
-        stages = [StageTimes(each.begin_s, each.rest_s) for each in random_stages(count, generator)]
+        stages = [StageWork(each.begin_s, each.rest_s) for each in random_stages(count, generator)]
         stages[-1] = replace(stages[-1], after_s=latency_s)
         took = {Kind.BEGIN: [s.begin_s for s in stages], Kind.FINISH: [s.rest_s for s in stages]}
         pace = Pace(partial(_duration, took | {Kind.HEAD: [2.0] * count}), hand_off_s=latency_s, token_s=latency_s)
@@ -117,7 +117,7 @@ def _pairs(events: tuple[tuple[str, int], ...]) -> list[tuple[tuple[str, int], t
 
 
 def test_two_stages_have_the_cycles_of_the_documented_formula() -> None:
-    first, second, end_s = StageTimes(0.5, 7.5), StageTimes(1.0, 5.0), 2.0
+    first, second, end_s = StageWork(0.5, 7.5), StageWork(1.0, 5.0), 2.0
     for stagger in (1, 2):
         cycles = pipeline_cycles([first, second], end_s, stagger)
         for latency_s in (0.0, 1.0, 4.0, 9.0):
@@ -131,7 +131,7 @@ def test_two_stages_have_the_cycles_of_the_documented_formula() -> None:
 
 
 def test_steps_are_flat_until_the_slack_is_used_up() -> None:
-    stages, end_s = [StageTimes(0.5, 7.0), StageTimes(1.0, 5.0)], 2.0
+    stages, end_s = [StageWork(0.5, 7.0), StageWork(1.0, 5.0)], 2.0
     for stagger in (1, 2):
         cycles = pipeline_cycles(stages, end_s, stagger)
         flat_s, flat_for_s = pipeline_step_s(cycles, 0.0)[0], flat_until_s(cycles)
@@ -151,12 +151,12 @@ def test_bytes_or_launches_bound_a_section_and_collectives_add_up() -> None:
     ("stages", "end_s", "stagger", "sequential"),
     [
         ([], 1.0, 1, False),
-        ([StageTimes(0.0, -1.0)], 1.0, 1, False),
-        ([StageTimes(0.0, 1.0)], -1.0, 1, False),
-        ([StageTimes(0.0, 1.0)], 1.0, -1, False),
-        ([StageTimes(0.0, 1.0)], 1.0, 1, True),
+        ([StageWork(0.0, -1.0)], 1.0, 1, False),
+        ([StageWork(0.0, 1.0)], -1.0, 1, False),
+        ([StageWork(0.0, 1.0)], 1.0, -1, False),
+        ([StageWork(0.0, 1.0)], 1.0, 1, True),
     ],
 )
-def test_what_is_no_pipeline_is_refused(stages: list[StageTimes], end_s: float, stagger: int, sequential: bool) -> None:
+def test_what_is_no_pipeline_is_refused(stages: list[StageWork], end_s: float, stagger: int, sequential: bool) -> None:
     with pytest.raises(ConfigError, match="no steps of"):
         pipeline_cycles(stages, end_s, stagger, sequential=sequential)

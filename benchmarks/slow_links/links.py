@@ -7,7 +7,7 @@ one latency longer. With --wire the link itself is slow: see `python -m tests.la
 but the steps without latency. Weights are random.
 
 example:
-  deepspeed --num_accelerators 2 benchmarks/decoding/links.py --json benchmarks/results/links.json --png docs/links.png
+  deepspeed --num_accelerators 2 benchmarks/slow_links/links.py --json links.json --png links.png
 """
 
 import argparse
@@ -31,11 +31,11 @@ import torch
 from benchmarks.common.conditions import ROOT, conditions
 from benchmarks.common.results import check_outputs, write_results
 from benchmarks.decoding.contestants import Load
-from benchmarks.decoding.link_curves import Curve
-from benchmarks.decoding.link_picture import draw_links
-from benchmarks.decoding.link_rounds import LinkRounds, comparison, summary
 from benchmarks.decoding.shapes import balanced_split, changed, parse_split, split_name
 from benchmarks.decoding.site import DecodeSite
+from benchmarks.slow_links.link_curves import Curve
+from benchmarks.slow_links.link_picture import draw_links
+from benchmarks.slow_links.link_rounds import LinkRounds, comparison, summary
 from stagdist.config.loading import load_config
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.runtime.build import EngineOptions, joined_world, plan_decoding

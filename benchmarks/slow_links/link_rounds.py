@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 from benchmarks.decoding.contestants import EngineContestant, Load, alternate
-from benchmarks.decoding.link_curves import Curve, crossings
 from benchmarks.decoding.shapes import baseline, changed, split_name
 from benchmarks.decoding.site import DecodeSite
 from benchmarks.decoding.spans import counted_steps
-from benchmarks.decoding.stage_times import RecordedTimes, median_times, recorded_times
+from benchmarks.slow_links.link_curves import Curve, crossings
+from benchmarks.slow_links.stage_times import RecordedTimes, median_times, recorded_times
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.runtime.build import EngineOptions, plan_decoding
 from stagdist.errors import ConfigError

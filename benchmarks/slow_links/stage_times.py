@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.decoding.spans import Stretch
-from stagdist.planning.decode_steps import Cycle, StageTimes, pipeline_cycles
+from stagdist.planning.decode_steps import Cycle, StageWork, pipeline_cycles
 from stagdist.telemetry.spans import Span
 
 TOKEN, HAND_OFF, SENT, PUBLISHED, HEAD = "wait for token", "wait for memory", "send hand-off", "publish token", "head"
@@ -22,7 +22,7 @@ class RecordedTimes:
         message_s: from a send to the end of the wait for it.
     """
 
-    stages: tuple[StageTimes, ...]
+    stages: tuple[StageWork, ...]
     end_s: float
     message_s: float
 
@@ -59,7 +59,7 @@ def median_times(readings: Sequence[RecordedTimes]) -> RecordedTimes:
     stages = zip(*(each.stages for each in readings), strict=True)
     return RecordedTimes(
         tuple(
-            StageTimes(
+            StageWork(
                 statistics.median(each.begin_s for each in of),
                 statistics.median(each.rest_s for each in of),
                 statistics.median(each.after_s for each in of),
@@ -71,7 +71,7 @@ def median_times(readings: Sequence[RecordedTimes]) -> RecordedTimes:
     )
 
 
-def _stage(steps: Mapping[int, Mapping[str, Span]], stage: int, last: int, *, sequential: bool) -> StageTimes:
+def _stage(steps: Mapping[int, Mapping[str, Span]], stage: int, last: int, *, sequential: bool) -> StageWork:
     begins, rests, afters = [], [], []
     output, end = (HEAD, PUBLISHED) if stage == last else (SENT, TOKEN)
     run = f"run section {stage + 1}"
@@ -86,7 +86,7 @@ def _stage(steps: Mapping[int, Mapping[str, Span]], stage: int, last: int, *, se
         begins.append(split_ns - known_ns)
         rests.append(of[output].begin_ns - resumed_ns)
         afters.append(of[end].end_ns - of[end].begin_ns if stage == last else of[end].begin_ns - of[output].begin_ns)
-    return StageTimes(_median(begins), _median(rests), _median(afters))
+    return StageWork(_median(begins), _median(rests), _median(afters))
 
 
 def _trips(
