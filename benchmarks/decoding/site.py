@@ -5,13 +5,18 @@ import gc
 import itertools
 import socket
 import statistics
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from benchmarks.common.conditions import OtherPrograms, usable_cores
+from stagdist.config.parts import ModelConfig
+from stagdist.decode.native.layer_math import NativeMath
+from stagdist.decode.runtime.build import EngineOptions, use_native
 from stagdist.decode.runtime.transport import Transport
 from stagdist.parallel.device import on_cuda
 from stagdist.parallel.grid import Grid
@@ -20,6 +25,13 @@ from stagdist.telemetry.hardware import memory_bytes
 
 BANDWIDTH_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 """Read to measure memory bandwidth: far more than any cache holds, and long enough to hide the launch of a kernel."""
+
+
+READ_WIDTH = 1024
+_READ_MODEL = ModelConfig(
+    vocab_size=8, hidden_size=READ_WIDTH, intermediate_size=8, num_attention_heads=8, max_position_embeddings=8,
+    section_layers=[1, 1],
+)  # fmt: skip
 
 
 class DecodeSite:
@@ -119,12 +131,22 @@ class DecodeSite:
 def read_bandwidth(buffer: torch.Tensor, repeats: int = 15) -> float:
     """Bytes per second that this process reads from a buffer's memory.
 
-    The median of several passes: where processes share cores, the best one had a core for itself.
+    The faster of a sum and, on a CPU, a product of the compiled layers, which reads in several places at once. Of each
+    the median of several passes: where processes share cores, the best one had a core for itself.
     """
     clock = EventClock() if on_cuda(buffer.device) else HostClock()
+    readers: list[Callable[[], object]] = [buffer.sum]
+    if not on_cuda(buffer.device) and use_native(EngineOptions(precision="fp32"), "cpu"):
+        weight, math = buffer.view(-1, READ_WIDTH), NativeMath(_READ_MODEL, 1, None, torch.float32)
+        row, gain = torch.ones(1, READ_WIDTH), torch.ones(READ_WIDTH)
+        readers.append(partial(math.norm_linear, row, gain, weight))
+    return max(_bandwidth(reader, buffer.nbytes, clock, repeats) for reader in readers)
+
+
+def _bandwidth(reader: Callable[[], object], nbytes: int, clock: Clock, repeats: int) -> float:
     marks = [clock.mark()]
     for _ in range(repeats):
-        buffer.sum()
+        reader()
         marks.append(clock.mark())
     times_ns = [clock.nanoseconds(mark) for mark in marks]
-    return 1e9 * buffer.nbytes / statistics.median(end - begin for begin, end in itertools.pairwise(times_ns))
+    return 1e9 * nbytes / statistics.median(end - begin for begin, end in itertools.pairwise(times_ns))

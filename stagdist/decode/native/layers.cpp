@@ -118,58 +118,73 @@ template <class T> struct Weight {  // [rows, columns], by rows; int8 values hav
 
 constexpr long AHEAD = 512;  // bytes: the processor's own prefetching stops at pages
 
-// R rows of the weight times M rows of x.
-template <int R, int M, class W, class A> INLINE void block(const W *w, const A *x, long columns, A sums[R][M]) {
+// R rows of the weight, `apart` entries from each other, times M rows of x.
+template <int R, int M, class W, class A>
+INLINE void block(const W *w, long apart, const A *x, long columns, A sums[R][M]) {
     using V = typename Math<A>::Vector;
-    constexpr long L = lanes<V>(), U = R * M == 1 ? 4 : R * M <= 4 ? 2 : 1;
-    V a[R][M][U] = {};
+    constexpr long L = lanes<V>();
+    V a[R][M] = {};
     long k = 0;
-    for (; k + U * L <= columns; k += U * L) {
-        for (int r = 0; r < R; r++) __builtin_prefetch((const char *)(w + r * columns + k) + AHEAD);
-        if (U * L * sizeof(W) > 64) __builtin_prefetch((const char *)(w + k) + AHEAD + 64);
-        for (int u = 0; u < U; u++) {
-            V v[R];
-            for (int r = 0; r < R; r++) v[r] = load<V>(w + r * columns + k + u * L);
-            for (int m = 0; m < M; m++) {
-                V own = load<V>(x + m * columns + k + u * L);
-                for (int r = 0; r < R; r++) a[r][m][u] += v[r] * own;
-            }
+    for (; k + L <= columns; k += L) {
+        V v[R];
+        for (int r = 0; r < R; r++) {
+            __builtin_prefetch((const char *)(w + r * apart + k) + AHEAD);
+            v[r] = load<V>(w + r * apart + k);
+        }
+        for (int m = 0; m < M; m++) {
+            V own = load<V>(x + m * columns + k);
+            for (int r = 0; r < R; r++) a[r][m] += v[r] * own;
         }
     }
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) {
-            V all = a[r][m][0];
-            for (int u = 1; u < U; u++) all += a[r][m][u];
-            sums[r][m] = total(all);
-            for (long i = k; i < columns; i++) sums[r][m] += value(w[r * columns + i]) * x[m * columns + i];
+            sums[r][m] = total(a[r][m]);
+            for (long i = k; i < columns; i++) sums[r][m] += value(w[r * apart + i]) * x[m * columns + i];
         }
 }
 
-// Rows `first` to `stop` of the weight, R at a time; `put(row of x, row of the weight, sum)` takes each sum.
+// Rows n, n + between, ... (R of them) of the weight times rows m to m + M - 1 of x, each sum to `put(m, n, sum)`.
 template <int R, int M, class W, class A, class Put>
-INLINE void blocks(const W *w, const A *x, long row, long columns, long first, long stop, Put put) {
-    for (long n = first; n + R <= stop; n += R) {
-        A sums[R][M];
-        block<R, M>(w + n * columns, x + row * columns, columns, sums);
-        for (int r = 0; r < R; r++)
-            for (int m = 0; m < M; m++) put(row + m, n + r, sums[r][m]);
-    }
+INLINE void rows_of(const W *w, const A *x, long m, long n, long between, long columns, Put put) {
+    A sums[R][M];
+    block<R, M>(w + n * columns, between * columns, x + m * columns, columns, sums);
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < M; i++) put(m + i, n + r * between, sums[r][i]);
 }
 
-// Part by part of the weight, which stays in a cache while the rows of x pass, four at a time.
+// One or few rows of x: the weight is read in four places at once, which memory serves faster than one.
+template <class W, class A, class Put>
+void few_rows(const W *w, const A *x, long rows, long first, long stop, long columns, Put put) {
+    const long each = (stop - first) / 4;
+    for (long n = first; n < first + each; n++)
+        for (long m = 0; m < rows; m++) rows_of<4, 1>(w, x, m, n, each, columns, put);
+    for (long n = first + 4 * each; n < stop; n++)
+        for (long m = 0; m < rows; m++) rows_of<1, 1>(w, x, m, n, 1, columns, put);
+}
+
+// More rows: a part of the weight stays in a cache while the rows of x pass, four at a time.
+template <class W, class A, class Put>
+void more_rows(const W *w, const A *x, long rows, long first, long stop, long columns, Put put) {
+    const long each = (stop - first) / 3;
+    long m = 0;
+    for (; m + 4 <= rows; m += 4) {
+        for (long n = first; n < first + each; n++) rows_of<3, 4>(w, x, m, n, each, columns, put);
+        for (long n = first + 3 * each; n < stop; n++) rows_of<1, 4>(w, x, m, n, 1, columns, put);
+    }
+    if (m < rows) few_rows(w, x + m * columns, rows - m, first, stop, columns,
+                           [&](long i, long n, A sum) { put(m + i, n, sum); });
+}
+
 template <class W, class A, class Put>
 void product(const W *w, const A *scales, const A *x, long rows, long out, long columns, int threads, Put put) {
     auto scaled = [&](long m, long n, A sum) { put(m, n, scales ? sum * scales[n] : sum); };
-    constexpr long EACH = 24;
+    constexpr long MORE = sizeof(W) < 4 ? 4 : 6;
+    const long each = rows < MORE ? (out + threads - 1) / threads : 24;
 #pragma omp parallel for if (threads > 1) num_threads(threads) schedule(static)
-    for (long part = 0; part < (out + EACH - 1) / EACH; part++) {
-        const long first = part * EACH, stop = first + EACH < out ? first + EACH : out, even = stop - (stop - first) % 3;
-        long m = 0;
-        for (; m + 4 <= rows; m += 4) {
-            blocks<3, 4>(w, x, m, columns, first, even, scaled);
-            blocks<1, 4>(w, x, m, columns, even, stop, scaled);
-        }
-        for (; m < rows; m++) blocks<1, 1>(w, x, m, columns, first, stop, scaled);
+    for (long part = 0; part < (out + each - 1) / each; part++) {
+        const long first = part * each, stop = first + each < out ? first + each : out;
+        if (rows < MORE) few_rows(w, x, rows, first, stop, columns, scaled);
+        else more_rows(w, x, rows, first, stop, columns, scaled);
     }
 }
 
