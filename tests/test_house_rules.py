@@ -38,11 +38,11 @@ BUDGETS = {
     "stagdist/training": 3290,
     "launch": 904,
     "tools": 1011,
-    "benchmarks": 6227,
+    "benchmarks": 6256,
 }
-MAX_LINES = {("stagdist", "launch", "tools"): 33_224, ("benchmarks",): 6_227}
+MAX_LINES = {("stagdist", "launch", "tools"): 33_224, ("benchmarks",): 6_256}
 """The sums may only fall, except for a new feature; the server added 5,580 lines of product, captured steps and kernels
-1,752."""
+1,752, compiled layers, weights in int8 and the latency of links 860; rivals, slow links and hosts 1,800 of benchmarks."""
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)

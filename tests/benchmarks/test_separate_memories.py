@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks.decoding import bounded_host
-from benchmarks.decoding.bounded_host import BoundedHost
-from benchmarks.decoding.separate_memories import add_arguments, run, table
+from benchmarks.hosts.bounded_host import BoundedHost
+from benchmarks.hosts.separate_memories import add_arguments, run, table
 from stagdist.errors import ConfigError, StagdistError
 from tests.benchmarks.tiny import write_tiny
 from tests.ranks import run_ranks

@@ -2,12 +2,12 @@
 """Decoding on hosts with a memory bus each: one host alone, and two together.
 
 Where all processes share a machine, a host is a core with its share of the machine's bus (see
-`benchmarks/decoding/bounded_host.py`). Where every process has a machine of its own, nothing is bound. Weights are
+`benchmarks/hosts/bounded_host.py`). Where every process has a machine of its own, nothing is bound. Weights are
 random; contestants alternate within every round, and every ratio is taken between runs of one round.
 
 examples:
-  deepspeed --num_accelerators 2 benchmarks/decoding/separate_memories.py --json FILE
-  torchrun --nnodes 2 --nproc_per_node 1 ... benchmarks/decoding/separate_memories.py --threads 8 --json FILE
+  deepspeed --num_accelerators 2 benchmarks/hosts/separate_memories.py --json FILE
+  torchrun --nnodes 2 --nproc_per_node 1 ... benchmarks/hosts/separate_memories.py --threads 8 --json FILE
 """
 
 import argparse
@@ -33,7 +33,7 @@ import torch
 from benchmarks.common.conditions import ROOT, OtherPrograms, conditions
 from benchmarks.common.figures import paired_ratios, spread
 from benchmarks.common.results import check_outputs, write_results
-from benchmarks.decoding.bounded_host import BoundedHost
+from benchmarks.hosts.bounded_host import BoundedHost
 from benchmarks.decoding.bounds import bound_s, step_bytes
 from benchmarks.decoding.contestants import EngineContestant, Load, Served, alternate
 from benchmarks.decoding.measurement import FEWER_STEPS, row

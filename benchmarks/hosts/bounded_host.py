@@ -4,7 +4,7 @@ Every core has a neighbor: a process that reads memory without end, at a priorit
 has nothing else to do. So every core reads all the time, and a process that is bound to one of them has no more than
 its share of the bus at any time, also while the processes on the other cores wait or have no work.
 
-`python -m benchmarks.decoding.bounded_host CORE` is the neighbor. It ends when its standard input ends.
+`python -m benchmarks.hosts.bounded_host CORE` is the neighbor. It ends when its standard input ends.
 """
 
 import os
@@ -48,7 +48,7 @@ class BoundedHost:
         os.sched_setaffinity(0, {self.core})
 
     def __enter__(self) -> "BoundedHost":
-        command = [sys.executable, "-m", "benchmarks.decoding.bounded_host", str(self.core)]
+        command = [sys.executable, "-m", "benchmarks.hosts.bounded_host", str(self.core)]
         variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
         self._neighbor = subprocess.Popen(command, env=variables, stdin=pipe, stdout=pipe, text=True)
