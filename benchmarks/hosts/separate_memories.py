@@ -33,7 +33,6 @@ import torch
 from benchmarks.common.conditions import ROOT, OtherPrograms, conditions
 from benchmarks.common.figures import paired_ratios, spread
 from benchmarks.common.results import check_outputs, write_results
-from benchmarks.hosts.bounded_host import BoundedHost
 from benchmarks.decoding.bounds import bound_s, step_bytes
 from benchmarks.decoding.contestants import EngineContestant, Load, Served, alternate
 from benchmarks.decoding.measurement import FEWER_STEPS, row
@@ -42,6 +41,7 @@ from benchmarks.decoding.rivals.lineup import RIVALS, Choice
 from benchmarks.decoding.rivals.rival import RivalContestant
 from benchmarks.decoding.shapes import baseline, changed, parse_split
 from benchmarks.decoding.site import DecodeSite
+from benchmarks.hosts.bounded_host import BoundedHost
 from stagdist.config.loading import load_config
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.runtime.build import EngineOptions, joined_world, plan_decoding

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.decoding import bounded_host
+from benchmarks.hosts import bounded_host
 from benchmarks.hosts.bounded_host import BoundedHost
 from benchmarks.hosts.separate_memories import add_arguments, run, table
 from stagdist.errors import ConfigError, StagdistError

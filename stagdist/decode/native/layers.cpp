@@ -1,7 +1,7 @@
 // The layers of a decode step on a CPU: RMSNorm, products with few rows, rotary embeddings, attention, SwiGLU.
 //
-// A step is bound by the bytes of the weights that it reads. So every weight is read once, in the order in which it
-// lies in memory, for all rows; everything else happens in caches. Sums are in fp32, of fp64 tensors in fp64.
+// A step is bound by the bytes of the weights that it reads. So every weight is read once for all rows, in a few places
+// at a time; everything else happens in caches. Sums are in fp32, of fp64 tensors in fp64.
 // `layer_math.py` has the same structures and checks shapes; nothing is checked here.
 
 #include <cmath>
