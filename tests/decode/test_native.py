@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from stagdist.config.parts import ModelConfig
 from stagdist.decode.native import library as compiled
+from stagdist.decode.native.layer_math import NativeMath
 from stagdist.decode.runtime.build import EngineOptions, use_native
 from stagdist.errors import ConfigError
 from tests.decode.kernels.test_interpreted import PARTS, SHAPES, TOLERANCES
 from tests.decode.kernels.twins import Layers, MathKind, Shape, differences
+from tests.reference.variants import BASE
 
 WIDE = {"hidden_size": 96, "intermediate_size": 200, "num_attention_heads": 2, "head_dim": 72}
 ALL_SHAPES = SHAPES | {
@@ -40,6 +43,12 @@ def test_each_part_of_a_layer_is_that_of_plain_torch(name: str) -> None:
     assert set(found) == PARTS
     for part, difference in found.items():
         assert difference < TOLERANCES[shape.precision], part
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_an_empty_part_of_a_head_gives_no_logits(rows: int) -> None:
+    math = NativeMath(ModelConfig(**BASE), 1, None, torch.float32)
+    assert math.norm_linear(torch.ones(rows, 8), torch.ones(8), torch.empty(0, 8)).shape == (rows, 0)
 
 
 def test_threads_give_the_same_bits() -> None:

@@ -178,6 +178,7 @@ void more_rows(const W *w, const A *x, long rows, long first, long stop, long co
 template <class W, class A, class Put>
 void product(const W *w, const A *scales, const A *x, long rows, long out, long columns, int threads, Put put) {
     auto scaled = [&](long m, long n, A sum) { put(m, n, scales ? sum * scales[n] : sum); };
+    if (out == 0) return;  // a rank without a part of the vocabulary
     constexpr long MORE = sizeof(W) < 4 ? 4 : 6;
     const long each = rows < MORE ? (out + threads - 1) / threads : 24;
 #pragma omp parallel for if (threads > 1) num_threads(threads) schedule(static)

@@ -4,9 +4,11 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from stagdist.errors import ConfigError
@@ -30,8 +32,8 @@ def library() -> ctypes.CDLL:
     Raises:
         ConfigError: there is no C++ compiler, or it fails.
     """
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [*filter(shutil.which, COMPILERS)][:1]
+    if not compiler:
         raise ConfigError(f"there is no C++ compiler; install one of {', '.join(COMPILERS)}, or set CXX")
     path = _folder() / f"layers-{_key(compiler)}.so"
     try:
@@ -39,7 +41,7 @@ def library() -> ctypes.CDLL:
             with locked(path.with_suffix(".lock"), COMPILE_S):  # one rank of a host compiles
                 if not path.exists():
                     with replacing(path) as partial:
-                        _run(compiler, *FLAGS, str(SOURCE), "-o", str(partial))
+                        _run(*compiler, *FLAGS, str(SOURCE), "-o", str(partial))
         loaded = ctypes.CDLL(str(path))
     except OSError as error:  # TimeoutError among them
         raise ConfigError(f"the compiled layers cannot be loaded: {error}; delete the file, or set CXX") from error
@@ -52,7 +54,7 @@ def library() -> ctypes.CDLL:
 def _folder() -> Path:
     """Where compiled files are kept; a new temporary folder if there is no home folder that can be written."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stagdist"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "stagdist"
         folder.mkdir(parents=True, exist_ok=True)
         usable = os.access(folder, os.W_OK)
     except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
@@ -60,9 +62,9 @@ def _folder() -> Path:
     return folder if usable else Path(tempfile.mkdtemp(prefix="stagdist-"))
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: Sequence[str]) -> str:
     """What the result depends on: hosts with different processors may share a home folder."""
-    target = _run(compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull)
+    target = _run(*compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull)
     return hashlib.sha256("\0".join((target, *FLAGS, SOURCE.read_text(encoding="utf-8"))).encode()).hexdigest()[:20]
 
 

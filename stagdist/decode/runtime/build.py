@@ -250,8 +250,12 @@ def use_kernels(options: EngineOptions, device: str, graphs: bool) -> bool:
         ConfigError: they are requested where they cannot run, or Triton has no compiler or no headers of Python.
     """
     on_gpu = on_cuda(device)
-    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        return False
+    if not on_gpu:
+        if graphs and options.kernels and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigError(
+                f"kernels run on a GPU, not on {device!r}; give kernels=None, or set TRITON_INTERPRET=1 to test them"
+            )
+        return graphs and bool(options.kernels)
     kernels = graphs and on_gpu if options.kernels is None else options.kernels
     if options.kernels and not graphs:
         raise ConfigError("kernels run in steps of fixed shape; give graphs=True as well, or kernels=None")
