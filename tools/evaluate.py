@@ -109,8 +109,6 @@ def perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     open_nats = None
     if arguments.weights is not None:
-        if arguments.tensor_parallel_size > 1:
-            raise ConfigError("--weights scores complete models; leave out --tensor-parallel-size")
         from stagdist.decode.prompt_nats import PromptNats
 
         open_nats = partial(PromptNats, weights=arguments.weights)

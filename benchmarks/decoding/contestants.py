@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from benchmarks.common.conditions import DISTURBED
 from benchmarks.decoding.plain_step import Edges, plain_steps
@@ -21,7 +20,7 @@ from stagdist.decode.request import Request, SamplingParams
 from stagdist.decode.runtime.build import EngineOptions, build_stage, plan_decoding
 from stagdist.decode.runtime.outcome import Outcome
 from stagdist.decode.runtime.stage import Stage
-from stagdist.parallel.device import on_cuda, synchronize
+from stagdist.parallel.device import on_cuda
 from stagdist.telemetry.spans import SpanRecorder
 
 Name = TypeVar("Name", bound=Hashable)
@@ -29,8 +28,6 @@ SEED = 20250
 PATIENCE = 2
 DROPPED_STEPS = 4
 """First steps of a request that do not count: caches and branch predictors are still cold."""
-LLAMA_KEYS = "vocab_size hidden_size intermediate_size num_attention_heads max_position_embeddings rms_norm_eps"
-LLAMA_KEYS += " rope_theta tie_word_embeddings"
 
 
 @dataclass(frozen=True)
@@ -146,55 +143,6 @@ class PlainContestant:
         return Served() if site.rank else Served(between(times), (int(first), *tokens))
 
 
-class GenerateContestant:
-    """`generate()` of transformers on a Llama of the baseline's shape, on rank 0 alone with `threads` threads."""
-
-    def __init__(self, site: DecodeSite, model: ModelConfig, dtype: torch.dtype, threads: int):
-        self._site, self._threads, self._vocab_size = site, threads, model.vocab_size
-        self._llama = None if site.rank else llama_of(model, dtype, site.device)
-
-    def __call__(self, load: Load) -> Served:
-        """Generate greedily from one prompt."""
-        self._site.barrier()
-        served = Served()
-        if self._llama is not None:
-            torch.set_num_threads(self._threads)
-            try:
-                served = self._generate(load)
-            finally:
-                torch.set_num_threads(self._site.threads)
-        self._site.barrier()
-        return served
-
-    def _generate(self, load: Load) -> Served:
-        prompts = [load.prompt(self._vocab_size, SEED + row) for row in range(load.batch)]
-        times, tokens = generate_greedily(self._llama, prompts, load.new_tokens)
-        return Served(between(times), tuple(tokens[0].tolist()))
-
-
-def generate_greedily(llama: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[float], Tensor]:
-    """`generate()` of a model of transformers: when each step was done, and the new tokens [B, new_tokens]."""
-    from transformers import GenerationConfig, LogitsProcessorList
-
-    times: list[float] = []
-
-    def clock(input_ids: Tensor, scores: Tensor) -> Tensor:
-        synchronize(str(scores.device))
-        times.append(time.perf_counter())
-        return scores
-
-    config = GenerationConfig(
-        max_new_tokens=new_tokens, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0
-    )
-    rows = torch.tensor([list(prompt) for prompt in prompts], device=llama.device)
-    with torch.inference_mode():
-        tokens = llama.generate(
-            rows, attention_mask=torch.ones_like(rows), generation_config=config,
-            logits_processor=LogitsProcessorList([clock]),  # type: ignore[list-item]
-        )  # fmt: skip
-    return times, tokens[:, rows.shape[1] :]
-
-
 class PrefillContestant:
     """Time to the first token of a long prompt, through the engine.
 
@@ -244,17 +192,6 @@ class PrefillContestant:
         (done,) = Engine(stage, self._transport).generate([Request("0", prompt, params)])
         assert done.time_to_first_token_s is not None
         return done.time_to_first_token_s
-
-
-def llama_of(model: ModelConfig, dtype: torch.dtype, device: str):  # type: ignore[no-untyped-def]
-    """A Llama of transformers with this shape and random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    keys: dict[str, Any] = {key: getattr(model, key) for key in LLAMA_KEYS.split()}
-    keys |= {"num_hidden_layers": model.num_layers, "num_key_value_heads": model.key_value_heads}
-    keys |= {"head_dim": model.head_width, "bos_token_id": None, "eos_token_id": None}
-    with torch.device(device):  # a GPU fills billions of weights in seconds, a CPU in minutes
-        return LlamaForCausalLM(LlamaConfig(**keys)).to(dtype=dtype).eval()  # type: ignore[call-arg]
 
 
 def alternate(

@@ -10,7 +10,6 @@ from benchmarks.common.figures import paired_ratios, percentile, spread
 from benchmarks.decoding.bounds import bound_s, step_bytes
 from benchmarks.decoding.contestants import (
     EngineContestant,
-    GenerateContestant,
     Load,
     PlainContestant,
     PrefillContestant,
@@ -111,7 +110,7 @@ class Measurement:
 
     Args:
         tell: gets a line about the progress.
-        choice: rivals that are not ours; None: only `generate()` of transformers.
+        choice: rivals that are not ours; None: there are none.
 
     Attributes:
         rivals: after `compare`, if there was a choice.
@@ -166,16 +165,13 @@ class Measurement:
         }
         if self._has_plain_step():
             runs["plain"] = partial(PlainContestant(engines["staggered"], rank_edges(self.site.size)), load)
-        dtype, threads = engines[SEQUENTIAL].stage.device.dtype, self.site.size * self.site.threads
         contestants = self._build_rivals(plain, load)
         runs |= {name: partial(contestant, load) for name, contestant in contestants.items()}
-        same = f"transformers {settings.options.precision}"
-        if same not in runs:
-            runs["generate"] = partial(GenerateContestant(self.site, plain, dtype, threads), load)
         chunks = self._add_prefill(runs)
         readings = self._alternate(runs, f"{split_name(split)} {head} against its rivals")
         rows = [self.row(name, engine, readings[name], load) for name, engine in engines.items()]
-        rows += [row(name, readings[name], load.batch) for name in ("plain", "generate") if name in readings]
+        if "plain" in readings:
+            rows.append(row("plain", readings["plain"], load.batch))
         if contestants:
             reference = self._reference(plain, load, readings[SEQUENTIAL])
             for name in contestants:
@@ -185,7 +181,6 @@ class Measurement:
                 rows.append(found | speedup(readings[name], readings[ours]))
         for contestant in contestants.values():
             contestant.close()
-        readings.setdefault("generate", readings.get(same, []))
         if self.site.rank:
             return {}, rows
         check_same_tokens(readings)
@@ -320,7 +315,6 @@ def ratios(readings: dict[str, list[Any]]) -> dict[str, Any]:
     pairs = {
         "speedup_vs_sequential_pipeline": (SEQUENTIAL, "staggered"),
         "speedup_vs_sequential_tensor_parallel": ("sequential tensor parallel", "staggered"),
-        "speedup_vs_transformers_generate": ("generate", "staggered"),
         "plain_torch_step_over_engine_step": ("plain", "staggered"),
         "prefill_speedup_vs_one_process": ("prefill in one process", "prefill over stages"),
     }

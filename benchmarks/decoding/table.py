@@ -12,7 +12,6 @@ HEADLINES = (
     "tokens_per_s",
     "speedup_vs_sequential_pipeline",
     "speedup_vs_sequential_tensor_parallel",
-    "speedup_vs_transformers_generate",
     "slowest_stage_compute_share",
     "plain_torch_step_over_engine_step",
     "prefill_speedup_vs_one_process",

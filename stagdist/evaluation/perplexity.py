@@ -86,6 +86,8 @@ def score_file(
         DataError: the text cannot be read or scored, or the tokenizer gives ids that the model lacks.
         CheckpointError: the model cannot be read.
     """
+    if open_nats is not None and scoring.tensor_parallel_size > 1:
+        raise ConfigError("--weights scores complete models; leave out --tensor-parallel-size")
     content = read_text(text)
     source = open_weights(model)
     window, stride = _checked(scoring, source.model)

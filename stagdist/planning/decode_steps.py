@@ -39,7 +39,7 @@ class Cycle:
     """Events that depend on each other in a circle.
 
     Attributes:
-        events: in order.
+        events: each depends on the one before.
         work_s: computing and ends of steps.
         messages: latencies on the way.
         steps: that it spans.

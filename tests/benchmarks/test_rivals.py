@@ -292,6 +292,5 @@ def test_rivals_join_the_rounds_and_the_sweeps_of_two_processes(shape: str, tmp_
     (found,) = (row for row in results["contestants"] if row["name"] == "transformers fp32")
     assert found["tokens_equal"] == found["tokens_compared"] == 13, "compared with fp32, although we decode in bf16"
     assert found["threads"] == 2 and found["staggered_speedup"] > 0
-    assert results["speedup_vs_transformers_generate"] > 0, "of generate() in bf16"
     rows = [(row["batches"], row["name"]) for row in results["sweeps"]["batches"]]
     assert rows == [(batch, name) for batch in (1, 2) for name in ("staggered", "sequential", "transformers fp32")]

@@ -1,8 +1,8 @@
 """`python -m tests.lab.slow_wire`: the benchmark of slow links between two hosts whose wire delays packets (root).
 
 Two network namespaces are joined by a pair of TUN devices. This process carries the packets of each to the other, one
-latency late, in order: what `tc netem delay` does, also on kernels without it. The benchmark writes the latency into a
-file that both sides share. The rest of the options are those of `benchmarks/slow_links/links.py`.
+latency late, none before an older one: what `tc netem delay` does, also on kernels without it. The benchmark writes the
+latency into a file that both sides share. The rest of the options are those of `benchmarks/slow_links/links.py`.
 """
 
 import fcntl

@@ -1,4 +1,4 @@
-"""The wire between two network namespaces delays packets of both directions, and carries all of them in order."""
+"""The wire between two network namespaces delays packets of both directions, loses none, and keeps their order."""
 
 import statistics
 import subprocess

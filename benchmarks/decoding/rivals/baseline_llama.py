@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.decoding.contestants import SEED, Load, llama_of
+from benchmarks.decoding.contestants import SEED, Load
 from stagdist.checkpoint.published.model_reader import ReadSlice
 from stagdist.checkpoint.published.model_writer import stored_name
 from stagdist.config.parts import ModelConfig
@@ -15,6 +16,8 @@ from stagdist.errors import ConfigError
 from stagdist.parallel.layout import ParameterSpec, model_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LLAMA_KEYS = "vocab_size hidden_size intermediate_size num_attention_heads max_position_embeddings rms_norm_eps"
+LLAMA_KEYS += " rope_theta tie_word_embeddings"
 VOCABULARY = ("embedding.weight", "head.weight")
 
 
@@ -59,10 +62,21 @@ class Baseline:
 
     def llama(self, precision: str):  # type: ignore[no-untyped-def]
         """A `LlamaForCausalLM` with these weights, in evaluation mode."""
-        llama = llama_of(self.model, torch.float32, self.device)
+        llama = self._empty_llama()
         missing = llama.load_state_dict(self.weights, strict=not self.model.tie_word_embeddings)
         assert set(missing.missing_keys) <= {"lm_head.weight"}
         return llama.to(DTYPES[precision])
+
+    def _empty_llama(self):  # type: ignore[no-untyped-def]
+        """A Llama of this shape with weights of its own."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        model = self.model
+        keys: dict[str, Any] = {key: getattr(model, key) for key in LLAMA_KEYS.split()}
+        keys |= {"num_hidden_layers": model.num_layers, "num_key_value_heads": model.key_value_heads}
+        keys |= {"head_dim": model.head_width, "bos_token_id": None, "eos_token_id": None}
+        with torch.device(self.device):  # a GPU fills billions of weights in seconds, a CPU in minutes
+            return LlamaForCausalLM(LlamaConfig(**keys)).eval()  # type: ignore[call-arg]
 
     @property
     def read_values(self) -> int:

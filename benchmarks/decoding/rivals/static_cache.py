@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from benchmarks.decoding.contestants import Load, generate_greedily
+from benchmarks.decoding.contestants import Load
 from benchmarks.decoding.rivals.baseline_llama import Baseline
 from benchmarks.decoding.rivals.rival import Decoded, Prompts, Rival
 from stagdist.parallel.device import on_cuda, synchronize
@@ -27,7 +27,7 @@ class Transformers(Rival):
 
     def decode(self, prompts: Prompts, new_tokens: int) -> Decoded:
         """One call."""
-        times, tokens = generate_greedily(self._llama, prompts, new_tokens)
+        times, tokens = _generate(self._llama, prompts, new_tokens)
         return Decoded(tuple(times), tuple(map(tuple, tokens.tolist())))
 
     def close(self) -> None:
@@ -125,3 +125,26 @@ class GraphStaticCache(CompiledStaticCache):
         with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             self._advance()
         return graph.replay
+
+
+def _generate(llama: Any, prompts: Prompts, new_tokens: int) -> tuple[list[float], torch.Tensor]:
+    """`generate()` of a model of transformers: when each step was done, and the new tokens [B, new_tokens]."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    times: list[float] = []
+
+    def clock(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        synchronize(str(scores.device))
+        times.append(time.perf_counter())
+        return scores
+
+    config = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0
+    )
+    rows = torch.tensor([list(prompt) for prompt in prompts], device=llama.device)
+    with torch.inference_mode():
+        tokens = llama.generate(
+            rows, attention_mask=torch.ones_like(rows), generation_config=config,
+            logits_processor=LogitsProcessorList([clock]),  # type: ignore[list-item]
+        )  # fmt: skip
+    return times, tokens[:, rows.shape[1] :]

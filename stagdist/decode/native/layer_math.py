@@ -144,9 +144,7 @@ class NativeMath:
         key = kind, id(owner), 0 if cache is None else cache.data_ptr()
         if key in self._parts:
             return self._parts[key][1]
-        part = LayerPart(
-            gain=gain.data_ptr(), eps=self._eps, heads=self._heads, threads=torch.get_num_threads(), repeats=1
-        )
+        part = LayerPart(gain=gain.data_ptr(), eps=self._eps, heads=self._heads, repeats=1)
         if cache is not None:
             _set_cache(part, cache)
         for name, weight in (("first", first), ("second", second)):
@@ -187,5 +185,6 @@ def _call(function, part: LayerPart, rows: Tensor, out: Tensor) -> Tensor:  # ty
     assert rows.stride(-1) == out.stride(-1) == 1
     part.rows, part.row_stride, part.count = rows.data_ptr(), rows.stride(0), len(rows)
     part.out, part.out_stride = out.data_ptr(), out.stride(0)
+    part.threads = torch.get_num_threads()
     function(ctypes.addressof(part))
     return out

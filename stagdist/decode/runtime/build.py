@@ -1,5 +1,6 @@
 """Builds the stage of this rank from a model: checks, grid, weights."""
 
+import functools
 import logging
 import os
 import shutil
@@ -284,6 +285,13 @@ def use_native(options: EngineOptions, device: str) -> bool:
     except ConfigError as error:
         if options.kernels:
             raise
-        _log.warning("the layers of steps run in plain torch, which takes longer: %s", error)
+        _warn_once(f"the layers of steps run in plain torch, which takes longer: {error}")
         return False
     return True
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Warn on one rank of each host."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        _log.warning(message)
