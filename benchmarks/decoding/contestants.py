@@ -17,7 +17,7 @@ from stagdist.decode.layers.runner import Lap
 from stagdist.decode.layers.weights import random_reader
 from stagdist.decode.operations import operate
 from stagdist.decode.request import Request, SamplingParams
-from stagdist.decode.runtime.build import EngineOptions, build_stage, plan_decoding
+from stagdist.decode.runtime.build import DEFAULT_CHUNK, EngineOptions, build_stage, plan_decoding
 from stagdist.decode.runtime.outcome import Outcome
 from stagdist.decode.runtime.stage import Stage
 from stagdist.parallel.device import on_cuda
@@ -49,9 +49,14 @@ class Load:
         return 1 + DROPPED_STEPS + self.steps
 
     @property
+    def admission_steps(self) -> int:
+        """Steps of the first request while the prompts of the others are computed, a chunk beside each step."""
+        return (self.batch - 1) * -(-self.prompt_length // DEFAULT_CHUNK)
+
+    @property
     def length(self) -> int:
         """Positions that a request needs."""
-        return self.prompt_length + self.new_tokens
+        return self.prompt_length + self.admission_steps + self.new_tokens
 
     def prompt(self, vocab_size: int, seed: int = SEED) -> tuple[int, ...]:
         """Random tokens."""
@@ -109,7 +114,9 @@ class EngineContestant:
 
     def __call__(self, load: Load) -> Served:
         """Serve one batch of requests from prompt to end."""
-        params = SamplingParams(max_new_tokens=load.new_tokens, temperature=0.0, ignore_end_of_document=True)
+        # So many tokens that the first request still decodes in every step that is measured.
+        count = load.new_tokens + load.admission_steps
+        params = SamplingParams(max_new_tokens=count, temperature=0.0, ignore_end_of_document=True)
         self.site.barrier()
         if self.site.rank:
             operate(self.stage, self.transport, None)
@@ -117,7 +124,7 @@ class EngineContestant:
         engine = _TimedEngine(self.stage, self.transport, load.batch)
         prompts = [load.prompt(self.model.vocab_size, SEED + row) for row in range(load.batch)]
         done = engine.generate([Request(str(row), prompt, params) for row, prompt in enumerate(prompts)])
-        return Served(between(engine.times), done[0].token_ids)
+        return Served(between(engine.times)[: load.steps], done[0].token_ids[: load.new_tokens])
 
     def warm_up(self, load: Load) -> None:
         """Serve once, untimed, and note how much this process has grown since the contestant was begun."""

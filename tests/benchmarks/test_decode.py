@@ -13,6 +13,7 @@ import torch
 from benchmarks.common.command import main
 from benchmarks.common.conditions import OtherPrograms
 from benchmarks.decode import DEFAULT_CONFIG, add_arguments, run, settings_from
+from benchmarks.decoding import contestants
 from benchmarks.decoding.bounds import bound_s, step_bytes
 from benchmarks.decoding.contestants import DROPPED_STEPS, EngineContestant, Load, Served, alternate
 from benchmarks.decoding.measurement import check_same_tokens, ratios
@@ -72,6 +73,23 @@ def test_the_measured_steps_lie_around_the_context() -> None:
     assert middle == 256
     assert load.new_tokens == 1 + DROPPED_STEPS + 40
     assert load.prompt(50) == load.prompt(50) != load.prompt(50, seed=1)
+
+
+def test_every_measured_step_decodes_all_requests_of_a_batch(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first one would have ended while the prompts of the others are computed."""
+    model, load, decoded = load_config(tiny).model, Load(context=10, steps=3, batch=12), []
+    take = contestants._TimedEngine._take
+
+    def noted(engine: contestants._TimedEngine, rows: Any, choice: Any) -> None:
+        take(engine, rows, choice)
+        decoded.append((engine._admitted, len(rows)))
+
+    monkeypatch.setattr(contestants._TimedEngine, "_take", noted)
+    options = EngineOptions(max_context=load.length, num_slots=load.batch)
+    served = EngineContestant(DecodeSite(None, "cpu", 1, 60.0), model, options)(load)
+    assert len(served.step_s) == load.steps and len(served.token_ids) == load.new_tokens
+    together = [rows for admitted, rows in decoded if admitted == load.batch]
+    assert together[: DROPPED_STEPS + load.steps] == [load.batch] * (DROPPED_STEPS + load.steps)
 
 
 def test_a_step_reads_every_weight_but_the_embedding_and_the_cache_up_to_its_position(tiny: str) -> None:
