@@ -370,15 +370,25 @@ template <class T> void attention(const Part<T> &part, bool stores) {
     finish(part, mixed);
 }
 
+// SiLU of the gates, times `up`.
+template <class A> void swiglu(const A *gates, const A *up, long count, A *out) {
+    using V = typename Math<A>::Vector;
+    constexpr long L = lanes<V>();
+    long i = 0;
+    for (; i + L <= count; i += L) {
+        const V gate = load<V>(gates + i), small = exponential(gate < 0 ? gate : -gate);  // neither overflows
+        const V result = gate * (gate < 0 ? small : small * 0 + 1) / (1 + small) * load<V>(up + i);
+        memcpy(out + i, &result, sizeof result);
+    }
+    for (; i < count; i++) out[i] = gates[i] / (1 + std::exp(-gates[i])) * up[i];
+}
+
 template <class T> void mlp(const Part<T> &part) {
     using A = typename Math<T>::Sum;
     const long rows = part.rows.count, inner = part.second.columns;
     A *states = begin(part, scratch<A>(1, rows * 3 * inner)), *x = states + rows * 2 * inner;
-    for (long m = 0; m < rows; m++)
-        for (long i = 0; i < inner; i++) {
-            A gate = states[m * 2 * inner + i];
-            x[m * inner + i] = gate / (1 + std::exp(-gate)) * states[(2 * m + 1) * inner + i];
-        }
+#pragma omp parallel for if (part.threads > 1) num_threads(part.threads) schedule(static)
+    for (long m = 0; m < rows; m++) swiglu(states + m * 2 * inner, states + (2 * m + 1) * inner, inner, x + m * inner);
     finish(part, x);
 }
 
