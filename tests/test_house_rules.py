@@ -27,8 +27,8 @@ BUDGETS = {
     "stagdist/cluster": 3703,
     "stagdist/config": 977,
     "stagdist/data": 2857,
-    "stagdist/decode": 8284,
-    "stagdist/evaluation": 489,
+    "stagdist/decode": 8291,
+    "stagdist/evaluation": 491,
     "stagdist/hf": 655,
     "stagdist/model": 691,
     "stagdist/parallel": 1303,
@@ -37,10 +37,10 @@ BUDGETS = {
     "stagdist/telemetry": 1128,
     "stagdist/training": 3290,
     "launch": 904,
-    "tools": 1011,
-    "benchmarks": 6256,
+    "tools": 1009,
+    "benchmarks": 6230,
 }
-MAX_LINES = {("stagdist", "launch", "tools"): 33_230, ("benchmarks",): 6_256}
+MAX_LINES = {("stagdist", "launch", "tools"): 33_237, ("benchmarks",): 6_230}
 """The sums may only fall, except for a new feature; the server added 5,580 lines of product, captured steps and kernels
 1,752, compiled layers, weights in int8 and the latency of links 860; rivals, slow links and hosts 1,840 benchmarks."""
 
