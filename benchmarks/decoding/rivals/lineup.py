@@ -53,7 +53,7 @@ class Choice:
             raise ConfigError(f"--rival-precisions {precisions}: give some of {', '.join(PRECISIONS)} with commas")
         packages = dict.fromkeys(package for title in chosen for package in RIVALS[title].packages)
         if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
-            raise ConfigError(f"--rivals needs {', '.join(missing)}; install with: pip install -e .[rivals]")
+            raise ConfigError(f"the rivals need {', '.join(missing)}; install with: pip install -e .[rivals]")
         return cls(chosen, wanted)
 
 
