@@ -72,7 +72,7 @@ def expected(
 
 
 def stop_sets(text: str, draw: random.Random) -> Iterator[list[str]]:
-    """Lists of stop strings: pieces of a text, alone and with others, some of which begin like them or never come."""
+    """Lists of stop strings: pieces of a text, alone and with others, and one that never comes."""
     complete = [start for start in range(len(text)) if text[start] != BROKEN]
     for number in range(STOPS):
         start = draw.choice(complete)
@@ -80,6 +80,7 @@ def stop_sets(text: str, draw: random.Random) -> Iterator[list[str]]:
         others = [stop + "\n\n", stop[:-1] + "\0", text[start + 1 : start + 3].split(BROKEN)[0], "never"]
         stops = [stop] if number % 2 else draw.sample([stop, *others], 3)
         yield list(filter(None, stops))
+    yield ["never"]
 
 
 def rounded(choices: list[dict[str, Any]]) -> Any:
