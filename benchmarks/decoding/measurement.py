@@ -116,17 +116,27 @@ class Measurement:
         rivals: after `compare`, if there was a choice.
         best: split and head layout with the shortest step, after `select`.
         left_out: contestants that do not fit, with the reason.
-        others_shares: share of the machine that other programs used in each round, repeated ones too.
+        others_shares: share of the machine that other programs used before and in each round, repeated ones too.
     """
 
     def __init__(self, site: DecodeSite, settings: Settings, tell: Callable[[str], None], choice: Choice | None = None):
         self.site, self.settings, self._tell, self._choice = site, settings, tell, choice
         self._precision = settings.options.weights or settings.options.precision
         self.rivals: Lineup | None = None
-        self.together, self.alone = site.read_bandwidths()
+        self._bandwidths: list[tuple[list[float], list[float]]] = []
         self.left_out: dict[str, str] = {}
         self.others_shares: dict[str, list[float]] = {}
         self.best: tuple[Split, HeadLayout] = (settings.splits[0], settings.heads[0])
+
+    @property
+    def together(self) -> list[float]:
+        """Bytes per second that each rank reads while all read: medians of readings in every round."""
+        return [statistics.median(of_rank) for of_rank in zip(*(each for each, _ in self._bandwidths), strict=True)]
+
+    @property
+    def alone(self) -> list[float]:
+        """Bytes per second that each rank reads while the others wait: medians of readings in every round."""
+        return [statistics.median(of_rank) for of_rank in zip(*(each for _, each in self._bandwidths), strict=True)]
 
     def engine(
         self, model: ModelConfig, load: Load, head: HeadLayout = "last", tensor: int = 1, kind: str = "", **keys: Any
@@ -252,6 +262,7 @@ class Measurement:
 
         def others() -> float:
             shares.append(self.site.others())
+            self._bandwidths.append(self.site.read_bandwidths())
             return shares[-1]
 
         alternate(runs, 1, lambda text: self._tell(f"{what}: warm"))

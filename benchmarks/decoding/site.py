@@ -37,6 +37,9 @@ _READ_MODEL = ModelConfig(
 class DecodeSite:
     """This process.
 
+    Attributes:
+        beside_s: core seconds of a process that the benchmark runs beside this one.
+
     Args:
         transport: of the pipeline over all ranks; None in a world of one.
         threads: threads of torch in this process.
@@ -50,7 +53,8 @@ class DecodeSite:
         self._transports = {} if transport is None else {(1, transport.combined): transport}
         if transport is not None:
             self._host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        self._others = OtherPrograms(lambda seconds: sum(self.gather(seconds)))
+        self.beside_s: Callable[[], float] = lambda: 0.0
+        self._others = OtherPrograms(lambda seconds: sum(self.gather(seconds + self.beside_s())))
 
     def transport(self, tensor: int = 1, *, combined: bool = False) -> Transport | None:
         """Communicators of the grid with this tensor axis; made once, by all ranks together.
@@ -129,18 +133,22 @@ class DecodeSite:
 
 
 def read_bandwidth(buffer: torch.Tensor, repeats: int = 15) -> float:
-    """Bytes per second that this process reads from a buffer's memory.
+    """Bytes per second that this process reads from a buffer's memory with the faster of its readers.
 
-    The faster of a sum and, on a CPU, a product of the compiled layers, which reads in several places at once. Of each
-    the median of several passes: where processes share cores, the best one had a core for itself.
+    Of each the median of several passes: where processes share cores, the best one had a core for itself.
     """
     clock = EventClock() if on_cuda(buffer.device) else HostClock()
+    return max(_bandwidth(reader, buffer.nbytes, clock, repeats) for reader in readers_of(buffer))
+
+
+def readers_of(buffer: torch.Tensor) -> list[Callable[[], object]]:
+    """A sum and, on a CPU with a compiler, a product of the compiled layers, which reads in several places at once."""
     readers: list[Callable[[], object]] = [buffer.sum]
     if not on_cuda(buffer.device) and use_native(EngineOptions(precision="fp32"), "cpu"):
         weight, math = buffer.view(-1, READ_WIDTH), NativeMath(_READ_MODEL, 1, None, torch.float32)
         row, gain = torch.ones(1, READ_WIDTH), torch.ones(READ_WIDTH)
         readers.append(partial(math.norm_linear, row, gain, weight))
-    return max(_bandwidth(reader, buffer.nbytes, clock, repeats) for reader in readers)
+    return readers
 
 
 def _bandwidth(reader: Callable[[], object], nbytes: int, clock: Clock, repeats: int) -> float:

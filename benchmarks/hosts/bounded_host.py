@@ -11,11 +11,14 @@ import os
 import select
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from benchmarks.common.conditions import ROOT
+from benchmarks.decoding.site import DecodeSite, readers_of
 from stagdist.errors import ConfigError, StagdistError
 
 READ_BYTES = 1 << 28
@@ -71,6 +74,14 @@ class BoundedHost:
         self._neighbor.wait()
         os.sched_setaffinity(0, self._cores)
 
+    @contextmanager
+    def beside(self, site: DecodeSite) -> Iterator[None]:
+        """While the block runs, all ranks of a site have their neighbors, which do not count as other programs."""
+        with self:
+            site.beside_s = self.neighbor_s
+            site.barrier()
+            yield
+
     def neighbor_s(self) -> float:
         """Core seconds that the neighbor has read."""
         fields = Path(f"/proc/{self._neighbor.pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
@@ -81,11 +92,12 @@ def read_without_end(core: int) -> None:
     """Read memory on a core while it has nothing else to do, until standard input ends."""
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-    buffer = torch.ones(READ_BYTES // 4)
+    *_, read = readers_of(torch.ones(READ_BYTES // 4))  # the fastest one leaves no more than a share to others
+    read()
     print(READY, flush=True)
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     while not select.select([sys.stdin], [], [], 0)[0]:
-        buffer.sum()
+        read()
 
 
 if __name__ == "__main__":

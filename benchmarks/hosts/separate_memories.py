@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 import torch
 
-from benchmarks.common.conditions import ROOT, OtherPrograms, conditions
+from benchmarks.common.conditions import ROOT, conditions
 from benchmarks.common.figures import paired_ratios, spread
 from benchmarks.common.results import check_outputs, write_results
 from benchmarks.decoding.bounds import bound_s, step_bytes
@@ -85,9 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
     with joined_world(plan_decoding(model, EngineOptions(max_context=load.length), world.size), "cpu") as transport:
         site = DecodeSite(transport, "cpu", arguments.threads, TIMEOUT_S)
         without_neighbors = site.read_bandwidths()
-        with host or nullcontext():
-            site.barrier()
-            results = SeparateMemories(site, model, load, host).measure(arguments.rounds, arguments.llama_cpp)
+        with nullcontext() if host is None else host.beside(site):
+            results = SeparateMemories(site, model, load).measure(arguments.rounds, arguments.llama_cpp)
         site.close()
     if site.rank == 0:
         print(table(results))
@@ -100,18 +99,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class SeparateMemories:
-    """All contestants on hosts with a bus each. All ranks run it together.
+    """All contestants on hosts with a bus each. All ranks run it together."""
 
-    Args:
-        host: of this rank; None on a machine of its own.
-    """
-
-    def __init__(self, site: DecodeSite, model: ModelConfig, load: Load, host: BoundedHost | None):
+    def __init__(self, site: DecodeSite, model: ModelConfig, load: Load):
         self._site, self._model, self._load = site, model, load
         self._facts: dict[str, dict[str, Any]] = {}
         self._together, self._alone = site.read_bandwidths()
-        beside: Callable[[], float] = (lambda: 0.0) if host is None else host.neighbor_s
-        self._others = OtherPrograms(lambda seconds: sum(site.gather(seconds + beside())))
 
     def measure(self, rounds: int, llama_cpp: bool) -> dict[str, Any]:
         """Rounds of all contestants; the results are complete on rank 0 only."""
@@ -128,7 +121,7 @@ class SeparateMemories:
                 runs[RIVAL] = self._rival_on_one(plain, Path(folder))
             alternate(runs, 1)
             tell = partial(print, file=sys.stderr, flush=True) if site.rank == 0 else lambda text: None
-            readings = alternate(runs, rounds, tell, lambda: float(site.from_first(self._others.share())))
+            readings = alternate(runs, rounds, tell, site.others)
         if site.rank:
             return {}
         medians = {name: [statistics.median(each.step_s) for each in readings[name]] for name in runs}

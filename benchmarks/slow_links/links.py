@@ -3,19 +3,21 @@
 
 Staggered with stagger 1 and 2, the sequential pipeline, and tensor parallelism over the same processes alternate within
 every round, at every latency. The latency is injected: messages between processes leave late, and each collective takes
-one latency longer. With --wire the link itself is slow: see `python -m tests.lab.slow_wire`. Predictions use nothing
-but the steps without latency. Weights are random.
+one latency longer. With --wire the link itself is slow: see `python -m tests.lab.slow_wire`. With --separate-memories
+each process has a core and a share of the memory bus of its own. Predictions use nothing but the steps without latency.
+Weights are random.
 
-example:
+examples:
   deepspeed --num_accelerators 2 benchmarks/slow_links/links.py --json links.json --png links.png
+  deepspeed --num_accelerators 2 benchmarks/slow_links/links.py --separate-memories --json links-separate.json
 """
 
 import argparse
 import itertools
 import json
-import os
 import struct
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from benchmarks.common.results import check_outputs, write_results
 from benchmarks.decoding.contestants import Load
 from benchmarks.decoding.shapes import balanced_split, changed, parse_split, split_name
 from benchmarks.decoding.site import DecodeSite
+from benchmarks.hosts.bounded_host import BoundedHost
 from benchmarks.slow_links.link_curves import Curve
 from benchmarks.slow_links.link_picture import draw_links
 from benchmarks.slow_links.link_rounds import LinkRounds, comparison, summary
@@ -40,7 +43,7 @@ from stagdist.config.loading import load_config
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.runtime.build import EngineOptions, joined_world, plan_decoding
 from stagdist.errors import ConfigError
-from stagdist.parallel.world import choose_device
+from stagdist.parallel.world import choose_device, join_launcher
 
 DEFAULT_CONFIG = ROOT / "configs" / "bench-decode.yaml"
 DEFAULT_DELAYS = "0,0.5,1,2,3,5,7,10"
@@ -59,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", metavar="FILE.png", help="draw the curves here")
     parser.add_argument("--beside", metavar="FILE", help="results of a run with --wire, to be drawn dotted")
     parser.add_argument("--wire", metavar="FILE", help="the file that sets the latency of a wire, in seconds")
+    separate = "bind each process to a core and a share of the memory bus (CPUs only)"
+    parser.add_argument("--separate-memories", action="store_true", help=separate)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -67,17 +72,21 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: the request cannot be served.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    model, load, delays_ms = settings_from(arguments, processes)
+    world = join_launcher()
+    model, load, delays_ms = settings_from(arguments, world.size)
     beside = json.loads(Path(arguments.beside).read_text()) if arguments.beside else None
     options = EngineOptions(precision="fp32", timeout_s=arguments.timeout, max_context=load.length)
-    device = choose_device(arguments.device, int(os.environ.get("LOCAL_RANK", "0")))
+    device = choose_device(arguments.device, world.local_rank)
+    if arguments.separate_memories and device != "cpu":
+        raise ConfigError("--separate-memories is for CPUs, whose cores share a bus; give --device cpu")
+    host = BoundedHost(world.local_rank, world.local_size) if arguments.separate_memories else None
     torch.set_num_threads(arguments.threads)
-    with joined_world(plan_decoding(model, options, processes), device) as transport:
+    with joined_world(plan_decoding(model, options, world.size), device) as transport:
         site = DecodeSite(transport, device, arguments.threads, arguments.timeout)
         set_wire = None if arguments.wire is None else _wire_setter(Path(arguments.wire), site)
-        rounds = LinkRounds(site, model, options, load, set_wire)
-        curves = rounds.measure(delays_ms, arguments.rounds)
+        with nullcontext() if host is None else host.beside(site):
+            rounds = LinkRounds(site, model, options, load, set_wire)
+            curves = rounds.measure(delays_ms, arguments.rounds)
         site.close()
     if site.rank == 0:
         results = (
@@ -152,6 +161,7 @@ def _results(
         "settings": {
             "model": model.model_dump(mode="json"), "context": load.context, "steps": load.steps,
             "rounds": arguments.rounds, "threads_per_process": arguments.threads,
+            "separate_memories": arguments.separate_memories,
         },
     }  # fmt: skip
 

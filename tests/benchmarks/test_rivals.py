@@ -175,7 +175,10 @@ def test_the_llama_has_the_weights_of_our_engine(source: Baseline) -> None:
     [
         (("vllm", "fp32"), "--rivals vllm: give all, or some of llama.cpp, openvino"),
         (("all", "fp8"), "--rival-precisions fp8: give some of fp32, bf16, int8"),
-        (("llama.cpp,openvino", "fp32"), r"the rivals need xllamacpp, gguf, openvino; install with: pip install -e \.\[rivals\]"),
+        (
+            ("llama.cpp,openvino", "fp32"),
+            r"the rivals need xllamacpp, gguf, openvino; install with: pip install -e \.\[rivals\]",
+        ),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(
