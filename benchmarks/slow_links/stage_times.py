@@ -14,7 +14,7 @@ TOKEN, HAND_OFF, SENT, PUBLISHED, HEAD = "wait for token", "wait for memory", "s
 
 @dataclass(frozen=True)
 class RecordedTimes:
-    """Median times of a pipeline's steps.
+    """Mean times of a pipeline's steps, since what they predict is a mean step.
 
     Attributes:
         stages: first to last.
@@ -41,7 +41,7 @@ def recorded_times(stretches: Sequence[Stretch], lag: int) -> RecordedTimes:
     steps = [_by_step(stretch) for stretch in stretches]
     last = len(steps) - 1
     stages = tuple(_stage(of, stage, last, sequential=lag == 0) for stage, of in enumerate(steps))
-    end_s = _median(of[PUBLISHED].begin_ns - of[HEAD].begin_ns for of in steps[last].values())
+    end_s = _mean_s(of[PUBLISHED].begin_ns - of[HEAD].begin_ns for of in steps[last].values())
     trips = [
         trip
         for stage, receiver in enumerate(steps)
@@ -51,7 +51,7 @@ def recorded_times(stretches: Sequence[Stretch], lag: int) -> RecordedTimes:
         )
         for trip in _trips(sender, receiver, sent, name, late)
     ]
-    return RecordedTimes(stages, end_s, _median(trips) if trips else 0.0)
+    return RecordedTimes(stages, end_s, _mean_s(trips) if trips else 0.0)
 
 
 def median_times(readings: Sequence[RecordedTimes]) -> RecordedTimes:
@@ -86,7 +86,7 @@ def _stage(steps: Mapping[int, Mapping[str, Span]], stage: int, last: int, *, se
         begins.append(split_ns - known_ns)
         rests.append(of[output].begin_ns - resumed_ns)
         afters.append(of[end].end_ns - of[end].begin_ns if stage == last else of[end].begin_ns - of[output].begin_ns)
-    return StageWork(_median(begins), _median(rests), _median(afters))
+    return StageWork(_mean_s(begins), _mean_s(rests), _mean_s(afters))
 
 
 def _trips(
@@ -104,5 +104,5 @@ def _by_step(stretch: Stretch) -> dict[int, dict[str, Span]]:
     return found
 
 
-def _median(times_ns) -> float:  # type: ignore[no-untyped-def]
-    return statistics.median(times_ns) / 1e9
+def _mean_s(times_ns) -> float:  # type: ignore[no-untyped-def]
+    return statistics.fmean(times_ns) / 1e9
