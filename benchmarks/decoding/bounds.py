@@ -1,5 +1,6 @@
 """What a step reads, and how long reading takes at least."""
 
+import statistics
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -27,6 +28,14 @@ def step_bytes(stage: Stage, context: int, batch: int) -> dict[str, int]:
             if kept is not None:  # [L, 2, B, heads, entries + 1, width]
                 cache += kept.nbytes // kept.shape[4] * min(seen, kept.shape[4] - 1) * batch // kept.shape[2]
     return {"weights_bytes": sum(tensor.nbytes for tensor in (*tensors.values(), *head)), "cache_bytes": cache}
+
+
+def median_bandwidths(readings: Sequence[tuple[list[float], list[float]]]) -> tuple[list[float], list[float]]:
+    """Medians by rank over readings of `DecodeSite.read_bandwidths`: while all ranks read, and one after the other."""
+    together, alone = (
+        [statistics.median(rank) for rank in zip(*kind, strict=True)] for kind in zip(*readings, strict=True)
+    )
+    return together, alone
 
 
 def bound_s(read: Sequence[int], bandwidths: Sequence[float], *, sequential: bool, stages: int) -> float:

@@ -54,6 +54,11 @@ class Load:
         return (self.batch - 1) * -(-self.prompt_length // DEFAULT_CHUNK)
 
     @property
+    def served_context(self) -> int:
+        """Mean position of our engine's measured steps: earlier requests are ahead by the steps of later prompts."""
+        return self.context + self.admission_steps // 2
+
+    @property
     def length(self) -> int:
         """Positions that a request needs."""
         return self.prompt_length + self.admission_steps + self.new_tokens
@@ -114,7 +119,7 @@ class EngineContestant:
 
     def __call__(self, load: Load) -> Served:
         """Serve one batch of requests from prompt to end."""
-        # So many tokens that the first request still decodes in every step that is measured.
+        # Enough tokens for the first request to decode in every measured step.
         count = load.new_tokens + load.admission_steps
         params = SamplingParams(max_new_tokens=count, temperature=0.0, ignore_end_of_document=True)
         self.site.barrier()

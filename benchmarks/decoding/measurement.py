@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.common.figures import paired_ratios, percentile, spread
-from benchmarks.decoding.bounds import bound_s, step_bytes
+from benchmarks.decoding.bounds import bound_s, median_bandwidths, step_bytes
 from benchmarks.decoding.contestants import (
     EngineContestant,
     Load,
@@ -35,6 +35,7 @@ OWN_KINDS: Mapping[str, dict[str, Any]] = {
     "int8": {"weights": "int8"},
 }
 """Options of our engine beside rivals of a precision."""
+READING = "read of the memory"
 WARM_UP_STEPS = 4
 FEWER_STEPS = 4
 """Tensor parallelism over gloo is slow: it decodes this many times fewer steps."""
@@ -121,7 +122,7 @@ class Measurement:
 
     def __init__(self, site: DecodeSite, settings: Settings, tell: Callable[[str], None], choice: Choice | None = None):
         self.site, self.settings, self._tell, self._choice = site, settings, tell, choice
-        self._precision = settings.options.weights or settings.options.precision
+        self._precision = settings.options.precision
         self.rivals: Lineup | None = None
         self._bandwidths: list[tuple[list[float], list[float]]] = []
         self.left_out: dict[str, str] = {}
@@ -131,12 +132,12 @@ class Measurement:
     @property
     def together(self) -> list[float]:
         """Bytes per second that each rank reads while all read: medians of readings in every round."""
-        return [statistics.median(of_rank) for of_rank in zip(*(each for each, _ in self._bandwidths), strict=True)]
+        return median_bandwidths(self._bandwidths)[0]
 
     @property
     def alone(self) -> list[float]:
         """Bytes per second that each rank reads while the others wait: medians of readings in every round."""
-        return [statistics.median(of_rank) for of_rank in zip(*(each for _, each in self._bandwidths), strict=True)]
+        return median_bandwidths(self._bandwidths)[1]
 
     def engine(
         self, model: ModelConfig, load: Load, head: HeadLayout = "last", tensor: int = 1, kind: str = "", **keys: Any
@@ -220,7 +221,9 @@ class Measurement:
             "kv_bytes": stage.kv_bytes,
             "process_grown_bytes": engine.grown_bytes,
         }
-        read_of, memory = zip(*self.site.gather((step_bytes(stage, load.context, load.batch), mine)), strict=True)
+        read_of, memory = zip(
+            *self.site.gather((step_bytes(stage, load.served_context, load.batch), mine)), strict=True
+        )
         takes_turns = not topology.staggered and topology.num_stages > 1
         bandwidth, stages = self.alone if takes_turns else self.together, topology.num_stages
         bytes_of = [sum(read.values()) for read in read_of]
@@ -245,7 +248,7 @@ class Measurement:
     def _reference(self, plain: ModelConfig, load: Load, served: Sequence[Served]) -> tuple[int, ...]:
         """Tokens of the sequential baseline in fp32 with its weights as they are."""
         options = self.settings.options_for(load)
-        exact = replace(options, precision="fp32", weights=None)
+        exact = replace(options, precision="fp32")
         return (served[0] if options == exact else EngineContestant(self.site, plain, exact)(load)).token_ids
 
     def rival_row(
@@ -262,11 +265,13 @@ class Measurement:
 
         def others() -> float:
             shares.append(self.site.others())
-            self._bandwidths.append(self.site.read_bandwidths())
             return shares[-1]
 
         alternate(runs, 1, lambda text: self._tell(f"{what}: warm"))
-        return alternate(runs, self.settings.rounds, lambda text: self._tell(f"{what}: {text}"), others)
+        all_runs = {**runs, READING: self.site.read_bandwidths}
+        readings = alternate(all_runs, self.settings.rounds, lambda text: self._tell(f"{what}: {text}"), others)
+        self._bandwidths += readings.pop(READING)
+        return readings
 
     def _has_plain_step(self) -> bool:
         model, size = self.settings.model, self.site.size

@@ -89,9 +89,9 @@ class Sweeps:
             row = self._measurement.row(kind, engine, readings[value, kind], load)
             rows.append({axis: value} | _kept(row))
         for (value, name), (rival, load) in rivals.items():
-            # Without a reference tokens are not compared: those of engines that round are others. A long sweep is not
-            # lost for a token, either: the distance of the two best logits is in its row.
-            exact = self._settings.options == replace(self._settings.options, precision="fp32", weights=None)
+            # An engine that rounds chooses other tokens, so only fp32 is a reference. A mismatch does not end a sweep:
+            # the row contains the margin of the logits.
+            exact = self._settings.options.precision == "fp32"
             reference = readings[value, "sequential"][0].token_ids if exact else None
             row = self._measurement.rival_row(name, readings[value, name], load, reference, refuse=False)
             rows.append({axis: value} | _kept(row))

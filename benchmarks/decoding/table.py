@@ -1,4 +1,4 @@
-"""The results of the decode benchmark as a table ."""
+"""The results of the decode benchmark as a table."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -23,13 +23,11 @@ SWEEP_COLUMNS = (
     "split",
     "stagger",
     "ms_per_token",
-    "predicted_ms",
-    "slack_ms",
-    "slack_run_ms",
     "bound_ms",
     "efficiency",
     "cache_bytes",
     "tokens_equal",
+    "margin_at_first_difference",
 )
 
 

@@ -80,7 +80,10 @@ class BoundedHost:
         with self:
             site.beside_s = self.neighbor_s
             site.barrier()
-            yield
+            try:
+                yield
+            finally:
+                site.beside_s = lambda: 0.0
 
     def neighbor_s(self) -> float:
         """Core seconds that the neighbor has read."""
@@ -92,7 +95,7 @@ def read_without_end(core: int) -> None:
     """Read memory on a core while it has nothing else to do, until standard input ends."""
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-    *_, read = readers_of(torch.ones(READ_BYTES // 4))  # the fastest one leaves no more than a share to others
+    *_, read = readers_of(torch.ones(READ_BYTES // 4))  # compiled, where there is a compiler
     read()
     print(READY, flush=True)
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

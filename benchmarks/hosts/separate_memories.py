@@ -33,9 +33,9 @@ import torch
 from benchmarks.common.conditions import ROOT, conditions
 from benchmarks.common.figures import paired_ratios, spread
 from benchmarks.common.results import check_outputs, write_results
-from benchmarks.decoding.bounds import bound_s, step_bytes
+from benchmarks.decoding.bounds import bound_s, median_bandwidths, step_bytes
 from benchmarks.decoding.contestants import EngineContestant, Load, Served, alternate
-from benchmarks.decoding.measurement import FEWER_STEPS, row
+from benchmarks.decoding.measurement import FEWER_STEPS, READING, row
 from benchmarks.decoding.rivals.baseline_llama import Baseline
 from benchmarks.decoding.rivals.lineup import RIVALS, Choice
 from benchmarks.decoding.rivals.rival import RivalContestant
@@ -79,6 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
     model = changed(load_config(arguments.config, arguments.set).model, {"section_layers": split})
     if not model.staggered:
         raise ConfigError("model.connection is sequential; give a staggered shape, its baseline is derived from it")
+    if min(arguments.rounds, arguments.context) < 1 or arguments.steps < 2:
+        raise ConfigError("--rounds and --context start at 1, --steps at 2")
+    if arguments.threads > 1 and world.local_size > 1:
+        raise ConfigError(f"--threads {arguments.threads}: each process of this machine gets one core; give 1")
     load = Load(arguments.context, arguments.steps)
     torch.set_num_threads(arguments.threads)
     host = BoundedHost(world.local_rank, world.local_size) if world.local_size > 1 else None
@@ -103,8 +107,8 @@ class SeparateMemories:
 
     def __init__(self, site: DecodeSite, model: ModelConfig, load: Load):
         self._site, self._model, self._load = site, model, load
-        self._facts: dict[str, dict[str, Any]] = {}
-        self._together, self._alone = site.read_bandwidths()
+        self._read: dict[str, list[dict[str, int]]] = {}
+        self._take_turns: set[str] = set()
 
     def measure(self, rounds: int, llama_cpp: bool) -> dict[str, Any]:
         """Rounds of all contestants; the results are complete on rank 0 only."""
@@ -117,19 +121,23 @@ class SeparateMemories:
                 TENSOR: self._together_on(TENSOR, plain, few, tensor=site.size),
                 ENGINE: self._on_one(plain),
             }
-            if llama_cpp:
-                runs[RIVAL] = self._rival_on_one(plain, Path(folder))
+            rival = self._rival_on_one(plain, Path(folder)) if llama_cpp else None
+            if rival is not None:
+                runs[RIVAL] = partial(rival, load)
             alternate(runs, 1)
             tell = partial(print, file=sys.stderr, flush=True) if site.rank == 0 else lambda text: None
-            readings = alternate(runs, rounds, tell, site.others)
+            readings = alternate({**runs, READING: site.read_bandwidths}, rounds, tell, site.others)
+            if rival is not None:
+                rival.close()
         if site.rank:
             return {}
+        together, alone = median_bandwidths(readings.pop(READING))
         medians = {name: [statistics.median(each.step_s) for each in readings[name]] for name in runs}
         tokens = {name: readings[name][0].token_ids for name in (PIPELINE, ENGINE, RIVAL) if name in runs}
         others = [name for name in runs if name != STAGGERED]
         return {
-            "share_bytes_per_s": dict(zip(BANDWIDTHS, (self._together, self._alone), strict=True)),
-            "contestants": [row(name, readings[name], load.batch, self._facts[name]) for name in runs],
+            "share_bytes_per_s": dict(zip(BANDWIDTHS, (together, alone), strict=True)),
+            "contestants": [row(name, readings[name], load.batch, self._facts(name, together, alone)) for name in runs],
             "speedup_of_staggered": {name: spread(paired_ratios(medians[name], medians[STAGGERED])) for name in others},
             "same_tokens": len(set(tokens.values())) == 1,
         }
@@ -139,7 +147,9 @@ class SeparateMemories:
         options = EngineOptions(max_context=self._load.length, tensor_parallel_size=tensor)
         engine = EngineContestant(self._site, model, options)
         topology, read = engine.plan.topology, self._site.gather(step_bytes(engine.stage, load.context, load.batch))
-        self._note(name, read, takes_turns=not topology.staggered and tensor == 1)
+        self._read[name] = read
+        if not topology.staggered and tensor == 1:
+            self._take_turns.add(name)
         return partial(engine, load)
 
     def _on_one(self, model: ModelConfig) -> Callable[[], Served]:
@@ -148,7 +158,7 @@ class SeparateMemories:
         if site.rank == 0:
             single = DecodeSite(None, "cpu", site.threads, TIMEOUT_S)
             engine = EngineContestant(single, model, EngineOptions(max_context=load.length))
-        self._note(ENGINE, [site.from_first(engine and step_bytes(engine.stage, load.context, load.batch))])
+        self._read[ENGINE] = [site.from_first(engine and step_bytes(engine.stage, load.context, load.batch))]
 
         def serve() -> Served:
             site.barrier()
@@ -158,22 +168,23 @@ class SeparateMemories:
 
         return serve
 
-    def _rival_on_one(self, model: ModelConfig, folder: Path) -> Callable[[], Served]:
+    def _rival_on_one(self, model: ModelConfig, folder: Path) -> RivalContestant:
         """llama.cpp on the first host, in fp32."""
         site, load, rival, read = self._site, self._load, None, None
         if site.rank == 0:
             weights = Baseline(model, "cpu", folder)
             rival = RIVALS["llama.cpp"](weights, "fp32", load, site.threads)
             read = {"weights_bytes": 4 * weights.read_values, "cache_bytes": 4 * weights.cache_values(load)}
-        self._note(RIVAL, [site.from_first(read)])
-        return partial(RivalContestant(site, rival, model.vocab_size, site.threads), load)
+        self._read[RIVAL] = [site.from_first(read)]
+        return RivalContestant(site, rival, model.vocab_size, site.threads)
 
-    def _note(self, name: str, read: list[dict[str, int]], *, takes_turns: bool = False) -> None:
-        """Keep what the ranks read in a step, and the shortest step that follows from it."""
-        bandwidth = (self._alone if takes_turns or len(read) == 1 else self._together)[: len(read)]
+    def _facts(self, name: str, together: list[float], alone: list[float]) -> dict[str, Any]:
+        """What the ranks read in a step, and the shortest step that follows from it."""
+        read, takes_turns = self._read[name], name in self._take_turns
+        bandwidth = (alone if takes_turns or len(read) == 1 else together)[: len(read)]
         bytes_of = [sum(each.values()) for each in read]
         bound = bound_s(bytes_of, bandwidth, sequential=takes_turns, stages=len(read))
-        self._facts[name] = {"read_per_step": read, "bandwidth_bytes_per_s": bandwidth, "bound_ms": 1e3 * bound}
+        return {"read_per_step": read, "bandwidth_bytes_per_s": bandwidth, "bound_ms": 1e3 * bound}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -186,6 +197,8 @@ def table(results: dict[str, Any]) -> str:
         speedup = results["speedup_of_staggered"].get(each["name"])
         ratio = f"{speedup['median']:.2f}x" if speedup else ""
         lines.append(f"{each['name']:40}{read:>16}{each['bound_ms']:10.1f}{each['ms_per_token']:8.1f}{ratio:>11}")
+    if not results["same_tokens"]:
+        lines.append("contestants chose different tokens")
     return "\n".join(lines)
 
 

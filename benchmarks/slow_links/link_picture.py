@@ -26,7 +26,7 @@ def draw_links(results: Mapping[str, Any], png: str | Path, packets: Mapping[str
     colors = dict(zip(names, COLORS, strict=False))
     runs = [(results, "-", ""), *([(packets, ":", ", delayed packets")] if packets else [])]
     for run, style, note in runs:
-        for curve in run["curves"]:
+        for curve in (each for each in run["curves"] if each["name"] in colors):
             color, delays = colors[curve["name"]], run["delays_ms"]
             axes.plot(delays, curve["ms_per_token"], style, color=color, marker="o", markersize=4, linewidth=2,
                       label=curve["name"] + note)  # fmt: skip

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from benchmarks.decoding.bounds import step_bytes
 from benchmarks.decoding.contestants import EngineContestant, Load, alternate
 from benchmarks.decoding.shapes import baseline, changed, split_name
 from benchmarks.decoding.site import DecodeSite
@@ -16,7 +17,7 @@ from benchmarks.slow_links.stage_times import RecordedTimes, median_times, recor
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.runtime.build import EngineOptions, plan_decoding
 from stagdist.errors import ConfigError
-from stagdist.planning.decode_steps import flat_until_s, pipeline_step_s, tensor_parallel_step_s
+from stagdist.planning.decode_steps import flat_until_s, pipeline_step_s, section_s, tensor_parallel_step_s
 from stagdist.telemetry.spans import SpanRecorder
 
 SEQUENTIAL, TENSOR = "sequential pipeline", "tensor parallel"
@@ -42,6 +43,7 @@ class _Contestant:
         self._pipeline = options.tensor_parallel_size == 1
         self._engine = EngineContestant(site, model, options, recorder=self._recorder)
         self._engine.warm_up(replace(load, steps=WARM_UP_STEPS))
+        self.read_bytes = [sum(of.values()) for of in site.gather(step_bytes(self._engine.stage, load.context, 1))]
 
     def __call__(self, delay_s: float, set_wire: Callable[[float], None] | None) -> Reading:
         transport, site = self._engine.transport, self._site
@@ -66,7 +68,7 @@ class LinkRounds:
         set_wire: sets the latency of the link itself; None injects it.
 
     Attributes:
-        others_shares: share of the machine that other programs used in each round, repeated ones too.
+        others_shares: share of the machine that other programs used before and in each round, repeated ones too.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class LinkRounds:
     ):
         self._site, self._set_wire = site, set_wire
         self.others_shares: list[float] = []
+        self._together, self._alone = site.read_bandwidths()
         plain = baseline(model, site.size)
         self._contestants = {
             "staggered, stagger 1": _Contestant(site, changed(model, {"stagger": 1}), options, load),
@@ -117,7 +120,7 @@ class LinkRounds:
             print(text, file=sys.stderr, flush=True)
 
     def _curve(self, name: str, readings: Mapping[float, Sequence[Reading]]) -> Curve:
-        model = self._contestants[name].model
+        model, read_bytes = self._contestants[name].model, self._contestants[name].read_bytes
         ms = [[1e3 * each.step_s for each in of_rounds] for of_rounds in readings.values()]
         if name == TENSOR:
             collectives = 2 * model.num_layers + 1
@@ -128,7 +131,9 @@ class LinkRounds:
         sequential = name == SEQUENTIAL
         cycles = times.cycles(0 if sequential else model.stagger, sequential=sequential)
         found = [pipeline_step_s(cycles, times.message_s + each / 1e3) for each in readings]
+        bandwidths = self._alone if sequential else self._together
         inputs = {
+            "bytes_over_bandwidth_ms": [1e3 * section_s(*each) for each in zip(read_bytes, bandwidths, strict=True)],
             "begin_ms": [1e3 * each.begin_s for each in times.stages],
             "rest_ms": [1e3 * each.rest_s for each in times.stages],
             "after_ms": [1e3 * each.after_s for each in times.stages],
@@ -154,8 +159,9 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def comparison(curves: Sequence[Curve], delays_ms: Sequence[float]) -> dict[str, Any]:
-    """What follows from all curves together."""
+    """What follows from all curves together. Tensor parallelism without latency is no prediction."""
+    errors = [error for curve in curves for error in curve.errors[curve.name == TENSOR :]]
     return {
         "crossings_ms": crossings(delays_ms, curves),
-        "median_prediction_error": statistics.median(error for curve in curves for error in curve.errors),
+        "median_prediction_error": statistics.median(errors),
     }

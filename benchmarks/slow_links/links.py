@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     world = join_launcher()
     model, load, delays_ms = settings_from(arguments, world.size)
-    beside = json.loads(Path(arguments.beside).read_text()) if arguments.beside else None
+    beside = None if arguments.beside is None else results_beside(arguments.beside)
     options = EngineOptions(precision="fp32", timeout_s=arguments.timeout, max_context=load.length)
     device = choose_device(arguments.device, world.local_rank)
     if arguments.separate_memories and device != "cpu":
@@ -87,14 +87,15 @@ def run(arguments: argparse.Namespace) -> int:
         with nullcontext() if host is None else host.beside(site):
             rounds = LinkRounds(site, model, options, load, set_wire)
             curves = rounds.measure(delays_ms, arguments.rounds)
+        gpus = site.gpus()
         site.close()
     if site.rank == 0:
         results = (
-            _results(arguments, model, load, delays_ms, curves)
+            _results(arguments, model, load, delays_ms, curves, site, gpus)
             | comparison(curves, delays_ms)
             | {
                 "processes": site.size,
-                "share_of_machine_taken_by_others": rounds.others_shares,
+                "share_of_machine_taken_by_others": rounds.others_shares[1:],  # the first is from before the rounds
             }
         )
         print(summary(results))
@@ -119,8 +120,10 @@ def settings_from(arguments: argparse.Namespace, processes: int) -> tuple[ModelC
         raise ConfigError("--rounds, --context and --threads start at 1, --steps at 8")
     if arguments.png and not arguments.png.endswith(".png"):
         raise ConfigError(f"--png {arguments.png} is a picture; give a name that ends in .png")
-    if arguments.beside and not Path(arguments.beside).is_file():
-        raise ConfigError(f"--beside {arguments.beside} is no file")
+    if arguments.wire is not None and not Path(arguments.wire).is_file():
+        raise ConfigError(f"--wire {arguments.wire} is not a file; start `python -m tests.lab.slow_wire`")
+    if arguments.separate_memories and arguments.threads > 1:
+        raise ConfigError(f"--threads {arguments.threads}: --separate-memories gives each process one core; give 1")
     shape = load_config(arguments.config, arguments.set).model
     if not shape.staggered or shape.share_section_weights or shape.combine_sections:
         raise ConfigError("give a staggered model without shared or combined sections; its baseline is derived from it")
@@ -150,10 +153,26 @@ def parse_delays(text: str) -> tuple[float, ...]:
     return delays
 
 
+def results_beside(path: str) -> dict[str, Any]:
+    """Results of an earlier run.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if found["benchmark"] == "links":
+            return dict(found)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"--beside {path} does not hold results of this benchmark; give a file written by --json")
+
+
 def _results(
-    arguments: argparse.Namespace, model: ModelConfig, load: Load, delays_ms: tuple[float, ...], curves: list[Curve]
-) -> dict[str, Any]:
-    return conditions(None, 0) | {
+    arguments: argparse.Namespace, model: ModelConfig, load: Load, delays_ms: tuple[float, ...], curves: list[Curve],
+    site: DecodeSite, gpus: int,
+) -> dict[str, Any]:  # fmt: skip
+    return conditions(torch.cuda.get_device_name(site.device) if gpus else None, gpus) | {
         "benchmark": "links",
         "latency": "injected" if arguments.wire is None else "of packets, by a wire between network namespaces",
         "delays_ms": list(delays_ms),

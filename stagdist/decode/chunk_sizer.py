@@ -9,7 +9,7 @@ SMALLEST_CHUNK = 16
 
 _FIRST_PART = 96
 _SHARE = 8
-"""A tapering chunk has so many positions and one in so many of those that remain."""
+"""Size of a tapering chunk: `_FIRST_PART` positions plus 1 / `_SHARE` of the remaining ones."""
 _SMALLEST_END = 32  # positions; fewer join the chunk before
 
 _MARGIN = 0.9  # share of the target that is aimed at

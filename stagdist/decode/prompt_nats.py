@@ -1,4 +1,4 @@
-"""Loss of every token of a text, computed as prompts are while decoding."""
+"""Loss of every token of a text, computed by the prompt path of the decoding engine."""
 
 from functools import lru_cache
 
@@ -29,9 +29,7 @@ class PromptNats:
         ConfigError: the weights do not work in the dtype.
     """
 
-    def __init__(
-        self, source: WeightSource, device: str, dtype: torch.dtype, window: int, weights: WeightFormat | None
-    ):
+    def __init__(self, source: WeightSource, device: str, dtype: torch.dtype, window: int, weights: WeightFormat):
         check_weight_format(weights, dtype)
         choose_attention(training=False)
         model, where = source.model, Device(device, dtype)

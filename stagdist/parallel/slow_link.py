@@ -14,7 +14,7 @@ from torch import Tensor
 from stagdist.parallel.link import Edge, Outbox
 
 SPUN_S = 1e-4
-"""End of a wait that is not slept: the system wakes a process about this much late."""
+"""The last part of a wait yields instead of sleeping, because the system wakes a process about this late."""
 
 
 def wait_until(due_s: float) -> None:

@@ -42,7 +42,7 @@ class Cycle:
         events: each depends on the one before.
         work_s: computing and ends of steps.
         messages: latencies on the way.
-        steps: that it spans.
+        steps: number of steps that the cycle spans.
     """
 
     events: tuple[Event, ...]
@@ -51,7 +51,7 @@ class Cycle:
     steps: int
 
     def step_s(self, latency_s: float) -> float:
-        """Time that this cycle alone gives each step."""
+        """Step time if only this cycle limits it."""
         return (self.work_s + self.messages * latency_s) / self.steps
 
 

@@ -11,7 +11,7 @@ from benchmarks.decoding.contestants import DROPPED_STEPS
 from benchmarks.decoding.spans import Stretch, counted_steps
 from benchmarks.slow_links.link_curves import Curve, crossing, crossings, flat_until
 from benchmarks.slow_links.link_picture import draw_links
-from benchmarks.slow_links.links import add_arguments, parse_delays, run, settings_from
+from benchmarks.slow_links.links import add_arguments, parse_delays, results_beside, run, settings_from
 from benchmarks.slow_links.stage_times import median_times, recorded_times
 from stagdist.errors import ConfigError
 from stagdist.telemetry.spans import Span
@@ -51,7 +51,8 @@ def test_latencies_are_rising_numbers_from_zero() -> None:
         (("--rounds", "0"), 2, "start at 1"),
         (("--steps", "7"), 2, "--steps at 8"),
         (("--png", "curve.svg"), 2, "ends in .png"),
-        (("--beside", "no/such.json"), 2, "is no file"),
+        (("--wire", "no/such/file"), 2, "--wire no/such/file is not a file"),
+        (("--separate-memories", "--threads", "2"), 2, "gives each process one core"),
         (("--split", "1+1+2"), 2, "3 sections for 2 processes"),
         (("--set", "model.connection=sequential"), 2, "give a staggered model"),
         (("--context", "60"), 2, "the model knows 64"),
@@ -60,6 +61,15 @@ def test_latencies_are_rising_numbers_from_zero() -> None:
 def test_what_cannot_work_is_refused(tiny: str, given: tuple[str, ...], processes: int, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         settings_from(arguments("--config", tiny, "--context", "24", "--steps", "8", *given), processes)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"benchmark": "decode"}'])
+def test_other_files_are_not_drawn_beside(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "other.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match="does not hold results of this benchmark"):
+        results_beside(str(path))
 
 
 # --- stage times ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from benchmarks.decoding.rivals import lineup
 from benchmarks.decoding.rivals.baseline_llama import Baseline
 from benchmarks.decoding.rivals.gguf_file import gguf_name, rotary_pairs
 from benchmarks.decoding.rivals.lineup import RIVALS, Choice, Lineup, speedup
-from benchmarks.decoding.rivals.rival import Decoded, wait_for_rest
+from benchmarks.decoding.rivals.rival import Decoded, wait_until_idle
 from benchmarks.decoding.shapes import baseline
 from benchmarks.decoding.site import DecodeSite
 from stagdist.checkpoint.published.model_writer import stored_name
@@ -250,13 +250,13 @@ def test_speedups_are_taken_within_rounds() -> None:
 def test_threads_that_spin_after_a_run_are_waited_for_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     busy = iter([0.0, 0.1, 0.2, 0.2])
     monkeypatch.setattr("benchmarks.decoding.rivals.rival.time.process_time", lambda: next(busy))
-    wait_for_rest("idle after a while")
+    wait_until_idle("idle after a while")
     assert next(busy, None) is None
     used = iter(range(1000))
     monkeypatch.setattr("benchmarks.decoding.rivals.rival.time.process_time", lambda: float(next(used)))
     monkeypatch.setattr("benchmarks.decoding.rivals.rival.PATIENCE_S", 0.1)
     with pytest.raises(StagdistError, match="threads of spinning still use cores"):
-        wait_for_rest("spinning")
+        wait_until_idle("spinning")
 
 
 def test_a_wrong_name_is_answered_in_one_line(shape: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,6 +63,11 @@ def test_tiny_rows_have_finite_values(tiny: float) -> None:
     assert found.values.abs().max() <= 127
 
 
+def test_a_row_with_nan_is_not_hidden() -> None:
+    found = quantize(torch.tensor([[1.0, float("nan")], [1.0, 2.0], [0.0, 0.0]]))
+    assert found.scales.isnan().tolist() == [True, False, False]
+
+
 # --- products ---------------------------------------------------------------------------------------------------
 
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 8e-3}
@@ -85,7 +90,7 @@ def test_a_product_is_that_of_the_weight_it_stands_for(dtype: torch.dtype, rows:
 def test_a_product_in_pieces_is_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     held, x = quantize(random_weight(33, 16)), torch.randn(3, 16, dtype=torch.float64)
     expected = linear(x, held)
-    monkeypatch.setitem(matrix._PIECE_BYTES, "cpu", 10 * 16 * 8)
+    monkeypatch.setattr(matrix, "_CPU_PIECE_BYTES", 10 * 16 * 8)
     torch.testing.assert_close(linear(x, held), expected)
 
 

@@ -32,10 +32,10 @@ ALL_SHAPES = SHAPES | {
 def recompiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder for compiled files; the process forgets what it has loaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiled.library.cache_clear()
+    compiled._library_or_error.cache_clear()
     build._warn_once.cache_clear()
     yield tmp_path
-    compiled.library.cache_clear()
+    compiled._library_or_error.cache_clear()
 
 
 @pytest.mark.parametrize("name", ALL_SHAPES)
@@ -86,14 +86,25 @@ def test_layers_are_compiled_once(recompiled: Path, monkeypatch: pytest.MonkeyPa
     compiled.library()
     (file,) = (recompiled / "stagdist").glob("*.so")
     written = file.stat().st_mtime_ns
-    compiled.library.cache_clear()
+    compiled._library_or_error.cache_clear()
     compiled.library()
     assert file.stat().st_mtime_ns == written
     monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, "-DOTHER"))
-    compiled.library.cache_clear()
+    compiled._library_or_error.cache_clear()
     compiled.library()
     assert len(list((recompiled / "stagdist").glob("*.so"))) == 2
     assert not list((recompiled / "stagdist").glob("*.partial"))
+
+
+def test_without_a_folder_for_the_result_nothing_stays_behind(
+    recompiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = recompiled / "file"
+    blocked.write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    monkeypatch.setattr(compiled.tempfile, "tempdir", str(recompiled))
+    assert compiled.library().mlp_fp32 is not None
+    assert list(recompiled.iterdir()) == [blocked]
 
 
 def test_without_a_compiler_torch_computes_and_says_so_once(
@@ -112,10 +123,16 @@ def test_without_a_compiler_torch_computes_and_says_so_once(
     assert len(caplog.records) == 1
 
 
-def test_a_compiler_that_fails_is_reported(recompiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "false")
-    with pytest.raises(ConfigError, match="false fails on layers.cpp"):
-        compiled.library()
+def test_a_compiler_that_fails_is_reported_and_not_run_again(recompiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, runs = recompiled / "compiler", recompiled / "runs"
+    compiler.write_text(f"#!/bin/sh\necho run >> {runs}\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="compiler fails on layers.cpp"):
+            compiled.library()
+    assert runs.read_text() == "run\n"
+    compiled._library_or_error.cache_clear()
     monkeypatch.setenv("CXX", str(recompiled / "missing"))
     with pytest.raises(ConfigError, match="cannot be run.*set CXX"):
         compiled.library()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from stagdist.config.parts import ModelConfig
+from stagdist.decode.layers import weights as weights_module
 from stagdist.decode.layers.runner import SectionCache
-from stagdist.decode.layers.weights import Device, Shard, StageWeights, WeightLoader
+from stagdist.decode.layers.weights import Device, Shard, StageWeights, WeightLoader, random_reader
 from stagdist.decode.runtime.build import DecodePlan, EngineOptions, build_stage, plan_decoding
 from stagdist.decode.runtime.stage import Stage
 from stagdist.decode.runtime.warm_up import Unconnected
@@ -201,3 +202,15 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_built(name: str
 def test_options_that_cannot_work_are_refused_by_name(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
         EngineOptions(**values)
+
+
+def test_random_weights_do_not_depend_on_the_bounds_of_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_module, "READ_BYTES", 10 * 8 * 4)
+    spec = next(spec for spec in model_parameters(ModelConfig(**config_of({}))) if spec.name == "embedding.weight")
+    read = random_reader(3)
+    rows, columns = spec.shape
+    complete = read(spec, 0, 0, rows)
+    for start, stop in ((0, 1), (9, 11), (10, 20), (rows - 1, rows), (7, rows)):
+        assert torch.equal(read(spec, 0, start, stop), complete[start:stop])
+    assert torch.equal(read(spec, 1, 3, columns), complete[:, 3:])
+    assert complete.std() > 0 and not torch.equal(complete[:10], complete[10:20])

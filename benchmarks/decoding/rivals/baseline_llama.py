@@ -13,24 +13,18 @@ from stagdist.checkpoint.published.model_writer import stored_name
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.layers.weights import random_reader
 from stagdist.errors import ConfigError
-from stagdist.parallel.layout import ParameterSpec, model_parameters
+from stagdist.parallel.layout import model_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LLAMA_KEYS = "vocab_size hidden_size intermediate_size num_attention_heads max_position_embeddings rms_norm_eps"
-LLAMA_KEYS += " rope_theta tie_word_embeddings"
-VOCABULARY = ("embedding.weight", "head.weight")
+LLAMA_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings", "rms_norm_eps",
+    "rope_theta", "tie_word_embeddings",
+)  # fmt: skip
 
 
 def baseline_weights(model: ModelConfig, read: ReadSlice) -> dict[str, Tensor]:
     """fp32 weights of a sequential model by their names in transformers."""
-    return {stored_name(spec.name, model): _complete(spec, read) for spec in model_parameters(model)}
-
-
-def _complete(spec: ParameterSpec, read: ReadSlice) -> Tensor:
-    """All rows. Random values depend on where a slice begins: a vocabulary is read in the pieces of `WeightLoader`."""
-    rows = spec.shape[0]
-    each = max(1, (1 << 26) // (spec.shape[1] * 4)) if spec.name in VOCABULARY else rows
-    return torch.cat([read(spec, 0, begin, min(begin + each, rows)) for begin in range(0, rows, each)])
+    return {stored_name(spec.name, model): read(spec, 0, 0, spec.shape[0]) for spec in model_parameters(model)}
 
 
 @dataclass
@@ -62,21 +56,17 @@ class Baseline:
 
     def llama(self, precision: str):  # type: ignore[no-untyped-def]
         """A `LlamaForCausalLM` with these weights, in evaluation mode."""
-        llama = self._empty_llama()
-        missing = llama.load_state_dict(self.weights, strict=not self.model.tie_word_embeddings)
-        assert set(missing.missing_keys) <= {"lm_head.weight"}
-        return llama.to(DTYPES[precision])
-
-    def _empty_llama(self):  # type: ignore[no-untyped-def]
-        """A Llama of this shape with weights of its own."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         model = self.model
-        keys: dict[str, Any] = {key: getattr(model, key) for key in LLAMA_KEYS.split()}
+        keys: dict[str, Any] = {key: getattr(model, key) for key in LLAMA_KEYS}
         keys |= {"num_hidden_layers": model.num_layers, "num_key_value_heads": model.key_value_heads}
         keys |= {"head_dim": model.head_width, "bos_token_id": None, "eos_token_id": None}
         with torch.device(self.device):  # a GPU fills billions of weights in seconds, a CPU in minutes
-            return LlamaForCausalLM(LlamaConfig(**keys)).eval()  # type: ignore[call-arg]
+            llama = LlamaForCausalLM(LlamaConfig(**keys)).eval()  # type: ignore[call-arg]
+        missing = llama.load_state_dict(self.weights, strict=not self.model.tie_word_embeddings)
+        assert set(missing.missing_keys) <= {"lm_head.weight"}
+        return llama.to(DTYPES[precision])
 
     @property
     def read_values(self) -> int:

@@ -66,7 +66,7 @@ def write_gguf(path: Path, model: ModelConfig, weights: Mapping[str, Tensor], pr
     writer.add_rope_freq_base(model.rope_theta)
     writer.add_layer_norm_rms_eps(model.rms_norm_eps)
     writer.add_vocab_size(model.vocab_size)
-    writer.add_tokenizer_model("rwkv")  # the only kind whose texts no token ends by default
+    writer.add_tokenizer_model("rwkv")  # the only type of tokenizer without a default end token
     writer.add_token_list([f"{WORD}{token}" for token in range(model.vocab_size)])
     writer.add_token_types([int(gguf.TokenType.NORMAL)] * model.vocab_size)
     kind = gguf.GGMLQuantizationType[GGUF_TYPES[precision]]

@@ -15,7 +15,7 @@ from stagdist.errors import StagdistError
 
 Prompts = Sequence[Sequence[int]]
 CALM_SHARE, CALM_S, PATIENCE_S = 0.05, 0.05, 20.0
-"""A process is at rest when it uses less than this share of a core for this long; it must be so within PATIENCE_S."""
+"""A process is idle when it uses less than this share of a core for this long; it must be idle within PATIENCE_S."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class RivalContestant:
                 served = Served(between(decoded.times), decoded.token_ids[0])
             finally:
                 torch.set_num_threads(self._site.threads)
-            wait_for_rest(self._rival.title)
+            wait_until_idle(self._rival.title)
         self._site.barrier()
         return served
 
@@ -94,7 +94,7 @@ class RivalContestant:
             self._rival.close()
 
 
-def wait_for_rest(title: str) -> None:
+def wait_until_idle(title: str) -> None:
     """Return when this process is idle: threads of a rival may spin for a while after their work.
 
     Raises:

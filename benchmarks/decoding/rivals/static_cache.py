@@ -1,6 +1,7 @@
 """Rivals that torch runs: `generate()` of transformers, and its Llama over a static cache, compiled or as a graph."""
 
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -12,6 +13,9 @@ from benchmarks.decoding.contestants import Load
 from benchmarks.decoding.rivals.baseline_llama import Baseline
 from benchmarks.decoding.rivals.rival import Decoded, Prompts, Rival
 from stagdist.parallel.device import on_cuda, synchronize
+
+MOST_COMPILATIONS = 64
+"""Of the same step: one for each precision and each shape of a sweep. More are an error, not a slower step."""
 
 
 class Transformers(Rival):
@@ -56,11 +60,11 @@ class CompiledStaticCache(Rival):
     @staticmethod
     def obstacle(precision: str) -> str | None:
         """It needs a compiler of C++ for CPUs."""
-        found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+        found = shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]) or shutil.which("clang++")
         return None if found else "torch.compile finds no compiler of C++"
 
     def decode(self, prompts: Prompts, new_tokens: int) -> Decoded:
-        """The prompts without compilation, then the same step again and again."""
+        """The prompts without compilation, then repeated compiled steps."""
         with torch.inference_mode():
             tokens = torch.tensor([list(prompt) for prompt in prompts], device=self._device)
             self._prefill(tokens)
@@ -93,7 +97,10 @@ class CompiledStaticCache(Rival):
 
     def _made(self) -> Callable[[], None]:
         """The step, ready to be timed. It has run: the caches are used up."""
-        step = torch.compile(self._advance, dynamic=False, mode="reduce-overhead" if on_cuda(self._device) else None)
+        torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
+        step = torch.compile(
+            self._advance, fullgraph=True, dynamic=False, mode="reduce-overhead" if on_cuda(self._device) else None
+        )
         for _ in range(3):
             step()
         return step

@@ -11,6 +11,7 @@ from benchmarks.decoding.rivals.openvino_graph import openvino_graph
 from benchmarks.decoding.rivals.rival import Decoded, Prompts, Rival
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+CACHES = HINTS | {"int8": "u8"}
 
 
 class OpenVino(Rival):
@@ -24,9 +25,8 @@ class OpenVino(Rival):
     def __init__(self, baseline: Baseline, precision: str, load: Load, threads: int):
         import openvino
 
-        caches = {"fp32": "f32", "bf16": "bf16", "int8": "u8"}[precision]
-        properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "KV_CACHE_PRECISION": caches}
-        properties |= {"INFERENCE_PRECISION_HINT": HINTS[precision]}
+        properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+        properties |= {"INFERENCE_PRECISION_HINT": HINTS[precision], "KV_CACHE_PRECISION": CACHES[precision]}
         if precision != "int8":
             properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
         graph = openvino_graph(baseline.model, baseline.on_cpu(), int8=precision == "int8")

@@ -10,9 +10,8 @@ from torch import Tensor
 LARGEST = 127
 """Largest magnitude of a value; -128 is not used."""
 
-_PIECE_BYTES = {"cpu": 1 << 21}
-"""Converted values that exist at a time, by kind of device: on a CPU they stay in its caches."""
-_LARGE_PIECE_BYTES = 1 << 26  # on other devices
+_CPU_PIECE_BYTES, _GPU_PIECE_BYTES = 1 << 21, 1 << 26
+"""Converted values that exist at a time: on a CPU they stay in its caches."""
 _FEW_ROWS = 8
 _PACKED_WIDTH = 32  # torch's packed product reads beyond the rows of other widths
 
@@ -50,15 +49,15 @@ def parts_of(matrix: Matrix) -> tuple[Tensor, ...]:
 
 
 def quantize(weight: Tensor) -> Int8Matrix:
-    """Round each row to 255 equidistant values, half to even, of which the largest has the row's largest magnitude.
+    """Quantize each row symmetrically to -127..127; ties round to even. 127 stands for the row's largest magnitude.
 
     Computed in fp32 for every dtype, so a model has the same int8 weights in every precision.
 
-    Shapes: [N, K] -> values [N, K], scales fp32 [N]; the scale of a row of zeros is 1.
+    Shapes: [N, K] -> values [N, K], scales fp32 [N]; the scale of a row of zeros is 1, that of a row with NaN is NaN.
     """
     weight = weight.float()
     scales = weight.abs().amax(1) / LARGEST
-    scales = torch.where(scales > 0, scales, 1.0)
+    scales = scales.masked_fill(scales == 0, 1.0)
     values = (weight / scales[:, None]).round_().clamp_(-LARGEST, LARGEST)
     return Int8Matrix(values.to(torch.int8), scales)
 
@@ -92,9 +91,10 @@ def _sums(x: Tensor, values: Tensor) -> Tensor:
     width = values.shape[1]
     few = x.numel() <= _FEW_ROWS * width
     if few and x.device.type == "cpu" and x.dtype == torch.bfloat16 and width % _PACKED_WIDTH == 0:
-        # torch has this product for fp32 as well, without vector instructions: ten times slower than conversion.
+        # torch's fp32 version is not vectorized and ten times slower than converting first.
         ones = x.new_ones(len(values))
         return torch._weight_int8pack_mm(x.reshape(-1, width), values, ones).view(*x.shape[:-1], -1)
-    rows = max(1, _PIECE_BYTES.get(x.device.type, _LARGE_PIECE_BYTES) // (width * x.element_size()))
+    piece_bytes = _CPU_PIECE_BYTES if x.device.type == "cpu" else _GPU_PIECE_BYTES
+    rows = max(1, piece_bytes // (width * x.element_size()))
     parts = [F.linear(x, piece.to(x.dtype)) for piece in values.split(rows)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

@@ -1,5 +1,6 @@
 """Weights of one rank, fused for decoding: few large products instead of many small ones."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -284,17 +285,23 @@ def random_reader(specs_seed: int, device: str = "cpu") -> ReadSlice:
     """Slices of random weights, for benchmarks of shapes that no checkpoint exists for.
 
     Args:
-        specs_seed: with the name and the bounds of a slice it determines the values on one kind of device.
+        specs_seed: with the name of a parameter it determines its values on one kind of device.
         device: where they are made; a GPU fills billions of values in the time in which a CPU fills millions.
     """
 
     def read(spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
-        shape = list(spec.shape)
-        shape[dim] = stop - start
         if spec.std is None:
-            return torch.full(shape, spec.fill, device=device)
-        # Equal numbers in embedding and head would make every token its own successor.
-        generator = torch.Generator(device).manual_seed(specs_seed + crc32(f"{spec.name} {start}".encode()))
-        return torch.empty(shape, device=device).normal_(std=spec.std, generator=generator)
+            return torch.full((stop - start, *spec.shape[1:]), spec.fill, device=device)
+        begin, end = (start, stop) if dim == 0 else (0, spec.shape[0])
+        size = max(1, READ_BYTES // (4 * math.prod(spec.shape[1:])))
+        blocks = []
+        for first in range(begin - begin % size, end, size):
+            # Equal numbers in embedding and head would make every token its own successor.
+            generator = torch.Generator(device).manual_seed(specs_seed + crc32(f"{spec.name} {first}".encode()))
+            block = torch.empty(min(size, spec.shape[0] - first), *spec.shape[1:], device=device)
+            block.normal_(std=spec.std, generator=generator)
+            blocks.append(block[max(0, begin - first) : end - first])
+        rows = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        return rows if dim == 0 else rows[:, start:stop]
 
     return read

@@ -22,20 +22,40 @@ COMPILE_S = 600.0
 PRECISIONS = ("fp32", "bf16", "fp64")
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
     """The compiled functions; each takes the address of one `LayerPart`.
 
     The first call on a machine compiles, which takes about ten seconds, and keeps the result in `~/.cache/stagdist`
-    (`XDG_CACHE_HOME`).
+    (`XDG_CACHE_HOME`). Without a home folder that can be written, every process compiles.
 
     Raises:
         ConfigError: there is no C++ compiler, or it fails.
     """
+    found = _library_or_error()
+    if isinstance(found, ConfigError):
+        raise found
+    return found
+
+
+@functools.cache
+def _library_or_error() -> ctypes.CDLL | ConfigError:
+    """A compiler that fails is not tried again."""
+    try:
+        folder = _cache_folder()
+        if folder is not None:
+            return _load_from(folder)
+        with tempfile.TemporaryDirectory(prefix="stagdist-") as temporary:
+            return _load_from(Path(temporary))
+    except ConfigError as error:
+        return error
+
+
+def _load_from(folder: Path) -> ctypes.CDLL:
+    """Load the file in a folder, after compiling it if it is not there."""
     compiler = shlex.split(os.environ.get("CXX", "")) or [*filter(shutil.which, COMPILERS)][:1]
     if not compiler:
         raise ConfigError(f"there is no C++ compiler; install one of {', '.join(COMPILERS)}, or set CXX")
-    path = _folder() / f"layers-{_key(compiler)}.so"
+    path = folder / f"layers-{_key(compiler)}.so"
     try:
         if not path.exists():
             with locked(path.with_suffix(".lock"), COMPILE_S):  # one rank of a host compiles
@@ -51,15 +71,14 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def _folder() -> Path:
-    """Where compiled files are kept; a new temporary folder if there is no home folder that can be written."""
+def _cache_folder() -> Path | None:
+    """Where compiled files are kept; None if there is no home folder that can be written."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "stagdist"
         folder.mkdir(parents=True, exist_ok=True)
-        usable = os.access(folder, os.W_OK)
     except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
-        usable = False
-    return folder if usable else Path(tempfile.mkdtemp(prefix="stagdist-"))
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def _key(compiler: Sequence[str]) -> str:

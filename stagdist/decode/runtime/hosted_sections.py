@@ -131,8 +131,9 @@ class StageSections:
         call = Call(range(len(positions)), [position + 1 for position in positions], step)
         if self.setup.native:
             placed = torch.tensor(positions)
-            call.cells, repeats = DeviceCells(self._angles, placed), 1 if self._batched is None else self._batched.count
-            call.wide = DeviceCells(self._angles, placed, repeats=repeats)
+            call.cells = DeviceCells(self._angles, placed)
+            if self._batched is not None:
+                call.wide = DeviceCells(self._angles, placed, repeats=self._batched.count)
         else:
             call.cells = step_cells(self._angles, positions, self.device)
             if self._batched is not None:
