@@ -44,7 +44,7 @@ def draw_links(results: Mapping[str, Any], png: str | Path, packets: Mapping[str
     axes.grid(color="#dddddd", linewidth=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(frameon=False, fontsize=9, ncols=3, loc="outside upper center")
     path = Path(png)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
