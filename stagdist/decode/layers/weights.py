@@ -291,7 +291,9 @@ def random_reader(specs_seed: int, device: str = "cpu") -> ReadSlice:
 
     def read(spec: ParameterSpec, dim: int, start: int, stop: int) -> Tensor:
         if spec.std is None:
-            return torch.full((stop - start, *spec.shape[1:]), spec.fill, device=device)
+            shape = list(spec.shape)
+            shape[dim] = stop - start
+            return torch.full(shape, spec.fill, device=device)
         begin, end = (start, stop) if dim == 0 else (0, spec.shape[0])
         size = max(1, READ_BYTES // (4 * math.prod(spec.shape[1:])))
         blocks = []
