@@ -36,7 +36,7 @@ if __name__ == "__main__":
 
 import torch
 
-from benchmarks.common.conditions import ROOT, conditions, usable_cores
+from benchmarks.common.conditions import ROOT, usable_cores
 from benchmarks.common.results import check_outputs, write_results
 from benchmarks.decoding.contestants import DROPPED_STEPS, Load
 from benchmarks.decoding.measurement import SEQUENTIAL, Measurement, Settings
@@ -163,7 +163,7 @@ def measure(
     ratios, rows = measurement.compare()
     tell("instrumented runs")
     looked_into = _look_into(measurement)
-    processes_per_core, gpus = site.processes_per_core(), site.gpus()
+    processes_per_core, conditions = site.processes_per_core(), site.conditions()
     sweeps = {}
     if axes:
         tell("sweeps " + describe(axes, measurement.best[0]))
@@ -178,7 +178,7 @@ def measure(
     if timeline:
         _draw(found, timeline)
     (best,) = (row for row in rows if row["name"] == "staggered")
-    written = conditions(torch.cuda.get_device_name(site.device) if gpus else None, gpus) | {
+    written = conditions | {
         "benchmark": "decode",
         "processes": site.size,
         "threads_per_process": site.threads,

@@ -38,11 +38,12 @@ BUDGETS = {
     "stagdist/training": 3290,
     "launch": 904,
     "tools": 1009,
-    "benchmarks": 6319,
+    "benchmarks": 6313,
 }
-MAX_LINES = {("stagdist", "launch", "tools"): 33_257, ("benchmarks",): 6_319}
+MAX_LINES = {("stagdist", "launch", "tools"): 33_257, ("benchmarks",): 6_313}
 """The sums may only fall, except for a new feature; the server added 5,580 lines of product, captured steps and kernels
-1,752, compiled layers, weights in int8 and the latency of links 860; rivals, slow links and hosts 1,840 benchmarks."""
+1,752, compiled layers, weights in int8 and the latency of links 860. Rivals, slow links and hosts added 1,840 to
+benchmarks."""
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)

@@ -117,7 +117,8 @@ class Measurement:
         rivals: after `compare`, if there was a choice.
         best: split and head layout with the shortest step, after `select`.
         left_out: contestants that do not fit, with the reason.
-        others_shares: share of the machine that other programs used before and in each round, repeated ones too.
+        others_shares: share of the machine that other programs used before the first round and in each one, also if it
+            was repeated.
     """
 
     def __init__(self, site: DecodeSite, settings: Settings, tell: Callable[[str], None], choice: Choice | None = None):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.common.conditions import OtherPrograms, usable_cores
+from benchmarks.common.conditions import OtherPrograms, conditions, usable_cores
 from stagdist.config.parts import ModelConfig
 from stagdist.decode.native.layer_math import NativeMath
 from stagdist.decode.runtime.build import EngineOptions, use_native
@@ -93,9 +93,10 @@ class DecodeSite:
         places = self.gather((socket.gethostname(), usable_cores()))
         return max(places.count(place) / place[1] for place in places)
 
-    def gpus(self) -> int:
-        """GPUs that the processes use; 0 on the CPU."""
-        return len({place for place in self.gather((socket.gethostname(), self.device)) if on_cuda(place[1])})
+    def conditions(self) -> dict[str, object]:
+        """Commit, versions, and the CPUs or GPUs that the processes use. All ranks call it."""
+        gpus = len({place for place in self.gather((socket.gethostname(), self.device)) if on_cuda(place[1])})
+        return conditions(torch.cuda.get_device_name(self.device) if gpus else None, gpus)
 
     def others(self) -> float:
         """Share of rank 0's machine that other programs used since the last call, the same on all ranks."""

@@ -108,7 +108,6 @@ class SeparateMemories:
     def __init__(self, site: DecodeSite, model: ModelConfig, load: Load):
         self._site, self._model, self._load = site, model, load
         self._read: dict[str, list[dict[str, int]]] = {}
-        self._take_turns: set[str] = set()
 
     def measure(self, rounds: int, llama_cpp: bool) -> dict[str, Any]:
         """Rounds of all contestants; the results are complete on rank 0 only."""
@@ -146,10 +145,7 @@ class SeparateMemories:
         """An engine over all hosts."""
         options = EngineOptions(max_context=self._load.length, tensor_parallel_size=tensor)
         engine = EngineContestant(self._site, model, options)
-        topology, read = engine.plan.topology, self._site.gather(step_bytes(engine.stage, load.context, load.batch))
-        self._read[name] = read
-        if not topology.staggered and tensor == 1:
-            self._take_turns.add(name)
+        self._read[name] = self._site.gather(step_bytes(engine.stage, load.context, load.batch))
         return partial(engine, load)
 
     def _on_one(self, model: ModelConfig) -> Callable[[], Served]:
@@ -180,7 +176,7 @@ class SeparateMemories:
 
     def _facts(self, name: str, together: list[float], alone: list[float]) -> dict[str, Any]:
         """What the ranks read in a step, and the shortest step that follows from it."""
-        read, takes_turns = self._read[name], name in self._take_turns
+        read, takes_turns = self._read[name], name == PIPELINE
         bandwidth = (alone if takes_turns or len(read) == 1 else together)[: len(read)]
         bytes_of = [sum(each.values()) for each in read]
         bound = bound_s(bytes_of, bandwidth, sequential=takes_turns, stages=len(read))

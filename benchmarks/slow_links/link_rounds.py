@@ -68,7 +68,8 @@ class LinkRounds:
         set_wire: sets the latency of the link itself; None injects it.
 
     Attributes:
-        others_shares: share of the machine that other programs used before and in each round, repeated ones too.
+        others_shares: share of the machine that other programs used before the first round and in each one, also if it
+            was repeated.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 import torch
 
-from benchmarks.common.conditions import ROOT, conditions
+from benchmarks.common.conditions import ROOT
 from benchmarks.common.results import check_outputs, write_results
 from benchmarks.decoding.contestants import Load
 from benchmarks.decoding.shapes import balanced_split, changed, parse_split, split_name
@@ -87,17 +87,13 @@ def run(arguments: argparse.Namespace) -> int:
         with nullcontext() if host is None else host.beside(site):
             rounds = LinkRounds(site, model, options, load, set_wire)
             curves = rounds.measure(delays_ms, arguments.rounds)
-        gpus = site.gpus()
+        results = site.conditions() | {
+            "processes": site.size,
+            "share_of_machine_taken_by_others": rounds.others_shares[1:],  # the first is from before the rounds
+        }
         site.close()
     if site.rank == 0:
-        results = (
-            _results(arguments, model, load, delays_ms, curves, site, gpus)
-            | comparison(curves, delays_ms)
-            | {
-                "processes": site.size,
-                "share_of_machine_taken_by_others": rounds.others_shares[1:],  # the first is from before the rounds
-            }
-        )
+        results |= _results(arguments, model, load, delays_ms, curves) | comparison(curves, delays_ms)
         print(summary(results))
         if arguments.json:
             write_results(arguments.json, results)
@@ -169,10 +165,9 @@ def results_beside(path: str) -> dict[str, Any]:
 
 
 def _results(
-    arguments: argparse.Namespace, model: ModelConfig, load: Load, delays_ms: tuple[float, ...], curves: list[Curve],
-    site: DecodeSite, gpus: int,
-) -> dict[str, Any]:  # fmt: skip
-    return conditions(torch.cuda.get_device_name(site.device) if gpus else None, gpus) | {
+    arguments: argparse.Namespace, model: ModelConfig, load: Load, delays_ms: tuple[float, ...], curves: list[Curve]
+) -> dict[str, Any]:
+    return {
         "benchmark": "links",
         "latency": "injected" if arguments.wire is None else "of packets, by a wire between network namespaces",
         "delays_ms": list(delays_ms),

@@ -15,7 +15,7 @@ from benchmarks.decoding.rivals.rival import Decoded, Prompts, Rival
 from stagdist.parallel.device import on_cuda, synchronize
 
 MOST_COMPILATIONS = 64
-"""Of the same step: one for each precision and each shape of a sweep. More are an error, not a slower step."""
+"""Limit for one step: each precision and shape of a sweep needs one. Beyond it `torch.compile` fails, with `fullgraph`."""
 
 
 class Transformers(Rival):
