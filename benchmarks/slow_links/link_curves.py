@@ -68,7 +68,7 @@ def crossing(delays: Sequence[float], ours: Sequence[float], rival: Sequence[flo
 
 
 def flat_until(delays: Sequence[float], times: Sequence[float]) -> float | None:
-    """Latency at which a curve, interpolated linearly, first exceeds `FLAT` times its first value; None if it never does."""
+    """Latency at which a curve, interpolated linearly, first exceeds `FLAT` times its first value; None if never."""
     limit = FLAT * times[0]
     for (delay, time), (next_delay, next_time) in itertools.pairwise(zip(delays, times, strict=True)):
         if next_time > limit:

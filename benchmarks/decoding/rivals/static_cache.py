@@ -15,7 +15,7 @@ from benchmarks.decoding.rivals.rival import Decoded, Prompts, Rival
 from stagdist.parallel.device import on_cuda, synchronize
 
 MOST_COMPILATIONS = 64
-"""Limit for one step: each precision and shape of a sweep needs one. Beyond it `torch.compile` fails, with `fullgraph`."""
+"""Limit for one step: each precision and shape of a sweep needs one. Beyond it `fullgraph` makes compilation fail."""
 
 
 class Transformers(Rival):
