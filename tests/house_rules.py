@@ -5,7 +5,7 @@ import io
 import re
 import tokenize
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,9 +34,10 @@ SLACK = 0.10
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def sources(root: Path, *folders: str) -> Iterator[tuple[str, str]]:
-    """Path below root and text of every Python file."""
-    for path in sorted(path for folder in folders for path in (root / folder).rglob("*.py")):
+def sources(root: Path, *folders: str, suffixes: Sequence[str] = (".py",)) -> Iterator[tuple[str, str]]:
+    """Path below root and text of every file with one of these suffixes."""
+    paths = (path for folder in folders for path in (root / folder).rglob("*") if path.suffix in suffixes)
+    for path in sorted(paths):
         yield path.relative_to(root).as_posix(), path.read_text()
 
 
@@ -44,8 +45,9 @@ def sources(root: Path, *folders: str) -> Iterator[tuple[str, str]]:
 
 
 def long_files(root: Path) -> list[str]:
-    """Files above the limit."""
-    counts = {path: len(text.splitlines()) for path, text in sources(root, *FOLDERS)}
+    """Files of Python or C++ above the limit."""
+    counted = sources(root, *FOLDERS, suffixes=(".py", ".cpp", ".h"))
+    counts = {path: len(text.splitlines()) for path, text in counted}
     return [
         f"{path}: {lines} lines, at most {MAX_FILE_LINES}" for path, lines in counts.items() if lines > MAX_FILE_LINES
     ]

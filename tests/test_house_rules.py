@@ -27,7 +27,7 @@ BUDGETS = {
     "stagdist/cluster": 3703,
     "stagdist/config": 977,
     "stagdist/data": 2857,
-    "stagdist/decode": 8311,
+    "stagdist/decode": 8312,
     "stagdist/evaluation": 491,
     "stagdist/hf": 655,
     "stagdist/model": 691,
@@ -40,7 +40,7 @@ BUDGETS = {
     "tools": 1009,
     "benchmarks": 6313,
 }
-MAX_LINES = {("stagdist", "launch", "tools"): 33_257, ("benchmarks",): 6_313}
+MAX_LINES = {("stagdist", "launch", "tools"): 33_258, ("benchmarks",): 6_313}
 """The sums may only fall, except for a new feature; the server added 5,580 lines of product, captured steps and kernels
 1,752, compiled layers, weights in int8 and the latency of links 860. Rivals, slow links and hosts added 1,840 to
 benchmarks."""
@@ -93,6 +93,7 @@ def broken(root: Path, files: dict[str, str]) -> list[str]:
     [
         ("tools/long.py", "\n" * 351, ["tools/long.py: 351 lines, at most 350"]),
         ("tests/long.py", "\n" * 351, ["tests/long.py: 351 lines, at most 350"]),
+        ("stagdist/decode/long.cpp", "\n" * 351, ["stagdist/decode/long.cpp: 351 lines, at most 350"]),
         ("tools/fits.py", "\n" * 350, []),
         ("tests/f.py", "def f():\n" + "    x = 1\n" * 60, ["tests/f.py:1 f: 61 lines, at most 60"]),
         ("tests/f.py", 'def f():\n    """One.\n\n    Two.\n    """\n' + "    x = 1\n" * 59, []),

@@ -99,6 +99,10 @@ def test_layers_are_compiled_once(recompiled: Path, monkeypatch: pytest.MonkeyPa
     compiled._library_or_error.cache_clear()
     compiled.library()
     assert len(list((recompiled / "stagdist").glob("*.so"))) == 2
+    (recompiled / "included.h").write_text("")
+    compiled._library_or_error.cache_clear()
+    compiled.library()
+    assert len(list((recompiled / "stagdist").glob("*.so"))) == 3
     assert not list((recompiled / "stagdist").glob("*.partial"))
 
 

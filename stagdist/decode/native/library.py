@@ -1,4 +1,4 @@
-"""Compiles `layers.cpp` for this processor, once for each version of the source and the compiler."""
+"""Compiles `layers.cpp` for this processor, once for each version of the sources and the compiler."""
 
 import ctypes
 import functools
@@ -84,7 +84,8 @@ def _cache_folder() -> Path | None:
 def _key(compiler: Sequence[str]) -> str:
     """What the result depends on: hosts with different processors may share a home folder."""
     target = _run(*compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull)
-    return hashlib.sha256("\0".join((target, *FLAGS, SOURCE.read_text(encoding="utf-8"))).encode()).hexdigest()[:20]
+    sources = (path.read_text(encoding="utf-8") for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))))
+    return hashlib.sha256("\0".join((target, *FLAGS, *sources)).encode()).hexdigest()[:20]
 
 
 def _run(*command: str) -> str:
